@@ -1,0 +1,194 @@
+"""Checkpoints: load a CLIP; save and load a PixelCLIP as a folder of safetensors and JSON, never a pickle.
+
+A model folder holds `model.safetensors` (the CLIP under `clip.` with open_clip's names, `prompts.tokens`, `decoder.*`),
+`config.json` and `provenance.json`.
+"""
+
+import json
+import logging
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.transformer import QuickGELU
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pixelclip.backbone import Backbone, Residual
+from pixelclip.config import nearest
+from pixelclip.stage import PROVENANCE
+from pixelclip.storage import read_json, write_json
+from pixelclip.text import Prompts, TextTower
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A CLIP: the open_clip model, what rebuilds it, and how its images are normalised (0..1 RGB)."""
+
+    model: nn.Module
+    model_cfg: dict[str, Any]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @property
+    def side(self) -> int:
+        """The side in pixels that the CLIP was trained at."""
+        size = self.model_cfg["vision_cfg"].get("image_size", 224)
+        return int(size if isinstance(size, int) else size[0])
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded PixelCLIP: its CLIP with the trained image tower, the side it sees, its prompts, its config.json."""
+
+    clip: Clip
+    side: int
+    residual: Residual
+    prompts: Prompts
+    config: dict[str, Any]
+
+
+def clip_folder(spec: str) -> Path | None:
+    """The file or folder that a `clip` setting names, or None when open_clip finds the weights by name."""
+    if spec == "toy":
+        return Path(str(resources.files("pixelclip") / "assets" / "toy_clip"))
+    if Path(spec).is_dir():
+        return Path(spec)
+    weights = spec.partition(":")[2]
+    return Path(weights) if weights and Path(weights).is_file() else None
+
+
+def load_clip(spec: str) -> Clip:
+    """Loads a CLIP in float32 on the CPU.
+
+    Args:
+        spec: `toy` (the shipped one), a folder with `open_clip_config.json` and weights, `NAME:PRETRAINED` of open_clip
+            (downloads once), or `NAME:FILE`.
+
+    Raises:
+        ValueError: nothing of that name, or the weights do not fit.
+    """
+    folder = clip_folder(spec)
+    try:
+        if folder is not None and folder.is_dir():
+            cfg = read_json(folder / "open_clip_config.json")
+            model_cfg, preprocess = cfg["model_cfg"], cfg.get("preprocess_cfg", {})
+            model = open_clip.create_model(f"local-dir:{folder}")
+        else:
+            name, _, weights = spec.partition(":")
+            if name not in open_clip.list_models():
+                raise ValueError(f"no folder and no CLIP of that name{nearest(name, open_clip.list_models())}")
+            if not weights:
+                raise ValueError(f"weights are missing: write {name}:PRETRAINED or {name}:FILE")
+            model = open_clip.create_model(name, pretrained=weights, require_pretrained=True)
+            model_cfg, preprocess = dict(open_clip.get_model_config(name)), getattr(model.visual, "preprocess_cfg", {})
+            model_cfg["quick_gelu"] = any(isinstance(part, QuickGELU) for part in model.modules())
+    except KeyError as error:
+        raise ValueError(f"CLIP {spec!r}: {folder}/open_clip_config.json has no entry {error}") from None
+    except (ValueError, RuntimeError, OSError, SafetensorError) as error:
+        raise ValueError(f"CLIP {spec!r}: {str(error).strip()}") from None
+    mean = tuple(preprocess.get("mean", open_clip.OPENAI_DATASET_MEAN))
+    std = tuple(preprocess.get("std", open_clip.OPENAI_DATASET_STD))
+    return Clip(model.float().eval(), model_cfg, mean, std)
+
+
+def save_model(
+    folder: Path, clip: Clip, prompts: Prompts, decoder: nn.Module, *, side: int, residual: Residual, origin: dict[str, Any]
+) -> None:
+    """Writes `model.safetensors` and `config.json` (the provenance is the Stage's).
+
+    Args:
+        folder: where to.
+        clip: the CLIP with the trained image tower in place.
+        prompts: the concepts.
+        decoder: the mask decoder (kept for further training; inference does not use it).
+        side: side in pixels of what the CLIP saw in training.
+        residual: see `Backbone`.
+        origin: which CLIP it was: `{"spec": ..., "md5": ...}`.
+    """
+    tensors = {f"clip.{name}": tensor for name, tensor in clip.model.state_dict().items()}
+    tensors |= {f"prompts.{name}": tensor for name, tensor in prompts.state_dict().items()}
+    tensors |= {f"decoder.{name}": tensor for name, tensor in decoder.state_dict().items()}
+    # A state dict may name one tensor twice; safetensors wants each to own its memory.
+    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, folder / WEIGHTS)
+    concepts, tokens = prompts.tokens.shape[:2]
+    write_json(
+        folder / CONFIG,
+        {
+            "format": _FORMAT,
+            "model_cfg": clip.model_cfg,
+            "mean": clip.mean,
+            "std": clip.std,
+            "side": side,
+            "residual": residual,
+            "concepts": concepts,
+            "prompt_tokens": tokens,
+            "clip": origin,
+        },
+    )
+
+
+def load_model(folder: Path) -> Model:
+    """Loads a model folder, in float32 on the CPU.
+
+    Raises:
+        ValueError: the folder is incomplete, of another format, or its weights do not fit its config.
+    """
+    missing = [name for name in (WEIGHTS, CONFIG, PROVENANCE) if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(
+            f"{folder}: is not a complete model folder, {', '.join(missing)} missing; it must hold {WEIGHTS}, {CONFIG} and {PROVENANCE}"
+        )
+    config = read_json(folder / CONFIG)
+    if config.get("format") != _FORMAT:
+        raise ValueError(f"{folder / CONFIG}: format {config.get('format')!r} found, {_FORMAT} is what this version reads")
+    tensors = read_tensors(folder / WEIGHTS)
+    try:
+        model = build_clip(config["model_cfg"])
+        model.load_state_dict(_below(tensors, "clip."))
+        prompts = Prompts(TextTower(model), torch.zeros(config["concepts"], config["prompt_tokens"], dtype=torch.long))
+        prompts.load_state_dict(_below(tensors, "prompts."))
+        clip = Clip(model.eval(), config["model_cfg"], tuple(config["mean"]), tuple(config["std"]))
+        return Model(clip, int(config["side"]), config["residual"], prompts.requires_grad_(False), config)
+    except KeyError as error:
+        raise ValueError(f"{folder / CONFIG}: entry {error} is missing") from None
+    except RuntimeError as error:
+        raise ValueError(f"{folder / WEIGHTS}: does not fit {CONFIG}: {error}") from None
+
+
+def build_clip(model_cfg: dict[str, Any]) -> nn.Module:
+    """An open_clip CLIP with random weights from its config; quiet and without a download."""
+    cfg = {key: value for key, value in model_cfg.items() if key in ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu")}
+    return open_clip.CLIP(**json.loads(json.dumps(cfg)))
+
+
+def backbone_of(model: Model) -> Backbone:
+    """The image tower as dense features."""
+    return Backbone(model.clip.model.visual, model.residual)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Reads a safetensors file.
+
+    Raises:
+        ValueError: the file is missing, truncated or no safetensors file.
+    """
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: cannot be read as safetensors: {error}") from None
+
+
+def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+# open_clip warns on every load that it resizes or picks defaults; what matters here raises instead.
+logging.getLogger("open_clip").setLevel(logging.ERROR)

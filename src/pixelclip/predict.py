@@ -1,0 +1,204 @@
+"""The Predictor: an image and class names in, a label map out (PixelCLIP, section 3.4).
+
+B images, K classes, C embedding width, h w feature grid, H W image.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor
+
+from pixelclip.backbone import Backbone
+from pixelclip.checkpoint import Clip, Model, backbone_of, load_model
+from pixelclip.text import TEMPLATES, TextTower, check_names, classifier
+
+_CLASSES_AT_ONCE = 16
+MAX_CLASSES = 65535  # what a 16-bit label map can hold
+
+
+def pick_device(name: str) -> torch.device:
+    """Returns the device called `name`; `auto` is a GPU if there is one.
+
+    Raises:
+        ValueError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}; allowed: auto, cpu, cuda, cuda:N") from None
+    return device
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """An image as float RGB [3, H, W] in 0..1."""
+    return torch.from_numpy(np.asarray(image.convert("RGB"), dtype=np.float32).transpose(2, 0, 1) / 255)
+
+
+def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Normalises RGB in 0..1, [..., 3, H, W], by CLIP's mean and standard deviation."""
+    shape = (3, 1, 1)
+    return (images - images.new_tensor(mean).view(shape)) / images.new_tensor(std).view(shape)
+
+
+def squash(images: Tensor, side: int) -> Tensor:
+    """Resizes [B, 3, H, W] to [B, 3, side, side] bilinearly; like the reference, without antialiasing or keeping aspect."""
+    return F.interpolate(images, size=(side, side), mode="bilinear", align_corners=False)
+
+
+def class_scores(backbone: Backbone, images: Tensor, classes: Tensor, feature_grid: int = 64) -> Tensor:
+    """Cosine of every location with every class.
+
+    Args:
+        backbone: dense features.
+        images: [B, 3, side, side], normalised.
+        classes: [K, C], unit length.
+        feature_grid: side of the grid to which features are brought bilinearly first.
+
+    Returns:
+        [B, K, feature_grid, feature_grid].
+    """
+    features = F.interpolate(backbone(images), size=(feature_grid, feature_grid), mode="bilinear", align_corners=False)
+    return torch.einsum("bchw,kc->bkhw", F.normalize(features, dim=1), classes)
+
+
+def resize_scores(scores: Tensor, size: tuple[int, int]) -> Tensor:
+    """Brings scores [B, K, h, w] to the image bilinearly: [B, K, H, W]."""
+    return F.interpolate(scores, size=size, mode="bilinear", align_corners=False)
+
+
+def label_map(scores: Tensor, size: tuple[int, int]) -> Tensor:
+    """The best class of every pixel: scores [B, K, h, w] -> [B, H, W], int64.
+
+    Scores at full size are never held for more than a few classes, so that large photographs fit in memory.
+    """
+    best = labels = None
+    for start in range(0, scores.shape[1], _CLASSES_AT_ONCE):
+        top, index = resize_scores(scores[:, start : start + _CLASSES_AT_ONCE], size).max(dim=1)
+        if best is None or labels is None:
+            best, labels = top, index
+        else:
+            better = top > best
+            best, labels = torch.where(better, top, best), torch.where(better, index + start, labels)
+    assert labels is not None
+    return labels
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """`labels` [H, W] index into `classes`; `scores` [K, h, w], cosines on the feature grid."""
+
+    labels: NDArray[np.uint16]
+    scores: NDArray[np.float32]
+    classes: list[str]
+
+
+class Predictor:
+    """Segments images into classes named freely.
+
+    Args:
+        model: a loaded model.
+        device: auto, cpu, cuda, ...
+        feature_grid: see `class_scores`.
+    """
+
+    def __init__(self, model: Model, device: str = "auto", feature_grid: int = 64) -> None:
+        self.device = pick_device(device)
+        self.clip: Clip = model.clip
+        self.side = model.side
+        self.feature_grid = feature_grid
+        self.backbone = backbone_of(model).to(self.device).eval()
+        self.text = TextTower(model.clip.model).to(self.device).eval()
+        self._classifiers: dict[tuple[str, ...], Tensor] = {}
+
+    @classmethod
+    def load(cls, folder: Path, device: str = "auto") -> "Predictor":
+        """Loads a model folder; raises ValueError as `load_model` and `pick_device`."""
+        return cls(load_model(folder), device)
+
+    @torch.no_grad()
+    def __call__(self, image: Image.Image, classes: Sequence[str]) -> Prediction:
+        """Segments one image of any size.
+
+        Args:
+            image: any mode; turned upright by its EXIF orientation.
+            classes: at least one name; "a, b" are synonyms of one class.
+
+        Raises:
+            ValueError: an unusable list of classes.
+        """
+        names = check_names(classes)
+        if len(names) > MAX_CLASSES:
+            raise ValueError(f"classes: at most {MAX_CLASSES} names, found {len(names)}")
+        if tuple(names) not in self._classifiers:
+            self._classifiers = {tuple(names): classifier(self.text, names, TEMPLATES["ensemble"])}
+        upright = to_tensor(ImageOps.exif_transpose(image)).to(self.device)
+        pixels = squash(normalise(upright, self.clip.mean, self.clip.std)[None], self.side)
+        scores = class_scores(self.backbone, pixels, self._classifiers[tuple(names)], self.feature_grid)
+        labels = label_map(scores, (upright.shape[1], upright.shape[2]))[0]
+        return Prediction(labels.cpu().numpy().astype(np.uint16), scores[0].cpu().numpy(), names)
+
+
+def open_image(path: Path) -> Image.Image:
+    """Opens and decodes an image, upright.
+
+    Raises:
+        ValueError: missing, truncated or not an image; the message names the file.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return ImageOps.exif_transpose(image)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: cannot be read as an image: {error}") from None
+
+
+def palette(count: int) -> NDArray[np.uint8]:
+    """[count, 3] well-spread RGB colours; the first ones do not change when more are asked for."""
+    hues = (np.arange(count) * 0.61803398875) % 1  # the golden ratio spreads any number of hues
+    saturation, value = 0.55 + 0.4 * ((np.arange(count) // 3) % 2), 0.95 - 0.3 * ((np.arange(count) // 2) % 2)
+    sector = hues[:, None] * 6 + np.array([5.0, 3.0, 1.0])
+    ramp = np.clip(np.minimum(sector % 6, 4 - sector % 6), 0, 1)
+    return np.round(255 * value[:, None] * (1 - saturation[:, None] * ramp)).astype(np.uint8)
+
+
+def colour_labels(labels: NDArray[np.integer], count: int) -> NDArray[np.uint8]:
+    """Paints a label map [H, W] in the palette's colours: [H, W, 3]; labels outside 0..count-1 are black."""
+    table = np.concatenate([palette(count), np.zeros((1, 3), np.uint8)])
+    return table[np.where((labels >= 0) & (labels < count), labels, count)]
+
+
+def overlay(image: Image.Image, prediction: Prediction, opacity: float = 0.55) -> Image.Image:
+    """The image under its label colours, with a legend of the classes that occur, largest first."""
+    photo = np.asarray(ImageOps.exif_transpose(image).convert("RGB"), dtype=np.float32)
+    colours = colour_labels(prediction.labels, len(prediction.classes)).astype(np.float32)
+    picture = Image.fromarray(np.round(photo * (1 - opacity) + colours * opacity).astype(np.uint8))
+    counts = np.bincount(prediction.labels.ravel(), minlength=len(prediction.classes))
+    present = [int(i) for i in np.argsort(-counts, kind="stable") if counts[i]]
+    entries = [(i, f"{prediction.classes[i]}  {100 * counts[i] / counts.sum():.0f} %") for i in present]
+    return _with_legend(picture, entries, palette(len(prediction.classes)))
+
+
+def _with_legend(picture: Image.Image, entries: list[tuple[int, str]], colours: NDArray[np.uint8]) -> Image.Image:
+    size = max(12, min(picture.height // 18, 40))
+    font = ImageFont.load_default(size)
+    row, column = round(size * 1.6), round(max(font.getlength(text) for _, text in entries)) + 3 * size
+    columns = max(1, picture.width // column)
+    rows = -(-len(entries) // columns)
+    canvas = Image.new("RGB", (max(picture.width, column), picture.height + rows * row + size // 2), "white")
+    canvas.paste(picture, (0, 0))
+    draw = ImageDraw.Draw(canvas)
+    for position, (index, text) in enumerate(entries):
+        left = (position % columns) * column + size // 2
+        top = picture.height + size // 2 + (position // columns) * row
+        draw.rectangle((left, top, left + size, top + size), fill=tuple(int(v) for v in colours[index]))
+        draw.text((left + size * 1.5, top - size * 0.1), text, fill="black", font=font)
+    return canvas

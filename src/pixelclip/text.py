@@ -1,0 +1,165 @@
+"""The text side: tokenizer, templates, a classifier from class names, learnable prompts (PixelCLIP, section 3.2).
+
+B images, K concepts, L prompt tokens per concept, C embedding width, T text positions, D text width.
+"""
+
+from collections.abc import Sequence
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+PROMPT_TEMPLATE = "A photo of a {} in the scene"
+TEMPLATES: dict[str, tuple[str, ...]] = {
+    "ensemble": (
+        "itap of a {}.",
+        "a bad photo of the {}.",
+        "a origami {}.",
+        "a photo of the large {}.",
+        "a {} in a video game.",
+        "art of the {}.",
+        "a photo of the small {}.",
+        PROMPT_TEMPLATE,
+    ),
+    "single": (PROMPT_TEMPLATE,),
+}
+_PLACEHOLDER = 39025  # BPE token of "{}"
+
+
+class TextTower(nn.Module):
+    """CLIP's text tower from token embeddings on: the parts are open_clip's, shared and not copied.
+
+    Args:
+        clip: an open_clip `CLIP` (text tower inside, causal attention, pooled at the end-of-text token).
+
+    Raises:
+        ValueError: the CLIP's text tower is of another kind.
+    """
+
+    def __init__(self, clip: nn.Module) -> None:
+        super().__init__()
+        if not isinstance(clip, open_clip.CLIP) or getattr(clip, "text_pool_type", "argmax") != "argmax":
+            raise ValueError(
+                f"the text tower of {type(clip).__name__} is not supported: "
+                "an open_clip CLIP with causal attention, pooled at the end-of-text token, is needed"
+            )
+        self.clip = clip
+        self.tokenizer = open_clip.SimpleTokenizer(context_length=int(clip.context_length))
+
+    @property
+    def width(self) -> int:
+        return int(self.clip.token_embedding.weight.shape[1])
+
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        """Returns token ids [N, T] of the texts, cut at the context length."""
+        return self.tokenizer(list(texts)).to(self.clip.token_embedding.weight.device)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Returns the embeddings [N, T, D] of token ids [N, T]."""
+        return self.clip.token_embedding(tokens)
+
+    def forward(self, embeddings: Tensor, end: Tensor) -> Tensor:
+        """Encodes token embeddings.
+
+        Attention is causal and the result is read at `end`, so positions behind it may be cut off: exact.
+
+        Args:
+            embeddings: [N, T, D], T at most the context length.
+            end: [N], position of the end-of-text token of each row.
+
+        Returns:
+            [N, C], not normalised.
+        """
+        length = embeddings.shape[1]
+        x = embeddings + self.clip.positional_embedding[:length]
+        mask = self.clip.attn_mask
+        x = self.clip.transformer(x, attn_mask=None if mask is None else mask[:length, :length])
+        x = self.clip.ln_final(x[torch.arange(len(x), device=x.device), end])
+        projection = self.clip.text_projection
+        return projection(x) if isinstance(projection, nn.Linear) else x @ projection
+
+    def encode(self, texts: Sequence[str], batch_size: int = 256) -> Tensor:
+        """Returns the features [N, C] of texts, not normalised."""
+        features = []
+        for start in range(0, len(texts), batch_size):
+            tokens = self.tokenize(texts[start : start + batch_size])
+            end = tokens.argmax(dim=-1)  # the end-of-text token has the highest id
+            features.append(self(self.embed(tokens[:, : int(end.max()) + 1]), end))
+        return torch.cat(features)
+
+
+def check_names(names: Sequence[str], source: str = "classes") -> list[str]:
+    """Returns the class names stripped of outer white space.
+
+    Raises:
+        ValueError: no name, a blank one, or one that stands twice.
+    """
+    stripped = [name.strip() for name in names]
+    if not stripped:
+        raise ValueError(f"{source}: the list of class names is empty; at least one name is needed")
+    blanks = [str(i + 1) for i, name in enumerate(stripped) if not name.strip(", ")]
+    if blanks:
+        raise ValueError(f"{source}: blank class name at position {', '.join(blanks)}")
+    twice = sorted({name for name in stripped if stripped.count(name) > 1})
+    if twice:
+        raise ValueError(f"{source}: class names must differ, found twice: {', '.join(map(repr, twice))}")
+    return stripped
+
+
+@torch.no_grad()
+def classifier(tower: TextTower, names: Sequence[str], templates: Sequence[str] = TEMPLATES["ensemble"]) -> Tensor:
+    """Makes a classifier from class names (method.md, "Inference and evaluation").
+
+    A name "a, b" means synonyms: their unit features are averaged per template and normalised again; then the mean over
+    the templates is normalised.
+
+    Args:
+        tower: the frozen text tower.
+        names: K class names.
+        templates: texts with one `{}` each.
+
+    Returns:
+        [K, C], unit length.
+
+    Raises:
+        ValueError: as `check_names`.
+    """
+    names = check_names(names)
+    synonyms = [[word.strip() for word in name.split(",") if word.strip()] for name in names]
+    texts = [template.replace("{}", word) for words in synonyms for word in words for template in templates]
+    features = F.normalize(tower.encode(texts), dim=-1).unflatten(0, (-1, len(templates)))  # [words, templates, C]
+    per_class = torch.stack([words.mean(dim=0) for words in features.split([len(words) for words in synonyms])])
+    return F.normalize(F.normalize(per_class, dim=-1).mean(dim=1), dim=-1)
+
+
+class Prompts(nn.Module):
+    """K learnable concepts: "A photo of a {t1..tL} in the scene" with learnable t1..tL.
+
+    Args:
+        tower: the text tower, used to embed the fixed words now; it is not kept.
+        words: [K, L] vocabulary ids whose embeddings are the learnable tokens' first values.
+        template: the fixed words around the tokens; one `{}`.
+    """
+
+    def __init__(self, tower: TextTower, words: Tensor, template: str = PROMPT_TEMPLATE) -> None:
+        super().__init__()
+        length = words.shape[1]
+        tokens = tower.tokenize([template.replace("{}", " ".join(["{}"] * length))])[0]
+        slots = (tokens == _PLACEHOLDER).nonzero()[:, 0]
+        end = int(tokens.argmax())
+        if len(slots) != length or int(tokens[end]) != tower.tokenizer.eot_token_id:
+            raise ValueError(f"{length} prompt tokens do not fit the context length {len(tokens)} of this CLIP")
+        with torch.no_grad():
+            fixed = tower.embed(tokens[: end + 1]).clone()  # [T, D]
+            start = tower.embed(words.to(tokens.device)).clone()  # [K, L, D]
+        self.tokens = nn.Parameter(start)
+        # Derived from the CLIP, hence not part of the state.
+        self.register_buffer("fixed", fixed, persistent=False)
+        self.register_buffer("slots", slots, persistent=False)
+
+    def forward(self, tower: TextTower) -> Tensor:
+        """Returns the concepts [K, C], not normalised."""
+        count = self.tokens.shape[0]
+        embeddings = self.fixed.expand(count, -1, -1).index_copy(1, self.slots, self.tokens)  # [K, T, D]
+        return tower(embeddings, torch.full((count,), embeddings.shape[1] - 1, device=embeddings.device))
