@@ -3,7 +3,7 @@
 B images, P patches, D width of the tower, C embedding width, h w feature grid.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +32,7 @@ class Backbone(nn.Module):
         super().__init__()
         if not isinstance(visual, VisionTransformer):
             raise ValueError(f"image tower {type(visual).__name__} is not supported: open_clip's VisionTransformer is needed")
-        last = visual.transformer.resblocks[-1]
+        last: Any = visual.transformer.resblocks[-1]
         if (
             visual.pool_type != "tok"
             or visual.attn_pool is not None
@@ -91,14 +91,14 @@ class Backbone(nn.Module):
         return self.visual.ln_pre(x), grid
 
 
-def _value_path(block: nn.Module, x: Tensor) -> Tensor:
+def _value_path(block: Any, x: Tensor) -> Tensor:
     """`out_proj(v_proj(ln_1(x)))` of an attention block: x [B, P, D] -> [B, P, D]."""
     attention, width = block.attn, x.shape[-1]
     weight, bias = attention.in_proj_weight[-width:], attention.in_proj_bias[-width:]
     return attention.out_proj(F.linear(block.ln_1(x), weight, bias))
 
 
-def _resize_position(visual: nn.Module, grid: tuple[int, int]) -> Tensor:
+def _resize_position(visual: Any, grid: tuple[int, int]) -> Tensor:
     """The position embedding [1 + h * w, D] for a grid (h, w), bicubic."""
     position, native = visual.positional_embedding, tuple(visual.grid_size)
     if grid == native:

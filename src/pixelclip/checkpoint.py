@@ -32,7 +32,7 @@ _FORMAT = 1
 class Clip:
     """A CLIP: the open_clip model, what rebuilds it, and how its images are normalised (0..1 RGB)."""
 
-    model: nn.Module
+    model: open_clip.CLIP
     model_cfg: dict[str, Any]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -163,7 +163,7 @@ def load_model(folder: Path) -> Model:
         raise ValueError(f"{folder / WEIGHTS}: does not fit {CONFIG}: {error}") from None
 
 
-def build_clip(model_cfg: dict[str, Any]) -> nn.Module:
+def build_clip(model_cfg: dict[str, Any]) -> open_clip.CLIP:
     """An open_clip CLIP with random weights from its config; quiet and without a download."""
     cfg = {key: value for key, value in model_cfg.items() if key in ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu")}
     return open_clip.CLIP(**json.loads(json.dumps(cfg)))

@@ -42,6 +42,8 @@ class Decoder(nn.Module):
         self.up2 = nn.ConvTranspose2d(64, 32, 2, stride=2)
         self.conv2 = _DoubleConv(32, groups=2)
         self.proj = nn.Conv2d(32, 1, 3, padding=1)
+        # Same numbers, about 1.6 times as fast on a CPU (docs/experiments.md).
+        self.to(memory_format=torch.channels_last)
 
     def forward(self, maps: Tensor) -> Tensor:
         """Turns similarity maps [M, 1, h, w] into mask logits [M, 1, 4h, 4w]."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pixelclip.backbone import Backbone
 from pixelclip.checkpoint import Clip, Model, backbone_of, load_model
+from pixelclip.images import colour_labels, normalise, palette, squash, to_tensor
 from pixelclip.text import TEMPLATES, TextTower, check_names, classifier
 
 _CLASSES_AT_ONCE = 16
@@ -34,24 +35,10 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}; allowed: auto, cpu, cuda, cuda:N") from None
+        raise ValueError(
+            f"device {name!r} cannot be used: {str(error).splitlines()[0]}; allowed: auto, cpu, cuda, cuda:N"
+        ) from None
     return device
-
-
-def to_tensor(image: Image.Image) -> Tensor:
-    """An image as float RGB [3, H, W] in 0..1."""
-    return torch.from_numpy(np.asarray(image.convert("RGB"), dtype=np.float32).transpose(2, 0, 1) / 255)
-
-
-def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Normalises RGB in 0..1, [..., 3, H, W], by CLIP's mean and standard deviation."""
-    shape = (3, 1, 1)
-    return (images - images.new_tensor(mean).view(shape)) / images.new_tensor(std).view(shape)
-
-
-def squash(images: Tensor, side: int) -> Tensor:
-    """Resizes [B, 3, H, W] to [B, 3, side, side] bilinearly; like the reference, without antialiasing or keeping aspect."""
-    return F.interpolate(images, size=(side, side), mode="bilinear", align_corners=False)
 
 
 def class_scores(backbone: Backbone, images: Tensor, classes: Tensor, feature_grid: int = 64) -> Tensor:
@@ -147,33 +134,9 @@ class Predictor:
         return Prediction(labels.cpu().numpy().astype(np.uint16), scores[0].cpu().numpy(), names)
 
 
-def open_image(path: Path) -> Image.Image:
-    """Opens and decodes an image, upright.
-
-    Raises:
-        ValueError: missing, truncated or not an image; the message names the file.
-    """
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return ImageOps.exif_transpose(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: cannot be read as an image: {error}") from None
-
-
-def palette(count: int) -> NDArray[np.uint8]:
-    """[count, 3] well-spread RGB colours; the first ones do not change when more are asked for."""
-    hues = (np.arange(count) * 0.61803398875) % 1  # the golden ratio spreads any number of hues
-    saturation, value = 0.55 + 0.4 * ((np.arange(count) // 3) % 2), 0.95 - 0.3 * ((np.arange(count) // 2) % 2)
-    sector = hues[:, None] * 6 + np.array([5.0, 3.0, 1.0])
-    ramp = np.clip(np.minimum(sector % 6, 4 - sector % 6), 0, 1)
-    return np.round(255 * value[:, None] * (1 - saturation[:, None] * ramp)).astype(np.uint8)
-
-
-def colour_labels(labels: NDArray[np.integer], count: int) -> NDArray[np.uint8]:
-    """Paints a label map [H, W] in the palette's colours: [H, W, 3]; labels outside 0..count-1 are black."""
-    table = np.concatenate([palette(count), np.zeros((1, 3), np.uint8)])
-    return table[np.where((labels >= 0) & (labels < count), labels, count)]
+def label_image(labels: NDArray[np.uint16]) -> Image.Image:
+    """A label map as an image: 8 bit where the values allow it, else 16 bit."""
+    return Image.fromarray(labels.astype(np.uint8) if labels.max(initial=0) < 256 else labels)
 
 
 def overlay(image: Image.Image, prediction: Prediction, opacity: float = 0.55) -> Image.Image:

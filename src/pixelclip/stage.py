@@ -79,13 +79,12 @@ class Stage:
             os.close(self._lock)
             self._lock = None
 
-    def finish(self, metrics: Metrics, files: Sequence[str], **extra: Any) -> Metrics:
+    def finish(self, metrics: Metrics, files: Sequence[str]) -> Metrics:
         """Completes the folder and moves it to `out`.
 
         Args:
             metrics: flat finite numbers.
             files: glob patterns of the files that identify the result, as the next stage sees it.
-            **extra: more entries of the provenance.
 
         Returns:
             `metrics`.
@@ -95,19 +94,24 @@ class Stage:
         write_json(
             self.folder / PROVENANCE,
             {
-                "stage": self.name,
-                "fingerprint": self.fingerprint,
+                **self.provenance(),
                 "output": digest(self.folder, chosen),
-                "settings": self.settings,
-                "inputs": self.inputs,
-                "version": __version__,
-                "revision": code_revision(),
                 "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-                **extra,
             },
         )
         os.replace(self.folder, self.out)  # onto nothing or an empty folder, see _check_out
         return metrics
+
+    def provenance(self) -> dict[str, Any]:
+        """What is being made, from what, and by which code."""
+        return {
+            "stage": self.name,
+            "fingerprint": self.fingerprint,
+            "settings": self.settings,
+            "inputs": self.inputs,
+            "version": __version__,
+            "revision": code_revision(),
+        }
 
     def _check_out(self) -> None:
         if not self.out.exists():
@@ -150,6 +154,20 @@ def describe(path: Path) -> dict[str, Any]:
         provenance = read_json(made_by)
         return {"path": str(path), **provenance["output"], "provenance": provenance}
     return {"path": str(path), **digest(path)}
+
+
+def place(artifact: Any, workspace: str, stage: str) -> Path:
+    """Where a KFP component writes: its output artifact's own path, or `workspace/stage` where runs share a workspace.
+
+    Args:
+        artifact: a KFP output artifact; it is pointed to the workspace.
+        workspace: a folder that outlives the run, in which stages are reused and resumed; empty for none.
+        stage: the stage's name.
+    """
+    if workspace:
+        artifact.uri = str(Path(workspace, stage).absolute())
+        return Path(artifact.uri)
+    return Path(artifact.path)
 
 
 def code_revision() -> str:

@@ -107,6 +107,16 @@ def check_names(names: Sequence[str], source: str = "classes") -> list[str]:
     return stripped
 
 
+def parse_names(text: str) -> list[str]:
+    """Class names written in one line: `dog|puppy,grass,sky`; a bar stands between synonyms of one class.
+
+    Raises:
+        ValueError: as `check_names`.
+    """
+    names = [", ".join(word.strip() for word in name.split("|")) for name in text.split(",")] if text.strip() else []
+    return check_names(names)
+
+
 @torch.no_grad()
 def classifier(tower: TextTower, names: Sequence[str], templates: Sequence[str] = TEMPLATES["ensemble"]) -> Tensor:
     """Makes a classifier from class names (method.md, "Inference and evaluation").
@@ -155,6 +165,8 @@ class Prompts(nn.Module):
             start = tower.embed(words.to(tokens.device)).clone()  # [K, L, D]
         self.tokens = nn.Parameter(start)
         # Derived from the CLIP, hence not part of the state.
+        self.fixed: Tensor
+        self.slots: Tensor
         self.register_buffer("fixed", fixed, persistent=False)
         self.register_buffer("slots", slots, persistent=False)
 

@@ -1,0 +1,26 @@
+"""KFP component of stage masks."""
+
+from kfp import dsl
+
+from pixelclip_components import IMAGE
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def masks(
+    shards: dsl.Input[dsl.Dataset],
+    masks: dsl.Output[dsl.Dataset],
+    metrics: dsl.Output[dsl.Metrics],
+    generator: str,
+    settings: dict,
+    workspace: str = "",
+):
+    """Gives every image of the shards its nameless masks."""
+    from pathlib import Path
+
+    from pixelclip.config import load
+    from pixelclip.masks import run
+    from pixelclip.stage import place
+
+    config = load("masks", overrides={**settings, "masks.generator": generator})
+    for name, value in run(Path(shards.path), place(masks, workspace, "masks"), config).items():
+        metrics.log_metric(name, value)

@@ -1,0 +1,31 @@
+"""KFP component of stage register."""
+
+from kfp import dsl
+
+from pixelclip_components import IMAGE
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def register(
+    model: dsl.Input[dsl.Model],
+    evaluation: dsl.Input[dsl.Artifact],
+    registration: dsl.Output[dsl.Artifact],
+    metrics: dsl.Output[dsl.Metrics],
+    links: dsl.Output[dsl.Markdown],
+    registry_name: str,
+    min_gain: float,
+    settings: dict,
+    workspace: str = "",
+):
+    """Registers a model in MLflow and passes it through the gate."""
+    from pathlib import Path
+
+    from pixelclip.config import load
+    from pixelclip.register import markdown, run
+    from pixelclip.stage import place
+
+    chosen = {"register.name": registry_name, "register.min_gain": min_gain}
+    out, config = place(registration, workspace, "register"), load("register", overrides={**settings, **chosen})
+    for name, value in run(Path(model.path), Path(evaluation.path), out, config).items():
+        metrics.log_metric(name, value)
+    Path(links.path).write_text(markdown(out))

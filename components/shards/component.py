@@ -1,0 +1,21 @@
+"""KFP component of stage shards."""
+
+from kfp import dsl
+
+from pixelclip_components import IMAGE
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def shards(
+    images: str, shards: dsl.Output[dsl.Dataset], metrics: dsl.Output[dsl.Metrics], settings: dict, workspace: str = ""
+):
+    """Packs a folder of images into tar shards."""
+    from pathlib import Path
+
+    from pixelclip.config import load
+    from pixelclip.shards import run
+    from pixelclip.stage import place
+
+    config = load("shards", overrides=settings)
+    for name, value in run(Path(images), place(shards, workspace, "shards"), config).items():
+        metrics.log_metric(name, value)

@@ -1,0 +1,114 @@
+"""Pictures for people: what the model sees in training, and what each concept found.
+
+B images, N masks, K concepts, H W mask grid.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from pixelclip.dataset import Batch, MaskedImages
+from pixelclip.images import colour_labels, normalise, squash, to_tensor
+from pixelclip.model import PixelCLIP, StepOutput
+from pixelclip.storage import write_json
+
+GALLERY = "gallery.json"
+_GALLERY_IMAGES, _GALLERY_BEST, _THUMBNAIL = 256, 6, 96
+
+
+def to_pixels(normalised: Tensor, mean: Sequence[float], std: Sequence[float]) -> NDArray[np.uint8]:
+    """Undoes `normalise`: [3, H, W] -> [H, W, 3], uint8."""
+    image = normalised.cpu() * torch.tensor(std).view(3, 1, 1) + torch.tensor(mean).view(3, 1, 1)
+    return np.round(image.clamp(0, 1).permute(1, 2, 0).numpy() * 255).astype(np.uint8)
+
+
+def training_picture(
+    batch: Batch, output: StepOutput, mean: Sequence[float], std: Sequence[float], count: int = 4
+) -> Image.Image:
+    """One row an image: student's view | its masks in the colours of their concepts | the student's concept maps."""
+    rows = []
+    concepts = output.logits.shape[1]
+    side = batch.masks.shape[-1]
+    for image in range(min(count, len(batch.strong))):
+        mine = (batch.image_index == image).cpu()
+        labels = np.full(batch.masks.shape[1:], -1)
+        for mask, concept in zip(batch.masks.cpu()[mine], output.concept_index.cpu()[mine].tolist(), strict=True):
+            labels[mask.numpy()] = concept
+        logits, predicted = output.logits[image].detach().max(dim=0)
+        predicted = torch.where(logits > 0, predicted, -1).cpu()
+        view = Image.fromarray(to_pixels(batch.strong[image], mean, std)).resize((side, side))
+        rows.append(
+            np.concatenate(
+                [np.asarray(view), colour_labels(labels, concepts), colour_labels(predicted.numpy(), concepts)], axis=1
+            )
+        )
+    return Image.fromarray(np.concatenate(rows))
+
+
+@torch.no_grad()
+def gallery(model: PixelCLIP, dataset: MaskedImages, folder: Path, device: torch.device) -> None:
+    """Writes what each concept found: its nearest masks among some training images.
+
+    Writes `gallery.json` (`[{"concept", "masks", "best": [{"file", "cosine"}]}]`, most used concept first) and a thumbnail a
+    mask below `gallery/`. Samples that cannot be read are left out.
+    """
+    views = dataset.views
+    concepts = model.concepts()
+    best: list[list[tuple[float, Image.Image]]] = [[] for _ in concepts]
+    counts = [0] * len(concepts)
+    grid = (np.arange(views.mask_grid) + 0.5) / views.mask_grid
+    for index in range(min(_GALLERY_IMAGES, len(dataset))):
+        try:
+            image, masks = dataset.read(index)
+        except ValueError:
+            continue
+        rows, columns = (grid * masks.shape[0]).astype(int), (grid * masks.shape[1]).astype(int)
+        on_grid = torch.from_numpy(masks[rows][:, columns].astype(bool)).permute(2, 0, 1)  # [N, H, W]
+        pixels = squash(normalise(to_tensor(image), views.mean, views.std)[None], views.side).to(device)
+        owner = torch.zeros(len(on_grid), dtype=torch.long, device=device)
+        _, cosines = model.assign(pixels, on_grid.to(device), owner, concepts)
+        nearest = cosines.max(dim=-1)
+        for number, (cosine, concept) in enumerate(zip(nearest.values.tolist(), nearest.indices.tolist(), strict=True)):
+            counts[concept] += 1
+            kept = best[concept]
+            if len(kept) < _GALLERY_BEST or cosine > kept[-1][0]:
+                kept.append((cosine, _thumbnail(image, masks[..., number])))
+                kept.sort(key=lambda entry: -entry[0])
+                del kept[_GALLERY_BEST:]
+    (folder / "gallery").mkdir(exist_ok=True)
+    entries = []
+    for concept in sorted(range(len(best)), key=lambda c: -counts[c]):
+        files = []
+        for place, (cosine, thumbnail) in enumerate(best[concept]):
+            name = f"gallery/{concept:03d}-{place}.jpg"
+            thumbnail.save(folder / name, quality=85)
+            files.append({"file": name, "cosine": round(cosine, 4)})
+        entries.append({"concept": concept, "masks": counts[concept], "best": files})
+    write_json(folder / GALLERY, entries)
+
+
+def _thumbnail(image: Image.Image, mask: NDArray[np.uint8]) -> Image.Image:
+    """The mask in its surroundings: outside it the picture is faded."""
+    rows, columns = np.nonzero(mask)
+    if len(rows) == 0:
+        return Image.new("RGB", (_THUMBNAIL, _THUMBNAIL), "white")
+    margin = 4
+    top, bottom = max(rows.min() - margin, 0), min(rows.max() + margin + 1, mask.shape[0])
+    left, right = max(columns.min() - margin, 0), min(columns.max() + margin + 1, mask.shape[1])
+    pixels = np.asarray(image, dtype=np.float32)[top:bottom, left:right]
+    inside = mask[top:bottom, left:right, None].astype(np.float32)
+    shown = Image.fromarray(np.round(pixels * inside + (pixels * 0.15 + 210) * (1 - inside)).clip(0, 255).astype(np.uint8))
+    shown = shown.resize(_fit(shown.size), Image.Resampling.BILINEAR)
+    canvas = Image.new("RGB", (_THUMBNAIL, _THUMBNAIL), "white")
+    canvas.paste(shown, ((_THUMBNAIL - shown.width) // 2, (_THUMBNAIL - shown.height) // 2))
+    return canvas
+
+
+def _fit(size: tuple[int, int]) -> tuple[int, int]:
+    scale = _THUMBNAIL / max(size)
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))

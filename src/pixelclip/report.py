@@ -1,0 +1,123 @@
+"""report.html: image | CLIP | PixelCLIP | truth, IoU per class, the loss curve, what each concept found. Self-contained."""
+
+import base64
+import io
+import json
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from pixelclip.images import colour_labels, palette
+from pixelclip.pictures import GALLERY
+from pixelclip.stage import PROVENANCE, Metrics
+from pixelclip.storage import read_json, write_atomically
+from pixelclip.tracking import CURVES, flatten
+
+_PICTURE_WIDTH = 320
+
+
+@dataclass(frozen=True)
+class Example:
+    """One picture row: image, and the label maps [H, W] of CLIP, PixelCLIP and the truth."""
+
+    image: Image.Image
+    clip: NDArray[np.integer]
+    ours: NDArray[np.integer]
+    truth: NDArray[np.integer]
+
+
+def write_report(
+    path: Path,
+    *,
+    name: str,
+    metrics: Metrics,
+    per_class: list[dict[str, Any]],
+    examples: list[Example],
+    classes: list[str],
+    model: Path,
+    words: list[list[tuple[str, float]]],
+) -> None:
+    """Writes the report.
+
+    Args:
+        path: the HTML file.
+        name: of the labelled set.
+        metrics: as `evaluate` writes them.
+        per_class: rows of `per_class.json`.
+        examples: picture rows.
+        classes: class names.
+        model: the model folder, for its curves, gallery and provenance; parts that are not there are left out.
+        words: for every concept the nearest class names with their cosines.
+    """
+    template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    source = resources.files("pixelclip").joinpath("assets/report.html.j2").read_text(encoding="utf-8")
+    provenance = read_json(model / PROVENANCE)
+    page = template.from_string(source).render(
+        name=name,
+        metrics={key.rpartition("/")[0]: value for key, value in metrics.items()},
+        rows=sorted(per_class, key=lambda row: (row["iou"] is None, -(row["iou"] or 0))),
+        examples=[_example(example, classes) for example in examples],
+        colours=[f"rgb({r},{g},{b})" for r, g, b in palette(len(classes)).tolist()],
+        curve=_curve(model / CURVES),
+        gallery=_gallery(model, words),
+        settings=flatten(provenance),
+        revision=provenance["revision"],
+        version=provenance["version"],
+    )
+    write_atomically(path, page)
+
+
+def _data_uri(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.convert("RGB").save(buffer, "JPEG", quality=88)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _example(example: Example, classes: list[str]) -> dict[str, Any]:
+    scale = _PICTURE_WIDTH / example.image.width
+    size = (_PICTURE_WIDTH, max(1, round(example.image.height * scale)))
+
+    def shown(labels: NDArray[np.integer]) -> str:
+        colours = colour_labels(labels, len(classes))
+        return _data_uri(Image.fromarray(colours).resize(size, Image.Resampling.NEAREST))
+
+    occurring = np.unique(np.concatenate([m.ravel() for m in (example.truth, example.ours, example.clip)]))
+    return {
+        "image": _data_uri(example.image.resize(size)),
+        "clip": shown(example.clip),
+        "ours": shown(example.ours),
+        "truth": shown(example.truth),
+        "legend": [(int(i), classes[i]) for i in occurring if i < len(classes)],
+    }
+
+
+def _curve(path: Path) -> dict[str, Any] | None:
+    """The loss as points of a 600 x 180 drawing."""
+    if not path.is_file():
+        return None
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    points = [(line["step"], line["metrics"]["train/loss"]) for line in lines if "train/loss" in line["metrics"]]
+    if len(points) < 2:
+        return None
+    steps, losses = zip(*points, strict=True)
+    low, high = min(losses), max(losses)
+    scaled = [(600 * s / steps[-1], 180 - 180 * (v - low) / ((high - low) or 1)) for s, v in points]
+    drawn = " ".join(f"{x:.1f},{y:.1f}" for x, y in scaled)
+    return {"points": drawn, "low": low, "high": high, "last": losses[-1], "steps": steps[-1]}
+
+
+def _gallery(model: Path, words: list[list[tuple[str, float]]]) -> list[dict[str, Any]]:
+    if not (model / GALLERY).is_file():
+        return []
+    shown = []
+    for entry in read_json(model / GALLERY):
+        pictures = [(model / best["file"], best["cosine"]) for best in entry["best"]]
+        embedded = [(_data_uri(Image.open(path)), cosine) for path, cosine in pictures if path.is_file()]
+        shown.append({**entry, "pictures": embedded, "words": words[entry["concept"]]})
+    return shown

@@ -1,0 +1,262 @@
+"""STAGE shards: a folder of images -> tar shards that WebDataset can stream (and the paper's offline half-size step).
+
+A sample is `KEY.jpg` and, once masked, `KEY.json` in SA-1B's annotation format. Reading goes through an index of member
+offsets: samples are then reached in any order, which makes shuffling global and resuming exact, and the same tars can
+still be streamed.
+"""
+
+import io
+import json
+import tarfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from pixelclip.config import ShardsConfig
+from pixelclip.images import decode_image, encode_jpeg
+from pixelclip.stage import Metrics, Stage
+from pixelclip.storage import files_below
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+_NAMED = 10  # bad samples named one by one; the rest are counted
+
+
+@dataclass
+class BadSamples:
+    """Counts and names what could not be used; too many stop the stage."""
+
+    stage: str
+    max_share: float
+    found: list[str] = field(default_factory=list)
+
+    def add(self, name: str, reason: str) -> None:
+        """Notes one bad sample."""
+        self.found.append(f"{name}: {reason}")
+
+    def stop_if_too_many(self, total: int) -> None:
+        """Raises ValueError when more than `max_share` of `total` samples are bad."""
+        if len(self.found) > self.max_share * total:
+            limit = f"allowed are {self.max_share:.1%} ({self.stage}.max_bad_share)"
+            raise ValueError(f"{self._summary(total)}\n{limit}")
+
+    def check(self, total: int) -> None:
+        """Prints the summary at the end; raises as `stop_if_too_many`."""
+        self.stop_if_too_many(total)
+        if self.found:
+            print(self._summary(total), flush=True)
+
+    def _summary(self, total: int) -> str:
+        named = "\n".join(f"  {line}" for line in self.found[:_NAMED])
+        more = f"\n  and {len(self.found) - _NAMED} more" if len(self.found) > _NAMED else ""
+        return f"{self.stage}: {len(self.found)} of {total} samples cannot be used:\n{named}{more}"
+
+
+@dataclass(frozen=True)
+class Member:
+    """Where a sample's parts stand in its tar: byte offset and size; `json_size` 0 when it has no masks yet."""
+
+    key: str
+    image_offset: int
+    image_size: int
+    json_offset: int = 0
+    json_size: int = 0
+
+
+def list_shards(source: Path) -> list[Path]:
+    """The tars of Shards: a folder of `*.tar`, or a text manifest with one path a line.
+
+    Raises:
+        ValueError: nothing there, or a shard of the manifest is missing.
+    """
+    if source.is_file():
+        lines = [line.strip() for line in source.read_text().splitlines()]
+        shards = [source.parent / line for line in lines if line and not line.startswith("#")]
+        missing = [str(path) for path in shards if not path.is_file()]
+        if missing:
+            raise ValueError(f"{source}: {len(missing)} of its shards are missing, the first is {missing[0]}")
+    elif source.is_dir():
+        shards = sorted(source.glob("*.tar"))
+    else:
+        raise ValueError(f"{source}: no such folder or manifest of shards")
+    if not shards:
+        raise ValueError(f"{source}: holds no shard (*.tar)")
+    return shards
+
+
+def index_shard(path: Path) -> tuple[list[Member], list[tuple[str, str]]]:
+    """Lists the samples of a tar without reading them.
+
+    Returns:
+        The samples in the order of the tar, and `(name, reason)` of each member that is no part of a whole sample.
+
+    Raises:
+        ValueError: the file is no tar at all.
+    """
+    parts: dict[str, dict[str, tuple[int, int]]] = {}
+    bad: list[tuple[str, str]] = []
+    size = path.stat().st_size
+    try:
+        with tarfile.open(path, "r:") as tar:
+            try:
+                for member in tar:
+                    if not member.isfile():
+                        continue
+                    key, _, suffix = member.name.removeprefix("./").rpartition(".")
+                    if member.offset_data + member.size > size:
+                        bad.append((f"{path}: {member.name}", "truncated: the tar ends before it"))
+                    elif suffix in ("jpg", "json"):
+                        parts.setdefault(key, {})[suffix] = (member.offset_data, member.size)
+            except tarfile.ReadError as error:
+                bad.append((str(path), f"damaged tar: {error}"))
+    except (tarfile.TarError, OSError) as error:
+        raise ValueError(f"{path}: cannot be read as a tar: {error}") from None
+    members = []
+    for key, found in parts.items():
+        if "jpg" not in found:
+            bad.append((f"{path}: {key}.json", "has no image"))
+            continue
+        members.append(Member(key, *found["jpg"], *found.get("json", (0, 0))))
+    return members, bad
+
+
+def read_part(path: Path, offset: int, size: int) -> bytes:
+    """Reads one member's bytes."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        return file.read(size)
+
+
+def parse_annotation(data: bytes, size: tuple[int, int]) -> dict[str, Any]:
+    """Parses SA-1B's annotation JSON and checks what the pipeline relies on.
+
+    Args:
+        data: the JSON.
+        size: (width, height) of its image.
+
+    Raises:
+        ValueError: no JSON, no annotations, or a mask of another size than its image.
+    """
+    try:
+        document = json.loads(data)
+        sizes = {tuple(a["segmentation"]["size"]) for a in document["annotations"]}
+        counts_are_text = all(isinstance(a["segmentation"]["counts"], str) for a in document["annotations"])
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ValueError(f"unreadable JSON: {error}") from None
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"not in SA-1B's annotation format: {type(error).__name__} {error}") from None
+    if not counts_are_text:
+        raise ValueError("not in SA-1B's annotation format: counts must be a compressed RLE string")
+    width, height = size
+    wrong = sizes - {(height, width)}
+    if wrong:
+        found = ", ".join(f"{w}x{h}" for h, w in sorted(wrong))
+        raise ValueError(f"mask of size {found}, its image is {width}x{height}")
+    return dict(document)
+
+
+class ShardWriter:
+    """Writes samples into one tar, byte for byte reproducible."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._temporary = path.with_name(f".{path.name}.partial")
+        self._tar = tarfile.open(self._temporary, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+
+    def add(self, name: str, data: bytes) -> None:
+        """Adds one member."""
+        info = tarfile.TarInfo(name)
+        info.size = len(data)
+        self._tar.addfile(info, io.BytesIO(data))
+
+    def close(self) -> None:
+        """Completes the tar; until then it does not exist under its name."""
+        self._tar.close()
+        self._temporary.replace(self._path)
+
+
+def run(images: Path, out: Path, config: ShardsConfig) -> Metrics:
+    """Packs every image below `images` into shards; a `KEY.json` beside an image goes along.
+
+    Args:
+        images: a folder, searched recursively.
+        out: folder of shards to make.
+        config: settings.
+
+    Returns:
+        `{"images": ..., "bad_images": ..., "shards": ...}`.
+
+    Raises:
+        ValueError: no image found, or too many that cannot be used.
+    """
+    if not images.is_dir():
+        raise ValueError(f"{images}: no such folder of images")
+    paths = [path for path in files_below(images) if path.suffix.lower() in IMAGE_SUFFIXES]
+    if not paths:
+        raise ValueError(f"{images}: holds no image ({', '.join(IMAGE_SUFFIXES)})")
+    stage = Stage("shards", out, {"images": images}, config)
+    if stage.finished:
+        return stage.reuse()
+    with stage:
+        bad = BadSamples("shards", config.max_bad_share)
+        samples = _samples(images, paths, config, bad)
+        good, shards = 0, 0
+        for chunk in _chunks(samples, config.images_per_shard):
+            writer = ShardWriter(stage.folder / f"{shards:06d}.tar")
+            for members in chunk:
+                for name, data in members:
+                    writer.add(name, data)
+            writer.close()
+            good, shards = good + len(chunk), shards + 1
+        bad.check(len(paths))
+        if not good:
+            raise ValueError(f"{images}: none of its {len(paths)} images can be used")
+        metrics = {"images": float(good), "bad_images": float(len(bad.found)), "shards": float(shards)}
+        return stage.finish(metrics, files=["*.tar"])
+
+
+def _samples(root: Path, paths: list[Path], config: ShardsConfig, bad: BadSamples) -> Iterator[list[tuple[str, bytes]]]:
+    keys: set[str] = set()
+    for path in tqdm(paths, desc="shards", unit="image", mininterval=1):
+        name = path.relative_to(root).with_suffix("").as_posix()
+        key = name.replace(".", "_")  # WebDataset ends a key at the first dot
+        try:
+            if key in keys:
+                raise ValueError(f"another image has the same key {key!r}")
+            data = _as_jpeg(path.read_bytes(), config)
+        except (OSError, ValueError) as error:
+            bad.add(str(path), str(error))
+            continue
+        keys.add(key)
+        annotation = path.with_suffix(".json")
+        members = [(f"{key}.jpg", data)]
+        if annotation.is_file():
+            members.append((f"{key}.json", annotation.read_bytes()))
+        yield members
+
+
+def _as_jpeg(data: bytes, config: ShardsConfig) -> bytes:
+    image = decode_image(data)
+    upright = ImageOps.exif_transpose(image)
+    shrink = config.shortest_edge / min(upright.size) if config.shortest_edge else 1.0
+    is_plain_jpeg = image.format == "JPEG" and image.mode == "RGB" and image.getexif().get(0x0112, 1) == 1
+    if is_plain_jpeg and shrink >= 1:
+        return data
+    if shrink < 1:
+        width, height = (max(1, round(edge * shrink)) for edge in upright.size)
+        upright = upright.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+    return encode_jpeg(upright, config.jpeg_quality)
+
+
+def _chunks(samples: Iterable[list[tuple[str, bytes]]], size: int) -> Iterator[list[list[tuple[str, bytes]]]]:
+    chunk: list[list[tuple[str, bytes]]] = []
+    for sample in samples:
+        chunk.append(sample)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
