@@ -95,7 +95,7 @@ def run_locally(images: Path, labelled: Path, out: Path, params: Path | None, ov
     try:
         pixelclip(**given)
     except RuntimeError as error:  # kfp's word for a failed step, whose own message stands above
-        raise SystemExit(f"pixelclip pipeline run: {error}\nWhat is finished stays in {out}; the same command continues.") from None
+        raise SystemExit(f"pixelclip: {error}\nWhat is finished stays in {out}; the same command continues.") from None
     shutil.rmtree(artifacts, ignore_errors=True)  # every result stands in the workspace
     for name in (METRICS, "report.html"):
         shutil.copyfile(out / "evaluate" / name, out / name)

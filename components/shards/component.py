@@ -6,9 +6,7 @@ from pixelclip_components import IMAGE
 
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
-def shards(
-    images: str, shards: dsl.Output[dsl.Dataset], metrics: dsl.Output[dsl.Metrics], settings: dict, workspace: str = ""
-):
+def shards(images: str, shards: dsl.Output[dsl.Dataset], metrics: dsl.Output[dsl.Metrics], settings: dict, workspace: str = ""):
     """Packs a folder of images into tar shards."""
     from pathlib import Path
 

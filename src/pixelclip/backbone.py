@@ -45,6 +45,7 @@ class Backbone(nn.Module):
 
     @property
     def patch_size(self) -> tuple[int, int]:
+        """Height and width of a patch in pixels."""
         height, width = self.visual.conv1.kernel_size
         return height, width
 

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pixelclip.images import decode_image, open_image
+from pixelclip.images import decode_image, open_image, to_rgb
 from pixelclip.shards import IMAGE_SUFFIXES
 from pixelclip.storage import files_below
 from pixelclip.text import check_names
@@ -32,7 +32,7 @@ class LabelledSet:
             ValueError: unreadable, of two sizes, or a label outside the class list; the message names the file.
         """
         image_path, label_path = self.pairs[index]
-        image = open_image(image_path).convert("RGB")
+        image = to_rgb(open_image(image_path))
         try:
             label = decode_image(label_path.read_bytes())
         except (OSError, ValueError) as error:
@@ -58,7 +58,7 @@ def read_classes(path: Path) -> list[str]:
         ValueError: missing, empty, or names that are blank or stand twice; the message names the file.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: class names, one a line, cannot be read: {error}") from None
     while lines and not lines[-1].strip():

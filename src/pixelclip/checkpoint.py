@@ -6,6 +6,7 @@ A model folder holds `model.safetensors` (the CLIP under `clip.` with open_clip'
 
 import json
 import logging
+import pickle
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -80,7 +81,7 @@ def load_clip(spec: str) -> Clip:
         if folder is not None and folder.is_dir():
             cfg = read_json(folder / "open_clip_config.json")
             model_cfg, preprocess = cfg["model_cfg"], cfg.get("preprocess_cfg", {})
-            model = open_clip.create_model(f"local-dir:{folder}")
+            model = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True)
         else:
             name, _, weights = spec.partition(":")
             if name not in open_clip.list_models():
@@ -92,7 +93,9 @@ def load_clip(spec: str) -> Clip:
             model_cfg["quick_gelu"] = any(isinstance(part, QuickGELU) for part in model.modules())
     except KeyError as error:
         raise ValueError(f"CLIP {spec!r}: {folder}/open_clip_config.json has no entry {error}") from None
-    except (ValueError, RuntimeError, OSError, SafetensorError) as error:
+    except pickle.UnpicklingError:  # torch's own words here advise to execute the pickle
+        raise ValueError(f"CLIP {spec!r}: the file is no plain state dict; a pickle with anything else is not opened") from None
+    except (TypeError, ValueError, RuntimeError, OSError, SafetensorError) as error:
         raise ValueError(f"CLIP {spec!r}: {str(error).strip()}") from None
     mean = tuple(preprocess.get("mean", open_clip.OPENAI_DATASET_MEAN))
     std = tuple(preprocess.get("std", open_clip.OPENAI_DATASET_STD))
@@ -144,7 +147,8 @@ def load_model(folder: Path) -> Model:
     missing = [name for name in (WEIGHTS, CONFIG, PROVENANCE) if not (folder / name).is_file()]
     if missing:
         raise ValueError(
-            f"{folder}: is not a complete model folder, {', '.join(missing)} missing; it must hold {WEIGHTS}, {CONFIG} and {PROVENANCE}"
+            f"{folder}: is not a complete model folder, {', '.join(missing)} missing; "
+            f"it must hold {WEIGHTS}, {CONFIG} and {PROVENANCE}"
         )
     config = read_json(folder / CONFIG)
     if config.get("format") != _FORMAT:
@@ -159,6 +163,8 @@ def load_model(folder: Path) -> Model:
         return Model(clip, int(config["side"]), config["residual"], prompts.requires_grad_(False), config)
     except KeyError as error:
         raise ValueError(f"{folder / CONFIG}: entry {error} is missing") from None
+    except TypeError as error:
+        raise ValueError(f"{folder / CONFIG}: {error}") from None
     except RuntimeError as error:
         raise ValueError(f"{folder / WEIGHTS}: does not fit {CONFIG}: {error}") from None
 

@@ -158,7 +158,7 @@ def build(kind: type[_Kind], values: Mapping[str, Any], source: str) -> _Kind:
         ValueError: one line a fault: where it was found, what was found, what is allowed, the nearest name.
     """
     try:
-        return kind(**values)
+        return kind.model_validate(dict(values))
     except ValidationError as error:
         lines = []
         for fault in error.errors():
@@ -187,7 +187,10 @@ def load(stage: str, params: Path | None = None, overrides: Mapping[str, Any] | 
     source = "settings"
     if params is not None:
         source = str(params)
-        values.update(_section(params, stage))
+        sections = _read_params(params)
+        for name, found in sections.items():
+            build(STAGES[name], found, f"{source}: {name}")
+        values.update(sections.get(stage, {}))
     for key, value in (overrides or {}).items():
         section, _, name = key.rpartition(".")
         if section and section not in STAGES:
@@ -209,34 +212,36 @@ def load_all(params: Path | None, overrides: Mapping[str, Any]) -> dict[str, Any
     return {stage: load(stage, params, overrides) for stage in STAGES}
 
 
-def _section(params: Path, stage: str) -> dict[str, Any]:
+def _read_params(params: Path) -> dict[str, dict[str, Any]]:
     try:
-        document = yaml.safe_load(params.read_text()) or {}
+        document: Any = yaml.safe_load(params.read_text()) or {}
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{params}: cannot be read as YAML: {error}") from None
     if not isinstance(document, dict):
         raise ValueError(f"{params}: must hold one section a stage, found {type(document).__name__}")
-    for name in document:
+    for name, section in document.items():
         if name not in STAGES:
             raise ValueError(f"{params}: unknown section {name!r}{nearest(str(name), STAGES)}")
-    section = document.get(stage) or {}
-    if not isinstance(section, dict):
-        raise ValueError(f"{params}: section {stage!r} must hold settings, found {section!r}")
-    return section
+        if not isinstance(section, dict | None):
+            raise ValueError(f"{params}: section {name!r} must hold settings, found {section!r}")
+    return {name: section or {} for name, section in document.items()}
 
 
 def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
     """Turns `["steps=10", "train.clip=toy"]` into `{"steps": 10, "train.clip": "toy"}` (values are YAML scalars).
 
     Raises:
-        ValueError: an entry without `=`.
+        ValueError: an entry without `=`, or a value that is no YAML.
     """
     values = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals or not key:
             raise ValueError(f"a setting is written NAME=VALUE, found {pair!r}")
-        values[key.strip()] = yaml.safe_load(text) if text else ""
+        try:
+            values[key.strip()] = yaml.safe_load(text) if text else ""
+        except yaml.YAMLError:
+            raise ValueError(f"setting {pair!r}: the value is no YAML; put it in quotes") from None
     return values
 
 

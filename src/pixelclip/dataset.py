@@ -18,8 +18,9 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from pixelclip.images import decode_image, normalise, to_tensor
+from pixelclip.images import decode_image, to_rgb
 from pixelclip.masks import decode_masks
+from pixelclip.pixels import normalise, to_tensor
 from pixelclip.shards import index_shard, parse_annotation, read_part
 
 
@@ -117,7 +118,7 @@ class MaskedImages(Dataset[Sample | str]):
         shard, image_offset, image_size, json_offset, json_size = (int(v) for v in self._members[index])
         path = self.shards[shard]
         try:
-            image = decode_image(read_part(path, image_offset, image_size)).convert("RGB")
+            image = to_rgb(decode_image(read_part(path, image_offset, image_size)))
             document = parse_annotation(read_part(path, json_offset, json_size), image.size)
             return image, decode_masks(document)
         except (OSError, ValueError) as error:

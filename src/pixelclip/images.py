@@ -1,18 +1,11 @@
-"""Images: decode with errors that say why, to tensors and back, colours for label maps.
-
-B images, H W pixels.
-"""
+"""Images: decode with errors that say why, encode, colours for label maps. H W pixels."""
 
 import io
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
-from torch import Tensor
 
 
 def decode_image(data: bytes) -> Image.Image:
@@ -21,8 +14,31 @@ def decode_image(data: bytes) -> Image.Image:
         with Image.open(io.BytesIO(data)) as image:
             image.load()
             return image
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Exception as error:  # on damaged files Pillow's parsers raise nearly anything
         raise ValueError(f"unreadable image: {error}") from None
+
+
+def turn_upright(image: Image.Image) -> Image.Image:
+    """Turns an image by its EXIF orientation; raises ValueError for EXIF data that cannot be read."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception as error:  # as above
+        raise ValueError(f"unreadable EXIF data: {error}") from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image as 8-bit RGB; of 16 bits the upper 8 are kept, where Pillow would clip everything to white.
+
+    Raises:
+        ValueError: 32-bit pixels, whose range is unknown.
+    """
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.mode in ("I", "F"):
+        raise ValueError(f"8 or 16 bits a channel are needed, found 32 (mode {image.mode})")
+    if image.mode == "P":
+        image = image.convert("RGBA")  # Pillow warns about a straight way for palettes with transparency
+    return image.convert("RGB")
 
 
 def open_image(path: Path) -> Image.Image:
@@ -32,7 +48,7 @@ def open_image(path: Path) -> Image.Image:
         ValueError: missing, truncated or not an image; the message names the file.
     """
     try:
-        return ImageOps.exif_transpose(decode_image(path.read_bytes()))
+        return turn_upright(decode_image(path.read_bytes()))
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
     except ValueError as error:
@@ -42,24 +58,8 @@ def open_image(path: Path) -> Image.Image:
 def encode_jpeg(image: Image.Image, quality: int) -> bytes:
     """Encodes an image as a baseline RGB JPEG."""
     buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, "JPEG", quality=quality)
+    to_rgb(image).save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()
-
-
-def to_tensor(image: Image.Image) -> Tensor:
-    """An image as float RGB [3, H, W] in 0..1."""
-    return torch.from_numpy(np.asarray(image.convert("RGB"), dtype=np.float32).transpose(2, 0, 1) / 255)
-
-
-def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Normalises RGB in 0..1, [..., 3, H, W], by CLIP's mean and standard deviation."""
-    shape = (3, 1, 1)
-    return (images - images.new_tensor(mean).view(shape)) / images.new_tensor(std).view(shape)
-
-
-def squash(images: Tensor, side: int) -> Tensor:
-    """Resizes [B, 3, H, W] to [B, 3, side, side] bilinearly; like the reference, without antialiasing or keeping aspect."""
-    return F.interpolate(images, size=(side, side), mode="bilinear", align_corners=False)
 
 
 def palette(count: int) -> NDArray[np.uint8]:

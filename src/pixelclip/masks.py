@@ -4,8 +4,10 @@ Generators: `felzenszwalb` (graph segmentation, needs no weights) and `given` (m
 """
 
 import json
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -18,7 +20,7 @@ from pycocotools import mask as rle
 from tqdm import tqdm
 
 from pixelclip.config import MasksConfig
-from pixelclip.images import decode_image
+from pixelclip.images import decode_image, to_rgb
 from pixelclip.shards import (
     BadSamples,
     Member,
@@ -33,6 +35,7 @@ from pixelclip.storage import read_json, write_json
 
 Sample = tuple[str, bytes, bytes]  # key, image, JSON of its shard (empty: none)
 Result = tuple[dict[str, Any] | None, str]  # annotation document or None, and why not
+_WINDOW = 64
 
 
 def felzenszwalb(image: Image.Image, scale: float, sigma: float, min_size: int) -> NDArray[np.bool_]:
@@ -43,7 +46,7 @@ def felzenszwalb(image: Image.Image, scale: float, sigma: float, min_size: int) 
     """
     from skimage.segmentation import felzenszwalb as segment
 
-    labels = segment(np.asarray(image.convert("RGB")), scale=scale, sigma=sigma, min_size=min_size)
+    labels = segment(np.asarray(to_rgb(image)), scale=scale, sigma=sigma, min_size=min_size)
     return labels[None] == np.unique(labels)[:, None, None]
 
 
@@ -94,7 +97,8 @@ def _from_given(sample: Sample, config: MasksConfig) -> dict[str, Any]:
         raise ValueError("no JSON with masks beside the image")
     document = parse_annotation(annotation, decode_image(data).size)
     for entry in document["annotations"]:
-        entry.setdefault("area", int(rle.area(entry["segmentation"])))
+        if not isinstance(entry.get("area"), int | float):
+            entry["area"] = int(rle.area(entry["segmentation"]))
     return document
 
 
@@ -133,16 +137,19 @@ def run(shards: Path, out: Path, config: MasksConfig) -> Metrics:
         ValueError: no shard, or too many samples that cannot be used.
     """
     tars = list_shards(shards)
+    names = [tar.name for tar in tars]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"{shards}: masked shards keep their names, which must differ; found twice: {', '.join(twice)}")
     inputs = {"shards": shards} | ({"given": Path(config.given_folder)} if config.given_folder else {})
     stage = Stage("masks", out, inputs, config)
     if stage.finished:
         return stage.reuse()
-    with stage:
+    with stage, _start_pool(config.workers) as pool:
         images, masks, bad = 0, 0, BadSamples("masks", config.max_bad_share)
         for tar in tars:
             summary = stage.folder / f"{tar.stem}.summary.json"
             if not (summary.is_file() and (stage.folder / tar.name).is_file()):
-                write_json(summary, _mask_shard(tar, stage.folder / tar.name, config))
+                write_json(summary, _mask_shard(tar, stage.folder / tar.name, config, pool))
             counted = read_json(summary)
             images, masks = images + counted["images"], masks + counted["masks"]
             bad.found += counted["bad"]
@@ -158,11 +165,11 @@ def run(shards: Path, out: Path, config: MasksConfig) -> Metrics:
         return stage.finish(metrics, files=["*.tar"])
 
 
-def _mask_shard(tar: Path, out: Path, config: MasksConfig) -> dict[str, Any]:
+def _mask_shard(tar: Path, out: Path, config: MasksConfig, pool: Executor | None) -> dict[str, Any]:
     members, bad = index_shard(tar)
     found_bad = [f"{name}: {reason}" for name, reason in bad]
     writer, images, masks = ShardWriter(out), 0, 0
-    results = _map(partial(_mask_one, config=config), (_read(tar, member) for member in members), config.workers)
+    results = _map(partial(_mask_one, config=config), (_read(tar, member) for member in members), pool)
     for member, (document, reason) in zip(
         tqdm(members, desc=f"masks {tar.stem}", unit="image", mininterval=1), results, strict=True
     ):
@@ -181,15 +188,22 @@ def _read(tar: Path, member: Member) -> Sample:
     return member.key, read_part(tar, member.image_offset, member.image_size), annotation
 
 
-def _map(function: Callable[[Sample], Result], samples: Iterator[Sample], workers: int) -> Iterator[Result]:
+def _start_pool(workers: int) -> AbstractContextManager[Executor | None]:
     if workers == 0:
+        return nullcontext()
+    context = get_context("forkserver")
+    context.set_forkserver_preload([__name__, "skimage.segmentation"])
+    return ProcessPoolExecutor(workers, mp_context=context)
+
+
+def _map(function: Callable[[Sample], Result], samples: Iterator[Sample], pool: Executor | None) -> Iterator[Result]:
+    if pool is None:
         yield from map(function, samples)
         return
-    with ProcessPoolExecutor(workers, mp_context=get_context("forkserver")) as pool:
-        window: list[Any] = []
-        for sample in samples:  # a bounded window, so that a shard never stands in memory twice
-            window.append(pool.submit(function, sample))
-            if len(window) >= 16 * workers:
-                yield window.pop(0).result()
-        for future in window:
-            yield future.result()
+    window: deque[Future[Result]] = deque()
+    for sample in samples:  # a bounded window, so that a shard never stands in memory twice
+        window.append(pool.submit(function, sample))
+        if len(window) >= _WINDOW:
+            yield window.popleft().result()
+    for future in window:
+        yield future.result()

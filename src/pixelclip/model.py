@@ -110,6 +110,7 @@ class PixelCLIP(nn.Module):
         self.sinkhorn_iterations = sinkhorn_iterations
 
     def train(self, mode: bool = True) -> "PixelCLIP":
+        """Switches student and decoder; teacher and text tower stay in eval mode."""
         super().train(mode)
         self.teacher.eval()
         self.text.eval()

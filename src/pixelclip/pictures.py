@@ -13,8 +13,9 @@ from PIL import Image
 from torch import Tensor
 
 from pixelclip.dataset import Batch, MaskedImages
-from pixelclip.images import colour_labels, normalise, squash, to_tensor
+from pixelclip.images import colour_labels
 from pixelclip.model import PixelCLIP, StepOutput
+from pixelclip.pixels import normalise, squash, to_tensor
 from pixelclip.storage import write_json
 
 GALLERY = "gallery.json"

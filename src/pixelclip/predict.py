@@ -16,7 +16,8 @@ from torch import Tensor
 
 from pixelclip.backbone import Backbone
 from pixelclip.checkpoint import Clip, Model, backbone_of, load_model
-from pixelclip.images import colour_labels, normalise, palette, squash, to_tensor
+from pixelclip.images import colour_labels, palette
+from pixelclip.pixels import normalise, squash, to_tensor
 from pixelclip.text import TEMPLATES, TextTower, check_names, classifier
 
 _CLASSES_AT_ONCE = 16

@@ -55,7 +55,7 @@ def decide(candidate: Figures, champion: Figures | None, min_gain: float) -> Dec
     """
     for figures in filter(None, (candidate, champion)):
         if not (math.isfinite(figures.miou) and math.isfinite(figures.gain)):
-            raise ValueError(f"the gate cannot decide on mIoU {figures.miou} and gain {figures.gain}: finite numbers are needed")
+            raise ValueError(f"the gate needs finite figures, found mIoU {figures.miou} and gain {figures.gain}")
     if candidate.gain < min_gain:
         return Decision(False, f"gain {candidate.gain:.2f} over CLIP is below register.min_gain {min_gain:g}")
     if champion is None:
@@ -146,9 +146,7 @@ def _version_of(client: MlflowClient, name: str, model_md5: str) -> ModelVersion
     return max(same, key=lambda version: int(version.version)) if same else None
 
 
-def _create_version(
-    client: MlflowClient, model: Path, folder: Path, provenance: Mapping[str, Any], name: str
-) -> ModelVersion:
+def _create_version(client: MlflowClient, model: Path, folder: Path, provenance: Mapping[str, Any], name: str) -> ModelVersion:
     tracked = Run.attach(model, folder, provenance)
     tracked.finish()
     before = client.get_run(tracked.run_id).info.status

@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
 from pixelclip.config import ShardsConfig
-from pixelclip.images import decode_image, encode_jpeg
+from pixelclip.images import decode_image, encode_jpeg, to_rgb, turn_upright
 from pixelclip.stage import Metrics, Stage
 from pixelclip.storage import files_below
 
@@ -73,7 +74,10 @@ def list_shards(source: Path) -> list[Path]:
         ValueError: nothing there, or a shard of the manifest is missing.
     """
     if source.is_file():
-        lines = [line.strip() for line in source.read_text().splitlines()]
+        try:
+            lines = [line.strip() for line in source.read_text().splitlines()]
+        except UnicodeDecodeError:
+            raise ValueError(f"{source}: is no manifest of shards (a text file with one path a line)") from None
         shards = [source.parent / line for line in lines if line and not line.startswith("#")]
         missing = [str(path) for path in shards if not path.is_file()]
         if missing:
@@ -110,6 +114,9 @@ def index_shard(path: Path) -> tuple[list[Member], list[tuple[str, str]]]:
                         bad.append((f"{path}: {member.name}", "truncated: the tar ends before it"))
                     elif suffix in ("jpg", "json"):
                         parts.setdefault(key, {})[suffix] = (member.offset_data, member.size)
+                end = read_part(path, tar.offset, tarfile.BLOCKSIZE)
+                if end != bytes(tarfile.BLOCKSIZE):  # tarfile takes a damaged header for the end
+                    bad.append((str(path), f"damaged tar: at byte {tar.offset} neither a member nor its end; the rest is lost"))
             except tarfile.ReadError as error:
                 bad.append((str(path), f"damaged tar: {error}"))
     except (tarfile.TarError, OSError) as error:
@@ -142,12 +149,17 @@ def parse_annotation(data: bytes, size: tuple[int, int]) -> dict[str, Any]:
     """
     try:
         document = json.loads(data)
-        sizes = {tuple(a["segmentation"]["size"]) for a in document["annotations"]}
-        counts_are_text = all(isinstance(a["segmentation"]["counts"], str) for a in document["annotations"])
-    except (ValueError, UnicodeDecodeError) as error:
+        codes = [annotation["segmentation"] for annotation in document["annotations"]]
+        sizes = {tuple(code["size"]) for code in codes}
+        counts_are_text = all(isinstance(code["counts"], str) for code in codes)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"unreadable JSON: {error}") from None
     except (KeyError, TypeError) as error:
         raise ValueError(f"not in SA-1B's annotation format: {type(error).__name__} {error}") from None
+    if not codes:
+        raise ValueError("no mask found")
+    if not all(len(found) == 2 and all(type(edge) is int for edge in found) for found in sizes):
+        raise ValueError("not in SA-1B's annotation format: size must be two integers, height and width")
     if not counts_are_text:
         raise ValueError("not in SA-1B's annotation format: counts must be a compressed RLE string")
     width, height = size
@@ -155,7 +167,30 @@ def parse_annotation(data: bytes, size: tuple[int, int]) -> dict[str, Any]:
     if wrong:
         found = ", ".join(f"{w}x{h}" for h, w in sorted(wrong))
         raise ValueError(f"mask of size {found}, its image is {width}x{height}")
+    for code in codes:
+        _check_rle(code["counts"], height * width)
     return dict(document)
+
+
+def _check_rle(counts: str, num_pixels: int) -> None:
+    """Checks a compressed RLE, because pycocotools writes out of bounds when one is damaged.
+
+    A run is a signed number of 5-bit groups, lowest first; from the fourth on it is the difference to the run two before.
+    """
+    code = np.frombuffer(counts.encode(errors="surrogatepass"), np.uint8).astype(np.int64) - 48
+    last = np.flatnonzero((code & 32) == 0)
+    if not len(code) or code.min() < 0 or code.max() > 63 or last[-1:].tolist() != [len(code) - 1]:
+        raise ValueError("damaged RLE: its counts end early or hold a foreign character")
+    first = np.concatenate([[0], last[:-1] + 1])
+    length = last - first + 1
+    if length.max() > 7:
+        raise ValueError("damaged RLE: a run is too long")
+    place = np.arange(len(code)) - np.repeat(first, length)
+    runs = np.add.reduceat((code & 31) << (5 * place), first) - ((code[last] & 16) > 0) * (1 << (5 * length))
+    runs[1::2] = np.cumsum(runs[1::2])
+    runs[2::2] = np.cumsum(runs[2::2])
+    if runs.min() < 0 or runs.sum() != num_pixels:
+        raise ValueError(f"damaged RLE: its runs cover {runs.sum()} pixels, the image has {num_pixels}")
 
 
 class ShardWriter:
@@ -164,7 +199,7 @@ class ShardWriter:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._temporary = path.with_name(f".{path.name}.partial")
-        self._tar = tarfile.open(self._temporary, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
+        self._tar = tarfile.open(self._temporary, "w", format=tarfile.GNU_FORMAT)  # noqa: SIM115
 
     def add(self, name: str, data: bytes) -> None:
         """Adds one member."""
@@ -240,14 +275,14 @@ def _samples(root: Path, paths: list[Path], config: ShardsConfig, bad: BadSample
 
 def _as_jpeg(data: bytes, config: ShardsConfig) -> bytes:
     image = decode_image(data)
-    upright = ImageOps.exif_transpose(image)
+    upright = turn_upright(image)
     shrink = config.shortest_edge / min(upright.size) if config.shortest_edge else 1.0
     is_plain_jpeg = image.format == "JPEG" and image.mode == "RGB" and image.getexif().get(0x0112, 1) == 1
     if is_plain_jpeg and shrink >= 1:
         return data
     if shrink < 1:
         width, height = (max(1, round(edge * shrink)) for edge in upright.size)
-        upright = upright.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
+        upright = to_rgb(upright).resize((width, height), Image.Resampling.LANCZOS)
     return encode_jpeg(upright, config.jpeg_quality)
 
 

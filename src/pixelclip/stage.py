@@ -99,7 +99,7 @@ class Stage:
                 "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             },
         )
-        os.replace(self.folder, self.out)  # onto nothing or an empty folder, see _check_out
+        self.folder.replace(self.out)  # onto nothing or an empty folder, see _check_out
         return metrics
 
     def provenance(self) -> dict[str, Any]:

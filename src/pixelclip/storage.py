@@ -21,8 +21,8 @@ def write_atomically(path: Path, content: bytes | str) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
+        Path(temporary).chmod(0o666 & ~_umask())
+        Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
@@ -54,10 +54,14 @@ def read_json(path: Path) -> Any:
 
 
 def files_below(folder: Path) -> list[Path]:
-    """Every file below `folder`, sorted by its relative path; hidden files and folders are left out."""
+    """Every file below `folder`, sorted by its relative path; hidden files and folders are left out.
+
+    Links are followed, but never back into a folder that they stand in.
+    """
     found = []
     for root, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        above = {os.path.realpath(path) for path in [Path(root), *Path(root).parents]}
+        folders[:] = [name for name in folders if not name.startswith(".") and os.path.realpath(Path(root, name)) not in above]
         found += [Path(root, name) for name in names if not name.startswith(".") and name not in _IGNORED]
     return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
 
@@ -86,7 +90,12 @@ def digest(path: Path, files: Iterable[Path] | None = None) -> dict[str, Any]:
     if not path.is_dir():
         raise ValueError(f"{path}: no such file or folder")
     listed = files_below(path) if files is None else sorted(files)
-    whole = hashlib.md5(usedforsecurity=False)
+    whole, size = hashlib.md5(usedforsecurity=False), 0
     for file in listed:
-        whole.update(f"{file.relative_to(path).as_posix()} {file_md5(file)}\n".encode())
-    return {"md5": whole.hexdigest(), "num_files": len(listed), "size": sum(file.stat().st_size for file in listed)}
+        try:
+            md5, length = file_md5(file), file.stat().st_size
+        except OSError:  # a dangling link; whoever needs the file says so by name
+            md5, length = "unreadable", 0
+        whole.update(os.fsencode(f"{file.relative_to(path).as_posix()} {md5}\n"))
+        size += length
+    return {"md5": whole.hexdigest(), "num_files": len(listed), "size": size}

@@ -49,6 +49,7 @@ class TextTower(nn.Module):
 
     @property
     def width(self) -> int:
+        """Width of a token embedding (D)."""
         return int(self.clip.token_embedding.weight.shape[1])
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
@@ -155,10 +156,11 @@ class Prompts(nn.Module):
     def __init__(self, tower: TextTower, words: Tensor, template: str = PROMPT_TEMPLATE) -> None:
         super().__init__()
         length = words.shape[1]
-        tokens = tower.tokenize([template.replace("{}", " ".join(["{}"] * length))])[0]
+        text = template.replace("{}", " ".join(["{}"] * length))
+        tokens = tower.tokenize([text])[0]
         slots = (tokens == _PLACEHOLDER).nonzero()[:, 0]
         end = int(tokens.argmax())
-        if len(slots) != length or int(tokens[end]) != tower.tokenizer.eot_token_id:
+        if len(slots) != length or end != len(tower.tokenizer.encode(text)) + 1:  # the tokenizer cuts in silence
             raise ValueError(f"{length} prompt tokens do not fit the context length {len(tokens)} of this CLIP")
         with torch.no_grad():
             fixed = tower.embed(tokens[: end + 1]).clone()  # [T, D]

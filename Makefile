@@ -1,0 +1,42 @@
+# The two commands that a fresh machine needs are `make demo` and `make test`; each sets up .venv when it is not there.
+PYTHON ?= python3.11
+BIN := .venv/bin
+DEMO := runs/demo
+export MLFLOW_TRACKING_URI ?= sqlite:///$(CURDIR)/runs/mlflow.db
+
+.DEFAULT_GOAL := help
+.PHONY: demo test lint ui clean help requirements
+
+demo: .venv/installed  ## The main job end to end on painted scenes: about 6 minutes on 2 cores, see runs/demo/
+	@$(BIN)/pixelclip toy --out $(DEMO)/toy --params params.yaml
+	@$(BIN)/pixelclip pipeline run --images $(DEMO)/toy/images --labelled $(DEMO)/toy/toy --out $(DEMO) --params params.yaml
+	@echo "Look at $(DEMO)/report.html, or at the run and the registry: make ui"
+
+test: .venv/installed  ## All fast tests
+	@$(BIN)/python -m pytest
+
+lint: .venv/installed  ## Ruff and the type checker
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+ui: .venv/installed  ## MLflow in a browser, on the runs made here
+	@$(BIN)/mlflow ui --backend-store-uri $(MLFLOW_TRACKING_URI)
+
+clean:  ## Remove the environment and everything that was made
+	rm -rf .venv runs data build src/*.egg-info
+
+help:  ## This list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+requirements: .venv/installed  ## Pin the newest allowed versions anew
+	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --no-emit-index-url --no-annotate \
+		--custom-compile-command "make requirements" --upgrade -q -o requirements.txt
+
+.venv/installed: requirements.txt pyproject.toml
+	@echo "installing into .venv (about 6 GB, a few minutes the first time) ..."
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install -q --disable-pip-version-check uv
+	@$(BIN)/uv pip install -q --python $(BIN)/python -r requirements.txt
+	@$(BIN)/uv pip install -q --python $(BIN)/python --no-deps -e .
+	@touch $@

@@ -1,0 +1,165 @@
+"""The tiny CLIP of the embedded default: trained on painted scenes and their captions, never on a label map.
+
+The recipe is CLIP's own (arXiv 2103.00020, section 2.3): a symmetric contrastive loss over a batch of image-caption
+pairs. Letters: `B` batch, `S` scene side, `s` CLIP side, `T` context length.
+"""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.constants import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from open_clip.model import CLIP
+from open_clip.transformer import PatchDropout
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
+
+from pixelclip.toy import paint
+
+MODEL_CONFIG: dict[str, Any] = {
+    "embed_dim": 128,
+    "vision_cfg": {"image_size": 96, "layers": 4, "width": 128, "head_width": 32, "patch_size": 12},
+    "text_cfg": {"context_length": 24, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 2},
+}
+PREPROCESS_CONFIG: dict[str, Any] = {
+    "mean": list(OPENAI_DATASET_MEAN),
+    "std": list(OPENAI_DATASET_STD),
+    "interpolation": "bicubic",
+    "resize_mode": "squash",
+}
+CONFIG_NAME, WEIGHTS_NAME = "open_clip_config.json", "open_clip_model.safetensors"
+MAX_LOGIT_SCALE = math.log(100)  # CLIP's own bound
+PATCH_DROPOUT, WHOLE_IMAGES = 0.5, 0.3  # half the patches at twice the speed (FLIP), but in the last 30 % of steps
+
+
+def train_clip(
+    out: Path,
+    *,
+    start: Path | None = None,
+    seed: int = 0,
+    num_scenes: int = 12_000,
+    steps: int = 2_000,
+    batch_size: int = 128,
+    learning_rate: float = 1.2e-3,
+    weight_decay: float = 0.1,
+    label_smoothing: float = 0.05,
+) -> dict[str, float]:
+    """Train the tiny CLIP on painted scenes and write it as an open_clip folder.
+
+    Args:
+        out: Folder for `open_clip_config.json` and `open_clip_model.safetensors` (float16, below 10 MB); open_clip
+            loads it as `local-dir:FOLDER`. Each file is replaced whole, at the end.
+        start: Folder of an earlier call to go on from; else from scratch. The shipped weights are two calls: 2,000
+            steps in world 0, and from there 1,400 steps in world 1 at a learning rate of 1e-3.
+        seed: World of the scenes (see `toy.paint`), and the seed of weights, order and crops.
+        num_scenes: Scenes in the training set, at least `batch_size`.
+        steps: Optimizer steps.
+        batch_size: Image-caption pairs a step.
+        learning_rate: Peak of the one-cycle schedule.
+        weight_decay: AdamW's, on matrices only.
+        label_smoothing: Of the contrastive targets; captions of other scenes often fit, too.
+
+    Returns:
+        `loss` (mean of the last 50 steps) and `logit_scale`.
+
+    Raises:
+        ValueError: If there are fewer scenes than one batch needs, or no step is asked for.
+    """
+    if num_scenes < batch_size or steps < 1:
+        raise ValueError(f"train_clip: num_scenes {num_scenes} (at least {batch_size}), steps {steps} (at least 1)")
+    images, captions = _paint_all(seed, num_scenes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = CLIP(**MODEL_CONFIG)
+        if start is not None:
+            model.load_state_dict(load_file(start / WEIGHTS_NAME))
+        losses = _fit(model, images, captions, steps, batch_size, learning_rate, weight_decay, label_smoothing)
+    _write(model, out)
+    return {"loss": sum(losses[-50:]) / len(losses[-50:]), "logit_scale": model.logit_scale.exp().item()}
+
+
+def _paint_all(seed: int, number: int) -> tuple[Tensor, Tensor]:
+    """Scenes as uint8 [N, 3, S, S] and their tokenized captions [N, T]."""
+    scenes = [paint(seed, index) for index in tqdm(range(number), "painting", unit="scene")]
+    images = torch.stack([torch.from_numpy(scene.image).permute(2, 0, 1) for scene in scenes])
+    tokenizer = open_clip.SimpleTokenizer(context_length=MODEL_CONFIG["text_cfg"]["context_length"])
+    return images, tokenizer([scene.caption for scene in scenes])
+
+
+def _fit(
+    model: CLIP,
+    images: Tensor,
+    captions: Tensor,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    weight_decay: float,
+    label_smoothing: float,
+) -> list[float]:
+    """Train in place; returns the loss of every step."""
+    matrices = [p for name, p in model.named_parameters() if p.ndim >= 2 and "embedding" not in name]
+    others = [p for name, p in model.named_parameters() if p.ndim < 2 or "embedding" in name]
+    groups: list[dict[str, Any]] = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
+    target = torch.arange(batch_size)
+    losses: list[float] = []
+    order = torch.empty(0, dtype=torch.long)
+    model.visual.patch_dropout = PatchDropout(PATCH_DROPOUT)
+    model.train()
+    for step in (progress := tqdm(range(steps), "training CLIP", unit="step")):
+        if step == round(steps * (1 - WHOLE_IMAGES)):
+            model.visual.patch_dropout = nn.Identity()
+        if len(order) < batch_size:
+            order = torch.randperm(len(images))
+        chosen, order = order[:batch_size], order[batch_size:]
+        # for heads and sequences this small plain attention in bfloat16 is by far the fastest on a CPU
+        with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
+            image_features = model.encode_image(_crop(images[chosen]), normalize=True)
+            text_features = model.encode_text(captions[chosen], normalize=True)
+        logits = model.logit_scale.exp() * image_features.float() @ text_features.float().T  # [B, B]
+        both = torch.cat([logits, logits.T])
+        loss = F.cross_entropy(both, target.repeat(2), label_smoothing=label_smoothing)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
+        losses.append(loss.item())
+        progress.set_postfix(loss=f"{losses[-1]:.3f}")
+    return losses
+
+
+def _crop(images: Tensor) -> Tensor:
+    """Random crops of 60 to 100 % of the side, half of them mirrored: uint8 [B, 3, S, S] -> normalised [B, 3, s, s]."""
+    number, side = len(images), MODEL_CONFIG["vision_cfg"]["image_size"]
+    zoom = torch.empty(number).uniform_(0.6, 1.0)
+    shift = (1 - zoom)[:, None] * torch.empty(number, 2).uniform_(-1, 1)
+    mirror = torch.randint(0, 2, (number,)) * 2 - 1
+    affine = torch.zeros(number, 2, 3)
+    affine[:, 0, 0], affine[:, 1, 1], affine[:, :, 2] = zoom * mirror, zoom, shift
+    grid = F.affine_grid(affine, [number, 3, side, side], align_corners=False)
+    crops = F.grid_sample(images.float() / 255, grid, padding_mode="reflection", align_corners=False)
+    mean, std = (torch.tensor(PREPROCESS_CONFIG[key])[:, None, None] for key in ("mean", "std"))
+    return (crops - mean) / std
+
+
+def _write(model: CLIP, out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    weights = {name: tensor.detach().half().contiguous() for name, tensor in model.state_dict().items()}
+    config = json.dumps({"model_cfg": MODEL_CONFIG, "preprocess_cfg": PREPROCESS_CONFIG}, indent=1)
+    for name, content in (
+        (WEIGHTS_NAME, save(weights)),
+        (CONFIG_NAME, config.encode()),
+    ):
+        partial = out / f"{name}.partial"
+        partial.write_bytes(content)
+        partial.replace(out / name)

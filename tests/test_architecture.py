@@ -1,0 +1,51 @@
+"""The house: a module imports only from modules above it; inference needs no training extras; no pickle."""
+
+import subprocess
+import sys
+
+import pytest
+
+from imports import MODULES, PACKAGE, imported, imported_with_theirs
+
+ORDER = """
+config storage stage images shards masks pixels dataset text backbone clusters model checkpoint predict benchmarks
+tracking pictures report train evaluate serve register toy_motifs toy toy_clip cli
+""".split()
+
+
+def test_every_module_has_its_place():
+    assert sorted(ORDER) == MODULES
+
+
+@pytest.mark.parametrize("module", ORDER)
+def test_a_module_imports_only_from_modules_above_it(module):
+    above = set(ORDER[: ORDER.index(module)])
+    assert imported(module) <= above
+
+
+def test_inference_needs_no_training_extra():
+    code = """
+import sys
+for name in ("mlflow", "kfp", "dvc", "skimage", "pycocotools", "pandas"):
+    sys.modules[name] = None
+import pixelclip.predict, pixelclip.benchmarks, pixelclip.cli
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_help_imports_no_heavy_package():
+    code = "import sys, pixelclip.cli; print(sorted({'torch', 'mlflow', 'kfp', 'open_clip'} & set(sys.modules)))"
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert found.stdout.strip() == "[]"
+
+
+def test_no_pickle_anywhere():
+    for path in PACKAGE.glob("*.py"):
+        source = path.read_text()
+        assert "torch.save" not in source
+        assert "torch.load" not in source
+        assert "import pickle" not in source
+
+
+def test_training_never_reads_labels():
+    assert "benchmarks" not in imported_with_theirs("train")

@@ -1,0 +1,91 @@
+"""One function, four faces: program, command line, DVC stage and KFP component of a stage say the same."""
+
+import inspect
+import shlex
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+
+from imports import imported_with_theirs
+from pixelclip.cli import app
+from pixelclip.config import STAGES, lasting
+
+ROOT = Path(__file__).parents[1]
+DVC = yaml.safe_load((ROOT / "dvc.yaml").read_text())
+COMMANDS = typer.main.get_command(app).commands
+PIPELINE_STAGES = [stage for stage in STAGES if stage != "toy"]  # the painted scenes stand before the pipeline
+
+
+def run_inputs(stage: str) -> list[str]:
+    """Names of what the stage reads, from the signature of its function."""
+    names = list(inspect.signature(import_module(f"pixelclip.{stage}").run).parameters)
+    assert names[-2:] == ["out", "config"]
+    return names[:-2]
+
+
+def component(stage: str):
+    return getattr(import_module(f"pixelclip_components.{stage}.component"), stage)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_program_takes_the_settings_of_its_stage(stage):
+    config = inspect.signature(import_module(f"pixelclip.{stage}").run).parameters["config"].annotation
+    assert config is STAGES[stage]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_command_line_takes_the_same_inputs(stage):
+    options = {parameter.name for parameter in COMMANDS[stage].params}
+    assert options == {*run_inputs(stage), "out", "params", "settings"}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_dvc_stage_calls_the_command_with_the_same_inputs(stage):
+    words = shlex.split(DVC["stages"][stage]["cmd"])
+    assert words[:2] == ["pixelclip", stage]
+    given = dict(zip(words[2::2], words[3::2], strict=True))
+    assert set(given) == {*(f"--{name}" for name in run_inputs(stage)), "--out", "--params"}
+    entry = DVC["stages"][stage]
+    assert entry["outs"] == [given["--out"]]
+    for name in run_inputs(stage):
+        assert any(given[f"--{name}"].startswith(dep) for dep in entry["deps"]), name
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_dvc_stage_depends_on_every_module_and_lasting_setting(stage):
+    entry = DVC["stages"][stage]
+    modules = {dep for dep in entry["deps"] if dep.endswith(".py")}
+    assert modules == {f"src/pixelclip/{module}.py" for module in imported_with_theirs(stage)}
+    expected = {f"{stage}.{name}" for name in lasting(STAGES[stage]())}
+    assert set(entry["params"]) in ({stage}, expected)
+    if set(entry["params"]) == {stage}:
+        assert set(lasting(STAGES[stage]())) == set(STAGES[stage].model_fields)
+
+
+@pytest.mark.parametrize("stage", PIPELINE_STAGES)
+def test_component_takes_the_same_inputs(stage):
+    spec = component(stage).component_spec
+    settings = {name for name in spec.inputs if name in STAGES[stage].model_fields or name == "registry_name"}
+    assert set(spec.inputs) - settings == {*run_inputs(stage), "settings", "workspace"}
+    assert "metrics" in spec.outputs
+
+
+@pytest.mark.parametrize("stage", PIPELINE_STAGES)
+def test_component_body_only_translates(stage):
+    function = component(stage).python_func
+    source, _ = inspect.getsourcelines(function)
+    start = next(i for i, line in enumerate(source) if '"""' in line) + 1
+    body = [line for line in source[start:] if line.strip() and not line.strip().startswith(("from ", "import "))]
+    assert len(body) <= 10
+    assert not any(word in line for line in body for word in (" if ", "while ", "try:"))
+
+
+@pytest.mark.parametrize("stage", PIPELINE_STAGES)
+def test_component_folder_says_what_it_is(stage):
+    text = (ROOT / "components" / stage / "README.md").read_text()
+    spec = component(stage).component_spec
+    for name in [*spec.inputs, *spec.outputs]:
+        assert f"`{name}`" in text, name
