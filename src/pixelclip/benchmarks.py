@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pixelclip.images import decode_image, open_image, to_rgb
+from pixelclip.images import decode_image, open_image
 from pixelclip.shards import IMAGE_SUFFIXES
 from pixelclip.storage import files_below
 from pixelclip.text import check_names
@@ -32,7 +32,7 @@ class LabelledSet:
             ValueError: unreadable, of two sizes, or a label outside the class list; the message names the file.
         """
         image_path, label_path = self.pairs[index]
-        image = to_rgb(open_image(image_path))
+        image = open_image(image_path)
         try:
             label = decode_image(label_path.read_bytes())
         except (OSError, ValueError) as error:

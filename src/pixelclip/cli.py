@@ -139,10 +139,10 @@ def settings() -> None:
 
 @app.command()
 def toy_clip(out: Annotated[Path, typer.Option(help="open_clip folder to make.")]) -> None:
-    """Remake the shipped toy CLIP: train it on captions of painted scenes (minutes)."""
-    from pixelclip.toy_clip import train_clip
+    """Remake the shipped toy CLIP: train it on the captions of painted scenes (half an hour on 2 cores)."""
+    from pixelclip.toy_clip import remake
 
-    train_clip(out)
+    remake(out)
 
 
 @pipeline.command("run")

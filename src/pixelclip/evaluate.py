@@ -109,6 +109,9 @@ def run(model: Path, labelled: Path, out: Path, config: EvaluateConfig) -> Metri
         if not config.clip and weights and trained_from and digest(weights)["md5"] != trained_from:
             raise ValueError(f"{weights}: is not the CLIP that {model} was trained from (other md5); name it by evaluate.clip")
         tracked = Run.attach(model, stage.folder, read_json(model / PROVENANCE))
+        # These two need MLflow at once, so they stand before the long work and not between it and its result.
+        tracked.params({f"evaluate.{key}": value for key, value in stage.settings.items()})
+        tracked.tags({f"labelled.{name}.md5": stage.inputs["labelled"]["md5"]})
         result = measure(loaded, load_clip(spec), dataset, config, device)
         metrics = {f"{key}/{name}": value for key, value in result.metrics.items()}
         print(table(result.per_class, metrics, name), flush=True)
@@ -123,8 +126,6 @@ def run(model: Path, labelled: Path, out: Path, config: EvaluateConfig) -> Metri
             model=model,
             words=result.words,
         )
-        tracked.params({f"evaluate.{key}": value for key, value in stage.settings.items()})
-        tracked.tags({f"labelled.{name}.md5": stage.inputs["labelled"]["md5"]})
         tracked.values(metrics)
         tracked.artifact(stage.folder / REPORT)
         tracked.artifact(stage.folder / PER_CLASS)

@@ -42,13 +42,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def open_image(path: Path) -> Image.Image:
-    """Opens and decodes an image file, turned upright by its EXIF orientation.
+    """Opens and decodes an image file as RGB, turned upright by its EXIF orientation.
 
     Raises:
         ValueError: missing, truncated or not an image; the message names the file.
     """
     try:
-        return turn_upright(decode_image(path.read_bytes()))
+        return to_rgb(turn_upright(decode_image(path.read_bytes())))
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from None
     except ValueError as error:

@@ -168,18 +168,17 @@ def run(shards: Path, out: Path, config: MasksConfig) -> Metrics:
 def _mask_shard(tar: Path, out: Path, config: MasksConfig, pool: Executor | None) -> dict[str, Any]:
     members, bad = index_shard(tar)
     found_bad = [f"{name}: {reason}" for name, reason in bad]
-    writer, images, masks = ShardWriter(out), 0, 0
+    images, masks = 0, 0
     results = _map(partial(_mask_one, config=config), (_read(tar, member) for member in members), pool)
-    for member, (document, reason) in zip(
-        tqdm(members, desc=f"masks {tar.stem}", unit="image", mininterval=1), results, strict=True
-    ):
-        if document is None:
-            found_bad.append(f"{tar}: {member.key}: {reason}")
-            continue
-        writer.add(f"{member.key}.jpg", read_part(tar, member.image_offset, member.image_size))
-        writer.add(f"{member.key}.json", json.dumps(document, separators=(",", ":")).encode())
-        images, masks = images + 1, masks + len(document["annotations"])
-    writer.close()
+    shown = tqdm(members, desc=f"masks {tar.stem}", unit="image", mininterval=1)
+    with ShardWriter(out) as writer:
+        for member, (document, reason) in zip(shown, results, strict=True):
+            if document is None:
+                found_bad.append(f"{tar}: {member.key}: {reason}")
+                continue
+            writer.add(f"{member.key}.jpg", read_part(tar, member.image_offset, member.image_size))
+            writer.add(f"{member.key}.json", json.dumps(document, separators=(",", ":")).encode())
+            images, masks = images + 1, masks + len(document["annotations"])
     return {"images": images, "masks": masks, "bad": found_bad}
 
 

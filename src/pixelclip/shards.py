@@ -11,7 +11,8 @@ import tarfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
 from PIL import Image
@@ -51,7 +52,7 @@ class BadSamples:
             print(self._summary(total), flush=True)
 
     def _summary(self, total: int) -> str:
-        named = "\n".join(f"  {line}" for line in self.found[:_NAMED])
+        named = "\n".join(f"  {line}" for line in self.found[:_NAMED]).encode(errors="backslashreplace").decode()
         more = f"\n  and {len(self.found) - _NAMED} more" if len(self.found) > _NAMED else ""
         return f"{self.stage}: {len(self.found)} of {total} samples cannot be used:\n{named}{more}"
 
@@ -194,7 +195,7 @@ def _check_rle(counts: str, num_pixels: int) -> None:
 
 
 class ShardWriter:
-    """Writes samples into one tar, byte for byte reproducible."""
+    """Writes samples into one tar, byte for byte reproducible; until all are in, it does not exist under its name."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -207,10 +208,13 @@ class ShardWriter:
         info.size = len(data)
         self._tar.addfile(info, io.BytesIO(data))
 
-    def close(self) -> None:
-        """Completes the tar; until then it does not exist under its name."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._tar.close()
-        self._temporary.replace(self._path)
+        if kind is None:
+            self._temporary.replace(self._path)
 
 
 def run(images: Path, out: Path, config: ShardsConfig) -> Metrics:
@@ -240,11 +244,10 @@ def run(images: Path, out: Path, config: ShardsConfig) -> Metrics:
         samples = _samples(images, paths, config, bad)
         good, shards = 0, 0
         for chunk in _chunks(samples, config.images_per_shard):
-            writer = ShardWriter(stage.folder / f"{shards:06d}.tar")
-            for members in chunk:
-                for name, data in members:
-                    writer.add(name, data)
-            writer.close()
+            with ShardWriter(stage.folder / f"{shards:06d}.tar") as writer:
+                for members in chunk:
+                    for name, data in members:
+                        writer.add(name, data)
             good, shards = good + len(chunk), shards + 1
         bad.check(len(paths))
         if not good:
@@ -261,15 +264,14 @@ def _samples(root: Path, paths: list[Path], config: ShardsConfig, bad: BadSample
         try:
             if key in keys:
                 raise ValueError(f"another image has the same key {key!r}")
-            data = _as_jpeg(path.read_bytes(), config)
+            members = [(f"{key}.jpg", _as_jpeg(path.read_bytes(), config))]
+            annotation = path.with_suffix(".json")
+            if annotation.is_file():
+                members.append((f"{key}.json", annotation.read_bytes()))
         except (OSError, ValueError) as error:
             bad.add(str(path), str(error))
             continue
         keys.add(key)
-        annotation = path.with_suffix(".json")
-        members = [(f"{key}.jpg", data)]
-        if annotation.is_file():
-            members.append((f"{key}.json", annotation.read_bytes()))
         yield members
 
 

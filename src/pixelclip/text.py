@@ -44,21 +44,27 @@ class TextTower(nn.Module):
                 f"the text tower of {type(clip).__name__} is not supported: "
                 "an open_clip CLIP with causal attention, pooled at the end-of-text token, is needed"
             )
-        self.clip = clip
+        self.token_embedding = clip.token_embedding
+        self.positional_embedding = clip.positional_embedding
+        self.transformer = clip.transformer
+        self.ln_final = clip.ln_final
+        self.text_projection = clip.text_projection
+        self.attn_mask: Tensor | None
+        self.register_buffer("attn_mask", clip.attn_mask, persistent=False)
         self.tokenizer = open_clip.SimpleTokenizer(context_length=int(clip.context_length))
 
     @property
     def width(self) -> int:
         """Width of a token embedding (D)."""
-        return int(self.clip.token_embedding.weight.shape[1])
+        return int(self.token_embedding.weight.shape[1])
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         """Returns token ids [N, T] of the texts, cut at the context length."""
-        return self.tokenizer(list(texts)).to(self.clip.token_embedding.weight.device)
+        return self.tokenizer(list(texts)).to(self.token_embedding.weight.device)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Returns the embeddings [N, T, D] of token ids [N, T]."""
-        return self.clip.token_embedding(tokens)
+        return self.token_embedding(tokens)
 
     def forward(self, embeddings: Tensor, end: Tensor) -> Tensor:
         """Encodes token embeddings.
@@ -73,11 +79,11 @@ class TextTower(nn.Module):
             [N, C], not normalised.
         """
         length = embeddings.shape[1]
-        x = embeddings + self.clip.positional_embedding[:length]
-        mask = self.clip.attn_mask
-        x = self.clip.transformer(x, attn_mask=None if mask is None else mask[:length, :length])
-        x = self.clip.ln_final(x[torch.arange(len(x), device=x.device), end])
-        projection = self.clip.text_projection
+        x = embeddings + self.positional_embedding[:length]
+        mask = self.attn_mask
+        x = self.transformer(x, attn_mask=None if mask is None else mask[:length, :length])
+        x = self.ln_final(x[torch.arange(len(x), device=x.device), end])
+        projection = self.text_projection
         return projection(x) if isinstance(projection, nn.Linear) else x @ projection
 
     def encode(self, texts: Sequence[str], batch_size: int = 256) -> Tensor:

@@ -141,7 +141,7 @@ class Run:
         same = known.get("run_id") == run_id and known.get("tracking_uri") == tracking_uri()
         self._delivered = min(int(known["delivered"]), len(self._lines)) if same else 0
         self._actions: list[Callable[[], None]] = []
-        self._wake, self._stop = threading.Event(), threading.Event()
+        self._wake, self._closing, self._stop = threading.Event(), threading.Event(), threading.Event()
         self._idle = threading.Condition()
         self._trouble = ""
         self._save()
@@ -240,6 +240,7 @@ class Run:
     def finish(self, status: str = "FINISHED") -> bool:
         """Delivers what is left, for a while, and ends the run; says so if something could not be delivered."""
         deadline = time.monotonic() + _CLOSE_SECONDS
+        self._closing.set()
         with self._idle:
             while self._pending() and time.monotonic() < deadline:
                 self._wake.set()
@@ -284,9 +285,10 @@ class Run:
                 if not self._trouble:
                     print(f"MLflow at {tracking_uri()} does not answer ({_first_line(error)}); training goes on", flush=True)
                 self._trouble = _first_line(error)
-                if self._stop.wait(pause):
+                if not self._closing.wait(pause):  # finish cuts a long pause short, and then tries every second
+                    pause = min(2 * pause, 30.0)
+                elif self._stop.wait(1.0):
                     return
-                pause = min(2 * pause, 30.0)
                 self._wake.set()
             with self._idle:
                 self._idle.notify_all()
@@ -320,9 +322,10 @@ def _existing(client: MlflowClient, run_id: str | None) -> str | None:
     if run_id is None:
         return None
     try:
-        return str(client.get_run(run_id).info.run_id)
+        info = client.get_run(run_id).info
     except MlflowException:
         return None
+    return str(info.run_id) if info.lifecycle_stage == "active" else None  # a deleted run takes nothing any more
 
 
 def _of_pipeline(client: MlflowClient, experiment: str, tags: Mapping[str, str]) -> str | None:

@@ -1,0 +1,5 @@
+"""`python -m pixelclip`."""
+
+from pixelclip.cli import main
+
+main()

@@ -1,0 +1,84 @@
+import open_clip
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+
+from pixelclip.backbone import Backbone
+from pixelclip.model import Decoder, PixelCLIP, mask_loss
+from pixelclip.text import Prompts, TextTower
+
+
+@pytest.fixture
+def model() -> PixelCLIP:
+    clip = open_clip.CLIP(**tiny.CLIP_CONFIG)
+    clip.load_state_dict(tiny.clip_state())
+    text = TextTower(clip)
+    return PixelCLIP(Backbone(clip.visual), text, Prompts(text, torch.arange(10).view(5, 2)), Decoder()).train()
+
+
+def batch() -> tuple[torch.Tensor, ...]:
+    generator = torch.Generator().manual_seed(3)
+    weak, strong = torch.randn(2, 2, 3, 32, 32, generator=generator)
+    return weak, strong, torch.rand(6, 24, 24, generator=generator) < 0.3, torch.tensor([0, 0, 0, 1, 1, 1])
+
+
+def test_loss_equals_a_boolean_gather():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 3, 8, 8, generator=generator, requires_grad=True)
+    targets = torch.rand(2, 3, 8, 8, generator=generator) < 0.2
+    covered = targets.any(dim=1)
+    picked = covered[:, None].expand_as(targets)
+    wanted = F.binary_cross_entropy_with_logits(logits[picked], targets[picked].float())
+    found = mask_loss(logits, targets, covered)
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in (found, wanted)))
+
+
+def test_loss_without_a_covered_pixel_is_zero_with_zero_gradient():
+    logits = torch.randn(1, 2, 4, 4, requires_grad=True)
+    loss = mask_loss(logits, torch.zeros(1, 2, 4, 4, dtype=torch.bool), torch.zeros(1, 4, 4, dtype=torch.bool))
+    loss.backward()
+    assert loss.item() == 0
+    assert not logits.grad.any()
+
+
+def test_a_batch_without_masks_gives_zero_loss(model):
+    weak, strong, masks, index = batch()
+    output = model(weak, strong, masks[:0], index[:0])
+    output.loss.backward()
+    assert output.loss.item() == 0
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+
+
+def test_only_attention_position_prompts_and_decoder_learn(model):
+    model(*batch()).loss.backward()
+    learned = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert learned
+    for name in learned:
+        part = name.partition(".")[0]
+        assert part in ("prompts", "decoder") or (part == "student" and (".attn." in name or "positional" in name)), name
+
+
+def test_the_teacher_moves_by_the_momentum_only_when_told(model):
+    before = {name: p.clone() for name, p in model.teacher.named_parameters()}
+    with torch.no_grad():
+        for parameter in model.student.parameters():
+            parameter += 1
+    model(*batch()).loss.backward()
+    assert all(torch.equal(p, before[name]) for name, p in model.teacher.named_parameters())
+    model.update_teacher(0.9)
+    trained = set(model.student.trained_parameters())
+    for name, parameter in model.teacher.named_parameters():
+        wanted = before[name] + (0.1 if name in trained else 0)
+        torch.testing.assert_close(parameter, wanted, atol=1e-6, rtol=1e-5)
+
+
+def test_train_mode_leaves_teacher_and_text_in_eval_mode(model):
+    assert model.student.training
+    assert not model.teacher.training
+    assert not model.text.training
+
+
+def test_decoder_quadruples_the_grid_of_any_shape():
+    assert Decoder()(torch.randn(2, 1, 3, 5)).shape == (2, 1, 12, 20)

@@ -1,0 +1,205 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import conftest
+import numpy as np
+import pytest
+import tiny
+import torch
+from mlflow import MlflowClient
+from safetensors.torch import load_file
+
+from pixelclip import train
+from pixelclip.checkpoint import load_clip, load_model
+from pixelclip.config import TrainConfig
+from pixelclip.model import PixelCLIP
+
+SMALL = {
+    "side": 32,
+    "shortest_edge": 32,
+    "longest_edge": 64,
+    "crop": 28,
+    "mask_grid": 24,
+    "batch_size": 4,
+    "concepts": 4,
+    "prompt_tokens": 2,
+    "learning_rate_backbone": 1e-4,
+    "gradient_clip": 1.0,
+    "device": "cpu",
+    "workers": 0,
+    "log_every": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    """Twelve images of four quarters, each quarter a mask."""
+    folder, members = tmp_path_factory.mktemp("masks"), {}
+    quarters = np.zeros((4, 40, 48), bool)
+    for number, (rows, columns) in enumerate(((slice(0, 20), slice(0, 24)), (slice(0, 20), slice(24, 48)))):
+        quarters[number, rows, columns] = quarters[number + 2, slice(20, 40), columns] = True
+    for number in range(12):
+        members[f"{number}.jpg"] = conftest.encoded(conftest.pixels(40, 48, number))
+        members[f"{number}.json"] = conftest.annotation(quarters)
+    conftest.write_tar(folder / "000000.tar", members)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory) -> Path:
+    return tiny.clip_folder(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture
+def config(clip, tmp_path, monkeypatch):
+    tiny.mlflow_at(monkeypatch, tmp_path / "mlflow")
+
+    def make(**settings) -> TrainConfig:
+        return TrainConfig(**{**SMALL, "clip": str(clip), "steps": 6, "checkpoint_every": 2, "picture_every": 3, **settings})
+
+    return make
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["metrics"]["train/loss"] for line in (folder / "curves.jsonl").read_text().splitlines()]
+
+
+def test_a_training_makes_a_whole_model_folder(shards, config, clip, tmp_path):
+    out = tmp_path / "model"
+    metrics = train.run(shards, out, config())
+    assert metrics["train/loss"] == losses(out)[-1]
+    assert len(losses(out)) == 6
+    model = load_model(out)
+    start = load_clip(str(clip)).model.state_dict()
+    for name, tensor in model.clip.model.state_dict().items():
+        learned = name.startswith("visual.") and (".attn." in name or name.endswith("positional_embedding"))
+        assert torch.equal(tensor, start[name]) is not learned, name
+    gallery = json.loads((out / "gallery.json").read_text())
+    assert sum(entry["masks"] for entry in gallery) == 12 * 4
+    assert all((out / best["file"]).is_file() for entry in gallery for best in entry["best"])
+    assert sorted(path.name for path in (out / "pictures").iterdir()) == [
+        "step-000001.jpg",
+        "step-000003.jpg",
+        "step-000006.jpg",
+    ]
+    assert not (out / "state.safetensors").exists()
+    run = MlflowClient(os.environ["MLFLOW_TRACKING_URI"]).get_run(json.loads((out / "run.json").read_text())["run_id"])
+    assert run.info.status == "FINISHED"
+    assert run.data.params["train.steps"] == "6"
+    for curve in ("loss", "gradient_norm", "concepts_used", "assignment_entropy", "images_per_second"):
+        assert f"train/{curve}" in run.data.metrics
+    for group in ("backbone", "prompts", "decoder"):
+        assert run.data.metrics[f"train/learning_rate_{group}"] > 0
+
+
+def test_loss_falls(shards, config, tmp_path):
+    settings = {"steps": 40, "learning_rate_decoder": 3e-3, "strong_view": False, "picture_every": 0, "log_every": 1}
+    train.run(shards, tmp_path / "model", config(**settings))
+    found = losses(tmp_path / "model")
+    assert np.mean(found[-5:]) < 0.8 * np.mean(found[:5])
+
+
+@pytest.mark.parametrize("killed_at", [1, 3, 5])
+def test_a_killed_training_continues_to_the_very_same_losses(shards, config, tmp_path, monkeypatch, killed_at):
+    undisturbed = train.run(shards, tmp_path / "whole", config())
+
+    class Killed(BaseException):
+        pass
+
+    update, count = PixelCLIP.update_teacher, iter(range(100))
+
+    def update_or_die(self, momentum):
+        if next(count) == killed_at:
+            raise Killed
+        update(self, momentum)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PixelCLIP, "update_teacher", update_or_die)
+        with pytest.raises(Killed):
+            train.run(shards, tmp_path / "broken", config())
+    assert not (tmp_path / "broken").exists()
+    continued = train.run(shards, tmp_path / "broken", config(workers=1))
+    assert continued == undisturbed
+    assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "broken"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.slow
+def test_a_training_killed_by_the_system_continues_to_the_very_same_loss(shards, config, tmp_path):
+    settings = [f"{name}={value}" for name, value in config(steps=60, checkpoint_every=5).model_dump().items() if value != ""]
+
+    def start(out: Path) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "pixelclip", "train", "--masks", str(shards), "--out", str(out), *settings]
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    assert start(tmp_path / "whole").wait() == 0
+    for seconds in (6, 9, 12):
+        process = start(tmp_path / "broken")
+        time.sleep(seconds)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert start(tmp_path / "broken").wait() == 0
+    assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
+
+
+def test_a_finished_training_is_reused(shards, config, tmp_path, capsys):
+    first = train.run(shards, tmp_path / "model", config())
+    written = (tmp_path / "model" / "model.safetensors").stat().st_mtime_ns
+    assert train.run(shards, tmp_path / "model", config(workers=1, log_every=5)) == first
+    assert "reused" in capsys.readouterr().out
+    assert (tmp_path / "model" / "model.safetensors").stat().st_mtime_ns == written
+
+
+def test_a_step_that_is_not_finite_stops_before_it_is_taken(shards, config, tmp_path):
+    with pytest.raises(ValueError, match=r"step 2: loss .*nan|step 2: loss .*inf"):
+        train.run(shards, tmp_path / "model", config(learning_rate_decoder=1e30))
+    assert not (tmp_path / "model").exists()
+
+
+def test_masks_that_vanish_on_the_grid_are_said(config, tmp_path):
+    dots = np.zeros((1, 40, 48), bool)
+    dots[0, 3, 3] = True
+    members = {"a.jpg": conftest.encoded(conftest.pixels(40, 48)), "a.json": conftest.annotation(dots)}
+    conftest.write_tar(tmp_path / "dots" / "0.tar", members)
+    with pytest.raises(ValueError, match="batches had no mask at all"):
+        train.run(tmp_path / "dots", tmp_path / "model", config(steps=30))
+
+
+def test_an_unreachable_server_fails_before_the_work(shards, config, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    with pytest.raises(ValueError, match="cannot be reached"):
+        train.run(shards, tmp_path / "model", config())
+
+
+def test_a_side_below_one_patch_is_refused(shards, config, tmp_path):
+    tight = config().model_copy(update={"side": 4})
+    with pytest.raises(ValueError, match=r"train\.side 4 is smaller than one patch"):
+        train.run(shards, tmp_path / "model", tight)
+
+
+def test_every_trained_parameter_is_in_one_group_and_norms_and_embeddings_do_not_decay(config):
+    clip_model = load_clip(config().clip)
+    text = train.TextTower(clip_model.model)
+    prompts = train.Prompts(text, torch.zeros(4, 2, dtype=torch.long))
+    model = PixelCLIP(train.Backbone(clip_model.model.visual), text, prompts, train.new_decoder(0))
+    groups = train.make_optimizer(model, config()).param_groups
+    grouped = [id(p) for group in groups for p in group["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            plain = "double_conv.1" not in name and "double_conv.4" not in name
+            embedding = name.endswith("positional_embedding") or name == "prompts.tokens"
+            assert (id(parameter) in decayed) is (plain and not embedding), name
+
+
+def test_schedule_is_a_cosine_from_one_to_the_share():
+    assert train.cosine_share(0, 100, 0.5) == 1
+    assert train.cosine_share(50, 100, 0.5) == pytest.approx(0.75)
+    assert train.cosine_share(100, 100, 0.5) == pytest.approx(0.5)
