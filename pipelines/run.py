@@ -1,19 +1,25 @@
 """Compiles the pipeline for a cluster, or runs it here: every parameter is checked before any step starts."""
 
+import contextlib
+import io
 import os
 import shutil
+import sys
 import uuid
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from kfp import compiler, local
 
 from pixelclip.config import STAGES, load_all, nearest
 from pixelclip.stage import METRICS
+from pixelclip.storage import read_json
 from pixelclip.tracking import PIPELINE_RUN, connect, tracking_uri
 from pixelclip_pipelines.pixelclip import SETTING_OF, pixelclip
 
+LOG = "pipeline.log"
 _PATHS = ("images", "labelled", "workspace")
 
 
@@ -73,7 +79,7 @@ def run_locally(images: Path, labelled: Path, out: Path, params: Path | None, ov
     Args:
         images: folder of unlabelled images.
         labelled: labelled set.
-        out: the workspace; `metrics.json` and `report.html` are put there at the end.
+        out: the workspace; `metrics.json` and `report.html` are put there at the end, KFP's whole log in `pipeline.log`.
         params: a YAML file with settings.
         overrides: see `arguments`.
 
@@ -90,15 +96,47 @@ def run_locally(images: Path, labelled: Path, out: Path, params: Path | None, ov
     # Steps are processes of their own: they inherit where MLflow is and which run they belong to.
     os.environ["MLFLOW_TRACKING_URI"] = _absolute(tracking_uri())
     os.environ[PIPELINE_RUN] = str(uuid.uuid4())
+    os.environ.setdefault("TQDM_MININTERVAL", "15")  # a step's bar is not on a terminal: every refresh is a line
     artifacts = out / ".kfp"
     local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(artifacts), raise_on_error=True)
     try:
-        pixelclip(**given)
+        warnings.filterwarnings("ignore", ".*custom or non-Python base image", RuntimeWarning)  # this environment is the image
+        with (out / LOG).open("a") as log, contextlib.redirect_stdout(_Terse(sys.stdout, log)):
+            pixelclip(**given)
     except RuntimeError as error:  # kfp's word for a failed step, whose own message stands above
         raise SystemExit(f"pixelclip: {error}\nWhat is finished stays in {out}; the same command continues.") from None
     shutil.rmtree(artifacts, ignore_errors=True)  # every result stands in the workspace
     for name in (METRICS, "report.html"):
         shutil.copyfile(out / "evaluate" / name, out / name)
+    registered = read_json(out / "register" / "registration.json")
+    print(f"\n{(out / 'evaluate' / 'table.txt').read_text()}")
+    print(f"{registered['model_uri']} is {registered['role']}: {registered['reason']}")
+    print(f"results: {out}   MLflow: {tracking_uri()}")
+
+
+class _Terse(io.TextIOBase):
+    """Keeps all of KFP's words in a log file and shows those of the stages.
+
+    KFP's executor prints its whole input as JSON, between "Got executor_input" and a closing brace, before every step.
+    """
+
+    def __init__(self, shown: TextIO, log: TextIO) -> None:
+        self._shown, self._log, self._rest, self._in_json = shown, log, "", False
+
+    def write(self, text: str) -> int:
+        """Takes text line by line."""
+        self._log.write(text)
+        *lines, self._rest = (self._rest + text).split("\n")
+        for line in lines:
+            plain = line.strip()
+            if "Got executor_input" in plain:
+                self._in_json = True
+            elif self._in_json:
+                self._in_json = line.rstrip() not in ("}", "    }")
+            elif plain and "[KFP Executor" not in plain and "Looking for component" not in plain:
+                self._shown.write(f"{line}\n")
+        self._shown.flush()
+        return len(text)
 
 
 def _absolute(uri: str) -> str:

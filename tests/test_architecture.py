@@ -4,13 +4,36 @@ import subprocess
 import sys
 
 import pytest
-
 from imports import MODULES, PACKAGE, imported, imported_with_theirs
 
-ORDER = """
-config storage stage images shards masks pixels dataset text backbone clusters model checkpoint predict benchmarks
-tracking pictures report train evaluate serve register toy_motifs toy toy_clip cli
-""".split()
+ORDER = [
+    "config",
+    "storage",
+    "stage",
+    "images",
+    "shards",
+    "masks",
+    "pixels",
+    "dataset",
+    "text",
+    "backbone",
+    "clusters",
+    "model",
+    "checkpoint",
+    "predict",
+    "benchmarks",
+    "tracking",
+    "pictures",
+    "report",
+    "train",
+    "evaluate",
+    "serve",
+    "register",
+    "toy_motifs",
+    "toy",
+    "toy_clip",
+    "cli",
+]
 
 
 def test_every_module_has_its_place():

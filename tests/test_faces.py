@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import typer
 import yaml
-
 from imports import imported_with_theirs
+
 from pixelclip.cli import app
 from pixelclip.config import STAGES, lasting
 

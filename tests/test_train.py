@@ -97,13 +97,6 @@ def test_a_training_makes_a_whole_model_folder(shards, config, clip, tmp_path):
         assert run.data.metrics[f"train/learning_rate_{group}"] > 0
 
 
-def test_loss_falls(shards, config, tmp_path):
-    settings = {"steps": 40, "learning_rate_decoder": 3e-3, "strong_view": False, "picture_every": 0, "log_every": 1}
-    train.run(shards, tmp_path / "model", config(**settings))
-    found = losses(tmp_path / "model")
-    assert np.mean(found[-5:]) < 0.8 * np.mean(found[:5])
-
-
 @pytest.mark.parametrize("killed_at", [1, 3, 5])
 def test_a_killed_training_continues_to_the_very_same_losses(shards, config, tmp_path, monkeypatch, killed_at):
     undisturbed = train.run(shards, tmp_path / "whole", config())

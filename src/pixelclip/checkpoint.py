@@ -121,6 +121,7 @@ def save_model(
     tensors |= {f"decoder.{name}": tensor for name, tensor in decoder.state_dict().items()}
     # A state dict may name one tensor twice; safetensors wants each to own its memory.
     save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, folder / WEIGHTS)
+    (folder / WEIGHTS).chmod(0o644)  # safetensors leaves it readable by its owner alone
     concepts, tokens = prompts.tokens.shape[:2]
     write_json(
         folder / CONFIG,

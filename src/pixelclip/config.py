@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 _Kind = TypeVar("_Kind", bound=BaseModel)
-_STRICT = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+_STRICT = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, coerce_numbers_to_str=True)
 _BAD_SHARE = "Largest share of unreadable samples; more stop the stage."
 _WORKERS = "Worker processes; 0 works in this process."
 _DEVICE = "Where to compute: auto (a GPU if there is one), cpu, cuda, cuda:1, ..."

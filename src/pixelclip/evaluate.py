@@ -24,12 +24,12 @@ from pixelclip.pixels import normalise, squash, to_tensor
 from pixelclip.predict import class_scores, label_map, pick_device
 from pixelclip.report import Example, write_report
 from pixelclip.shards import BadSamples
-from pixelclip.stage import PROVENANCE, Metrics, Stage
-from pixelclip.storage import digest, read_json, write_json
+from pixelclip.stage import PROVENANCE, Metrics, Stage, describe
+from pixelclip.storage import digest, read_json, write_atomically, write_json
 from pixelclip.text import TEMPLATES, TextTower, classifier
 from pixelclip.tracking import Run
 
-REPORT, PER_CLASS = "report.html", "per_class.json"
+REPORT, PER_CLASS, TABLE = "report.html", "per_class.json", "table.txt"
 
 
 @dataclass
@@ -85,7 +85,7 @@ def run(model: Path, labelled: Path, out: Path, config: EvaluateConfig) -> Metri
     Args:
         model: model folder.
         labelled: labelled set.
-        out: folder to make: metrics, `per_class.json`, `report.html`.
+        out: folder to make: metrics, `table.txt`, `per_class.json`, `report.html`.
         config: settings.
 
     Returns:
@@ -97,10 +97,10 @@ def run(model: Path, labelled: Path, out: Path, config: EvaluateConfig) -> Metri
     loaded = load_model(model)
     spec = config.clip or loaded.config["clip"]["spec"]
     weights = clip_folder(spec)
-    inputs = {"model": model, "labelled": labelled} | ({"clip": weights} if weights else {})
+    named = {"model": model, "labelled": labelled} | ({"clip": weights} if weights else {})
     dataset = open_folder(labelled)
     device = pick_device(config.device)
-    stage = Stage("evaluate", out, inputs, config)
+    stage = Stage("evaluate", out, {key: describe(path) for key, path in named.items()}, config)
     if stage.finished:
         return stage.reuse()
     with stage:
@@ -114,7 +114,9 @@ def run(model: Path, labelled: Path, out: Path, config: EvaluateConfig) -> Metri
         tracked.tags({f"labelled.{name}.md5": stage.inputs["labelled"]["md5"]})
         result = measure(loaded, load_clip(spec), dataset, config, device)
         metrics = {f"{key}/{name}": value for key, value in result.metrics.items()}
-        print(table(result.per_class, metrics, name), flush=True)
+        shown = table(result.per_class, metrics, name)
+        print(shown, flush=True)
+        write_atomically(stage.folder / TABLE, shown + "\n")
         write_json(stage.folder / PER_CLASS, result.per_class)
         write_report(
             stage.folder / REPORT,
@@ -194,7 +196,7 @@ def _batches(
     indices: list[int] = []
     images: list[Image.Image] = []
     labels: list[NDArray[np.uint8]] = []
-    for index in tqdm(range(len(dataset)), desc="evaluate", unit="image", mininterval=1):
+    for index in tqdm(range(len(dataset)), desc="evaluate", unit="image"):
         try:
             image, label = dataset.read(index)
         except ValueError as error:

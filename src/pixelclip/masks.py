@@ -5,7 +5,7 @@ Generators: `felzenszwalb` (graph segmentation, needs no weights) and `given` (m
 
 import json
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -25,12 +25,13 @@ from pixelclip.shards import (
     BadSamples,
     Member,
     ShardWriter,
+    describe_shards,
     index_shard,
     list_shards,
     parse_annotation,
     read_part,
 )
-from pixelclip.stage import Metrics, Stage
+from pixelclip.stage import Metrics, Stage, describe
 from pixelclip.storage import read_json, write_json
 
 Sample = tuple[str, bytes, bytes]  # key, image, JSON of its shard (empty: none)
@@ -38,25 +39,31 @@ Result = tuple[dict[str, Any] | None, str]  # annotation document or None, and w
 _WINDOW = 64
 
 
-def felzenszwalb(image: Image.Image, scale: float, sigma: float, min_size: int) -> NDArray[np.bool_]:
+def felzenszwalb(image: Image.Image, scale: float, sigma: float, min_size: int) -> NDArray[np.int64]:
     """Graph segmentation (Felzenszwalb and Huttenlocher, 2004).
 
     Returns:
-        [N, H, W] masks that cover the image without overlap.
+        [H, W], the segment of every pixel, counted from 0.
     """
     from skimage.segmentation import felzenszwalb as segment
 
-    labels = segment(np.asarray(to_rgb(image)), scale=scale, sigma=sigma, min_size=min_size)
-    return labels[None] == np.unique(labels)[:, None, None]
+    return np.asarray(segment(np.asarray(to_rgb(image)), scale=scale, sigma=sigma, min_size=min_size))
 
 
-def annotate(masks: NDArray[np.bool_], key: str, quality: float = 1.0) -> dict[str, Any]:
-    """Writes masks [N, H, W] as SA-1B's annotation document."""
-    count, height, width = masks.shape
+def annotate(masks: Iterable[NDArray[np.bool_]], size: tuple[int, int], key: str, quality: float = 1.0) -> dict[str, Any]:
+    """Writes masks as SA-1B's annotation document.
+
+    Args:
+        masks: non-empty masks [H, W]; one at a time is in memory where they come from an iterator.
+        size: (width, height) of the image.
+        key: of the sample.
+        quality: written as predicted IoU and stability score.
+    """
+    width, height = size
     annotations = []
-    for index in range(count):
-        code = rle.encode(np.asfortranarray(masks[index], dtype=np.uint8))
-        rows, columns = np.nonzero(masks[index])
+    for index, mask in enumerate(masks):
+        code = rle.encode(np.asfortranarray(mask, dtype=np.uint8))
+        rows, columns = np.nonzero(mask)
         annotations.append(
             {
                 "id": index,
@@ -81,8 +88,9 @@ def decode_masks(document: dict[str, Any]) -> NDArray[np.uint8]:
 
 def _from_felzenszwalb(sample: Sample, config: MasksConfig) -> dict[str, Any]:
     key, data, _ = sample
-    found = felzenszwalb(decode_image(data), config.felzenszwalb_scale, config.felzenszwalb_sigma, config.felzenszwalb_min_size)
-    return annotate(found, key)
+    image = decode_image(data)
+    segments = felzenszwalb(image, config.felzenszwalb_scale, config.felzenszwalb_sigma, config.felzenszwalb_min_size)
+    return annotate((segments == number for number in np.unique(segments)), image.size, key)
 
 
 def _from_given(sample: Sample, config: MasksConfig) -> dict[str, Any]:
@@ -140,7 +148,9 @@ def run(shards: Path, out: Path, config: MasksConfig) -> Metrics:
     names = [tar.name for tar in tars]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"{shards}: masked shards keep their names, which must differ; found twice: {', '.join(twice)}")
-    inputs = {"shards": shards} | ({"given": Path(config.given_folder)} if config.given_folder else {})
+    inputs = {"shards": describe_shards(shards)} | (
+        {"given": describe(Path(config.given_folder))} if config.given_folder else {}
+    )
     stage = Stage("masks", out, inputs, config)
     if stage.finished:
         return stage.reuse()
@@ -170,7 +180,7 @@ def _mask_shard(tar: Path, out: Path, config: MasksConfig, pool: Executor | None
     found_bad = [f"{name}: {reason}" for name, reason in bad]
     images, masks = 0, 0
     results = _map(partial(_mask_one, config=config), (_read(tar, member) for member in members), pool)
-    shown = tqdm(members, desc=f"masks {tar.stem}", unit="image", mininterval=1)
+    shown = tqdm(members, desc=f"masks {tar.stem}", unit="image")
     with ShardWriter(out) as writer:
         for member, (document, reason) in zip(shown, results, strict=True):
             if document is None:

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from pixelclip.backbone import Backbone
 from pixelclip.checkpoint import Clip, Model, backbone_of, load_model
-from pixelclip.images import colour_labels, palette
+from pixelclip.images import colour_labels, palette, to_rgb, turn_upright
 from pixelclip.pixels import normalise, squash, to_tensor
 from pixelclip.text import TEMPLATES, TextTower, check_names, classifier
 
@@ -128,7 +128,7 @@ class Predictor:
             raise ValueError(f"classes: at most {MAX_CLASSES} names, found {len(names)}")
         if tuple(names) not in self._classifiers:
             self._classifiers = {tuple(names): classifier(self.text, names, TEMPLATES["ensemble"])}
-        upright = to_tensor(ImageOps.exif_transpose(image)).to(self.device)
+        upright = to_tensor(turn_upright(image)).to(self.device)
         pixels = squash(normalise(upright, self.clip.mean, self.clip.std)[None], self.side)
         scores = class_scores(self.backbone, pixels, self._classifiers[tuple(names)], self.feature_grid)
         labels = label_map(scores, (upright.shape[1], upright.shape[2]))[0]
@@ -142,7 +142,7 @@ def label_image(labels: NDArray[np.uint16]) -> Image.Image:
 
 def overlay(image: Image.Image, prediction: Prediction, opacity: float = 0.55) -> Image.Image:
     """The image under its label colours, with a legend of the classes that occur, largest first."""
-    photo = np.asarray(ImageOps.exif_transpose(image).convert("RGB"), dtype=np.float32)
+    photo = np.asarray(to_rgb(turn_upright(image)), dtype=np.float32)
     colours = colour_labels(prediction.labels, len(prediction.classes)).astype(np.float32)
     picture = Image.fromarray(np.round(photo * (1 - opacity) + colours * opacity).astype(np.uint8))
     counts = np.bincount(prediction.labels.ravel(), minlength=len(prediction.classes))

@@ -8,6 +8,8 @@ import hashlib
 import json
 import math
 import shutil
+import tempfile
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
@@ -22,7 +24,7 @@ from mlflow.exceptions import MlflowException
 from pixelclip import __version__, serve
 from pixelclip.checkpoint import CONFIG, WEIGHTS
 from pixelclip.config import RegisterConfig
-from pixelclip.stage import METRICS, PROVENANCE, Metrics, Stage
+from pixelclip.stage import METRICS, PROVENANCE, Metrics, Stage, describe
 from pixelclip.storage import read_json, write_json
 from pixelclip.tracking import RUN, Run, connect, lineage, tracking_uri
 
@@ -86,11 +88,13 @@ def run(model: Path, evaluation: Path, out: Path, config: RegisterConfig) -> Met
         ValueError: the evaluation is of another model, a figure is missing or not finite, or MLflow is unreachable.
     """
     provenance, evaluated = read_json(model / PROVENANCE), read_json(evaluation / PROVENANCE)
+    if evaluated["stage"] != "evaluate":
+        raise ValueError(f"{evaluation}: is no evaluation, stage {evaluated['stage']!r} made it")
     if evaluated["inputs"]["model"]["md5"] != provenance["output"]["md5"]:
         raise ValueError(f"{evaluation}: is the evaluation of another model than {model}")
     figures, name = _figures(evaluation, evaluated)
     client = connect()
-    stage = Stage("register", out, {"model": model, "evaluation": evaluation}, config)
+    stage = Stage("register", out, {"model": describe(model), "evaluation": describe(evaluation)}, config)
     if stage.finished:
         if _version_of(client, config.name, provenance["output"]["md5"]) is not None:
             return stage.reuse()
@@ -151,11 +155,13 @@ def _create_version(client: MlflowClient, model: Path, folder: Path, provenance:
     tracked.finish()
     before = client.get_run(tracked.run_id).info.status
     requirements = [f"{package}=={metadata.version(package)}" for package in _REQUIRED]
-    with mlflow.start_run(run_id=tracked.run_id):
+    with mlflow.start_run(run_id=tracked.run_id), tempfile.TemporaryDirectory() as copy, warnings.catch_warnings():
+        # The signature is stated, so no example is needed to guess it.
+        warnings.filterwarnings("ignore", ".*input example was not provided", UserWarning)
         logged = mlflow.pyfunc.log_model(
             name="model",
             python_model=serve.__file__,
-            artifacts={serve.ARTIFACT: str(_weights_only(model, folder))},
+            artifacts={serve.ARTIFACT: str(_weights_only(model, Path(copy)))},
             signature=serve.SIGNATURE,
             pip_requirements=[f"pixelclip=={__version__}", *requirements],
         )
@@ -177,7 +183,7 @@ def _create_version(client: MlflowClient, model: Path, folder: Path, provenance:
 def _weights_only(model: Path, folder: Path) -> Path:
     """A copy of what inference needs: a training leaves pictures and curves beside it."""
     copy = folder / serve.ARTIFACT
-    copy.mkdir(exist_ok=True)
+    copy.mkdir()
     for name in (WEIGHTS, CONFIG, PROVENANCE, RUN):
         if (model / name).is_file():
             shutil.copyfile(model / name, copy / name)

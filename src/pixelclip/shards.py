@@ -5,6 +5,7 @@ offsets: samples are then reached in any order, which makes shuffling global and
 still be streamed.
 """
 
+import hashlib
 import io
 import json
 import tarfile
@@ -20,8 +21,8 @@ from tqdm import tqdm
 
 from pixelclip.config import ShardsConfig
 from pixelclip.images import decode_image, encode_jpeg, to_rgb, turn_upright
-from pixelclip.stage import Metrics, Stage
-from pixelclip.storage import files_below
+from pixelclip.stage import Metrics, Stage, describe
+from pixelclip.storage import digest, files_below
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 _NAMED = 10  # bad samples named one by one; the rest are counted
@@ -92,6 +93,19 @@ def list_shards(source: Path) -> list[Path]:
     return shards
 
 
+def describe_shards(source: Path) -> dict[str, Any]:
+    """Identifies Shards as `stage.describe` does; a manifest by the tars that it lists, not by its words."""
+    if source.is_dir():
+        return describe(source)
+    whole, size = hashlib.md5(usedforsecurity=False), 0
+    tars = list_shards(source)
+    for tar in tars:
+        found = digest(tar)
+        whole.update(f"{tar.name} {found['md5']}\n".encode())
+        size += found["size"]
+    return {"path": str(source), "md5": whole.hexdigest(), "num_files": len(tars), "size": size}
+
+
 def index_shard(path: Path) -> tuple[list[Member], list[tuple[str, str]]]:
     """Lists the samples of a tar without reading them.
 
@@ -115,6 +129,8 @@ def index_shard(path: Path) -> tuple[list[Member], list[tuple[str, str]]]:
                         bad.append((f"{path}: {member.name}", "truncated: the tar ends before it"))
                     elif suffix in ("jpg", "json"):
                         parts.setdefault(key, {})[suffix] = (member.offset_data, member.size)
+                    elif f".{suffix.lower()}" in IMAGE_SUFFIXES:
+                        bad.append((f"{path}: {member.name}", "is not read: an image of a shard is called KEY.jpg"))
                 end = read_part(path, tar.offset, tarfile.BLOCKSIZE)
                 if end != bytes(tarfile.BLOCKSIZE):  # tarfile takes a damaged header for the end
                     bad.append((str(path), f"damaged tar: at byte {tar.offset} neither a member nor its end; the rest is lost"))
@@ -236,7 +252,7 @@ def run(images: Path, out: Path, config: ShardsConfig) -> Metrics:
     paths = [path for path in files_below(images) if path.suffix.lower() in IMAGE_SUFFIXES]
     if not paths:
         raise ValueError(f"{images}: holds no image ({', '.join(IMAGE_SUFFIXES)})")
-    stage = Stage("shards", out, {"images": images}, config)
+    stage = Stage("shards", out, {"images": describe(images)}, config)
     if stage.finished:
         return stage.reuse()
     with stage:
@@ -258,7 +274,7 @@ def run(images: Path, out: Path, config: ShardsConfig) -> Metrics:
 
 def _samples(root: Path, paths: list[Path], config: ShardsConfig, bad: BadSamples) -> Iterator[list[tuple[str, bytes]]]:
     keys: set[str] = set()
-    for path in tqdm(paths, desc="shards", unit="image", mininterval=1):
+    for path in tqdm(paths, desc="shards", unit="image"):
         name = path.relative_to(root).with_suffix("").as_posix()
         key = name.replace(".", "_")  # WebDataset ends a key at the first dot
         try:

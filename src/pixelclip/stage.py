@@ -33,18 +33,18 @@ class Stage:
     Args:
         name: the stage.
         out: the folder that it makes.
-        inputs: what it reads.
+        inputs: what it reads, as `describe` says it.
         config: its settings.
 
     Raises:
-        ValueError: an input is missing, or `out` already holds something else.
+        ValueError: `out` already holds something else.
     """
 
-    def __init__(self, name: str, out: Path, inputs: Mapping[str, Path], config: BaseModel) -> None:
+    def __init__(self, name: str, out: Path, inputs: Mapping[str, dict[str, Any]], config: BaseModel) -> None:
         self.name = name
         self.out = out.absolute()
         self.settings = lasting(config)
-        self.inputs = {key: describe(path) for key, path in inputs.items()}
+        self.inputs = dict(inputs)
         identity = [name, __version__, self.settings, {key: value["md5"] for key, value in self.inputs.items()}]
         self.fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         self.folder = self.out.with_name(f".{self.out.name}.{self.fingerprint[:12]}.partial")
@@ -152,7 +152,8 @@ def describe(path: Path) -> dict[str, Any]:
     made_by = path / PROVENANCE
     if made_by.is_file():
         provenance = read_json(made_by)
-        return {"path": str(path), **provenance["output"], "provenance": provenance}
+        if isinstance(provenance, dict) and isinstance(provenance.get("output"), dict):  # else it is somebody else's file
+            return {"path": str(path), **provenance["output"], "provenance": provenance}
     return {"path": str(path), **digest(path)}
 
 

@@ -47,6 +47,7 @@ def connect() -> MlflowClient:
     # A long outage is survived by the journal, so one delivery must not block for MLflow's own minutes of retries.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     if uri.startswith("sqlite:///"):
         Path(uri.removeprefix("sqlite:///")).absolute().parent.mkdir(parents=True, exist_ok=True)
     elif uri.startswith(("http://", "https://")):
@@ -193,11 +194,12 @@ class Run:
         client = connect()
         known = read_json(model / RUN) if (model / RUN).is_file() else {}
         run_id = _existing(client, known.get("run_id"))
+        unknown = run_id is None
         try:
             if run_id is None:
                 run_id = client.create_run(_experiment_id(client), run_name=model.name, tags=lineage(provenance)).info.run_id
-            retold = cls(client, model, run_id, owned=True)
-            if retold._pending():
+            retold = cls(client, model, run_id, owned=run_id != os.environ.get("MLFLOW_RUN_ID"))
+            if unknown or retold._pending():
                 retold.params(flatten(provenance))
                 retold.finish()
         except MlflowException as error:

@@ -22,8 +22,8 @@ from pixelclip.dataset import MaskedImages, Views, load_batches
 from pixelclip.model import Decoder, PixelCLIP
 from pixelclip.pictures import gallery, training_picture
 from pixelclip.predict import pick_device
-from pixelclip.shards import BadSamples, list_shards
-from pixelclip.stage import Metrics, Stage
+from pixelclip.shards import BadSamples, describe_shards, list_shards
+from pixelclip.stage import Metrics, Stage, describe
 from pixelclip.text import Prompts, TextTower
 from pixelclip.tracking import Run
 
@@ -49,7 +49,7 @@ def run(masks: Path, out: Path, config: TrainConfig) -> Metrics:
     shards = list_shards(masks)
     device = pick_device(config.device)
     weights = clip_folder(config.clip)
-    stage = Stage("train", out, {"masks": masks} | ({"clip": weights} if weights else {}), config)
+    stage = Stage("train", out, {"masks": describe_shards(masks)} | ({"clip": describe(weights)} if weights else {}), config)
     if stage.finished:
         return stage.reuse()
     with stage:
@@ -92,7 +92,7 @@ def _train(stage: Stage, clip: Clip, dataset: MaskedImages, config: TrainConfig,
     if dataset.without_masks:
         print(f"train: {dataset.without_masks} samples have no masks and are left out", flush=True)
     loader = load_batches(dataset, config.batch_size, start, config.steps, config.workers, pin=device.type == "cuda")
-    bar = tqdm(loader, desc="train", unit="step", initial=start, total=config.steps, mininterval=1)
+    bar = tqdm(loader, desc="train", unit="step", initial=start, total=config.steps)
 
     loss, concepts_used, maskless, seen, since = 0.0, 0, 0, 0, time.monotonic()
     for step, batch in enumerate(bar, start=start):

@@ -1,0 +1,198 @@
+"""Model folders and CLIP settings: what is written is read back, what is wrong is named."""
+
+import json
+import pickle
+from pathlib import Path
+
+import open_clip
+import pytest
+import tiny
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from pixelclip.checkpoint import backbone_of, build_clip, load_clip, load_model, save_model
+from pixelclip.model import Decoder
+from pixelclip.text import Prompts, TextTower
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory) -> Path:
+    return tiny.clip_folder(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture
+def model_folder(clip_folder, tmp_path) -> Path:
+    return tiny.model_folder(tmp_path / "model", clip_folder, change=0.1)
+
+
+def change_config(folder: Path, **entries) -> None:
+    config = json.loads((folder / "config.json").read_text()) | entries
+    (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
+
+
+def test_save_then_load_is_bit_equal(clip_folder, tmp_path):
+    clip = load_clip(str(clip_folder))
+    words = torch.arange(6).reshape(3, 2)
+    prompts, decoder = Prompts(TextTower(clip.model), words), Decoder()
+    save_model(tmp_path, clip, prompts, decoder, side=40, residual="patch", origin={"spec": "x", "md5": "y"})
+    (tmp_path / "provenance.json").write_text("{}")
+    loaded = load_model(tmp_path)
+
+    state = loaded.clip.model.state_dict()
+    assert state.keys() == clip.model.state_dict().keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in clip.model.state_dict().items())
+    assert torch.equal(loaded.prompts.tokens, prompts.tokens)
+    written = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(written[f"decoder.{name}"], tensor) for name, tensor in decoder.state_dict().items())
+    assert (loaded.side, loaded.residual, loaded.config["clip"]) == (40, "patch", {"spec": "x", "md5": "y"})
+    assert (loaded.clip.mean, loaded.clip.std, loaded.clip.side) == (tiny.MEAN, tiny.STD, 32)
+
+    # The same weights must also compute the same: activation and head count are no weights.
+    images, tokens = torch.rand(2, 3, 32, 32), open_clip.SimpleTokenizer()(["dog", "blue sky"])
+    with torch.no_grad():
+        assert torch.equal(loaded.clip.model.encode_image(images), clip.model.encode_image(images))
+        assert torch.equal(loaded.clip.model.encode_text(tokens), clip.model.encode_text(tokens))
+        assert torch.equal(loaded.prompts(TextTower(loaded.clip.model)), prompts(TextTower(clip.model)))
+        assert backbone_of(loaded)(images).shape == (2, 64, 4, 4)
+
+
+def test_no_pickle_in_the_folder(model_folder):
+    assert {path.name for path in model_folder.iterdir()} == {"model.safetensors", "config.json", "provenance.json"}
+    with safe_open(model_folder / "model.safetensors", framework="pt") as file:
+        assert {name.split(".")[0] for name in file.keys()} == {"clip", "prompts", "decoder"}  # noqa: SIM118
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "provenance.json"])
+def test_an_incomplete_folder_names_what_is_missing(model_folder, name):
+    (model_folder / name).unlink()
+    with pytest.raises(ValueError, match=rf"model: is not a complete model folder, {name} missing"):
+        load_model(model_folder)
+
+
+def test_no_folder_at_all(tmp_path):
+    with pytest.raises(ValueError, match=r"nowhere: .* model.safetensors, config.json, provenance.json missing"):
+        load_model(tmp_path / "nowhere")
+
+
+def test_truncated_weights(model_folder):
+    weights = model_folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match=r"model\.safetensors: cannot be read as safetensors"):
+        load_model(model_folder)
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"format": 7}, r"config\.json: format 7 found, 1 is what this version reads"),
+        ({"concepts": 5}, r"model\.safetensors: does not fit config\.json"),
+        ({"side": None}, r"config\.json: entry 'side' is missing"),
+        ({"model_cfg": {**tiny.CLIP_CONFIG, "embed_dim": 32}}, r"model\.safetensors: does not fit config\.json"),
+        ({"model_cfg": {**tiny.CLIP_CONFIG, "vision_cfg": {"colour": 3}}}, r"config\.json: .*colour"),
+    ],
+    ids=["format", "concepts", "entry", "width", "unknown"],
+)
+def test_a_config_that_does_not_fit_is_named(model_folder, entries, message):
+    change_config(model_folder, **entries)
+    with pytest.raises(ValueError, match=message):
+        load_model(model_folder)
+
+
+def test_a_tensor_too_few_is_named(model_folder):
+    weights = model_folder / "model.safetensors"
+    tensors = load_file(weights)
+    del tensors["clip.visual.proj"]
+    save_file(tensors, weights)
+    with pytest.raises(ValueError, match=r"(?s)model\.safetensors: does not fit config\.json.*visual\.proj"):
+        load_model(model_folder)
+
+
+def test_build_clip_leaves_its_config_alone():
+    before = json.dumps(tiny.CLIP_CONFIG)
+    build_clip({**tiny.CLIP_CONFIG, "custom_text": False})
+    assert json.dumps(tiny.CLIP_CONFIG) == before
+
+
+def test_the_shipped_clip_loads():
+    clip = load_clip("toy")
+    assert clip.side == 96
+    assert clip.mean == open_clip.OPENAI_DATASET_MEAN
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("ViT-B-61:openai", r"CLIP 'ViT-B-61:openai': .*did you mean 'ViT-B-16'"),
+        ("ViT-B-16", r"CLIP 'ViT-B-16': weights are missing: write ViT-B-16:PRETRAINED or ViT-B-16:FILE"),
+        ("ViT-B-16:opanai", r"(?i)CLIP 'ViT-B-16:opanai': .*opanai"),
+        ("/no/such/folder", r"CLIP '/no/such/folder': no folder"),
+    ],
+)
+def test_a_clip_that_is_not_there_is_named(spec, message):
+    with pytest.raises(ValueError, match=message):
+        load_clip(spec)
+
+
+def test_a_folder_without_its_config(tmp_path):
+    tiny.clip_folder(tmp_path)
+    (tmp_path / "open_clip_config.json").unlink()
+    with pytest.raises(ValueError, match=r"open_clip_config\.json: no such file"):
+        load_clip(str(tmp_path))
+
+
+def test_a_folder_without_its_weights(tmp_path):
+    tiny.clip_folder(tmp_path)
+    (tmp_path / "open_clip_model.safetensors").unlink()
+    with pytest.raises(ValueError, match=str(tmp_path)):
+        load_clip(str(tmp_path))
+
+
+@pytest.mark.parametrize("content", ["{}", '{"model_cfg": {"embed_dim": 4}}', "[]", '{"model_cfg": {"colour": 4}}'])
+def test_a_folder_with_an_unusable_config(tmp_path, content):
+    tiny.clip_folder(tmp_path)
+    (tmp_path / "open_clip_config.json").write_text(content)
+    with pytest.raises(ValueError, match=str(tmp_path)):
+        load_clip(str(tmp_path))
+
+
+@pytest.fixture
+def registered(monkeypatch) -> str:
+    """A small CLIP among open_clip's named ones."""
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny-pixelclip", tiny.CLIP_CONFIG)
+    return "tiny-pixelclip"
+
+
+def test_name_and_file(registered, tmp_path):
+    save_file(tiny.clip_state(), tmp_path / "w.safetensors")
+    clip = load_clip(f"{registered}:{tmp_path / 'w.safetensors'}")
+    state = clip.model.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in tiny.clip_state().items())
+    again = build_clip(clip.model_cfg)
+    again.load_state_dict(state)
+    images = torch.rand(1, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(again.eval().encode_image(images), clip.model.encode_image(images))
+
+
+def test_name_and_file_that_does_not_fit(registered, tmp_path):
+    save_file({"visual.proj": torch.zeros(3, 3)}, tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match=r"w\.safetensors"):
+        load_clip(f"{registered}:{tmp_path / 'w.safetensors'}")
+
+
+class _Trap:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+def test_a_pickle_is_never_executed(registered, tmp_path):
+    torch.save({"state_dict": _Trap(tmp_path / "sprung")}, tmp_path / "w.pt")
+    (tmp_path / "plain.pt").write_bytes(pickle.dumps(_Trap(tmp_path / "sprung"), protocol=2))
+    for name in ("w.pt", "plain.pt"):
+        with pytest.raises(ValueError, match=name):
+            load_clip(f"{registered}:{tmp_path / name}")
+    assert not (tmp_path / "sprung").exists()

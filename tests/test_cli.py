@@ -1,0 +1,120 @@
+"""The command line: every word helps, every mistake is one message and exit code 2."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+from pixelclip import cli
+from pixelclip.config import STAGES
+
+
+def commands() -> list[tuple[str, ...]]:
+    root = typer.main.get_command(cli.app)
+    found: list[tuple[str, ...]] = []
+    for name, command in root.commands.items():
+        found += [(name, inner) for inner in command.commands] if hasattr(command, "commands") else [(name,)]
+    return found
+
+
+@pytest.fixture
+def pixelclip(monkeypatch, capsys):
+    """Runs a command; returns exit code, output, errors."""
+
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["pixelclip", *map(str, words)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run
+
+
+def test_there_is_a_word_for_every_stage():
+    assert {(stage,) for stage in STAGES} <= set(commands())
+    assert {("predict",), ("settings",), ("pipeline", "run"), ("pipeline", "compile")} <= set(commands())
+
+
+def test_help_lists_every_command(pixelclip):
+    code, out, _ = pixelclip("--help")
+    assert code == 0
+    assert all(words[0] in out for words in commands())
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_every_command_has_help_that_explains_every_option(pixelclip, words):
+    code, out, _ = pixelclip(*words, "--help")
+    assert code == 0
+    command = typer.main.get_command(cli.app)
+    for word in words:
+        command = command.commands[word]
+    assert command.help and command.help.split(".")[0].split("\n")[0][:40] in out
+    for parameter in command.params:
+        assert parameter.help, f"{parameter.name} of {' '.join(words)} is not explained"
+        assert parameter.opts[0] in out or parameter.metavar in out or parameter.name.upper() in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("train", "--masks", "m", "--out", "o", "stpes=3"), "unknown setting 'stpes', did you mean 'steps'?"),
+        (("train", "--masks", "m", "--out", "o", "steps=many"), "steps: "),
+        (("train", "--masks", "m", "--out", "o", "steps"), "a setting is written NAME=VALUE, found 'steps'"),
+        (("train", "--masks", "m", "--out", "o", "evaluate.side=3"), "evaluate.side is no setting of stage train"),
+        (("toy", "--out", "o", "sead=3"), "unknown setting 'sead', did you mean 'seed'?"),
+        (("evaluate", "--model", "m", "--labelled", "l", "--out", "o", "template=single"), "did you mean 'templates'?"),
+        (("register", "--model", "m", "--evaluation", "e", "--out", "o", "min_gian=1"), "did you mean 'min_gain'?"),
+        (("shards", "--images", "i", "--out", "o", "--params", "no.yaml"), "no.yaml: cannot be read as YAML"),
+        (("masks", "--shards", "nowhere", "--out", "o"), "nowhere"),
+        (("evaluate", "--model", "nowhere", "--labelled", "l", "--out", "o"), "nowhere: is not a complete model folder"),
+        (("register", "--model", "nowhere", "--evaluation", "e", "--out", "o"), "nowhere/provenance.json: no such file"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(pixelclip, monkeypatch, tmp_path, words, message):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = pixelclip(*words)
+    assert code == 2
+    assert err.startswith("pixelclip: ") and message in err and err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_word_or_option_is_exit_code_2(pixelclip):
+    code, _, err = pixelclip("trian")
+    assert code == 2 and "trian" in err
+    code, _, err = pixelclip("train", "--mask", "x")
+    assert code == 2 and "--mask" in err
+
+
+def test_settings_prints_every_setting(pixelclip):
+    code, out, _ = pixelclip("settings")
+    assert code == 0
+    for stage, kind in STAGES.items():
+        section = out.split(f"## {stage}\n")[1].split("\n## ")[0]
+        rows = [line for line in section.splitlines() if line.startswith("| `")]
+        assert len(rows) == len(kind.model_fields)
+        for (name, field), row in zip(kind.model_fields.items(), rows, strict=True):
+            assert row.startswith(f"| `{name}` | `{field.default!r}` | ") and len(row.split("|")[3].strip()) > 10
+
+
+def test_params_and_overrides_reach_the_stage(pixelclip, tmp_path):
+    (tmp_path / "params.yaml").write_text("toy:\n  train_scenes: 3\n  test_scenes: 2\n  side: 32\n")
+    words = ("toy", "--out", tmp_path / "toy", "--params", tmp_path / "params.yaml", "toy.test_scenes=1")
+    code, _, _ = pixelclip(*words)
+    assert code == 0
+    assert len(list((tmp_path / "toy" / "images").rglob("*.*"))) == 3
+    assert len(list((tmp_path / "toy" / "toy" / "labels").iterdir())) == 1
+
+
+def test_the_installed_command_starts_without_torch(tmp_path):
+    """Help must come at once: torch, open_clip and mlflow are imported by the commands that need them."""
+    program = "import sys, pixelclip.cli; print([m for m in ('torch', 'mlflow', 'open_clip', 'kfp') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout.strip() == "[]"
+    script = Path(sys.executable).with_name("pixelclip")
+    assert script.is_file()

@@ -1,0 +1,125 @@
+"""Settings: what is accepted, what is refused, and that a refusal says where, what and what else."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pixelclip import config
+from pixelclip.config import STAGES, as_table, build, lasting, load, load_all, nearest, parse_overrides
+
+PARAMS = Path(__file__).parents[1] / "params.yaml"
+
+
+@pytest.fixture
+def params(tmp_path: Path):
+    def write(text: str) -> Path:
+        path = tmp_path / "my.yaml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+def test_defaults_then_file_then_overrides(params) -> None:
+    path = params("train:\n  steps: 7\n  batch_size: 3\n")
+    loaded = load("train", path, {"steps": 9, "train.seed": 5, "shards.jpeg_quality": 1})
+    assert (loaded.steps, loaded.batch_size, loaded.seed, loaded.concepts) == (9, 3, 5, 64)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("train:\n  setps: 7\n", ["my.yaml", "train", "'setps'", "did you mean 'steps'?"]),
+        ("masks:\n  wokers: 7\n", ["my.yaml", "masks", "'wokers'", "did you mean 'workers'?"]),  # of another stage
+        ("trian:\n  steps: 7\n", ["my.yaml", "'trian'", "did you mean 'train'?"]),
+        ("register:\n  zzzzzz: 7\n", ["'zzzzzz'", "the settings are name, min_gain"]),
+        ("train:\n  steps: 0\n", ["my.yaml", "train", "steps", "greater than or equal to 1", "found 0"]),
+        ("train:\n  steps: 1.5\n", ["my.yaml", "steps", "integer", "found 1.5"]),
+        ("train:\n  residual: both\n", ["residual", "'cls' or 'patch'", "found 'both'"]),
+        ("train:\n  steps: many\n  side: 3\n", ["steps", "found 'many'", "side", "found 3"]),
+        ("train:\n  gradient_clip: .inf\n", ["gradient_clip", "finite"]),
+        ("train:\n  cutout_min: .6\n", ["cutout_min 0.6 is larger than cutout_max 0.5"]),
+        ("train:\n  shortest_edge: 2000\n", ["shortest_edge 2000 is larger than longest_edge 1333"]),
+        ("train: 3\n", ["my.yaml", "'train'", "found 3"]),
+        ("train:\n  off: 3\n", ["my.yaml", "train", "False"]),  # YAML reads `off` as a truth value
+        ("- train\n", ["my.yaml", "found list"]),
+        ("train: [\n", ["my.yaml", "cannot be read as YAML"]),
+    ],
+)
+def test_a_refusal_names_file_setting_value_and_what_is_allowed(params, text: str, words: list[str]) -> None:
+    with pytest.raises(ValueError, match=r"(?s).") as refusal:
+        load("train", params(text))
+    assert [word for word in words if word not in str(refusal.value)] == []
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"none\.yaml"):
+        load("train", tmp_path / "none.yaml")
+
+
+def test_an_override_of_an_unknown_stage_names_the_nearest() -> None:
+    with pytest.raises(ValueError, match=r"unknown stage 'trian' .* did you mean 'train'\?"):
+        load("train", None, {"trian.steps": 3})
+    with pytest.raises(ValueError, match=r"'steps' must be written STAGE\.SETTING"):
+        load_all(None, {"steps": 3})
+    assert load_all(None, {"train.steps": 3})["train"].steps == 3
+
+
+def test_whole_floats_are_integers_because_kfp_turns_integers_to_floats() -> None:
+    steps = build(STAGES["train"], {"steps": 10000.0}, "here").steps
+    assert steps == 10000 and type(steps) is int
+
+
+def test_settings_cannot_be_changed() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        load("train").steps = 3
+
+
+def test_pairs_are_yaml_scalars() -> None:
+    pairs = ["steps=10", "train.clip=toy", "flip=false", "given_folder=", "a=b=c", "rate=2e-6"]
+    expected = {"steps": 10, "train.clip": "toy", "flip": False, "given_folder": "", "a": "b=c", "rate": "2e-6"}
+    assert parse_overrides(pairs) == expected
+    assert load("train", None, {"learning_rate_backbone": "2e-6"}).learning_rate_backbone == 2e-6
+
+
+@pytest.mark.parametrize("pair", ["steps", "=3", "given_folder=@x", "clip=[", "clip={a"])
+def test_what_is_no_pair_is_named(pair: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(repr(pair))):
+        parse_overrides([pair])
+
+
+def test_nearest_is_silent_when_nothing_is_near() -> None:
+    assert nearest("stpes", ["steps", "side"]) == ", did you mean 'steps'?"
+    assert nearest("qqqq", ["steps", "side"]) == ""
+
+
+def test_runtime_settings_do_not_last() -> None:
+    assert set(STAGES["train"].model_fields) - set(lasting(load("train"))) == {
+        "device", "workers", "log_every", "checkpoint_every", "picture_every",
+    }  # fmt: skip
+    assert set(STAGES["masks"].model_fields) - set(lasting(load("masks"))) == {"workers"}
+    assert lasting(load("shards"))["jpeg_quality"] == 95
+
+
+def test_params_yaml_states_every_setting_of_every_stage() -> None:
+    stated = yaml.safe_load(PARAMS.read_text())
+    assert {stage: sorted(settings) for stage, settings in stated.items()} == {
+        stage: sorted(kind.model_fields) for stage, kind in STAGES.items()
+    }
+    loaded = load_all(PARAMS, {})
+    assert {stage: settings.model_dump() for stage, settings in loaded.items()} == stated
+
+
+def test_the_defaults_are_the_papers() -> None:
+    train = load("train")
+    assert (train.side, train.shortest_edge, train.longest_edge, train.crop, train.mask_grid) == (320, 1024, 1333, 640, 256)
+    assert (train.steps, train.batch_size, train.concepts, train.prompt_tokens) == (10_000, 48, 64, 4)
+    assert (train.learning_rate_decoder, train.learning_rate_backbone, train.learning_rate_prompts) == (2e-4, 2e-6, 2e-3)
+    assert (train.weight_decay, train.gradient_clip, train.final_learning_rate_share) == (1e-4, 0.01, 0.5)
+
+
+def test_the_table_has_a_row_for_every_setting() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| `.+` \| .+ \|$", as_table(), re.M)
+    assert rows == [name for kind in config.STAGES.values() for name in kind.model_fields]

@@ -1,0 +1,57 @@
+"""The documentation says what the code does."""
+
+import re
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+
+from pixelclip.cli import app
+from pixelclip.config import as_table
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+COMMANDS = typer.main.get_command(app).commands
+
+
+def test_settings_page_is_what_the_command_prints():
+    assert as_table().strip() in (ROOT / "docs" / "settings.md").read_text()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_inside_the_repository_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_and_their_options_exist(page):
+    for block in re.findall(r"```[a-z]*\n(.*?)```", page.read_text(), flags=re.S):
+        for line in block.replace("\\\n", " ").splitlines():
+            found = re.match(r"(?:\S+=\S+ )*(?:\.venv/bin/)?pixelclip (\S+)(.*)", line)
+            if not found:
+                continue
+            command, rest = COMMANDS[found[1]], found[2]
+            if found[1] == "pipeline":
+                command = command.commands[rest.split()[0]]
+            options = {option for parameter in command.params for option in parameter.opts}
+            assert set(re.findall(r"(?<= )--[a-z-]+", rest)) <= options, line
+
+
+def test_make_targets_of_the_readme_exist():
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.M)
+    assert set(re.findall(r"`?make ([a-z]+)`?", (ROOT / "README.md").read_text())) <= set(targets)
+
+
+def test_nothing_committed_names_a_download_host():
+    text = (ROOT / "requirements.txt").read_text()
+    assert "://" not in text
+    assert "--index" not in text
+    assert all("==" in line for line in text.splitlines() if line and not line.lstrip().startswith("#"))
+
+
+def test_params_and_dvc_files_are_yaml_with_the_same_stages():
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    assert list(stages) == list(yaml.safe_load((ROOT / "params.yaml").read_text()))

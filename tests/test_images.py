@@ -1,0 +1,111 @@
+"""Images: decoding that says why not, against Pillow and numpy."""
+
+import colorsys
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import encoded, pixels
+from PIL import Image
+
+from pixelclip.images import (
+    colour_labels,
+    decode_image,
+    encode_jpeg,
+    open_image,
+    palette,
+    to_rgb,
+    turn_upright,
+)
+
+
+def with_orientation(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
+@pytest.mark.parametrize("data", [b"", b"no image", encoded(pixels(40, 30))[:-200], encoded(pixels(40, 30), "PNG")[:-60]])
+def test_what_cannot_be_decoded_wholly_is_refused(data: bytes, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="unreadable image"):
+        decode_image(data)
+    (tmp_path / "bad é.jpg").write_bytes(data)
+    with pytest.raises(ValueError, match=r"bad é\.jpg: unreadable image"):
+        open_image(tmp_path / "bad é.jpg")
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"none\.jpg: No such file"):
+        open_image(tmp_path / "none.jpg")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+@pytest.mark.parametrize(("orientation", "turns"), [(1, 0), (3, 2), (6, 3), (8, 1)])
+def test_an_image_is_opened_upright(tmp_path: Path, kind: str, orientation: int, turns: int) -> None:
+    stored = pixels(8, 12)
+    path = tmp_path / f"image.{kind}"
+    path.write_bytes(encoded(stored, kind, exif=with_orientation(orientation)))
+    assert np.array_equal(np.asarray(open_image(path)), np.rot90(stored, turns))
+
+
+def test_an_opened_image_is_rgb(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(encoded(np.full((4, 4), 0x8040, np.uint16), "PNG"))
+    assert np.unique(np.asarray(open_image(tmp_path / "a.png"))).tolist() == [0x80]
+    (tmp_path / "b.tif").write_bytes(encoded(np.ones((4, 4), np.float32), "TIFF"))
+    with pytest.raises(ValueError, match=r"b\.tif: .*found 32"):
+        open_image(tmp_path / "b.tif")
+
+
+def test_damaged_exif_is_refused_with_a_reason() -> None:
+    exif = with_orientation(6)
+    exif[0x010F] = "maker"
+    good = encoded(pixels(8, 12), "WEBP", exif=exif)
+    at = good.index(b"EXIF") + 8
+    with pytest.raises(ValueError, match="unreadable EXIF"):
+        turn_upright(decode_image(good[:at] + b"\xffM" + good[at + 2 :]))
+
+
+def test_16_bits_keep_their_tones() -> None:
+    tones = np.arange(0, 65536, 16, dtype=np.uint16).reshape(64, 64)
+    found = np.asarray(to_rgb(decode_image(encoded(tones, "PNG"))))
+    assert np.array_equal(found, np.repeat((tones // 256).astype(np.uint8)[..., None], 3, axis=2))
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_32_bits_have_no_known_range(kind: type) -> None:
+    with pytest.raises(ValueError, match="8 or 16 bits a channel are needed, found 32"):
+        to_rgb(Image.fromarray(np.ones((4, 4), kind)))
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "CMYK", "P", "1"])
+def test_every_mode_becomes_an_rgb_jpeg_of_the_same_picture(mode: str) -> None:
+    source = Image.new("RGB", (16, 16), (255, 255, 255)).convert(mode)
+    jpeg = Image.open(io.BytesIO(encode_jpeg(source, 95)))
+    assert (jpeg.format, jpeg.mode, jpeg.size) == ("JPEG", "RGB", (16, 16))
+    assert np.asarray(jpeg).min() > 250
+
+
+def test_a_palette_with_transparency_makes_no_warning() -> None:
+    source = Image.fromarray(pixels(8, 8)).convert("P")
+    data = encoded(source, "PNG", transparency=bytes(range(256)))
+    assert np.array_equal(np.asarray(to_rgb(decode_image(data))), np.asarray(source.convert("RGB")))
+
+
+def test_the_palette_is_hsv_and_its_colours_differ() -> None:
+    colours = palette(171)
+    assert len(np.unique(colours, axis=0)) == 171
+    assert np.array_equal(palette(5), colours[:5])
+    for colour in colours[:12]:
+        _, saturation, value = colorsys.rgb_to_hsv(*colour / 255)
+        assert min(abs(saturation - 0.55), abs(saturation - 0.95)) < 0.01
+        assert min(abs(value - 0.95), abs(value - 0.65)) < 0.01
+
+
+def test_labels_take_their_colour_and_others_are_black() -> None:
+    labels = np.array([[0, 2, 255], [3, 1, 2]])
+    painted = colour_labels(labels, 3)
+    colours = palette(3)
+    assert painted.shape == (2, 3, 3)
+    assert np.array_equal(painted[0, 1], colours[2]) and np.array_equal(painted[1, 1], colours[1])
+    assert not painted[0, 2].any() and not painted[1, 0].any()

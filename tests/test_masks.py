@@ -1,0 +1,203 @@
+"""Shards into masked shards: masks against skimage and naive counting, and what cannot be used is named, not lost."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import annotation, encoded, pixels, read_tar, write_files, write_tar
+from PIL import Image
+from pycocotools import mask as rle
+from skimage.segmentation import felzenszwalb as reference
+
+from pixelclip import masks as module
+from pixelclip.config import MasksConfig
+from pixelclip.masks import annotate, decode_masks, felzenszwalb, run
+
+HEIGHT, WIDTH = 24, 32
+JPEG = encoded(pixels(HEIGHT, WIDTH), quality=95)
+STRIPES = np.stack([np.add.outer(np.zeros(HEIGHT, int), np.arange(WIDTH)) // 8 == k for k in range(4)])
+STRIPES[3, :, -1] = False  # 192, 192, 192 and 168 pixels
+STRIPES[0, 0] = False  # 184
+
+
+def config(**settings: object) -> MasksConfig:
+    return MasksConfig(**{"workers": 0, "felzenszwalb_min_size": 10} | settings)
+
+
+def masked(path: Path, key: str) -> np.ndarray:
+    """The masks of a sample, [N, H, W], decoded independently."""
+    entries = json.loads(read_tar(path)[f"{key}.json"])["annotations"]
+    return np.stack([rle.decode(entry["segmentation"]) for entry in entries]).astype(bool)
+
+
+def test_felzenszwalb_is_skimages_and_covers_the_image_without_overlap() -> None:
+    image = pixels(HEIGHT, WIDTH, seed=3)
+    found = felzenszwalb(Image.fromarray(image), 100, 0.5, 10)
+    assert found.max() >= 3
+    assert np.array_equal(found, reference(image, scale=100, sigma=0.5, min_size=10))
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (7, 1)])
+def test_tiny_images_are_one_mask(size: tuple[int, int]) -> None:
+    found = felzenszwalb(Image.new("RGB", size), 200, 0.8, 100)
+    assert found.shape == (size[1], size[0])
+    assert not found.any()
+
+
+def test_an_annotation_holds_what_the_masks_are() -> None:
+    masks = np.random.default_rng(1).random((3, 5, 9)) < 0.3
+    written = annotate(masks, (9, 5), "some/key")
+    assert written["image"] == {"image_id": 0, "width": 9, "height": 5, "file_name": "some/key.jpg"}
+    for entry, mask in zip(written["annotations"], masks, strict=True):
+        rows, columns = np.nonzero(mask)
+        left, top = columns.min(), rows.min()
+        assert entry["area"] == mask.sum()
+        assert entry["bbox"] == [left, top, columns.max() - left + 1, rows.max() - top + 1]
+        x, y = entry["point_coords"][0]
+        assert mask[int(y), int(x)]
+    decoded = decode_masks(json.loads(json.dumps(written)))
+    assert np.array_equal(decoded.transpose(2, 0, 1), masks)
+
+
+def test_every_sample_gets_its_masks_and_keeps_its_bytes(tmp_path: Path) -> None:
+    shards = tmp_path / "shards"
+    odd = "ü b" * 40
+    write_tar(shards / "0.tar", {"a.jpg": JPEG, "deep/folder/b.jpg": JPEG})
+    write_tar(shards / "1.tar", {f"{odd}.jpg": JPEG})
+    metrics = run(shards, tmp_path / "out", config())
+    first, second = (read_tar(tmp_path / "out" / name) for name in ("0.tar", "1.tar"))
+    assert list(first) == ["a.jpg", "a.json", "deep/folder/b.jpg", "deep/folder/b.json"]
+    assert list(second) == [f"{odd}.jpg", f"{odd}.json"]
+    assert {first["a.jpg"], second[f"{odd}.jpg"]} == {JPEG}
+    found = masked(tmp_path / "out" / "0.tar", "a")
+    assert (found.sum(0) == 1).all()
+    assert metrics == {"images": 3.0, "masks": 3.0 * len(found), "masks_per_image": float(len(found)), "bad_images": 0.0}
+    assert run(shards, tmp_path / "out", config()) == metrics
+
+
+def test_two_workers_make_the_same_bytes(tmp_path: Path) -> None:
+
+    images = {f"{i}.jpg": encoded(pixels(HEIGHT, WIDTH, seed=i)) for i in range(5)} | {"bad.jpg": b"x"}
+    shards = write_tar(tmp_path / "shards" / "0.tar", images).parent
+    metrics = [run(shards, tmp_path / f"out{n}", config(workers=n, max_bad_share=0.2)) for n in (0, 2)]
+    assert metrics[0] == metrics[1]
+    assert metrics[0]["bad_images"] == 1
+    assert (tmp_path / "out0" / "0.tar").read_bytes() == (tmp_path / "out2" / "0.tar").read_bytes()
+
+
+@pytest.mark.parametrize("place", ["shard", "folder"])
+def test_given_masks_are_taken_as_they_are(tmp_path: Path, place: str) -> None:
+    files = {"x/a.json": annotation(STRIPES)}
+    shards = write_tar(tmp_path / "shards" / "0.tar", {"./x/a.jpg": JPEG} | (files if place == "shard" else {})).parent
+    folder = str(write_files(tmp_path / "given", files)) if place == "folder" else ""
+    metrics = run(shards, tmp_path / "out", config(generator="given", given_folder=folder))
+    assert metrics["masks"] == 4
+    assert np.array_equal(masked(tmp_path / "out" / "0.tar", "x/a"), STRIPES)
+
+
+@pytest.mark.parametrize("area", ["right", "missing", "nonsense"])
+def test_only_the_largest_masks_are_kept(tmp_path: Path, area: str) -> None:
+    document = json.loads(annotation(STRIPES))
+    for entry in document["annotations"] if area != "right" else []:
+        entry["area"] = "large"
+        if area == "missing":
+            del entry["area"]
+    data = json.dumps(document).encode()
+    shards = write_tar(tmp_path / "shards" / "0.tar", {"a.jpg": JPEG, "a.json": data}).parent
+    run(shards, tmp_path / "out", config(generator="given", max_masks=3))
+    assert np.array_equal(masked(tmp_path / "out" / "0.tar", "a"), STRIPES[[1, 2, 0]])
+
+
+def uncompressed() -> bytes:
+    segmentation = {"size": [HEIGHT, WIDTH], "counts": [0, HEIGHT * WIDTH]}
+    return json.dumps({"annotations": [{"segmentation": segmentation}]}).encode()
+
+
+BAD = {
+    "wrong size": (annotation(STRIPES[:, 1:]), "mask of size 32x23, its image is 32x24"),
+    "no JSON": (b"{", "unreadable JSON"),
+    "uncompressed": (uncompressed(), "counts must be a compressed RLE"),
+    "empty": (b'{"annotations": []}', "no mask found"),
+    "foreign": (b'{"shapes": []}', "not in SA-1B's annotation format"),
+    "zero bytes": (b"", "no JSON with masks beside the image"),
+    "missing": (None, "no JSON with masks beside the image"),
+    "damaged": (annotation(STRIPES).replace(b'"counts": "', b'"counts": "ooooo'), "damaged RLE"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_a_sample_without_usable_masks_is_skipped_counted_and_named(
+    tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, reason = BAD[kind]
+    members = {"good.jpg": JPEG, "good.json": annotation(STRIPES), "odd.jpg": JPEG}
+    shards = write_tar(tmp_path / "shards" / "0.tar", members | ({} if data is None else {"odd.json": data})).parent
+    metrics = run(shards, tmp_path / "out", config(generator="given", max_bad_share=0.5))
+    assert (metrics["images"], metrics["bad_images"]) == (1, 1)
+    assert list(read_tar(tmp_path / "out" / "0.tar")) == ["good.jpg", "good.json"]
+    said = capsys.readouterr().out
+    assert "1 of 2 samples cannot be used" in said and "0.tar: odd: " in said and reason in said
+
+
+def test_masks_missing_from_the_given_folder_are_named_by_their_file(tmp_path: Path) -> None:
+    shards = write_tar(tmp_path / "shards" / "0.tar", {"a.jpg": JPEG}).parent
+    folder = write_files(tmp_path / "given", {"b.json": b""})
+    with pytest.raises(ValueError, match=r"given/a\.json: No such file"):
+        run(shards, tmp_path / "out", config(generator="given", given_folder=str(folder)))
+    with pytest.raises(ValueError, match="none: no such file or folder"):
+        run(shards, tmp_path / "out", config(generator="given", given_folder=str(tmp_path / "none")))
+
+
+def test_too_many_bad_samples_stop_the_stage_and_leave_no_out(tmp_path: Path) -> None:
+    shards = write_tar(tmp_path / "shards" / "0.tar", {"a.jpg": JPEG, "b.jpg": b"x"}).parent
+    with pytest.raises(ValueError, match=r"(?s)1 of 2 .*b: unreadable image.*5\.0% \(masks\.max_bad_share\)"):
+        run(shards, tmp_path / "out", config())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_shard_without_one_usable_image_is_an_error(tmp_path: Path) -> None:
+    shards = write_tar(tmp_path / "shards" / "0.tar", {"a.jpg": b"x"}).parent
+    with pytest.raises(ValueError, match="no image of it could be given a mask"):
+        run(shards, tmp_path / "out", config(max_bad_share=1))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_truncated_shard_gives_what_is_whole(tmp_path: Path) -> None:
+    tar = write_tar(tmp_path / "shards" / "0.tar", {"a.jpg": JPEG, "b.jpg": JPEG})
+    tar.write_bytes(tar.read_bytes()[: 512 + len(JPEG) // 512 * 512 + 512 + 600])
+    metrics = run(tar.parent, tmp_path / "out", config(max_bad_share=0.9))
+    assert metrics["images"] == 1 and metrics["bad_images"] >= 1
+    assert list(read_tar(tmp_path / "out" / "0.tar")) == ["a.jpg", "a.json"]
+
+
+def test_two_shards_of_one_name_are_refused_because_one_would_be_lost(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        write_tar(tmp_path / name / "0.tar", {f"{name}.jpg": JPEG})
+    manifest = write_files(tmp_path, {"list.txt": b"one/0.tar\ntwo/0.tar\n"}) / "list.txt"
+    with pytest.raises(ValueError, match=r"list\.txt: .* found twice: 0\.tar"):
+        run(manifest, tmp_path / "out", config())
+
+
+def test_a_shard_finished_before_a_kill_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = tmp_path / "shards"
+    for i in range(2):
+        write_tar(shards / f"{i}.tar", {f"{i}{part}.jpg": encoded(pixels(HEIGHT, WIDTH, seed=i)) for part in "ab"})
+    undisturbed = run(shards, tmp_path / "undisturbed", config())
+    calls = 0
+
+    def killed_in_the_fourth(*arguments: object) -> np.ndarray:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise KeyboardInterrupt
+        return felzenszwalb(*arguments)
+
+    monkeypatch.setattr(module, "felzenszwalb", killed_in_the_fourth)
+    with pytest.raises(KeyboardInterrupt):
+        run(shards, tmp_path / "out", config())
+    assert not (tmp_path / "out").exists()
+    assert run(shards, tmp_path / "out", config()) == undisturbed
+    assert calls == 4 + 2  # only the second shard, from its start
+    for name in ("0.tar", "1.tar"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()

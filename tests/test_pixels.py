@@ -1,0 +1,31 @@
+"""Images as tensors, against plain arithmetic."""
+
+import pytest
+import torch
+from conftest import pixels
+from PIL import Image
+
+from pixelclip.pixels import normalise, squash, to_tensor
+
+
+def test_a_tensor_is_the_image_over_255() -> None:
+    image = pixels(5, 7)
+    tensor = to_tensor(Image.fromarray(image))
+    assert tensor.shape == (3, 5, 7)
+    assert tensor[2, 4, 6].item() == pytest.approx(image[4, 6, 2] / 255)
+    assert torch.equal((tensor * 255).round().to(torch.uint8), torch.from_numpy(image).permute(2, 0, 1))
+
+
+def test_normalise_is_undone_by_its_inverse() -> None:
+    images = torch.rand(2, 3, 4, 5)
+    mean, std = (0.1, 0.2, 0.3), (0.5, 2.0, 4.0)
+    normal = normalise(images, mean, std)
+    for channel in range(3):
+        torch.testing.assert_close(normal[:, channel] * std[channel] + mean[channel], images[:, channel])
+
+
+def test_squash_to_half_averages_pairs() -> None:
+    images = torch.rand(1, 3, 8, 8)
+    naive = (images[..., ::2, ::2] + images[..., 1::2, ::2] + images[..., ::2, 1::2] + images[..., 1::2, 1::2]) / 4
+    torch.testing.assert_close(squash(images, 4), naive)
+    assert squash(torch.rand(2, 3, 5, 9), 4).shape == (2, 3, 4, 4)

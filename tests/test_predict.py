@@ -1,0 +1,206 @@
+"""Prediction on images of every shape and mode, and the command line around it."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+from pixelclip import cli
+from pixelclip.predict import Prediction, Predictor, label_image, label_map, overlay, pick_device
+
+CLASSES = ["dog, puppy", "grass", "sky", "traffic light"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    base = tmp_path_factory.mktemp("predict")
+    return tiny.model_folder(base / "model", tiny.clip_folder(base / "clip"))
+
+
+@pytest.fixture(scope="module")
+def predictor(folder) -> Predictor:
+    return Predictor.load(folder, "cpu")
+
+
+def noise(width: int, height: int, channels: int = 3) -> np.ndarray:
+    blocks = np.random.default_rng(0).integers(0, 256, (5, 5, channels), dtype=np.uint8)
+    return blocks[np.arange(height) * 5 // height][:, np.arange(width) * 5 // width]
+
+
+def naive(scores: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """All scores at full size at once."""
+    return torch.nn.functional.interpolate(torch.from_numpy(scores)[None], size, mode="bilinear")[0].argmax(dim=0).numpy()
+
+
+@pytest.mark.parametrize(("width", "height"), [(1, 1), (7, 300), (300, 7), (640, 480)])
+def test_any_size_and_aspect(predictor, width, height):
+    image = Image.fromarray(noise(width, height))
+    found = predictor(image, CLASSES)
+    assert found.labels.shape == (height, width)
+    assert found.scores.shape == (4, 64, 64)
+    assert np.array_equal(found.labels, naive(found.scores, (height, width)))
+    assert overlay(image, found).width >= width
+
+
+def test_a_picture_is_not_one_class_only(predictor):
+    assert len(np.unique(predictor(Image.fromarray(noise(64, 64)), CLASSES).labels)) > 1
+
+
+def test_label_map_is_the_argmax_at_full_size():
+    scores = torch.randn(2, 37, 5, 6, generator=torch.Generator().manual_seed(0))
+    expected = torch.stack([torch.from_numpy(naive(one.numpy(), (23, 31))) for one in scores])
+    assert torch.equal(label_map(scores, (23, 31)), expected)
+
+
+def test_a_tie_goes_to_the_first_class():
+    assert label_map(torch.zeros(1, 40, 2, 2), (3, 3)).unique().tolist() == [0]
+
+
+def test_the_order_of_the_classes_only_names_them(predictor):
+    image = Image.fromarray(noise(50, 40))
+    there, back = predictor(image, CLASSES).labels, predictor(image, CLASSES[::-1]).labels
+    assert np.array_equal(there, 3 - back)
+
+
+def test_image_modes(predictor):
+    rgb = noise(40, 30)
+    grey = rgb[:, :, 0]
+    indices = (np.arange(30)[:, None] + np.arange(40)) % 200
+    colours = np.random.default_rng(1).integers(0, 256, (200, 3), dtype=np.uint8)
+    palette = Image.fromarray(indices.astype(np.uint8), "L")
+    palette.putpalette(colours.tobytes())
+    transparent = palette.copy()
+    transparent.info["transparency"] = bytes(range(200))
+    alpha = np.dstack([rgb, np.full(grey.shape, 200, np.uint8)])
+    cases = {
+        "RGBA": (Image.fromarray(alpha), rgb),
+        "grey": (Image.fromarray(grey), np.dstack([grey] * 3)),
+        "grey with alpha": (Image.fromarray(np.dstack([grey, grey])), np.dstack([grey] * 3)),
+        "palette": (palette, colours[indices]),
+        "palette with alpha": (transparent, colours[indices]),
+        "black and white": (Image.fromarray(grey > 127), np.dstack([(grey > 127).astype(np.uint8) * 255] * 3)),
+    }
+    for name, (image, same) in cases.items():
+        expected = predictor(Image.fromarray(same), CLASSES).scores
+        np.testing.assert_allclose(predictor(image, CLASSES).scores, expected, atol=1e-6, err_msg=name)
+
+
+def test_exif_orientation_is_applied(predictor, tmp_path):
+    pixels = noise(60, 40)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise by a quarter
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    with Image.open(tmp_path / "a.png") as image:
+        turned = predictor(image, CLASSES)
+        shown = overlay(image, turned)
+    upright = Image.fromarray(np.rot90(pixels, -1).copy())
+    assert turned.labels.shape == (60, 40)
+    assert np.array_equal(turned.labels, predictor(upright, CLASSES).labels)
+    assert np.array_equal(np.asarray(shown), np.asarray(overlay(upright, turned)))
+
+
+def test_overlay_is_image_and_colour_with_one_legend_entry_a_class():
+    labels = np.zeros((100, 300), np.uint16)
+    labels[:, :100] = 2
+    prediction = Prediction(labels, np.zeros((3, 1, 1), np.float32), ["a", "b", "c"])
+    colours = np.asarray(overlay(Image.new("RGB", (300, 100)), prediction, opacity=1))
+    left, right = colours[50, 50], colours[50, 200]
+    assert not np.array_equal(left, right)
+    assert (colours[:100, :100] == left).all() and (colours[:100, 100:300] == right).all()
+    legend = {tuple(colour) for colour in colours[100:].reshape(-1, 3)}
+    assert {tuple(left), tuple(right)} <= legend
+    white = np.asarray(overlay(Image.new("RGB", (300, 100), "white"), prediction, opacity=0.25))
+    np.testing.assert_allclose(white[50, 50], 0.75 * 255 + 0.25 * left, atol=0.5)
+
+
+@pytest.mark.parametrize(("highest", "mode"), [(255, "L"), (256, "I;16"), (65534, "I;16")])
+def test_label_image_keeps_every_value(tmp_path, highest, mode):
+    labels = np.array([[0, 1, highest]], np.uint16)
+    label_image(labels).save(tmp_path / "labels.png")
+    with Image.open(tmp_path / "labels.png") as image:
+        assert image.mode == mode
+        assert np.asarray(image).tolist() == labels.tolist()
+
+
+def test_an_unknown_device_is_named():
+    with pytest.raises(ValueError, match=r"device 'gpu0' cannot be used: .*allowed: auto, cpu, cuda, cuda:N"):
+        pick_device("gpu0")
+    assert pick_device("cpu").type == "cpu"
+
+
+# The command line: pixelclip predict.
+
+
+@pytest.fixture
+def photo(tmp_path) -> Path:
+    Image.fromarray(noise(60, 40)).save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+def command(monkeypatch, *words: object) -> int:
+    monkeypatch.setattr(sys, "argv", ["pixelclip", "predict", *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return ended.value.code or 0
+
+
+def test_the_command_writes_label_map_and_overlay(monkeypatch, capsys, predictor, folder, photo, tmp_path):
+    out = tmp_path / "new" / "labels.png"
+    words = ("--classes", "dog|puppy,grass,sky,traffic light", "--model", folder, "--out", out, "--device", "cpu")
+    assert command(monkeypatch, photo, *words) == 0
+    expected = predictor(Image.fromarray(noise(60, 40)), CLASSES).labels
+    with Image.open(out) as labels, Image.open(out.with_suffix(".overlay.png")) as shown:
+        assert np.array_equal(np.asarray(labels), expected)
+        assert shown.width >= 60
+    printed = capsys.readouterr().out
+    assert f"{100 * (expected == 2).mean():5.1f} %  sky" in printed
+    assert str(out) in printed
+
+
+def test_more_than_256_classes_from_a_file(monkeypatch, predictor, folder, photo, tmp_path):
+    names = [f"thing {i}" for i in range(260)]
+    found = predictor(Image.fromarray(noise(60, 40)), names).labels.astype(int)
+    turn = found.min() + 1  # names behind the first one found go first, so that it becomes class 259
+    (tmp_path / "classes.txt").write_text("\n".join(names[turn:] + names[:turn]) + "\n")
+    out = tmp_path / "labels.png"
+    assert command(monkeypatch, photo, "--classes", tmp_path / "classes.txt", "--model", folder, "--out", out) == 0
+    with Image.open(out) as labels:
+        assert labels.mode == "I;16"
+        assert np.array_equal(np.asarray(labels), (found - turn) % 260)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"photo": "nothing.jpg"}, "nothing.jpg: No such file"),
+        ({"photo": "text.jpg"}, "text.jpg: unreadable image"),
+        ({"--classes": "dog,,sky"}, "blank class name at position 2"),
+        ({"--classes": "no.txt"}, "no.txt: class names"),
+        ({"--model": "nowhere"}, "nowhere: is not a complete model folder"),
+        ({"--out": "labels.jpg"}, "labels.jpg: the label map is a .png file"),
+        ({"--device": "gpu0"}, "device 'gpu0'"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_mistake_is_one_line_and_exit_code_2(monkeypatch, capsys, folder, photo, tmp_path, change, message):
+    (tmp_path / "text.jpg").write_text("no image")
+    monkeypatch.chdir(tmp_path)
+    options = {"--classes": "dog,sky", "--model": folder, "--out": "labels.png", "--device": "cpu"} | change
+    first = options.pop("photo", photo)
+    assert command(monkeypatch, first, *[word for pair in options.items() for word in pair]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("pixelclip: ") and message in said and said.count("\n") == 1
+    assert not (tmp_path / "labels.png").exists()
+
+
+def test_an_incomplete_model_is_named(monkeypatch, capsys, photo, tmp_path):
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "config.json").write_text(json.dumps({}))
+    words = (photo, "--classes", "dog", "--model", tmp_path / "half", "--out", tmp_path / "o.png")
+    assert command(monkeypatch, *words) == 2
+    assert "half: is not a complete model folder, model.safetensors, provenance.json missing" in capsys.readouterr().err

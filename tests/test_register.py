@@ -1,0 +1,210 @@
+"""The gate to champion, and the registry in a real MLflow database."""
+
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pandas as pd
+import pytest
+import tiny
+from mlflow import MlflowClient
+from PIL import Image
+
+from pixelclip.config import EvaluateConfig, RegisterConfig
+from pixelclip.predict import Predictor
+from pixelclip.register import Figures, decide, fetch, markdown, run
+from pixelclip.stage import describe
+from pixelclip.storage import digest, read_json, write_json
+
+NAME = "demo"
+CONFIG = RegisterConfig(name=NAME, min_gain=1.0)
+# MLflow asks for an example input, with which it would run the model once more when it is logged.
+pytestmark = pytest.mark.filterwarnings("ignore:.*An input example was not provided")
+
+
+@pytest.mark.parametrize(
+    ("candidate", "champion", "becomes", "reason"),
+    [
+        (Figures(30, 5, "x"), None, True, "there was no champion"),
+        (Figures(30, 1, "x"), None, True, "there was no champion"),
+        (Figures(30, 0.99, "x"), None, False, "gain 0.99 over CLIP is below register.min_gain 1"),
+        (Figures(30, 5, "x"), Figures(29.9, 9, "x"), True, "mIoU 30.00 against the champion's 29.90"),
+        (Figures(30, 5, "x"), Figures(30.1, 2, "x"), False, "mIoU 30.00 against the champion's 30.10"),
+        (Figures(30, 5, "x"), Figures(30, 5, "x"), False, "mIoU 30.00 against the champion's 30.00"),
+        (Figures(90, 0.5, "x"), Figures(30, 5, "x"), False, "below register.min_gain"),
+        (Figures(90, 50, "x"), Figures(30, 5, "y"), False, "another labelled set"),
+    ],
+)
+def test_the_gate(candidate, champion, becomes, reason):
+    decision = decide(candidate, champion, min_gain=1.0)
+    assert decision.champion is becomes
+    assert reason in decision.reason
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_the_gate_does_not_decide_on_what_is_no_number(bad):
+    for candidate, champion in (
+        (Figures(bad, 5, "x"), None),
+        (Figures(30, bad, "x"), None),
+        (Figures(30, 5, "x"), Figures(bad, 5, "x")),
+    ):
+        with pytest.raises(ValueError, match="finite"):
+            decide(candidate, champion, min_gain=1.0)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """Three models and a registry whose champion is the first of them."""
+    base = tmp_path_factory.mktemp("register")
+    clip = tiny.clip_folder(base / "clip")
+    for seed in range(3):
+        tiny.model_folder(base / f"model{seed}", clip, change=0.01, seed=seed)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        tiny.mlflow_at(monkeypatch, base / "mlflow")
+        evaluation(base / "evaluation0", base / "model0", miou=40.0, gain=10.0)
+        run(base / "model0", base / "evaluation0", base / "registration0", CONFIG)
+    return base
+
+
+@pytest.fixture
+def client(made, monkeypatch, tmp_path) -> MlflowClient:
+    return tiny.mlflow_at(monkeypatch, tmp_path / "mlflow", copy_of=made / "mlflow" / "mlflow.db")
+
+
+def evaluation(folder: Path, model: Path, miou: float, gain: float, labelled: str = "l1", **settings: object) -> Path:
+    """What `evaluate` leaves behind."""
+    return evaluation_of(folder, model, {"miou/set": miou, "gain/set": gain}, labelled, **settings)
+
+
+def evaluation_of(folder: Path, model: Path, metrics: Mapping[str, float], labelled: str = "l1", **settings: object) -> Path:
+    folder.mkdir()
+    write_json(folder / "metrics.json", dict(metrics))
+    inputs = {"model": describe(model), "labelled": {"path": "/there/set", "md5": labelled, "num_files": 1, "size": 1}}
+    chosen = EvaluateConfig(**settings).model_dump(exclude={"batch_size", "pictures", "device"})
+    write_json(
+        folder / "provenance.json",
+        {
+            "stage": "evaluate",
+            "fingerprint": "f3",
+            "settings": chosen,
+            "inputs": inputs,
+            "version": "0.1.0",
+            "revision": "abc",
+            "output": digest(folder, [folder / "metrics.json"]),
+        },
+    )
+    return folder
+
+
+def aliases(client: MlflowClient) -> dict[str, str]:
+    return {alias: str(version) for alias, version in client.get_registered_model(NAME).aliases.items()}
+
+
+def versions(client: MlflowClient) -> list[int]:
+    return sorted(int(version.version) for version in client.search_model_versions(f"name = '{NAME}'"))
+
+
+def test_the_first_good_model_is_champion(made, client):
+    assert aliases(client) == {"champion": "1"}
+    tags = client.get_model_version(NAME, "1").tags
+    assert (float(tags["miou"]), float(tags["gain"])) == (40.0, 10.0)
+    assert tags["gate"].startswith("champion: gain 10.00")
+    assert tags["data.shards.md5"] == "0" * 32 and tags["data.labelled.md5"] == "l1"  # lineage down to the images
+    written = read_json(made / "registration0" / "registration.json")
+    assert (written["name"], written["version"], written["role"]) == (NAME, 1, "champion")
+    assert client.get_run(written["run_id"]).data.params["train.steps"] == "3"
+    assert "**models:/demo/1** is **champion**" in markdown(made / "registration0")
+
+
+def test_the_registered_model_answers(made, client):
+    buffer = io.BytesIO()
+    Image.new("RGB", (20, 10), "green").save(buffer, "PNG")
+    mlflow.set_tracking_uri(str(client.tracking_uri))
+    served = mlflow.pyfunc.load_model(f"models:/{NAME}@champion")
+    answer = served.predict(pd.DataFrame({"image": [buffer.getvalue()], "classes": ["dog|puppy,sky"]})).iloc[0]
+    assert json.loads(answer["classes"]) == ["dog, puppy", "sky"]
+    expected = Predictor.load(made / "model0", "cpu")(Image.new("RGB", (20, 10), "green"), ["dog, puppy", "sky"]).labels
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(answer["label_map"]))), expected)
+
+
+def test_a_registered_model_can_be_fetched_and_is_the_same(made, client, tmp_path):
+    fetched = fetch(f"models:/{NAME}@champion", tmp_path / "fetched")
+    for name in ("model.safetensors", "config.json", "provenance.json"):
+        assert (fetched / name).read_bytes() == (made / "model0" / name).read_bytes()
+    assert describe(fetched)["md5"] == describe(made / "model0")["md5"]
+    with pytest.raises(ValueError, match="models:/demo@nobody: no such model"):
+        fetch(f"models:/{NAME}@nobody", tmp_path / "none")
+
+
+def test_again_changes_nothing(made, client, tmp_path):
+    first = run(made / "model0", made / "evaluation0", tmp_path / "out", CONFIG)  # another folder
+    again = run(made / "model0", made / "evaluation0", tmp_path / "out", CONFIG)  # the same folder
+    assert first == again == {"register/version": 1.0, "register/champion": 1.0}
+    assert versions(client) == [1]
+    assert aliases(client) == {"champion": "1"}
+
+
+def test_better_and_worse(made, client, tmp_path):
+    worse = evaluation(tmp_path / "worse", made / "model1", miou=39.0, gain=20.0)
+    assert run(made / "model1", worse, tmp_path / "a", CONFIG) == {"register/version": 2.0, "register/champion": 0.0}
+    assert aliases(client) == {"champion": "1", "challenger": "2"}
+    assert "mIoU 39.00 against the champion's 40.00" in client.get_model_version(NAME, "2").tags["gate"]
+    assert "mIoU 39.00" in read_json(tmp_path / "a" / "registration.json")["reason"]
+
+    better = evaluation(tmp_path / "better", made / "model2", miou=41.0, gain=5.0)
+    assert run(made / "model2", better, tmp_path / "b", CONFIG) == {"register/version": 3.0, "register/champion": 1.0}
+    assert aliases(client) == {"champion": "3", "challenger": "2", "previous": "1"}
+
+    # Measured anew, the challenger wins: it is registered once and no longer a challenger.
+    anew = evaluation(tmp_path / "anew", made / "model1", miou=42.0, gain=20.0)
+    assert run(made / "model1", anew, tmp_path / "c", CONFIG) == {"register/version": 2.0, "register/champion": 1.0}
+    assert aliases(client) == {"champion": "2", "previous": "3"}
+    assert versions(client) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("other", [{"labelled": "l2"}, {"templates": "single"}, {"side": 64}])
+def test_another_labelled_set_or_protocol_is_not_compared(made, client, tmp_path, other):
+    evaluated = evaluation(tmp_path / "evaluation", made / "model0", miou=90.0, gain=50.0, **other)
+    second = evaluation(tmp_path / "second", made / "model1", miou=99.0, gain=50.0, name="renamed")
+    run(made / "model0", evaluated, tmp_path / "a", CONFIG)  # the champion, measured on something else
+    assert run(made / "model1", second, tmp_path / "b", CONFIG)["register/champion"] == 0
+    assert "another labelled set or protocol" in read_json(tmp_path / "b" / "registration.json")["reason"]
+
+
+def test_a_wiped_registry_is_filled_again(made, monkeypatch, tmp_path):
+    evaluated = evaluation(tmp_path / "evaluation", made / "model0", miou=40.0, gain=10.0)
+    out = tmp_path / "out"
+    for place in ("one", "two"):
+        client = tiny.mlflow_at(monkeypatch, tmp_path / place)
+        assert run(made / "model0", evaluated, out, CONFIG)["register/version"] == 1.0
+        assert versions(client) == [1]
+        assert place in read_json(out / "registration.json")["tracking_uri"]
+
+
+def test_an_evaluation_of_another_model_is_refused(made, client, tmp_path):
+    evaluated = evaluation(tmp_path / "evaluation", made / "model1", miou=40.0, gain=10.0)
+    with pytest.raises(ValueError, match=r"evaluation: is the evaluation of another model than .*model0"):
+        run(made / "model0", evaluated, tmp_path / "out", CONFIG)
+    with pytest.raises(ValueError, match=r"model1: is no evaluation, stage 'train' made it"):
+        run(made / "model0", made / "model1", tmp_path / "out", CONFIG)
+    assert versions(client) == [1]
+
+
+@pytest.mark.parametrize(
+    "metrics", [{"miou/set": 1.0}, {"gain/set": 1.0}, {"gain/set": 1.0, "miou/other": 1.0}, {}], ids=lambda m: ",".join(m)
+)
+def test_a_missing_metric_is_named(made, client, tmp_path, metrics):
+    evaluated = evaluation_of(tmp_path / "evaluation", made / "model0", metrics)
+    with pytest.raises(ValueError, match=r"metrics\.json: one gain/NAME with its miou/NAME is needed, found"):
+        run(made / "model0", evaluated, tmp_path / "out", CONFIG)
+
+
+def test_a_figure_that_is_no_number_stops_before_anything_is_registered(made, client, tmp_path):
+    evaluated = evaluation(tmp_path / "evaluation", made / "model1", miou=40.0, gain=10.0)
+    (evaluated / "metrics.json").write_text('{"miou/set": NaN, "gain/set": NaN}')
+    with pytest.raises(ValueError, match="finite"):
+        run(made / "model1", evaluated, tmp_path / "out", CONFIG)
+    assert aliases(client) == {"champion": "1"}

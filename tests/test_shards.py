@@ -1,0 +1,284 @@
+"""Images into shards and back: what is kept, turned, shrunk or refused, read independently by tarfile and Pillow."""
+
+import io
+import json
+import os
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import annotation, encoded, pixels, read_tar, write_files, write_tar
+from PIL import Image
+
+from pixelclip.config import ShardsConfig
+from pixelclip.shards import BadSamples, ShardWriter, index_shard, list_shards, parse_annotation, read_part, run
+
+JPEG = encoded(pixels(20, 30), quality=90)
+
+
+def pack(tmp_path: Path, files: dict[str, bytes], **settings: object) -> dict[str, bytes]:
+    """Packs files and returns what the first shard holds."""
+    run(write_files(tmp_path / "images", files), tmp_path / "out", ShardsConfig(**settings))
+    return read_tar(tmp_path / "out" / "000000.tar")
+
+
+def opened(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data))
+
+
+def test_plain_jpegs_are_kept_byte_for_byte_and_json_goes_along(tmp_path: Path) -> None:
+    members = pack(tmp_path, {"b/x y.jpg": JPEG, "b/x y.json": b"{}", "ä.JPEG": JPEG, "lonely.json": b"{}", "a.txt": b""})
+    assert members == {"b/x y.jpg": JPEG, "b/x y.json": b"{}", "ä.jpg": JPEG}
+
+
+def test_images_are_split_into_shards_and_counted(tmp_path: Path) -> None:
+    images = write_files(tmp_path / "images", {f"{i}.jpg": JPEG for i in range(7)})
+    metrics = run(images, tmp_path / "out", ShardsConfig(images_per_shard=3))
+    assert metrics == {"images": 7.0, "bad_images": 0.0, "shards": 3.0}
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == metrics
+    shards = list_shards(tmp_path / "out")
+    assert [list(read_tar(shard)) for shard in shards] == [["0.jpg", "1.jpg", "2.jpg"], ["3.jpg", "4.jpg", "5.jpg"], ["6.jpg"]]
+
+
+def test_shards_are_byte_for_byte_reproducible(tmp_path: Path) -> None:
+    files = {"a.png": encoded(pixels(9, 9), "PNG"), "b.jpg": JPEG, f"{'long' * 40}.jpg": JPEG}
+    first, second = (write_files(tmp_path / name, files) for name in ("one", "two"))
+    os.utime(second / "b.jpg", (1, 1))
+    for images in (first, second):
+        run(images, images.with_name(f"{images.name}.out"), ShardsConfig())
+    assert (tmp_path / "one.out" / "000000.tar").read_bytes() == (tmp_path / "two.out" / "000000.tar").read_bytes()
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "L", "P", "LA"])
+def test_other_images_become_rgb_jpegs(tmp_path: Path, mode: str) -> None:
+    source = Image.new("RGB", (12, 8), (255, 255, 255)).convert(mode)
+    image = opened(pack(tmp_path, {"a.png": encoded(source, "PNG")})["a.jpg"])
+    assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (12, 8))
+    assert np.asarray(image).min() >= 250
+
+
+@pytest.mark.parametrize("mode", ["CMYK", "L"])
+def test_jpegs_that_are_not_rgb_are_encoded_anew(tmp_path: Path, mode: str) -> None:
+    assert opened(pack(tmp_path, {"a.jpg": encoded(Image.new(mode, (8, 8)))})["a.jpg"]).mode == "RGB"
+
+
+def test_exif_orientation_is_applied(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # shown turned clockwise by a quarter
+    stored = np.zeros((8, 16, 3), np.uint8)
+    stored[:, :8] = 255  # the stored left is the shown top
+    image = opened(pack(tmp_path, {"a.jpg": encoded(stored, exif=exif, quality=95)})["a.jpg"])
+    assert image.size == (8, 16) and image.getexif().get(0x0112, 1) == 1
+    shown = np.asarray(image)
+    assert shown[:7].min() > 230 and shown[9:].max() < 25
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [((100, 200), (50, 100)), ((201, 99), (102, 50)), ((30, 40), (30, 40)), ((50, 50), (50, 50))]
+)
+def test_the_shortest_edge_shrinks_and_never_grows(tmp_path: Path, size: tuple[int, int], expected: tuple[int, int]) -> None:
+    data = encoded(pixels(size[1], size[0]))
+    packed = pack(tmp_path, {"a.jpg": data}, shortest_edge=50)["a.jpg"]
+    assert opened(packed).size == expected
+    assert (packed == data) == (size == expected)
+
+
+def test_unreadable_images_are_skipped_counted_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = {f"{i}.jpg": JPEG for i in range(6)} | {"zero é.jpg": b"", "cut.jpg": JPEG[:-300], "text.png": b"hello"}
+    images = write_files(tmp_path / "images", files)
+    (images / "gone.jpg").symlink_to("nowhere")
+    metrics = run(images, tmp_path / "out", ShardsConfig(max_bad_share=0.5))
+    assert metrics == {"images": 6.0, "bad_images": 4.0, "shards": 1.0}
+    assert sorted(read_tar(tmp_path / "out" / "000000.tar")) == [f"{i}.jpg" for i in range(6)]
+    said = capsys.readouterr().out
+    assert "4 of 10 samples cannot be used" in said
+    assert [name for name in ("zero é.jpg", "cut.jpg", "text.png", "gone.jpg") if name not in said] == []
+
+
+def test_names_that_are_no_unicode_can_be_packed_and_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    good, bad = (os.fsdecode(name) for name in (b"g\xff.jpg", b"b\xfe.jpg"))
+    members = pack(tmp_path, {good: JPEG, bad: b"x"}, max_bad_share=0.5)
+    assert members == {good: JPEG}
+    assert "b\\udcfe.jpg: unreadable image" in capfd.readouterr().out
+
+
+def test_too_many_bad_images_stop_the_stage_and_leave_no_out(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"(?s)1 of 3 .*bad\.jpg: unreadable.*allowed are 5\.0% \(shards\.max_bad_share\)"):
+        pack(tmp_path, {"a.jpg": JPEG, "b.jpg": JPEG, "bad.jpg": b"x"})
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="none of its 1 images can be used"):
+        run(write_files(tmp_path / "all", {"bad.jpg": b"x"}), tmp_path / "out", ShardsConfig(max_bad_share=1))
+    assert not (tmp_path / "out").exists()
+
+
+def test_only_the_first_ten_bad_samples_are_named() -> None:
+    bad = BadSamples("shards", 0.0)
+    for index in range(12):
+        bad.add(f"image{index}", "broken")
+    with pytest.raises(ValueError, match=r"(?s)12 of 20.*image9: broken\n  and 2 more\n"):
+        bad.check(20)
+    bad.max_share = 12 / 20
+    bad.check(20)
+
+
+def test_nothing_to_pack_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="images: holds no image"):
+        pack(tmp_path, {"readme.txt": b""})
+    with pytest.raises(ValueError, match="none: no such folder of images"):
+        run(tmp_path / "none", tmp_path / "out", ShardsConfig())
+
+
+def test_images_of_one_key_collide_and_the_later_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    members = pack(tmp_path, {"a.b.jpg": JPEG, "a_b.png": encoded(pixels(5, 5), "PNG"), "c.jpg": JPEG}, max_bad_share=0.5)
+    assert members == {"a_b.jpg": JPEG, "c.jpg": JPEG}
+    assert "a_b.png: another image has the same key 'a_b'" in capsys.readouterr().out
+
+
+def test_long_and_odd_names_come_back_from_the_index(tmp_path: Path) -> None:
+    keys = ["n" * 150, "ü" * 90, f"{'folder/' * 30}{'deep ' * 20}x", "new\nline", "quote'\""]
+    pack(tmp_path, {f"{key}.jpg": JPEG for key in keys} | {f"{keys[0]}.json": b"{}"})
+    members, bad = index_shard(tmp_path / "out" / "000000.tar")
+    assert bad == [] and sorted(member.key for member in members) == sorted(keys)
+    for member in members:
+        assert read_part(tmp_path / "out" / "000000.tar", member.image_offset, member.image_size) == JPEG
+
+
+@pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_the_index_finds_what_tarfile_finds(tmp_path: Path, kind: int) -> None:
+    long = f"{'d' * 90}/{'n' * 90}"
+    contents = {"./sa_1.jpg": b"one", "./sa_1.json": b"{1}", "sa_2.json": b"{2}", "sa_2.jpg": b"two", f"{long}.jpg": b"3"}
+    path = write_tar(tmp_path / "a.tar", contents | {"notes.txt": b"skip"}, kind)
+    with tarfile.open(path, "a", format=kind) as tar:
+        folder = tarfile.TarInfo("folder.jpg")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+    members, bad = index_shard(path)
+    assert bad == []
+    parts = {
+        member.key: (
+            read_part(path, member.image_offset, member.image_size),
+            read_part(path, member.json_offset, member.json_size),
+        )
+        for member in members
+    }
+    assert parts == {"sa_1": (b"one", b"{1}"), "sa_2": (b"two", b"{2}"), long: (b"3", b"")}
+
+
+def test_a_shard_has_its_name_only_when_it_is_whole(tmp_path: Path) -> None:
+    def fail() -> None:
+        with ShardWriter(tmp_path / "a.tar") as writer:
+            writer.add("a.jpg", JPEG)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert not (tmp_path / "a.tar").exists()
+
+
+def test_json_without_an_image_is_named(tmp_path: Path) -> None:
+    members, bad = index_shard(write_tar(tmp_path / "a.tar", {"a.json": b"{}", "b.jpg": b"b"}))
+    assert [member.key for member in members] == ["b"]
+    assert bad == [(f"{tmp_path}/a.tar: a.json", "has no image")]
+
+
+@pytest.mark.parametrize("lost", [1, 600, 5000])
+def test_of_a_truncated_tar_the_whole_members_are_kept_and_the_cut_is_named(tmp_path: Path, lost: int) -> None:
+    path = write_tar(tmp_path / "a.tar", {f"{i}.jpg": bytes([i]) * 4000 for i in range(4)})
+    with tarfile.open(path) as tar:
+        starts = [member.offset_data for member in tar]
+    path.write_bytes(path.read_bytes()[: starts[3] + 4000 - lost])
+    members, bad = index_shard(path)
+    whole = 3 if lost < 4000 else 2
+    assert [member.key for member in members] == [str(i) for i in range(whole)]
+    assert bad and all("a.tar" in name and ("truncated" in why or "damaged" in why) for name, why in bad)
+
+
+@pytest.mark.parametrize("at", [0, 3])
+def test_a_damaged_header_does_not_swallow_the_rest_in_silence(tmp_path: Path, at: int) -> None:
+    path = write_tar(tmp_path / "a.tar", {f"{i}.jpg": b"x" * 100 for i in range(6)})
+    data = bytearray(path.read_bytes())
+    data[at * 1024 + 150] ^= 255  # inside the header's checksum
+    path.write_bytes(data)
+    if at == 0:
+        with pytest.raises(ValueError, match=r"a\.tar: cannot be read as a tar"):
+            index_shard(path)
+    else:
+        members, bad = index_shard(path)
+        assert [member.key for member in members] == ["0", "1", "2"]
+        assert len(bad) == 1 and "damaged tar: at byte 3072" in bad[0][1]
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"\x1f\x8b" + bytes(700)])
+def test_what_is_no_tar_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.tar").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.tar: cannot be read as a tar"):
+        index_shard(tmp_path / "a.tar")
+
+
+def test_shards_are_a_folder_or_a_manifest(tmp_path: Path) -> None:
+    shards = [write_tar(tmp_path / "data" / f"{name}.tar", {}) for name in "ba"]
+    write_files(tmp_path / "data", {"notes.txt": b""})
+    assert list_shards(tmp_path / "data") == shards[::-1]
+    manifest = tmp_path / "list.txt"
+    manifest.write_text(f"# two shards\ndata/b.tar\n\n  {shards[1]}  \n")
+    assert list_shards(manifest) == shards
+    manifest.write_text("data/b.tar\ndata/c.tar\n")
+    with pytest.raises(ValueError, match=r"list\.txt: 1 of its shards are missing, the first is .*c\.tar"):
+        list_shards(manifest)
+    manifest.write_text("# nothing\n")
+    with pytest.raises(ValueError, match=r"list\.txt: holds no shard"):
+        list_shards(manifest)
+
+
+def test_what_holds_no_shards_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no shard"):
+        list_shards(tmp_path)
+    with pytest.raises(ValueError, match="none: no such folder or manifest"):
+        list_shards(tmp_path / "none")
+    with pytest.raises(ValueError, match=r"a\.tar: is no manifest"):
+        list_shards(write_tar(tmp_path / "a.tar", {"a.jpg": JPEG}))
+
+
+def document(size: object, counts: object) -> bytes:
+    return json.dumps({"annotations": [{"segmentation": {"size": size, "counts": counts}}]}).encode()
+
+
+def test_an_annotation_in_sa1bs_format_is_accepted() -> None:
+    masks = np.random.default_rng(0).random((5, 7, 9)) < np.array([0, 0.1, 0.5, 0.9, 1])[:, None, None]
+    assert len(parse_annotation(annotation(masks), (9, 7))["annotations"]) == 5
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "unreadable JSON"),
+        (b"[" * 100_000, "unreadable JSON"),
+        (b"\xff\xfe\xfa", "unreadable JSON"),
+        (b"[]", "not in SA-1B's annotation format"),
+        (b"{}", "annotations"),
+        (b'{"annotations": []}', "no mask found"),
+        (document([7], "ng0"), "size must be two integers"),
+        (document([7.0, 9.0], "ng0"), "size must be two integers"),
+        (document([7, 9], [63]), "counts must be a compressed RLE"),
+        (document([9, 7], "o1"), "mask of size 7x9, its image is 9x7"),
+        (document([7, 9], ""), "damaged RLE"),
+        (document([7, 9], "o"), "damaged RLE"),
+        (document([7, 9], "oooooooo1"), "damaged RLE"),
+        (document([7, 9], "é1"), "damaged RLE"),
+        (document([7, 9], "n1"), "its runs cover 62 pixels, the image has 63"),
+        (document([7, 9], "V2I"), "damaged RLE"),  # runs of 70 and -7 pixels: 63
+    ],
+)
+def test_what_is_not_in_sa1bs_format_is_refused(data: bytes, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        parse_annotation(data, (9, 7))
+
+
+def test_a_second_run_reuses_and_one_after_a_crash_finishes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    images = write_files(tmp_path / "images", {"a.jpg": JPEG})
+    first = run(images, tmp_path / "out", ShardsConfig())
+    written = (tmp_path / "out" / "000000.tar").stat().st_mtime_ns
+    assert run(images, tmp_path / "out", ShardsConfig()) == first
+    assert (tmp_path / "out" / "000000.tar").stat().st_mtime_ns == written
+    assert "reused" in capsys.readouterr().out

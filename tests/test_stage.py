@@ -1,0 +1,167 @@
+"""A Stage: killed at any moment it leaves nothing or work to continue; it never mixes, repeats or overwrites results."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import write_files
+
+from pixelclip.config import MasksConfig
+from pixelclip.stage import Stage, code_revision, describe, place
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return write_files(tmp_path / "in", {"a.bin": b"1"})
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    return tmp_path / "deep" / "out"
+
+
+def make(out: Path, source: Path, **settings: object) -> Stage:
+    return Stage("masks", out, {"shards": describe(source)}, MasksConfig(**settings))
+
+
+def complete(out: Path, source: Path, **settings: object) -> Stage:
+    stage = make(out, source, **settings)
+    with stage:
+        (stage.folder / "0.tar").write_bytes(b"result")
+        (stage.folder / "notes.txt").write_bytes(b"aside")
+        stage.finish({"images": 1.0}, files=["*.tar"])
+    return stage
+
+
+def test_a_finished_stage_is_reused_and_says_so(out: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert not make(out, source).finished
+    complete(out, source)
+    assert sorted(path.name for path in out.iterdir()) == ["0.tar", "metrics.json", "notes.txt", "provenance.json"]
+    assert [path.name for path in out.parent.iterdir()] == ["out"]
+    again = make(out, source)
+    assert again.finished
+    capsys.readouterr()
+    assert again.reuse() == {"images": 1.0}
+    assert "masks: reused" in capsys.readouterr().out
+
+
+def test_an_empty_folder_may_be_given(out: Path, source: Path) -> None:
+    out.mkdir(parents=True)
+    complete(out, source)
+    assert (out / "0.tar").read_bytes() == b"result"
+
+
+def test_a_killed_stage_leaves_no_out_and_is_continued(out: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    killed = make(out, source)
+
+    def half() -> None:
+        with killed:
+            (killed.folder / "half.tar").write_bytes(b"half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        half()
+    assert not out.exists()
+    assert "masks: starts" in capsys.readouterr().out
+    again = make(out, source)
+    assert again.fingerprint == killed.fingerprint
+    with again:
+        assert (again.folder / "half.tar").read_bytes() == b"half"
+    assert "continues an interrupted run" in capsys.readouterr().out
+
+
+def test_other_settings_or_inputs_work_in_another_folder(out: Path, source: Path) -> None:
+    first = make(out, source)
+    other_settings = make(out, source, max_masks=3)
+    (source / "a.bin").write_bytes(b"2")
+    other_inputs = make(out, source)
+    assert len({stage.folder for stage in (first, other_settings, other_inputs)}) == 3
+
+
+def test_runtime_settings_and_the_place_of_the_inputs_do_not_change_the_fingerprint(out: Path, source: Path) -> None:
+    first = make(out, source, workers=2)
+    moved = source.rename(source.with_name("moved"))
+    assert make(out, moved, workers=0).fingerprint == first.fingerprint
+
+
+def test_a_finished_result_of_other_settings_is_refused_and_the_setting_named(out: Path, source: Path) -> None:
+    complete(out, source)
+    with pytest.raises(ValueError, match=r"out: holds a finished result .*masks\.max_masks 0 → 3\); remove it"):
+        make(out, source, max_masks=3)
+    (source / "a.bin").write_bytes(b"2")
+    with pytest.raises(ValueError, match="other shards"):
+        make(out, source)
+    assert (out / "0.tar").read_bytes() == b"result"
+
+
+def test_a_foreign_folder_is_refused_and_untouched(tmp_path: Path, source: Path) -> None:
+    foreign = write_files(tmp_path / "thesis", {"chapter.txt": b"words"})
+    with pytest.raises(ValueError, match="thesis: holds files that no stage"):
+        make(foreign, source)
+    with pytest.raises(ValueError, match=r"chapter\.txt: must be a folder"):
+        make(foreign / "chapter.txt", source)
+    assert [path.read_bytes() for path in foreign.iterdir()] == [b"words"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "thesis"]
+
+
+def test_a_missing_input_is_named(out: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="none: no such file or folder"):
+        make(out, tmp_path / "none")
+
+
+def test_a_second_process_is_refused_until_the_first_ends(out: Path, source: Path) -> None:
+    stage = make(out, source)
+    stage.folder.mkdir(parents=True)
+    hold = "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], 0), fcntl.LOCK_EX); print('held', flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, str(stage.folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match="out: another process is making this right now"), stage:
+            pytest.fail("entered")
+        other.communicate("\n")
+    with stage:
+        assert stage.folder.is_dir()
+
+
+def test_provenance_nests_what_came_before(out: Path, source: Path, tmp_path: Path) -> None:
+    first = complete(out, source, max_masks=7)
+    complete(tmp_path / "second", out)
+    written = json.loads((tmp_path / "second" / "provenance.json").read_text())
+    upstream = written["inputs"]["shards"]["provenance"]
+    assert upstream["settings"]["max_masks"] == 7
+    assert upstream["fingerprint"] == first.fingerprint != written["fingerprint"]
+    assert upstream["inputs"]["shards"]["num_files"] == 1
+    assert "provenance" not in upstream["inputs"]["shards"]
+
+
+def test_only_the_chosen_files_identify_a_result(out: Path, source: Path) -> None:
+    complete(out, source)
+    before = describe(out)
+    assert (before["num_files"], before["size"]) == (1, len(b"result"))
+    (out / "notes.txt").write_bytes(b"another aside")
+    assert describe(out)["md5"] == before["md5"]
+
+
+def test_metrics_that_are_no_numbers_leave_no_out(out: Path, source: Path) -> None:
+    stage = make(out, source)
+    with pytest.raises(ValueError, match="JSON compliant"), stage:
+        stage.finish({"loss": float("nan")}, files=["*.tar"])
+    assert not out.exists()
+
+
+def test_a_component_writes_to_its_artifact_or_to_the_workspace(tmp_path: Path) -> None:
+    class Artifact:
+        path, uri = "/artifact", "s3://artifact"
+
+    assert place(Artifact(), "", "masks") == Path("/artifact")
+    shared = Artifact()
+    assert place(shared, str(tmp_path), "masks") == tmp_path / "masks"
+    assert shared.uri == str(tmp_path / "masks")
+
+
+def test_the_revision_can_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIXELCLIP_REVISION", "abc")
+    assert code_revision() == "abc"

@@ -1,0 +1,382 @@
+"""The Run: everything arrives in MLflow, once, also after a kill, a resume, or a lost server."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import tiny
+from mlflow import MlflowClient
+from mlflow.entities import Run as MlflowRun
+
+from pixelclip import tracking
+from pixelclip.tracking import PIPELINE_RUN, Run, connect, flatten, lineage
+
+PROVENANCE = {
+    "stage": "train",
+    "settings": {"steps": 3, "clip": "toy"},
+    "inputs": {
+        "masks": {
+            "path": "/there/masks",
+            "md5": "m1",
+            "provenance": {
+                "stage": "masks",
+                "settings": {"generator": "given"},
+                "inputs": {"shards": {"path": "/there/shards", "md5": "s1"}},
+            },
+        }
+    },
+    "revision": "abc",
+}
+
+
+@pytest.fixture
+def client(monkeypatch, tmp_path) -> MlflowClient:
+    return tiny.mlflow_at(monkeypatch, tmp_path / "mlflow")
+
+
+def start(folder: Path, name: str = "demo") -> Run:
+    folder.mkdir(exist_ok=True)
+    return Run.start(folder, name, PROVENANCE)
+
+
+def curve(client: MlflowClient, run_id: str, key: str = "loss") -> list[tuple[int, float]]:
+    return sorted((point.step, point.value) for point in client.get_metric_history(run_id, key))
+
+
+def all_runs(client: MlflowClient) -> list[MlflowRun]:
+    return client.search_runs([client.get_experiment_by_name("pixelclip").experiment_id])
+
+
+def test_flatten_and_lineage_walk_the_whole_chain():
+    assert flatten(PROVENANCE) == {"train.steps": 3, "train.clip": "toy", "masks.generator": "given"}
+    tags = lineage(PROVENANCE)
+    assert tags["code.revision"] == "abc"
+    assert {key: value for key, value in tags.items() if key.startswith("data.")} == {
+        "data.masks.md5": "m1",
+        "data.masks.path": "/there/masks",
+        "data.shards.md5": "s1",
+        "data.shards.path": "/there/shards",
+    }
+
+
+def test_everything_arrives(client, tmp_path):
+    run = start(tmp_path / "stage")
+    assert client.get_run(run.run_id).info.status == "RUNNING"
+    for step in range(1, 4):
+        run.log({"loss": 1 / step, "speed": 2.0}, step)
+    run.values({"final": 0.5})
+    (tmp_path / "note.txt").write_text("hello")
+    run.artifact(tmp_path / "note.txt", "notes")
+    assert run.finish() is True
+
+    there = client.get_run(run.run_id)
+    assert (there.info.status, there.info.run_name) == ("FINISHED", "demo")
+    assert there.data.params == {"train.steps": "3", "train.clip": "toy", "masks.generator": "given"}
+    assert there.data.tags["data.shards.md5"] == "s1" and there.data.tags["code.revision"] == "abc"
+    assert curve(client, run.run_id) == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
+    assert there.data.metrics["final"] == 0.5
+    assert [file.path for file in client.list_artifacts(run.run_id, "notes")] == ["notes/note.txt"]
+
+
+def test_a_failed_run_is_marked(client, tmp_path):
+    run = start(tmp_path / "stage")
+    run.finish("FAILED")
+    assert client.get_run(run.run_id).info.status == "FAILED"
+
+
+def test_a_resumed_run_adds_no_step_twice(client, tmp_path):
+    first = start(tmp_path / "stage")
+    for step in (1, 2, 3):
+        first.log({"loss": float(step)}, step)
+    first.finish("FAILED")
+    second = start(tmp_path / "stage")
+    for step in (2, 3, 4):  # it continues from an earlier checkpoint
+        second.log({"loss": 10.0 * step}, step)
+    second.finish()
+    assert second.run_id == first.run_id
+    assert curve(client, first.run_id) == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
+    assert client.get_run(first.run_id).info.status == "FINISHED"
+
+
+def test_a_journal_line_that_a_kill_cut_short_is_repaired(client, tmp_path):
+    first = start(tmp_path / "stage")
+    first.log({"loss": 1.0}, 1)
+    first.finish("FAILED")
+    journal = tmp_path / "stage" / "curves.jsonl"
+    with journal.open("a") as file:
+        file.write('{"step": 2, "time": 12, "metr')
+    second = start(tmp_path / "stage")
+    second.log({"loss": 2.0}, 2)
+    second.finish()
+    assert [json.loads(line)["step"] for line in journal.read_text().splitlines()] == [1, 2]
+    assert curve(client, second.run_id) == [(1, 1.0), (2, 2.0)]
+
+
+def test_more_points_than_one_request_holds(client, tmp_path):
+    run = start(tmp_path / "stage")
+    for step in range(1, 121):
+        run.log({f"curve{i}": float(step * i) for i in range(10)}, step)
+    assert run.finish()
+    for i in (0, 9):
+        assert curve(client, run.run_id, f"curve{i}") == [(step, float(step * i)) for step in range(1, 121)]
+
+
+def test_a_given_run_is_honoured_and_not_ended(client, monkeypatch, tmp_path):
+    given = client.create_run(client.create_experiment("theirs")).info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", given)
+    run = start(tmp_path / "stage")
+    run.log({"loss": 1.0}, 1)
+    assert run.finish()
+    assert run.run_id == given
+    assert client.get_run(given).info.status == "RUNNING"
+    assert curve(client, given) == [(1, 1.0)]
+    # Nor does the next stage end it, when it delivers what was left.
+    with (tmp_path / "stage" / "curves.jsonl").open("a") as file:
+        file.write('{"step": 2, "time": 1, "metrics": {"loss": 2.0}}\n')
+    (tmp_path / "next").mkdir()
+    Run.attach(tmp_path / "stage", tmp_path / "next", PROVENANCE).finish()
+    assert curve(client, given) == [(1, 1.0), (2, 2.0)]
+    assert client.get_run(given).info.status == "RUNNING"
+
+
+def test_stages_of_one_pipeline_run_share_a_run(client, monkeypatch, tmp_path):
+    start(tmp_path / "alone").finish()
+    monkeypatch.setenv(PIPELINE_RUN, "p1")
+    first = start(tmp_path / "one")
+    first.finish()
+    again = start(tmp_path / "two")
+    assert again.run_id == first.run_id
+    assert client.get_run(first.run_id).info.status == "RUNNING"
+    again.finish()
+    monkeypatch.setenv(PIPELINE_RUN, "p2")
+    other = start(tmp_path / "three")
+    other.finish()
+    assert other.run_id != first.run_id
+    assert len(all_runs(client)) == 3
+
+
+def test_the_experiment_can_be_chosen(client, monkeypatch, tmp_path):
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")
+    run = start(tmp_path / "stage")
+    run.finish()
+    assert client.get_run(run.run_id).info.experiment_id == client.get_experiment_by_name("mine").experiment_id
+
+
+def test_attaching_adds_to_the_run_and_does_not_end_it(client, tmp_path):
+    model, stage = tmp_path / "model", tmp_path / "evaluation"
+    trained = start(model)
+    trained.log({"loss": 1.0}, 1)
+    trained.finish()
+    stage.mkdir()
+    client.update_run(trained.run_id, status="RUNNING")
+    attached = Run.attach(model, stage, PROVENANCE)
+    attached.values({"miou": 30.0})
+    assert attached.finish()
+    assert attached.run_id == trained.run_id
+    assert client.get_run(trained.run_id).data.metrics == {"loss": 1.0, "miou": 30.0}
+    assert client.get_run(trained.run_id).info.status == "RUNNING"
+
+
+@pytest.mark.parametrize("lost", ["another store", "a deleted run"])
+def test_a_store_that_has_no_such_run_is_told_the_whole_history(client, monkeypatch, tmp_path, lost):
+    model, stage = tmp_path / "model", tmp_path / "evaluation"
+    trained = start(model)
+    for step in (1, 2):
+        trained.log({"loss": float(step)}, step)
+    trained.finish()
+    if lost == "another store":
+        client = tiny.mlflow_at(monkeypatch, tmp_path / "elsewhere")
+    else:
+        client.delete_run(trained.run_id)
+    stage.mkdir()
+    attached = Run.attach(model, stage, PROVENANCE)
+    attached.finish()
+    (there,) = all_runs(client)
+    assert there.info.run_id == attached.run_id != trained.run_id
+    assert there.info.status == "FINISHED"
+    assert curve(client, attached.run_id) == [(1, 1.0), (2, 2.0)]
+    assert there.data.params["masks.generator"] == "given"
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def test_an_unreachable_server_is_named_at_once(client, monkeypatch, tmp_path):
+    uri = f"http://127.0.0.1:{free_port()}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    with pytest.raises(ValueError, match=f"MLflow at {uri} cannot be reached .*MLFLOW_TRACKING_URI"):
+        start(tmp_path / "stage")
+
+
+def test_a_file_that_is_no_database_is_named(client, tmp_path):
+    (tmp_path / "mlflow" / "mlflow.db").write_text("no database")
+    with pytest.raises(ValueError, match=r"mlflow\.db cannot be used .*MLFLOW_TRACKING_URI"):
+        connect()
+
+
+class Server:
+    """A real `mlflow server` on one port, that can be killed and started again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.port = folder, free_port()
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def store(self) -> MlflowClient:
+        """The server's database without the server."""
+        return MlflowClient(f"sqlite:///{self.folder}/mlflow.db")
+
+    def start(self) -> None:
+        words = f"-m mlflow server --host 127.0.0.1 --port {self.port} --workers 1".split()
+        stores = ["--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db", "--artifacts-destination", str(self.folder)]
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+        environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
+        with (self.folder / "server.log").open("a") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, *words, *stores], env=environment, stdout=log, stderr=log, start_new_session=True
+            )
+
+    def wait(self) -> None:
+        for _ in range(600):
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.uri}/health", timeout=5):
+                return
+            assert self.process is not None and self.process.poll() is None, (self.folder / "server.log").read_text()
+            time.sleep(0.1)
+        raise AssertionError((self.folder / "server.log").read_text())
+
+    def kill(self) -> None:
+        if self.process is not None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+
+@pytest.fixture(scope="module", autouse=True)
+def early_server(request, tmp_path_factory) -> Iterator[Server | None]:
+    """Started before the first test of this file, because a start takes many seconds."""
+    wanted = any("server" in item.fixturenames for item in request.session.items if item.module is request.module)
+    made = Server(tmp_path_factory.mktemp("server")) if wanted else None
+    if made:
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            tiny.mlflow_at(monkeypatch, made.folder)
+        made.start()
+    yield made
+    if made:
+        made.kill()
+
+
+@pytest.fixture
+def server(early_server, client, monkeypatch) -> Server:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", early_server.uri)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    if early_server.process is None:
+        early_server.start()
+    early_server.wait()
+    return early_server
+
+
+def wait_for_trouble(run: Run) -> None:
+    for _ in range(600):
+        if run._trouble:
+            return
+        time.sleep(0.1)
+    raise AssertionError("the run did not notice that its server is lost")
+
+
+def test_a_store_lost_in_the_middle_is_told_everything_when_it_is_back(client, tmp_path, capsys):
+    run = start(tmp_path / "stage")
+    run.log({"loss": 1.0}, 1)
+    while run._pending():
+        time.sleep(0.01)
+    store = tmp_path / "mlflow" / "mlflow.db"
+    kept = store.read_bytes()
+    store.write_bytes(b"no database")
+    for step in (2, 3):
+        run.log({"loss": float(step)}, step)
+    run.values({"final": 0.5})
+    wait_for_trouble(run)
+    store.write_bytes(kept)
+    assert run.finish() is True
+    assert curve(client, run.run_id) == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    assert client.get_run(run.run_id).data.metrics["final"] == 0.5
+    said = capsys.readouterr().out
+    assert "training goes on" in said and "is back" in said
+
+
+def test_a_killed_server_costs_nothing(server, monkeypatch, tmp_path, capsys):
+    run = start(tmp_path / "model")
+    run.log({"loss": 1.0}, 1)
+    server.kill()
+    for step in (2, 3):
+        run.log({"loss": float(step)}, step)
+    monkeypatch.setattr(tracking, "_CLOSE_SECONDS", 2.0)
+    assert run.finish() is False
+    said = capsys.readouterr().out
+    assert f"MLflow at {server.uri} is lost" in said and run.run_id in said
+    lines = [json.loads(line) for line in (tmp_path / "model" / "curves.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["metrics"]["loss"]) for line in lines] == [(1, 1.0), (2, 2.0), (3, 3.0)]
+
+    # The next stage delivers: here to the server's own database, since a second start takes long (see the slow test).
+    (tmp_path / "evaluation").mkdir()
+    with pytest.raises(ValueError, match="cannot be reached"):
+        Run.attach(tmp_path / "model", tmp_path / "evaluation", PROVENANCE)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{server.folder}/mlflow.db")
+    monkeypatch.setattr(tracking, "_CLOSE_SECONDS", 30.0)
+    attached = Run.attach(tmp_path / "model", tmp_path / "evaluation", PROVENANCE)
+    assert attached.finish() is True
+    assert attached.run_id == run.run_id
+    assert curve(server.store(), run.run_id) == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    assert server.store().get_run(run.run_id).info.status == "FINISHED"
+
+
+@pytest.mark.slow
+def test_a_server_started_again_is_told_everything(server, monkeypatch, tmp_path, capsys):
+    client = server.store()
+    # By the same process.
+    run = start(tmp_path / "stage")
+    run.log({"loss": 1.0}, 1)
+    server.kill()
+    for step in (2, 3):
+        run.log({"loss": float(step)}, step)
+    (tmp_path / "note.txt").write_text("hello")
+    run.artifact(tmp_path / "note.txt")
+    wait_for_trouble(run)
+    server.start()
+    server.wait()
+    run.log({"loss": 4.0}, 4)
+    assert run.finish() is True
+    assert curve(client, run.run_id) == [(step, float(step)) for step in (1, 2, 3, 4)]
+    assert client.get_run(run.run_id).info.status == "FINISHED"
+    assert "note.txt" in [file.path for file in MlflowClient(server.uri).list_artifacts(run.run_id)]
+    assert "is back" in capsys.readouterr().out
+
+    # By the next stage.
+    late = start(tmp_path / "model")
+    late.log({"loss": 1.0}, 1)
+    server.kill()
+    late.log({"loss": 2.0}, 2)
+    monkeypatch.setattr(tracking, "_CLOSE_SECONDS", 1.0)
+    assert late.finish() is False
+    monkeypatch.setattr(tracking, "_CLOSE_SECONDS", 30.0)
+    server.start()
+    server.wait()
+    (tmp_path / "evaluation").mkdir()
+    attached = Run.attach(tmp_path / "model", tmp_path / "evaluation", PROVENANCE)
+    attached.values({"miou": 30.0})
+    assert attached.finish() is True
+    assert attached.run_id == late.run_id
+    assert curve(client, late.run_id) == [(1, 1.0), (2, 2.0)]
+    assert client.get_run(late.run_id).info.status == "FINISHED"
+    assert client.get_run(late.run_id).data.metrics["miou"] == 30.0

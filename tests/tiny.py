@@ -1,0 +1,141 @@
+"""Tiny things to test with: a random CLIP, a finished model, a labelled set, an MLflow database. All from fixed seeds."""
+
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from mlflow import MlflowClient
+from PIL import Image
+from safetensors.torch import save_file
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # MLflow warns about its own type hints
+    import mlflow.pyfunc  # noqa: F401
+
+from pixelclip.checkpoint import Clip, load_clip, save_model
+from pixelclip.model import Decoder
+from pixelclip.stage import PROVENANCE
+from pixelclip.storage import digest, write_json
+from pixelclip.text import Prompts, TextTower
+
+CLIP_CONFIG: dict[str, Any] = {
+    "embed_dim": 64,
+    "quick_gelu": True,
+    "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
+}
+MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.3, 0.2)
+SIDE, CONCEPTS, TOKENS = 48, 3, 2
+CLASSES = ("dog, puppy", "grass", "sky")
+
+
+def clip_folder(folder: Path, seed: int = 0) -> Path:
+    """An open_clip folder with random weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"model_cfg": CLIP_CONFIG, "preprocess_cfg": {"mean": MEAN, "std": STD}}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    save_file(clip_state(seed), folder / "open_clip_model.safetensors")
+    return folder
+
+
+@cache
+def clip_state(seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random weights that make texts and places differ well (open_clip's own first values hardly do)."""
+    generator = torch.Generator().manual_seed(seed)
+    state = open_clip.CLIP(**CLIP_CONFIG).state_dict()
+    for name, tensor in state.items():
+        noise = torch.randn(tensor.shape, generator=generator)
+        state[name] = 1 + 0.1 * noise if "ln_" in name and name.endswith("weight") else 0.15 * noise
+    return state
+
+
+def model_folder(folder: Path, clip: Path, change: float = 0.0, seed: int = 0) -> Path:
+    """A finished model folder; its image tower is the CLIP's, moved by noise of size `change`."""
+    folder.mkdir(parents=True)
+    loaded: Clip = load_clip(str(clip))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in loaded.model.visual.parameters():
+            parameter += change * torch.randn(parameter.shape, generator=generator)
+    words = torch.randint(0, 49406, (CONCEPTS, TOKENS), generator=generator)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        decoder = Decoder()
+    prompts = Prompts(TextTower(loaded.model), words)
+    origin = {"spec": str(clip), "md5": digest(clip)["md5"]}
+    save_model(folder, loaded, prompts, decoder, side=SIDE, residual="cls", origin=origin)
+    write_json(folder / PROVENANCE, provenance(folder, clip))
+    return folder
+
+
+def provenance(folder: Path, clip: Path) -> dict[str, Any]:
+    """What a training writes down: its settings and inputs, and what came before."""
+    masks = {
+        "stage": "masks",
+        "fingerprint": "f1",
+        "settings": {"generator": "given"},
+        "inputs": {"shards": {"path": "/there/shards", "md5": "0" * 32, "num_files": 1, "size": 1}},
+        "version": "0.1.0",
+        "revision": "abc",
+    }
+    return {
+        "stage": "train",
+        "fingerprint": "f2",
+        "settings": {"clip": str(clip), "steps": 3},
+        "inputs": {
+            "clip": {"path": str(clip), **digest(clip)},
+            "masks": {"path": "/there/masks", "md5": "1" * 32, "num_files": 1, "size": 1, "provenance": masks},
+        },
+        "version": "0.1.0",
+        "revision": "abc",
+        "output": digest(folder, [folder / "model.safetensors", folder / "config.json"]),
+    }
+
+
+def labelled_set(folder: Path, classes: Sequence[str] = CLASSES, images: int = 3, seed: int = 0) -> Path:
+    """Noise images of several sizes whose label maps hold all classes but the last, and ignored pixels."""
+    random = np.random.default_rng(seed)
+    (folder / "images").mkdir(parents=True)
+    (folder / "labels").mkdir()
+    (folder / "classes.txt").write_text("\n".join(classes) + "\n")
+    for number in range(images):
+        height, width = 20 + 7 * number, 40 - 5 * number
+        blocks = random.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        Image.fromarray(blocks).resize((width, height)).save(folder / "images" / f"{number}.png")
+        labels = random.integers(0, len(classes) - 1, (height, width), dtype=np.uint8)
+        labels[:3] = 255
+        Image.fromarray(labels).save(folder / "labels" / f"{number}.png")
+    return folder
+
+
+@cache
+def _database() -> bytes:
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # MLflow's own use of SQLAlchemy
+        path = Path(folder, "template.db")
+        MlflowClient(f"sqlite:///{path}").search_experiments(max_results=1)
+        return path.read_bytes()
+
+
+def mlflow_at(monkeypatch: pytest.MonkeyPatch, folder: Path, copy_of: Path | None = None) -> MlflowClient:
+    """Points MLflow to an empty database in `folder` (a fresh one takes MLflow seconds, so a template is copied)."""
+    for name in [name for name in os.environ if name.startswith(("MLFLOW_", "PIXELCLIP_PIPELINE"))]:
+        monkeypatch.delenv(name)
+    folder.mkdir(parents=True, exist_ok=True)
+    if copy_of is None:
+        (folder / "mlflow.db").write_bytes(_database())
+    else:
+        shutil.copyfile(copy_of, folder / "mlflow.db")
+    uri = f"sqlite:///{folder}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    return MlflowClient(uri)
