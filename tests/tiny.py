@@ -120,7 +120,8 @@ def labelled_set(folder: Path, classes: Sequence[str] = CLASSES, images: int = 3
 
 @cache
 def _database() -> bytes:
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+    memory = "/dev/shm" if Path("/dev/shm").is_dir() else None  # dozens of migrations, each waiting for the disk
+    with tempfile.TemporaryDirectory(dir=memory) as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # MLflow's own use of SQLAlchemy
         path = Path(folder, "template.db")
         MlflowClient(f"sqlite:///{path}").search_experiments(max_results=1)
