@@ -7,15 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as rle
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    # pycocotools 2.0.11 under numpy 2; nothing that a caller could do differently
-    config.addinivalue_line("filterwarnings", "ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 
 
 def pixels(height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:

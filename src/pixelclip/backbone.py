@@ -92,6 +92,13 @@ class Backbone(nn.Module):
         return self.visual.ln_pre(x), grid
 
 
+def check_side(setting: str, side: int, backbone: Backbone) -> None:
+    """Raises ValueError, in the name of `setting`, when a side in pixels holds not even one patch."""
+    patch = max(backbone.patch_size)
+    if side < patch:
+        raise ValueError(f"{setting} {side} is smaller than one patch of this CLIP ({patch} pixels)")
+
+
 def _value_path(block: Any, x: Tensor) -> Tensor:
     """`out_proj(v_proj(ln_1(x)))` of an attention block: x [B, P, D] -> [B, P, D]."""
     attention, width = block.attn, x.shape[-1]

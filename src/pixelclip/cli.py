@@ -119,6 +119,8 @@ def predict(
 
     if out.suffix.lower() != ".png":
         raise ValueError(f"{out}: the label map is a .png file")
+    if photo.resolve() in (out.resolve(), out.with_suffix(".overlay.png").resolve()):
+        raise ValueError(f"{out}: would overwrite the photo")
     names = read_classes(Path(classes)) if classes.endswith(".txt") else parse_names(classes)
     image = open_image(photo)
     prediction = Predictor.load(_model(model), device)(image, names)
@@ -126,8 +128,8 @@ def predict(
     label_image(prediction.labels).save(out)
     shown = out.with_suffix(".overlay.png")
     overlay(image, prediction).save(shown)
-    shares = {name: float((prediction.labels == index).mean()) for index, name in enumerate(names)}
-    print("\n".join(f"{100 * share:5.1f} %  {name}" for name, share in sorted(shares.items(), key=lambda item: -item[1])))
+    shares = [(float((prediction.labels == index).mean()), name) for index, name in enumerate(names)]
+    print("\n".join(f"{100 * share:5.1f} %  {name}" for share, name in sorted(shares, reverse=True) if share))
     print(f"{out} (values index into the classes), {shown}")
 
 

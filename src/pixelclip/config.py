@@ -67,6 +67,7 @@ class TrainConfig(BaseModel):
     clip: str = _setting(
         "ViT-B-16-quickgelu:openai",
         "The CLIP to start from: toy, an open_clip folder, NAME:PRETRAINED, or NAME:FILE.",
+        min_length=1,
     )
     residual: Literal["cls", "patch"] = _setting(
         "cls", "Residual of the last block's value path: cls (the reference) or patch (MaskCLIP)."

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from pixelclip.backbone import Backbone
+from pixelclip.backbone import Backbone, check_side
 from pixelclip.benchmarks import IGNORE, LabelledSet, open_folder
 from pixelclip.checkpoint import Clip, Model, backbone_of, clip_folder, load_clip, load_model
 from pixelclip.config import EvaluateConfig
@@ -25,7 +25,7 @@ from pixelclip.predict import class_scores, label_map, pick_device
 from pixelclip.report import Example, write_report
 from pixelclip.shards import BadSamples
 from pixelclip.stage import PROVENANCE, Metrics, Stage, describe
-from pixelclip.storage import digest, read_json, write_atomically, write_json
+from pixelclip.storage import read_json, write_atomically, write_json
 from pixelclip.text import TEMPLATES, TextTower, classifier
 from pixelclip.tracking import Run
 
@@ -103,11 +103,12 @@ def run(model: Path, labelled: Path, out: Path, config: EvaluateConfig) -> Metri
     stage = Stage("evaluate", out, {key: describe(path) for key, path in named.items()}, config)
     if stage.finished:
         return stage.reuse()
+    trained_from = loaded.config["clip"]["md5"]
+    if not config.clip and weights and trained_from and stage.inputs["clip"]["md5"] != trained_from:
+        raise ValueError(f"{weights}: is not the CLIP that {model} was trained from (other md5); name it by evaluate.clip")
+    check_side("evaluate.side", config.side or loaded.side, backbone_of(loaded))
     with stage:
         name = config.name or labelled.resolve().name
-        trained_from = loaded.config["clip"]["md5"]
-        if not config.clip and weights and trained_from and digest(weights)["md5"] != trained_from:
-            raise ValueError(f"{weights}: is not the CLIP that {model} was trained from (other md5); name it by evaluate.clip")
         tracked = Run.attach(model, stage.folder, read_json(model / PROVENANCE))
         # These two need MLflow at once, so they stand before the long work and not between it and its result.
         tracked.params({f"evaluate.{key}": value for key, value in stage.settings.items()})

@@ -5,6 +5,7 @@ What a lost server missed is delivered when it is back, or by the same command a
 other variables are honoured; the default is `sqlite:///runs/mlflow.db` with artifacts beside it.
 """
 
+import contextlib
 import json
 import os
 import threading
@@ -252,9 +253,11 @@ class Run:
         self._thread.join(_CLOSE_SECONDS)
         left = self._pending()
         if left:
+            points, others = len(self._lines) - self._delivered, len(self._actions)
             print(
-                f"MLflow at {tracking_uri()} is lost ({self._trouble}): {left} deliveries of run {self.run_id} are missing. "
-                f"Nothing is lost here: the curves stand in {CURVES} beside the result, and the next stage delivers them.",
+                f"MLflow at {tracking_uri()} is lost ({self._trouble}): run {self.run_id} misses {points} points of curves, "
+                f"which stand in {CURVES} beside the result and are delivered by the next stage, and {others} final figures "
+                "or files, which stand beside the result too but are not delivered again",
                 flush=True,
             )
         elif self._owned:
@@ -317,7 +320,8 @@ class Run:
 
     def _save(self) -> None:
         state = {"run_id": self.run_id, "tracking_uri": tracking_uri(), "delivered": self._delivered}
-        write_json(self.folder / RUN, state)
+        with contextlib.suppress(PermissionError):  # the journal of a read-only model folder: told again next time
+            write_json(self.folder / RUN, state)
 
 
 def _existing(client: MlflowClient, run_id: str | None) -> str | None:

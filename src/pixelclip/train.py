@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from pixelclip.backbone import Backbone
+from pixelclip.backbone import Backbone, check_side
 from pixelclip.checkpoint import CONFIG, WEIGHTS, Clip, clip_folder, load_clip, read_tensors, save_model
 from pixelclip.config import TrainConfig
 from pixelclip.dataset import MaskedImages, Views, load_batches
@@ -80,7 +80,7 @@ def _train(stage: Stage, clip: Clip, dataset: MaskedImages, config: TrainConfig,
         config.assignment_scale,
         config.sinkhorn_iterations,
     )
-    _check_grid(model.student, config.side)
+    check_side("train.side", config.side, model.student)
     model = model.to(device).train()
     optimizer = make_optimizer(model, config)
     first_rates = [group["lr"] for group in optimizer.param_groups]
@@ -187,11 +187,6 @@ def _views(config: TrainConfig, clip: Clip) -> Views:
         mean=clip.mean,
         std=clip.std,
     )
-
-
-def _check_grid(backbone: Backbone, side: int) -> None:
-    if side < max(backbone.patch_size):
-        raise ValueError(f"train.side {side} is smaller than one patch of this CLIP ({max(backbone.patch_size)} pixels)")
 
 
 def new_decoder(seed: int) -> Decoder:
