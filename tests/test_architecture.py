@@ -7,32 +7,9 @@ import pytest
 from imports import MODULES, PACKAGE, imported, imported_with_theirs
 
 ORDER = [
-    "config",
-    "storage",
-    "stage",
-    "images",
-    "shards",
-    "masks",
-    "pixels",
-    "dataset",
-    "text",
-    "backbone",
-    "clusters",
-    "model",
-    "checkpoint",
-    "predict",
-    "benchmarks",
-    "tracking",
-    "pictures",
-    "report",
-    "train",
-    "evaluate",
-    "serve",
-    "register",
-    "toy_motifs",
-    "toy",
-    "toy_clip",
-    "cli",
+    *("config", "storage", "stage", "images", "shards", "masks", "pixels", "dataset", "text", "backbone", "clusters"),
+    *("model", "checkpoint", "predict", "benchmarks", "tracking", "pictures", "report", "train", "evaluate", "serve"),
+    *("register", "toy_motifs", "toy", "toy_clip", "cli", "__main__"),
 ]
 
 
