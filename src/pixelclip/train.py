@@ -134,7 +134,7 @@ def _train(stage: Stage, clip: Clip, dataset: MaskedImages, config: TrainConfig,
         seen += len(batch.weak)
         if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
             speed, seen, since = seen / (time.monotonic() - since), 0, time.monotonic()
-            bar.set_postfix(loss=f"{loss:.4f}", images_s=f"{speed:.1f}")
+            bar.set_postfix(loss=f"{loss:.4f}", images_s=f"{speed:.1f}", refresh=False)
             entropy = -(output.assignment * output.assignment.clamp_min(1e-12).log()).sum(dim=-1).mean().item()
             rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
             tracked.log(
