@@ -160,7 +160,7 @@ def test_the_command_writes_label_map_and_overlay(monkeypatch, capsys, predictor
     printed = capsys.readouterr().out
     for index, name in enumerate(CLASSES):
         share = (expected == index).mean()
-        assert (f"{100 * share:5.1f} %  {name}\n" in printed) is (share > 0)
+        assert (f"{100 * share:5.1f} %  {name}\n" in printed) == (share > 0)
     assert str(out) in printed
 
 
