@@ -7,7 +7,7 @@ export MLFLOW_TRACKING_URI ?= sqlite:///$(CURDIR)/runs/mlflow.db
 .DEFAULT_GOAL := help
 .PHONY: demo test lint ui clean help requirements
 
-demo: .venv/installed  ## The main job end to end on painted scenes: about 6 minutes on 2 cores, see runs/demo/
+demo: .venv/installed  ## The main job end to end on painted scenes: about 7 minutes on 2 cores, see runs/demo/
 	@$(BIN)/pixelclip toy --out $(DEMO)/toy --params params.yaml
 	@$(BIN)/pixelclip pipeline run --images $(DEMO)/toy/images --labelled $(DEMO)/toy/toy --out $(DEMO) --params params.yaml
 	@echo "Look at $(DEMO)/report.html, or at the run and the registry: make ui"
