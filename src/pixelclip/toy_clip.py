@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
+from pixelclip.storage import write_atomically
 from pixelclip.toy import paint
 
 MODEL_CONFIG: dict[str, Any] = {
@@ -187,13 +188,10 @@ def _fill_vocabulary(model: CLIP, captions: Tensor) -> None:
 
 
 def _write(model: CLIP, out: Path) -> None:
-    out.mkdir(parents=True, exist_ok=True)
     weights = {name: tensor.detach().half().contiguous() for name, tensor in model.state_dict().items()}
     config = json.dumps({"model_cfg": MODEL_CONFIG, "preprocess_cfg": PREPROCESS_CONFIG}, indent=1)
     for name, content in (
         (WEIGHTS_NAME, save(weights)),
         (CONFIG_NAME, config.encode()),
     ):
-        partial = out / f"{name}.partial"
-        partial.write_bytes(content)
-        partial.replace(out / name)
+        write_atomically(out / name, content)
