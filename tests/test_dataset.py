@@ -3,16 +3,21 @@
 Alignment is shown with an image whose colours are its coordinates: every pixel of a view says where it came from.
 """
 
+from collections.abc import Iterable
 from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import annotation, encoded, pixels, write_tar
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
-from pixelclip.dataset import Batch, MaskedImages, Sample, Views, collate, draw, load_batches
+from pixelclip.dataset import Batch, MaskedImages, Sample, Views, collate, draw, load_batches, positions
+from pixelclip.ranks import Ranks
 
 PLAIN = Views(
     side=32, mask_grid=32, shortest_edge=64, longest_edge=1000, crop=32, color_jitter=False, flip=False, strong_view=False,
@@ -223,13 +228,37 @@ def test_collate_with_nothing_good_is_an_empty_batch() -> None:
 
 
 def test_a_resumed_loader_gives_the_batches_of_an_undisturbed_one(shards: list[Path]) -> None:
-    undisturbed = list(load_batches(MaskedImages(shards, FULL, 0), 3, 0, 6, workers=0, pin=False))
-    loader = load_batches(MaskedImages(shards, FULL, 0), 3, 4, 6, workers=0, pin=False)
-    assert len(loader) == 2 and len(undisturbed) == 6
-    assert all(same(a, b) for a, b in zip(loader, undisturbed[4:], strict=True))
+    undisturbed = batches(shards, positions(3, range(3), 1, 0, 6))
+    resumed = batches(shards, positions(3, range(3), 1, 4, 6))
+    assert len(resumed) == 2 and len(undisturbed) == 6
+    assert all(same(a, b) for a, b in zip(resumed, undisturbed[4:], strict=True))
     assert not same(undisturbed[4], undisturbed[5])
 
 
+def batches(shards: list[Path], lists: Iterable[list[int]], workers: int = 0) -> list[Batch]:
+    return list(load_batches(MaskedImages(shards, FULL, 0), lists, workers=workers, pin=False))
+
+
 def test_a_worker_gives_the_same_batches(shards: list[Path]) -> None:
-    here, there = (list(load_batches(MaskedImages(shards, FULL, 0), 4, 1, 4, workers=n, pin=False)) for n in (0, 1))
+    here, there = (batches(shards, positions(4, range(4), 1, 1, 4), workers) for workers in (0, 1))
     assert all(same(a, b) for a, b in zip(here, there, strict=True))
+
+
+@given(
+    batch_size=st.integers(1, 50),
+    size=st.integers(1, 9),
+    pieces=st.integers(1, 5),
+    start=st.integers(0, 9),
+    steps=st.integers(0, 5),
+)
+def test_ranks_and_pieces_share_the_stream_without_overlap_or_loss(batch_size, size, pieces, start, steps):
+    found = []
+    for rank in range(size):
+        lists = list(positions(batch_size, Ranks(rank, size).share(batch_size), pieces, start, start + steps))
+        assert len(lists) == steps * pieces
+        for step in range(steps):
+            mine = list(chain(*lists[step * pieces : (step + 1) * pieces]))
+            assert all((start + step) * batch_size <= position < (start + step + 1) * batch_size for position in mine)
+            assert abs(len(mine) - batch_size / size) < 1
+            found += mine
+    assert sorted(found) == list(range(start * batch_size, (start + steps) * batch_size))

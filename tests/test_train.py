@@ -33,6 +33,7 @@ SMALL = {
     "device": "cpu",
     "workers": 0,
     "log_every": 1,
+    "precision": "float32",
 }
 
 

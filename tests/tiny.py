@@ -34,6 +34,19 @@ CLIP_CONFIG: dict[str, Any] = {
     "vision_cfg": {"image_size": 32, "layers": 2, "width": 64, "head_width": 32, "patch_size": 8},
     "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1},
 }
+CONVNEXT_CONFIG: dict[str, Any] = {
+    "embed_dim": 64,
+    "vision_cfg": {
+        "timm_model_name": "test_convnext",
+        "timm_model_pretrained": False,
+        "timm_pool": "",
+        "timm_proj": "linear",
+        "timm_drop": 0.0,
+        "timm_drop_path": 0.1,
+        "image_size": 64,
+    },
+    "text_cfg": CLIP_CONFIG["text_cfg"],
+}
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.3, 0.2)
 SIDE, CONCEPTS, TOKENS = 48, 3, 2
 CLASSES = ("dog, puppy", "grass", "sky")
@@ -48,14 +61,26 @@ def clip_folder(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
+def convnext(seed: int = 0) -> open_clip.CLIP:
+    """A CLIP with a ConvNeXt, of random weights."""
+    clip = open_clip.CLIP(**CONVNEXT_CONFIG)
+    clip.load_state_dict(_vary(clip.state_dict(), seed))
+    return clip
+
+
 @cache
 def clip_state(seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random weights of a CLIP with a ViT."""
+    return _vary(open_clip.CLIP(**CLIP_CONFIG).state_dict(), seed)
+
+
+def _vary(state: dict[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
     """Random weights that make texts and places differ well (open_clip's own first values hardly do)."""
     generator = torch.Generator().manual_seed(seed)
-    state = open_clip.CLIP(**CLIP_CONFIG).state_dict()
     for name, tensor in state.items():
         noise = torch.randn(tensor.shape, generator=generator)
-        state[name] = 1 + 0.1 * noise if "ln_" in name and name.endswith("weight") else 0.15 * noise
+        norm = ("ln_" in name or "norm" in name) and name.endswith("weight")
+        state[name] = 1 + 0.1 * noise if norm or name.endswith("gamma") else 0.15 * noise
     return state
 
 

@@ -7,22 +7,25 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from open_clip.timm_model import TimmModel
 from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
+from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 
 Residual = Literal["cls", "patch"]
 
 
 class Backbone(nn.Module):
-    """Dense features of a CLIP ViT.
+    """Dense features of a CLIP ViT or ConvNeXt.
 
-    All blocks but the last run as they are; of the last only the value path is used, so that a patch keeps its own
-    content instead of a mixture of all patches (MaskCLIP).
+    ViT: all blocks but the last run as they are; of the last only the value path is used, so that a patch keeps its own
+    content instead of a mixture of all patches (MaskCLIP). ConvNeXt: the trunk's features, the norm of its head without
+    the pooling, the projection at every place.
 
     Args:
-        visual: open_clip's `VisionTransformer`, pooled at the CLS token.
-        residual: what is added to the last block's value path: the CLS token, broadcast to every patch (an oddity of
-            the reference, kept), or each patch's own token (MaskCLIP).
+        visual: open_clip's `VisionTransformer` pooled at the CLS token, or its `TimmModel` around a ConvNeXt.
+        residual: ViT only: what is added to the last block's value path: the CLS token, broadcast to every patch (an
+            oddity of the reference, kept), or each patch's own token (MaskCLIP).
 
     Raises:
         ValueError: the tower is of another kind.
@@ -30,36 +33,42 @@ class Backbone(nn.Module):
 
     def __init__(self, visual: nn.Module, residual: Residual = "cls") -> None:
         super().__init__()
-        if not isinstance(visual, VisionTransformer):
-            raise ValueError(f"image tower {type(visual).__name__} is not supported: open_clip's VisionTransformer is needed")
-        last: Any = visual.transformer.resblocks[-1]
-        if (
-            visual.pool_type != "tok"
-            or visual.attn_pool is not None
-            or visual.final_ln_after_pool
-            or not isinstance(last, ResidualAttentionBlock)
-        ):
-            raise ValueError("this ViT is not supported: pooling at the CLS token and plain attention blocks are needed")
+        if isinstance(visual, VisionTransformer):
+            _check_vit(visual)
+        elif isinstance(visual, TimmModel):
+            _check_convnext(visual)
+        else:
+            raise ValueError(
+                f"image tower {type(visual).__name__} is not supported: open_clip's VisionTransformer or ConvNeXt is needed"
+            )
         self.visual = visual
         self.residual = residual
 
     @property
     def patch_size(self) -> tuple[int, int]:
-        """Height and width of a patch in pixels."""
+        """Height and width in pixels of one place of the feature grid."""
+        if isinstance(self.visual, TimmModel):
+            stride = int(self.visual.trunk.feature_info[-1]["reduction"])
+            return stride, stride
         height, width = self.visual.conv1.kernel_size
         return height, width
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters that PixelCLIP trains in a ViT: all attention, and the position embedding."""
-        trained = {"positional_embedding": self.visual.positional_embedding}
-        for i, block in enumerate(self.visual.transformer.resblocks):
-            for name, parameter in block.attn.named_parameters():
-                trained[f"transformer.resblocks.{i}.attn.{name}"] = parameter
+        """What PixelCLIP trains: all attention and the position embedding of a ViT; the whole tower of a ConvNeXt."""
+        if isinstance(self.visual, TimmModel):
+            trained = dict(self.visual.named_parameters())
+        else:
+            trained = {"positional_embedding": self.visual.positional_embedding}
+            for i, block in enumerate(self.visual.transformer.resblocks):
+                for name, parameter in block.attn.named_parameters():
+                    trained[f"transformer.resblocks.{i}.attn.{name}"] = parameter
         return {f"visual.{name}": parameter for name, parameter in trained.items()}
 
     def image_features(self, images: Tensor) -> Tensor:
         """CLIP's own global features [B, C] of images [B, 3, H, W] of any size, not normalised."""
-        pooled, _ = self.visual._pool(self.visual.transformer(self._embed(images)[0]))
+        if isinstance(self.visual, TimmModel):
+            return self.visual(images)
+        pooled, _ = self.visual._pool(self.visual.transformer(_embed(self.visual, images)[0]))
         return pooled if self.visual.proj is None else pooled @ self.visual.proj
 
     def forward(self, images: Tensor) -> Tensor:
@@ -71,25 +80,57 @@ class Backbone(nn.Module):
         Returns:
             [B, C, h, w] with h = H // patch, w = W // patch; not normalised.
         """
-        x, (height, width) = self._embed(images)  # [B, 1 + P, D]
-        *blocks, last = self.visual.transformer.resblocks
-        for block in blocks:
-            x = block(x)
-        y = last.ls_1(_value_path(last, x[:, 1:]))  # [B, P, D]
-        y = y + (x[:, :1] if self.residual == "cls" else x[:, 1:])
-        y = y + last.ls_2(last.mlp(last.ln_2(y)))
-        y = self.visual.ln_post(y)
-        if self.visual.proj is not None:
-            y = y @ self.visual.proj
-        return y.transpose(1, 2).unflatten(2, (height, width))
+        if isinstance(self.visual, TimmModel):
+            return _dense_convnext(self.visual, images)
+        return _dense_vit(self.visual, images, self.residual)
 
-    def _embed(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        x = self.visual.conv1(images)  # [B, D, h, w]
-        grid = (x.shape[2], x.shape[3])
-        x = x.flatten(2).transpose(1, 2)  # [B, P, D]
-        cls = self.visual.class_embedding.to(x.dtype).expand(len(x), 1, -1)
-        x = torch.cat([cls, x], dim=1) + _resize_position(self.visual, grid).to(x.dtype)
-        return self.visual.ln_pre(x), grid
+
+def _dense_convnext(visual: Any, images: Tensor) -> Tensor:
+    x = visual.trunk.forward_features(images)  # [B, D, h, w]
+    x = visual.trunk.head.norm(x).movedim(1, -1)  # [B, h, w, D]
+    return visual.head(x).movedim(-1, 1)
+
+
+def _dense_vit(visual: Any, images: Tensor, residual: Residual) -> Tensor:
+    x, (height, width) = _embed(visual, images)  # [B, 1 + P, D]
+    *blocks, last = visual.transformer.resblocks
+    for block in blocks:
+        x = block(x)
+    y = last.ls_1(_value_path(last, x[:, 1:]))  # [B, P, D]
+    y = y + (x[:, :1] if residual == "cls" else x[:, 1:])
+    y = y + last.ls_2(last.mlp(last.ln_2(y)))
+    y = visual.ln_post(y)
+    if visual.proj is not None:
+        y = y @ visual.proj
+    return y.transpose(1, 2).unflatten(2, (height, width))
+
+
+def _embed(visual: Any, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    x = visual.conv1(images)  # [B, D, h, w]
+    grid = (x.shape[2], x.shape[3])
+    x = x.flatten(2).transpose(1, 2)  # [B, P, D]
+    cls = visual.class_embedding.to(x.dtype).expand(len(x), 1, -1)
+    x = torch.cat([cls, x], dim=1) + _resize_position(visual, grid).to(x.dtype)
+    return visual.ln_pre(x), grid
+
+
+def _check_vit(visual: Any) -> None:
+    if (
+        visual.pool_type != "tok"
+        or visual.attn_pool is not None
+        or visual.final_ln_after_pool
+        or not isinstance(visual.transformer.resblocks[-1], ResidualAttentionBlock)
+    ):
+        raise ValueError("this ViT is not supported: pooling at the CLS token and plain attention blocks are needed")
+
+
+def _check_convnext(visual: Any) -> None:
+    trunk = visual.trunk
+    if not isinstance(trunk, ConvNeXt):
+        raise ValueError(f"image tower {type(trunk).__name__} is not supported: of timm's towers ConvNeXt is")
+    norm, rest = getattr(trunk.head, "norm", None), getattr(trunk.head, "pre_logits", None)
+    if not (isinstance(norm, nn.LayerNorm) and isinstance(rest, nn.Identity) and len(visual.head)):
+        raise ValueError("this ConvNeXt is not supported: a norm in the trunk's head and open_clip's projection are needed")
 
 
 def check_side(setting: str, side: int, backbone: Backbone) -> None:

@@ -1,26 +1,48 @@
-"""Labelled sets, for evaluation only: a folder with `images/`, `labels/` (PNG, 255 = ignore) and `classes.txt`."""
+"""Labelled sets, for evaluation only, read as they are published: the benchmarks of section 4, or a folder of one's own.
 
+A folder of one's own holds `images/`, `labels/` (PNG, 255 = ignore) and `classes.txt`. H W image.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from pixelclip.config import nearest
 from pixelclip.images import decode_image, open_image
-from pixelclip.shards import IMAGE_SUFFIXES
-from pixelclip.storage import files_below
-from pixelclip.text import check_names
+from pixelclip.shards import IMAGE_SUFFIXES, parse_annotation
+from pixelclip.storage import files_below, read_json
+from pixelclip.text import check_names, read_classes
 
 IGNORE = 255
+_REFUSED = -1
+_NUM_VALUES = 1 << 16  # PASCAL-Context counts 459 categories, more than 8 bits hold
+
+Pairs = list[tuple[Path, Path]]
 
 
 @dataclass(frozen=True)
 class LabelledSet:
-    """Images with label maps: `pairs` of image and label file; labels index into `classes`, `IGNORE` is left out."""
+    """Images with label maps; labels index into `classes`, `IGNORE` is left out.
+
+    Args:
+        classes: names in the order of the labels; "a, b" are synonyms.
+        pairs: image file and label file of each sample; several samples may share one label file.
+        table: [65536], the label of every value that a label file may hold, -1 for a value that it must not hold.
+        masks: for label files without pixel maps: each sample's masks as SA-1B's annotation JSON with a `category_id` each,
+            empty for a sample without any.
+    """
 
     classes: list[str]
-    pairs: list[tuple[Path, Path]]
+    pairs: Pairs
+    table: NDArray[np.int16]
+    masks: list[bytes] | None = None
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -29,41 +51,67 @@ class LabelledSet:
         """Reads one image (RGB, upright) and its label map [H, W].
 
         Raises:
-            ValueError: unreadable, of two sizes, or a label outside the class list; the message names the file.
+            ValueError: unreadable, of two sizes, or a value outside the table; the message names the file.
         """
         image_path, label_path = self.pairs[index]
         image = open_image(image_path)
+        where = f"{label_path}" if self.masks is None else f"{label_path}: {image_path.name}"
         try:
-            label = decode_image(label_path.read_bytes())
+            values = _read_map(label_path) if self.masks is None else _draw(self.masks[index], image.size)
         except (OSError, ValueError) as error:
-            raise ValueError(f"{label_path}: {error}") from None
-        if label.mode not in ("L", "P"):
-            raise ValueError(f"{label_path}: one 8-bit channel (mode L or P) is needed, found mode {label.mode}")
-        if label.size != image.size:
-            raise ValueError(f"{label_path}: label map of size {label.size}, its image {image_path.name} has {image.size}")
-        labels = np.asarray(label)
-        outside = np.unique(labels[(labels >= len(self.classes)) & (labels != IGNORE)])
+            raise ValueError(f"{where}: {error}") from None
+        if values.shape != image.size[::-1]:
+            size = values.shape[::-1]
+            raise ValueError(f"{where}: label map of size {size}, its image {image_path.name} has {image.size}")
+        labels = self.table[values]
+        outside = np.unique(values[labels == _REFUSED])
         if len(outside):
-            raise ValueError(
-                f"{label_path}: label {', '.join(map(str, outside[:5]))} found, "
-                f"allowed are 0 to {len(self.classes) - 1} (classes.txt) and {IGNORE} (ignore)"
-            )
-        return image, labels
+            raise ValueError(f"{where}: label {', '.join(map(str, outside[:5]))} found, allowed are {self._allowed()}")
+        return image, labels.astype(np.uint8)
+
+    def _allowed(self) -> str:
+        ignored = self.table == IGNORE
+        return f"{_ranges(~ignored & (self.table != _REFUSED))} (classes) and {_ranges(ignored)} (ignore)"
 
 
-def read_classes(path: Path) -> list[str]:
-    """Reads class names, one a line.
+def _ranges(mask: NDArray[np.bool_]) -> str:
+    values = np.flatnonzero(mask)
+    runs = np.split(values, np.flatnonzero(np.diff(values) > 1) + 1)
+    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def _read_map(path: Path) -> NDArray[np.uint8]:
+    label = decode_image(path.read_bytes())
+    if label.mode not in ("L", "P"):
+        raise ValueError(f"one 8-bit channel (mode L or P) is needed, found mode {label.mode}")
+    return np.asarray(label)
+
+
+def _draw(masks: bytes, size: tuple[int, int]) -> NDArray[np.uint16]:
+    """Category ids [H, W], 0 where no mask is; the Detail API's `getMask` too draws in the file's order, last on top."""
+    from pycocotools import mask as rle  # an extra that inference does without
+
+    values = np.zeros(size[::-1], np.uint16)
+    for annotation in parse_annotation(masks, size)["annotations"] if masks else []:
+        values[rle.decode(annotation["segmentation"]) == 1] = annotation["category_id"]
+    return values
+
+
+def open_labelled(folder: Path, kind: str = "folder") -> LabelledSet:
+    """Opens the validation split of a benchmark in its published layout, or a folder of one's own.
+
+    Args:
+        folder: where the layout begins; for ADE20K and PASCAL a folder above will do.
+        kind: one of `KINDS`.
 
     Raises:
-        ValueError: missing, empty, or names that are blank or stand twice; the message names the file.
+        ValueError: unknown kind, or a part of the layout is missing, unreadable or empty.
     """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: class names, one a line, cannot be read: {error}") from None
-    while lines and not lines[-1].strip():
-        lines.pop()
-    return check_names(lines, str(path))
+    if kind not in _OPENERS:
+        raise ValueError(f"unknown kind of labelled set {kind!r}{nearest(kind, KINDS)}; the kinds are {', '.join(KINDS)}")
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    return _OPENERS[kind](folder)
 
 
 def open_folder(folder: Path) -> LabelledSet:
@@ -78,14 +126,159 @@ def open_folder(folder: Path) -> LabelledSet:
     classes = read_classes(folder / "classes.txt")
     if len(classes) > IGNORE:
         raise ValueError(f"{folder / 'classes.txt'}: {len(classes)} classes, 8-bit label maps hold at most {IGNORE}")
-    pairs: list[tuple[Path, Path]] = []
-    missing: list[tuple[Path, Path]] = []
-    for image in files_below(folder / "images"):
-        if image.suffix.lower() in IMAGE_SUFFIXES:
-            label = folder / "labels" / image.relative_to(folder / "images").with_suffix(".png")
-            (pairs if label.is_file() else missing).append((image, label))
-    if missing:
-        raise ValueError(f"{folder}: {len(missing)} images have no label map, the first is {missing[0][1]}")
-    if not pairs:
+    images = [path for path in files_below(folder / "images") if path.suffix.lower() in IMAGE_SUFFIXES]
+    if not images:
         raise ValueError(f"{folder / 'images'}: holds no image")
-    return LabelledSet(classes, pairs)
+    labels = [folder / "labels" / path.relative_to(folder / "images").with_suffix(".png") for path in images]
+    pairs = _complete(folder, list(zip(images, labels, strict=True)), "images have no label map")
+    return LabelledSet(classes, pairs, _table({label: label for label in [*range(len(classes)), IGNORE]}))
+
+
+_LAYOUTS = {
+    "coco-stuff": "val2017/*.jpg (or images/val2017) and stuffthingmaps_trainval2017/val2017/*.png "
+    "(or stuffthingmaps/val2017, annotations/val2017)",
+    "ade20k": "ADEChallengeData2016/images/validation/*.jpg and ADEChallengeData2016/annotations/validation/*.png",
+    "pascal-context": "VOCdevkit/VOC2010/JPEGImages/*.jpg and beside it either SegmentationClassContext/*.png with "
+    "ImageSets/SegmentationContext/val.txt, or trainval_merged.json",
+    "cityscapes": "leftImg8bit/val/CITY/*_leftImg8bit.png and gtFine/val/CITY/*_gtFine_labelIds.png (or _labelTrainIds)",
+    "voc": "VOCdevkit/VOC2012/JPEGImages/*.jpg and beside it SegmentationClass/*.png and ImageSets/Segmentation/val.txt",
+}
+
+# Values of COCO-Stuff's maps (id - 1) that no image has: things that COCO named and never outlined.
+_COCO_UNUSED = {11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90}
+# labelIds of cityscapesScripts' labels.py in the order of their trainIds; the other ids up to 33 are not evaluated.
+_CITYSCAPES = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+# The 59 of the 459 categories, in ascending order, as all who convert trainval_merged.json number them.
+_CONTEXT = (
+    *(2, 9, 18, 19, 22, 23, 25, 31, 33, 34, 44, 45, 46, 59, 65, 68, 72, 80, 85, 98, 104, 105, 113, 115, 144, 158, 159, 162),
+    *(187, 189, 207, 220, 232, 258, 259, 260, 284, 295, 296, 308, 324, 326, 347, 349, 354, 355, 360, 366, 368, 397, 415),
+    *(416, 420, 424, 427, 440, 445, 454, 458),
+)
+
+
+def _open_coco_stuff(folder: Path) -> LabelledSet:
+    images = _part("coco-stuff", folder, "val2017", "images/val2017")
+    maps = ("stuffthingmaps_trainval2017", "stuffthingmaps", "annotations/stuffthingmaps_trainval2017", "annotations")
+    labels = _part("coco-stuff", folder, *(f"{name}/val2017" for name in maps))
+    used = [value for value in range(182) if value not in _COCO_UNUSED]
+    return _benchmark("coco-stuff", _below(images, ".jpg", labels, ".png"), _numbered(used) | {255: IGNORE})
+
+
+def _open_ade20k(folder: Path) -> LabelledSet:
+    images = _part("ade20k", folder, "images/validation", "ADEChallengeData2016/images/validation")
+    labels = _part("ade20k", images.parents[1], "annotations/validation")
+    return _benchmark("ade20k", _below(images, ".jpg", labels, ".png"), _numbered(range(1, 151)) | {0: IGNORE})
+
+
+def _open_cityscapes(folder: Path) -> LabelledSet:
+    images, labels = _part("cityscapes", folder, "leftImg8bit/val"), _part("cityscapes", folder, "gtFine/val")
+    trained = not any(labels.glob("*/*_labelIds.png")) and any(labels.glob("*/*_labelTrainIds.png"))
+    pairs = _below(images, "_leftImg8bit.png", labels, f"_gtFine_{'labelTrainIds' if trained else 'labelIds'}.png")
+    if trained:
+        return _benchmark("cityscapes", pairs, _numbered(range(19)) | {255: IGNORE})
+    return _benchmark("cityscapes", pairs, dict.fromkeys(range(34), IGNORE) | _numbered(_CITYSCAPES))
+
+
+def _open_voc(folder: Path) -> LabelledSet:
+    root = _part("voc", folder, "JPEGImages", "VOC2012/JPEGImages", "VOCdevkit/VOC2012/JPEGImages").parent
+    pairs = _listed("voc", root, "SegmentationClass", "ImageSets/Segmentation/val.txt")
+    return _benchmark("voc", pairs, _numbered(range(1, 21)) | {0: IGNORE, 255: IGNORE})
+
+
+def _open_pascal_context(folder: Path) -> LabelledSet:
+    images = _part("pascal-context", folder, "JPEGImages", "VOC2010/JPEGImages", "VOCdevkit/VOC2010/JPEGImages")
+    root = images.parent
+    if (root / "SegmentationClassContext").is_dir():
+        pairs = _listed("pascal-context", root, "SegmentationClassContext", "ImageSets/SegmentationContext/val.txt")
+        return _benchmark("pascal-context", pairs, _numbered(range(1, 60)) | {0: IGNORE})
+    path = _part("pascal-context", root, "trainval_merged.json")
+    masks = _read_detail(path)
+    pairs = _complete(path, [(images / name, path) for name in masks], "of the files that it names are missing")
+    return _benchmark("pascal-context", pairs, _numbered(_CONTEXT) | {0: IGNORE}, list(masks.values()))
+
+
+def _read_detail(path: Path) -> dict[str, bytes]:
+    """The masks of PASCAL in Detail's validation images, by file name, as `LabelledSet.masks` holds them."""
+    document = read_json(path)
+    try:
+        names = {image["image_id"]: str(image["file_name"]) for image in document["images"] if image["phase"] == "val"}
+        masks: dict[str, list[dict[str, Any]]] = {name: [] for name in sorted(names.values())}
+        for annotation in document["annos_segmentation"]:
+            if annotation["image_id"] in names:
+                category = annotation["category_id"]
+                if type(category) is not int or not 0 <= category < _NUM_VALUES:
+                    raise ValueError(f"category_id {category!r}")
+                mask = {"segmentation": annotation["segmentation"], "category_id": category}
+                masks[names[annotation["image_id"]]].append(mask)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path}: is no trainval_merged.json of PASCAL in Detail ({type(error).__name__} {error}); it needs "
+            "images (image_id, file_name, phase) and annos_segmentation (image_id, category_id, segmentation)"
+        ) from None
+    if not masks:
+        raise ValueError(f"{path}: holds no image of phase 'val'")
+    return {name: json.dumps({"annotations": found}).encode() if found else b"" for name, found in masks.items()}
+
+
+_OPENERS: dict[str, Callable[[Path], LabelledSet]] = {
+    "folder": open_folder,
+    "coco-stuff": _open_coco_stuff,
+    "ade20k": _open_ade20k,
+    "pascal-context": _open_pascal_context,
+    "cityscapes": _open_cityscapes,
+    "voc": _open_voc,
+}
+KINDS = tuple(_OPENERS)
+
+
+def _benchmark(kind: str, pairs: Pairs, values: Mapping[int, int], masks: list[bytes] | None = None) -> LabelledSet:
+    # Official names, made readable: of COCO-Stuff's the endings -other and -stuff go, a material stands first ("wall-brick"
+    # is "brick wall"), other hyphens are blanks ("wall panel", "window blind"), "structural" is "structure"; words written
+    # as one are parted ("potted plant").
+    names = resources.files("pixelclip").joinpath(f"assets/classes/{kind}.txt").read_text(encoding="utf-8")
+    return LabelledSet(check_names(names.splitlines(), kind), pairs, _table(values), masks)
+
+
+def _numbered(values: Iterable[int]) -> dict[int, int]:
+    return {value: label for label, value in enumerate(values)}
+
+
+def _table(labels: Mapping[int, int]) -> NDArray[np.int16]:
+    table = np.full(_NUM_VALUES, _REFUSED, np.int16)
+    table[list(labels)] = list(labels.values())
+    return table
+
+
+def _part(kind: str, folder: Path, *places: str) -> Path:
+    for place in places:
+        if (folder / place).exists():
+            return folder / place
+    raise ValueError(f"{folder}: is no {kind} as published, {places[0]} is missing; it needs {_LAYOUTS[kind]}")
+
+
+def _below(images: Path, image_ending: str, labels: Path, label_ending: str) -> Pairs:
+    found = [path for path in files_below(images) if path.name.endswith(image_ending)]
+    if not found:
+        raise ValueError(f"{images}: holds no *{image_ending}")
+    stems = [path.relative_to(images).as_posix().removesuffix(image_ending) for path in found]
+    pairs = [(path, labels / f"{stem}{label_ending}") for path, stem in zip(found, stems, strict=True)]
+    return _complete(images, pairs, "images have no label map")
+
+
+def _listed(kind: str, root: Path, labels: str, split: str) -> Pairs:
+    folder, path = _part(kind, root, labels), _part(kind, root, split)
+    try:
+        names = path.read_text(encoding="utf-8").split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: the list of images cannot be read: {error}") from None
+    if not names:
+        raise ValueError(f"{path}: names no image")
+    pairs = [(root / "JPEGImages" / f"{name}.jpg", folder / f"{name}.png") for name in names]
+    return _complete(path, pairs, "of the files that it names are missing")
+
+
+def _complete(source: Path, pairs: Pairs, said: str) -> Pairs:
+    missing = list(dict.fromkeys(path for pair in pairs for path in pair if not path.is_file()))
+    if missing:
+        raise ValueError(f"{source}: {len(missing)} {said}, the first is {missing[0]}")
+    return pairs

@@ -23,7 +23,7 @@ from pixelclip.backbone import Backbone, Residual
 from pixelclip.config import nearest
 from pixelclip.stage import PROVENANCE
 from pixelclip.storage import read_json, write_json
-from pixelclip.text import Prompts, TextTower
+from pixelclip.text import Prompts, TextTower, Vectors
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 _FORMAT = 1
@@ -52,7 +52,7 @@ class Model:
     clip: Clip
     side: int
     residual: Residual
-    prompts: Prompts
+    prompts: Prompts | Vectors
     config: dict[str, Any]
 
 
@@ -103,7 +103,7 @@ def load_clip(spec: str) -> Clip:
 
 
 def save_model(
-    folder: Path, clip: Clip, prompts: Prompts, decoder: nn.Module, *, side: int, residual: Residual, origin: dict[str, Any]
+    folder: Path, clip: Clip, prompts: nn.Module, decoder: nn.Module, *, side: int, residual: Residual, origin: dict[str, Any]
 ) -> None:
     """Writes `model.safetensors` and `config.json` (the provenance is the Stage's).
 
@@ -122,7 +122,6 @@ def save_model(
     # A state dict may name one tensor twice; safetensors wants each to own its memory.
     save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, folder / WEIGHTS)
     (folder / WEIGHTS).chmod(0o644)  # safetensors leaves it readable by its owner alone
-    concepts, tokens = prompts.tokens.shape[:2]
     write_json(
         folder / CONFIG,
         {
@@ -132,8 +131,6 @@ def save_model(
             "std": clip.std,
             "side": side,
             "residual": residual,
-            "concepts": concepts,
-            "prompt_tokens": tokens,
             "clip": origin,
         },
     )
@@ -158,8 +155,7 @@ def load_model(folder: Path) -> Model:
     try:
         model = build_clip(config["model_cfg"])
         model.load_state_dict(_below(tensors, "clip."))
-        prompts = Prompts(TextTower(model), torch.zeros(config["concepts"], config["prompt_tokens"], dtype=torch.long))
-        prompts.load_state_dict(_below(tensors, "prompts."))
+        prompts = _concepts_of(_below(tensors, "prompts."), TextTower(model))
         clip = Clip(model.eval(), config["model_cfg"], tuple(config["mean"]), tuple(config["std"]))
         return Model(clip, int(config["side"]), config["residual"], prompts.requires_grad_(False), config)
     except KeyError as error:
@@ -170,10 +166,23 @@ def load_model(folder: Path) -> Model:
         raise ValueError(f"{folder / WEIGHTS}: does not fit {CONFIG}: {error}") from None
 
 
+def _concepts_of(state: dict[str, Tensor], text: TextTower) -> Prompts | Vectors:
+    if "values" in state:
+        return Vectors(state["values"], learn=False)
+    if "tokens" not in state:
+        raise RuntimeError("it holds neither prompts.tokens nor prompts.values")
+    prompts = Prompts(text, torch.zeros(state["tokens"].shape[:2], dtype=torch.long))
+    prompts.load_state_dict(state)
+    return prompts
+
+
 def build_clip(model_cfg: dict[str, Any]) -> open_clip.CLIP:
     """An open_clip CLIP with random weights from its config; quiet and without a download."""
     cfg = {key: value for key, value in model_cfg.items() if key in ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu")}
-    return open_clip.CLIP(**json.loads(json.dumps(cfg)))
+    cfg = json.loads(json.dumps(cfg))
+    if "timm_model_name" in cfg["vision_cfg"]:
+        cfg["vision_cfg"]["timm_model_pretrained"] = False
+    return open_clip.CLIP(**cfg)
 
 
 def backbone_of(model: Model) -> Backbone:

@@ -112,10 +112,9 @@ def predict(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
 ) -> None:
     """Segment a photo into classes that you name."""
-    from pixelclip.benchmarks import read_classes
     from pixelclip.images import open_image
     from pixelclip.predict import Predictor, label_image, overlay
-    from pixelclip.text import parse_names
+    from pixelclip.text import parse_names, read_classes
 
     if out.suffix.lower() != ".png":
         raise ValueError(f"{out}: the label map is a .png file")

@@ -83,8 +83,18 @@ class TrainConfig(BaseModel):
     cutout_max: float = _setting(0.5, "CutOut: largest side as a share of the view's; 0 switches it off.", ge=0, le=1)
     mask_grid: int = _setting(256, "Side of the grid on which masks are pooled and predicted.", ge=16)
     steps: int = _setting(10_000, "Optimizer steps.", ge=1)
-    batch_size: int = _setting(48, "Images in one optimizer step.", ge=1)
-    concepts: int = _setting(64, "K: number of learnable concepts.", ge=2)
+    batch_size: int = _setting(48, "Images in one optimizer step, over all processes.", ge=1)
+    accumulate: int = _setting(1, "Pieces in which a process takes its images of a step, to save memory.", runtime=True, ge=1)
+    precision: Literal["auto", "float32", "tf32", "bfloat16"] = _setting(
+        "auto", "Of towers and decoder; auto is bfloat16 where the device is fast at it, else float32."
+    )
+    clustering: bool = _setting(True, "Masks of one concept share a target; false makes every mask its own (an ablation).")
+    concept_kind: Literal["prompts", "fixed_prompts", "vectors", "names"] = _setting(
+        "prompts",
+        "Concepts are learnable prompts, prompts of random words that stay, free vectors without the text tower, or names.",
+    )
+    concept_names: str = _setting("", "Kind names: a file of class names, one a line, or 'dog|puppy,grass'; else empty.")
+    concepts: int = _setting(64, "K: number of concepts (kind names: as many as there are names).", ge=2)
     prompt_tokens: int = _setting(4, "L: learnable tokens of a concept's prompt.", ge=1, le=64)
     assignment_scale: float = _setting(100.0, "Factor on cosines before the softmax of the assignment.", gt=0)
     sinkhorn_iterations: int = _setting(3, "Sinkhorn-Knopp iterations.", ge=1)
@@ -109,6 +119,8 @@ class TrainConfig(BaseModel):
             raise ValueError(f"cutout_min {self.cutout_min} is larger than cutout_max {self.cutout_max}")
         if self.shortest_edge > self.longest_edge:
             raise ValueError(f"shortest_edge {self.shortest_edge} is larger than longest_edge {self.longest_edge}")
+        if (self.concept_kind == "names") != bool(self.concept_names):
+            raise ValueError(f"concept_kind {self.concept_kind} with concept_names {self.concept_names!r}: they go together")
         return self
 
 

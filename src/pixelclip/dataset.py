@@ -6,8 +6,9 @@ workers, sees the very same data. B images, N masks, H W mask grid.
 
 import math
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -258,23 +259,35 @@ def collate(samples: Sequence[Sample | str]) -> Batch:
     )
 
 
-class _Positions(Sampler[list[int]]):
-    def __init__(self, batch_size: int, start: int, stop: int) -> None:
-        self._batch_size, self._start, self._stop = batch_size, start, stop
+def positions(batch_size: int, share: range, pieces: int, start: int, stop: int) -> Iterator[list[int]]:
+    """Where in the stream a process reads: for every step its share of the batch, in pieces.
 
-    def __len__(self) -> int:
-        return self._stop - self._start
+    Args:
+        batch_size: images in one optimizer step, of all processes.
+        share: this process's part of `range(batch_size)`.
+        pieces: how many lists a step gives.
+        start: first step.
+        stop: the step after the last.
+    """
+    cuts = [len(share) * piece // pieces for piece in range(pieces + 1)]
+    for step in range(start, stop):
+        for first, last in pairwise(cuts):
+            yield [step * batch_size + place for place in share[first:last]]
+
+
+class _Listed(Sampler[list[int]]):
+    def __init__(self, lists: Iterable[list[int]]) -> None:
+        self._lists = lists
 
     def __iter__(self) -> Iterator[list[int]]:
-        for step in range(self._start, self._stop):
-            yield list(range(step * self._batch_size, (step + 1) * self._batch_size))
+        return iter(self._lists)
 
 
-def load_batches(dataset: MaskedImages, batch_size: int, start: int, stop: int, workers: int, pin: bool) -> DataLoader[Batch]:
-    """The batches of steps `start` to `stop - 1`, in order, whatever the number of workers."""
+def load_batches(dataset: MaskedImages, lists: Iterable[list[int]], workers: int, pin: bool) -> DataLoader[Batch]:
+    """One batch for every list of positions, in order, whatever the number of workers."""
     return DataLoader(
         dataset,  # type: ignore[arg-type]
-        batch_sampler=_Positions(batch_size, start, stop),
+        batch_sampler=_Listed(lists),
         collate_fn=collate,
         num_workers=workers,
         multiprocessing_context="forkserver" if workers else None,

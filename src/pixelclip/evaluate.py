@@ -21,7 +21,8 @@ from pixelclip.benchmarks import IGNORE, LabelledSet, open_folder
 from pixelclip.checkpoint import Clip, Model, backbone_of, clip_folder, load_clip, load_model
 from pixelclip.config import EvaluateConfig
 from pixelclip.pixels import normalise, squash, to_tensor
-from pixelclip.predict import class_scores, label_map, pick_device
+from pixelclip.predict import class_scores, label_map
+from pixelclip.ranks import pick_device
 from pixelclip.report import Example, write_report
 from pixelclip.shards import BadSamples
 from pixelclip.stage import PROVENANCE, Metrics, Stage, describe

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -29,10 +30,11 @@ def to_pixels(normalised: Tensor, mean: Sequence[float], std: Sequence[float]) -
 
 
 def training_picture(
-    batch: Batch, output: StepOutput, mean: Sequence[float], std: Sequence[float], count: int = 4
+    pieces: Sequence[Batch], output: StepOutput, mean: Sequence[float], std: Sequence[float], count: int = 4
 ) -> Image.Image:
     """One row an image: student's view | its masks in the colours of their concepts | the student's concept maps."""
     rows = []
+    batch = next(piece for piece in pieces if len(piece.masks))  # the one whose logits the output has
     concepts = output.logits.shape[1]
     side = batch.masks.shape[-1]
     for image in range(min(count, len(batch.strong))):
@@ -72,7 +74,8 @@ def gallery(model: PixelCLIP, dataset: MaskedImages, folder: Path, device: torch
         on_grid = torch.from_numpy(masks[rows][:, columns].astype(bool)).permute(2, 0, 1)  # [N, H, W]
         pixels = squash(normalise(to_tensor(image), views.mean, views.std)[None], views.side).to(device)
         owner = torch.zeros(len(on_grid), dtype=torch.long, device=device)
-        _, cosines = model.assign(pixels, on_grid.to(device), owner, concepts)
+        features = model.mask_features(pixels, on_grid.to(device), owner)
+        cosines = features @ F.normalize(concepts, dim=-1).T
         nearest = cosines.max(dim=-1)
         for number, (cosine, concept) in enumerate(zip(nearest.values.tolist(), nearest.indices.tolist(), strict=True)):
             counts[concept] += 1

@@ -18,28 +18,11 @@ from pixelclip.backbone import Backbone
 from pixelclip.checkpoint import Clip, Model, backbone_of, load_model
 from pixelclip.images import colour_labels, palette, to_rgb, turn_upright
 from pixelclip.pixels import normalise, squash, to_tensor
+from pixelclip.ranks import pick_device
 from pixelclip.text import TEMPLATES, TextTower, check_names, classifier
 
 _CLASSES_AT_ONCE = 16
 MAX_CLASSES = 65535  # what a 16-bit label map can hold
-
-
-def pick_device(name: str) -> torch.device:
-    """Returns the device called `name`; `auto` is a GPU if there is one.
-
-    Raises:
-        ValueError: no such device here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"device {name!r} cannot be used: {str(error).splitlines()[0]}; allowed: auto, cpu, cuda, cuda:N"
-        ) from None
-    return device
 
 
 def class_scores(backbone: Backbone, images: Tensor, classes: Tensor, feature_grid: int = 64) -> Tensor:

@@ -40,9 +40,9 @@ class BadSamples:
         """Notes one bad sample."""
         self.found.append(f"{name}: {reason}")
 
-    def stop_if_too_many(self, total: int) -> None:
-        """Raises ValueError when more than `max_share` of `total` samples are bad."""
-        if len(self.found) > self.max_share * total:
+    def stop_if_too_many(self, total: int, found: int | None = None) -> None:
+        """Raises ValueError when more than `max_share` of `total` samples are bad; `found`: with those of other processes."""
+        if (len(self.found) if found is None else found) > self.max_share * total:
             limit = f"allowed are {self.max_share:.1%} ({self.stage}.max_bad_share)"
             raise ValueError(f"{self._summary(total)}\n{limit}")
 

@@ -4,6 +4,7 @@ B images, K concepts, L prompt tokens per concept, C embedding width, T text pos
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import open_clip
 import torch
@@ -57,6 +58,12 @@ class TextTower(nn.Module):
     def width(self) -> int:
         """Width of a token embedding (D)."""
         return int(self.token_embedding.weight.shape[1])
+
+    @property
+    def embed_dim(self) -> int:
+        """Width of a text feature (C)."""
+        projection = self.text_projection
+        return int(projection.out_features if isinstance(projection, nn.Linear) else projection.shape[1])
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         """Returns token ids [N, T] of the texts, cut at the context length."""
@@ -114,6 +121,21 @@ def check_names(names: Sequence[str], source: str = "classes") -> list[str]:
     return stripped
 
 
+def read_classes(path: Path) -> list[str]:
+    """Reads class names, one a line.
+
+    Raises:
+        ValueError: missing, empty, or names that are blank or stand twice; the message names the file.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: class names, one a line, cannot be read: {error}") from None
+    while lines and not lines[-1].strip():
+        lines.pop()
+    return check_names(lines, str(path))
+
+
 def parse_names(text: str) -> list[str]:
     """Class names written in one line: `dog|puppy,grass,sky`; a bar stands between synonyms of one class.
 
@@ -157,9 +179,10 @@ class Prompts(nn.Module):
         tower: the text tower, used to embed the fixed words now; it is not kept.
         words: [K, L] vocabulary ids whose embeddings are the learnable tokens' first values.
         template: the fixed words around the tokens; one `{}`.
+        learn: False keeps the first words.
     """
 
-    def __init__(self, tower: TextTower, words: Tensor, template: str = PROMPT_TEMPLATE) -> None:
+    def __init__(self, tower: TextTower, words: Tensor, template: str = PROMPT_TEMPLATE, learn: bool = True) -> None:
         super().__init__()
         length = words.shape[1]
         text = template.replace("{}", " ".join(["{}"] * length))
@@ -171,7 +194,7 @@ class Prompts(nn.Module):
         with torch.no_grad():
             fixed = tower.embed(tokens[: end + 1]).clone()  # [T, D]
             start = tower.embed(words.to(tokens.device)).clone()  # [K, L, D]
-        self.tokens = nn.Parameter(start)
+        self.tokens = nn.Parameter(start, requires_grad=learn)
         # Derived from the CLIP, hence not part of the state.
         self.fixed: Tensor
         self.slots: Tensor
@@ -183,3 +206,20 @@ class Prompts(nn.Module):
         count = self.tokens.shape[0]
         embeddings = self.fixed.expand(count, -1, -1).index_copy(1, self.slots, self.tokens)  # [K, T, D]
         return tower(embeddings, torch.full((count,), embeddings.shape[1] - 1, device=embeddings.device))
+
+
+class Vectors(nn.Module):
+    """K concepts that are plain vectors, without the text tower (an ablation, or the features of fixed names).
+
+    Args:
+        values: [K, C].
+        learn: whether they are learnable.
+    """
+
+    def __init__(self, values: Tensor, learn: bool) -> None:
+        super().__init__()
+        self.values = nn.Parameter(values.detach().clone(), requires_grad=learn)
+
+    def forward(self, tower: TextTower) -> Tensor:
+        """Returns the concepts [K, C], not normalised; the tower is not used."""
+        return self.values

@@ -4,30 +4,28 @@ B images, N masks, K concepts, C embedding width.
 """
 
 import math
-import os
 import time
-from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from pixelclip.backbone import Backbone, check_side
-from pixelclip.checkpoint import CONFIG, WEIGHTS, Clip, clip_folder, load_clip, read_tensors, save_model
+from pixelclip.checkpoint import CONFIG, WEIGHTS, Clip, clip_folder, load_clip, save_model
 from pixelclip.config import TrainConfig
-from pixelclip.dataset import MaskedImages, Views, load_batches
+from pixelclip.dataset import MaskedImages, Views, load_batches, positions
 from pixelclip.model import Decoder, PixelCLIP
 from pixelclip.pictures import gallery, training_picture
-from pixelclip.predict import pick_device
+from pixelclip.ranks import Ranks, join, pick_precision
+from pixelclip.resume import load_state, save_state
 from pixelclip.shards import BadSamples, describe_shards, list_shards
 from pixelclip.stage import Metrics, Stage, describe
-from pixelclip.text import Prompts, TextTower
+from pixelclip.text import TEMPLATES, Prompts, TextTower, Vectors, classifier, parse_names, read_classes
 from pixelclip.tracking import Run
 
-_STATE = "state.safetensors"
+STATE = "state.safetensors"
 _MASKLESS_SHARE = 0.5
 """More steps than this without any mask mean that the masks are unusable."""
 
@@ -35,9 +33,11 @@ _MASKLESS_SHARE = 0.5
 def run(masks: Path, out: Path, config: TrainConfig) -> Metrics:
     """Trains a PixelCLIP; an interrupted training continues to the very same losses.
 
+    Started by torchrun, all processes train one model: batch, Sinkhorn and gradients are those of one process.
+
     Args:
         masks: Shards with masks.
-        out: model folder to make: weights, config, provenance, curves, pictures, gallery.
+        out: model folder to make: weights, config, provenance, curves, pictures, gallery. Only the first process writes.
         config: settings.
 
     Returns:
@@ -47,77 +47,94 @@ def run(masks: Path, out: Path, config: TrainConfig) -> Metrics:
         ValueError: unusable input or settings, MLflow unreachable at the start, a loss that is not finite.
     """
     shards = list_shards(masks)
-    device = pick_device(config.device)
     weights = clip_folder(config.clip)
-    stage = Stage("train", out, {"masks": describe_shards(masks)} | ({"clip": describe(weights)} if weights else {}), config)
-    if stage.finished:
-        return stage.reuse()
-    with stage:
-        clip = load_clip(config.clip)
-        dataset = MaskedImages(shards, _views(config, clip), config.seed)
-        tracked = Run.start(stage.folder, name=out.name, provenance=stage.provenance())
-        try:
-            metrics = _train(stage, clip, dataset, config, device, tracked)
-        except BaseException:
-            tracked.finish("FAILED")
-            raise
-        tracked.values(metrics)
-        tracked.finish()
-        (stage.folder / _STATE).unlink(missing_ok=True)
-        return stage.finish(metrics, files=[WEIGHTS, CONFIG])
+    with join(config.device) as ranks:
+        if config.batch_size < ranks.size * config.accumulate:
+            raise ValueError(
+                f"train.batch_size {config.batch_size} is too small for {ranks.size} processes with train.accumulate "
+                f"{config.accumulate}: every piece needs an image"
+            )
+        inputs = {"masks": describe_shards(masks)} | ({"clip": describe(weights)} if weights else {})
+        if config.concept_names and Path(config.concept_names).is_file():
+            inputs["concept_names"] = describe(Path(config.concept_names))
+        stage = Stage("train", out, inputs, config)
+        if ranks.from_first(stage.finished):
+            return ranks.from_first(stage.reuse() if ranks.first else {})
+        with stage if ranks.first else nullcontext():
+            clip = load_clip(config.clip)
+            dataset = MaskedImages(shards, _views(config, clip), config.seed)
+            tracked = Run.start(stage.folder, name=out.name, provenance=stage.provenance()) if ranks.first else None
+            try:
+                metrics = _train(stage, clip, dataset, config, ranks, tracked)
+            except BaseException:
+                if tracked:
+                    tracked.finish("FAILED")
+                raise
+            if tracked:
+                tracked.values(metrics)
+                tracked.finish()
+                (stage.folder / STATE).unlink(missing_ok=True)
+                stage.finish(metrics, files=[WEIGHTS, CONFIG])
+            return metrics
 
 
-def _train(stage: Stage, clip: Clip, dataset: MaskedImages, config: TrainConfig, device: torch.device, tracked: Run) -> Metrics:
-    # Model. The prompts' and the decoder's first values hang on the seed alone.
+def _train(stage: Stage, clip: Clip, dataset: MaskedImages, config: TrainConfig, ranks: Ranks, tracked: Run | None) -> Metrics:
+    # Model. Every rank builds the same one: its first values hang on the seed alone.
     text = TextTower(clip.model)
-    generator = torch.Generator().manual_seed(config.seed)
-    words = torch.randint(0, text.tokenizer.sot_token_id, (config.concepts, config.prompt_tokens), generator=generator)
     model = PixelCLIP(
         Backbone(clip.model.visual, config.residual),
         text,
-        Prompts(text, words),
+        new_concepts(text, config),
         new_decoder(config.seed),
         config.assignment_scale,
         config.sinkhorn_iterations,
+        config.clustering,
+        pick_precision(config.precision, ranks.device),
     )
     check_side("train.side", config.side, model.student)
-    model = model.to(device).train()
+    model = model.to(ranks.device).train()
     optimizer = make_optimizer(model, config)
     first_rates = [group["lr"] for group in optimizer.param_groups]
-    start = load_state(stage.folder / _STATE, model, optimizer)
+    start = load_state(stage.folder / STATE, model, optimizer, ranks)
 
     # Data.
     bad = BadSamples("train", config.max_bad_share, found=list(dataset.bad))
     bad.check(len(dataset) + len(bad.found))
-    if dataset.without_masks:
+    if dataset.without_masks and ranks.first:
         print(f"train: {dataset.without_masks} samples have no masks and are left out", flush=True)
-    loader = load_batches(dataset, config.batch_size, start, config.steps, config.workers, pin=device.type == "cuda")
-    bar = tqdm(loader, desc="train", unit="step", initial=start, total=config.steps)
+    pieces = positions(config.batch_size, ranks.share(config.batch_size), config.accumulate, start, config.steps)
+    loader = iter(load_batches(dataset, pieces, config.workers, pin=ranks.device.type == "cuda"))
+    bar = tqdm(
+        range(start, config.steps), desc="train", unit="step", initial=start, total=config.steps, disable=not ranks.first
+    )
 
     loss, concepts_used, maskless, seen, since = 0.0, 0, 0, 0, time.monotonic()
-    for step, batch in enumerate(bar, start=start):
+    for step in bar:
+        batches = [next(loader) for _ in range(config.accumulate)]
+
         # Bad samples: named, counted, and too many of them stop the training.
-        bad.found += batch.bad
-        if batch.bad:
-            bad.stop_if_too_many(max(len(dataset), (step - start + 1) * config.batch_size))
-        if len(batch.masks) == 0:
+        bad.found += [name for batch in batches for name in batch.bad]
+        num_bad, num_masks = ranks.sum(torch.tensor([len(bad.found), sum(len(b.masks) for b in batches)], device=ranks.device))
+        if num_bad:
+            bad.stop_if_too_many(max(len(dataset), (step - start + 1) * config.batch_size), int(num_bad))
+        if num_masks == 0:
             maskless += 1
             if maskless > max(10, _MASKLESS_SHARE * (step - start + 1)):
                 raise ValueError(
                     f"step {step + 1}: {maskless} batches had no mask at all; look at the masks or raise train.crop"
                 )
             continue
-        batch = batch.to(device)
+        batches = [batch.to(ranks.device) for batch in batches]
 
         # Schedule.
         for group, rate in zip(optimizer.param_groups, first_rates, strict=True):
             group["lr"] = rate * cosine_share(step, config.steps, config.final_learning_rate_share)
 
-        # Forward, loss, backward, clip.
-        output = model(batch.weak, batch.strong, batch.masks, batch.image_index)
+        # Forward, loss, backward, clip. What is random inside the student hangs on the step, not on what came before.
+        torch.manual_seed(config.seed * 1_000_003 + step * ranks.size + ranks.rank)
         optimizer.zero_grad(set_to_none=True)
-        output.loss.backward()
-        norm = nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], config.gradient_clip)
+        output = model.accumulate(batches, ranks)
+        norm = nn.utils.clip_grad_norm_(model.learning(), config.gradient_clip)
         loss, gradient_norm = output.loss.item(), norm.item()
         if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
             raise ValueError(
@@ -131,8 +148,8 @@ def _train(stage: Stage, clip: Clip, dataset: MaskedImages, config: TrainConfig,
 
         # Log.
         concepts_used = int(output.concept_index.unique().numel())
-        seen += len(batch.weak)
-        if (step + 1) % config.log_every == 0 or step + 1 == config.steps:
+        seen += config.batch_size
+        if tracked and ((step + 1) % config.log_every == 0 or step + 1 == config.steps):
             speed, seen, since = seen / (time.monotonic() - since), 0, time.monotonic()
             bar.set_postfix(loss=f"{loss:.4f}", images_s=f"{speed:.1f}", refresh=False)
             entropy = -(output.assignment * output.assignment.clamp_min(1e-12).log()).sum(dim=-1).mean().item()
@@ -148,21 +165,23 @@ def _train(stage: Stage, clip: Clip, dataset: MaskedImages, config: TrainConfig,
                 },
                 step + 1,
             )
-        if config.picture_every and ((step + 1) % config.picture_every == 0 or step == 0):
+        if tracked and config.picture_every and ((step + 1) % config.picture_every == 0 or step == 0) and len(output.logits):
             picture = stage.folder / "pictures" / f"step-{step + 1:06d}.jpg"
             picture.parent.mkdir(exist_ok=True)
-            training_picture(batch, output, clip.mean, clip.std).save(picture, quality=85)
+            training_picture(batches, output, clip.mean, clip.std).save(picture, quality=85)
             tracked.artifact(picture, "pictures")
 
         # Checkpoint.
-        if (step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps:
-            save_state(stage.folder / _STATE, model, optimizer, step + 1)
+        if ranks.first and (step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps:
+            save_state(stage.folder / STATE, model, optimizer, step + 1)
 
-    bad.check(max(len(dataset), (config.steps - start) * config.batch_size))
-    origin = {"spec": config.clip, "md5": stage.inputs.get("clip", {}).get("md5", "")}
-    model = model.cpu()  # the student's tower is clip.model.visual itself
-    save_model(stage.folder, clip, model.prompts, model.decoder, side=config.side, residual=config.residual, origin=origin)
-    gallery(model.eval(), dataset, stage.folder, torch.device("cpu"))
+    bad.found = sum(ranks.gather_objects(bad.found[len(dataset.bad) :]), list(dataset.bad))
+    if ranks.first:
+        bad.check(max(len(dataset), (config.steps - start) * config.batch_size))
+        origin = {"spec": config.clip, "md5": stage.inputs.get("clip", {}).get("md5", "")}
+        model = model.cpu()  # the student's tower is clip.model.visual itself
+        save_model(stage.folder, clip, model.prompts, model.decoder, side=config.side, residual=config.residual, origin=origin)
+        gallery(model.eval(), dataset, stage.folder, torch.device("cpu"))
     return {
         "train/loss": loss,
         "train/concepts_used": float(concepts_used),
@@ -170,6 +189,23 @@ def _train(stage: Stage, clip: Clip, dataset: MaskedImages, config: TrainConfig,
         "train/bad_samples": float(len(bad.found)),
         "train/maskless_batches": float(maskless),
     }
+
+
+def new_concepts(text: TextTower, config: TrainConfig) -> Prompts | Vectors:
+    """The concepts before the first step; random ones hang on the seed alone.
+
+    Raises:
+        ValueError: unusable class names.
+    """
+    generator = torch.Generator().manual_seed(config.seed)
+    if config.concept_kind == "names":
+        file = Path(config.concept_names)
+        names = read_classes(file) if file.is_file() else parse_names(config.concept_names)
+        return Vectors(classifier(text, names, TEMPLATES["single"]), learn=False)
+    if config.concept_kind == "vectors":
+        return Vectors(torch.randn(config.concepts, text.embed_dim, generator=generator), learn=True)
+    words = torch.randint(0, text.tokenizer.sot_token_id, (config.concepts, config.prompt_tokens), generator=generator)
+    return Prompts(text, words, learn=config.concept_kind == "prompts")
 
 
 def _views(config: TrainConfig, clip: Clip) -> Views:
@@ -204,71 +240,20 @@ def cosine_share(step: int, steps: int, final: float) -> float:
 def make_optimizer(model: PixelCLIP, config: TrainConfig) -> torch.optim.AdamW:
     """AdamW over image tower, prompts and decoder; norms and embeddings are not decayed."""
     backbone = model.student.trained_parameters()
-    norms = {id(p) for part in model.decoder.modules() if isinstance(part, nn.GroupNorm) for p in part.parameters()}
+    norms = {id(p) for part in model.modules() if isinstance(part, nn.GroupNorm | nn.LayerNorm) for p in part.parameters()}
     groups: dict[str, tuple[float, float, list[nn.Parameter]]] = {
         "backbone": (config.learning_rate_backbone, config.weight_decay, []),
         "backbone_no_decay": (config.learning_rate_backbone, 0.0, []),
-        "prompts": (config.learning_rate_prompts, 0.0, [model.prompts.tokens]),
+        "prompts": (config.learning_rate_prompts, 0.0, [p for p in model.prompts.parameters() if p.requires_grad]),
         "decoder": (config.learning_rate_decoder, config.weight_decay, []),
         "decoder_no_decay": (config.learning_rate_decoder, 0.0, []),
     }
     for name, parameter in backbone.items():
-        groups["backbone_no_decay" if name.endswith("positional_embedding") else "backbone"][2].append(parameter)
+        whole = id(parameter) in norms or name.endswith("positional_embedding")
+        groups["backbone_no_decay" if whole else "backbone"][2].append(parameter)
     for parameter in model.decoder.parameters():
         groups["decoder_no_decay" if id(parameter) in norms else "decoder"][2].append(parameter)
     return torch.optim.AdamW(
-        [{"name": name, "lr": rate, "weight_decay": decay, "params": p} for name, (rate, decay, p) in groups.items()],
+        [{"name": name, "lr": rate, "weight_decay": decay, "params": p} for name, (rate, decay, p) in groups.items() if p],
         betas=(0.9, 0.999),
     )
-
-
-def _state_tensors(model: PixelCLIP) -> Iterator[tuple[str, Tensor]]:
-    """Everything that training changes in the model, by a name of its own."""
-    for name, parameter in model.student.trained_parameters().items():
-        yield f"student.{name}", parameter
-    for name, parameter in model.teacher.trained_parameters().items():
-        yield f"teacher.{name}", parameter
-    yield "prompts.tokens", model.prompts.tokens
-    for name, parameter in model.decoder.named_parameters():
-        yield f"decoder.{name}", parameter
-
-
-def save_state(path: Path, model: PixelCLIP, optimizer: torch.optim.AdamW, step: int) -> None:
-    """Saves what a training needs to continue: weights, teacher, optimizer, number of steps done; atomically.
-
-    Schedule, data position and random state are functions of the step and the seed, so they need no saving.
-    """
-    names = {id(tensor): name for name, tensor in _state_tensors(model)}
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _state_tensors(model)}
-    for parameter, state in optimizer.state.items():
-        for key, value in state.items():
-            tensors[f"optimizer.{key}.{names[id(parameter)]}"] = value.detach().cpu().contiguous()
-    temporary = path.with_suffix(".partial")
-    save_file(tensors, temporary, metadata={"step": str(step)})
-    with temporary.open("rb+") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-@torch.no_grad()
-def load_state(path: Path, model: PixelCLIP, optimizer: torch.optim.AdamW) -> int:
-    """Restores `save_state`, where there is one; returns the number of steps done."""
-    if not path.is_file():
-        return 0
-    tensors = read_tensors(path)
-    with safe_open(path, framework="pt") as file:
-        step = int(file.metadata()["step"])
-    for name, tensor in _state_tensors(model):
-        tensor.copy_(tensors[name])
-    by_id = {id(tensor): name for name, tensor in _state_tensors(model)}
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            name = by_id[id(parameter)]
-            keys = ("step", "exp_avg", "exp_avg_sq")
-            if f"optimizer.step.{name}" in tensors:
-                state = {key: tensors[f"optimizer.{key}.{name}"] for key in keys}
-                optimizer.state[parameter] = {
-                    key: value if key == "step" else value.to(parameter.device) for key, value in state.items()
-                }
-    print(f"train: continues after step {step}", flush=True)
-    return step

@@ -1,0 +1,146 @@
+"""Processes that work on one thing together: started by torchrun, or just this one. N rows."""
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+_PATIENCE = timedelta(minutes=30)  # a rank may wait while another one writes a checkpoint or a report
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Who this process is among `size`; every method below is called by all ranks, or by none."""
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that writes and speaks."""
+        return self.rank == 0
+
+    def share(self, number: int) -> range:
+        """This rank's part of `range(number)`: contiguous, without overlap or loss, sizes differ by one at most."""
+        return range(number * self.rank // self.size, number * (self.rank + 1) // self.size)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of a tensor over all ranks."""
+        if self.size > 1:
+            values = values.clone()
+            dist.all_reduce(values)
+        return values
+
+    def gather(self, rows: Tensor) -> tuple[Tensor, slice]:
+        """All ranks' rows in the order of ranks, and where this rank's are.
+
+        Args:
+            rows: [N, ...]; N may differ from rank to rank, and be 0.
+        """
+        if self.size == 1:
+            return rows, slice(0, len(rows))
+        counts = [int(n) for n in self.sum(torch.eye(self.size, dtype=torch.long, device=rows.device)[self.rank] * len(rows))]
+        padded = rows.new_zeros(max(counts), *rows.shape[1:])
+        padded[: len(rows)] = rows
+        found = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(found, padded)
+        start = sum(counts[: self.rank])
+        return torch.cat([part[:n] for part, n in zip(found, counts, strict=True)]), slice(start, start + len(rows))
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Every rank's small Python object, in the order of ranks."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value)
+        return found
+
+    def from_first(self, value: Any) -> Any:
+        """The first rank's Python object, for all."""
+        if self.size > 1:
+            box = [value]
+            dist.broadcast_object_list(box, src=0, device=self.device if self.device.type == "cuda" else None)
+            return box[0]
+        return value
+
+    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Adds up the gradients of all ranks; a rank that has none adds zero."""
+        if self.size == 1:
+            return
+        learning = [p for p in parameters if p.requires_grad]
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in learning])
+        dist.all_reduce(flat)
+        for parameter, part in zip(learning, flat.split([p.numel() for p in learning]), strict=True):
+            parameter.grad = part.view_as(parameter)
+
+
+ALONE = Ranks()
+
+
+def pick_device(name: str) -> torch.device:
+    """Returns the device called `name`; `auto` is a GPU if there is one.
+
+    Raises:
+        ValueError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"device {name!r} cannot be used: {str(error).splitlines()[0]}; allowed: auto, cpu, cuda, cuda:N"
+        ) from None
+    return device
+
+
+def pick_precision(name: str, device: torch.device) -> torch.dtype | None:
+    """What autocast computes in, or None for plain float32; `tf32` also lets a GPU multiply float32 in TF32.
+
+    Args:
+        name: auto, float32, tf32, bfloat16; auto is bfloat16 where the device has units for it.
+        device: where to compute.
+    """
+    if device.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name == "tf32"
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        able = torch.cpu.get_capabilities()
+        fast = bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+    return torch.bfloat16 if name == "bfloat16" or (name == "auto" and fast) else None
+
+
+@contextmanager
+def join(device: str) -> Iterator[Ranks]:
+    """The ranks that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK), each on a device of its own; else this process alone.
+
+    Args:
+        device: auto, cpu, cuda, cuda:1, ...; with several ranks `auto` and `cuda` mean one GPU a rank.
+
+    Raises:
+        ValueError: no such device here, or more ranks than GPUs.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield Ranks(device=pick_device(device))
+        return
+    rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
+    chosen = pick_device(device)
+    if chosen.type == "cuda":
+        if local >= torch.cuda.device_count():
+            raise ValueError(f"rank {rank} is number {local} of its machine, which has {torch.cuda.device_count()} GPUs")
+        chosen = torch.device("cuda", local)
+        torch.cuda.set_device(chosen)
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=_PATIENCE)
+    try:
+        yield Ranks(rank, size, chosen)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,492 @@
+"""Segment Anything's automatic masks on batches of images (Kirillov et al., 2023; the masks of PixelCLIP, section 4.1).
+
+B images, N masks, P points, C width of an embedding, H W size of an image or crop, h w size of what the decoder gives.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pycocotools import mask as rle
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+from segment_anything.utils.amg import (
+    batched_mask_to_box,
+    build_all_layer_point_grids,
+    calculate_stability_score,
+    generate_crop_boxes,
+    is_box_near_crop_edge,
+    uncrop_boxes_xyxy,
+    uncrop_masks,
+    uncrop_points,
+)
+from segment_anything.utils.transforms import ResizeLongestSide
+from torch import Tensor, nn
+from torchvision.ops.boxes import batched_nms, box_area
+
+_EXPECTED = "the state dict of a Segment Anything model is expected (vit_h, vit_l, vit_b or of another size)"
+_DECODER_HEADS = 8  # the same in every published kind, and in no shape
+_CHUNK_PIXELS = 2**26  # logits at full size that are in memory at once: 256 MiB
+
+
+@dataclass(frozen=True)
+class SamShape:
+    """What builds a SAM: everything that its published kinds could differ in, read from the shapes of its tensors."""
+
+    img_size: int
+    patch_size: int
+    embed_dim: int
+    depth: int
+    num_heads: int
+    mlp_dim: int
+    window_size: int  # in patches; 0: every block is global
+    global_attn_indexes: tuple[int, ...]
+    prompt_dim: int
+    mask_in_chans: int
+    decoder_depth: int
+    decoder_mlp_dim: int
+    num_multimask_outputs: int
+    iou_head_depth: int
+    iou_head_hidden_dim: int
+
+
+def sam_shape(state: Mapping[str, Tensor]) -> SamShape:
+    """Derives the settings of a SAM from its state dict; only shapes are read, so meta tensors will do.
+
+    Raises:
+        ValueError: a tensor that tells a setting is missing, or its shape belongs to no SAM.
+    """
+
+    def shape(name: str, dimensions: int) -> tuple[int, ...]:
+        if name not in state:
+            raise ValueError(f"{name} is missing; found: {_some(list(state)) or 'no tensor'}")
+        found = tuple(state[name].shape)
+        if len(found) != dimensions or 0 in found:
+            raise ValueError(f"{name} has shape {list(found)}, {dimensions} dimensions are expected")
+        return found
+
+    def count(prefix: str) -> int:
+        return len({name[len(prefix) :].split(".")[0] for name in state if name.startswith(prefix)})
+
+    embed_dim, _, patch_size, _ = shape("image_encoder.patch_embed.proj.weight", 4)
+    grid = shape("image_encoder.pos_embed", 4)[1]
+    relative = [shape(f"image_encoder.blocks.{i}.attn.rel_pos_h", 2) for i in range(count("image_encoder.blocks."))]
+    windows = [(length + 1) // 2 for length, _ in relative]
+    head_dim = relative[0][1] if relative else embed_dim
+    prompt_dim = shape("prompt_encoder.no_mask_embed.weight", 2)[1]
+    if embed_dim % head_dim or prompt_dim % (2 * _DECODER_HEADS):
+        raise ValueError(
+            f"widths {embed_dim} and {prompt_dim} are found, multiples of {head_dim} and {2 * _DECODER_HEADS} are expected"
+        )
+    return SamShape(
+        img_size=grid * patch_size,
+        patch_size=patch_size,
+        embed_dim=embed_dim,
+        depth=len(relative),
+        num_heads=embed_dim // head_dim,
+        mlp_dim=shape("image_encoder.blocks.0.mlp.lin1.weight", 2)[0],
+        window_size=min((window for window in windows if window != grid), default=0),
+        global_attn_indexes=tuple(i for i, window in enumerate(windows) if window == grid),
+        prompt_dim=prompt_dim,
+        mask_in_chans=shape("prompt_encoder.mask_downscaling.3.weight", 4)[0],
+        decoder_depth=count("mask_decoder.transformer.layers."),
+        decoder_mlp_dim=shape("mask_decoder.transformer.layers.0.mlp.lin1.weight", 2)[0],
+        num_multimask_outputs=shape("mask_decoder.mask_tokens.weight", 2)[0] - 1,
+        iou_head_depth=count("mask_decoder.iou_prediction_head.layers."),
+        iou_head_hidden_dim=shape("mask_decoder.iou_prediction_head.layers.0.weight", 2)[0],
+    )
+
+
+def build_sam(shape: SamShape) -> Sam:
+    """A SAM with the normalisation of the published ones, its weights still on the meta device."""
+    grid = shape.img_size // shape.patch_size
+    with torch.device("meta"):
+        encoder = ImageEncoderViT(
+            img_size=shape.img_size,
+            patch_size=shape.patch_size,
+            embed_dim=shape.embed_dim,
+            depth=shape.depth,
+            num_heads=shape.num_heads,
+            mlp_ratio=shape.mlp_dim / shape.embed_dim,
+            out_chans=shape.prompt_dim,
+            norm_layer=partial(nn.LayerNorm, eps=1e-6),
+            use_rel_pos=True,
+            window_size=shape.window_size,
+            global_attn_indexes=shape.global_attn_indexes,
+        )
+        prompts = PromptEncoder(
+            embed_dim=shape.prompt_dim,
+            image_embedding_size=(grid, grid),
+            input_image_size=(shape.img_size, shape.img_size),
+            mask_in_chans=shape.mask_in_chans,
+        )
+        decoder = MaskDecoder(
+            transformer_dim=shape.prompt_dim,
+            transformer=TwoWayTransformer(
+                depth=shape.decoder_depth,
+                embedding_dim=shape.prompt_dim,
+                num_heads=_DECODER_HEADS,
+                mlp_dim=shape.decoder_mlp_dim,
+            ),
+            num_multimask_outputs=shape.num_multimask_outputs,
+            iou_head_depth=shape.iou_head_depth,
+            iou_head_hidden_dim=shape.iou_head_hidden_dim,
+        )
+    return Sam(encoder, prompts, decoder)  # outside: mean and deviation are in no state dict, so they must be real
+
+
+def load_sam(path: Path) -> Sam:
+    """Loads a SAM of any size: in float32, on the CPU, for inference.
+
+    Args:
+        path: `.safetensors`, or a `.pth` as it is published; of the latter tensors alone are read, never code.
+
+    Raises:
+        ValueError: the file cannot be read, is no checkpoint, or is not a SAM's.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; {_EXPECTED}")
+    state = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pth(path)
+    try:
+        sam = build_sam(sam_shape(state))
+        _check_state(state, sam.state_dict())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; {_EXPECTED}") from None
+    sam.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
+    return sam.eval().requires_grad_(False)
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: cannot be read as safetensors: {error}; {_EXPECTED}") from None
+
+
+def _read_pth(path: Path) -> dict[str, Tensor]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror or error}; {_EXPECTED}") from None
+    except UnpicklingError as error:  # torch's own words here advise to execute the pickle
+        wanted = re.search(r"GLOBAL (\S+)", str(error))
+        found = f"a pickle that wants to run {wanted[1]}, which is refused" if wanted else "no plain checkpoint"
+        raise ValueError(f"{path}: {found}; {_EXPECTED}") from None
+    except Exception as error:  # on arbitrary bytes the reader of pickles fails in any way there is
+        reason = re.split(r"[.;] |\n", str(error).strip())[0] or type(error).__name__
+        raise ValueError(f"{path}: is truncated or no checkpoint ({reason}); {_EXPECTED}") from None
+    if not isinstance(state, dict):
+        raise ValueError(f"{path}: a {type(state).__name__} is found; {_EXPECTED}")
+    if others := [str(name) for name, value in state.items() if not (isinstance(name, str) and isinstance(value, Tensor))]:
+        raise ValueError(f"{path}: entries that are no tensors are found ({_some(others)}); {_EXPECTED}")
+    return state
+
+
+def _check_state(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    problems = {
+        "missing": [name for name in expected if name not in found],
+        "unexpected": [name for name in found if name not in expected],
+        "of another shape": [
+            f"{name} {list(found[name].shape)} instead of {list(tensor.shape)}"
+            for name, tensor in expected.items()
+            if name in found and found[name].shape != tensor.shape
+        ],
+    }
+    said = [f"{problem}: {_some(names)}" for problem, names in problems.items() if names]
+    if said:
+        raise ValueError("; ".join(said))
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f", ... ({len(names)} in all)" if len(names) > 3 else "")
+
+
+@dataclass(frozen=True)
+class _Crop:
+    """The masks of one crop that are left, best first, on the device."""
+
+    box: list[int]  # x0 y0 x1 y1 of the crop
+    shown: tuple[int, int]  # its H and W as the encoder saw it, without padding
+    logits: Tensor  # [N, h, w]: at full size they would not fit
+    quality: Tensor  # [N], predicted IoU
+    stability: Tensor  # [N]
+    boxes: Tensor  # [N, 4], x0 y0 x1 y1 in the image, the last pixel included
+    points: Tensor  # [N, 2], x y in the image
+
+
+class SamGenerator:
+    """The masks of `segment_anything.SamAutomaticMaskGenerator` for batches of images.
+
+    The whole batch goes through the image encoder at once; nothing comes to the host before all thresholds and both
+    suppressions are passed, and masks are at full size only in chunks.
+
+    Args:
+        sam: on the device that is to be used.
+        points_per_side: a grid of this many points squared asks for three masks each.
+        points_per_batch: points that are decoded at once; beyond rounding it changes only speed and memory.
+        pred_iou_thresh: least predicted IoU of a mask (exclusive); 0 takes all.
+        stability_score_thresh: least IoU of the mask at the threshold +- `stability_score_offset`; 0 takes all.
+        stability_score_offset: in logits.
+        box_nms_thresh: largest IoU of two boxes of a crop.
+        crop_n_layers: layer i repeats everything on 4 ** i crops of the image.
+        crop_nms_thresh: largest IoU of two boxes of different crops; the smaller crop's mask stays.
+        crop_overlap_ratio: overlap of the first layer's crops, as a share of the image's shorter side.
+        crop_n_points_downscale_factor: layer i has the points per side divided by this factor ** i.
+        min_mask_region_area: holes and islands of fewer pixels are removed; 0 leaves all.
+
+    Raises:
+        ValueError: no point or no batch of points is left.
+    """
+
+    def __init__(
+        self,
+        sam: Sam,
+        *,
+        points_per_side: int = 32,
+        points_per_batch: int = 256,
+        pred_iou_thresh: float = 0.88,
+        stability_score_thresh: float = 0.95,
+        stability_score_offset: float = 1.0,
+        box_nms_thresh: float = 0.7,
+        crop_n_layers: int = 0,
+        crop_nms_thresh: float = 0.7,
+        crop_overlap_ratio: float = 512 / 1500,
+        crop_n_points_downscale_factor: int = 1,
+        min_mask_region_area: int = 0,
+    ) -> None:
+        if int(points_per_side / crop_n_points_downscale_factor**crop_n_layers) < 1:
+            raise ValueError(
+                f"points_per_side {points_per_side} leaves no point in crop layer {crop_n_layers} "
+                f"at crop_n_points_downscale_factor {crop_n_points_downscale_factor}"
+            )
+        if points_per_batch < 1:
+            raise ValueError(f"points_per_batch {points_per_batch} is found, at least 1 is needed")
+        self.sam = sam
+        self.points_per_batch = points_per_batch
+        self.pred_iou_thresh = pred_iou_thresh
+        self.stability_score_thresh = stability_score_thresh
+        self.stability_score_offset = stability_score_offset
+        self.box_nms_thresh = box_nms_thresh
+        self.crop_n_layers = crop_n_layers
+        self.crop_nms_thresh = crop_nms_thresh
+        self.crop_overlap_ratio = crop_overlap_ratio
+        self.min_mask_region_area = min_mask_region_area
+        self._grids = build_all_layer_point_grids(points_per_side, crop_n_layers, crop_n_points_downscale_factor)
+        self._resize = ResizeLongestSide(sam.image_encoder.img_size)
+
+    @torch.no_grad()
+    def __call__(self, images: Sequence[NDArray[np.uint8]]) -> list[list[dict[str, Any]]]:
+        """Finds the masks of every image.
+
+        Args:
+            images: RGB [H, W, 3], of any sizes.
+
+        Returns:
+            For each image its entries of an SA-1B document: compressed RLE, boxes as x y width height in pixels.
+
+        Raises:
+            ValueError: an image is not uint8 [H, W, 3].
+        """
+        for i, image in enumerate(images):
+            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+                raise ValueError(f"image {i} is {image.dtype} {list(image.shape)}, uint8 [H, W, 3] is needed")
+        layouts = [generate_crop_boxes(image.shape[:2], self.crop_n_layers, self.crop_overlap_ratio) for image in images]
+        layers = layouts[0][1] if layouts else []
+        crops: list[list[_Crop]] = [[] for _ in images]
+        for index, layer in enumerate(layers):
+            group = [(i, boxes[index]) for i, (boxes, _) in enumerate(layouts) if self._usable(boxes[index])]
+            pixels = [self._resize.apply_image(images[i][y0:y1, x0:x1]) for i, (x0, y0, x1, y1) in group]
+            for (i, box), embedding, shown in zip(group, self._encode(pixels), pixels, strict=True):
+                crops[i].append(self._mask_crop(embedding, shown.shape[:2], box, layer, images[i].shape[:2]))
+        return [self._finish(found, image.shape[:2]) for found, image in zip(crops, images, strict=True)]
+
+    def _usable(self, box: list[int]) -> bool:
+        """Whether a pixel is left of a crop at the encoder's size: of slivers it is not."""
+        width, height = box[2] - box[0], box[3] - box[1]
+        return min(width, height) > 0 and min(self._resize.get_preprocess_shape(height, width, self._resize.target_length)) > 0
+
+    def _encode(self, images: list[NDArray[np.uint8]]) -> Tensor:
+        if not images:
+            return torch.empty(0)
+        tensors = [torch.as_tensor(image, device=self.sam.device).permute(2, 0, 1) for image in images]
+        return self.sam.image_encoder(torch.stack([self.sam.preprocess(tensor) for tensor in tensors]))  # [B, C, h, w]
+
+    def _mask_crop(
+        self, embedding: Tensor, shown: tuple[int, int], box: list[int], layer: int, image_size: tuple[int, int]
+    ) -> _Crop:
+        """All masks of a crop [C, h, w] but the bad, the cut and the double.
+
+        `shown` is the crop's size without padding as the encoder saw it, `image_size` the whole image's.
+        """
+        x0, y0, x1, y1 = box
+        size = (y1 - y0, x1 - x0)
+        grid = self._grids[layer] * np.array([x1 - x0, y1 - y0])
+        points = torch.as_tensor(grid, device=embedding.device)
+        prompts = torch.as_tensor(self._resize.apply_coords(grid, size), device=embedding.device)
+        outputs = self.sam.mask_decoder.num_multimask_outputs
+        found: list[list[Tensor]] = []
+        for first in range(0, len(prompts), self.points_per_batch):
+            batch = slice(first, first + self.points_per_batch)
+            logits, quality = (tensor.flatten(0, 1) for tensor in self._decode(embedding, prompts[batch]))
+            source = points[batch].repeat_interleave(outputs, 0)
+            if self.pred_iou_thresh > 0:
+                good = quality > self.pred_iou_thresh
+                logits, quality, source = logits[good], quality[good], source[good]
+            for part in self._chunks(len(logits), size):
+                masks = self._upscale(logits[part], shown, size)
+                stability = calculate_stability_score(masks, self.sam.mask_threshold, self.stability_score_offset)
+                boxes = batched_mask_to_box(masks > self.sam.mask_threshold)
+                good = ~is_box_near_crop_edge(boxes, box, [0, 0, image_size[1], image_size[0]])
+                if self.stability_score_thresh > 0:
+                    good &= stability >= self.stability_score_thresh
+                found.append([tensor[good] for tensor in (logits[part], quality[part], stability, boxes, source[part])])
+        logits, quality, stability, boxes, source = (torch.cat(tensors) for tensors in zip(*found, strict=True))
+        keep = _suppress(boxes, quality, self.box_nms_thresh)
+        return _Crop(
+            box=box,
+            shown=shown,
+            logits=logits[keep],
+            quality=quality[keep],
+            stability=stability[keep],
+            boxes=uncrop_boxes_xyxy(boxes[keep], box),
+            points=uncrop_points(source[keep], box),
+        )
+
+    def _decode(self, embedding: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [P, 3, h, w] and predicted IoU [P, 3] of points [P, 2], each a prompt of its own."""
+        labels = torch.ones(len(points), 1, dtype=torch.int, device=points.device)
+        sparse, dense = self.sam.prompt_encoder(points=(points[:, None], labels), boxes=None, masks=None)
+        logits, quality = self.sam.mask_decoder(
+            image_embeddings=embedding[None],
+            image_pe=self.sam.prompt_encoder.get_dense_pe(),
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense,
+            multimask_output=True,
+        )
+        return logits, quality
+
+    def _chunks(self, count: int, size: tuple[int, int]) -> Iterator[slice]:
+        """Slices of `count` masks that fit at full size; an empty one of none."""
+        step = max(1, _CHUNK_PIXELS // max(size[0] * size[1], self._resize.target_length**2))
+        return (slice(first, first + step) for first in range(0, max(count, 1), step))
+
+    def _upscale(self, logits: Tensor, shown: tuple[int, int], size: tuple[int, int]) -> Tensor:
+        """Logits [N, h, w] at a crop's own size: [N, H, W]."""
+        masks: Tensor = self.sam.postprocess_masks(logits[:, None], shown, size)
+        return masks[:, 0]
+
+    def _finish(self, crops: list[_Crop], size: tuple[int, int]) -> list[dict[str, Any]]:
+        """The entries of an image from the masks of its crops."""
+        counts = [len(crop.quality) for crop in crops]
+        if not sum(counts):
+            return []
+        boxes, quality, stability, points = (
+            torch.cat([getattr(crop, name) for crop in crops]) for name in ("boxes", "quality", "stability", "points")
+        )
+        origin = torch.repeat_interleave(torch.tensor(counts))  # [N], the crop of each mask
+        keep = torch.arange(len(boxes), device=boxes.device)
+        if self.crop_n_layers:
+            areas = box_area(torch.tensor([crop.box for crop in crops]))
+            keep = _suppress(boxes, (1 / areas[origin]).to(boxes.device), self.crop_nms_thresh)
+        kept = keep.tolist()
+        chosen = torch.zeros(len(boxes), dtype=torch.bool, device=boxes.device)
+        chosen[keep] = True
+        parts = zip(crops, chosen.split(counts), strict=True)
+        codes = [code for crop, mine in parts for code in self._encode_masks(crop, mine, size)]
+        code_of = dict(zip(sorted(kept), codes, strict=True))
+        columns = (boxes[keep].tolist(), quality[keep].tolist(), stability[keep].tolist(), points[keep].tolist())
+        entries = [
+            _entry(
+                code_of[mask], mask_box, predicted_iou=iou, stability_score=stable, point=point, crop=crops[origin[mask]].box
+            )
+            for mask, mask_box, iou, stable, point in zip(kept, *columns, strict=True)
+        ]
+        if self.min_mask_region_area > 0:
+            entries = _clean(entries, self.min_mask_region_area, max(self.box_nms_thresh, self.crop_nms_thresh))
+        return [{"id": index} | entry for index, entry in enumerate(entries)]
+
+    def _encode_masks(self, crop: _Crop, chosen: Tensor, size: tuple[int, int]) -> Iterator[dict[str, Any]]:
+        """The RLE of the chosen masks of a crop, in the frame of the image."""
+        x0, y0, x1, y1 = crop.box
+        logits = crop.logits[chosen]
+        for part in self._chunks(len(logits), size) if len(logits) else ():
+            masks = self._upscale(logits[part], crop.shown, (y1 - y0, x1 - x0)) > self.sam.mask_threshold
+            masks = uncrop_masks(masks, crop.box, *size)
+            # Transposed on the device, and back as a view: pycocotools wants columns first.
+            yield from rle.encode(masks.transpose(1, 2).contiguous().byte().cpu().numpy().T)
+
+
+def _suppress(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
+    """Non-maximal suppression as the original calls it: indexes of the boxes that are left, best first."""
+    return batched_nms(boxes.float(), scores, torch.zeros(len(boxes), device=boxes.device), threshold)
+
+
+def _entry(
+    code: dict[str, Any], box: list[float], *, predicted_iou: float, stability_score: float, point: list[float], crop: list[int]
+) -> dict[str, Any]:
+    return {
+        "segmentation": {"size": list(code["size"]), "counts": code["counts"].decode()},
+        "area": int(rle.area(code)),
+        "bbox": _to_xywh(box),
+        "predicted_iou": predicted_iou,
+        "stability_score": stability_score,
+        "point_coords": [point],
+        "crop_box": _to_xywh(crop),
+    }
+
+
+def _to_xywh(box: Sequence[float]) -> list[float]:
+    x0, y0, x1, y1 = map(float, box)
+    return [x0, y0, x1 - x0, y1 - y0]  # of a mask one less than COCO's, as in the original
+
+
+def _clean(entries: list[dict[str, Any]], min_area: int, threshold: float) -> list[dict[str, Any]]:
+    """Removes small holes and islands, and then what became double; masks that needed no change are preferred."""
+    cleaned, boxes, scores = [], [], []
+    for entry in entries:
+        mask, changed = remove_small_regions(rle.decode(entry["segmentation"]).astype(bool), min_area)
+        box = batched_mask_to_box(torch.from_numpy(mask)[None])[0]
+        if changed:
+            code = rle.encode(np.asfortranarray(mask, dtype=np.uint8))
+            segmentation = entry["segmentation"] | {"counts": code["counts"].decode()}
+            entry = entry | {"segmentation": segmentation, "area": int(rle.area(code)), "bbox": _to_xywh(box.tolist())}
+        cleaned.append(entry)
+        boxes.append(box)
+        scores.append(float(not changed))
+    keep = _suppress(torch.stack(boxes), torch.tensor(scores), threshold)
+    return [cleaned[index] for index in keep.tolist()]
+
+
+def remove_small_regions(mask: NDArray[np.bool_], min_area: int) -> tuple[NDArray[np.bool_], bool]:
+    """Fills holes and then removes islands of fewer than `min_area` pixels; diagonal neighbours are connected.
+
+    Args:
+        mask: [H, W]; when all its islands are small, the largest stays.
+        min_area: in pixels.
+
+    Returns:
+        The mask [H, W], and whether it changed.
+    """
+    from skimage.measure import label
+
+    holes = label(~mask, connectivity=2)
+    small_holes = np.bincount(holes.ravel()) < min_area
+    small_holes[0] = False  # label 0 is the mask itself
+    mask = mask | small_holes[holes]
+
+    islands = label(mask, connectivity=2)
+    sizes = np.bincount(islands.ravel())
+    sizes[0] = 0
+    small_islands = sizes < min_area
+    small_islands[0] = False
+    changed = bool(small_holes.any() or small_islands.any())  # also where the only island is small, as in the original
+    small_islands[np.argmax(sizes)] = False
+    return mask & ~small_islands[islands], changed

@@ -1,0 +1,312 @@
+"""SAM's masks: the original's own, in batches; every kind loads, and what is no SAM is named."""
+
+import importlib.util
+import pickle
+import sys
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import pixels
+from pycocotools import mask as rle
+from safetensors.torch import save_file
+from scipy import ndimage
+from segment_anything import SamAutomaticMaskGenerator, sam_model_registry
+from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+
+import pixelclip.sam
+from pixelclip.sam import SamGenerator, build_sam, load_sam, remove_small_regions, sam_shape
+
+WIDTH = 32
+LOOSE = {"points_per_side": 9, "points_per_batch": 64, "stability_score_thresh": 0.75}  # of random weights little is stable
+ALL = LOOSE | {"pred_iou_thresh": 0.0, "stability_score_thresh": 0.0, "box_nms_thresh": 0.4}
+SETTINGS = {
+    "loose": LOOSE,
+    "strict": LOOSE | {"pred_iou_thresh": 1.5, "stability_score_thresh": 0.9, "stability_score_offset": 0.5},
+    "all": ALL,
+    "crops": LOOSE | {"crop_n_layers": 1, "crop_n_points_downscale_factor": 2},
+    "two layers": LOOSE
+    | {"crop_n_layers": 2, "crop_n_points_downscale_factor": 3, "crop_nms_thresh": 0.5, "crop_overlap_ratio": 0.2},
+    "clean": LOOSE | {"min_mask_region_area": 60},
+    "clean crops": LOOSE | {"min_mask_region_area": 900, "crop_n_layers": 1, "crop_n_points_downscale_factor": 2},
+}
+
+
+class LocalDecoder(MaskDecoder):
+    """Random weights give masks all over the image; discs around the point make them local, as trained weights do."""
+
+    def forward(self, **inputs):
+        logits, quality = super().forward(**inputs)
+        near = inputs["sparse_prompt_embeddings"][:, 0] @ inputs["image_pe"][0].flatten(1) / 16  # 1 at the point itself
+        near = F.interpolate(near.unflatten(1, (1, 8, 8)), scale_factor=4, mode="bilinear")
+        return logits + 40 * (near - torch.tensor([0.3, 0.5, 0.7])[:, None, None]), quality
+
+
+def make_sam(decoder: type[MaskDecoder]) -> Sam:
+    encoder = ImageEncoderViT(
+        img_size=128,
+        embed_dim=32,
+        depth=2,
+        num_heads=2,
+        out_chans=WIDTH,
+        norm_layer=partial(torch.nn.LayerNorm, eps=1e-6),
+        use_rel_pos=True,
+        window_size=4,
+        global_attn_indexes=(1,),
+    )
+    prompts = PromptEncoder(WIDTH, (8, 8), (128, 128), mask_in_chans=16)
+    transformer = TwoWayTransformer(depth=2, embedding_dim=WIDTH, num_heads=8, mlp_dim=64)
+    sam = Sam(encoder, prompts, decoder(transformer_dim=WIDTH, transformer=transformer, iou_head_hidden_dim=24))
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in sam.requires_grad_(False).state_dict().items():
+        noise = torch.randn(tensor.shape, generator=generator)
+        if name.endswith("gaussian_matrix"):
+            tensor.copy_(noise * 0.5)
+        elif tensor.ndim == 1:
+            tensor.copy_(noise * 0.1 + name.endswith("weight"))
+        else:
+            tensor.copy_(noise * 2 / tensor[0].numel() ** 0.5)
+    prompts.point_embeddings[1].weight.zero_()
+    return sam.eval()
+
+
+@pytest.fixture(scope="module")
+def sam() -> Sam:
+    return make_sam(LocalDecoder)
+
+
+@pytest.fixture(scope="module")
+def plain() -> Sam:
+    return make_sam(MaskDecoder)
+
+
+@pytest.fixture(scope="module")
+def images() -> list[np.ndarray]:
+    return [pixels(96, 160, 0), pixels(150, 90, 1), pixels(128, 128, 2)]
+
+
+@pytest.fixture
+def cv2(monkeypatch):
+    """The one function of OpenCV that the original calls, where OpenCV is not installed."""
+
+    def components(mask, connectivity):
+        regions, number = ndimage.label(mask, np.ones((3, 3)))
+        return number + 1, regions, np.bincount(regions.ravel(), minlength=number + 1)[:, None], None
+
+    if importlib.util.find_spec("cv2") is None:
+        monkeypatch.setitem(sys.modules, "cv2", SimpleNamespace(connectedComponentsWithStats=components))
+
+
+def best_ious(found: list[dict], others: list[dict]) -> np.ndarray:
+    codes = [[entry["segmentation"] for entry in entries] for entries in (found, others)]
+    return rle.iou(*codes, [0] * len(others)).max(1)
+
+
+def as_written(entries: list[dict]) -> list[dict]:
+    """The original's entries with the project's id and float boxes."""
+    floats = [{name: [float(v) for v in entry[name]] for name in ("bbox", "crop_box")} for entry in entries]
+    return [entry | {"id": i} | boxes for i, (entry, boxes) in enumerate(zip(entries, floats, strict=True))]
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_masks_are_the_originals(sam, images, settings, cv2):
+    original = SamAutomaticMaskGenerator(sam, **settings, output_mode="coco_rle")
+    ours = SamGenerator(sam, **settings)
+    count = 0
+    for image in images:
+        (found,) = ours([image])
+        assert found == as_written(original.generate(image))
+        count += len(found)
+    assert count > 20
+
+
+def test_a_batch_gives_what_single_images_give(sam, images):
+    generator = SamGenerator(sam, **SETTINGS["crops"])
+    for together, (alone,) in zip(generator(images), ([*generator([image])] for image in images), strict=True):
+        assert abs(len(together) - len(alone)) <= 0.02 * len(alone)
+        assert best_ious(together, alone).mean() > 0.98
+        assert best_ious(alone, together).mean() > 0.98
+        for entry in together:
+            height, width = entry["segmentation"]["size"]
+            assert rle.decode(entry["segmentation"]).shape == (height, width)
+    assert generator([]) == []
+
+
+def test_chunks_change_nothing(sam, images, monkeypatch):
+    generator = SamGenerator(sam, **SETTINGS["crops"])
+    whole = generator(images[:1])
+    monkeypatch.setattr(pixelclip.sam, "_CHUNK_PIXELS", 7 * 160 * 128)
+    assert generator(images[:1]) == whole
+
+
+def test_no_mask_and_no_room(sam, images):
+    assert SamGenerator(sam, points_per_side=4, pred_iou_thresh=1e9, crop_n_layers=1)(images[:1]) == [[]]
+    sliver, dot = np.zeros((1, 2000, 3), np.uint8), np.zeros((1, 1, 3), np.uint8)
+    found = SamGenerator(sam, **SETTINGS["crops"])([sliver, images[0], dot])
+    assert found[0] == [] and found[1] and len(found) == 3
+
+
+@pytest.mark.parametrize("image", [np.zeros((8, 8, 3)), np.zeros((8, 8), np.uint8), np.zeros((8, 8, 4), np.uint8)])
+def test_an_image_must_be_rgb(sam, image):
+    with pytest.raises(ValueError, match=r"image 0 is .*, uint8 \[H, W, 3\] is needed"):
+        SamGenerator(sam)([image])
+
+
+def test_settings_must_leave_points(sam):
+    with pytest.raises(ValueError, match="points_per_side 3 leaves no point in crop layer 2"):
+        SamGenerator(sam, points_per_side=3, crop_n_layers=2, crop_n_points_downscale_factor=2)
+    with pytest.raises(ValueError, match="points_per_batch 0"):
+        SamGenerator(sam, points_per_batch=0)
+
+
+def test_small_regions():
+    mask = np.zeros((12, 12), bool)
+    mask[1:8, 1:8] = True
+    mask[3, 3] = mask[5, 4:7] = False  # holes of 1 and 3 pixels
+    mask[10, 10] = mask[11, 11] = True  # an island of 2 that hangs together at a corner
+    assert not remove_small_regions(mask, 1)[1]
+    filled, changed = remove_small_regions(mask, 3)
+    expected = mask.copy()
+    expected[3, 3] = True
+    expected[10:, 10:] = False
+    assert changed and np.array_equal(filled, expected)
+    expected[5, 4:7] = True
+    assert np.array_equal(remove_small_regions(mask, 50)[0], expected)  # all islands are small: the largest stays
+    full, changed = remove_small_regions(np.zeros((3, 3), bool), 10)
+    assert changed and full.all()
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("vit_b", (768, 12, 12, (2, 5, 8, 11))),
+        ("vit_l", (1024, 24, 16, (5, 11, 17, 23))),
+        ("vit_h", (1280, 32, 16, (7, 15, 23, 31))),
+    ],
+)
+def test_published_kinds_are_derived(kind, expected):
+    with torch.device("meta"):
+        published = sam_model_registry[kind]()
+    shape = sam_shape(published.state_dict())
+    assert (shape.embed_dim, shape.depth, shape.num_heads, shape.global_attn_indexes) == expected
+    assert (shape.img_size, shape.patch_size, shape.window_size, shape.prompt_dim) == (1024, 16, 14, 256)
+    built = build_sam(shape)
+    assert {n: t.shape for n, t in built.state_dict().items()} == {n: t.shape for n, t in published.state_dict().items()}
+    assert str(built) == str(published)  # epsilons, activations, strides
+    for ours, theirs in zip(built.modules(), published.modules(), strict=True):
+        names = {
+            "num_heads",
+            "scale",
+            "window_size",
+            "use_rel_pos",
+            "skip_first_layer_pe",
+            "eps",
+            "internal_dim",
+            "image_embedding_size",
+        }
+        assert {n: vars(ours)[n] for n in names & vars(ours).keys()} == {
+            n: vars(theirs)[n] for n in names & vars(theirs).keys()
+        }
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_what_is_saved_loads(plain, images, tmp_path, suffix, dtype):
+    state = {name: tensor.to(dtype) for name, tensor in plain.state_dict().items()}
+    path = tmp_path / f"sam{suffix}"
+    (torch.save if suffix == ".pth" else save_file)(state, path)
+    loaded = load_sam(path)
+    tensors = loaded.state_dict()
+    assert tensors.keys() == state.keys()
+    assert all(torch.equal(tensors[name], tensor.float()) for name, tensor in state.items())
+    assert not loaded.training and not any(parameter.requires_grad for parameter in loaded.parameters())
+    assert {(t.dtype, t.device.type) for t in [*loaded.parameters(), *loaded.buffers()]} == {(torch.float32, "cpu")}
+    if dtype == torch.float32:
+        some = ALL | {"stability_score_thresh": 0.3}
+        (found,) = SamGenerator(loaded, **some)(images[:1])
+        assert found and [found] == SamGenerator(plain, **some)(images[:1])
+
+
+def refused(path: Path, said: str) -> None:
+    with pytest.raises(ValueError, match=said) as raised:
+        load_sam(path)
+    message = str(raised.value)
+    assert message.startswith(f"{path}: ") and "the state dict of a Segment Anything model is expected" in message
+    assert "\n" not in message and "weights_only" not in message
+
+
+def without(state: dict, *names: str) -> dict:
+    return {name: tensor for name, tensor in state.items() if name not in names}
+
+
+NECK, TOKENS, PATCH = "image_encoder.neck.0.weight", "mask_decoder.iou_token.weight", "image_encoder.patch_embed.proj.weight"
+WRONG = {
+    "CLIP": (lambda s: {"visual.conv1.weight": torch.zeros(2, 3, 4, 4)}, f"{PATCH} is missing; found: visual.conv1.weight;"),
+    "DINO": (lambda s: {"cls_token": torch.zeros(1), "pos_embed": torch.zeros(1)}, "is missing; found: cls_token, pos_embed;"),
+    "nothing": (lambda s: {}, "is missing; found: no tensor;"),
+    "no encoder": (lambda s: without(s, PATCH), rf"{PATCH} is missing; found: .*, .* \(173 in all\)"),
+    "gap": (lambda s: without(s, NECK, TOKENS), f"missing: {NECK}, {TOKENS};"),
+    "more": (
+        lambda s: s | {"mask_decoder.hf_token.weight": torch.zeros(1, 32)},
+        ": unexpected: mask_decoder.hf_token.weight;",
+    ),
+    "shape": (
+        lambda s: s | {NECK: torch.zeros(3)},
+        rf"of another shape: {NECK} \[3\] instead of \[32, 32, 1, 1\]",
+    ),
+    "rank": (lambda s: s | {PATCH: torch.zeros(3)}, rf"{PATCH} has shape \[3\], 4 dimensions are expected"),
+    "heads": (lambda s: s | {"image_encoder.blocks.0.attn.rel_pos_h": torch.zeros(7, 5)}, "multiples of 5"),
+}
+
+
+@pytest.mark.parametrize(("change", "said"), WRONG.values(), ids=WRONG)
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_another_models_weights_are_named(plain, tmp_path, change, said, suffix):
+    path = tmp_path / f"sam{suffix}"
+    (torch.save if suffix == ".pth" else save_file)(change(dict(plain.state_dict())), path)
+    refused(path, said)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_what_is_no_checkpoint_is_refused(plain, tmp_path, suffix):
+    path = tmp_path / f"sam{suffix}"
+    refused(path, "no such file")
+    (torch.save if suffix == ".pth" else save_file)(dict(plain.state_dict()), path)
+    data = path.read_bytes()
+    for content in (data[: len(data) // 2], data[:50], b"", b"GIF89a" * 9, bytes(range(256)), b"\x80\x02}q\x00."):
+        path.write_bytes(content)
+        refused(path, "cannot be read as safetensors|truncated or no checkpoint|no plain checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        ([torch.zeros(1)], "a list is found"),
+        ({"model": {"a": torch.zeros(1)}, "epoch": 3}, r"no tensors are found \(model, epoch\)"),
+    ],
+)
+def test_a_pth_of_something_else_is_refused(tmp_path, value, said):
+    torch.save(value, tmp_path / "sam.pth")
+    refused(tmp_path / "sam.pth", said)
+
+
+class _Trap:
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("write", [lambda value, path: path.write_bytes(pickle.dumps(value, protocol=2)), torch.save])
+def test_a_pickle_is_never_executed(tmp_path, write):
+    write({"trap": _Trap(tmp_path / "sprung")}, tmp_path / "sam.pth")
+    refused(tmp_path / "sam.pth", "a pickle that wants to run .*, which is refused")
+    assert not (tmp_path / "sprung").exists()
+    write({"trap": _Trap(tmp_path / "sprung")}, tmp_path / "sam.safetensors")
+    refused(tmp_path / "sam.safetensors", "cannot be read as safetensors")
+    assert not (tmp_path / "sprung").exists()
