@@ -8,7 +8,19 @@ from imports import MODULES, PACKAGE, imported, imported_with_theirs
 
 ORDER = [
     *("config", "storage", "stage", "ranks", "images", "weights", "shards", "sam", "dino", "masks", "pixels", "dataset"),
-    *("text", "backbone", "clusters", "model", "checkpoint", "resume", "predict", "benchmarks", "tracking", "pictures"),
+    *(
+        "text",
+        "backbone",
+        "clusters",
+        "model",
+        "checkpoint",
+        "convert",
+        "resume",
+        "predict",
+        "benchmarks",
+        "tracking",
+        "pictures",
+    ),
     *("report", "train", "evaluate", "serve", "register", "toy_motifs", "toy", "toy_clip", "cli", "__main__"),
 ]
 

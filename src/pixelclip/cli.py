@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pixelclip.config import as_table, load, parse_overrides
+from pixelclip.config import as_table, build, load, parse_overrides
 
 Out = Annotated[Path, typer.Option(help="Folder to make. A finished one is reused, an interrupted one continued.")]
 Params = Annotated[Path | None, typer.Option(help="YAML file with one section a stage.")]
@@ -130,6 +130,31 @@ def predict(
     shares = [(float((prediction.labels == index).mean()), name) for index, name in enumerate(names)]
     print("\n".join(f"{100 * share:5.1f} %  {name}" for share, name in sorted(shares, reverse=True) if share))
     print(f"{out} (values index into the classes), {shown}")
+
+
+@app.command("import")
+def import_(
+    checkpoint: Annotated[Path, typer.Argument(help="A .pth that the reference implementation of PixelCLIP released.")],
+    out: Out,
+    clip: Annotated[str, typer.Option(help="open_clip's name of its CLIP, or a folder; else told by its shapes.")] = "",
+    side: Annotated[int, typer.Option(help="Side in pixels of what the CLIP sees; 0: 320 for a ViT, 640 else.")] = 0,
+) -> None:
+    """Make a model folder of a checkpoint of the reference implementation."""
+    from pixelclip.config import ImportConfig
+    from pixelclip.convert import run
+
+    run(checkpoint, out, build(ImportConfig, {"clip": clip, "side": side}, "import"))
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Option(help="Model folder, or models:/NAME@ALIAS.")],
+    out: Annotated[Path, typer.Option(help="Folder for open_clip_config.json and open_clip_model.safetensors.")],
+) -> None:
+    """Write a model's CLIP as plain open_clip weights: open_clip.create_model("local-dir:OUT")."""
+    from pixelclip.convert import export as write
+
+    write(_model(model), out)
 
 
 @app.command()

@@ -147,6 +147,14 @@ class RegisterConfig(BaseModel):
     min_gain: float = _setting(1.0, "Least gain over CLIP, in points of mIoU, of a champion.")
 
 
+class ImportConfig(BaseModel):
+    """A checkpoint of the reference implementation; not a stage of the pipeline."""
+
+    model_config = _STRICT
+    clip: str = _setting("", "open_clip's name of its CLIP, or a folder with open_clip_config.json; empty: told by its shapes.")
+    side: int = _setting(0, "Side in pixels of what the CLIP sees; 0: 320 for a ViT, 640 for a ConvNeXt.", ge=0)
+
+
 Config = ToyConfig | ShardsConfig | MasksConfig | TrainConfig | EvaluateConfig | RegisterConfig
 STAGES: dict[str, type[BaseModel]] = {
     "toy": ToyConfig,

@@ -3,20 +3,16 @@
 B images, N masks, P points, C width of an embedding, H W size of an image or crop, h w size of what the decoder gives.
 """
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from pycocotools import mask as rle
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from segment_anything.utils.amg import (
     batched_mask_to_box,
@@ -31,6 +27,8 @@ from segment_anything.utils.amg import (
 from segment_anything.utils.transforms import ResizeLongestSide
 from torch import Tensor, nn
 from torchvision.ops.boxes import batched_nms, box_area
+
+from pixelclip.weights import check_fit, check_tensors, named, read_weights
 
 _EXPECTED = "the state dict of a Segment Anything model is expected (vit_h, vit_l, vit_b or of another size)"
 _DECODER_HEADS = 8  # the same in every published kind, and in no shape
@@ -67,7 +65,7 @@ def sam_shape(state: Mapping[str, Tensor]) -> SamShape:
 
     def shape(name: str, dimensions: int) -> tuple[int, ...]:
         if name not in state:
-            raise ValueError(f"{name} is missing; found: {_some(list(state)) or 'no tensor'}")
+            raise ValueError(f"{name} is missing; found: {named(state)}")
         found = tuple(state[name].shape)
         if len(found) != dimensions or 0 in found:
             raise ValueError(f"{name} has shape {list(found)}, {dimensions} dimensions are expected")
@@ -152,61 +150,14 @@ def load_sam(path: Path) -> Sam:
     Raises:
         ValueError: the file cannot be read, is no checkpoint, or is not a SAM's.
     """
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; {_EXPECTED}")
-    state = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pth(path)
     try:
+        state = check_tensors(read_weights(path))
         sam = build_sam(sam_shape(state))
-        _check_state(state, sam.state_dict())
+        check_fit(state, sam.state_dict())
     except ValueError as error:
         raise ValueError(f"{path}: {error}; {_EXPECTED}") from None
     sam.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
     return sam.eval().requires_grad_(False)
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path}: cannot be read as safetensors: {error}; {_EXPECTED}") from None
-
-
-def _read_pth(path: Path) -> dict[str, Tensor]:
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror or error}; {_EXPECTED}") from None
-    except UnpicklingError as error:  # torch's own words here advise to execute the pickle
-        wanted = re.search(r"GLOBAL (\S+)", str(error))
-        found = f"a pickle that wants to run {wanted[1]}, which is refused" if wanted else "no plain checkpoint"
-        raise ValueError(f"{path}: {found}; {_EXPECTED}") from None
-    except Exception as error:  # on arbitrary bytes the reader of pickles fails in any way there is
-        reason = re.split(r"[.;] |\n", str(error).strip())[0] or type(error).__name__
-        raise ValueError(f"{path}: is truncated or no checkpoint ({reason}); {_EXPECTED}") from None
-    if not isinstance(state, dict):
-        raise ValueError(f"{path}: a {type(state).__name__} is found; {_EXPECTED}")
-    if others := [str(name) for name, value in state.items() if not (isinstance(name, str) and isinstance(value, Tensor))]:
-        raise ValueError(f"{path}: entries that are no tensors are found ({_some(others)}); {_EXPECTED}")
-    return state
-
-
-def _check_state(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    problems = {
-        "missing": [name for name in expected if name not in found],
-        "unexpected": [name for name in found if name not in expected],
-        "of another shape": [
-            f"{name} {list(found[name].shape)} instead of {list(tensor.shape)}"
-            for name, tensor in expected.items()
-            if name in found and found[name].shape != tensor.shape
-        ],
-    }
-    said = [f"{problem}: {_some(names)}" for problem, names in problems.items() if names]
-    if said:
-        raise ValueError("; ".join(said))
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f", ... ({len(names)} in all)" if len(names) > 3 else "")
 
 
 @dataclass(frozen=True)
@@ -311,7 +262,8 @@ class SamGenerator:
     def _usable(self, box: list[int]) -> bool:
         """Whether a pixel is left of a crop at the encoder's size: of slivers it is not."""
         width, height = box[2] - box[0], box[3] - box[1]
-        return min(width, height) > 0 and min(self._resize.get_preprocess_shape(height, width, self._resize.target_length)) > 0
+        side = self._resize.target_length
+        return min(width, height) > 0 and min(self._resize.get_preprocess_shape(height, width, side)) > 0
 
     def _encode(self, images: list[NDArray[np.uint8]]) -> Tensor:
         if not images:
@@ -402,12 +354,20 @@ class SamGenerator:
         parts = zip(crops, chosen.split(counts), strict=True)
         codes = [code for crop, mine in parts for code in self._encode_masks(crop, mine, size)]
         code_of = dict(zip(sorted(kept), codes, strict=True))
-        columns = (boxes[keep].tolist(), quality[keep].tolist(), stability[keep].tolist(), points[keep].tolist())
+        crop_boxes = [crops[index].box for index in origin[keep.cpu()].tolist()]
+        columns = (boxes[keep], quality[keep], stability[keep], points[keep])
+        rows = zip(kept, crop_boxes, *(column.tolist() for column in columns), strict=True)
         entries = [
-            _entry(
-                code_of[mask], mask_box, predicted_iou=iou, stability_score=stable, point=point, crop=crops[origin[mask]].box
-            )
-            for mask, mask_box, iou, stable, point in zip(kept, *columns, strict=True)
+            {
+                "segmentation": {"size": list(size), "counts": code_of[mask]["counts"].decode()},
+                "area": int(rle.area(code_of[mask])),
+                "bbox": _to_xywh(box),
+                "predicted_iou": predicted_iou,
+                "stability_score": stability_score,
+                "point_coords": [point],
+                "crop_box": _to_xywh(crop_box),
+            }
+            for mask, crop_box, box, predicted_iou, stability_score, point in rows
         ]
         if self.min_mask_region_area > 0:
             entries = _clean(entries, self.min_mask_region_area, max(self.box_nms_thresh, self.crop_nms_thresh))
@@ -427,20 +387,6 @@ class SamGenerator:
 def _suppress(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
     """Non-maximal suppression as the original calls it: indexes of the boxes that are left, best first."""
     return batched_nms(boxes.float(), scores, torch.zeros(len(boxes), device=boxes.device), threshold)
-
-
-def _entry(
-    code: dict[str, Any], box: list[float], *, predicted_iou: float, stability_score: float, point: list[float], crop: list[int]
-) -> dict[str, Any]:
-    return {
-        "segmentation": {"size": list(code["size"]), "counts": code["counts"].decode()},
-        "area": int(rle.area(code)),
-        "bbox": _to_xywh(box),
-        "predicted_iou": predicted_iou,
-        "stability_score": stability_score,
-        "point_coords": [point],
-        "crop_box": _to_xywh(crop),
-    }
 
 
 def _to_xywh(box: Sequence[float]) -> list[float]:

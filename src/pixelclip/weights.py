@@ -14,14 +14,14 @@ from numpy._core import multiarray  # numpy pickles by these names
 from safetensors.torch import load_file
 from torch import Tensor
 
-# Old checkpoints keep settings and counters beside their tensors, as a Namespace or numpy's numbers: plain values.
+_CORES = ("core", "_core")  # before and since numpy 2
+# Checkpoints keep settings and counters beside their tensors, as a Namespace or numpy's numbers: plain values.
 _PLAIN: list[Any] = [
     argparse.Namespace,
     np.ndarray,
     np.dtype,
     *{type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "?")},
-    (multiarray.scalar, "numpy.core.multiarray.scalar"),
-    (multiarray._reconstruct, "numpy.core.multiarray._reconstruct"),
+    *[(getattr(multiarray, name), f"numpy.{core}.multiarray.{name}") for name in ("scalar", "_reconstruct") for core in _CORES],
 ]
 
 

@@ -1,0 +1,155 @@
+"""To and from other people's checkpoints: the reference implementation's `.pth` in, plain open_clip weights out."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pixelclip.backbone import Backbone
+from pixelclip.checkpoint import CONFIG, WEIGHTS, Clip, build_clip, load_model, save_model
+from pixelclip.config import ImportConfig, nearest
+from pixelclip.model import Decoder
+from pixelclip.stage import Metrics, Stage, describe
+from pixelclip.storage import read_json, write_atomically
+from pixelclip.text import Prompts, TextTower
+from pixelclip.weights import check_fit, check_tensors, read_weights
+
+# The CLIPs that the paper trained, each with open_clip's name of the weights it began with.
+REFERENCE_CLIPS = {
+    "ViT-B-16-quickgelu": "openai",
+    "ViT-L-14-quickgelu": "openai",
+    "ViT-L-14-336-quickgelu": "openai",
+    "convnext_base_w_320": "laion_aesthetic_s13b_b82k",
+    "convnext_large_d_320": "laion2b_s29b_b131k_ft",
+}
+EXPORTED_CONFIG, EXPORTED_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+_CLIP, _PROMPTS, _HEAD, _TEACHER = (
+    "sem_seg_head.predictor.clip_model.",
+    "sem_seg_head.predictor.prompt_tokens",
+    "head.",
+    "teacher_encoder.",
+)
+_OPENAI_EXTRAS = {"input_resolution", "context_length", "vocab_size"}
+
+
+def reference_parts(found: Any) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
+    """Takes the reference's checkpoint apart.
+
+    Args:
+        found: what its `.pth` holds.
+
+    Returns:
+        The CLIP's state dict under open_clip's names, the prompt tokens [K, L, D], the decoder's state dict.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    state = check_tensors(found["model"] if isinstance(found, dict) and isinstance(found.get("model"), dict) else found)
+    clip = {name.removeprefix(_CLIP): t for name, t in state.items() if name.startswith(_CLIP)}
+    clip = {name: tensor for name, tensor in clip.items() if name not in _OPENAI_EXTRAS}
+    head = {name.removeprefix(_HEAD): t for name, t in state.items() if name.startswith(_HEAD)}
+    if not clip or _PROMPTS not in state or not head:
+        raise ValueError(f"entries {_CLIP}*, {_PROMPTS} and {_HEAD}* are needed, found {', '.join(sorted(state)[:3])}, ...")
+    return clip, state[_PROMPTS], head
+
+
+def recognise(clip: Mapping[str, Tensor]) -> str:
+    """The name in `REFERENCE_CLIPS` of a CLIP with these names and shapes.
+
+    Raises:
+        ValueError: none has.
+    """
+    for name in REFERENCE_CLIPS:
+        with torch.device("meta"):
+            expected = build_clip(open_clip.get_model_config(name)).state_dict()
+        if {key: tensor.shape for key, tensor in expected.items()} == {key: tensor.shape for key, tensor in clip.items()}:
+            return name
+    raise ValueError(f"its CLIP is none of {', '.join(REFERENCE_CLIPS)}; name it by --clip")
+
+
+def run(checkpoint: Path, out: Path, config: ImportConfig) -> Metrics:
+    """Turns a `.pth` of the reference implementation into a model folder; no detectron2, and no code of the file is run.
+
+    Args:
+        checkpoint: the file.
+        out: model folder to make.
+        config: settings.
+
+    Returns:
+        `import/concepts`.
+
+    Raises:
+        ValueError: the file is no checkpoint of the reference, or of another CLIP than the one named.
+    """
+    if not checkpoint.is_file():
+        raise ValueError(f"{checkpoint}: no such file")
+    stage = Stage("import", out, {"reference": describe(checkpoint)}, config)
+    if stage.finished:
+        return stage.reuse()
+    try:
+        weights, tokens, head = reference_parts(read_weights(checkpoint))
+        spec, cfg, mean, std = _find_clip(config.clip or recognise(weights))
+        model = build_clip(cfg)
+        check_fit(weights, model.state_dict())
+        decoder = Decoder()
+        check_fit(head, decoder.state_dict())
+        width = model.token_embedding.weight.shape[1]
+        if tokens.ndim != 3 or tokens.shape[2] != width:
+            raise ValueError(f"{_PROMPTS} is {list(tokens.shape)} instead of [concepts, tokens, {width}]")
+    except ValueError as error:
+        raise ValueError(f"{checkpoint}: {error}; a checkpoint of the reference implementation is expected") from None
+    with stage:
+        model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
+        decoder.load_state_dict({name: tensor.float() for name, tensor in head.items()})
+        prompts = Prompts(TextTower(model), torch.zeros(tokens.shape[:2], dtype=torch.long))
+        prompts.load_state_dict({"tokens": tokens.float()})
+        side = config.side or (640 if Backbone(model.visual).patch_size[0] == 32 else 320)
+        clip, origin = Clip(model, cfg, mean, std), {"spec": spec, "md5": ""}
+        save_model(stage.folder, clip, prompts, decoder, side=side, residual="cls", origin=origin)
+        return stage.finish({"import/concepts": float(len(tokens))}, files=[WEIGHTS, CONFIG])
+
+
+def _find_clip(name: str) -> tuple[str, dict[str, Any], Any, Any]:
+    """Spec, config, mean and std of a CLIP by open_clip's name, or of a folder with `open_clip_config.json`."""
+    if Path(name).is_dir():
+        document = read_json(Path(name) / EXPORTED_CONFIG)
+        preprocess = document.get("preprocess_cfg", {})
+        mean, std = preprocess.get("mean"), preprocess.get("std")
+        return name, document["model_cfg"], mean or open_clip.OPENAI_DATASET_MEAN, std or open_clip.OPENAI_DATASET_STD
+    if name not in open_clip.list_models():
+        raise ValueError(f"no CLIP {name!r} in open_clip{nearest(name, open_clip.list_models())}")
+    spec = f"{name}:{REFERENCE_CLIPS.get(name, 'openai')}"
+    return spec, dict(open_clip.get_model_config(name)), open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
+
+
+def export(model: Path, out: Path) -> None:
+    """Writes a model's CLIP, with the trained image tower, as plain open_clip weights.
+
+    `open_clip.create_model("local-dir:OUT")` loads the folder, `open_clip.create_model(NAME, pretrained="OUT/..safetensors")`
+    the weights alone. Concepts and decoder are left out: inference does not use them.
+
+    Args:
+        model: model folder.
+        out: folder for `open_clip_config.json` and `open_clip_model.safetensors`; must not hold them yet.
+
+    Raises:
+        ValueError: no model folder, or `out` holds an export already.
+    """
+    loaded = load_model(model)
+    if taken := [name for name in (EXPORTED_CONFIG, EXPORTED_WEIGHTS) if (out / name).exists()]:
+        raise ValueError(f"{out}: holds {taken[0]} already; remove it or give another folder")
+    out.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.contiguous() for name, tensor in loaded.clip.model.state_dict().items()}
+    temporary = out / f".{EXPORTED_WEIGHTS}.partial"
+    save_file(state, temporary, metadata={"format": "pt"})
+    temporary.chmod(0o644)
+    temporary.replace(out / EXPORTED_WEIGHTS)
+    size = loaded.clip.model_cfg["vision_cfg"].get("image_size")
+    preprocess = {"size": size, "mean": loaded.clip.mean, "std": loaded.clip.std, "resize_mode": "squash"}
+    config = json.dumps({"model_cfg": loaded.clip.model_cfg, "preprocess_cfg": preprocess}, indent=1)
+    write_atomically(out / EXPORTED_CONFIG, config + "\n")

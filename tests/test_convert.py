@@ -1,0 +1,168 @@
+"""Import of the reference's checkpoints and export to open_clip; the files are made with the reference's key names."""
+
+import json
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from pixelclip import convert
+from pixelclip.backbone import Backbone
+from pixelclip.checkpoint import backbone_of, build_clip, load_model
+from pixelclip.config import ImportConfig
+from pixelclip.model import Decoder
+from pixelclip.text import Prompts, TextTower
+
+CONFIGS = {"vit": tiny.CLIP_CONFIG, "convnext": tiny.CONVNEXT_CONFIG}
+
+
+def clip_of(kind: str) -> open_clip.CLIP:
+    if kind == "convnext":
+        return tiny.convnext()
+    clip = open_clip.CLIP(**tiny.CLIP_CONFIG)
+    clip.load_state_dict(tiny.clip_state())
+    return clip
+
+
+def released(clip: dict[str, Any], tokens: Any, head: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint as detectron2 writes it: the reference's names, and what a trainer leaves beside them."""
+    model = {f"sem_seg_head.predictor.clip_model.{name}": tensor for name, tensor in clip.items()}
+    model["sem_seg_head.predictor.prompt_tokens"] = tokens
+    model |= {f"teacher_encoder.{name}": tensor + 1 for name, tensor in clip.items() if name.startswith("visual.")}
+    model |= {f"head.{name}": tensor for name, tensor in head.items()}
+    return {"model": model, "iteration": 9999, "best": np.float64(0.5), "args": Namespace(lr=2e-4)}
+
+
+@pytest.fixture(params=["vit", "convnext"])
+def kind(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def checkpoint(kind, tmp_path) -> Path:
+    generator = torch.Generator().manual_seed(5)
+    document = released(clip_of(kind).state_dict(), torch.randn(6, 4, 32, generator=generator), Decoder().state_dict())
+    torch.save(document, tmp_path / "released.pth")
+    return tmp_path / "released.pth"
+
+
+def config_folder(folder: Path, kind: str) -> str:
+    folder.mkdir()
+    document = {"model_cfg": CONFIGS[kind], "preprocess_cfg": {"mean": tiny.MEAN, "std": tiny.STD}}
+    (folder / "open_clip_config.json").write_text(json.dumps(document))
+    return str(folder)
+
+
+def test_an_imported_checkpoint_is_the_reference_model(checkpoint, kind, tmp_path):
+    document = torch.load(checkpoint, weights_only=False)["model"]
+    config = ImportConfig(clip=config_folder(tmp_path / "clip", kind))
+    assert convert.run(checkpoint, tmp_path / "model", config) == {"import/concepts": 6.0}
+    model = load_model(tmp_path / "model")
+    assert model.side == (320 if kind == "vit" else 640)
+    clip = clip_of(kind)
+    x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.equal(backbone_of(model)(x), Backbone(clip.visual.eval())(x))
+        text = TextTower(clip)
+        wanted = Prompts(text, torch.zeros(6, 4, dtype=torch.long))
+        wanted.tokens.copy_(document["sem_seg_head.predictor.prompt_tokens"])
+        assert torch.equal(model.prompts(TextTower(model.clip.model)), wanted(text))
+    decoder = load_file(tmp_path / "model" / "model.safetensors")
+    assert torch.equal(decoder["decoder.conv2.double_conv.3.weight"], document["head.conv2.double_conv.3.weight"])
+
+
+@pytest.mark.parametrize("name", list(convert.REFERENCE_CLIPS))
+def test_the_papers_clips_are_told_by_their_true_shapes(name):
+    with torch.device("meta"):
+        clip = build_clip(open_clip.get_model_config(name)).state_dict()
+        width = clip["token_embedding.weight"].shape[1]
+        document = released(clip, torch.empty(64, 4, width), Decoder().state_dict())
+    document["model"]["sem_seg_head.predictor.clip_model.input_resolution"] = torch.tensor(224)
+    found, tokens, head = convert.reference_parts(document)
+    assert convert.recognise(found) == name
+    assert tokens.shape == (64, 4, width)
+    assert head.keys() == Decoder().state_dict().keys()
+
+
+def test_an_unknown_size_asks_for_a_name(checkpoint, tmp_path):
+    with pytest.raises(ValueError, match=r"released\.pth: its CLIP is none of ViT-B-16-quickgelu.*--clip"):
+        convert.run(checkpoint, tmp_path / "model", ImportConfig())
+    assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda d: d["model"].pop("sem_seg_head.predictor.prompt_tokens"), "entries sem_seg_head.predictor.clip_model"),
+        (lambda d: d["model"].pop("sem_seg_head.predictor.clip_model.logit_scale"), "missing: logit_scale"),
+        (lambda d: d["model"].pop("head.proj.bias"), "missing: proj.bias"),
+        (
+            lambda d: d["model"].update({"head.proj.bias": torch.zeros(2)}),
+            r"shape: proj.bias \[2\] instead of \[1\]",
+        ),
+        (
+            lambda d: d["model"].update({"sem_seg_head.predictor.prompt_tokens": torch.zeros(6, 4, 31)}),
+            r"prompt_tokens is \[6, 4, 31\] instead of \[concepts, tokens, 32\]",
+        ),
+        (lambda d: d.update(model=[1]), "entries that are no tensors are found"),
+    ],
+)
+def test_another_checkpoint_is_refused_with_what_it_is(change, said, tmp_path):
+    document = released(tiny.clip_state(), torch.zeros(6, 4, 32), Decoder().state_dict())
+    change(document)
+    torch.save(document, tmp_path / "other.pth")
+    config = ImportConfig(clip=config_folder(tmp_path / "clip", "vit"))
+    with pytest.raises(ValueError, match=rf"other\.pth: .*{said}"):
+        convert.run(tmp_path / "other.pth", tmp_path / "model", config)
+    assert not (tmp_path / "model").exists()
+
+
+def test_a_pickle_that_wants_to_run_something_is_refused(tmp_path):
+    class Runs:
+        def __reduce__(self):
+            return Path.touch, (tmp_path / "was_run",)
+
+    torch.save({"model": {"head.x": torch.zeros(1)}, "trap": Runs()}, tmp_path / "trap.pth")
+    with pytest.raises(ValueError, match=r"trap\.pth: wants to run pathlib\.Path\.touch|wants to run .*touch|which is refused"):
+        convert.run(tmp_path / "trap.pth", tmp_path / "model", ImportConfig())
+    assert not (tmp_path / "was_run").exists()
+
+
+def test_a_truncated_file_is_named(checkpoint, tmp_path):
+    checkpoint.write_bytes(checkpoint.read_bytes()[:-500])
+    with pytest.raises(ValueError, match=r"released\.pth: .*(truncated|not a checkpoint)"):
+        convert.run(checkpoint, tmp_path / "model", ImportConfig())
+
+
+def test_an_export_gives_open_clip_the_same_features(checkpoint, kind, tmp_path):
+    convert.run(checkpoint, tmp_path / "model", ImportConfig(clip=config_folder(tmp_path / "clip", kind)))
+    model = load_model(tmp_path / "model")
+    convert.export(tmp_path / "model", tmp_path / "exported")
+    whole = open_clip.create_model(f"local-dir:{tmp_path / 'exported'}", require_pretrained=True).eval()
+    size = CONFIGS[kind]["vision_cfg"]["image_size"]
+    x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(2))
+    words = open_clip.SimpleTokenizer()(["a dog", "grass"])
+    with torch.no_grad():
+        assert torch.equal(whole.encode_image(x), model.clip.model.encode_image(x))
+        assert torch.equal(whole.encode_text(words), model.clip.model.encode_text(words))
+    with pytest.raises(ValueError, match=r"holds open_clip_config\.json already"):
+        convert.export(tmp_path / "model", tmp_path / "exported")
+
+
+def test_exported_weights_load_by_name(checkpoint, kind, tmp_path):
+    """What a user of a published architecture does: the name, and the file as `pretrained`."""
+    convert.run(checkpoint, tmp_path / "model", ImportConfig(clip=config_folder(tmp_path / "clip", kind)))
+    convert.export(tmp_path / "model", tmp_path / "exported")
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / f"tiny-{kind}.json").write_text(json.dumps(CONFIGS[kind]))
+    open_clip.add_model_config(tmp_path / "configs")
+    weights = str(tmp_path / "exported" / "open_clip_model.safetensors")
+    loaded = open_clip.create_model(f"tiny-{kind}", pretrained=weights, require_pretrained=True)
+    state = loaded.state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in clip_of(kind).state_dict().items())
