@@ -1,6 +1,11 @@
-"""Metrics against naive loops and closed forms; the stage on a tiny model against the Predictor."""
+"""Metrics against naive loops and closed forms; the stage on a tiny model against the Predictor, under every protocol,
+killed and continued, and in two processes."""
 
 import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import mlflow
@@ -8,18 +13,29 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import torch.nn.functional as F
+from conftest import annotation, encoded, write_files
 from PIL import Image
 
 from pixelclip import evaluate as stage
 from pixelclip import tracking
-from pixelclip.benchmarks import open_folder
-from pixelclip.checkpoint import load_clip, load_model
-from pixelclip.config import EvaluateConfig
-from pixelclip.evaluate import Confusion, present_recall, run
-from pixelclip.predict import Predictor
+from pixelclip.benchmarks import KINDS, LabelledSet, open_folder
+from pixelclip.checkpoint import backbone_of, load_clip, load_model
+from pixelclip.config import EvaluateConfig, build
+from pixelclip.evaluate import run
+from pixelclip.masks import felzenszwalb
+from pixelclip.pixels import normalise, squash, to_tensor
+from pixelclip.predict import Predictor, class_scores
+from pixelclip.ranks import Ranks
 from pixelclip.storage import read_json
+from pixelclip.tally import Confusion, count_recalled
+from pixelclip.text import TEMPLATES, TextTower, classifier
 
 CONFIG = EvaluateConfig(name="set", device="cpu", batch_size=2, pictures=2)
+
+
+def with_settings(**settings) -> EvaluateConfig:
+    return EvaluateConfig(**(CONFIG.model_dump() | settings))
 
 
 @pytest.fixture(scope="module")
@@ -82,10 +98,10 @@ def test_ignored_pixels_alone_change_nothing():
     assert not confusion.counts.any()
 
 
-def test_present_recall_by_hand():
+def test_recalled_classes_by_hand():
     similarities = torch.tensor([[0.9, 0.1, 0.5], [0.1, 0.2, 0.3], [0.0, 0.0, 1.0]])
     present = [np.array([0, 1]), np.array([2]), np.array([], int)]  # {0, 2} holds 0; {2} holds 2; nothing to find
-    assert present_recall(similarities, present) == pytest.approx(2 / 3)
+    assert count_recalled(similarities, present).tolist() == [2, 3]
 
 
 def test_the_stage_agrees_with_the_predictor(made, client, tmp_path, capsys):
@@ -132,10 +148,10 @@ def test_an_untrained_model_gains_exactly_nothing(made, client, tmp_path):
     assert metrics["pixel_accuracy/set"] == metrics["pixel_accuracy_clip/set"]
 
 
-def test_the_batch_size_changes_nothing(made):
+def test_the_batch_size_changes_nothing(made, tmp_path):
     model, clip, labelled = load_model(made / "changed"), load_clip(str(made / "clip")), open_folder(made / "labelled")
     found = [
-        stage.measure(model, clip, labelled, CONFIG.model_copy(update={"batch_size": size}), torch.device("cpu")).metrics
+        stage.measure(model, clip, labelled, with_settings(batch_size=size), Ranks(), tmp_path / str(size)).metrics
         for size in (1, 3)
     ]
     assert found[0] == pytest.approx(found[1], abs=0.2)  # a pixel may fall the other way by rounding
@@ -149,7 +165,7 @@ def test_a_clip_that_was_changed_since_the_training_is_refused(made, client, tmp
         run(model, made / "labelled", tmp_path / "out", CONFIG)
     assert not (tmp_path / "out").exists()
     # Named on purpose, another CLIP is measured.
-    other = CONFIG.model_copy(update={"clip": str(clip)})
+    other = with_settings(clip=str(clip))
     assert run(model, made / "labelled", tmp_path / "out", other)["gain/set"] != 0
 
 
@@ -158,7 +174,7 @@ def test_a_bad_image_stops_or_is_left_out_and_named(made, client, tmp_path, caps
     (labelled / "images" / "1.png").write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"images/1\.png"):
         run(made / "changed", labelled, tmp_path / "out", CONFIG)
-    tolerant = CONFIG.model_copy(update={"max_bad_share": 0.5})
+    tolerant = with_settings(max_bad_share=0.5)
     assert run(made / "changed", labelled, tmp_path / "out", tolerant)["images/set"] == 3
     assert "1.png" in capsys.readouterr().out
 
@@ -182,3 +198,326 @@ def test_a_tracking_store_lost_while_measuring_costs_no_result(made, client, tmp
     metrics = run(made / "changed", made / "labelled", tmp_path / "out", CONFIG)
     assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == metrics
     assert "is lost" in capsys.readouterr().out
+
+
+# Protocols. Independent of the stage: images, label maps and both towers, read and built here.
+
+
+def read_set(folder: Path) -> tuple[list[Image.Image], list[np.ndarray]]:
+    images, labels = ([Image.open(path) for path in sorted((folder / part).iterdir())] for part in ("images", "labels"))
+    return images, [np.asarray(label) for label in labels]
+
+
+def tower_and_classes(folder: Path):
+    model = load_model(folder)
+    text = TextTower(model.clip.model).eval()
+    return backbone_of(model).eval(), classifier(text, list(tiny.CLASSES), TEMPLATES["ensemble"])
+
+
+def tensor(image: Image.Image) -> torch.Tensor:
+    return normalise(to_tensor(image), tiny.MEAN, tiny.STD)[None]
+
+
+def upsample(x: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
+    return F.interpolate(x, size, mode="bilinear", align_corners=False)
+
+
+def mean_iou(truths: list[np.ndarray], founds: list[np.ndarray]) -> float:
+    present = [value for value in naive_iou(truths, founds, len(tiny.CLASSES)) if value is not None]
+    return 100 * sum(present) / len(present)
+
+
+@torch.no_grad()
+def test_windows_in_the_stage_equal_a_naive_loop(made, client, tmp_path):
+    config = with_settings(protocol="slide", slide_side=40, crop=24, stride=10, feature_grid=5)
+    metrics = run(made / "changed", made / "labelled", tmp_path / "out", config)
+    images, truths = read_set(made / "labelled")
+    for suffix, folder in (("", "changed"), ("_clip", "untrained")):
+        tower, classes = tower_and_classes(made / folder)
+        founds = []
+        for image, truth in zip(images, truths, strict=True):
+            short = min(image.size)
+            height, width = round(image.height * 40 / short), round(image.width * 40 / short)
+            pixels = upsample(tensor(image), (height, width))
+            total, times = torch.zeros(1, 3, height, width), torch.zeros(height, width)
+            for y in sorted({*range(0, height - 24, 10), height - 24}):
+                for x in sorted({*range(0, width - 24, 10), width - 24}):
+                    place = (..., slice(y, y + 24), slice(x, x + 24))
+                    total[place] += upsample(class_scores(tower, pixels[place], classes, 5), (24, 24))
+                    times[place] += 1
+            founds.append(upsample(total / times, truth.shape)[0].argmax(dim=0).numpy())
+        assert metrics[f"miou{suffix}/set.slide"] == pytest.approx(mean_iou(truths, founds), abs=0.1)  # a pixel by rounding
+    assert metrics["gain/set.slide"] != 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("source", ["truth", "felzenszwalb", "given"])
+def test_mask_classification_in_the_stage_equals_a_naive_loop(made, client, tmp_path, source):
+    images, truths = read_set(made / "labelled")
+    settings = {}
+    if source == "truth":
+        masks = [[truth == k for k in range(3) if (truth == k).any()] for truth in truths]
+    elif source == "felzenszwalb":
+        settings = {"felzenszwalb_scale": 20.0, "felzenszwalb_sigma": 0.5, "felzenszwalb_min_size": 30}
+        segments = [felzenszwalb(image, 20.0, 0.5, 30) for image in images]
+        masks = [[found == k for k in range(found.max() + 1)] for found in segments]
+        assert min(map(len, masks)) > 2
+    else:
+        masks = [[y < 9, x < 11, x + y < 6] for y, x in (np.indices(truth.shape) for truth in truths)]
+        settings = {"masks_folder": str(tmp_path)}
+        write_files(tmp_path, {f"{i}.json": annotation(np.array(found)) for i, found in enumerate(masks)})
+    config = with_settings(protocol="masks", masks=source, **settings)
+    metrics = run(made / "changed", made / "labelled", tmp_path / "out", config)
+
+    for suffix, folder in (("", "changed"), ("_clip", "untrained")):
+        tower, classes = tower_and_classes(made / folder)
+        founds, right = [], []
+        for image, truth, chosen in zip(images, truths, masks, strict=True):
+            features = upsample(tower(squash(tensor(image), tiny.SIDE)), truth.shape)[0]
+            painted = np.full(truth.shape, 3)
+            for mask in sorted(chosen, key=lambda mask: -mask.sum()):
+                name = int((classes @ features[:, torch.from_numpy(mask)].mean(dim=1)).argmax())
+                painted[mask] = name
+                votes = truth[mask & (truth != 255)].tolist()
+                right += [name == max(sorted(set(votes)), key=votes.count)] if votes else []
+            founds.append(painted)
+        assert metrics[f"miou{suffix}/set.masks"] == pytest.approx(mean_iou(truths, founds))
+        assert metrics[f"mask_accuracy{suffix}/set.masks"] == pytest.approx(100 * sum(right) / len(right))
+    if source == "given":
+        assert any((found == 3).any() for found in founds)  # pixels in no mask
+    assert "mask acc." in (tmp_path / "out" / "table.txt").read_text()
+
+
+def test_numbers_stand_with_their_protocol(made, client, tmp_path):
+    config = with_settings(protocol="masks", templates="single", name="")
+    metrics = run(made / "changed", made / "labelled", tmp_path / "out", config)
+    assert {name.partition("/")[2] for name in metrics} == {"labelled.masks"}
+    protocol = read_json(tmp_path / "out" / "protocol.json")
+    given = {"name": "labelled", "kind": "folder", "protocol": "masks", "templates": "single", "side": 48, "masks": "truth"}
+    assert {key: value for key, value in protocol.items() if value is not None} == given
+    assert {"feature_grid", "crop", "stride", "slide_side", "masks_folder", "felzenszwalb_scale"} < protocol.keys()
+    said = "kind folder, protocol masks, templates single, side 48, masks truth"
+    assert (tmp_path / "out" / "table.txt").read_text().endswith(said + "\n")
+    assert f"<h1>PixelCLIP on labelled.masks ({said})</h1>" in (tmp_path / "out" / "report.html").read_text()
+    (logged,) = client.search_runs([client.get_experiment_by_name("pixelclip").experiment_id])
+    assert json.loads(logged.data.tags["protocol.labelled.masks"]) == protocol
+    assert [file.path for file in client.list_artifacts(logged.info.run_id)] == ["labelled.masks"]
+
+
+def test_a_benchmark_in_its_published_layout(made, client, tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (2, 30, 40, 3), dtype=np.uint8)
+    labels = np.random.default_rng(1).choice([0, 1, 2, 20, 255], (2, 30, 40)).astype(np.uint8)
+    files = {"ImageSets/Segmentation/val.txt": b"a\nb\n", "JPEGImages/of_the_training.jpg": b"never read"}
+    for name, pixels, label in zip("ab", noise, labels, strict=True):
+        files |= {f"JPEGImages/{name}.jpg": encoded(pixels), f"SegmentationClass/{name}.png": encoded(label, "PNG")}
+    write_files(tmp_path / "VOC2012", files)
+    metrics = run(made / "changed", tmp_path / "VOC2012", tmp_path / "out", with_settings(kind="voc", name=""))
+    assert metrics["images/voc"] == 2
+    rows = {row["class"]: row["pixels"] for row in read_json(tmp_path / "out" / "per_class.json")}
+    assert len(rows) == 20 and rows["aeroplane"] == (labels == 1).sum() and rows["boat"] == 0
+    assert read_json(tmp_path / "out" / "provenance.json")["inputs"]["labelled"]["num_files"] == 4
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"stride": 337}, "stride 337 is larger than crop 336: windows would leave gaps"),
+        ({"crop": 0}, "crop: .*greater than or equal to 1"),
+        ({"protocol": "windows"}, "protocol: Input should be 'whole', 'slide' or 'masks'"),
+        ({"masks": "given"}, "masks given with masks_folder '': given needs it"),
+        ({"masks_folder": "there"}, "masks truth with masks_folder 'there': given needs it, others do not"),
+        ({"masks": "sam"}, "masks: Input should be 'truth', 'felzenszwalb' or 'given'"),
+        ({"kind": "coco"}, "kind: Input should be 'folder', 'coco-stuff'"),
+        ({"checkpoint_every": 0}, "checkpoint_every: .*greater than or equal to 1"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_settings_that_do_not_fit_are_refused(settings, message):
+    with pytest.raises(ValueError, match=f"here: {message}"):
+        build(EvaluateConfig, settings, "here")
+
+
+def test_every_kind_of_labelled_set_can_be_chosen():
+    assert EvaluateConfig.model_fields["kind"].annotation.__args__ == KINDS
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"protocol": "slide", "crop": 7, "stride": 7}, r"evaluate\.crop 7 is smaller than one patch"),
+        ({"protocol": "slide", "slide_side": 7}, r"evaluate\.slide_side 7 is smaller than one patch"),
+        ({"protocol": "masks", "masks": "given", "masks_folder": "nowhere"}, r"masks_folder nowhere: no such folder"),
+        ({"protocol": "masks", "masks": "given", "masks_folder": "."}, r"0\.json: No such file"),
+    ],
+    ids=["crop", "slide_side", "masks_folder", "a file of masks"],
+)
+def test_settings_that_do_not_fit_model_or_files_are_refused(made, client, tmp_path, monkeypatch, settings, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        run(made / "changed", made / "labelled", tmp_path / "out", with_settings(**settings))
+
+
+def test_masks_that_two_images_would_share_are_refused(made, client, tmp_path):
+    labelled = tiny.labelled_set(tmp_path / "labelled", images=1)
+    for part in ("images", "labels"):
+        (labelled / part / "sub").mkdir()
+        (labelled / part / "sub" / "0.png").write_bytes((labelled / part / "0.png").read_bytes())
+    config = with_settings(protocol="masks", masks="given", masks_folder=str(tmp_path))
+    with pytest.raises(ValueError, match=r"two are called 0: .*images/0\.png and .*sub/0\.png"):
+        run(made / "changed", labelled, tmp_path / "out", config)
+
+
+def test_a_folder_whose_name_no_metric_can_have(made, client, tmp_path):
+    labelled = tiny.labelled_set(tmp_path / "my+set", images=1)
+    with pytest.raises(ValueError, match=r"a metric cannot be called 'my\+set' in MLflow .*set evaluate\.name"):
+        run(made / "changed", labelled, tmp_path / "out", with_settings(name=""))
+
+
+# Killed and continued; several processes.
+
+RESULT = ("metrics.json", "per_class.json", "protocol.json", "table.txt", "report.html")
+
+
+def result(out: Path) -> dict[str, str]:
+    assert sorted(path.name for path in out.iterdir()) == sorted([*RESULT, "provenance.json", "run.json"])
+    return {name: (out / name).read_text() for name in RESULT}
+
+
+class KilledError(Exception):
+    pass
+
+
+@dataclass
+class Reads:
+    """Which images were read; `kill_at` kills the stage instead."""
+
+    kill_at: int = -1
+    seen: list[int] = field(default_factory=list)
+
+
+@pytest.fixture
+def reads(monkeypatch) -> Reads:
+    read, reads = LabelledSet.read, Reads()
+
+    def watched(self, index):
+        if index == reads.kill_at:
+            raise KilledError
+        reads.seen.append(index)
+        return read(self, index)
+
+    monkeypatch.setattr(LabelledSet, "read", watched)
+    return reads
+
+
+def kill_at(index: int, reads: Reads, *arguments) -> None:
+    reads.kill_at = index
+    with pytest.raises(KilledError):
+        run(*arguments)
+    reads.kill_at = -1
+    reads.seen.clear()
+
+
+@pytest.fixture(scope="module")
+def seven(made) -> Path:
+    """Seven images, of which the second cannot be read."""
+    labelled = tiny.labelled_set(made / "seven", images=7)
+    (labelled / "images" / "1.png").write_bytes(b"no image")
+    return labelled
+
+
+@pytest.mark.parametrize("protocol", ["whole", "slide", "masks"])
+def test_a_killed_run_continues_to_the_same_result(made, seven, client, tmp_path, capsys, reads, protocol):
+    slide = {"crop": 24, "stride": 12} if protocol == "slide" else {}
+    config = with_settings(protocol=protocol, max_bad_share=0.2, pictures=7, checkpoint_every=1, **slide)
+    undisturbed = run(made / "changed", seven, tmp_path / "undisturbed", config)
+
+    kill_at(6, reads, made / "changed", seven, tmp_path / "out", config)
+    assert not (tmp_path / "out").exists()
+    capsys.readouterr()
+    assert run(made / "changed", seven, tmp_path / "out", config) == undisturbed
+    assert reads.seen == [5, 6]  # the last batch, of which one image had been read
+    said = capsys.readouterr().out
+    assert "continues after 5 images" in said and "1 of 7 samples cannot be used" in said
+    assert result(tmp_path / "out") == result(tmp_path / "undisturbed")
+    assert result(tmp_path / "out")["report.html"].count("<figure>") == 4 * 6
+
+
+@pytest.mark.parametrize("changed", [{"pictures": 3}, {"batch_size": 3}], ids=["pictures", "batch_size"])
+def test_what_was_counted_otherwise_is_counted_again(made, client, tmp_path, capsys, reads, changed):
+    config = with_settings(batch_size=1, checkpoint_every=1)
+    kill_at(2, reads, made / "changed", made / "labelled", tmp_path / "out", config)
+    run(made / "changed", made / "labelled", tmp_path / "out", config.model_copy(update=changed))
+    assert reads.seen == [0, 1, 2]
+    ((name, value),) = changed.items()
+    said = f"cannot be continued with other {name} {getattr(config, name)} → {value}\n"
+    assert said in capsys.readouterr().out
+    run(made / "changed", made / "labelled", tmp_path / "undisturbed", config.model_copy(update=changed))
+    assert result(tmp_path / "out") == result(tmp_path / "undisturbed")
+
+
+class SecondOfTwo(Ranks):
+    """The other process counted nothing."""
+
+    def sum(self, values):
+        return values
+
+    def gather_objects(self, value):
+        return [value]
+
+    def from_first(self, value):
+        return value
+
+
+def test_a_killed_process_continues_its_own_share(made, seven, tmp_path, reads):
+    model, clip, labelled = load_model(made / "changed"), load_clip(str(made / "clip")), open_folder(seven)
+    config, ranks = with_settings(max_bad_share=0.2, checkpoint_every=1, pictures=3), SecondOfTwo(1, 2)
+    undisturbed = stage.measure(model, clip, labelled, config, ranks, tmp_path / "undisturbed")
+    assert reads.seen == [4, 5, 6]  # whole batches of two
+    reads.kill_at = 6
+    with pytest.raises(KilledError):
+        stage.measure(model, clip, labelled, config, ranks, tmp_path / "state")
+    reads.kill_at, reads.seen = -1, []
+    found = stage.measure(model, clip, labelled, config, ranks, tmp_path / "state")
+    assert reads.seen == [6]
+    assert found.metrics == undisturbed.metrics
+    assert len(found.examples) == len(undisturbed.examples) == 1
+
+
+def test_two_processes_make_what_one_makes(made, seven, client, tmp_path, reads):
+    config = with_settings(max_bad_share=0.2, checkpoint_every=1, pictures=7)
+    run(made / "changed", seven, tmp_path / "one", config)
+    kill_at(5, reads, made / "changed", seven, tmp_path / "two", config)  # by one process, which two cannot continue
+    settings = [f"{key}={value}" for key, value in config.model_dump(exclude_defaults=True).items()]
+    words = ["evaluate", "--model", made / "changed", "--labelled", seven, "--out", tmp_path / "two", *settings]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "pixelclip"]
+    done = subprocess.run(
+        [*torchrun, *map(str, words)],
+        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "cannot be continued with other processes 1 → 2" in done.stdout
+    assert done.stdout.count("mIoU") == done.stdout.count("1 of 7 samples cannot be used") == 1
+    assert result(tmp_path / "two") == result(tmp_path / "one")
+    assert not list(tmp_path.glob(".two*"))
+    (logged,) = client.search_runs([client.get_experiment_by_name("pixelclip").experiment_id])
+    assert logged.data.metrics == read_json(tmp_path / "two" / "metrics.json")
+
+
+def test_several_sets_at_once_are_each_what_they_are_alone(made, client, tmp_path, capsys):
+    other = tiny.labelled_set(tmp_path / "other", images=2, seed=5)
+    sets = [str(made / "labelled"), str(other)]
+    config = CONFIG.model_copy(update={"name": ""})
+    metrics = stage.run_all(made / "changed", sets, tmp_path / "all", config)
+    assert metrics == read_json(tmp_path / "all" / "metrics.json")
+    names = {key.partition("/")[2] for key in metrics}
+    assert names == {Path(sets[0]).name, "other"}
+    alone = run(made / "changed", other, tmp_path / "alone", config)
+    assert alone.items() <= metrics.items()
+    assert "PixelCLIP" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="two labelled sets are called 'other'"):
+        stage.run_all(made / "changed", [str(other), str(other)], tmp_path / "twice", config)
+    with pytest.raises(ValueError, match="is no voc as published"):
+        stage.run_all(made / "changed", [f"voc:{other}"], tmp_path / "voc", config)

@@ -39,7 +39,8 @@ def test_program_takes_the_settings_of_its_stage(stage):
 @pytest.mark.parametrize("stage", STAGES)
 def test_command_line_takes_the_same_inputs(stage):
     options = {parameter.name for parameter in COMMANDS[stage].params}
-    assert options == {*run_inputs(stage), "out", "params", "settings"}
+    own = {"part", "preview"} if stage == "masks" else set()  # a setting by another name, and a picture
+    assert options - own == {*run_inputs(stage), "out", "params", "settings"}
 
 
 @pytest.mark.parametrize("stage", STAGES)

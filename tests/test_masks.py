@@ -1,10 +1,16 @@
 """Shards into masked shards: masks against skimage and naive counting, and what cannot be used is named, not lost."""
 
+import io
 import json
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+import test_dino
+import test_sam
+import torch
+import torch.nn.functional as F
 from conftest import annotation, encoded, pixels, read_tar, write_files, write_tar
 from PIL import Image
 from pycocotools import mask as rle
@@ -13,6 +19,7 @@ from skimage.segmentation import felzenszwalb as reference
 from pixelclip import masks as module
 from pixelclip.config import MasksConfig
 from pixelclip.masks import annotate, decode_masks, felzenszwalb, run
+from pixelclip.shards import describe_shards, list_shards
 
 HEIGHT, WIDTH = 24, 32
 JPEG = encoded(pixels(HEIGHT, WIDTH), quality=95)
@@ -201,3 +208,100 @@ def test_a_shard_finished_before_a_kill_is_not_made_again(tmp_path: Path, monkey
     assert calls == 4 + 2  # only the second shard, from its start
     for name in ("0.tar", "1.tar"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory) -> dict[str, str]:
+    """A tiny SAM and a tiny DINO of random weights, as files."""
+    folder = tmp_path_factory.mktemp("weights")
+    torch.save(test_sam.make_sam(test_sam.MaskDecoder).state_dict(), folder / "sam.pth")
+    torch.save(test_dino.weights(), folder / "dino.pth")
+    return {name: str(folder / f"{name}.pth") for name in ("sam", "dino")}
+
+
+LOOSE = {"sam_points_per_side": 5, "sam_pred_iou_thresh": 0.0, "sam_stability_score_thresh": 0.1, "dino_side": 20}
+
+
+def sources(folder: Path, shards: int = 1) -> Path:
+    """Three images of several sizes a shard, one of them broken."""
+    for number in range(shards):
+        members = {f"{number}{key}.jpg": encoded(pixels(30 + 9 * i, 44, 7 * number + i)) for i, key in enumerate("abc")}
+        write_tar(folder / f"{number}.tar", members | {f"{number}x.jpg": JPEG[:-40]})
+    return folder
+
+
+@pytest.mark.parametrize("generator", ["sam", "dino"])
+def test_weights_make_masks_in_batches_as_one_by_one(generator, checkpoints, tmp_path) -> None:
+    shards = sources(tmp_path / "shards")
+    settings = {"generator": generator, "weights": checkpoints[generator], "max_bad_share": 0.5, "device": "cpu", **LOOSE}
+    metrics = run(shards, tmp_path / "batch", config(**settings, batch_size=3))
+    run(shards, tmp_path / "single", config(**settings, batch_size=1))
+    assert (metrics["images"], metrics["bad_images"]) == (3, 1)
+    for key in ("0a", "0b", "0c"):
+        found, alone = (masked(tmp_path / name / "0.tar", key) for name in ("batch", "single"))
+        assert found.shape == alone.shape
+        assert (found == alone).mean() > 0.99
+        if generator == "dino":
+            assert (found.sum(axis=0) == 1).all()
+            assert 2 <= len(found) <= 16
+
+
+def test_dino_masks_are_its_segments_at_the_size_of_the_image(checkpoints, tmp_path) -> None:
+    shards = sources(tmp_path / "shards")
+    settings = {"weights": checkpoints["dino"], "max_bad_share": 0.5, "dino_side": 20, "dino_clusters": 3, "device": "cpu"}
+    run(shards, tmp_path / "out", config(generator="dino", **settings))
+    image = Image.open(io.BytesIO(read_tar(shards / "0.tar")["0b.jpg"]))
+    dino = test_dino.load_dino(Path(checkpoints["dino"]))
+    tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+    mean, std = (torch.tensor(values)[:, None, None] for values in (test_dino.dino.IMAGENET_MEAN, test_dino.dino.IMAGENET_STD))
+    small = F.interpolate(((tensor - mean) / std)[None], size=(20, 20), mode="bilinear", antialias=True)
+    labels = test_dino.segment(dino, small, 3, [zlib.crc32(b"0 0b")])[0].numpy()
+    found = masked(tmp_path / "out" / "0.tar", "0b")
+    wanted = np.asarray(Image.fromarray(labels.astype(np.uint8)).resize(image.size, Image.Resampling.NEAREST))
+    assert np.array_equal(found, np.stack([wanted == number for number in np.unique(wanted)]))
+
+
+def test_weights_of_the_wrong_kind_are_named_before_any_work(checkpoints, tmp_path) -> None:
+    shards = sources(tmp_path / "shards")
+    with pytest.raises(ValueError, match=r"dino\.pth: .*Segment Anything"):
+        run(shards, tmp_path / "out", config(generator="sam", weights=checkpoints["dino"]))
+    with pytest.raises(ValueError, match=r"sam\.pth: .*DINO"):
+        run(shards, tmp_path / "out", config(generator="dino", weights=checkpoints["sam"]))
+    with pytest.raises(ValueError, match="sam and dino need them"):
+        config(generator="sam")
+    assert not (tmp_path / "out").exists()
+
+
+def test_parts_are_the_whole_and_a_missing_one_is_named(tmp_path) -> None:
+    shards = sources(tmp_path / "shards", 5)
+    run(shards, tmp_path / "whole", config(max_bad_share=0.5))
+    for number in (1, 3):
+        run(shards, tmp_path / "parts" / str(number), config(max_bad_share=0.5, part=f"{number}/3"))
+    with pytest.raises(ValueError, match=r"parts: holds parts of masks, but not 2/3"):
+        list_shards(tmp_path / "parts")
+    run(shards, tmp_path / "parts" / "2", config(max_bad_share=0.5, part="2/3"))
+    found = {path.name: read_tar(path) for path in list_shards(tmp_path / "parts")}
+    assert found == {path.name: read_tar(path) for path in list_shards(tmp_path / "whole")}
+    assert describe_shards(tmp_path / "parts")["provenance"]["settings"]["generator"] == "felzenszwalb"
+    with pytest.raises(ValueError, match="5 shards only"):
+        run(shards, tmp_path / "other", config(part="1/6"))
+    for part in ("0/3", "4/3", "1", "a/b"):
+        with pytest.raises(ValueError, match=r"written i/n"):
+            config(part=part)
+
+
+def test_given_masks_are_halved_with_their_image(tmp_path) -> None:
+    big = np.repeat(np.repeat(STRIPES, 2, axis=1), 2, axis=2)
+    dot = np.zeros((1, *big.shape[1:]), bool)
+    dot[0, 0, 0] = True  # vanishes at half size
+    members = {"a.jpg": encoded(pixels(2 * HEIGHT, 2 * WIDTH)), "a.json": annotation(np.concatenate([big, dot]))}
+    write_tar(tmp_path / "shards" / "0.tar", members)
+    run(tmp_path / "shards", tmp_path / "out", config(generator="given", shortest_edge=HEIGHT))
+    half = read_tar(tmp_path / "out" / "0.tar")
+    assert Image.open(io.BytesIO(half["a.jpg"])).size == (WIDTH, HEIGHT)
+    assert np.array_equal(masked(tmp_path / "out" / "0.tar", "a"), STRIPES)
+    write_files(tmp_path / "json", {"b.json": annotation(big)})
+    write_tar(tmp_path / "plain" / "0.tar", {"b.jpg": members["a.jpg"]})
+    settings = {"generator": "given", "given_folder": str(tmp_path / "json"), "shortest_edge": HEIGHT}
+    run(tmp_path / "plain", tmp_path / "beside", config(**settings))
+    assert np.array_equal(masked(tmp_path / "beside" / "0.tar", "b"), STRIPES)

@@ -82,3 +82,29 @@ def test_train_mode_leaves_teacher_and_text_in_eval_mode(model):
 
 def test_decoder_quadruples_the_grid_of_any_shape():
     assert Decoder()(torch.randn(2, 1, 3, 5)).shape == (2, 1, 12, 20)
+
+
+def test_without_clustering_every_mask_is_its_own_target():
+    clip = open_clip.CLIP(**tiny.CLIP_CONFIG)
+    clip.load_state_dict(tiny.clip_state())
+    text = TextTower(clip)
+    prompts = Prompts(text, torch.arange(10).view(5, 2))
+    model = PixelCLIP(Backbone(clip.visual), text, prompts, Decoder(), clustering=False).train()
+    weak, strong, masks, index = batch()
+    index = torch.tensor([0, 0, 1, 1, 1, 1])
+    terms = []
+    for image in range(2):
+        of_image = masks[index == image]
+        features = F.interpolate(model.teacher(weak[image : image + 1]), size=(24, 24), mode="bilinear")[0]
+        dense = F.normalize(model.student(strong[image : image + 1])[0], dim=0)
+        covered = of_image.any(dim=0)
+        for mask in of_image:
+            own = F.normalize(features[:, mask].mean(dim=1), dim=0)
+            logits = model.decoder(torch.einsum("chw,c->hw", dense, own)[None, None])
+            logits = F.interpolate(logits, size=(24, 24), mode="bilinear")[0, 0]
+            terms.append(F.binary_cross_entropy_with_logits(logits[covered], mask[covered].float(), reduction="none"))
+    output = model(weak, strong, masks, index)
+    torch.testing.assert_close(output.loss, torch.cat(terms).mean())
+    assert output.logits.shape == (2, 4, 24, 24)
+    output.loss.backward()
+    assert model.prompts.tokens.grad is None

@@ -11,7 +11,20 @@ import torch
 from PIL import Image
 
 from pixelclip import cli
-from pixelclip.predict import Prediction, Predictor, label_image, label_map, overlay, pick_device
+from pixelclip.backbone import Backbone
+from pixelclip.checkpoint import backbone_of, load_model
+from pixelclip.predict import (
+    Prediction,
+    Predictor,
+    best_class,
+    class_scores,
+    label_image,
+    label_map,
+    overlay,
+    pick_device,
+    resize_shortest,
+    slide_scores,
+)
 
 CLASSES = ["dog, puppy", "grass", "sky", "traffic light"]
 
@@ -59,6 +72,85 @@ def test_label_map_is_the_argmax_at_full_size():
 
 def test_a_tie_goes_to_the_first_class():
     assert label_map(torch.zeros(1, 40, 2, 2), (3, 3)).unique().tolist() == [0]
+
+
+def naive_slide(backbone, image, classes, crop, stride, grid) -> torch.Tensor:
+    """Window by window, everything at full size: [K, H, W]."""
+    _, _, height, width = image.shape
+
+    def starts(length: int) -> list[int]:
+        found, start = [], 0
+        while start + crop < length:
+            found.append(start)
+            start += stride
+        return [*found, max(length - crop, 0)]
+
+    total, times = torch.zeros(len(classes), height, width), torch.zeros(height, width)
+    for y in starts(height):
+        for x in starts(width):
+            window = image[:, :, y : y + crop, x : x + crop]
+            scores = class_scores(backbone, window, classes, grid)
+            large = torch.nn.functional.interpolate(scores, window.shape[2:], mode="bilinear", align_corners=False)[0]
+            total[:, y : y + crop, x : x + crop] += large
+            times[y : y + crop, x : x + crop] += 1
+    assert times.min() >= 1
+    return total / times
+
+
+def random_classes(count: int, width: int = 64) -> torch.Tensor:
+    classes = torch.randn(count, width, generator=torch.Generator().manual_seed(1))
+    return torch.nn.functional.normalize(classes, dim=1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("size", "crop", "stride", "grid"),
+    [
+        ((40, 56), 24, 8, 6),
+        ((37, 61), 24, 9, 5),  # windows at no multiple of the patch, the last one moved back
+        ((17, 90), 32, 32, 8),  # lower than a window, windows side by side
+        ((24, 24), 24, 7, 4),  # one window
+        ((11, 13), 24, 24, 3),  # smaller than a window
+    ],
+)
+def test_windows_equal_a_naive_loop(folder, size, crop, stride, grid):
+    backbone = backbone_of(load_model(folder)).eval()
+    image = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
+    classes = random_classes(37)
+    expected = naive_slide(backbone, image, classes, crop, stride, grid)
+    parts = list(slide_scores(backbone, image, classes, crop, stride, grid, windows_at_once=3))
+    assert max(part.shape[1] for part in parts) < 37  # never all classes at full size
+    torch.testing.assert_close(torch.cat(parts, dim=1)[0], expected, atol=1e-5, rtol=1e-4)
+    assert torch.equal(best_class(parts, (50, 70)), label_map(torch.cat(parts, dim=1), (50, 70)))
+
+
+@torch.no_grad()
+def test_windows_of_a_convnext():
+    backbone = Backbone(tiny.convnext().visual).eval()
+    image = torch.randn(1, 3, 70, 100, generator=torch.Generator().manual_seed(0))
+    found = torch.cat(list(slide_scores(backbone, image, random_classes(3), 64, 20, 8)), dim=1)[0]
+    torch.testing.assert_close(found, naive_slide(backbone, image, random_classes(3), 64, 20, 8), atol=1e-5, rtol=1e-4)
+
+
+def test_windows_with_gaps_are_refused():
+    with pytest.raises(ValueError, match="windows of 8 pixels every 9 pixels leave gaps: 0 < stride <= crop is"):
+        next(slide_scores(None, torch.zeros(1, 3, 20, 20), random_classes(2), 8, 9))
+
+
+@pytest.mark.parametrize(
+    ("size", "side", "wanted"),
+    [
+        ((30, 40), 15, (15, 20)),
+        ((70, 31), 62, (140, 62)),
+        ((9, 9), 9, (9, 9)),
+    ],
+)
+def test_resizing_keeps_the_aspect(size, side, wanted):
+    image = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0))
+    found = resize_shortest(image, side)
+    assert found.shape[2:] == wanted
+    if size == wanted:
+        assert torch.equal(found, image)
 
 
 def test_the_order_of_the_classes_only_names_them(predictor):

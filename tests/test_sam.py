@@ -20,7 +20,8 @@ from segment_anything import SamAutomaticMaskGenerator, sam_model_registry
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 
 import pixelclip.sam
-from pixelclip.sam import SamGenerator, build_sam, load_sam, remove_small_regions, sam_shape
+from pixelclip.sam import SamGenerator, remove_small_regions
+from pixelclip.sam_weights import build_sam, load_sam, sam_shape
 
 WIDTH = 32
 LOOSE = {"points_per_side": 9, "points_per_batch": 64, "stability_score_thresh": 0.75}  # of random weights little is stable

@@ -9,15 +9,17 @@ from pathlib import Path
 import conftest
 import numpy as np
 import pytest
+import test_dino
 import tiny
 import torch
 from mlflow import MlflowClient
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from pixelclip import train
 from pixelclip.checkpoint import load_clip, load_model
 from pixelclip.config import TrainConfig
 from pixelclip.model import PixelCLIP
+from pixelclip.text import TEMPLATES, classifier
 
 SMALL = {
     "side": 32,
@@ -197,3 +199,83 @@ def test_schedule_is_a_cosine_from_one_to_the_share():
     assert train.cosine_share(0, 100, 0.5) == 1
     assert train.cosine_share(50, 100, 0.5) == pytest.approx(0.75)
     assert train.cosine_share(100, 100, 0.5) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("kind", ["fixed_prompts", "vectors", "names"])
+def test_concepts_may_be_of_other_kinds(shards, config, clip, tmp_path, kind):
+    names = {"concept_names": "dog|puppy,grass,sky"} if kind == "names" else {}
+    train.run(shards, tmp_path / "model", config(concept_kind=kind, learning_rate_prompts=0.1, **names))
+    model = load_model(tmp_path / "model")
+    text = train.TextTower(load_clip(str(clip)).model)
+    before = train.new_concepts(text, config(concept_kind=kind, **names))(text)
+    after = model.prompts(train.TextTower(model.clip.model))
+    assert len(after) == (3 if kind == "names" else 4)
+    assert torch.allclose(before, after, atol=1e-6) is (kind != "vectors")
+    if kind == "names":
+        assert torch.allclose(after[0], classifier(text, ["dog, puppy"], TEMPLATES["single"])[0], atol=1e-6)
+
+
+def test_names_may_stand_in_a_file_and_bad_ones_are_named(shards, config, tmp_path):
+    (tmp_path / "names.txt").write_text("grass\nsky\n")
+    train.run(shards, tmp_path / "model", config(concept_kind="names", concept_names=str(tmp_path / "names.txt")))
+    assert load_model(tmp_path / "model").prompts.values.shape[0] == 2
+    (tmp_path / "names.txt").write_text("grass\ngrass\n")
+    with pytest.raises(ValueError, match=r"names\.txt: class names must differ"):
+        train.run(shards, tmp_path / "other", config(concept_kind="names", concept_names=str(tmp_path / "names.txt")))
+    with pytest.raises(ValueError, match="they go together"):
+        config(concept_names="dog")
+
+
+def test_masks_may_come_from_dino_while_training(config, tmp_path):
+    members = {f"{number}.jpg": conftest.encoded(conftest.pixels(40, 48, number)) for number in range(8)}
+    conftest.write_tar(tmp_path / "images" / "0.tar", members)
+    torch.save(test_dino.weights(), tmp_path / "dino.pth")
+    settings = {"dino": str(tmp_path / "dino.pth"), "dino_clusters": 3, "strong_view": True}
+    for name in ("one", "two"):
+        train.run(tmp_path / "images", tmp_path / name, config(**settings))
+    assert losses(tmp_path / "one") == losses(tmp_path / "two")
+    assert all(0 < loss < 2 for loss in losses(tmp_path / "one"))
+    with pytest.raises(ValueError, match="no sample of its shards has masks"):
+        train.run(tmp_path / "images", tmp_path / "three", config())
+
+
+def test_a_convnext_is_trained_whole(shards, config, tmp_path):
+    clip = tmp_path / "clip"
+    clip.mkdir()
+    document = {"model_cfg": tiny.CONVNEXT_CONFIG, "preprocess_cfg": {"mean": tiny.MEAN, "std": tiny.STD}}
+    (clip / "open_clip_config.json").write_text(json.dumps(document))
+    start = tiny.convnext().state_dict()
+    save_file(start, clip / "open_clip_model.safetensors")
+    settings = {"clip": str(clip), "side": 64, "crop": 40, "shortest_edge": 40, "assignment_scale": 1.0}
+    train.run(shards, tmp_path / "model", config(**settings))
+    for name, tensor in load_model(tmp_path / "model").clip.model.state_dict().items():
+        assert torch.equal(tensor, start[name]) is not name.startswith("visual."), name
+
+
+def test_a_killed_convnext_continues_to_the_very_same_losses(shards, config, tmp_path, monkeypatch):
+    """Its stochastic depth is chance that hangs on the step."""
+    clip = tmp_path / "clip"
+    clip.mkdir()
+    vision = tiny.CONVNEXT_CONFIG["vision_cfg"] | {"timm_drop_path": 0.5}
+    document = {"model_cfg": tiny.CONVNEXT_CONFIG | {"vision_cfg": vision}}
+    (clip / "open_clip_config.json").write_text(json.dumps(document))
+    save_file(tiny.convnext().state_dict(), clip / "open_clip_model.safetensors")
+    settings = {"clip": str(clip), "side": 64, "crop": 40, "shortest_edge": 40}
+    train.run(shards, tmp_path / "whole", config(**settings))
+
+    class Killed(BaseException):
+        pass
+
+    draw, count = train.training_picture, iter(range(9))
+
+    def draw_or_die(*given):
+        if next(count) == 1:  # the second picture is that of step 3, after the checkpoint of step 2
+            raise Killed
+        return draw(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "training_picture", draw_or_die)
+        with pytest.raises(Killed):
+            train.run(shards, tmp_path / "broken", config(**settings))
+    train.run(shards, tmp_path / "broken", config(**settings))
+    assert losses(tmp_path / "broken") == losses(tmp_path / "whole")

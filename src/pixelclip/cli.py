@@ -55,12 +55,21 @@ def shards(
 
 @app.command()
 def masks(
-    shards: Annotated[Path, typer.Option(help="Shards.")], out: Out, params: Params = None, settings: Settings = None
+    shards: Annotated[Path, typer.Option(help="Shards.")],
+    out: Out,
+    params: Params = None,
+    part: Annotated[str, typer.Option(help="i/n: only the i-th of n parts of the shards, as setting masks.part.")] = "",
+    preview: Annotated[int, typer.Option(help="Write OUT/preview.jpg with the masks of this many images.", min=0)] = 0,
+    settings: Settings = None,
 ) -> None:
     """Give every image of the shards its nameless masks."""
     from pixelclip.masks import run
 
-    run(shards, out, _config("masks", params, settings))
+    run(shards, out, _config("masks", params, [*(settings or []), *([f"part={part}"] if part else [])]))
+    if preview:
+        from pixelclip.pictures import preview as show
+
+        print(f"{show(out, preview, out / 'preview.jpg')} images: {out / 'preview.jpg'}")
 
 
 @app.command()
@@ -76,16 +85,33 @@ def train(
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Option(help="Model folder, or models:/NAME@ALIAS.")],
-    labelled: Annotated[Path, typer.Option(help="Folder with images/, labels/ and classes.txt.")],
+    labelled: Annotated[
+        list[str],
+        typer.Option(help="Labelled set: FOLDER (kind=... says its layout) or KIND:FOLDER; several go into OUT/NAME."),
+    ],
     out: Out,
     params: Params = None,
     settings: Settings = None,
 ) -> None:
-    """Measure a model and the CLIP it came from on a labelled set."""
+    """Measure a model and the CLIP it came from on labelled sets."""
     config = _config("evaluate", params, settings)
-    from pixelclip.evaluate import run
+    from pixelclip.evaluate import run_all
 
-    run(_model(model), labelled, out, config)
+    run_all(_model(model), labelled, out, config)
+
+
+@app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(help="YAML: rows of settings, and the seeds at which each is run.")],
+    masks: Annotated[Path, typer.Option(help="Shards with masks.")],
+    labelled: Annotated[Path, typer.Option(help="Labelled set to evaluate on.")],
+    out: Annotated[Path, typer.Option(help="Folder for all runs, the table and the plot; finished runs there are reused.")],
+    params: Params = None,
+) -> None:
+    """Train and evaluate many settings at several seeds: one table, one plot."""
+    from pixelclip.sweep import run
+
+    run(file, masks, labelled, out, params)
 
 
 @app.command()
@@ -165,7 +191,7 @@ def settings() -> None:
 
 @app.command()
 def toy_clip(out: Annotated[Path, typer.Option(help="open_clip folder to make.")]) -> None:
-    """Remake the shipped toy CLIP: train it on the captions of painted scenes (half an hour on 2 cores)."""
+    """Remake the shipped toy CLIP: train it on the captions of painted scenes (an hour on 2 cores)."""
     from pixelclip.toy_clip import remake
 
     remake(out)
@@ -193,6 +219,22 @@ def pipeline_compile(out: Annotated[Path, typer.Option(help="YAML file to write.
     from pixelclip_pipelines.run import compile_to
 
     compile_to(out)
+    print(out)
+
+
+@pipeline.command("compile-sweep")
+def pipeline_compile_sweep(
+    file: Annotated[Path, typer.Argument(help="YAML: rows of settings, and the seeds at which each is run.")],
+    out: Annotated[Path, typer.Option(help="YAML file to write.")] = Path("pixelclip-sweep.yaml"),
+    params: Params = None,
+    workspace: Annotated[
+        str, typer.Option(help="Folder on a mounted volume where killed runs resume; empty: the run's artifact store.")
+    ] = "",
+) -> None:
+    """Write a sweep as a pipeline for a cluster, all its runs side by side (container image: PIXELCLIP_IMAGE)."""
+    from pixelclip_pipelines.sweep import compile_to
+
+    compile_to(file, out, params, workspace)
     print(out)
 
 

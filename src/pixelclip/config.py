@@ -48,16 +48,47 @@ class MasksConfig(BaseModel):
     """Masks without names, beside every image."""
 
     model_config = _STRICT
-    generator: Literal["felzenszwalb", "given"] = _setting(
-        "felzenszwalb", "felzenszwalb (graph segmentation, no weights) or given (SA-1B JSON beside the images)."
+    generator: Literal["felzenszwalb", "given", "sam", "dino"] = _setting(
+        "felzenszwalb",
+        "felzenszwalb (graph segmentation, no weights), given (SA-1B JSON beside the images), sam, or dino (k-means).",
     )
+    shortest_edge: int = _setting(0, "Shrink images and given masks to this edge in pixels first (the paper: 750).", ge=0)
+    jpeg_quality: int = _setting(95, "Quality of images that were shrunk.", ge=1, le=100)
     given_folder: str = _setting("", "Folder of KEY.json for generator given; empty: the JSON already in the shards.")
     felzenszwalb_scale: float = _setting(200.0, "Felzenszwalb: larger gives larger segments.", gt=0)
     felzenszwalb_sigma: float = _setting(0.8, "Felzenszwalb: Gaussian smoothing before, in pixels.", ge=0)
     felzenszwalb_min_size: int = _setting(100, "Felzenszwalb: smallest segment in pixels.", ge=1)
+    weights: str = _setting("", "SAM's or DINO's checkpoint: a .pth or .safetensors by path, URL or s3://.")
+    sam_points_per_side: int = _setting(32, "SAM: the square of it asks for three masks each.", ge=1)
+    sam_points_per_batch: int = _setting(256, "SAM: points decoded at once.", runtime=True, ge=1)
+    sam_pred_iou_thresh: float = _setting(0.88, "SAM: least predicted IoU of a mask.", ge=0)
+    sam_stability_score_thresh: float = _setting(0.95, "SAM: least stability of a mask.", gt=0, le=1)
+    sam_stability_score_offset: float = _setting(1.0, "SAM: how far the stability score moves the threshold, in logits.", gt=0)
+    sam_box_nms_thresh: float = _setting(0.7, "SAM: largest IoU of two masks' boxes.", ge=0, le=1)
+    sam_crop_n_layers: int = _setting(0, "SAM: layer i repeats everything on 4**i crops.", ge=0)
+    sam_crop_nms_thresh: float = _setting(0.7, "SAM: largest IoU of boxes from different crops.", ge=0, le=1)
+    sam_crop_overlap_ratio: float = _setting(512 / 1500, "SAM: overlap of crops, as a share of the shorter side.", ge=0, lt=1)
+    sam_crop_n_points_downscale_factor: int = _setting(1, "SAM: layer i has points_per_side / this**i.", ge=1)
+    sam_min_mask_region_area: int = _setting(0, "SAM: remove holes and islands of fewer pixels.", ge=0)
+    dino_clusters: int = _setting(16, "DINO: k of the k-means over an image's patch tokens.", ge=2)
+    dino_side: int = _setting(320, "DINO: side in pixels to which images are squashed, a multiple of the patch.", ge=16)
+    seed: int = _setting(0, "Seed of DINO's k-means.", ge=0)
     max_masks: int = _setting(0, "Keep this many largest masks of an image; 0 keeps all.", ge=0)
     max_bad_share: float = _setting(0.05, _BAD_SHARE, ge=0, le=1)
+    part: str = _setting("", "i/n makes the i-th of n parts of the shards only; the folder of all n parts is valid input.")
     workers: int = _setting(2, _WORKERS, runtime=True, ge=0)
+    batch_size: int = _setting(4, "SAM and DINO: images on the device at once.", runtime=True, ge=1)
+    device: str = _setting("auto", _DEVICE, runtime=True)
+
+    @model_validator(mode="after")
+    def _fits(self) -> "MasksConfig":
+        if (self.generator in ("sam", "dino")) != bool(self.weights):
+            raise ValueError(f"generator {self.generator} with weights {self.weights!r}: sam and dino need them, others do not")
+        if self.part:
+            number, slash, count = self.part.partition("/")
+            if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):
+                raise ValueError(f"part {self.part!r} must be written i/n with 1 <= i <= n, as 1/8")
+        return self
 
 
 class TrainConfig(BaseModel):
@@ -85,6 +116,8 @@ class TrainConfig(BaseModel):
     steps: int = _setting(10_000, "Optimizer steps.", ge=1)
     batch_size: int = _setting(48, "Images in one optimizer step, over all processes.", ge=1)
     accumulate: int = _setting(1, "Pieces in which a process takes its images of a step, to save memory.", runtime=True, ge=1)
+    dino: str = _setting("", "A DINO's checkpoint: masks come from it while training, not from the shards; else empty.")
+    dino_clusters: int = _setting(16, "DINO: k of the k-means over a view's patch tokens.", ge=2)
     precision: Literal["auto", "float32", "tf32", "bfloat16"] = _setting(
         "auto", "Of towers and decoder; auto is bfloat16 where the device is fast at it, else float32."
     )
@@ -128,15 +161,42 @@ class EvaluateConfig(BaseModel):
     """The model and its CLIP on one labelled set."""
 
     model_config = _STRICT
-    name: str = _setting("", "Name of the labelled set in the metrics; empty: its folder's name.", pattern=r"^[\w.-]*$")
+    kind: Literal["folder", "coco-stuff", "ade20k", "pascal-context", "cityscapes", "voc"] = _setting(
+        "folder", "Layout of the labelled set: a folder with images/, labels/ and classes.txt, or a benchmark as published."
+    )
+    name: str = _setting(
+        "", "Name of the labelled set in the metrics; empty: its folder's name, or the kind.", pattern=r"^[\w.-]*$"
+    )
     clip: str = _setting("", "The CLIP to compare with; empty: the one that the model was trained from.")
-    side: int = _setting(0, "Side in pixels of what the CLIP sees; 0: as in training.", ge=0)
-    feature_grid: int = _setting(64, "Features are brought to this grid before they are classified.", ge=1)
+    protocol: Literal["whole", "slide", "masks"] = _setting(
+        "whole", "whole (the paper's: one squashed view), slide (windows), or masks (zero-shot mask classification)."
+    )
+    side: int = _setting(0, "Whole and masks: side in pixels of what the CLIP sees; 0: as in training.", ge=0)
+    feature_grid: int = _setting(64, "Whole and slide: features of a view are brought to this grid, then classified.", ge=1)
+    slide_side: int = _setting(0, "Slide: the shortest edge is resized to this many pixels first; 0 keeps the size.", ge=0)
+    crop: int = _setting(336, "Slide: side of a window in pixels.", ge=1)
+    stride: int = _setting(112, "Slide: pixels from one window to the next.", ge=1)
+    masks: Literal["truth", "felzenszwalb", "given"] = _setting(
+        "truth", "Masks: truth (one a class of the label map), felzenszwalb, or given (SA-1B JSON)."
+    )
+    masks_folder: str = _setting("", "Masks given: folder with a KEY.json for every image KEY.*; else empty.")
+    felzenszwalb_scale: float = _setting(200.0, "Felzenszwalb: larger gives larger segments.", gt=0)
+    felzenszwalb_sigma: float = _setting(0.8, "Felzenszwalb: Gaussian smoothing before, in pixels.", ge=0)
+    felzenszwalb_min_size: int = _setting(100, "Felzenszwalb: smallest segment in pixels.", ge=1)
     templates: Literal["ensemble", "single"] = _setting("ensemble", "The paper's 8 templates, or only its last one.")
-    batch_size: int = _setting(8, "Images in one forward pass.", runtime=True, ge=1)
+    batch_size: int = _setting(8, "Images (slide: windows) in one forward pass.", runtime=True, ge=1)
     pictures: int = _setting(8, "Example pictures in the report.", runtime=True, ge=0)
     max_bad_share: float = _setting(0.0, _BAD_SHARE, ge=0, le=1)
     device: str = _setting("auto", _DEVICE, runtime=True)
+    checkpoint_every: int = _setting(200, "Images between two checkpoints of the counts.", runtime=True, ge=1)
+
+    @model_validator(mode="after")
+    def _fits(self) -> "EvaluateConfig":
+        if self.stride > self.crop:
+            raise ValueError(f"stride {self.stride} is larger than crop {self.crop}: windows would leave gaps")
+        if (self.masks == "given") != bool(self.masks_folder):
+            raise ValueError(f"masks {self.masks} with masks_folder {self.masks_folder!r}: given needs it, others do not")
+        return self
 
 
 class RegisterConfig(BaseModel):

@@ -77,26 +77,29 @@ class MaskedImages(Dataset[Sample | str]):
         shards: tars with images and masks; samples without masks are counted in `without_masks` and left out.
         views: how samples are drawn.
         seed: of the order and of the views.
+        masked: False leaves masks aside: every sample is one mask of the whole image, of which CutOut leaves what is seen.
 
     Raises:
         ValueError: a shard is no tar, or no sample has masks.
     """
 
-    def __init__(self, shards: Sequence[Path], views: Views, seed: int) -> None:
+    def __init__(self, shards: Sequence[Path], views: Views, seed: int, masked: bool = True) -> None:
         self.shards = list(shards)
         self.views = views
         self.seed = seed
+        self.masked = masked
         rows: list[tuple[int, int, int, int, int]] = []
         self.bad: list[str] = []
         self.without_masks = 0
         for number, path in enumerate(self.shards):
             members, bad = index_shard(path)
             self.bad += [f"{name}: {reason}" for name, reason in bad]
-            whole = [m for m in members if m.json_size]
+            whole = [m for m in members if m.json_size or not masked]
             self.without_masks += len(members) - len(whole)
             rows += [(number, m.image_offset, m.image_size, m.json_offset, m.json_size) for m in whole]
         if not rows:
-            raise ValueError(f"{self.shards[0].parent}: no sample of its shards has masks; run the masks stage first")
+            needed = "has masks; run the masks stage first" if masked else "is an image"
+            raise ValueError(f"{self.shards[0].parent}: no sample of its shards {needed}")
         self._members = np.array(rows, dtype=np.int64)  # one flat array: workers share it, and it stays small
         self._order: tuple[int, NDArray[np.int64]] | None = None
 
@@ -120,6 +123,8 @@ class MaskedImages(Dataset[Sample | str]):
         path = self.shards[shard]
         try:
             image = to_rgb(decode_image(read_part(path, image_offset, image_size)))
+            if not self.masked:
+                return image, np.ones((image.height, image.width, 1), np.uint8)
             document = parse_annotation(read_part(path, json_offset, json_size), image.size)
             return image, decode_masks(document)
         except (OSError, ValueError) as error:

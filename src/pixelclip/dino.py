@@ -140,6 +140,30 @@ def segment(dino: VisionTransformer, images: Tensor, k: int, seeds: Sequence[int
     return labels.unflatten(1, tokens.shape[1:3])
 
 
+def masks_of(dino: VisionTransformer, images: Tensor, visible: Tensor, k: int, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Masks of training views, on the fly.
+
+    Args:
+        dino: of `load_dino`.
+        images: [B, 3, H, W], RGB in 0..1; sides that are no multiples of the patch are resized to the nearest.
+        visible: [B, H', W'], bool: what CutOut left, on the mask grid.
+        k: clusters of an image.
+        seeds: one an image.
+
+    Returns:
+        Masks [N, H', W'], bool, of more than one pixel, and the image of each [N].
+    """
+    patch = dino.patch_embed.patch_size[0]
+    sides = [max(patch, round(side / patch) * patch) for side in images.shape[2:]]
+    images = F.interpolate(images, size=sides, mode="bilinear", align_corners=False, antialias=True)
+    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    labels = segment(dino, (images - mean) / std, k, seeds)  # [B, h, w]
+    labels = F.interpolate(labels[:, None].float(), size=visible.shape[1:], mode="nearest-exact")[:, 0].long()
+    masks = (labels[:, None] == torch.arange(k, device=labels.device)[:, None, None]) & visible[:, None]  # [B, k, H', W']
+    large = masks.flatten(2).sum(dim=2) > 1
+    return masks[large], large.nonzero()[:, 0]
+
+
 def _backbone(found: Any) -> dict[str, Tensor]:
     """The backbone's tensors under timm's names, which are Meta's too."""
     if isinstance(found, dict):

@@ -1,17 +1,20 @@
 """STAGE masks: shards -> shards with nameless masks in SA-1B's annotation format (PixelCLIP, section 4.1).
 
-Generators: `felzenszwalb` (graph segmentation, needs no weights) and `given` (masks that exist already).
+Generators: `sam` and `dino` (k-means), `felzenszwalb` (graph segmentation, needs no weights), `given` (masks that exist).
 """
 
 import json
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +23,8 @@ from pycocotools import mask as rle
 from tqdm import tqdm
 
 from pixelclip.config import MasksConfig
-from pixelclip.images import decode_image, to_rgb
+from pixelclip.download import local_copy
+from pixelclip.images import decode_image, encode_jpeg, to_rgb
 from pixelclip.shards import (
     BadSamples,
     Member,
@@ -37,6 +41,7 @@ from pixelclip.storage import read_json, write_json
 Sample = tuple[str, bytes, bytes]  # key, image, JSON of its shard (empty: none)
 Result = tuple[dict[str, Any] | None, str]  # annotation document or None, and why not
 _WINDOW = 64
+_Found = TypeVar("_Found")
 
 
 def felzenszwalb(image: Image.Image, scale: float, sigma: float, min_size: int) -> NDArray[np.int64]:
@@ -94,13 +99,7 @@ def _from_felzenszwalb(sample: Sample, config: MasksConfig) -> dict[str, Any]:
 
 
 def _from_given(sample: Sample, config: MasksConfig) -> dict[str, Any]:
-    key, data, annotation = sample
-    if config.given_folder:
-        path = Path(config.given_folder) / f"{key}.json"
-        try:
-            annotation = path.read_bytes()
-        except OSError as error:
-            raise ValueError(f"{path}: {error.strerror}") from None
+    _, data, annotation = sample
     if not annotation:
         raise ValueError("no JSON with masks beside the image")
     document = parse_annotation(annotation, decode_image(data).size)
@@ -116,18 +115,133 @@ _GENERATORS: dict[str, Callable[[Sample, MasksConfig], dict[str, Any]]] = {
 }
 
 
-def _mask_one(sample: Sample, config: MasksConfig) -> Result:
-    """Runs in a worker: the annotation of one sample, or why it has none."""
+def _prepare(sample: Sample, config: MasksConfig) -> tuple[Sample, str]:
+    """Runs in a worker: the sample as its generator sees it, or why it cannot be used."""
+    key, data, annotation = sample
     try:
-        document = _GENERATORS[config.generator](sample, config)
+        if config.given_folder:
+            path = Path(config.given_folder) / f"{key}.json"
+            try:
+                annotation = path.read_bytes()
+            except OSError as error:
+                raise ValueError(f"{path}: {error.strerror}") from None
+        return shrink((key, data, annotation), config.shortest_edge, config.jpeg_quality), ""
     except ValueError as error:
-        return None, str(error)
+        return sample, str(error)
+
+
+def _mask_one(sample: Sample, config: MasksConfig) -> tuple[Sample, Result]:
+    """Runs in a worker: the sample, and its annotation or why it has none."""
+    sample, reason = _prepare(sample, config)
+    if reason:
+        return sample, (None, reason)
+    try:
+        return sample, (_keep(_GENERATORS[config.generator](sample, config), config), "")
+    except ValueError as error:
+        return sample, (None, str(error))
+
+
+def _keep(document: dict[str, Any], config: MasksConfig) -> dict[str, Any]:
     if config.max_masks:
         largest = sorted(document["annotations"], key=lambda entry: -entry["area"])
         document["annotations"] = largest[: config.max_masks]
     if not document["annotations"]:
-        return None, "no mask found"
-    return document, ""
+        raise ValueError("no mask found")
+    return document
+
+
+def shrink(sample: Sample, shortest_edge: int, quality: int) -> Sample:
+    """A sample whose image is at most `shortest_edge` pixels on its shorter side, its masks resized (nearest) with it.
+
+    Raises:
+        ValueError: image or JSON cannot be read.
+    """
+    key, data, annotation = sample
+    if not shortest_edge:
+        return sample
+    image = to_rgb(decode_image(data))
+    if min(image.size) <= shortest_edge:
+        return sample
+    scale = shortest_edge / min(image.size)
+    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
+    if annotation:
+        document = parse_annotation(annotation, image.size)
+        rows = ((np.arange(size[1]) + 0.5) * image.height / size[1]).astype(int)
+        columns = ((np.arange(size[0]) + 0.5) * image.width / size[0]).astype(int)
+        small = decode_masks(document)[rows][:, columns] if document["annotations"] else np.zeros((*size[::-1], 0))
+        kept = [index for index in range(small.shape[2]) if small[..., index].any()]
+        fresh = annotate((small[..., index].astype(bool) for index in kept), size, key)
+        for entry, index in zip(fresh["annotations"], kept, strict=True):
+            old = document["annotations"][index]
+            entry.update({name: old[name] for name in ("id", "predicted_iou", "stability_score") if name in old})
+        annotation = json.dumps(fresh, separators=(",", ":")).encode()
+    return key, encode_jpeg(image.resize(size, Image.Resampling.LANCZOS), quality), annotation
+
+
+Generate = Callable[[list[tuple[str, Image.Image]]], Iterable[dict[str, Any]]]
+"""Keys and images of a batch -> their annotation documents."""
+
+
+def _on_device(
+    samples: Iterator[tuple[Sample, str]], generate: Generate, config: MasksConfig
+) -> Iterator[tuple[Sample, Result]]:
+    """SAM and DINO: batches of images on one device."""
+    while batch := list(islice(samples, config.batch_size)):
+        images: list[Image.Image | str] = []
+        for (_, data, _), reason in batch:
+            try:
+                images.append(reason or to_rgb(decode_image(data)))
+            except ValueError as error:
+                images.append(str(error))
+        good = [(sample[0], image) for (sample, _), image in zip(batch, images, strict=True) if not isinstance(image, str)]
+        found = iter(generate(good) if good else [])
+        for (sample, _), image in zip(batch, images, strict=True):
+            try:
+                if isinstance(image, str):
+                    raise ValueError(image)
+                yield sample, (_keep(next(found), config), "")
+            except ValueError as error:
+                yield sample, (None, str(error))
+
+
+def _sam(config: MasksConfig) -> Generate:
+    from pixelclip.ranks import pick_device
+    from pixelclip.sam import SamGenerator
+    from pixelclip.sam_weights import load_sam
+
+    prefix = "sam_"
+    settings = {name.removeprefix(prefix): value for name, value in config.model_dump().items() if name.startswith(prefix)}
+    generator = SamGenerator(load_sam(local_copy(config.weights)).to(pick_device(config.device)), **settings)
+
+    def generate(batch: list[tuple[str, Image.Image]]) -> Iterator[dict[str, Any]]:
+        for (key, image), entries in zip(batch, generator([np.asarray(image) for _, image in batch]), strict=True):
+            yield {**annotate([], image.size, key), "annotations": entries}
+
+    return generate
+
+
+def _dino(config: MasksConfig) -> Generate:
+    import torch
+
+    from pixelclip.dino import IMAGENET_MEAN, IMAGENET_STD, load_dino, segment
+    from pixelclip.pixels import normalise, squash, to_tensor
+    from pixelclip.ranks import pick_device
+
+    device = pick_device(config.device)
+    dino = load_dino(local_copy(config.weights)).to(device)
+
+    def generate(batch: list[tuple[str, Image.Image]]) -> Iterator[dict[str, Any]]:
+        tensors = [normalise(to_tensor(image).to(device), IMAGENET_MEAN, IMAGENET_STD)[None] for _, image in batch]
+        views = [squash(tensor, config.dino_side) for tensor in tensors]
+        seeds = [zlib.crc32(f"{config.seed} {key}".encode()) for key, _ in batch]
+        labels = segment(dino, torch.cat(views), config.dino_clusters, seeds).cpu().numpy()  # [B, h, w]
+        for (key, image), small in zip(batch, labels, strict=True):
+            rows = (np.arange(image.height) + 0.5) / image.height * small.shape[0]
+            columns = (np.arange(image.width) + 0.5) / image.width * small.shape[1]
+            large = small[rows.astype(int)][:, columns.astype(int)]
+            yield annotate((large == number for number in np.unique(large)), image.size, key)
+
+    return generate
 
 
 def run(shards: Path, out: Path, config: MasksConfig) -> Metrics:
@@ -144,22 +258,26 @@ def run(shards: Path, out: Path, config: MasksConfig) -> Metrics:
     Raises:
         ValueError: no shard, or too many samples that cannot be used.
     """
-    tars = list_shards(shards)
+    tars = _part_of(list_shards(shards), config.part, shards)
     names = [tar.name for tar in tars]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"{shards}: masked shards keep their names, which must differ; found twice: {', '.join(twice)}")
     inputs = {"shards": describe_shards(shards)} | (
         {"given": describe(Path(config.given_folder))} if config.given_folder else {}
     )
+    if config.weights:
+        inputs["weights"] = {**describe(local_copy(config.weights)), "path": config.weights}
     stage = Stage("masks", out, inputs, config)
     if stage.finished:
         return stage.reuse()
+    on_device = {"sam": _sam, "dino": _dino}.get(config.generator)
     with stage, _start_pool(config.workers) as pool:
+        tools = _Tools(pool, on_device(config) if on_device else None)
         images, masks, bad = 0, 0, BadSamples("masks", config.max_bad_share)
         for tar in tars:
             summary = stage.folder / f"{tar.stem}.summary.json"
             if not (summary.is_file() and (stage.folder / tar.name).is_file()):
-                write_json(summary, _mask_shard(tar, stage.folder / tar.name, config, pool))
+                write_json(summary, _mask_shard(tar, stage.folder / tar.name, config, tools))
             counted = read_json(summary)
             images, masks = images + counted["images"], masks + counted["masks"]
             bad.found += counted["bad"]
@@ -175,21 +293,46 @@ def run(shards: Path, out: Path, config: MasksConfig) -> Metrics:
         return stage.finish(metrics, files=["*.tar"])
 
 
-def _mask_shard(tar: Path, out: Path, config: MasksConfig, pool: Executor | None) -> dict[str, Any]:
+def _part_of(tars: list[Path], part: str, shards: Path) -> list[Path]:
+    if not part:
+        return tars
+    number, count = (int(word) for word in part.split("/"))
+    if count > len(tars):
+        raise ValueError(f"masks.part {part}: {shards} has {len(tars)} shards only, so at most {len(tars)} parts")
+    return tars[number - 1 :: count]
+
+
+@dataclass(frozen=True)
+class _Tools:
+    """What a run sets up once: worker processes, and a generator that works on a device."""
+
+    pool: Executor | None
+    generate: Generate | None
+
+
+def _mask_shard(tar: Path, out: Path, config: MasksConfig, tools: _Tools) -> dict[str, Any]:
     members, bad = index_shard(tar)
     found_bad = [f"{name}: {reason}" for name, reason in bad]
     images, masks = 0, 0
-    results = _map(partial(_mask_one, config=config), (_read(tar, member) for member in members), pool)
-    shown = tqdm(members, desc=f"masks {tar.stem}", unit="image")
-    with ShardWriter(out) as writer:
-        for member, (document, reason) in zip(shown, results, strict=True):
+    shown = tqdm(total=len(members), desc=f"masks {tar.stem}", unit="image")
+    with ShardWriter(out) as writer, shown:
+        for (key, data, _), (document, reason) in _results(tar, members, config, tools):
+            shown.update()
             if document is None:
-                found_bad.append(f"{tar}: {member.key}: {reason}")
+                found_bad.append(f"{tar}: {key}: {reason}")
                 continue
-            writer.add(f"{member.key}.jpg", read_part(tar, member.image_offset, member.image_size))
-            writer.add(f"{member.key}.json", json.dumps(document, separators=(",", ":")).encode())
+            writer.add(f"{key}.jpg", data)
+            writer.add(f"{key}.json", json.dumps(document, separators=(",", ":")).encode())
             images, masks = images + 1, masks + len(document["annotations"])
     return {"images": images, "masks": masks, "bad": found_bad}
+
+
+def _results(tar: Path, members: list[Member], config: MasksConfig, tools: _Tools) -> Iterator[tuple[Sample, Result]]:
+    samples = (_read(tar, member) for member in members)
+    if tools.generate is None:
+        yield from _map(partial(_mask_one, config=config), samples, tools.pool)
+    else:
+        yield from _on_device(_map(partial(_prepare, config=config), samples, tools.pool), tools.generate, config)
 
 
 def _read(tar: Path, member: Member) -> Sample:
@@ -205,11 +348,11 @@ def _start_pool(workers: int) -> AbstractContextManager[Executor | None]:
     return ProcessPoolExecutor(workers, mp_context=context)
 
 
-def _map(function: Callable[[Sample], Result], samples: Iterator[Sample], pool: Executor | None) -> Iterator[Result]:
+def _map(function: Callable[[Sample], _Found], samples: Iterator[Sample], pool: Executor | None) -> Iterator[_Found]:
     if pool is None:
         yield from map(function, samples)
         return
-    window: deque[Future[Result]] = deque()
+    window: deque[Future[_Found]] = deque()
     for sample in samples:  # a bounded window, so that a shard never stands in memory twice
         window.append(pool.submit(function, sample))
         if len(window) >= _WINDOW:

@@ -14,13 +14,16 @@ from PIL import Image
 from torch import Tensor
 
 from pixelclip.dataset import Batch, MaskedImages
-from pixelclip.images import colour_labels
+from pixelclip.images import colour_labels, decode_image, to_rgb
+from pixelclip.masks import decode_masks
 from pixelclip.model import PixelCLIP, StepOutput
 from pixelclip.pixels import normalise, squash, to_tensor
+from pixelclip.shards import index_shard, list_shards, parse_annotation, read_part
 from pixelclip.storage import write_json
 
 GALLERY = "gallery.json"
 _GALLERY_IMAGES, _GALLERY_BEST, _THUMBNAIL = 256, 6, 96
+_PREVIEW_HEIGHT = 240
 
 
 def to_pixels(normalised: Tensor, mean: Sequence[float], std: Sequence[float]) -> NDArray[np.uint8]:
@@ -94,6 +97,54 @@ def gallery(model: PixelCLIP, dataset: MaskedImages, folder: Path, device: torch
             files.append({"file": name, "cosine": round(cosine, 4)})
         entries.append({"concept": concept, "masks": counts[concept], "best": files})
     write_json(folder / GALLERY, entries)
+
+
+def preview(masks: Path, count: int, path: Path) -> int:
+    """Writes one picture of the first images of masked shards: image | its masks in colours, the smaller on top.
+
+    Args:
+        masks: Shards with masks.
+        count: how many images at most.
+        path: of the JPEG.
+
+    Returns:
+        How many images are shown.
+
+    Raises:
+        ValueError: no readable sample with masks.
+    """
+    rows: list[Image.Image] = []
+    for tar in list_shards(masks):
+        for member in index_shard(tar)[0]:
+            if len(rows) == count or not member.json_size:
+                continue
+            image = to_rgb(decode_image(read_part(tar, member.image_offset, member.image_size)))
+            found = decode_masks(parse_annotation(read_part(tar, member.json_offset, member.json_size), image.size))
+            rows.append(_preview_row(image, found))
+    if not rows:
+        raise ValueError(f"{masks}: holds no image with masks")
+    sheet = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white")
+    top = 0
+    for row in rows:
+        sheet.paste(row, (0, top))
+        top += row.height
+    sheet.save(path, quality=88)
+    return len(rows)
+
+
+def _preview_row(image: Image.Image, masks: NDArray[np.uint8]) -> Image.Image:
+    labels = np.full((image.height, image.width), -1)
+    for number in np.argsort(-masks.sum(axis=(0, 1)), kind="stable"):
+        labels[masks[..., number] == 1] = number
+    photo = np.asarray(image, np.float32)
+    painted = np.where(labels[..., None] >= 0, 0.35 * photo + 0.65 * colour_labels(labels, max(masks.shape[2], 1)), photo * 0.4)
+    edge = np.zeros(labels.shape, bool)
+    edge[1:] |= labels[1:] != labels[:-1]
+    edge[:, 1:] |= labels[:, 1:] != labels[:, :-1]
+    painted[edge] = 255
+    both = Image.fromarray(np.concatenate([photo, painted], axis=1).round().astype(np.uint8))
+    scale = _PREVIEW_HEIGHT / image.height
+    return both.resize((max(1, round(both.width * scale)), _PREVIEW_HEIGHT))
 
 
 def _thumbnail(image: Image.Image, mask: NDArray[np.uint8]) -> Image.Image:

@@ -3,7 +3,7 @@
 B images, K classes, C embedding width, h w feature grid, H W image.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from pixelclip.ranks import pick_device
 from pixelclip.text import TEMPLATES, TextTower, check_names, classifier
 
 _CLASSES_AT_ONCE = 16
+_EPSILON = 1e-12  # of F.normalize
 MAX_CLASSES = 65535  # what a 16-bit label map can hold
 
 
@@ -41,6 +42,75 @@ def class_scores(backbone: Backbone, images: Tensor, classes: Tensor, feature_gr
     return torch.einsum("bchw,kc->bkhw", F.normalize(features, dim=1), classes)
 
 
+def slide_scores(
+    backbone: Backbone,
+    image: Tensor,
+    classes: Tensor,
+    crop: int,
+    stride: int,
+    feature_grid: int = 64,
+    windows_at_once: int = 8,
+) -> Iterator[Tensor]:
+    """Cosines averaged over overlapping windows, a few classes at a time.
+
+    A window is scored as `class_scores` scores an image, at its own size; its scores are brought to its pixels bilinearly,
+    and a pixel takes the mean over the windows that cover it. Windows stand every `stride` pixels, the last ones flush with
+    the border; an image smaller than `crop` on a side has one window on that side.
+
+    For all classes at once only [windows, K, h, w] at the backbone's own places is held (for patches of 16 pixels a 28th of
+    the scores at full size when `crop` is three strides), scores of the image's size for a few classes.
+
+    Args:
+        backbone: dense features.
+        image: [1, 3, H, W], normalised; H and W at least one patch.
+        classes: [K, C], unit length.
+        crop: side of a window in pixels, at least one patch.
+        stride: pixels from one window to the next, at most `crop`.
+        feature_grid: see `class_scores`; each window's.
+        windows_at_once: windows in one forward pass.
+
+    Yields:
+        [1, k, H, W] for consecutive classes; all of them together have K.
+
+    Raises:
+        ValueError: windows would leave gaps.
+    """
+    if not 0 < stride <= crop:
+        raise ValueError(f"windows of {crop} pixels every {stride} pixels leave gaps: 0 < stride <= crop is needed")
+    height, width = min(crop, image.shape[2]), min(crop, image.shape[3])
+    corners = [(y, x) for y in _starts(image.shape[2], height, stride) for x in _starts(image.shape[3], width, stride)]
+    windows = [(..., slice(y, y + height), slice(x, x + width)) for y, x in corners]
+    grid = (feature_grid, feature_grid)
+    found: list[Tensor] = []
+    norms: list[Tensor] = []
+    for first in range(0, len(windows), windows_at_once):
+        features = backbone(torch.cat([image[window] for window in windows[first : first + windows_at_once]]))
+        found.append(torch.einsum("bchw,kc->bkhw", features, classes))
+        features = F.interpolate(features, size=grid, mode="bilinear", align_corners=False)
+        norms += features.norm(dim=1, keepdim=True).clamp_min(_EPSILON).split(1)
+    products = torch.cat(found)
+    del found  # or it would be held twice
+    times_covered = image.new_zeros(image.shape[2:])
+    for window in windows:
+        times_covered[window] += 1
+    for some in products.split(_CLASSES_AT_ONCE, dim=1):
+        total = image.new_zeros(1, some.shape[1], *image.shape[2:])
+        for window, product, norm in zip(windows, some.split(1), norms, strict=True):
+            # Interpolation commutes with the product, so that the features at `grid` need not be held.
+            total[window] += resize_scores(resize_scores(product, grid) / norm, (height, width))
+        yield total / times_covered
+
+
+def _starts(length: int, window: int, stride: int) -> list[int]:
+    return [*range(0, length - window, stride), length - window]
+
+
+def resize_shortest(image: Tensor, side: int) -> Tensor:
+    """Resizes [B, 3, H, W] to a shortest edge of `side` pixels, bilinearly and without antialiasing, as `squash` does."""
+    height, width = (max(side, round(edge * side / min(image.shape[2:]))) for edge in image.shape[2:])
+    return F.interpolate(image, size=(height, width), mode="bilinear", align_corners=False)
+
+
 def resize_scores(scores: Tensor, size: tuple[int, int]) -> Tensor:
     """Brings scores [B, K, h, w] to the image bilinearly: [B, K, H, W]."""
     return F.interpolate(scores, size=size, mode="bilinear", align_corners=False)
@@ -51,14 +121,21 @@ def label_map(scores: Tensor, size: tuple[int, int]) -> Tensor:
 
     Scores at full size are never held for more than a few classes, so that large photographs fit in memory.
     """
+    return best_class(scores.split(_CLASSES_AT_ONCE, dim=1), size)
+
+
+def best_class(parts: Iterable[Tensor], size: tuple[int, int]) -> Tensor:
+    """As `label_map`, of scores [B, k, h, w] that come as parts of consecutive classes; a tie goes to the first class."""
     best = labels = None
-    for start in range(0, scores.shape[1], _CLASSES_AT_ONCE):
-        top, index = resize_scores(scores[:, start : start + _CLASSES_AT_ONCE], size).max(dim=1)
+    start = 0
+    for part in parts:
+        top, index = resize_scores(part, size).max(dim=1)
         if best is None or labels is None:
             best, labels = top, index
         else:
             better = top > best
             best, labels = torch.where(better, top, best), torch.where(better, index + start, labels)
+        start += part.shape[1]
     assert labels is not None
     return labels
 

@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from pixelclip.config import ShardsConfig
 from pixelclip.images import decode_image, encode_jpeg, to_rgb, turn_upright
-from pixelclip.stage import Metrics, Stage, describe
-from pixelclip.storage import digest, files_below
+from pixelclip.stage import PROVENANCE, Metrics, Stage, describe
+from pixelclip.storage import digest, files_below, read_json
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 _NAMED = 10  # bad samples named one by one; the rest are counted
@@ -85,7 +85,7 @@ def list_shards(source: Path) -> list[Path]:
         if missing:
             raise ValueError(f"{source}: {len(missing)} of its shards are missing, the first is {missing[0]}")
     elif source.is_dir():
-        shards = sorted(source.glob("*.tar"))
+        shards = sorted(source.glob("*.tar")) or sorted(path for part in parts(source) for path in part.glob("*.tar"))
     else:
         raise ValueError(f"{source}: no such folder or manifest of shards")
     if not shards:
@@ -93,9 +93,28 @@ def list_shards(source: Path) -> list[Path]:
     return shards
 
 
+def parts(source: Path) -> list[Path]:
+    """The folders in which `masks` left its parts (`masks.part`), all of them or none.
+
+    Raises:
+        ValueError: some part is missing.
+    """
+    found: dict[str, Path] = {}
+    for folder in sorted(source.iterdir()):
+        if not folder.name.startswith(".") and (folder / PROVENANCE).is_file():
+            part = str(read_json(folder / PROVENANCE).get("settings", {}).get("part", ""))
+            found |= {part: folder} if part else {}
+    count = max((int(part.partition("/")[2]) for part in found), default=0)
+    missing = [part for part in (f"{number}/{count}" for number in range(1, count + 1)) if part not in found]
+    if missing:
+        raise ValueError(f"{source}: holds parts of masks, but not {', '.join(missing)}")
+    return list(found.values())
+
+
 def describe_shards(source: Path) -> dict[str, Any]:
-    """Identifies Shards as `stage.describe` does; a manifest by the tars that it lists, not by its words."""
-    if source.is_dir():
+    """Identifies Shards as `stage.describe` does; a manifest or a folder of parts by the tars in it."""
+    of_parts = parts(source) if source.is_dir() and not any(source.glob("*.tar")) else []
+    if source.is_dir() and not of_parts:
         return describe(source)
     whole, size = hashlib.md5(usedforsecurity=False), 0
     tars = list_shards(source)
@@ -103,7 +122,9 @@ def describe_shards(source: Path) -> dict[str, Any]:
         found = digest(tar)
         whole.update(f"{tar.name} {found['md5']}\n".encode())
         size += found["size"]
-    return {"path": str(source), "md5": whole.hexdigest(), "num_files": len(tars), "size": size}
+    identity = {"path": str(source), "md5": whole.hexdigest(), "num_files": len(tars), "size": size}
+    # What made one part made them all.
+    return identity | ({"provenance": read_json(of_parts[0] / PROVENANCE)} if of_parts else {})
 
 
 def index_shard(path: Path) -> tuple[list[Member], list[tuple[str, str]]]:

@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from pixelclip.storage import write_atomically
-from pixelclip.toy import paint
+from pixelclip.toy import CLASSES, paint
 
 MODEL_CONFIG: dict[str, Any] = {
     "embed_dim": 128,
@@ -37,11 +37,12 @@ PREPROCESS_CONFIG: dict[str, Any] = {
 }
 CONFIG_NAME, WEIGHTS_NAME = "open_clip_config.json", "open_clip_model.safetensors"
 MAX_LOGIT_SCALE = math.log(100)  # CLIP's own bound
+ROUNDS = (2_000, 1_400, 1_800, 2_000)
 PATCH_DROPOUT, WHOLE_IMAGES = 0.5, 0.3  # half the patches at twice the speed (FLIP), but in the last 30 % of steps
 
 
 def remake(out: Path) -> None:
-    """Makes the shipped weights again: 2,000, 1,400 and 1,800 steps in worlds 0, 1 and 2 (40 minutes on 2 cores).
+    """Makes the shipped weights again: four rounds, each in a world of its own (an hour on 2 cores).
 
     The shipped ones saw whole images in the last 20 % instead of 30 % of the first round's steps, and a sum in bfloat16
     depends on the machine, so a remake is as good but not equal to the bit.
@@ -50,10 +51,10 @@ def remake(out: Path) -> None:
         out: Folder to make.
     """
     with tempfile.TemporaryDirectory() as folder:
-        first, second = Path(folder, "first"), Path(folder, "second")
-        train_clip(first, seed=0, steps=2_000)
-        train_clip(second, start=first, seed=1, steps=1_400, learning_rate=1e-3)
-        train_clip(out, start=second, seed=2, steps=1_800, learning_rate=1e-3)
+        rounds = [Path(folder, str(number)) for number in range(len(ROUNDS) - 1)] + [out]
+        train_clip(rounds[0], seed=0, steps=ROUNDS[0])
+        for seed, steps in enumerate(ROUNDS[1:], start=1):
+            train_clip(rounds[seed], start=rounds[seed - 1], seed=seed, steps=steps, learning_rate=1e-3)
 
 
 def train_clip(
@@ -172,19 +173,20 @@ def _crop(images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _fill_vocabulary(model: CLIP, captions: Tensor) -> None:
-    """Gives every token that no caption uses the embedding of one that captions use, drawn evenly.
+    """Gives every token that no caption uses the embedding of a word of a class name, drawn evenly.
 
-    The 49,408 entries of a real CLIP's vocabulary all mean something; here 57 do and the others would stay at their
-    random first values. PixelCLIP starts its prompts from random vocabulary entries, which must not all be noise.
+    The 49,408 entries of a real CLIP's vocabulary nearly all stand for something that can be seen. Here 57 were trained,
+    half of them function words, and the others would stay at their random first values; but PixelCLIP starts its prompts
+    from random entries of the vocabulary (docs/experiments.md says what that does).
     """
     weight = model.token_embedding.weight
     special = torch.tensor([0, len(weight) - 2, len(weight) - 1])  # padding, start and end of text
-    used = captions.unique()
-    used = used[~torch.isin(used, special)]
     unused = torch.ones(len(weight), dtype=torch.bool)
-    unused[used] = unused[special] = False
-    drawn = torch.randint(0, len(used), (len(weight),), generator=torch.Generator().manual_seed(0))
-    weight[unused] = weight[used[drawn[unused]]]
+    unused[captions.unique()] = unused[special] = False
+    tokenizer = open_clip.SimpleTokenizer()
+    words = torch.tensor(sorted({token for name in CLASSES for token in tokenizer.encode(name)}))
+    drawn = torch.randint(0, len(words), (len(weight),), generator=torch.Generator().manual_seed(0))
+    weight[unused] = weight[words[drawn[unused]]]
 
 
 def _write(model: CLIP, out: Path) -> None:

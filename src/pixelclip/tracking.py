@@ -28,6 +28,8 @@ from pixelclip.storage import read_json, write_json
 CURVES, RUN = "curves.jsonl", "run.json"
 PIPELINE_RUN = "PIXELCLIP_PIPELINE_RUN"
 """Environment variable with the id of the pipeline run that a stage is part of."""
+PARENT_RUN = "PIXELCLIP_PARENT_RUN"
+"""Environment variable with the id of the MLflow run below which new runs stand."""
 _DEFAULT_URI = "sqlite:///runs/mlflow.db"
 _BATCH, _PARAMS_AT_ONCE = 500, 90
 _CLOSE_SECONDS = 30.0
@@ -107,7 +109,7 @@ def flatten(provenance: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def lineage(provenance: Mapping[str, Any]) -> dict[str, str]:
-    """Lineage tags: code revision and version, md5 and path of every input of the whole chain."""
+    """Lineage tags: code revision and version, md5 and path of every input of the whole chain, the run above."""
     tags = {"code.revision": str(provenance.get("revision") or code_revision()), "code.version": __version__}
 
     def walk(inputs: Mapping[str, Any]) -> None:
@@ -120,6 +122,8 @@ def lineage(provenance: Mapping[str, Any]) -> dict[str, str]:
     walk(provenance["inputs"])
     if pipeline_run := os.environ.get(PIPELINE_RUN):
         tags["kfp.run_id"] = pipeline_run
+    if parent := os.environ.get(PARENT_RUN):
+        tags["mlflow.parentRunId"] = parent
     return tags
 
 

@@ -6,16 +6,20 @@ B images, N masks, K concepts, C embedding width.
 import math
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from tqdm import tqdm
 
 from pixelclip.backbone import Backbone, check_side
 from pixelclip.checkpoint import CONFIG, WEIGHTS, Clip, clip_folder, load_clip, save_model
 from pixelclip.config import TrainConfig
-from pixelclip.dataset import MaskedImages, Views, load_batches, positions
+from pixelclip.dataset import Batch, MaskedImages, Views, load_batches, positions
+from pixelclip.dino import load_dino, masks_of
+from pixelclip.download import local_copy
 from pixelclip.model import Decoder, PixelCLIP
 from pixelclip.pictures import gallery, training_picture
 from pixelclip.ranks import Ranks, join, pick_precision
@@ -57,12 +61,14 @@ def run(masks: Path, out: Path, config: TrainConfig) -> Metrics:
         inputs = {"masks": describe_shards(masks)} | ({"clip": describe(weights)} if weights else {})
         if config.concept_names and Path(config.concept_names).is_file():
             inputs["concept_names"] = describe(Path(config.concept_names))
+        if config.dino:
+            inputs["dino"] = {**describe(local_copy(config.dino)), "path": config.dino}
         stage = Stage("train", out, inputs, config)
         if ranks.from_first(stage.finished):
             return ranks.from_first(stage.reuse() if ranks.first else {})
         with stage if ranks.first else nullcontext():
             clip = load_clip(config.clip)
-            dataset = MaskedImages(shards, _views(config, clip), config.seed)
+            dataset = MaskedImages(shards, _views(config, clip), config.seed, masked=not config.dino)
             tracked = Run.start(stage.folder, name=out.name, provenance=stage.provenance()) if ranks.first else None
             try:
                 metrics = _train(stage, clip, dataset, config, ranks, tracked)
@@ -96,6 +102,7 @@ def _train(stage: Stage, clip: Clip, dataset: MaskedImages, config: TrainConfig,
     optimizer = make_optimizer(model, config)
     first_rates = [group["lr"] for group in optimizer.param_groups]
     start = load_state(stage.folder / STATE, model, optimizer, ranks)
+    dino = load_dino(local_copy(config.dino)).to(ranks.device) if config.dino else None
 
     # Data.
     bad = BadSamples("train", config.max_bad_share, found=list(dataset.bad))
@@ -125,6 +132,8 @@ def _train(stage: Stage, clip: Clip, dataset: MaskedImages, config: TrainConfig,
                 )
             continue
         batches = [batch.to(ranks.device) for batch in batches]
+        if dino:
+            batches = [_find_masks(dino, batch, config, clip, step, ranks) for batch in batches]
 
         # Schedule.
         for group, rate in zip(optimizer.param_groups, first_rates, strict=True):
@@ -181,7 +190,8 @@ def _train(stage: Stage, clip: Clip, dataset: MaskedImages, config: TrainConfig,
         origin = {"spec": config.clip, "md5": stage.inputs.get("clip", {}).get("md5", "")}
         model = model.cpu()  # the student's tower is clip.model.visual itself
         save_model(stage.folder, clip, model.prompts, model.decoder, side=config.side, residual=config.residual, origin=origin)
-        gallery(model.eval(), dataset, stage.folder, torch.device("cpu"))
+        if not dino:
+            gallery(model.eval(), dataset, stage.folder, torch.device("cpu"))
     return {
         "train/loss": loss,
         "train/concepts_used": float(concepts_used),
@@ -189,6 +199,16 @@ def _train(stage: Stage, clip: Clip, dataset: MaskedImages, config: TrainConfig,
         "train/bad_samples": float(len(bad.found)),
         "train/maskless_batches": float(maskless),
     }
+
+
+def _find_masks(dino: VisionTransformer, batch: Batch, config: TrainConfig, clip: Clip, step: int, ranks: Ranks) -> Batch:
+    """The batch with masks that DINO finds in its weak views; its own say what is visible."""
+    mean, std = (torch.tensor(values, device=batch.weak.device).view(3, 1, 1) for values in (clip.mean, clip.std))
+    visible = batch.masks.new_zeros(len(batch.weak), *batch.masks.shape[1:])
+    visible[batch.image_index] = batch.masks
+    seeds = [config.seed + (step * ranks.size + ranks.rank) * config.batch_size + image for image in range(len(batch.weak))]
+    masks, index = masks_of(dino, batch.weak * std + mean, visible, config.dino_clusters, seeds)
+    return replace(batch, masks=masks, image_index=index)
 
 
 def new_concepts(text: TextTower, config: TrainConfig) -> Prompts | Vectors:

@@ -1,0 +1,1 @@
+"""KFP component of a sweep's table."""

@@ -1,0 +1,85 @@
+"""A sweep as a pipeline: train -> evaluate for every row and seed side by side, then one table and one plot."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kfp import compiler, dsl
+
+from pixelclip.config import EvaluateConfig, TrainConfig
+from pixelclip.sweep import Planned, read
+from pixelclip_components.evaluate.component import evaluate
+from pixelclip_components.sweep_table.component import sweep_table
+from pixelclip_components.train.component import train
+from pixelclip_pipelines.pixelclip import SETTING_OF
+
+
+@dsl.pipeline(name="pixelclip-sweep", description="Settings, each trained and evaluated at several seeds, in one table.")
+def sweep(masks: str, labelled: str, name: str = "sweep", runs: list = []):  # noqa: B006  (as in pixelclip.py)
+    """Runs every row at every seed.
+
+    Args:
+        masks: Shards with masks: a folder on a mounted volume, or the URI of such a folder in an object store.
+        labelled: Labelled set to evaluate on. Never read in training.
+        name: Title of the table and the plot.
+        runs: What is run, as `pixelclip pipeline compile-sweep` wrote it from a checked file: row, seed, settings of each.
+    """
+    masked = dsl.importer(artifact_uri=masks, artifact_class=dsl.Dataset)
+    with dsl.ParallelFor(runs, name="runs") as run:
+        trained = train(
+            masks=masked.output,
+            clip=run.clip,
+            steps=run.steps,
+            batch_size=run.batch_size,
+            concepts=run.concepts,
+            seed=run.seed,
+            settings=run.settings,
+            workspace=run.workspace,
+        )
+        made = trained.outputs["model"]
+        evaluated = evaluate(model=made, labelled=labelled, settings=run.settings, workspace=run.workspace)
+    sweep_table(name=name, runs=runs, metrics=dsl.Collected(evaluated.outputs["metrics"]))
+
+
+def items(planned: Sequence[Planned], workspace: str = "") -> list[dict[str, Any]]:
+    """The runs as items of the pipeline's loop.
+
+    Args:
+        planned: the runs, see `pixelclip.sweep.read`.
+        workspace: a folder that outlives the pipeline's run, where stages are reused and resumed; empty for none.
+    """
+    defaults = _values(TrainConfig(), EvaluateConfig())
+    found = []
+    for each in planned:
+        values = _values(each.train, each.evaluate)
+        named = {name: values[setting] for name, setting in SETTING_OF.items() if setting in values}
+        others = {key: v for key, v in values.items() if key not in SETTING_OF.values() and v != defaults[key]}
+        place = str(Path(workspace, each.place)) if workspace else ""
+        found.append({**named, "row": each.row, "differs": each.settings, "settings": others, "workspace": place})
+    return found
+
+
+def _values(train_config: TrainConfig, evaluate_config: EvaluateConfig) -> dict[str, Any]:
+    sections = {"train": train_config, "evaluate": evaluate_config}
+    return {f"{stage}.{name}": value for stage, config in sections.items() for name, value in config.model_dump().items()}
+
+
+def compile_to(file: Path, path: Path, params: Path | None = None, workspace: str = "") -> None:
+    """Writes a sweep as a pipeline for a cluster (image: PIXELCLIP_IMAGE); its runs are the default of parameter `runs`.
+
+    Args:
+        file: the sweep, checked before anything is written; see `pixelclip.sweep.read`.
+        path: YAML file to write.
+        params: YAML with one section a stage, below the file's own settings.
+        workspace: see `items`.
+
+    Raises:
+        ValueError: an unusable sweep, or `path` is no YAML file.
+    """
+    name, planned = read(file, params)
+    if path.suffix not in (".yaml", ".yml"):
+        raise ValueError(f"{path}: the compiled pipeline is a .yaml file")
+    if path.resolve() == file.resolve():
+        raise ValueError(f"{path}: would overwrite the sweep")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    compiler.Compiler().compile(sweep, str(path), pipeline_parameters={"name": name, "runs": items(planned, workspace)})

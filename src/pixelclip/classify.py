@@ -1,0 +1,154 @@
+"""What the pixels of an image are taken for, by one squashed view, by windows or by given masks, and how right that is.
+
+By given masks: zero-shot mask classification (method.md). Dense features are pooled in each mask, classified, painted.
+B images, T towers, N masks, K classes, C embedding width, h w features, H W image, masks and label map.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from pycocotools import mask as rle
+from torch import Tensor
+
+from pixelclip.backbone import Backbone
+from pixelclip.benchmarks import IGNORE
+from pixelclip.clusters import pool_masks
+from pixelclip.masks import annotate, decode_masks, felzenszwalb
+from pixelclip.predict import best_class, class_scores, label_map, resize_shortest, slide_scores
+from pixelclip.shards import parse_annotation
+from pixelclip.tally import Found
+
+Annotations = list[dict[str, Any]]
+"""Masks of one image as entries of SA-1B's annotation document: RLE takes little memory."""
+_PIXELS_AT_ONCE = 1 << 25
+
+
+def label_whole(
+    towers: Sequence[Backbone], images: Tensor, sizes: Sequence[tuple[int, int]], classes: Tensor, feature_grid: int
+) -> list[Found]:
+    """Labels images in one squashed view each.
+
+    Args:
+        towers: dense features.
+        images: [B, 3, side, side], normalised.
+        sizes: (H, W) of each label map.
+        classes: [K, C], unit length.
+        feature_grid: see `class_scores`.
+    """
+    of_towers = []
+    for tower in towers:
+        scores = class_scores(tower, images, classes, feature_grid)
+        of_towers.append([label_map(one[None], size)[0].cpu().numpy() for one, size in zip(scores, sizes, strict=True)])
+    return [Found(list(maps), [0] * len(towers), 0) for maps in zip(*of_towers, strict=True)]
+
+
+def label_windows(
+    towers: Sequence[Backbone],
+    image: Tensor,
+    classes: Tensor,
+    side: int,
+    crop: int,
+    stride: int,
+    feature_grid: int,
+    windows_at_once: int,
+) -> Found:
+    """Labels one image by overlapping windows, see `slide_scores`.
+
+    Args:
+        towers: dense features.
+        image: [1, 3, H, W], normalised.
+        classes: [K, C], unit length.
+        side: its shortest edge is resized to this many pixels first; 0 keeps it, if it is not smaller than a patch.
+        crop, stride, feature_grid, windows_at_once: see `slide_scores`.
+    """
+    size, maps = (image.shape[2], image.shape[3]), []
+    for tower in towers:
+        resized = resize_shortest(image, side or max(*tower.patch_size, min(size)))
+        scores = slide_scores(tower, resized, classes, crop, stride, feature_grid, windows_at_once)
+        maps.append(best_class(scores, size)[0].cpu().numpy())
+    return Found(maps, [0] * len(towers), 0)
+
+
+def truth_masks(labels: NDArray[np.integer]) -> Annotations:
+    """One mask for every class in a label map [H, W]; ignored pixels are in none."""
+    return _parts(labels, np.setdiff1d(labels, [IGNORE]))
+
+
+def segment_masks(image: Image.Image, scale: float, sigma: float, min_size: int) -> Annotations:
+    """Felzenszwalb's segments of an image at its full size."""
+    segments = felzenszwalb(image, scale, sigma, min_size)
+    return _parts(segments, np.unique(segments))
+
+
+def read_masks(path: Path, size: tuple[int, int]) -> Annotations:
+    """Masks from a JSON in SA-1B's annotation format; empty ones are left out.
+
+    Args:
+        path: the file.
+        size: (width, height) of its image.
+
+    Raises:
+        ValueError: missing, damaged, without a mask or of another size; the message names the file.
+    """
+    try:
+        document = parse_annotation(path.read_bytes(), size)
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return [entry for entry in document["annotations"] if _area(entry)]
+
+
+def _parts(values: NDArray[np.integer], chosen: NDArray[np.integer]) -> Annotations:
+    document = annotate((values == value for value in chosen), values.shape[::-1], key="")
+    return list(document["annotations"])
+
+
+def _area(entry: dict[str, Any]) -> int:
+    return int(rle.area(entry["segmentation"]))
+
+
+def classify_masks(features: Tensor, annotations: Annotations, classes: Tensor, truth: NDArray[np.integer]) -> Found:
+    """Classifies the masks of one image and paints them; where masks overlap, the smaller is on top.
+
+    Features are averaged as if upsampled bilinearly to the masks' full size; masks are decoded a few at a time.
+
+    Args:
+        features: [T, C, h, w] of the same image from every tower, not normalised.
+        annotations: its masks, none of them empty.
+        classes: [K, C], unit length.
+        truth: label map [H, W].
+    """
+    maps = [np.full(truth.shape, len(classes), np.int64) for _ in features]
+    hits, counted = [0] * len(features), 0
+    for masks in _decode(sorted(annotations, key=_area, reverse=True), truth.size):
+        true = majority(masks, truth)
+        counted += int((true != IGNORE).sum())
+        on_device = torch.from_numpy(masks).to(features.device)
+        image_index = torch.zeros(len(masks), dtype=torch.long, device=features.device)
+        for tower, painted in enumerate(maps):
+            pooled = pool_masks(features[tower : tower + 1], on_device, image_index)
+            predicted = (pooled @ classes.T).argmax(dim=1).cpu().numpy()
+            hits[tower] += int(((true != IGNORE) & (predicted == true)).sum())
+            for mask, label in zip(masks, predicted, strict=True):
+                painted[mask] = label
+    return Found(maps, hits, counted)
+
+
+def majority(masks: NDArray[np.bool_], truth: NDArray[np.integer]) -> NDArray[np.int64]:
+    """The most frequent true class in each mask [N, H, W], the first of several; `IGNORE` without a labelled pixel."""
+    inside = [truth[mask & (truth != IGNORE)] for mask in masks]
+    return np.array([np.bincount(values).argmax() if len(values) else IGNORE for values in inside], np.int64)
+
+
+def _decode(annotations: Annotations, num_pixels: int) -> Iterator[NDArray[np.bool_]]:
+    """The masks in order as [N, H, W], as many at once as memory should hold."""
+    size = max(1, _PIXELS_AT_ONCE // num_pixels)
+    for start in range(0, len(annotations), size):
+        masks = decode_masks({"annotations": annotations[start : start + size]})  # [H, W, N]
+        yield np.ascontiguousarray(masks.transpose(2, 0, 1)).view(np.bool_)

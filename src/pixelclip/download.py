@@ -1,0 +1,326 @@
+"""Local copies of what a URI names: resumed, verified, cached and shared by processes."""
+
+import base64
+import fcntl
+import hashlib
+import os
+import re
+import shutil
+import string
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from http.client import HTTPException, InvalidURL
+from pathlib import Path
+from typing import Any
+from urllib.error import HTTPError, URLError
+from urllib.parse import quote, unquote
+from urllib.request import Request, urlopen
+
+from tqdm import tqdm
+
+from pixelclip.storage import file_md5
+
+_WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds before each further attempt at a download
+_TIMEOUT = 30.0  # seconds without a byte
+_CHUNK = 1 << 16  # bytes; also the most that a broken connection loses
+
+
+def local_copy(uri: str) -> Path:
+    """Gives a local path for what `uri` names: a local path as it is, anything else downloaded once.
+
+    Downloads stay in PIXELCLIP_CACHE or `~/.cache/pixelclip`, which processes share, by uri and version (ETag, or
+    Last-Modified and length). One that stopped halfway is continued. Without a connection the newest finished copy serves.
+
+    Args:
+        uri: a file or folder, `http://...`, `https://...`, or `s3://bucket/key` (with the usual AWS variables).
+
+    Raises:
+        ValueError: there is no such file, it may not be read, boto3 is missing, or the download broke off every time.
+    """
+    scheme, separator, rest = uri.partition("://")
+    if not separator:
+        if not Path(uri).exists():
+            raise ValueError(f"{uri}: no such file or folder")
+        return Path(uri)
+    opened = {"http": _http, "https": _http, "s3": _s3}.get(scheme.lower())
+    if opened is None or rest.startswith("/") or not rest:
+        raise ValueError(f"{uri}: a local path, http://host/file, https://host/file or s3://bucket/key is expected")
+    folder = _cache() / _key(uri)
+    with opened(uri) as ask:
+        return _fetch(uri, ask, folder, _file_name(uri))
+
+
+class _TransferError(Exception):
+    """What another attempt may cure; `reached` where a server answered."""
+
+    def __init__(self, reason: object, reached: bool = True) -> None:
+        super().__init__(str(reason) or type(reason).__name__)
+        self.reached = reached
+
+
+@dataclass(frozen=True)
+class _Reply:
+    """A server's answer to HEAD or GET."""
+
+    status: int
+    headers: dict[str, str]  # names in lower case
+    body: Any  # read(bytes) and close(), or None
+    errors: tuple[type[Exception], ...]  # of `body`
+
+    @property
+    def size(self) -> int | None:
+        """Bytes of the whole file."""
+        part = self.headers.get("content-range", "").rpartition("/")[2]
+        given = part if self.status == 206 else self.headers.get("content-length", "")
+        return int(given) if given.isdecimal() else None
+
+    @property
+    def first(self) -> int | None:
+        """The byte of the file that the body starts with."""
+        found = re.match(r"bytes (\d+)-", self.headers.get("content-range", ""))
+        return (int(found[1]) if found else None) if self.status == 206 else 0
+
+    @property
+    def version(self) -> str:
+        """What changes with the file; empty where the server tells nothing."""
+        modified = self.headers.get("last-modified")
+        return self.headers.get("etag") or (f"{modified} {self.size}" if modified else "")
+
+    @property
+    def validator(self) -> str:
+        """What If-Range takes, which is no weak ETag; empty where a download cannot be continued."""
+        etag = self.headers.get("etag", "")
+        return etag if etag and not etag.startswith("W/") else self.headers.get("last-modified", "")
+
+    def differs(self, other: "_Reply") -> bool:
+        """Whether both are surely not about the same bytes; servers may leave headers out of either."""
+        sizes = {self.size, other.size} - {None}
+        pairs = [(self.headers.get(name), other.headers.get(name)) for name in ("etag", "last-modified")]
+        mine, theirs = next((pair for pair in pairs if all(pair)), (None, None))
+        return len(sizes) > 1 or mine != theirs
+
+    def read(self, count: int) -> bytes:
+        try:
+            return self.body.read(count)
+        except self.errors as error:
+            raise _TransferError(error) from None
+
+    def close(self) -> None:
+        if self.body is not None:
+            self.body.close()
+
+
+_Ask = Callable[[str, int, str], _Reply]  # method, first byte, validator that the file must still have
+
+
+def _fetch(uri: str, ask: _Ask, folder: Path, name: str) -> Path:
+    head = path = None
+    for wait in (*_WAITS, None):
+        try:
+            head = _head(ask)
+            path = folder / _key(head.version) / name
+            if not (head.version and path.is_file()):
+                with _locked(folder, uri):
+                    if not (head.version and path.is_file()):  # another process may have brought it
+                        _download(uri, ask, head, path)
+            return path
+        except _TransferError as error:
+            failure = error
+        except OSError as error:
+            raise ValueError(f"{uri}: cannot be kept ({error}); PIXELCLIP_CACHE names another folder") from None
+        if head is None and not failure.reached and (copy := _newest(folder, name)):
+            print(f"{uri}: cannot be reached ({failure}); the copy in the cache is used: {copy}", flush=True)
+            return copy
+        if wait is not None:
+            print(f"{uri}: {failure}; again in {wait:g} s", flush=True)
+            time.sleep(wait)
+    if head is None or path is None:
+        missing = "" if failure.reached else f", and no finished copy is in {folder.parent}"
+        raise ValueError(f"{uri}: asked {len(_WAITS) + 1} times: {failure}{missing}")
+    arrived = _partial(path).stat().st_size if _partial(path).is_file() else 0
+    size = "an unknown number of" if head.size is None else f"{head.size:,}"
+    then = "continues" if head.validator else "starts again"
+    raise ValueError(f"{uri}: {arrived:,} of {size} bytes arrived ({failure}); the same command {then}")
+
+
+def _head(ask: _Ask) -> _Reply:
+    try:
+        reply = ask("HEAD", 0, "")
+    except ValueError:  # signed URLs allow only GET, and S3 tells the reason of a refusal only there
+        reply = ask("GET", 0, "")
+    reply.close()
+    return reply
+
+
+def _download(uri: str, ask: _Ask, head: _Reply, path: Path) -> None:
+    for other in path.parent.parent.iterdir():  # what is left of versions that changed before they were finished
+        if other.is_dir() and other != path.parent and not (other / path.name).exists():
+            shutil.rmtree(other)
+    path.parent.mkdir(exist_ok=True)
+    partial = _partial(path)
+    there = partial.stat().st_size if partial.is_file() else 0
+    start = there if head.validator and head.size is not None and there <= head.size else 0
+    if start == 0 or start != head.size:
+        _receive(ask, head, partial, start)
+    promised = _promised_md5(uri, head.headers)
+    if promised and (found := file_md5(partial)) != promised:
+        partial.unlink()
+        raise _TransferError(f"md5 {found} arrived, {promised} was promised")
+    partial.replace(path)
+
+
+def _receive(ask: _Ask, head: _Reply, partial: Path, start: int) -> None:
+    with closing(ask("GET", start, head.validator)) as reply:
+        if reply.differs(head):
+            raise _TransferError("the file changed on the server")
+        if reply.first not in (0, start):
+            raise _TransferError(f"byte {start:,} was asked for, {reply.headers.get('content-range')} arrived")
+        start = reply.first
+        size = head.size if reply.size is None else reply.size
+        bar = tqdm(total=size, initial=start, desc=partial.stem, unit="B", unit_scale=True, unit_divisor=1024)
+        with bar, partial.open("ab" if start else "wb") as file:
+            while chunk := reply.read(_CHUNK):
+                file.write(chunk)
+                bar.update(len(chunk))
+            file.flush()
+            os.fsync(file.fileno())
+            if size not in (None, file.tell()):
+                raise _TransferError("the connection broke off")
+
+
+def _promised_md5(uri: str, headers: dict[str, str]) -> str | None:
+    try:
+        content = base64.b64decode(headers.get("content-md5", ""), validate=True)
+    except ValueError:
+        content = b""
+    if len(content) == 16:
+        return content.hex()
+    # S3's ETag is no MD5 after multipart uploads (it has a dash), under a key of one's own, and in directory buckets.
+    encrypted = {value for name, value in headers.items() if name.startswith("x-amz-server-side-encryption")} - {"AES256"}
+    plain = re.match(r"s3://(?![^/]*--x-s3/)", uri, re.IGNORECASE) and not encrypted
+    found = re.fullmatch(r'"?([0-9a-f]{32})"?', headers.get("etag", ""))
+    return found[1] if plain and found else None
+
+
+@contextmanager
+def _http(uri: str) -> Iterator[_Ask]:
+    errors = (OSError, HTTPException)
+
+    def ask(method: str, start: int, validator: str) -> _Reply:
+        headers = {"User-Agent": "pixelclip"} | ({"Range": f"bytes={start}-", "If-Range": validator} if start else {})
+        try:
+            answer = urlopen(Request(quote(uri, string.punctuation), headers=headers, method=method), timeout=_TIMEOUT)
+        except HTTPError as error:
+            error.close()
+            raise _refusal(uri, error.code, f"status {error.code} {error.reason}".splitlines()[0]) from None
+        except (InvalidURL, ValueError) as error:
+            raise ValueError(f"{uri}: {error}") from None
+        except URLError as error:
+            raise _TransferError(error.reason, reached=False) from None
+        except errors as error:
+            raise _TransferError(error) from None
+        return _Reply(answer.status, {name.lower(): value for name, value in answer.headers.items()}, answer, errors)
+
+    yield ask
+
+
+@contextmanager
+def _s3(uri: str) -> Iterator[_Ask]:
+    bucket, _, key = uri.partition("://")[2].partition("/")
+    if not key:
+        raise ValueError(f"{uri}: a file in a bucket, s3://bucket/key, is expected")
+    try:
+        import boto3.session
+        from botocore import exceptions as boto
+        from botocore.config import Config
+    except ImportError:
+        raise ValueError(f"{uri}: boto3 is missing; pip install 'pixelclip[s3]'") from None
+    config = Config(connect_timeout=10, read_timeout=_TIMEOUT, retries={"total_max_attempts": 1})
+    try:
+        client = boto3.session.Session().client("s3", config=config)
+    except (boto.BotoCoreError, ValueError) as error:
+        raise ValueError(f"{uri}: {error}") from None
+
+    def ask(method: str, start: int, validator: str) -> _Reply:
+        call = client.head_object if method == "HEAD" else client.get_object
+        try:
+            answer = call(Bucket=bucket, Key=key, **({"Range": f"bytes={start}-", "IfMatch": validator} if start else {}))
+        except boto.ClientError as error:
+            raise _s3_refusal(uri, error.response, client.meta.endpoint_url) from None
+        except (boto.NoCredentialsError, boto.PartialCredentialsError) as error:
+            raise ValueError(f"{uri}: {error}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE") from None
+        except (boto.ConnectionError, boto.HTTPClientError) as error:
+            raise _TransferError(error, reached=not isinstance(error, boto.ConnectionError)) from None
+        except boto.BotoCoreError as error:
+            raise ValueError(f"{uri}: {' '.join(str(error).split())}") from None
+        about = answer["ResponseMetadata"]
+        return _Reply(about["HTTPStatusCode"], about["HTTPHeaders"], answer.get("Body"), (boto.BotoCoreError, OSError))
+
+    with closing(client):
+        yield ask
+
+
+def _s3_refusal(uri: str, answer: dict[str, Any], endpoint: str) -> Exception:
+    status, code = answer["ResponseMetadata"]["HTTPStatusCode"], answer["Error"].get("Code", "")
+    reasons = {
+        "NoSuchBucket": "there is no such bucket",
+        "NoSuchKey": "there is no such key in the bucket",
+        "AccessDenied": "these credentials may not read it, or there is no such key",
+        "InvalidAccessKeyId": "wrong credentials, see AWS_ACCESS_KEY_ID",
+        "SignatureDoesNotMatch": "wrong credentials, see AWS_SECRET_ACCESS_KEY",
+        "InvalidToken": "wrong credentials, see AWS_SESSION_TOKEN",
+        "ExpiredToken": "the credentials have expired, see AWS_SESSION_TOKEN",
+    }
+    reason = reasons.get(code) or answer["Error"].get("Message") or "refused"
+    return _refusal(uri, 503 if code == "RequestTimeout" else status, f"{reason} ({code}, status {status}, {endpoint})")
+
+
+def _refusal(uri: str, status: int, reason: str) -> Exception:
+    # 412 is a file that changed; 501 a method that will not come
+    if status in (408, 412, 425, 429) or (status >= 500 and status != 501):
+        return _TransferError(reason)
+    return ValueError(f"{uri}: {reason}")
+
+
+def _cache() -> Path:
+    try:
+        return Path(os.environ.get("PIXELCLIP_CACHE") or "~/.cache/pixelclip").expanduser().absolute()
+    except RuntimeError:
+        raise ValueError("there is no home folder to keep downloads in; set PIXELCLIP_CACHE") from None
+
+
+def _key(text: str) -> str:
+    return hashlib.sha256(os.fsencode(text)).hexdigest()[:16]
+
+
+def _file_name(uri: str) -> str:
+    """The last part of a URI's path, as a name that every file system takes."""
+    scheme, _, rest = uri.partition("://")
+    path = rest.partition("/")[2]
+    if scheme.lower() != "s3":
+        path = unquote(re.split(r"[?#]", path)[0])
+    name = path.rstrip("/").rpartition("/")[2].replace("\0", "")
+    return os.fsdecode(os.fsencode(name)[-200:]) if name not in ("", ".", "..") else "file"
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f"{path.name}.partial")
+
+
+def _newest(folder: Path, name: str) -> Path | None:
+    copies = [path for path in folder.glob("*/*") if path.name == name and path.is_file()]
+    return max(copies, key=lambda path: path.stat().st_mtime, default=None)
+
+
+@contextmanager
+def _locked(folder: Path, uri: str) -> Iterator[None]:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:  # the end of a process frees it, however it ends
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{uri}: waits for another process that downloads it", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,152 @@
+"""What evaluation counts: confusions, recalled classes, masks; sums that add up over processes and survive a kill.
+
+B images, T towers, N masks, K classes, H W image.
+"""
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pixelclip.benchmarks import IGNORE
+from pixelclip.ranks import Ranks
+from pixelclip.storage import write_atomically
+
+TOWERS = ("", "_clip")
+"""What the metrics of PixelCLIP and of the CLIP it came from end with."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What each tower took the pixels, and the masks if there are any, of one image for.
+
+    Args:
+        maps: of every tower [H, W]; K where no mask is.
+        hits: of every tower the masks whose most frequent true class it found.
+        masks: how many masks hold a labelled pixel at all.
+    """
+
+    maps: list[NDArray[np.int64]]
+    hits: list[int]
+    masks: int
+
+
+@dataclass
+class Confusion:
+    """Pixel counts [K, K + 1] of truth (rows) against prediction (columns); the last column is for no prediction (K)."""
+
+    counts: NDArray[np.int64]
+
+    @classmethod
+    def zeros(cls, classes: int) -> "Confusion":
+        """An empty one."""
+        return cls(np.zeros((classes, classes + 1), np.int64))
+
+    def add(self, truth: NDArray[np.integer], predicted: NDArray[np.integer]) -> None:
+        """Counts one image; `IGNORE`d pixels are left out."""
+        valid = truth != IGNORE
+        joint = truth[valid].astype(np.int64) * self.counts.shape[1] + predicted[valid]
+        self.counts += np.bincount(joint, minlength=self.counts.size).reshape(self.counts.shape)
+
+    def iou(self) -> NDArray[np.float64]:
+        """Intersection over union of every class; NaN for one that the truth does not hold."""
+        hit, truth, predicted = np.diag(self.counts), self.counts.sum(axis=1), self.counts.sum(axis=0)[:-1]
+        with np.errstate(invalid="ignore", divide="ignore"):
+            return np.where(truth > 0, hit / (truth + predicted - hit), np.nan)
+
+    def miou(self) -> float:
+        """Mean IoU in points over the classes that the truth holds."""
+        return float(100 * np.nanmean(self.iou()))
+
+    def pixel_accuracy(self) -> float:
+        """Correct pixels in percent."""
+        return float(100 * np.trace(self.counts) / self.counts.sum())
+
+
+def count_recalled(similarities: Tensor, present: Sequence[NDArray[np.integer]]) -> NDArray[np.int64]:
+    """Counts the present classes that are among an image's n most similar ones, n being how many are present.
+
+    Args:
+        similarities: [B, K], image with class.
+        present: the classes in the truth of each image.
+
+    Returns:
+        [2]: those found, and all that are present.
+    """
+    found = total = 0
+    for row, classes in zip(similarities, present, strict=True):
+        top = set(row.topk(len(classes)).indices.tolist())
+        found, total = found + len(top & set(classes.tolist())), total + len(classes)
+    return np.array([found, total], np.int64)
+
+
+@dataclass
+class Tally:
+    """Sums over images, so that those of several processes add up and a killed one continues.
+
+    Args:
+        confusions: of each of `TOWERS`.
+        recalled: [2], see `count_recalled`.
+        masks: [T + 1], masks that each tower classified rightly, and all of them.
+        position: the first image that is not counted yet.
+        bad: samples before it that could not be used.
+    """
+
+    confusions: list[Confusion]
+    recalled: NDArray[np.int64]
+    masks: NDArray[np.int64]
+    position: int
+    bad: list[str] = field(default_factory=list)
+
+    @classmethod
+    def zeros(cls, classes: int, position: int) -> "Tally":
+        """Nothing counted yet."""
+        confusions = [Confusion.zeros(classes) for _ in TOWERS]
+        return cls(confusions, np.zeros(2, np.int64), np.zeros(len(TOWERS) + 1, np.int64), position)
+
+    def add(self, truths: Sequence[NDArray[np.integer]], found: Sequence[Found], similarities: Tensor) -> None:
+        """Counts images: their label maps, what was found, and the cosines [B, K] of whole images with classes."""
+        for truth, one in zip(truths, found, strict=True):
+            for confusion, predicted in zip(self.confusions, one.maps, strict=True):
+                confusion.add(truth, predicted)
+            self.masks += [*one.hits, one.masks]
+        self.recalled += count_recalled(similarities, [np.setdiff1d(truth, [IGNORE]) for truth in truths])
+
+    def arrays(self) -> dict[str, NDArray[np.int64]]:
+        """The sums, by name; they share their memory with the tally."""
+        confusions = {f"confusion{suffix}": found.counts for suffix, found in zip(TOWERS, self.confusions, strict=True)}
+        return confusions | {"recalled": self.recalled, "masks": self.masks}
+
+    def sum(self, ranks: Ranks) -> None:
+        """Adds up the tallies of all ranks, for each of them."""
+        for array in self.arrays().values():
+            array[...] = ranks.sum(torch.from_numpy(array).to(ranks.device)).cpu().numpy()
+        self.bad = list(chain(*ranks.gather_objects(self.bad)))
+
+    def save(self, path: Path) -> None:
+        """Writes a checkpoint, atomically."""
+        rest = json.dumps({"position": self.position, "bad": self.bad}).encode()
+        write_atomically(path, packed(**self.arrays(), rest=np.frombuffer(rest, np.uint8)))
+
+    def load(self, path: Path) -> None:
+        """Continues from a checkpoint."""
+        with np.load(path, allow_pickle=False) as saved:
+            for name, array in self.arrays().items():
+                array[...] = saved[name]
+            rest = json.loads(saved["rest"].tobytes())
+        self.position, self.bad = rest["position"], rest["bad"]
+
+
+def packed(**arrays: NDArray[Any]) -> bytes:
+    """Arrays as the bytes of an .npz, which holds no pickle."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, allow_pickle=False, **arrays)
+    return buffer.getvalue()

@@ -1,0 +1,154 @@
+"""Mask classification on hand-made features against naive loops; masks from label maps, segments and files."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import annotation, pixels
+from PIL import Image
+
+from pixelclip import classify
+from pixelclip.classify import classify_masks, majority, read_masks, segment_masks, truth_masks
+from pixelclip.masks import annotate, decode_masks
+from pixelclip.ranks import ALONE
+from pixelclip.tally import Confusion, Found, Tally
+
+HEIGHT, WIDTH, NUM_CLASSES, WIDE = 23, 31, 5, 8
+
+
+def some_masks(count: int = 9, seed: int = 0) -> np.ndarray:
+    """Overlapping boxes and spots, [N, H, W], of sizes that all differ."""
+    random = np.random.default_rng(seed)
+    masks = np.zeros((count, HEIGHT, WIDTH), bool)
+    for index, mask in enumerate(masks):
+        y, x = random.integers(0, HEIGHT - 6), random.integers(0, WIDTH - 6)
+        mask[y : y + random.integers(2, 12), x : x + random.integers(2, 12)] = True
+        mask[0, :index] = True
+    return masks
+
+
+def entries(masks: np.ndarray) -> list:
+    return annotate(masks, (WIDTH, HEIGHT), "key")["annotations"]
+
+
+def decoded(annotations: list) -> np.ndarray:
+    return decode_masks({"annotations": annotations}).transpose(2, 0, 1).astype(bool)
+
+
+def naive(
+    features: torch.Tensor,
+    masks: np.ndarray,
+    classes: torch.Tensor,
+    truth: np.ndarray,
+) -> tuple[np.ndarray, int, int]:
+    """One tower, mask by mask and pixel by pixel: painted map, hits, masks with a labelled pixel."""
+    large = F.interpolate(features[None], (HEIGHT, WIDTH), mode="bilinear", align_corners=False)[0]
+    names, hits, counted = [], 0, 0
+    for mask in masks:
+        pooled = torch.stack([large[:, y, x] for y, x in zip(*np.nonzero(mask), strict=True)]).mean(dim=0)
+        names.append(max(range(len(classes)), key=lambda k: F.cosine_similarity(pooled, classes[k], dim=0).item()))
+        votes = [int(v) for v in truth[mask] if v != 255]
+        if votes:
+            counted += 1
+            hits += names[-1] == max(sorted(set(votes)), key=votes.count)
+    painted = np.full(truth.shape, len(classes))
+    for y in range(HEIGHT):
+        for x in range(WIDTH):
+            above = [(mask.sum(), name) for mask, name in zip(masks, names, strict=True) if mask[y, x]]
+            if above:
+                painted[y, x] = min(above)[1]
+    return painted, hits, counted
+
+
+@pytest.mark.parametrize("pixels_at_once", [1, 3 * HEIGHT * WIDTH, 1 << 25])
+def test_mask_classification_equals_a_naive_loop(monkeypatch, pixels_at_once):
+    monkeypatch.setattr(classify, "_PIXELS_AT_ONCE", pixels_at_once)
+    generator = torch.Generator().manual_seed(3)
+    features = torch.randn(2, WIDE, 4, 6, generator=generator)
+    classes = F.normalize(torch.randn(NUM_CLASSES, WIDE, generator=generator), dim=1)
+    truth = np.random.default_rng(1).choice([0, 1, 2, 4, 255], (HEIGHT, WIDTH)).astype(np.uint8)
+    masks = some_masks()
+    assert len(set(masks.sum(axis=(1, 2)).tolist())) == len(masks)  # no tie in what lies on top
+    truth[masks[0]] = 255
+    found = classify_masks(features, entries(masks), classes, truth)
+    for tower in range(2):
+        painted, hits, counted = naive(features[tower], masks, classes, truth)
+        assert np.array_equal(found.maps[tower], painted)
+        assert (found.hits[tower], found.masks) == (hits, counted)
+    assert found.masks == len(masks) - 1
+    assert (found.maps[0] == NUM_CLASSES).any()
+
+
+def test_an_image_without_masks_is_nothing_everywhere():
+    found = classify_masks(torch.randn(1, WIDE, 4, 6), [], torch.randn(NUM_CLASSES, WIDE), np.zeros((3, 4), np.uint8))
+    assert (found.maps[0] == NUM_CLASSES).all()
+    assert (found.hits, found.masks) == ([0], 0)
+
+
+def test_pixels_without_a_mask_count_as_wrong():
+    confusion = Confusion.zeros(2)
+    confusion.add(np.array([[0, 0, 1, 1, 255]]), np.array([[0, 2, 1, 2, 2]]))  # 2 is no prediction
+    np.testing.assert_allclose(confusion.iou(), [1 / 2, 1 / 2])
+    assert confusion.miou() == confusion.pixel_accuracy() == 50
+
+
+def test_the_majority_by_hand():
+    truth = np.array([[0, 1, 1, 255, 255, 255]], np.uint8)
+    masks = np.array([[[1, 1, 1, 1, 1, 1]], [[1, 1, 0, 0, 0, 0]], [[0, 0, 0, 1, 1, 0]], [[0, 0, 0, 0, 0, 0]]], bool)
+    assert majority(masks, truth).tolist() == [1, 0, 255, 255]  # of equally many the first class
+
+
+def test_masks_of_a_label_map():
+    labels = np.array([[3, 3, 255], [1, 3, 255]], np.uint8)
+    assert np.array_equal(decoded(truth_masks(labels)), [labels == 1, labels == 3])
+    assert truth_masks(np.full((2, 2), 255, np.uint8)) == []
+
+
+def test_segments_are_a_partition():
+    masks = decoded(segment_masks(Image.fromarray(pixels(40, 60)), 50.0, 0.5, 20))
+    assert len(masks) >= 4
+    assert (masks.sum(axis=0) == 1).all()
+
+
+def test_masks_from_a_file(tmp_path):
+    masks = some_masks()
+    masks[4] = False
+    (tmp_path / "a.json").write_bytes(annotation(masks))
+    assert np.array_equal(decoded(read_masks(tmp_path / "a.json", (WIDTH, HEIGHT))), np.delete(masks, 4, axis=0))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"a\.json: No such file"),
+        (b"{", r"a\.json: unreadable JSON"),
+        (json.dumps({"annotations": []}).encode(), r"a\.json: no mask found"),
+        (annotation(np.ones((1, 4, 4))), r"a\.json: mask of size 4x4, its image is 31x23"),
+    ],
+    ids=["missing", "no JSON", "empty", "another size"],
+)
+def test_an_unusable_file_of_masks_is_named(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_masks(tmp_path / "a.json", (WIDTH, HEIGHT))
+
+
+def test_a_tally_comes_back_as_it_was_saved(tmp_path):
+    random = np.random.default_rng(0)
+    truths = [random.choice([0, 1, 255], (4, 5)).astype(np.uint8) for _ in range(3)]
+    found = [Found([random.integers(0, 3, (4, 5)) for _ in range(2)], [1, 0], 2) for _ in truths]
+    tally = Tally.zeros(2, position=7)
+    tally.add(truths, found, torch.rand(3, 2))
+    tally.bad.append("x.png: broken")
+    tally.save(tmp_path / "t.npz")
+    again = Tally.zeros(2, position=0)
+    again.load(tmp_path / "t.npz")
+    again.sum(ALONE)
+    assert (again.position, again.bad) == (7, ["x.png: broken"])
+    assert tally.masks.tolist() == [3, 0, 6]
+    for name, array in tally.arrays().items():
+        assert array.any()
+        assert np.array_equal(array, again.arrays()[name])

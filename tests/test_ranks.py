@@ -1,0 +1,143 @@
+"""Several processes are one: the same batch gives the same training, however it is spread."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import conftest
+import numpy as np
+import pytest
+import test_train
+import tiny
+import torch
+from safetensors.torch import load_file
+
+from pixelclip import train
+from pixelclip.config import TrainConfig
+from pixelclip.ranks import Ranks, join, pick_device, pick_precision
+
+clip, shards = test_train.clip, test_train.shards
+STEPS = 20
+SETTINGS = {
+    **test_train.SMALL,
+    "steps": STEPS,
+    "batch_size": 5,
+    "checkpoint_every": 8,
+    "picture_every": 0,
+    "max_bad_share": 0.2,
+}
+TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "pixelclip"]
+
+
+def losses(folder: Path) -> torch.Tensor:
+    return torch.tensor(test_train.losses(folder), dtype=torch.double)
+
+
+@pytest.fixture(scope="module")
+def alone(shards, clip, tmp_path_factory) -> Path:
+    """A training of one process in one piece."""
+    folder = tmp_path_factory.mktemp("alone")
+    with pytest.MonkeyPatch.context() as patch:
+        tiny.mlflow_at(patch, folder / "mlflow")
+        train.run(shards, folder / "model", TrainConfig(**SETTINGS, clip=str(clip)))
+    return folder / "model"
+
+
+def start(shards: Path, clip: Path, out: Path, **settings: object) -> None:
+    words = [f"{name}={value}" for name, value in {**SETTINGS, "clip": clip, **settings}.items()]
+    command = [*TWO, "train", "--masks", str(shards), "--out", str(out), *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250)
+    assert found.returncode == 0, found.stderr[-3000:]
+
+
+def test_two_processes_train_as_one_and_only_the_first_writes(alone, shards, clip, tmp_path, monkeypatch):
+    client = tiny.mlflow_at(monkeypatch, tmp_path / "mlflow")
+    start(shards, clip, tmp_path / "model")
+    torch.testing.assert_close(losses(tmp_path / "model"), losses(alone), atol=1e-5, rtol=0)
+    one, two = (load_file(folder / "model.safetensors") for folder in (alone, tmp_path / "model"))
+    for name, tensor in one.items():
+        torch.testing.assert_close(two[name], tensor, atol=2e-3, rtol=1e-3, msg=name)
+    assert len(client.search_runs([e.experiment_id for e in client.search_experiments()])) == 1
+    metrics = [json.loads((folder / "metrics.json").read_text()) for folder in (alone, tmp_path / "model")]
+    assert metrics[0]["train/concepts_used"] == metrics[1]["train/concepts_used"]
+
+
+@pytest.mark.slow
+def test_two_processes_continue_what_one_began(alone, shards, clip, tmp_path, monkeypatch):
+    tiny.mlflow_at(monkeypatch, tmp_path / "mlflow")
+
+    class Killed(BaseException):
+        pass
+
+    update, count = train.PixelCLIP.update_teacher, iter(range(100))
+
+    def update_or_die(self, momentum):
+        if next(count) == 10:
+            raise Killed
+        update(self, momentum)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.PixelCLIP, "update_teacher", update_or_die)
+        with pytest.raises(Killed):
+            train.run(shards, tmp_path / "model", TrainConfig(**SETTINGS, clip=str(clip)))
+    start(shards, clip, tmp_path / "model")
+    torch.testing.assert_close(losses(tmp_path / "model"), losses(alone), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("accumulate", [2, 5])
+def test_pieces_train_as_one_batch(alone, shards, clip, tmp_path, monkeypatch, accumulate):
+    tiny.mlflow_at(monkeypatch, tmp_path / "mlflow")
+    train.run(shards, tmp_path / "model", TrainConfig(**SETTINGS, clip=str(clip), accumulate=accumulate))
+    torch.testing.assert_close(losses(tmp_path / "model"), losses(alone), atol=1e-5, rtol=0)
+
+
+def test_more_pieces_than_images_are_refused(shards, clip, tmp_path):
+    with pytest.raises(ValueError, match=r"batch_size 5 is too small for 1 processes with train\.accumulate 6"):
+        train.run(shards, tmp_path / "model", TrainConfig(**SETTINGS, clip=str(clip), accumulate=6))
+
+
+def test_shares_are_whole_and_even():
+    for number in (0, 1, 7, 48):
+        for size in (1, 2, 3, 8):
+            shares = [Ranks(rank, size).share(number) for rank in range(size)]
+            assert [place for share in shares for place in share] == list(range(number))
+            assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_one_process_needs_no_group():
+    with join("cpu") as ranks:
+        assert (ranks.rank, ranks.size, ranks.first) == (0, 1, True)
+        rows = torch.arange(6).view(3, 2)
+        gathered, mine = ranks.gather(rows)
+        assert torch.equal(gathered[mine], rows)
+        assert ranks.gather_objects("a") == ["a"]
+        assert ranks.from_first(3) == 3
+
+
+def test_precision_is_what_was_asked_for():
+    cpu = pick_device("cpu")
+    assert pick_precision("float32", cpu) is None
+    assert pick_precision("tf32", cpu) is None
+    assert pick_precision("bfloat16", cpu) is torch.bfloat16
+
+
+def test_a_rank_without_masks_neither_hangs_nor_counts(clip, tmp_path, monkeypatch):
+    client = tiny.mlflow_at(monkeypatch, tmp_path / "mlflow")
+    halves = np.zeros((2, 40, 48), bool)
+    halves[0, :, :24] = halves[1, :, 24:] = True
+    dot = np.zeros((1, 40, 48), bool)
+    dot[0, 3, 3] = True  # vanishes on the grid
+    members = {}
+    for number in range(8):
+        members[f"{number}.jpg"] = conftest.encoded(conftest.pixels(40, 48, number))
+        members[f"{number}.json"] = conftest.annotation(dot if number % 2 else halves)
+    conftest.write_tar(tmp_path / "masks" / "0.tar", members)
+    settings = {"batch_size": 2, "steps": 12}
+    train.run(tmp_path / "masks", tmp_path / "alone", TrainConfig(**SETTINGS | settings, clip=str(clip)))
+    start(tmp_path / "masks", clip, tmp_path / "two", **settings)
+    torch.testing.assert_close(losses(tmp_path / "two"), losses(tmp_path / "alone"), atol=1e-5, rtol=0)
+    assert len(losses(tmp_path / "two")) > 4
+    assert client.search_experiments()
