@@ -97,9 +97,11 @@ def test_nearest_is_silent_when_nothing_is_near() -> None:
 
 def test_runtime_settings_do_not_last() -> None:
     assert set(STAGES["train"].model_fields) - set(lasting(load("train"))) == {
-        "device", "workers", "log_every", "checkpoint_every", "picture_every",
+        "accumulate", "device", "workers", "log_every", "checkpoint_every", "picture_every",
     }  # fmt: skip
-    assert set(STAGES["masks"].model_fields) - set(lasting(load("masks"))) == {"workers"}
+    assert set(STAGES["masks"].model_fields) - set(lasting(load("masks"))) == {
+        "batch_size", "device", "sam_points_per_batch", "workers",
+    }  # fmt: skip
     assert lasting(load("shards"))["jpeg_quality"] == 95
 
 

@@ -30,7 +30,7 @@ from pixelclip.benchmarks import open_labelled
 from pixelclip.config import EvaluateConfig, TrainConfig, build, load, nearest
 from pixelclip.shards import list_shards
 from pixelclip.storage import read_json, write_atomically
-from pixelclip.tracking import PARENT_RUN, PIPELINE_RUN, RUN, Run, _experiment_id, connect, lineage
+from pixelclip.tracking import PARENT_RUN, PIPELINE_RUN, RUN, Run, experiment_id, connect, lineage
 
 TABLE, RUNS, PLOT = "table.md", "runs.csv", "sweep.png"
 FIGURES = {"miou_clip": "mIoU of CLIP", "miou": "mIoU", "gain": "gain", "pixel_accuracy": "pixel accuracy"}
@@ -225,7 +225,7 @@ def _parent(name: str, out: Path) -> Run:
     tags = {"sweep.id": identity, "sweep.out": str(out.resolve()), **lineage({"inputs": {}})}
     given = os.environ.get("MLFLOW_RUN_ID")
     try:
-        experiment = _experiment_id(client)
+        experiment = experiment_id(client)
         found = client.search_runs([experiment], f"tags.`sweep.id` = '{identity}'", max_results=1)
         run_id = given or (found[0].info.run_id if found else None)
         if run_id is None:

@@ -79,7 +79,8 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _experiment_id(client: MlflowClient) -> str:
+def experiment_id(client: MlflowClient) -> str:
+    """The experiment that runs go to: MLFLOW_EXPERIMENT_ID, or MLFLOW_EXPERIMENT_NAME, or `pixelclip`; made when new."""
     if given := os.environ.get("MLFLOW_EXPERIMENT_ID"):
         return given
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "pixelclip")
@@ -168,7 +169,7 @@ class Run:
         known = read_json(folder / RUN) if (folder / RUN).is_file() else {}
         given = os.environ.get("MLFLOW_RUN_ID")
         try:
-            experiment = _experiment_id(client)
+            experiment = experiment_id(client)
             tags = lineage(provenance)
             run_id = _existing(client, known.get("run_id")) or given or _of_pipeline(client, experiment, tags)
             if run_id is None:
@@ -202,7 +203,7 @@ class Run:
         unknown = run_id is None
         try:
             if run_id is None:
-                run_id = client.create_run(_experiment_id(client), run_name=model.name, tags=lineage(provenance)).info.run_id
+                run_id = client.create_run(experiment_id(client), run_name=model.name, tags=lineage(provenance)).info.run_id
             retold = cls(client, model, run_id, owned=run_id != os.environ.get("MLFLOW_RUN_ID"))
             if unknown or retold._pending():
                 retold.params(flatten(provenance))
