@@ -42,7 +42,7 @@ def pixelclip(
     Args:
         images: Folder of unlabelled images, searched recursively.
         labelled: Labelled set to evaluate on: a folder with images/, labels/ and classes.txt. Never read in training.
-        generator: Mask generator: felzenszwalb, given (SA-1B JSON beside the images), sam or dino (with masks.weights in settings).
+        generator: felzenszwalb, given (SA-1B JSON beside the images), sam or dino (with masks.weights in settings).
         clip: The CLIP to start from: toy, an open_clip folder, NAME:PRETRAINED or NAME:FILE.
         steps: Optimizer steps of the training.
         batch_size: Images in one optimizer step.
