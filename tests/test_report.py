@@ -58,7 +58,15 @@ def report(path: Path, model: Path, words=((),)) -> Page:
     labels = np.array([[0, 2], [255, 2]], np.uint8)
     example = Example(Image.new("RGB", (20, 10), "red"), labels, labels, labels)
     write_report(
-        path, name="set", metrics=METRICS, per_class=ROWS, examples=[example], classes=CLASSES, model=model, words=list(words)
+        path,
+        name="set",
+        protocol="whole, side 144",
+        metrics=METRICS,
+        per_class=ROWS,
+        examples=[example],
+        classes=CLASSES,
+        model=model,
+        words=list(words),
     )
     return Page(path)
 

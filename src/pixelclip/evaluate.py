@@ -238,7 +238,8 @@ def _write(
     write_json(folder / PROTOCOL, protocol)
     write_report(
         folder / REPORT,
-        name=f"{_label(protocol)} ({_in_words(protocol)})",
+        name=_label(protocol),
+        protocol=_in_words(protocol),
         metrics=metrics,
         per_class=result.per_class,
         examples=result.examples,

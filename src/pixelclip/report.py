@@ -36,6 +36,7 @@ def write_report(
     path: Path,
     *,
     name: str,
+    protocol: str,
     metrics: Metrics,
     per_class: list[dict[str, Any]],
     examples: list[Example],
@@ -48,6 +49,7 @@ def write_report(
     Args:
         path: the HTML file.
         name: of the labelled set.
+        protocol: in words, how it was measured.
         metrics: as `evaluate` writes them.
         per_class: rows of `per_class.json`.
         examples: picture rows.
@@ -60,6 +62,7 @@ def write_report(
     provenance = read_json(model / PROVENANCE)
     page = template.from_string(source).render(
         name=name,
+        protocol=protocol,
         metrics={key.rpartition("/")[0]: value for key, value in metrics.items()},
         rows=sorted(per_class, key=lambda row: (row["iou"] is None, -(row["iou"] or 0))),
         examples=[_example(example, classes) for example in examples],
