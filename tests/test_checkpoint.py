@@ -2,6 +2,9 @@
 
 import json
 import pickle
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import open_clip
@@ -195,3 +198,30 @@ def test_a_pickle_is_never_executed(registered, tmp_path):
         with pytest.raises(ValueError, match=name):
             load_clip(f"{registered}:{tmp_path / name}")
     assert not (tmp_path / "sprung").exists()
+
+
+def test_weights_of_another_kind_or_size_are_named(tmp_path):
+    torch.save({"image_encoder.pos_embed": torch.zeros(1), "mask_decoder.x": torch.zeros(1)}, tmp_path / "sam.pth")
+    with pytest.raises(ValueError, match=r"sam\.pth holds image_encoder\.pos_embed, mask_decoder\.x; a CLIP's"):
+        load_clip(f"ViT-B-32:{tmp_path / 'sam.pth'}")
+    small = tmp_path / "small.safetensors"
+    save_file(tiny.clip_state(), small)
+    with pytest.raises(ValueError, match=r"small\.safetensors is of a CLIP of another size") as caught:
+        load_clip(f"ViT-B-32:{small}")
+    assert len(str(caught.value)) < 700
+
+
+def test_weights_may_be_downloaded(tmp_path, monkeypatch):
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "tiny-downloaded.json").write_text(json.dumps(tiny.CLIP_CONFIG))
+    open_clip.add_model_config(tmp_path / "configs")
+    save_file(tiny.clip_state(), tmp_path / "weights.safetensors")
+    monkeypatch.setenv("PIXELCLIP_CACHE", str(tmp_path / "cache"))
+    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path))
+    monkeypatch.setattr(SimpleHTTPRequestHandler, "log_message", lambda *_: None)
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        loaded = load_clip(f"tiny-downloaded:http://127.0.0.1:{server.server_port}/weights.safetensors")
+        server.shutdown()
+    for name, tensor in tiny.clip_state().items():
+        assert torch.equal(loaded.model.state_dict()[name], tensor), name

@@ -21,12 +21,15 @@ from torch import Tensor, nn
 
 from pixelclip.backbone import Backbone, Residual
 from pixelclip.config import nearest
+from pixelclip.download import local_copy
 from pixelclip.stage import PROVENANCE
 from pixelclip.storage import read_json, write_json
 from pixelclip.text import Prompts, TextTower, Vectors
+from pixelclip.weights import check_tensors, named, read_weights
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 _FORMAT = 1
+_LONGEST = 300  # characters of somebody else's message
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,8 @@ def clip_folder(spec: str) -> Path | None:
     if Path(spec).is_dir():
         return Path(spec)
     weights = spec.partition(":")[2]
+    if "://" in weights:
+        return local_copy(weights)
     return Path(weights) if weights and Path(weights).is_file() else None
 
 
@@ -71,7 +76,7 @@ def load_clip(spec: str) -> Clip:
 
     Args:
         spec: `toy` (the shipped one), a folder with `open_clip_config.json` and weights, `NAME:PRETRAINED` of open_clip
-            (downloads once), or `NAME:FILE`.
+            (downloads once), or `NAME:FILE` with a path, a URL or `s3://`.
 
     Raises:
         ValueError: nothing of that name, or the weights do not fit.
@@ -88,18 +93,31 @@ def load_clip(spec: str) -> Clip:
                 raise ValueError(f"no folder and no CLIP of that name{nearest(name, open_clip.list_models())}")
             if not weights:
                 raise ValueError(f"weights are missing: write {name}:PRETRAINED or {name}:FILE")
-            model = open_clip.create_model(name, pretrained=weights, require_pretrained=True)
+            model = open_clip.create_model(name, pretrained=str(folder or weights), require_pretrained=True)
             model_cfg, preprocess = dict(open_clip.get_model_config(name)), getattr(model.visual, "preprocess_cfg", {})
             model_cfg["quick_gelu"] = any(isinstance(part, QuickGELU) for part in model.modules())
     except KeyError as error:
         raise ValueError(f"CLIP {spec!r}: {folder}/open_clip_config.json has no entry {error}") from None
     except pickle.UnpicklingError:  # torch's own words here advise to execute the pickle
         raise ValueError(f"CLIP {spec!r}: the file is no plain state dict; a pickle with anything else is not opened") from None
-    except (TypeError, ValueError, RuntimeError, OSError, SafetensorError) as error:
-        raise ValueError(f"CLIP {spec!r}: {str(error).strip()}") from None
+    except (TypeError, ValueError, RuntimeError, OSError, AssertionError, SafetensorError) as error:
+        raise ValueError(f"CLIP {spec!r}: {_reason(error, folder)}") from None
     mean = tuple(preprocess.get("mean", open_clip.OPENAI_DATASET_MEAN))
     std = tuple(preprocess.get("std", open_clip.OPENAI_DATASET_STD))
     return Clip(model.float().eval(), model_cfg, mean, std)
+
+
+def _reason(error: Exception, file: Path | None) -> str:
+    """Why a CLIP could not be loaded; of a file with other weights, what they are instead of hundreds of missing names."""
+    try:
+        state = check_tensors(read_weights(file)) if file is not None and file.is_file() else {}
+    except ValueError:
+        state = {}
+    if state and not any(name.startswith(("visual.", "module.visual.")) for name in state):
+        return f"{file} holds {named(state)}; a CLIP's state dict is expected (visual.*, ...)"
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    size = f"; {file} is of a CLIP of another size" if state else ""
+    return " ".join(line.strip() for line in lines[:3])[:_LONGEST] + size
 
 
 def save_model(

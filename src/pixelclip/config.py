@@ -97,7 +97,7 @@ class TrainConfig(BaseModel):
     model_config = _STRICT
     clip: str = _setting(
         "ViT-B-16-quickgelu:openai",
-        "The CLIP to start from: toy, an open_clip folder, NAME:PRETRAINED, or NAME:FILE.",
+        "The CLIP to start from: toy, an open_clip folder, NAME:PRETRAINED, or NAME:FILE (path, URL or s3://).",
         min_length=1,
     )
     residual: Literal["cls", "patch"] = _setting(
