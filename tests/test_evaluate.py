@@ -522,3 +522,18 @@ def test_several_sets_at_once_are_each_what_they_are_alone(made, client, tmp_pat
         stage.run_all(made / "changed", [str(other), str(other)], tmp_path / "twice", config)
     with pytest.raises(ValueError, match="is no voc as published"):
         stage.run_all(made / "changed", [f"voc:{other}"], tmp_path / "voc", config)
+
+
+@pytest.mark.slow
+def test_two_processes_measure_several_sets(made, seven, client, tmp_path):
+    config = with_settings(max_bad_share=0.2, name="")
+    sets = [str(seven), str(made / "labelled")]
+    alone = stage.run_all(made / "changed", sets, tmp_path / "one", config)
+    settings = [f"{key}={value}" for key, value in config.model_dump(exclude_defaults=True).items()]
+    words = ["evaluate", "--model", made / "changed", "--out", tmp_path / "two", *settings]
+    words += [word for folder in sets for word in ("--labelled", folder)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "pixelclip"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*torchrun, *map(str, words)], env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert read_json(tmp_path / "two" / "metrics.json") == pytest.approx(alone)

@@ -305,3 +305,22 @@ def test_given_masks_are_halved_with_their_image(tmp_path) -> None:
     settings = {"generator": "given", "given_folder": str(tmp_path / "json"), "shortest_edge": HEIGHT}
     run(tmp_path / "plain", tmp_path / "beside", config(**settings))
     assert np.array_equal(masked(tmp_path / "beside" / "0.tar", "b"), STRIPES)
+
+
+def test_parts_of_different_wholes_are_named(tmp_path) -> None:
+    shards = sources(tmp_path / "shards", 2)
+    run(shards, tmp_path / "parts" / "one", config(max_bad_share=0.5, part="1/2"))
+    run(shards, tmp_path / "parts" / "two", config(max_bad_share=0.5, part="2/2", max_masks=1))
+    with pytest.raises(ValueError, match=r"parts: holds parts of masks of other settings, shards or numbers: one, two"):
+        list_shards(tmp_path / "parts")
+
+
+def test_a_side_that_does_not_fit_the_patch_is_named(checkpoints, tmp_path) -> None:
+    shards = sources(tmp_path / "shards")
+    with pytest.raises(ValueError, match=r"masks\.dino_side 23 is no multiple of this DINO's patch of 4 pixels"):
+        run(shards, tmp_path / "out", config(generator="dino", weights=checkpoints["dino"], dino_side=23, device="cpu"))
+
+
+def test_a_folder_of_json_is_for_given_masks_only() -> None:
+    with pytest.raises(ValueError, match="only generator given reads it"):
+        config(given_folder="somewhere")

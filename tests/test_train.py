@@ -231,9 +231,14 @@ def test_masks_may_come_from_dino_while_training(config, tmp_path):
     conftest.write_tar(tmp_path / "images" / "0.tar", members)
     torch.save(test_dino.weights(), tmp_path / "dino.pth")
     settings = {"dino": str(tmp_path / "dino.pth"), "dino_clusters": 3, "strong_view": True}
-    for name in ("one", "two"):
-        train.run(tmp_path / "images", tmp_path / name, config(**settings))
+    for name, accumulate in (("one", 1), ("two", 1), ("pieces", 4)):
+        train.run(tmp_path / "images", tmp_path / name, config(**settings, accumulate=accumulate))
     assert losses(tmp_path / "one") == losses(tmp_path / "two")
+    assert losses(tmp_path / "pieces") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+    members["9.jpg"] = members["0.jpg"][:-60]  # a piece of this image alone has no image at all
+    conftest.write_tar(tmp_path / "broken" / "0.tar", members)
+    metrics = train.run(tmp_path / "broken", tmp_path / "four", config(**settings, accumulate=4, max_bad_share=0.5))
+    assert metrics["train/bad_samples"] > 0
     assert all(0 < loss < 2 for loss in losses(tmp_path / "one"))
     with pytest.raises(ValueError, match="no sample of its shards has masks"):
         train.run(tmp_path / "images", tmp_path / "three", config())

@@ -115,6 +115,8 @@ def _reason(error: Exception, file: Path | None) -> str:
         state = {}
     if state and not any(name.startswith(("visual.", "module.visual.")) for name in state):
         return f"{file} holds {named(state)}; a CLIP's state dict is expected (visual.*, ...)"
+    if "TorchScript" in str(error):  # torch's own words advise to open it unsafely
+        return f"{file} is a TorchScript archive, as OpenAI publishes them; write NAME:openai, or give a state dict"
     lines = str(error).strip().splitlines() or [type(error).__name__]
     size = f"; {file} is of a CLIP of another size" if state else ""
     return " ".join(line.strip() for line in lines[:3])[:_LONGEST] + size

@@ -84,6 +84,10 @@ class MasksConfig(BaseModel):
     def _fits(self) -> "MasksConfig":
         if (self.generator in ("sam", "dino")) != bool(self.weights):
             raise ValueError(f"generator {self.generator} with weights {self.weights!r}: sam and dino need them, others do not")
+        if self.given_folder and self.generator != "given":
+            raise ValueError(
+                f"given_folder {self.given_folder!r} with generator {self.generator}: only generator given reads it"
+            )
         if self.part:
             number, slash, count = self.part.partition("/")
             if not (slash and number.isdecimal() and count.isdecimal() and 1 <= int(number) <= int(count)):

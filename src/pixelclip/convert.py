@@ -103,6 +103,8 @@ def run(checkpoint: Path, out: Path, config: ImportConfig) -> Metrics:
             raise ValueError(f"{_PROMPTS} is {list(tokens.shape)} instead of [concepts, tokens, {width}]")
     except ValueError as error:
         raise ValueError(f"{checkpoint}: {error}; a checkpoint of the reference implementation is expected") from None
+    except KeyError as error:
+        raise ValueError(f"{Path(config.clip) / EXPORTED_CONFIG}: entry {error} is missing") from None
     with stage:
         model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
         decoder.load_state_dict({name: tensor.float() for name, tensor in head.items()})
@@ -123,7 +125,7 @@ def _find_clip(name: str) -> tuple[str, dict[str, Any], Any, Any]:
         return name, document["model_cfg"], mean or open_clip.OPENAI_DATASET_MEAN, std or open_clip.OPENAI_DATASET_STD
     if name not in open_clip.list_models():
         raise ValueError(f"no CLIP {name!r} in open_clip{nearest(name, open_clip.list_models())}")
-    spec = f"{name}:{REFERENCE_CLIPS.get(name, 'openai')}"
+    spec = f"{name}:{REFERENCE_CLIPS.get(name, '')}"  # of unknown ones evaluate asks for the weights
     return spec, dict(open_clip.get_model_config(name)), open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
 
 

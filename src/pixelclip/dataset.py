@@ -7,7 +7,7 @@ workers, sees the very same data. B images, N masks, H W mask grid.
 import math
 import tarfile
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -45,11 +45,12 @@ class Views:
 
 @dataclass(frozen=True)
 class Sample:
-    """`weak`, `strong` [3, side, side], normalised; `masks` [N, H, W], bool."""
+    """`weak`, `strong` [3, side, side], normalised; `masks` [N, H, W], bool; `position` in the stream."""
 
     weak: Tensor
     strong: Tensor
     masks: Tensor
+    position: int = -1
 
 
 @dataclass(frozen=True)
@@ -61,13 +62,14 @@ class Batch:
     masks: Tensor
     image_index: Tensor
     bad: list[str]
+    positions: list[int] = field(default_factory=list)
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
         weak, strong, masks, index = (
             x.to(device, non_blocking=True) for x in (self.weak, self.strong, self.masks, self.image_index)
         )
-        return Batch(weak, strong, masks, index, self.bad)
+        return Batch(weak, strong, masks, index, self.bad, self.positions)
 
 
 class MaskedImages(Dataset[Sample | str]):
@@ -137,7 +139,7 @@ class MaskedImages(Dataset[Sample | str]):
         except ValueError as error:
             return str(error)
         generator = np.random.default_rng([self.seed, 2, position])
-        return draw(image, masks, self.views, generator)
+        return replace(draw(image, masks, self.views, generator), position=position)
 
 
 def _member_name(path: Path, offset: int) -> str:
@@ -261,6 +263,7 @@ def collate(samples: Sequence[Sample | str]) -> Batch:
         masks=torch.cat([sample.masks for sample in good]),
         image_index=torch.repeat_interleave(torch.arange(len(good)), counts),
         bad=bad,
+        positions=[sample.position for sample in good],
     )
 
 

@@ -16,7 +16,7 @@ from pixelclip.benchmarks import KINDS, LabelledSet, open_labelled
 from pixelclip.checkpoint import Model, backbone_of, clip_folder, load_clip, load_model
 from pixelclip.config import EvaluateConfig
 from pixelclip.measure import Result, measure
-from pixelclip.ranks import join
+from pixelclip.ranks import Ranks, join
 from pixelclip.report import write_report
 from pixelclip.stage import METRICS, PROVENANCE, Metrics, Stage, describe
 from pixelclip.storage import digest, read_json, write_atomically, write_json
@@ -53,38 +53,42 @@ def run(model: Path, labelled: Path, out: Path, config: EvaluateConfig) -> Metri
     Raises:
         ValueError: unusable model, CLIP, labelled set or masks, or MLflow unreachable.
     """
+    with join(config.device) as ranks:
+        return _run(model, labelled, out, config, ranks)
+
+
+def _run(model: Path, labelled: Path, out: Path, config: EvaluateConfig, ranks: Ranks) -> Metrics:
     loaded = load_model(model)
     spec = config.clip or loaded.config["clip"]["spec"]
     dataset = open_labelled(labelled, config.kind)
     name = _name(labelled, config)
     _check_masks(dataset, config)
-    with join(config.device) as ranks:
-        inputs = ranks.from_first(_inputs(model, labelled, spec, dataset, config) if ranks.first else None)
-        stage = Stage("evaluate", out, inputs, config)
-        if ranks.from_first(stage.finished):
-            return ranks.from_first(stage.reuse() if ranks.first else {})
-        trained_from, weights = loaded.config["clip"]["md5"], inputs.get("clip")
-        if not config.clip and weights and trained_from and weights["md5"] != trained_from:
-            raise ValueError(
-                f"{clip_folder(spec)}: is not the CLIP that {model} was trained from (other md5); name it by evaluate.clip"
-            )
-        _check_sides(loaded, config)
-        with stage if ranks.first else nullcontext():
-            protocol = _protocol(loaded, config, name)
-            tracked = _attach(model, stage, protocol) if ranks.first else None
-            result = measure(loaded, load_clip(spec), dataset, config, ranks, stage.folder / STATE)
-            metrics = {f"{key}/{_label(protocol)}": value for key, value in result.metrics.items()}
-            if tracked:
-                _write(stage.folder, model, dataset, protocol, metrics, result)
-                tracked.values(metrics)
-                # Of the benchmarks and the other protocols none must replace another's files in the one run.
-                below = None if (config.kind, config.protocol) == ("folder", "whole") else _label(protocol)
-                for file in (REPORT, PER_CLASS, PROTOCOL):
-                    tracked.artifact(stage.folder / file, below)
-                tracked.finish()
-                shutil.rmtree(stage.folder / STATE)
-                stage.finish(metrics, files=["metrics.json", PER_CLASS, PROTOCOL])
-            return metrics
+    inputs = ranks.from_first(_inputs(model, labelled, spec, dataset, config) if ranks.first else None)
+    stage = Stage("evaluate", out, inputs, config)
+    if ranks.from_first(stage.finished):
+        return ranks.from_first(stage.reuse() if ranks.first else {})
+    trained_from, weights = loaded.config["clip"]["md5"], inputs.get("clip")
+    if not config.clip and weights and trained_from and weights["md5"] != trained_from:
+        raise ValueError(
+            f"{clip_folder(spec)}: is not the CLIP that {model} was trained from (other md5); name it by evaluate.clip"
+        )
+    _check_sides(loaded, config)
+    with stage if ranks.first else nullcontext():
+        protocol = _protocol(loaded, config, name)
+        tracked = _attach(model, stage, protocol) if ranks.first else None
+        result = measure(loaded, load_clip(spec), dataset, config, ranks, stage.folder / STATE)
+        metrics = {f"{key}/{_label(protocol)}": value for key, value in result.metrics.items()}
+        if tracked:
+            _write(stage.folder, model, dataset, protocol, metrics, result)
+            tracked.values(metrics)
+            # Of the benchmarks and the other protocols none must replace another's files in the one run.
+            below = None if (config.kind, config.protocol) == ("folder", "whole") else _label(protocol)
+            for file in (REPORT, PER_CLASS, PROTOCOL):
+                tracked.artifact(stage.folder / file, below)
+            tracked.finish()
+            shutil.rmtree(stage.folder / STATE)
+            stage.finish(metrics, files=["metrics.json", PER_CLASS, PROTOCOL])
+        return metrics
 
 
 def run_all(model: Path, labelled: Sequence[str], out: Path, config: EvaluateConfig) -> Metrics:
@@ -115,8 +119,11 @@ def run_all(model: Path, labelled: Sequence[str], out: Path, config: EvaluateCon
         ((path, chosen),) = sets.values()
         return run(model, path, out, chosen)
     metrics: Metrics = {}
-    for name, (path, chosen) in sets.items():
-        metrics |= run(model, path, out / name, chosen)
+    with join(config.device) as ranks:  # once: processes that join, leave and join again lose each other
+        for name, (path, chosen) in sets.items():
+            metrics |= _run(model, path, out / name, chosen, ranks)
+    if not ranks.first:
+        return metrics
     write_json(out / METRICS, metrics)
     lines = [
         f"{key.partition('/')[2]:<24} {metrics[key.replace('miou/', 'miou_clip/')]:>9.1f} {value:>9.1f}"

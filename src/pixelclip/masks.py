@@ -118,6 +118,8 @@ _GENERATORS: dict[str, Callable[[Sample, MasksConfig], dict[str, Any]]] = {
 def _prepare(sample: Sample, config: MasksConfig) -> tuple[Sample, str]:
     """Runs in a worker: the sample as its generator sees it, or why it cannot be used."""
     key, data, annotation = sample
+    if config.generator != "given":
+        annotation = b""  # masks of before are neither read nor resized
     try:
         if config.given_folder:
             path = Path(config.given_folder) / f"{key}.json"
@@ -194,7 +196,7 @@ def _on_device(
             except ValueError as error:
                 images.append(str(error))
         good = [(sample[0], image) for (sample, _), image in zip(batch, images, strict=True) if not isinstance(image, str)]
-        found = iter(generate(good) if good else [])
+        found = iter(list(generate(good)) if good else [])
         for (sample, _), image in zip(batch, images, strict=True):
             try:
                 if isinstance(image, str):
@@ -229,6 +231,8 @@ def _dino(config: MasksConfig) -> Generate:
 
     device = pick_device(config.device)
     dino = load_dino(local_copy(config.weights)).to(device)
+    if config.dino_side % (patch := dino.patch_embed.patch_size[0]):
+        raise ValueError(f"masks.dino_side {config.dino_side} is no multiple of this DINO's patch of {patch} pixels")
 
     def generate(batch: list[tuple[str, Image.Image]]) -> Iterator[dict[str, Any]]:
         tensors = [normalise(to_tensor(image).to(device), IMAGENET_MEAN, IMAGENET_STD)[None] for _, image in batch]

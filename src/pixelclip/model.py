@@ -62,13 +62,15 @@ class StepOutput:
         loss: [].
         concept_index: [N], the concept of each mask.
         assignment: [N, K], softmax of the scaled cosines, before Sinkhorn.
-        logits: [B, K, H, W].
+        logits: [B, K, H, W]; in several pieces or processes those of this process's first piece.
+        shown_index: the concept of each mask of the images that `logits` is of.
     """
 
     loss: Tensor
     concept_index: Tensor
     assignment: Tensor
     logits: Tensor
+    shown_index: Tensor
 
 
 def mask_loss(logits: Tensor, targets: Tensor, covered: Tensor, terms: Tensor | None = None) -> Tensor:
@@ -226,7 +228,8 @@ class PixelCLIP(nn.Module):
         concept_index, cosines = self.assign(features, concepts)
         batch = Batch(weak, strong, masks, image_index, [])
         loss, logits = self.loss(batch, features, concepts, concept_index)
-        return StepOutput(loss, concept_index, torch.softmax(self.assignment_scale * cosines, dim=-1), logits)
+        assignment = torch.softmax(self.assignment_scale * cosines, dim=-1)
+        return StepOutput(loss, concept_index, assignment, logits, concept_index)
 
     def accumulate(self, pieces: Sequence[Batch], ranks: Ranks = ALONE) -> StepOutput:
         """Loss and gradients of one optimizer step whose images are spread over pieces and ranks.
@@ -256,7 +259,8 @@ class PixelCLIP(nn.Module):
             loss, logits = loss + part.detach(), found.detach() if number == 0 else logits
         ranks.sum_gradients(self.learning())
         softmax = torch.softmax(self.assignment_scale * ranks.gather(cosines)[0], dim=-1)
-        return StepOutput(ranks.sum(loss), ranks.gather(concept_index)[0], softmax, logits)
+        shown = concept_index[: len(features[0]) if features else 0]
+        return StepOutput(ranks.sum(loss), ranks.gather(concept_index)[0], softmax, logits, shown)
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:

@@ -43,7 +43,7 @@ def training_picture(
     for image in range(min(count, len(batch.strong))):
         mine = (batch.image_index == image).cpu()
         labels = np.full(batch.masks.shape[1:], -1)
-        for mask, concept in zip(batch.masks.cpu()[mine], output.concept_index.cpu()[mine].tolist(), strict=True):
+        for mask, concept in zip(batch.masks.cpu()[mine], output.shown_index.cpu()[mine].tolist(), strict=True):
             labels[mask.numpy()] = concept
         logits, predicted = output.logits[image].detach().max(dim=0)
         predicted = torch.where(logits > 0, predicted, -1).cpu()

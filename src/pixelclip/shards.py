@@ -42,20 +42,22 @@ class BadSamples:
 
     def stop_if_too_many(self, total: int, found: int | None = None) -> None:
         """Raises ValueError when more than `max_share` of `total` samples are bad; `found`: with those of other processes."""
-        if (len(self.found) if found is None else found) > self.max_share * total:
+        found = len(self.found) if found is None else found
+        if found > self.max_share * total:
             limit = f"allowed are {self.max_share:.1%} ({self.stage}.max_bad_share)"
-            raise ValueError(f"{self._summary(total)}\n{limit}")
+            raise ValueError(f"{self._summary(total, found)}\n{limit}")
 
     def check(self, total: int) -> None:
         """Prints the summary at the end; raises as `stop_if_too_many`."""
         self.stop_if_too_many(total)
         if self.found:
-            print(self._summary(total), flush=True)
+            print(self._summary(total, len(self.found)), flush=True)
 
-    def _summary(self, total: int) -> str:
+    def _summary(self, total: int, found: int) -> str:
         named = "\n".join(f"  {line}" for line in self.found[:_NAMED]).encode(errors="backslashreplace").decode()
-        more = f"\n  and {len(self.found) - _NAMED} more" if len(self.found) > _NAMED else ""
-        return f"{self.stage}: {len(self.found)} of {total} samples cannot be used:\n{named}{more}"
+        rest = found - min(len(self.found), _NAMED)  # those of other processes are named by them
+        more = f"\n  and {rest} more" if rest else ""
+        return f"{self.stage}: {found} of {total} samples cannot be used:\n{named}{more}"
 
 
 @dataclass(frozen=True)
@@ -97,13 +99,20 @@ def parts(source: Path) -> list[Path]:
     """The folders in which `masks` left its parts (`masks.part`), all of them or none.
 
     Raises:
-        ValueError: some part is missing.
+        ValueError: some part is missing, or is of another whole.
     """
     found: dict[str, Path] = {}
+    kinds: dict[str, str] = {}
     for folder in sorted(source.iterdir()):
         if not folder.name.startswith(".") and (folder / PROVENANCE).is_file():
-            part = str(read_json(folder / PROVENANCE).get("settings", {}).get("part", ""))
-            found |= {part: folder} if part else {}
+            made = read_json(folder / PROVENANCE)
+            settings = dict(made.get("settings", {}))
+            if part := str(settings.pop("part", "")):
+                inputs = {name: described["md5"] for name, described in made["inputs"].items()}
+                kinds.setdefault(json.dumps([settings, inputs, part.partition("/")[2]], sort_keys=True), folder.name)
+                found[part] = folder
+    if len(kinds) > 1:
+        raise ValueError(f"{source}: holds parts of masks of other settings, shards or numbers: {', '.join(kinds.values())}")
     count = max((int(part.partition("/")[2]) for part in found), default=0)
     missing = [part for part in (f"{number}/{count}" for number in range(1, count + 1)) if part not in found]
     if missing:

@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
@@ -121,9 +122,11 @@ def _train(stage: Stage, clip: Clip, dataset: MaskedImages, config: TrainConfig,
 
         # Bad samples: named, counted, and too many of them stop the training.
         bad.found += [name for batch in batches for name in batch.bad]
-        num_bad, num_masks = ranks.sum(torch.tensor([len(bad.found), sum(len(b.masks) for b in batches)], device=ranks.device))
+        mine = [len(bad.found) - len(dataset.bad), sum(len(batch.masks) for batch in batches)]
+        num_bad, num_masks = ranks.sum(torch.tensor(mine, device=ranks.device)).tolist()
         if num_bad:
-            bad.stop_if_too_many(max(len(dataset), (step - start + 1) * config.batch_size), int(num_bad))
+            seen_once = max(len(dataset), (step - start + 1) * config.batch_size)
+            bad.stop_if_too_many(seen_once, len(dataset.bad) + num_bad)
         if num_masks == 0:
             maskless += 1
             if maskless > max(10, _MASKLESS_SHARE * (step - start + 1)):
@@ -133,7 +136,7 @@ def _train(stage: Stage, clip: Clip, dataset: MaskedImages, config: TrainConfig,
             continue
         batches = [batch.to(ranks.device) for batch in batches]
         if dino:
-            batches = [_find_masks(dino, batch, config, clip, step, ranks) for batch in batches]
+            batches = [_find_masks(dino, batch, config, clip) for batch in batches]
 
         # Schedule.
         for group, rate in zip(optimizer.param_groups, first_rates, strict=True):
@@ -201,12 +204,14 @@ def _train(stage: Stage, clip: Clip, dataset: MaskedImages, config: TrainConfig,
     }
 
 
-def _find_masks(dino: VisionTransformer, batch: Batch, config: TrainConfig, clip: Clip, step: int, ranks: Ranks) -> Batch:
+def _find_masks(dino: VisionTransformer, batch: Batch, config: TrainConfig, clip: Clip) -> Batch:
     """The batch with masks that DINO finds in its weak views; its own say what is visible."""
+    if not len(batch.masks):  # no image could be read
+        return batch
     mean, std = (torch.tensor(values, device=batch.weak.device).view(3, 1, 1) for values in (clip.mean, clip.std))
     visible = batch.masks.new_zeros(len(batch.weak), *batch.masks.shape[1:])
     visible[batch.image_index] = batch.masks
-    seeds = [config.seed + (step * ranks.size + ranks.rank) * config.batch_size + image for image in range(len(batch.weak))]
+    seeds = [int(np.random.SeedSequence([config.seed, 3, p]).generate_state(1)[0]) for p in batch.positions]
     masks, index = masks_of(dino, batch.weak * std + mean, visible, config.dino_clusters, seeds)
     return replace(batch, masks=masks, image_index=index)
 
