@@ -174,7 +174,7 @@ def step(
             similarity = F.cosine_similarity(dense_student[image], prompts[concept][:, None, None], dim=0)
             logits = decode(head, similarity)[None, None]
             logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)[0, 0]
-            wanted = targets[image, concept][covered].float()
+            wanted = targets[image, concept][covered].to(logits.dtype)
             losses.append(F.binary_cross_entropy_with_logits(logits[covered], wanted, reduction="none"))
     every = torch.cat(losses)
     return Step(dense_student, targets, every.mean() if len(every) else every.sum())

@@ -9,9 +9,7 @@ from pixelclip.backbone import Backbone
 
 @pytest.fixture(scope="module")
 def clip() -> open_clip.CLIP:
-    model = open_clip.CLIP(**tiny.CLIP_CONFIG)
-    model.load_state_dict(tiny.clip_state())
-    return model.eval().requires_grad_(False)
+    return tiny.clip_of().eval().requires_grad_(False)
 
 
 def images(height: int, width: int) -> torch.Tensor:

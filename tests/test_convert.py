@@ -19,16 +19,6 @@ from pixelclip.config import ImportConfig
 from pixelclip.model import Decoder
 from pixelclip.text import Prompts, TextTower
 
-CONFIGS = {"vit": tiny.CLIP_CONFIG, "convnext": tiny.CONVNEXT_CONFIG}
-
-
-def clip_of(kind: str) -> open_clip.CLIP:
-    if kind == "convnext":
-        return tiny.convnext()
-    clip = open_clip.CLIP(**tiny.CLIP_CONFIG)
-    clip.load_state_dict(tiny.clip_state())
-    return clip
-
 
 def released(clip: dict[str, Any], tokens: Any, head: dict[str, Any]) -> dict[str, Any]:
     """A checkpoint as detectron2 writes it: the reference's names, and what a trainer leaves beside them."""
@@ -47,16 +37,13 @@ def kind(request) -> str:
 @pytest.fixture
 def checkpoint(kind, tmp_path) -> Path:
     generator = torch.Generator().manual_seed(5)
-    document = released(clip_of(kind).state_dict(), torch.randn(6, 4, 32, generator=generator), Decoder().state_dict())
+    document = released(tiny.clip_of(kind).state_dict(), torch.randn(6, 4, 32, generator=generator), Decoder().state_dict())
     torch.save(document, tmp_path / "released.pth")
     return tmp_path / "released.pth"
 
 
 def config_folder(folder: Path, kind: str) -> str:
-    folder.mkdir()
-    document = {"model_cfg": CONFIGS[kind], "preprocess_cfg": {"mean": tiny.MEAN, "std": tiny.STD}}
-    (folder / "open_clip_config.json").write_text(json.dumps(document))
-    return str(folder)
+    return str(tiny.clip_config(folder, tiny.CLIP_CONFIGS[kind]))
 
 
 def test_an_imported_checkpoint_is_the_reference_model(checkpoint, kind, tmp_path):
@@ -65,7 +52,7 @@ def test_an_imported_checkpoint_is_the_reference_model(checkpoint, kind, tmp_pat
     assert convert.run(checkpoint, tmp_path / "model", config) == {"import/concepts": 6.0}
     model = load_model(tmp_path / "model")
     assert model.side == (320 if kind == "vit" else 640)
-    clip = clip_of(kind)
+    clip = tiny.clip_of(kind)
     x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         assert torch.equal(backbone_of(model)(x), Backbone(clip.visual.eval())(x))
@@ -145,7 +132,7 @@ def test_an_export_gives_open_clip_the_same_features(checkpoint, kind, tmp_path)
     model = load_model(tmp_path / "model")
     convert.export(tmp_path / "model", tmp_path / "exported")
     whole = open_clip.create_model(f"local-dir:{tmp_path / 'exported'}", require_pretrained=True).eval()
-    size = CONFIGS[kind]["vision_cfg"]["image_size"]
+    size = tiny.CLIP_CONFIGS[kind]["vision_cfg"]["image_size"]
     x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(2))
     words = open_clip.SimpleTokenizer()(["a dog", "grass"])
     with torch.no_grad():
@@ -160,9 +147,9 @@ def test_exported_weights_load_by_name(checkpoint, kind, tmp_path):
     convert.run(checkpoint, tmp_path / "model", ImportConfig(clip=config_folder(tmp_path / "clip", kind)))
     convert.export(tmp_path / "model", tmp_path / "exported")
     (tmp_path / "configs").mkdir()
-    (tmp_path / "configs" / f"tiny-{kind}.json").write_text(json.dumps(CONFIGS[kind]))
+    (tmp_path / "configs" / f"tiny-{kind}.json").write_text(json.dumps(tiny.CLIP_CONFIGS[kind]))
     open_clip.add_model_config(tmp_path / "configs")
     weights = str(tmp_path / "exported" / "open_clip_model.safetensors")
     loaded = open_clip.create_model(f"tiny-{kind}", pretrained=weights, require_pretrained=True)
     state = loaded.state_dict()
-    assert all(torch.equal(state[name], tensor) for name, tensor in clip_of(kind).state_dict().items())
+    assert all(torch.equal(state[name], tensor) for name, tensor in tiny.clip_of(kind).state_dict().items())

@@ -1,4 +1,3 @@
-import open_clip
 import pytest
 import tiny
 import torch
@@ -11,8 +10,7 @@ from pixelclip.text import Prompts, TextTower
 
 @pytest.fixture
 def model() -> PixelCLIP:
-    clip = open_clip.CLIP(**tiny.CLIP_CONFIG)
-    clip.load_state_dict(tiny.clip_state())
+    clip = tiny.clip_of()
     text = TextTower(clip)
     return PixelCLIP(Backbone(clip.visual), text, Prompts(text, torch.arange(10).view(5, 2)), Decoder()).train()
 
@@ -85,8 +83,7 @@ def test_decoder_quadruples_the_grid_of_any_shape():
 
 
 def test_without_clustering_every_mask_is_its_own_target():
-    clip = open_clip.CLIP(**tiny.CLIP_CONFIG)
-    clip.load_state_dict(tiny.clip_state())
+    clip = tiny.clip_of()
     text = TextTower(clip)
     prompts = Prompts(text, torch.arange(10).view(5, 2))
     model = PixelCLIP(Backbone(clip.visual), text, prompts, Decoder(), clustering=False).train()

@@ -126,7 +126,7 @@ def test_windows_equal_a_naive_loop(folder, size, crop, stride, grid):
 
 @torch.no_grad()
 def test_windows_of_a_convnext():
-    backbone = Backbone(tiny.convnext().visual).eval()
+    backbone = Backbone(tiny.clip_of("convnext").visual).eval()
     image = torch.randn(1, 3, 70, 100, generator=torch.Generator().manual_seed(0))
     found = torch.cat(list(slide_scores(backbone, image, random_classes(3), 64, 20, 8)), dim=1)[0]
     torch.testing.assert_close(found, naive_slide(backbone, image, random_classes(3), 64, 20, 8), atol=1e-5, rtol=1e-4)

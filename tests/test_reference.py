@@ -1,8 +1,5 @@
 """Our training step against the literal one of tests/reference.py, at random sizes."""
 
-from functools import cache
-
-import open_clip
 import pytest
 import reference
 import tiny
@@ -29,27 +26,21 @@ SIZES = st.fixed_dictionaries(
     }
 )
 
-
-@cache
-def clip_of(kind: str) -> open_clip.CLIP:
-    if kind == "convnext":
-        return tiny.convnext()
-    clip = open_clip.CLIP(**tiny.CLIP_CONFIG)
-    clip.load_state_dict(tiny.clip_state())
-    return clip
+# In float32, rounding alone moves a bias in front of a group norm by more than 1e-5.
+CLOSE = {"atol": 1e-9, "rtol": 1e-7}
 
 
 @pytest.mark.parametrize("kind", ["vit", "convnext"])
 @settings(max_examples=8, deadline=None, derandomize=True, phases=(Phase.explicit, Phase.generate))
 @given(sizes=SIZES)
 def test_a_step_is_the_methods_own(kind, sizes):
-    clip = clip_of(kind)
+    clip = tiny.clip_of(kind).double()
     generator = torch.Generator().manual_seed(sizes["seed"])
     text = TextTower(clip)
     words = torch.randint(0, 49406, (sizes["concepts"], sizes["tokens"]), generator=generator)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(sizes["seed"])
-        decoder = Decoder()
+        decoder = Decoder().double()
     prompts = Prompts(text, words)
     model = PixelCLIP(Backbone(clip.visual), text, prompts, decoder, sizes["scale"], sizes["iterations"]).train()
     model.student.eval()  # ConvNeXt's stochastic depth is chance, and chance is not compared
@@ -58,7 +49,7 @@ def test_a_step_is_the_methods_own(kind, sizes):
             parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
     stride = model.student.patch_size[0]
     height, width = (stride * n for n in sizes["grid"])
-    weak, strong = torch.randn(2, len(sizes["masks"]), 3, height, width, generator=generator)
+    weak, strong = torch.randn(2, len(sizes["masks"]), 3, height, width, generator=generator, dtype=torch.float64)
     masks = [torch.rand(n, *sizes["mask_grid"], generator=generator) < 0.3 for n in sizes["masks"]]
     masks = [of_image[of_image.flatten(1).any(dim=1)] for of_image in masks]
     index = torch.repeat_interleave(torch.arange(len(masks)), torch.tensor([len(of_image) for of_image in masks]))
@@ -83,13 +74,11 @@ def test_a_step_is_the_methods_own(kind, sizes):
         sizes["scale"],
         sizes["iterations"],
     )
-    torch.testing.assert_close(model.student(strong), student, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(model.student(strong), student, **CLOSE)
     targets = merge_by_concept(torch.cat(masks), index, output.concept_index, len(masks), sizes["concepts"])
     assert torch.equal(targets, wanted.targets)
-    torch.testing.assert_close(output.loss, wanted.loss, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(output.loss, wanted.loss, **CLOSE, check_dtype=False)
     gradients = torch.autograd.grad(wanted.loss, list(learning.values()), allow_unused=True)
     for name, ours, theirs in zip(learning, found, gradients, strict=True):
-        ours, theirs = (torch.zeros(1) if g is None else g for g in (ours, theirs))
-        torch.testing.assert_close(
-            ours.expand_as(theirs), theirs, atol=1e-5, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
-        )
+        ours, theirs = (torch.zeros(1, dtype=torch.float64) if g is None else g for g in (ours, theirs))
+        torch.testing.assert_close(ours.expand_as(theirs), theirs, **CLOSE, msg=lambda m, name=name: f"{name}: {m}")

@@ -13,7 +13,7 @@ import test_dino
 import tiny
 import torch
 from mlflow import MlflowClient
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from pixelclip import train
 from pixelclip.checkpoint import load_clip, load_model
@@ -245,12 +245,8 @@ def test_masks_may_come_from_dino_while_training(config, tmp_path):
 
 
 def test_a_convnext_is_trained_whole(shards, config, tmp_path):
-    clip = tmp_path / "clip"
-    clip.mkdir()
-    document = {"model_cfg": tiny.CONVNEXT_CONFIG, "preprocess_cfg": {"mean": tiny.MEAN, "std": tiny.STD}}
-    (clip / "open_clip_config.json").write_text(json.dumps(document))
-    start = tiny.convnext().state_dict()
-    save_file(start, clip / "open_clip_model.safetensors")
+    clip = tiny.clip_folder(tmp_path / "clip", kind="convnext")
+    start = tiny.clip_state(kind="convnext")
     settings = {"clip": str(clip), "side": 64, "crop": 40, "shortest_edge": 40, "assignment_scale": 1.0}
     train.run(shards, tmp_path / "model", config(**settings))
     for name, tensor in load_model(tmp_path / "model").clip.model.state_dict().items():
@@ -259,12 +255,7 @@ def test_a_convnext_is_trained_whole(shards, config, tmp_path):
 
 def test_a_killed_convnext_continues_to_the_very_same_losses(shards, config, tmp_path, monkeypatch):
     """Its stochastic depth is chance that hangs on the step."""
-    clip = tmp_path / "clip"
-    clip.mkdir()
-    vision = tiny.CONVNEXT_CONFIG["vision_cfg"] | {"timm_drop_path": 0.5}
-    document = {"model_cfg": tiny.CONVNEXT_CONFIG | {"vision_cfg": vision}}
-    (clip / "open_clip_config.json").write_text(json.dumps(document))
-    save_file(tiny.convnext().state_dict(), clip / "open_clip_model.safetensors")
+    clip = tiny.clip_folder(tmp_path / "clip", kind="convnext", timm_drop_path=0.5)
     settings = {"clip": str(clip), "side": 64, "crop": 40, "shortest_edge": 40}
     train.run(shards, tmp_path / "whole", config(**settings))
 

@@ -52,26 +52,36 @@ SIDE, CONCEPTS, TOKENS = 48, 3, 2
 CLASSES = ("dog, puppy", "grass", "sky")
 
 
-def clip_folder(folder: Path, seed: int = 0) -> Path:
-    """An open_clip folder with random weights."""
+CLIP_CONFIGS = {"vit": CLIP_CONFIG, "convnext": CONVNEXT_CONFIG}
+
+
+def clip_config(folder: Path, config: dict[str, Any]) -> Path:
+    """An open_clip folder without weights."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = {"model_cfg": CLIP_CONFIG, "preprocess_cfg": {"mean": MEAN, "std": STD}}
-    (folder / "open_clip_config.json").write_text(json.dumps(config))
-    save_file(clip_state(seed), folder / "open_clip_model.safetensors")
+    document = {"model_cfg": config, "preprocess_cfg": {"mean": MEAN, "std": STD}}
+    (folder / "open_clip_config.json").write_text(json.dumps(document))
     return folder
 
 
-def convnext(seed: int = 0) -> open_clip.CLIP:
-    """A CLIP with a ConvNeXt, of random weights."""
-    clip = open_clip.CLIP(**CONVNEXT_CONFIG)
-    clip.load_state_dict(_vary(clip.state_dict(), seed))
+def clip_folder(folder: Path, seed: int = 0, kind: str = "vit", **vision: Any) -> Path:
+    """An open_clip folder with random weights; `vision` replaces settings of the image tower in its config."""
+    config = CLIP_CONFIGS[kind]
+    clip_config(folder, config | {"vision_cfg": config["vision_cfg"] | vision})
+    save_file(clip_state(seed, kind), folder / "open_clip_model.safetensors")
+    return folder
+
+
+def clip_of(kind: str = "vit", seed: int = 0) -> open_clip.CLIP:
+    """A CLIP with a ViT or a ConvNeXt, of random weights."""
+    clip = open_clip.CLIP(**CLIP_CONFIGS[kind])
+    clip.load_state_dict(clip_state(seed, kind))
     return clip
 
 
 @cache
-def clip_state(seed: int = 0) -> dict[str, torch.Tensor]:
-    """Random weights of a CLIP with a ViT."""
-    return _vary(open_clip.CLIP(**CLIP_CONFIG).state_dict(), seed)
+def clip_state(seed: int = 0, kind: str = "vit") -> dict[str, torch.Tensor]:
+    """Random weights of such a CLIP."""
+    return _vary(open_clip.CLIP(**CLIP_CONFIGS[kind]).state_dict(), seed)
 
 
 def _vary(state: dict[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:

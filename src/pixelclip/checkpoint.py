@@ -28,6 +28,8 @@ from pixelclip.text import Prompts, TextTower, Vectors
 from pixelclip.weights import check_tensors, named, read_weights
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
+CLIP_WEIGHTS, CLIP_CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
+"""What a folder of open_clip holds."""
 _FORMAT = 1
 _LONGEST = 300  # characters of somebody else's message
 
@@ -84,7 +86,7 @@ def load_clip(spec: str) -> Clip:
     folder = clip_folder(spec)
     try:
         if folder is not None and folder.is_dir():
-            cfg = read_json(folder / "open_clip_config.json")
+            cfg = read_json(folder / CLIP_CONFIG)
             model_cfg, preprocess = cfg["model_cfg"], cfg.get("preprocess_cfg", {})
             model = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True)
         else:
@@ -97,7 +99,7 @@ def load_clip(spec: str) -> Clip:
             model_cfg, preprocess = dict(open_clip.get_model_config(name)), getattr(model.visual, "preprocess_cfg", {})
             model_cfg["quick_gelu"] = any(isinstance(part, QuickGELU) for part in model.modules())
     except KeyError as error:
-        raise ValueError(f"CLIP {spec!r}: {folder}/open_clip_config.json has no entry {error}") from None
+        raise ValueError(f"CLIP {spec!r}: {folder}/{CLIP_CONFIG} has no entry {error}") from None
     except pickle.UnpicklingError:  # torch's own words here advise to execute the pickle
         raise ValueError(f"CLIP {spec!r}: the file is no plain state dict; a pickle with anything else is not opened") from None
     except (TypeError, ValueError, RuntimeError, OSError, AssertionError, SafetensorError) as error:

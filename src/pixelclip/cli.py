@@ -140,13 +140,13 @@ def predict(
     """Segment a photo into classes that you name."""
     from pixelclip.images import open_image
     from pixelclip.predict import Predictor, label_image, overlay
-    from pixelclip.text import parse_names, read_classes
+    from pixelclip.text import names_of
 
     if out.suffix.lower() != ".png":
         raise ValueError(f"{out}: the label map is a .png file")
     if photo.resolve() in (out.resolve(), out.with_suffix(".overlay.png").resolve()):
         raise ValueError(f"{out}: would overwrite the photo")
-    names = read_classes(Path(classes)) if classes.endswith(".txt") else parse_names(classes)
+    names = names_of(classes)
     image = open_image(photo)
     prediction = Predictor.load(_model(model), device)(image, names)
     out.parent.mkdir(parents=True, exist_ok=True)

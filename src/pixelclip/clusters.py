@@ -8,6 +8,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def full_precision(x: Tensor) -> Tensor:
+    """What autocast left in a short type, in float32; float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def pool_masks(features: Tensor, masks: Tensor, image_index: Tensor) -> Tensor:
     """Averages bilinearly upsampled features inside each mask.
 
@@ -50,7 +55,7 @@ def sinkhorn(logits: Tensor, iterations: int = 3) -> Tensor:
     Returns:
         [N, K]; every row sums to 1.
     """
-    assignment = torch.softmax(logits.float(), dim=-1)
+    assignment = torch.softmax(full_precision(logits), dim=-1)
     count, concepts = assignment.shape
     assignment = assignment / assignment.sum()
     # A concept that no mask is near may underflow to a sum of zero; it stays unused instead of making NaN.

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pixelclip.backbone import Backbone
-from pixelclip.checkpoint import CONFIG, WEIGHTS, Clip, build_clip, load_model, save_model
+from pixelclip.checkpoint import CLIP_CONFIG, CLIP_WEIGHTS, CONFIG, WEIGHTS, Clip, build_clip, load_model, save_model
 from pixelclip.config import ImportConfig, nearest
 from pixelclip.model import Decoder
 from pixelclip.stage import Metrics, Stage, describe
@@ -27,7 +27,6 @@ REFERENCE_CLIPS = {
     "convnext_base_w_320": "laion_aesthetic_s13b_b82k",
     "convnext_large_d_320": "laion2b_s29b_b131k_ft",
 }
-EXPORTED_CONFIG, EXPORTED_WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 _CLIP, _PROMPTS, _HEAD, _TEACHER = (
     "sem_seg_head.predictor.clip_model.",
     "sem_seg_head.predictor.prompt_tokens",
@@ -104,7 +103,7 @@ def run(checkpoint: Path, out: Path, config: ImportConfig) -> Metrics:
     except ValueError as error:
         raise ValueError(f"{checkpoint}: {error}; a checkpoint of the reference implementation is expected") from None
     except KeyError as error:
-        raise ValueError(f"{Path(config.clip) / EXPORTED_CONFIG}: entry {error} is missing") from None
+        raise ValueError(f"{Path(config.clip) / CLIP_CONFIG}: entry {error} is missing") from None
     with stage:
         model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
         decoder.load_state_dict({name: tensor.float() for name, tensor in head.items()})
@@ -119,7 +118,7 @@ def run(checkpoint: Path, out: Path, config: ImportConfig) -> Metrics:
 def _find_clip(name: str) -> tuple[str, dict[str, Any], Any, Any]:
     """Spec, config, mean and std of a CLIP by open_clip's name, or of a folder with `open_clip_config.json`."""
     if Path(name).is_dir():
-        document = read_json(Path(name) / EXPORTED_CONFIG)
+        document = read_json(Path(name) / CLIP_CONFIG)
         preprocess = document.get("preprocess_cfg", {})
         mean, std = preprocess.get("mean"), preprocess.get("std")
         return name, document["model_cfg"], mean or open_clip.OPENAI_DATASET_MEAN, std or open_clip.OPENAI_DATASET_STD
@@ -143,15 +142,15 @@ def export(model: Path, out: Path) -> None:
         ValueError: no model folder, or `out` holds an export already.
     """
     loaded = load_model(model)
-    if taken := [name for name in (EXPORTED_CONFIG, EXPORTED_WEIGHTS) if (out / name).exists()]:
+    if taken := [name for name in (CLIP_CONFIG, CLIP_WEIGHTS) if (out / name).exists()]:
         raise ValueError(f"{out}: holds {taken[0]} already; remove it or give another folder")
     out.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.contiguous() for name, tensor in loaded.clip.model.state_dict().items()}
-    temporary = out / f".{EXPORTED_WEIGHTS}.partial"
+    temporary = out / f".{CLIP_WEIGHTS}.partial"
     save_file(state, temporary, metadata={"format": "pt"})
     temporary.chmod(0o644)
-    temporary.replace(out / EXPORTED_WEIGHTS)
+    temporary.replace(out / CLIP_WEIGHTS)
     size = loaded.clip.model_cfg["vision_cfg"].get("image_size")
     preprocess = {"size": size, "mean": loaded.clip.mean, "std": loaded.clip.std, "resize_mode": "squash"}
     config = json.dumps({"model_cfg": loaded.clip.model_cfg, "preprocess_cfg": preprocess}, indent=1)
-    write_atomically(out / EXPORTED_CONFIG, config + "\n")
+    write_atomically(out / CLIP_CONFIG, config + "\n")

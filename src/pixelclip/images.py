@@ -62,6 +62,11 @@ def encode_jpeg(image: Image.Image, quality: int) -> bytes:
     return buffer.getvalue()
 
 
+def nearest(count: int, size: int) -> NDArray[np.int64]:
+    """Where `count` samples along `size` pixels are taken, one in the middle of each of `count` equal cells."""
+    return ((np.arange(count) + 0.5) * size / count).astype(np.int64)
+
+
 def palette(count: int) -> NDArray[np.uint8]:
     """[count, 3] well-spread RGB colours; the first ones do not change when more are asked for."""
     hues = (np.arange(count) * 0.61803398875) % 1  # the golden ratio spreads any number of hues

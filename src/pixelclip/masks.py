@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from pixelclip.config import MasksConfig
 from pixelclip.download import local_copy
-from pixelclip.images import decode_image, encode_jpeg, to_rgb
+from pixelclip.images import decode_image, encode_jpeg, nearest, to_rgb
 from pixelclip.shards import (
     BadSamples,
     Member,
@@ -168,8 +168,7 @@ def shrink(sample: Sample, shortest_edge: int, quality: int) -> Sample:
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     if annotation:
         document = parse_annotation(annotation, image.size)
-        rows = ((np.arange(size[1]) + 0.5) * image.height / size[1]).astype(int)
-        columns = ((np.arange(size[0]) + 0.5) * image.width / size[0]).astype(int)
+        rows, columns = nearest(size[1], image.height), nearest(size[0], image.width)
         small = decode_masks(document)[rows][:, columns] if document["annotations"] else np.zeros((*size[::-1], 0))
         kept = [index for index in range(small.shape[2]) if small[..., index].any()]
         fresh = annotate((small[..., index].astype(bool) for index in kept), size, key)
@@ -206,14 +205,14 @@ def _on_device(
                 yield sample, (None, str(error))
 
 
-def _sam(config: MasksConfig) -> Generate:
+def _sam(weights: Path, config: MasksConfig) -> Generate:
     from pixelclip.ranks import pick_device
     from pixelclip.sam import SamGenerator
     from pixelclip.sam_weights import load_sam
 
     prefix = "sam_"
     settings = {name.removeprefix(prefix): value for name, value in config.model_dump().items() if name.startswith(prefix)}
-    generator = SamGenerator(load_sam(local_copy(config.weights)).to(pick_device(config.device)), **settings)
+    generator = SamGenerator(load_sam(weights).to(pick_device(config.device)), **settings)
 
     def generate(batch: list[tuple[str, Image.Image]]) -> Iterator[dict[str, Any]]:
         for (key, image), entries in zip(batch, generator([np.asarray(image) for _, image in batch]), strict=True):
@@ -222,7 +221,7 @@ def _sam(config: MasksConfig) -> Generate:
     return generate
 
 
-def _dino(config: MasksConfig) -> Generate:
+def _dino(weights: Path, config: MasksConfig) -> Generate:
     import torch
 
     from pixelclip.dino import IMAGENET_MEAN, IMAGENET_STD, load_dino, segment
@@ -230,7 +229,7 @@ def _dino(config: MasksConfig) -> Generate:
     from pixelclip.ranks import pick_device
 
     device = pick_device(config.device)
-    dino = load_dino(local_copy(config.weights)).to(device)
+    dino = load_dino(weights).to(device)
     if config.dino_side % (patch := dino.patch_embed.patch_size[0]):
         raise ValueError(f"masks.dino_side {config.dino_side} is no multiple of this DINO's patch of {patch} pixels")
 
@@ -240,9 +239,7 @@ def _dino(config: MasksConfig) -> Generate:
         seeds = [zlib.crc32(f"{config.seed} {key}".encode()) for key, _ in batch]
         labels = segment(dino, torch.cat(views), config.dino_clusters, seeds).cpu().numpy()  # [B, h, w]
         for (key, image), small in zip(batch, labels, strict=True):
-            rows = (np.arange(image.height) + 0.5) / image.height * small.shape[0]
-            columns = (np.arange(image.width) + 0.5) / image.width * small.shape[1]
-            large = small[rows.astype(int)][:, columns.astype(int)]
+            large = small[nearest(image.height, small.shape[0])][:, nearest(image.width, small.shape[1])]
             yield annotate((large == number for number in np.unique(large)), image.size, key)
 
     return generate
@@ -269,14 +266,15 @@ def run(shards: Path, out: Path, config: MasksConfig) -> Metrics:
     inputs = {"shards": describe_shards(shards)} | (
         {"given": describe(Path(config.given_folder))} if config.given_folder else {}
     )
-    if config.weights:
-        inputs["weights"] = {**describe(local_copy(config.weights)), "path": config.weights}
+    weights = local_copy(config.weights) if config.weights else None
+    if weights:
+        inputs["weights"] = {**describe(weights), "path": config.weights}
     stage = Stage("masks", out, inputs, config)
     if stage.finished:
         return stage.reuse()
     on_device = {"sam": _sam, "dino": _dino}.get(config.generator)
     with stage, _start_pool(config.workers) as pool:
-        tools = _Tools(pool, on_device(config) if on_device else None)
+        tools = _Tools(pool, on_device(weights, config) if on_device and weights else None)
         images, masks, bad = 0, 0, BadSamples("masks", config.max_bad_share)
         for tar in tars:
             summary = stage.folder / f"{tar.stem}.summary.json"

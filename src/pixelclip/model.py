@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pixelclip.backbone import Backbone
-from pixelclip.clusters import merge_by_concept, pool_masks, sinkhorn
+from pixelclip.clusters import full_precision, merge_by_concept, pool_masks, sinkhorn
 from pixelclip.dataset import Batch
 from pixelclip.ranks import ALONE, Ranks
 from pixelclip.text import Prompts, TextTower, Vectors
@@ -157,7 +157,7 @@ class PixelCLIP(nn.Module):
         """
         with self._autocast(weak):
             features = self.teacher(weak)
-        return pool_masks(features.float(), masks, image_index)
+        return pool_masks(full_precision(features), masks, image_index)
 
     @torch.no_grad()
     def assign(self, mask_features: Tensor, concepts: Tensor, ranks: Ranks = ALONE) -> tuple[Tensor, Tensor]:
@@ -272,13 +272,13 @@ class PixelCLIP(nn.Module):
     def _student_features(self, images: Tensor) -> Tensor:
         with self._autocast(images):
             features = self.student(images)
-        return F.normalize(features.float(), dim=1)
+        return F.normalize(full_precision(features), dim=1)
 
     def _decode(self, maps: Tensor, size: tuple[int, int]) -> Tensor:
         """Similarity maps [M, h, w] -> mask logits [M, H, W]."""
         with self._autocast(maps):
             logits = self.decoder(maps[:, None])  # [M, 1, 4h, 4w]
-        return F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)[:, 0]
+        return F.interpolate(full_precision(logits), size=size, mode="bilinear", align_corners=False)[:, 0]
 
     def _autocast(self, like: Tensor) -> torch.autocast:
         return torch.autocast(like.device.type, self.precision, enabled=self.precision is not None)

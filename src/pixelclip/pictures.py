@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from pixelclip.dataset import Batch, MaskedImages
-from pixelclip.images import colour_labels, decode_image, to_rgb
+from pixelclip.images import colour_labels, decode_image, nearest, to_rgb
 from pixelclip.masks import decode_masks
 from pixelclip.model import PixelCLIP, StepOutput
 from pixelclip.pixels import normalise, squash, to_tensor
@@ -67,20 +67,19 @@ def gallery(model: PixelCLIP, dataset: MaskedImages, folder: Path, device: torch
     concepts = model.concepts()
     best: list[list[tuple[float, Image.Image]]] = [[] for _ in concepts]
     counts = [0] * len(concepts)
-    grid = (np.arange(views.mask_grid) + 0.5) / views.mask_grid
     for index in range(min(_GALLERY_IMAGES, len(dataset))):
         try:
             image, masks = dataset.read(index)
         except ValueError:
             continue
-        rows, columns = (grid * masks.shape[0]).astype(int), (grid * masks.shape[1]).astype(int)
+        rows, columns = (nearest(views.mask_grid, size) for size in masks.shape[:2])
         on_grid = torch.from_numpy(masks[rows][:, columns].astype(bool)).permute(2, 0, 1)  # [N, H, W]
         pixels = squash(normalise(to_tensor(image), views.mean, views.std)[None], views.side).to(device)
         owner = torch.zeros(len(on_grid), dtype=torch.long, device=device)
         features = model.mask_features(pixels, on_grid.to(device), owner)
         cosines = features @ F.normalize(concepts, dim=-1).T
-        nearest = cosines.max(dim=-1)
-        for number, (cosine, concept) in enumerate(zip(nearest.values.tolist(), nearest.indices.tolist(), strict=True)):
+        closest = cosines.max(dim=-1)
+        for number, (cosine, concept) in enumerate(zip(closest.values.tolist(), closest.indices.tolist(), strict=True)):
             counts[concept] += 1
             kept = best[concept]
             if len(kept) < _GALLERY_BEST or cosine > kept[-1][0]:

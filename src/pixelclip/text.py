@@ -146,6 +146,12 @@ def parse_names(text: str) -> list[str]:
     return check_names(names)
 
 
+def names_of(given: str) -> list[str]:
+    """Class names as a person gives them: a file of them (`*.txt`, or one that is there), or one line of names."""
+    file = Path(given)
+    return read_classes(file) if file.suffix == ".txt" or file.is_file() else parse_names(given)
+
+
 @torch.no_grad()
 def classifier(tower: TextTower, names: Sequence[str], templates: Sequence[str] = TEMPLATES["ensemble"]) -> Tensor:
     """Makes a classifier from class names (method.md, "Inference and evaluation").

@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
+from pixelclip.checkpoint import CLIP_CONFIG, CLIP_WEIGHTS
 from pixelclip.storage import write_atomically
 from pixelclip.toy import CLASSES, paint
 
@@ -35,7 +36,6 @@ PREPROCESS_CONFIG: dict[str, Any] = {
     "interpolation": "bicubic",
     "resize_mode": "squash",
 }
-CONFIG_NAME, WEIGHTS_NAME = "open_clip_config.json", "open_clip_model.safetensors"
 MAX_LOGIT_SCALE = math.log(100)  # CLIP's own bound
 ROUNDS = (2_000, 1_400, 1_800, 2_000)
 PATCH_DROPOUT, WHOLE_IMAGES = 0.5, 0.3  # half the patches at twice the speed (FLIP), but in the last 30 % of steps
@@ -96,7 +96,7 @@ def train_clip(
         torch.manual_seed(seed)
         model = CLIP(**MODEL_CONFIG)
         if start is not None:
-            model.load_state_dict(load_file(start / WEIGHTS_NAME))
+            model.load_state_dict(load_file(start / CLIP_WEIGHTS))
         losses = _fit(model, images, captions, steps, batch_size, learning_rate, weight_decay, label_smoothing)
     _fill_vocabulary(model, captions)
     _write(model, out)
@@ -193,7 +193,7 @@ def _write(model: CLIP, out: Path) -> None:
     weights = {name: tensor.detach().half().contiguous() for name, tensor in model.state_dict().items()}
     config = json.dumps({"model_cfg": MODEL_CONFIG, "preprocess_cfg": PREPROCESS_CONFIG}, indent=1)
     for name, content in (
-        (WEIGHTS_NAME, save(weights)),
-        (CONFIG_NAME, config.encode()),
+        (CLIP_WEIGHTS, save(weights)),
+        (CLIP_CONFIG, config.encode()),
     ):
         write_atomically(out / name, content)

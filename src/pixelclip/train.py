@@ -27,7 +27,7 @@ from pixelclip.ranks import Ranks, join, pick_precision
 from pixelclip.resume import load_state, save_state
 from pixelclip.shards import BadSamples, describe_shards, list_shards
 from pixelclip.stage import Metrics, Stage, describe
-from pixelclip.text import TEMPLATES, Prompts, TextTower, Vectors, classifier, parse_names, read_classes
+from pixelclip.text import TEMPLATES, Prompts, TextTower, Vectors, classifier, names_of
 from pixelclip.tracking import Run
 
 STATE = "state.safetensors"
@@ -59,20 +59,21 @@ def run(masks: Path, out: Path, config: TrainConfig) -> Metrics:
                 f"train.batch_size {config.batch_size} is too small for {ranks.size} processes with train.accumulate "
                 f"{config.accumulate}: every piece needs an image"
             )
+        dino = local_copy(config.dino) if config.dino else None
         inputs = {"masks": describe_shards(masks)} | ({"clip": describe(weights)} if weights else {})
         if config.concept_names and Path(config.concept_names).is_file():
             inputs["concept_names"] = describe(Path(config.concept_names))
-        if config.dino:
-            inputs["dino"] = {**describe(local_copy(config.dino)), "path": config.dino}
+        if dino:
+            inputs["dino"] = {**describe(dino), "path": config.dino}
         stage = Stage("train", out, inputs, config)
         if ranks.from_first(stage.finished):
             return ranks.from_first(stage.reuse() if ranks.first else {})
         with stage if ranks.first else nullcontext():
             clip = load_clip(config.clip)
-            dataset = MaskedImages(shards, _views(config, clip), config.seed, masked=not config.dino)
+            dataset = MaskedImages(shards, _views(config, clip), config.seed, masked=dino is None)
             tracked = Run.start(stage.folder, name=out.name, provenance=stage.provenance()) if ranks.first else None
             try:
-                metrics = _train(stage, clip, dataset, config, ranks, tracked)
+                metrics = _train(stage, clip, dino and load_dino(dino), dataset, config, ranks, tracked)
             except BaseException:
                 if tracked:
                     tracked.finish("FAILED")
@@ -85,7 +86,15 @@ def run(masks: Path, out: Path, config: TrainConfig) -> Metrics:
             return metrics
 
 
-def _train(stage: Stage, clip: Clip, dataset: MaskedImages, config: TrainConfig, ranks: Ranks, tracked: Run | None) -> Metrics:
+def _train(
+    stage: Stage,
+    clip: Clip,
+    dino: VisionTransformer | None,
+    dataset: MaskedImages,
+    config: TrainConfig,
+    ranks: Ranks,
+    tracked: Run | None,
+) -> Metrics:
     # Model. Every rank builds the same one: its first values hang on the seed alone.
     text = TextTower(clip.model)
     model = PixelCLIP(
@@ -103,7 +112,7 @@ def _train(stage: Stage, clip: Clip, dataset: MaskedImages, config: TrainConfig,
     optimizer = make_optimizer(model, config)
     first_rates = [group["lr"] for group in optimizer.param_groups]
     start = load_state(stage.folder / STATE, model, optimizer, ranks)
-    dino = load_dino(local_copy(config.dino)).to(ranks.device) if config.dino else None
+    dino = dino and dino.to(ranks.device)
 
     # Data.
     bad = BadSamples("train", config.max_bad_share, found=list(dataset.bad))
@@ -224,9 +233,7 @@ def new_concepts(text: TextTower, config: TrainConfig) -> Prompts | Vectors:
     """
     generator = torch.Generator().manual_seed(config.seed)
     if config.concept_kind == "names":
-        file = Path(config.concept_names)
-        names = read_classes(file) if file.is_file() else parse_names(config.concept_names)
-        return Vectors(classifier(text, names, TEMPLATES["single"]), learn=False)
+        return Vectors(classifier(text, names_of(config.concept_names), TEMPLATES["single"]), learn=False)
     if config.concept_kind == "vectors":
         return Vectors(torch.randn(config.concepts, text.embed_dim, generator=generator), learn=True)
     words = torch.randint(0, text.tokenizer.sot_token_id, (config.concepts, config.prompt_tokens), generator=generator)
