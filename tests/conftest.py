@@ -1,15 +1,22 @@
-"""Small makers of inputs that several tests share; nothing here uses the code under test."""
+"""Small makers of inputs that several tests share; of the code under test only the waits between downloads are touched."""
 
 import io
 import json
+import os
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import boto3
 import numpy as np
+import pytest
+from moto.server import ThreadedMotoServer
 from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as rle
+
+from pixelclip import download
 
 
 def pixels(height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:
@@ -57,3 +64,43 @@ def write_files(folder: Path, files: dict[str, bytes]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(data)
     return folder
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("PIXELCLIP_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(download, "_WAITS", (0.0, 0.0))
+    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def account(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    files = {"AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull}
+    keys = {"AWS_ACCESS_KEY_ID": "somebody", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
+    for name, value in (files | keys | {"AWS_EC2_METADATA_DISABLED": "true"}).items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture(scope="session")
+def moto() -> Iterator[str]:
+    served = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    served.start()
+    host, port = served.get_host_and_port()
+    yield f"http://{host}:{port}"
+    served.stop()
+
+
+@pytest.fixture
+def bucket(moto: str, account: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """An S3 client for a server that has a bucket `data`."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", moto)
+    client = boto3.client("s3")
+    client.create_bucket(Bucket="data")
+    yield client
+    for entry in client.list_objects_v2(Bucket="data").get("Contents", []):
+        client.delete_object(Bucket="data", Key=entry["Key"])
+    client.close()

@@ -20,7 +20,6 @@ from urllib.request import Request, urlopen
 
 import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 
 from pixelclip import download
 from pixelclip.download import local_copy
@@ -111,15 +110,6 @@ class Answer(BaseHTTPRequestHandler):
         if self.command in self.server.lengths:
             self.send_header("Content-Length", str(length))
         self.end_headers()
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("PIXELCLIP_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(download, "_WAITS", (0.0, 0.0))
-    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    return tmp_path / "cache"
 
 
 @pytest.fixture
@@ -449,35 +439,6 @@ def test_a_killed_process_is_continued_by_the_next(server: Served, cache: Path) 
     assert server.gets == ["", f"bytes={there}-"]
 
 
-@pytest.fixture
-def account(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
-    files = {"AWS_CONFIG_FILE": os.devnull, "AWS_SHARED_CREDENTIALS_FILE": os.devnull}
-    keys = {"AWS_ACCESS_KEY_ID": "somebody", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
-    for name, value in (files | keys | {"AWS_EC2_METADATA_DISABLED": "true"}).items():
-        monkeypatch.setenv(name, value)
-
-
-@pytest.fixture(scope="module")
-def moto() -> Iterator[str]:
-    served = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    served.start()
-    host, port = served.get_host_and_port()
-    yield f"http://{host}:{port}"
-    served.stop()
-
-
-@pytest.fixture
-def bucket(moto: str, account: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """An S3 client for a server that has a bucket `data`."""
-    monkeypatch.setenv("AWS_ENDPOINT_URL", moto)
-    client = boto3.client("s3")
-    client.create_bucket(Bucket="data")
-    yield client
-    client.close()
-
-
 @pytest.mark.parametrize("key", ["sam.pth", "a b/grün #1?x=%2F.pth", "deep//er/.hidden"])
 def test_s3_objects_are_downloaded_once(bucket: Any, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
     bucket.put_object(Bucket="data", Key=key, Body=BODY)
@@ -562,7 +523,7 @@ def test_wrong_s3_credentials(bucket: Any, moto: str, monkeypatch: pytest.Monkey
         with pytest.raises(ValueError, match=r"s3://data/a: wrong credentials, see AWS_SECRET_ACCESS_KEY "):
             local_copy("s3://data/a")
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", keys["SecretAccessKey"])
-        with pytest.raises(ValueError, match="s3://data/a: these credentials may not read it, or there is no such key "):
+        with pytest.raises(ValueError, match="s3://data/a: these credentials may not do that, or there is no such key "):
             local_copy("s3://data/a")
     finally:
         authenticate_after(b"inf")

@@ -281,8 +281,9 @@ def test_mask_classification_in_the_stage_equals_a_naive_loop(made, client, tmp_
                 votes = truth[mask & (truth != 255)].tolist()
                 right += [name == max(sorted(set(votes)), key=votes.count)] if votes else []
             founds.append(painted)
-        assert metrics[f"miou{suffix}/set.masks"] == pytest.approx(mean_iou(truths, founds))
-        assert metrics[f"mask_accuracy{suffix}/set.masks"] == pytest.approx(100 * sum(right) / len(right))
+        name = "set.masks" if source == "truth" else f"set.masks-{source}"
+        assert metrics[f"miou{suffix}/{name}"] == pytest.approx(mean_iou(truths, founds))
+        assert metrics[f"mask_accuracy{suffix}/{name}"] == pytest.approx(100 * sum(right) / len(right))
     if source == "given":
         assert any((found == 3).any() for found in founds)  # pixels in no mask
     assert "mask acc." in (tmp_path / "out" / "table.txt").read_text()
@@ -291,7 +292,7 @@ def test_mask_classification_in_the_stage_equals_a_naive_loop(made, client, tmp_
 def test_numbers_stand_with_their_protocol(made, client, tmp_path):
     config = with_settings(protocol="masks", templates="single", name="")
     metrics = run(made / "changed", made / "labelled", tmp_path / "out", config)
-    assert {name.partition("/")[2] for name in metrics} == {"labelled.masks"}
+    assert {name.partition("/")[2] for name in metrics} == {"labelled.masks.single"}
     protocol = read_json(tmp_path / "out" / "protocol.json")
     given = {"name": "labelled", "kind": "folder", "protocol": "masks", "templates": "single", "side": 48, "masks": "truth"}
     assert {key: value for key, value in protocol.items() if value is not None} == given
@@ -299,10 +300,10 @@ def test_numbers_stand_with_their_protocol(made, client, tmp_path):
     said = "kind folder, protocol masks, templates single, side 48, masks truth"
     assert (tmp_path / "out" / "table.txt").read_text().endswith(said + "\n")
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "<h1>PixelCLIP on labelled.masks</h1>" in page and f"Measured with {said}." in page
+    assert "<h1>PixelCLIP on labelled.masks.single</h1>" in page and f"Measured with {said}." in page
     (logged,) = client.search_runs([client.get_experiment_by_name("pixelclip").experiment_id])
-    assert json.loads(logged.data.tags["protocol.labelled.masks"]) == protocol
-    assert [file.path for file in client.list_artifacts(logged.info.run_id)] == ["labelled.masks"]
+    assert json.loads(logged.data.tags["protocol.labelled.masks.single"]) == protocol
+    assert [file.path for file in client.list_artifacts(logged.info.run_id)] == ["labelled.masks.single"]
 
 
 def test_a_benchmark_in_its_published_layout(made, client, tmp_path):

@@ -19,7 +19,7 @@ from skimage.segmentation import felzenszwalb as reference
 from pixelclip import masks as module
 from pixelclip.config import MasksConfig
 from pixelclip.masks import annotate, decode_masks, felzenszwalb, run
-from pixelclip.shards import describe_shards, list_shards
+from pixelclip.sources import describe_shards, list_shards
 
 HEIGHT, WIDTH = 24, 32
 JPEG = encoded(pixels(HEIGHT, WIDTH), quality=95)

@@ -117,6 +117,15 @@ def test_one_process_needs_no_group():
         assert ranks.from_first(3) == 3
 
 
+@pytest.mark.parametrize(("device", "message"), [("cuda:1", "each needs one of its own"), ("cuda", "which has 0 GPUs")])
+def test_several_ranks_never_share_a_gpu(monkeypatch, device, message):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message), join(device):
+        raise AssertionError
+
+
 def test_precision_is_what_was_asked_for():
     cpu = pick_device("cpu")
     assert pick_precision("float32", cpu) is None

@@ -20,7 +20,9 @@ from pixelclip.benchmarks import IGNORE
 from pixelclip.clusters import pool_masks
 from pixelclip.masks import annotate, decode_masks, felzenszwalb
 from pixelclip.predict import best_class, class_scores, label_map, resize_shortest, slide_scores
-from pixelclip.shards import parse_annotation
+from pixelclip.s3 import is_s3
+from pixelclip.shards import Member, index_shard, parse_annotation, read_part
+from pixelclip.sources import Shard, list_shards, parts
 from pixelclip.tally import Found
 
 Annotations = list[dict[str, Any]]
@@ -85,23 +87,58 @@ def segment_masks(image: Image.Image, scale: float, sigma: float, min_size: int)
     return _parts(segments, np.unique(segments))
 
 
-def read_masks(path: Path, size: tuple[int, int]) -> Annotations:
-    """Masks from a JSON in SA-1B's annotation format; empty ones are left out.
+class GivenMasks:
+    """Masks that stand somewhere, by the name of their image.
 
     Args:
-        path: the file.
-        size: (width, height) of its image.
+        source: a folder with a `NAME.json` for every image `NAME.*`, or Shards with masks (a folder of tars, a manifest,
+            `s3://bucket/folder`), as the masks stage makes them of these images.
 
     Raises:
-        ValueError: missing, damaged, without a mask or of another size; the message names the file.
+        ValueError: unusable Shards, or two samples of one name.
     """
-    try:
-        document = parse_annotation(path.read_bytes(), size)
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
-    return [entry for entry in document["annotations"] if _area(entry)]
+
+    def __init__(self, source: str) -> None:
+        self._source = source
+        self._members: dict[str, tuple[Shard, Member]] | None = None
+        if is_s3(source) or Path(source).is_file() or any(Path(source).glob("*.tar")) or parts(Path(source)):
+            self._members = {}
+            for shard in list_shards(source):
+                for member in index_shard(shard)[0]:
+                    name = member.key.rpartition("/")[2]
+                    if other := self._members.get(name):
+                        raise ValueError(
+                            f"{source}: masks are found by the name of the image, but {name} is in it twice: "
+                            f"{other[1].key} in {other[0]}, {member.key} in {shard}"
+                        )
+                    self._members[name] = (shard, member)
+
+    def read(self, name: str, size: tuple[int, int]) -> Annotations:
+        """The masks of an image; empty ones are left out, and there may be none.
+
+        Args:
+            name: of the image's file, without its suffix.
+            size: (width, height) of the image.
+
+        Raises:
+            ValueError: missing, damaged or of another size; the message names the file.
+        """
+        where = f"{self._source}: {name}" if self._members is not None else str(Path(self._source, f"{name}.json"))
+        try:
+            document = parse_annotation(self._bytes(name), size, may_be_empty=True)
+        except OSError as error:
+            raise ValueError(f"{where}: {error.strerror}") from None
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        return [entry for entry in document["annotations"] if _area(entry)]
+
+    def _bytes(self, name: str) -> bytes:
+        if self._members is None:
+            return Path(self._source, f"{name}.json").read_bytes()
+        shard, member = self._members.get(name.replace(".", "_"), (None, None))
+        if shard is None or member is None or not member.json_size:
+            raise ValueError("no masks in these shards")
+        return read_part(shard, member.json_offset, member.json_size)
 
 
 def _parts(values: NDArray[np.integer], chosen: NDArray[np.integer]) -> Annotations:
@@ -120,7 +157,7 @@ def classify_masks(features: Tensor, annotations: Annotations, classes: Tensor, 
 
     Args:
         features: [T, C, h, w] of the same image from every tower, not normalised.
-        annotations: its masks, none of them empty.
+        annotations: its masks, none of them empty; there may be none.
         classes: [K, C], unit length.
         truth: label map [H, W].
     """

@@ -1,14 +1,18 @@
 """The command line: one word a stage, and predict, settings, toy-clip, pipeline. It translates and contains no logic."""
 
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from pixelclip.config import as_table, build, load, parse_overrides
+from pixelclip.s3 import is_s3
 
-Out = Annotated[Path, typer.Option(help="Folder to make. A finished one is reused, an interrupted one continued.")]
+_MODEL = "Model folder, s3://bucket/folder, or models:/NAME@ALIAS."
+
+Out = Annotated[str, typer.Option(help="Folder or s3://bucket/folder to make; a finished one is reused.")]
 Params = Annotated[Path | None, typer.Option(help="YAML file with one section a stage.")]
 Settings = Annotated[list[str] | None, typer.Argument(metavar="[NAME=VALUE]...", help="Settings; see `pixelclip settings`.")]
 
@@ -37,12 +41,13 @@ def toy(out: Out, params: Params = None, settings: Settings = None) -> None:
     """Paint scenes: images without labels to train on, a labelled set to evaluate on."""
     from pixelclip.toy import run
 
-    run(out, _config("toy", params, settings))
+    with _made(out) as folder:
+        run(folder, _config("toy", params, settings))
 
 
 @app.command()
 def shards(
-    images: Annotated[Path, typer.Option(help="Folder of images, searched recursively.")],
+    images: Annotated[str, typer.Option(help="Folder of images, searched recursively.")],
     out: Out,
     params: Params = None,
     settings: Settings = None,
@@ -50,12 +55,14 @@ def shards(
     """Pack a folder of images into tar shards."""
     from pixelclip.shards import run
 
-    run(images, out, _config("shards", params, settings))
+    config = _config("shards", params, settings)
+    with _made(out) as folder:
+        run(_path(images), folder, config)
 
 
 @app.command()
 def masks(
-    shards: Annotated[Path, typer.Option(help="Shards.")],
+    shards: Annotated[str, typer.Option(help="Shards: a folder, a manifest, or s3://bucket/folder.")],
     out: Out,
     params: Params = None,
     part: Annotated[str, typer.Option(help="i/n: only the i-th of n parts of the shards, as setting masks.part.")] = "",
@@ -65,26 +72,34 @@ def masks(
     """Give every image of the shards its nameless masks."""
     from pixelclip.masks import run
 
-    run(shards, out, _config("masks", params, [*(settings or []), *([f"part={part}"] if part else [])]))
+    config = _config("masks", params, [*(settings or []), *([f"part={part}"] if part else [])])
+    with _made(out) as folder:
+        run(shards, folder, config)
     if preview:
         from pixelclip.pictures import preview as show
 
-        print(f"{show(out, preview, out / 'preview.jpg')} images: {out / 'preview.jpg'}")
+        picture = Path("preview.jpg") if is_s3(out) else Path(out, "preview.jpg")
+        print(f"{show(out, preview, picture)} images: {picture}")
 
 
 @app.command()
 def train(
-    masks: Annotated[Path, typer.Option(help="Shards with masks.")], out: Out, params: Params = None, settings: Settings = None
+    masks: Annotated[str, typer.Option(help="Shards with masks: a folder, a manifest, or s3://bucket/folder.")],
+    out: Out,
+    params: Params = None,
+    settings: Settings = None,
 ) -> None:
     """Train a PixelCLIP from masked shards and a CLIP."""
     from pixelclip.train import run
 
-    run(masks, out, _config("train", params, settings))
+    config = _config("train", params, settings)
+    with _made(out) as folder:
+        run(masks, folder, config)
 
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Option(help="Model folder, or models:/NAME@ALIAS.")],
+    model: Annotated[str, typer.Option(help=_MODEL)],
     labelled: Annotated[
         list[str],
         typer.Option(help="Labelled set: FOLDER (kind=... says its layout) or KIND:FOLDER; several go into OUT/NAME."),
@@ -97,7 +112,8 @@ def evaluate(
     config = _config("evaluate", params, settings)
     from pixelclip.evaluate import run_all
 
-    run_all(_model(model), labelled, out, config)
+    with _made(out) as folder:
+        run_all(_path(model), labelled, folder, config)
 
 
 @app.command()
@@ -116,8 +132,8 @@ def sweep(
 
 @app.command()
 def register(
-    model: Annotated[str, typer.Option(help="Model folder, or models:/NAME@ALIAS.")],
-    evaluation: Annotated[Path, typer.Option(help="What evaluate wrote about this model.")],
+    model: Annotated[str, typer.Option(help=_MODEL)],
+    evaluation: Annotated[str, typer.Option(help="What evaluate wrote about this model.")],
     out: Out,
     params: Params = None,
     settings: Settings = None,
@@ -126,14 +142,15 @@ def register(
     config = _config("register", params, settings)
     from pixelclip.register import run
 
-    run(_model(model), evaluation, out, config)
+    with _made(out) as folder:
+        run(_path(model), _path(evaluation), folder, config)
 
 
 @app.command()
 def predict(
     photo: Annotated[Path, typer.Argument(help="Image of any size.")],
     classes: Annotated[str, typer.Option(help='"dog|puppy,grass,sky" (a bar between synonyms), or a .txt file, one a line.')],
-    model: Annotated[str, typer.Option(help="Model folder, or models:/NAME@ALIAS.")],
+    model: Annotated[str, typer.Option(help=_MODEL)],
     out: Annotated[Path, typer.Option(help="PNG of the label map; the overlay goes beside it as *.overlay.png.")],
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
 ) -> None:
@@ -148,7 +165,7 @@ def predict(
         raise ValueError(f"{out}: would overwrite the photo")
     names = names_of(classes)
     image = open_image(photo)
-    prediction = Predictor.load(_model(model), device)(image, names)
+    prediction = Predictor.load(_path(model), device)(image, names)
     out.parent.mkdir(parents=True, exist_ok=True)
     label_image(prediction.labels).save(out)
     shown = out.with_suffix(".overlay.png")
@@ -160,7 +177,7 @@ def predict(
 
 @app.command("import")
 def import_(
-    checkpoint: Annotated[Path, typer.Argument(help="A .pth that the reference implementation of PixelCLIP released.")],
+    checkpoint: Annotated[str, typer.Argument(help="A .pth that the reference implementation of PixelCLIP released.")],
     out: Out,
     clip: Annotated[str, typer.Option(help="open_clip's name of its CLIP, or a folder; else told by its shapes.")] = "",
     side: Annotated[int, typer.Option(help="Side in pixels of what the CLIP sees; 0: 320 for a ViT, 640 else.")] = 0,
@@ -169,18 +186,19 @@ def import_(
     from pixelclip.config import ImportConfig
     from pixelclip.convert import run
 
-    run(checkpoint, out, build(ImportConfig, {"clip": clip, "side": side}, "import"))
+    with _made(out) as folder:
+        run(_path(checkpoint), folder, build(ImportConfig, {"clip": clip, "side": side}, "import"))
 
 
 @app.command()
 def export(
-    model: Annotated[str, typer.Option(help="Model folder, or models:/NAME@ALIAS.")],
+    model: Annotated[str, typer.Option(help=_MODEL)],
     out: Annotated[Path, typer.Option(help="Folder for open_clip_config.json and open_clip_model.safetensors.")],
 ) -> None:
     """Write a model's CLIP as plain open_clip weights: open_clip.create_model("local-dir:OUT")."""
     from pixelclip.convert import export as write
 
-    write(_model(model), out)
+    write(_path(model), out)
 
 
 @app.command()
@@ -238,7 +256,20 @@ def pipeline_compile_sweep(
     print(out)
 
 
-def _model(spec: str) -> Path:
+def _made(out: str) -> AbstractContextManager[Path]:
+    if not is_s3(out):
+        return nullcontext(Path(out))
+    from pixelclip.upload import outbox
+
+    return outbox(out)
+
+
+def _path(spec: str) -> Path:
+    """What a path, a URI or a registered model names, on this machine."""
+    if "://" in spec:
+        from pixelclip.download import local_copy
+
+        return local_copy(spec)
     if not spec.startswith("models:/"):
         return Path(spec)
     try:

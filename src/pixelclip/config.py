@@ -111,6 +111,9 @@ class TrainConfig(BaseModel):
     shortest_edge: int = _setting(1024, "Weak view: shortest edge after the resize, in pixels.", ge=16)
     longest_edge: int = _setting(1333, "Weak view: no edge is longer than this after the resize.", ge=16)
     crop: int = _setting(640, "Weak view: side of the random crop, in pixels.", ge=16)
+    shards_at_once: int = _setting(
+        0, "Shards whose samples are mixed with each other, 0 all; of s3:// ones the cache should hold twice as many.", ge=0
+    )
     color_jitter: bool = _setting(True, "Weak view: SSD colour jitter.")
     flip: bool = _setting(True, "Weak view: horizontal flip half of the time.")
     strong_view: bool = _setting(True, "Student sees jitter, grey, blur and CutOut on top of the weak view.")
@@ -181,9 +184,9 @@ class EvaluateConfig(BaseModel):
     crop: int = _setting(336, "Slide: side of a window in pixels.", ge=1)
     stride: int = _setting(112, "Slide: pixels from one window to the next.", ge=1)
     masks: Literal["truth", "felzenszwalb", "given"] = _setting(
-        "truth", "Masks: truth (one a class of the label map), felzenszwalb, or given (SA-1B JSON)."
+        "truth", "Masks: truth (one a class of the label map), felzenszwalb, or given (of any generator)."
     )
-    masks_folder: str = _setting("", "Masks given: folder with a KEY.json for every image KEY.*; else empty.")
+    masks_folder: str = _setting("", "Masks given: folder of SA-1B's NAME.json for images NAME.*, or Shards with masks.")
     felzenszwalb_scale: float = _setting(200.0, "Felzenszwalb: larger gives larger segments.", gt=0)
     felzenszwalb_sigma: float = _setting(0.8, "Felzenszwalb: Gaussian smoothing before, in pixels.", ge=0)
     felzenszwalb_min_size: int = _setting(100, "Felzenszwalb: smallest segment in pixels.", ge=1)

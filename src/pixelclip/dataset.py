@@ -6,10 +6,11 @@ workers, sees the very same data. B images, N masks, H W mask grid.
 
 import math
 import tarfile
+import threading
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
-from pathlib import Path
+from itertools import chain, pairwise
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from pixelclip.images import decode_image, to_rgb
 from pixelclip.masks import decode_masks
 from pixelclip.pixels import normalise, to_tensor
 from pixelclip.shards import index_shard, parse_annotation, read_part
+from pixelclip.sources import RemoteFile, Shard
 
 
 @dataclass(frozen=True)
@@ -80,16 +82,19 @@ class MaskedImages(Dataset[Sample | str]):
         views: how samples are drawn.
         seed: of the order and of the views.
         masked: False leaves masks aside: every sample is one mask of the whole image, of which CutOut leaves what is seen.
+        shards_at_once: how many shards are mixed with each other, 0 for all: those in a store pass the cache one group after
+            the other, the next one on its way while one is used.
 
     Raises:
         ValueError: a shard is no tar, or no sample has masks.
     """
 
-    def __init__(self, shards: Sequence[Path], views: Views, seed: int, masked: bool = True) -> None:
+    def __init__(self, shards: Sequence[Shard], views: Views, seed: int, masked: bool = True, shards_at_once: int = 0) -> None:
         self.shards = list(shards)
         self.views = views
         self.seed = seed
         self.masked = masked
+        self.shards_at_once = shards_at_once
         rows: list[tuple[int, int, int, int, int]] = []
         self.bad: list[str] = []
         self.without_masks = 0
@@ -101,9 +106,11 @@ class MaskedImages(Dataset[Sample | str]):
             rows += [(number, m.image_offset, m.image_size, m.json_offset, m.json_size) for m in whole]
         if not rows:
             needed = "has masks; run the masks stage first" if masked else "is an image"
-            raise ValueError(f"{self.shards[0].parent}: no sample of its shards {needed}")
+            raise ValueError(f"{str(self.shards[0]).rpartition('/')[0]}: no sample of its shards {needed}")
         self._members = np.array(rows, dtype=np.int64)  # one flat array: workers share it, and it stays small
         self._order: tuple[int, NDArray[np.int64]] | None = None
+        self._groups: list[NDArray[np.int64]] = []  # of this epoch's order: the shards that are mixed with each other
+        self._group = -1  # the one that is being read
 
     def __len__(self) -> int:
         return len(self._members)
@@ -112,8 +119,26 @@ class MaskedImages(Dataset[Sample | str]):
         """The sample that stands at a position of the stream: every epoch is a new permutation."""
         epoch, place = divmod(position, len(self))
         if self._order is None or self._order[0] != epoch:
-            self._order = (epoch, np.random.default_rng([self.seed, 1, epoch]).permutation(len(self)))
+            self._order = (epoch, self._shuffle(np.random.default_rng([self.seed, 1, epoch])))
         return int(self._order[1][place])
+
+    def _shuffle(self, generator: np.random.Generator) -> NDArray[np.int64]:
+        if not self.shards_at_once:
+            return generator.permutation(len(self))
+        shards, size = generator.permutation(len(self.shards)), self.shards_at_once
+        self._groups, self._group = [shards[first : first + size] for first in range(0, len(shards), size)], -1
+        of_shard = self._members[:, 0]
+        return np.concatenate([generator.permutation(np.flatnonzero(np.isin(of_shard, group))) for group in self._groups])
+
+    def _bring_next(self, shard: int) -> None:
+        """Has the next group's shards brought from their store while the group of this one is read."""
+        group = next((number for number, shards in enumerate(self._groups) if shard in shards), -1)
+        if group in (-1, self._group):
+            return
+        self._group = group
+        coming = [self.shards[number] for number in chain(*self._groups[group + 1 : group + 2])]
+        if remote := [tar for tar in coming if isinstance(tar, RemoteFile)]:
+            threading.Thread(target=_bring, args=(remote,), daemon=True).start()
 
     def read(self, index: int) -> tuple[Image.Image, NDArray[np.uint8]]:
         """Reads sample `index`: its image, and its masks [H, W, N].
@@ -122,6 +147,7 @@ class MaskedImages(Dataset[Sample | str]):
             ValueError: unreadable; the message names the sample.
         """
         shard, image_offset, image_size, json_offset, json_size = (int(v) for v in self._members[index])
+        self._bring_next(shard)
         path = self.shards[shard]
         try:
             image = to_rgb(decode_image(read_part(path, image_offset, image_size)))
@@ -142,7 +168,13 @@ class MaskedImages(Dataset[Sample | str]):
         return replace(draw(image, masks, self.views, generator), position=position)
 
 
-def _member_name(path: Path, offset: int) -> str:
+def _bring(tars: Iterable[RemoteFile]) -> None:
+    with suppress(ValueError):  # said where the shard is read
+        for tar in tars:
+            tar.open().close()
+
+
+def _member_name(path: Shard, offset: int) -> str:
     try:
         return tarfile.TarInfo.frombuf(read_part(path, offset - 512, 512), "utf-8", "replace").name
     except (OSError, tarfile.HeaderError):

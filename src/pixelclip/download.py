@@ -1,14 +1,13 @@
 """Local copies of what a URI names: resumed, verified, cached and shared by processes."""
 
 import base64
-import fcntl
-import hashlib
 import os
 import re
 import shutil
 import string
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from http.client import HTTPException, InvalidURL
@@ -20,10 +19,11 @@ from urllib.request import Request, urlopen
 
 from tqdm import tqdm
 
+from pixelclip import cache, s3
 from pixelclip.storage import file_md5
 
 _WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds before each further attempt at a download
-_TIMEOUT = 30.0  # seconds without a byte
+_CONNECTIONS = 8  # objects of a folder at once
 _CHUNK = 1 << 16  # bytes; also the most that a broken connection loses
 
 
@@ -34,7 +34,8 @@ def local_copy(uri: str) -> Path:
     Last-Modified and length). One that stopped halfway is continued. Without a connection the newest finished copy serves.
 
     Args:
-        uri: a file or folder, `http://...`, `https://...`, or `s3://bucket/key` (with the usual AWS variables).
+        uri: a file or folder, `http://...`, `https://...`, or `s3://bucket/key` (with the usual AWS variables), which may be
+            a folder too: everything below the key is copied.
 
     Raises:
         ValueError: there is no such file, it may not be read, boto3 is missing, or the download broke off every time.
@@ -47,9 +48,22 @@ def local_copy(uri: str) -> Path:
     opened = {"http": _http, "https": _http, "s3": _s3}.get(scheme.lower())
     if opened is None or rest.startswith("/") or not rest:
         raise ValueError(f"{uri}: a local path, http://host/file, https://host/file or s3://bucket/key is expected")
-    folder = _cache() / _key(uri)
-    with opened(uri) as ask:
-        return _fetch(uri, ask, folder, _file_name(uri))
+    try:
+        if opened is _s3 and s3.split(uri)[1][-1:] in ("", "/"):
+            raise _NoSuchKeyError(f"{uri}: there is nothing below it")
+        with opened(uri) as ask:
+            copy = _fetch(uri, ask, cache.home(uri), _file_name(uri))
+    except _NoSuchKeyError:
+        listed = s3.list_below(uri)
+        if not listed:
+            raise
+        copy = _fetch_folder(uri, listed)
+    cache.touch(copy)
+    return copy
+
+
+class _NoSuchKeyError(ValueError):
+    """S3 has no object of that key; there may be some below it."""
 
 
 class _TransferError(Exception):
@@ -120,11 +134,12 @@ def _fetch(uri: str, ask: _Ask, folder: Path, name: str) -> Path:
     for wait in (*_WAITS, None):
         try:
             head = _head(ask)
-            path = folder / _key(head.version) / name
+            path = folder / cache.key(head.version) / name
             if not (head.version and path.is_file()):
-                with _locked(folder, uri):
+                with cache.locked(uri):
                     if not (head.version and path.is_file()):  # another process may have brought it
                         _download(uri, ask, head, path)
+                        cache.trim(path)
             return path
         except _TransferError as error:
             failure = error
@@ -143,6 +158,46 @@ def _fetch(uri: str, ask: _Ask, folder: Path, name: str) -> Path:
     size = "an unknown number of" if head.size is None else f"{head.size:,}"
     then = "continues" if head.validator else "starts again"
     raise ValueError(f"{uri}: {arrived:,} of {size} bytes arrived ({failure}); the same command {then}")
+
+
+def _fetch_folder(uri: str, listed: list[s3.Listed]) -> Path:
+    """Brings all objects below a prefix; those of an interrupted call that are whole are not asked for again."""
+    bucket, prefix = s3.split(uri.rstrip("/") + "/")
+    names = [s3.split(one.uri)[1].removeprefix(prefix) for one in listed]
+    if bad := [name for name in names if {"", ".", ".."} & set(name.split("/"))]:
+        raise ValueError(f"{uri}: cannot be a folder here, it holds the key {prefix}{bad[0]}")
+    version = cache.key(" ".join(f"{one.uri} {one.etag}" for one in listed))
+    folder = cache.home(uri) / version / (_file_name(uri.rstrip("/")) if prefix else bucket)
+    partial = _partial(folder)
+    if folder.is_dir():
+        return folder
+    with cache.locked(uri), s3.connected(uri) as client, ThreadPoolExecutor(_CONNECTIONS) as pool:
+        if folder.is_dir():  # another process brought it
+            return folder
+        size = sum(one.size for one in listed)
+        bar = tqdm(total=size, desc=folder.name, unit="B", unit_scale=True, unit_divisor=1024)
+
+        def bring(one: s3.Listed, name: str) -> None:
+            path = partial / name
+            if not (path.is_file() and path.stat().st_size == one.size):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                client.download_file(bucket, prefix + name, str(path))  # whole or not at all, in parts, with retries
+            bar.update(one.size)
+
+        with bar:
+            work = [pool.submit(bring, one, name) for one, name in zip(listed, names, strict=True)]
+            try:
+                for done in work:
+                    done.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        for one, name in zip(listed, names, strict=True):
+            if (found := (partial / name).stat().st_size) != one.size:
+                raise ValueError(f"{one.uri}: {found:,} of {one.size:,} bytes arrived; it changed meanwhile, try again")
+        partial.replace(folder)
+    cache.trim(folder)
+    return folder
 
 
 def _head(ask: _Ask) -> _Reply:
@@ -211,7 +266,7 @@ def _http(uri: str) -> Iterator[_Ask]:
     def ask(method: str, start: int, validator: str) -> _Reply:
         headers = {"User-Agent": "pixelclip"} | ({"Range": f"bytes={start}-", "If-Range": validator} if start else {})
         try:
-            answer = urlopen(Request(quote(uri, string.punctuation), headers=headers, method=method), timeout=_TIMEOUT)
+            answer = urlopen(Request(quote(uri, string.punctuation), headers=headers, method=method), timeout=s3.TIMEOUT)
         except HTTPError as error:
             error.close()
             raise _refusal(uri, error.code, f"status {error.code} {error.reason}".splitlines()[0]) from None
@@ -228,53 +283,26 @@ def _http(uri: str) -> Iterator[_Ask]:
 
 @contextmanager
 def _s3(uri: str) -> Iterator[_Ask]:
-    bucket, _, key = uri.partition("://")[2].partition("/")
-    if not key:
-        raise ValueError(f"{uri}: a file in a bucket, s3://bucket/key, is expected")
-    try:
-        import boto3.session
+    bucket, key = s3.split(uri)
+    with s3.connected(uri, attempts=1) as client:
         from botocore import exceptions as boto
-        from botocore.config import Config
-    except ImportError:
-        raise ValueError(f"{uri}: boto3 is missing; pip install 'pixelclip[s3]'") from None
-    config = Config(connect_timeout=10, read_timeout=_TIMEOUT, retries={"total_max_attempts": 1})
-    try:
-        client = boto3.session.Session().client("s3", config=config)
-    except (boto.BotoCoreError, ValueError) as error:
-        raise ValueError(f"{uri}: {error}") from None
 
-    def ask(method: str, start: int, validator: str) -> _Reply:
-        call = client.head_object if method == "HEAD" else client.get_object
-        try:
-            answer = call(Bucket=bucket, Key=key, **({"Range": f"bytes={start}-", "IfMatch": validator} if start else {}))
-        except boto.ClientError as error:
-            raise _s3_refusal(uri, error.response, client.meta.endpoint_url) from None
-        except (boto.NoCredentialsError, boto.PartialCredentialsError) as error:
-            raise ValueError(f"{uri}: {error}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE") from None
-        except (boto.ConnectionError, boto.HTTPClientError) as error:
-            raise _TransferError(error, reached=not isinstance(error, boto.ConnectionError)) from None
-        except boto.BotoCoreError as error:
-            raise ValueError(f"{uri}: {' '.join(str(error).split())}") from None
-        about = answer["ResponseMetadata"]
-        return _Reply(about["HTTPStatusCode"], about["HTTPHeaders"], answer.get("Body"), (boto.BotoCoreError, OSError))
+        def ask(method: str, start: int, validator: str) -> _Reply:
+            call = client.head_object if method == "HEAD" else client.get_object
+            try:
+                answer = call(Bucket=bucket, Key=key, **({"Range": f"bytes={start}-", "IfMatch": validator} if start else {}))
+            except boto.ClientError as error:
+                status, code = error.response["ResponseMetadata"]["HTTPStatusCode"], error.response["Error"].get("Code", "")
+                reason = s3.refusal(error.response, client.meta.endpoint_url)
+                if code == "NoSuchKey":
+                    raise _NoSuchKeyError(f"{uri}: {reason}") from None
+                raise _refusal(uri, 503 if code == "RequestTimeout" else status, reason) from None
+            except (boto.ConnectionError, boto.HTTPClientError) as error:
+                raise _TransferError(error, reached=not isinstance(error, boto.ConnectionError)) from None
+            about = answer["ResponseMetadata"]
+            return _Reply(about["HTTPStatusCode"], about["HTTPHeaders"], answer.get("Body"), (boto.BotoCoreError, OSError))
 
-    with closing(client):
         yield ask
-
-
-def _s3_refusal(uri: str, answer: dict[str, Any], endpoint: str) -> Exception:
-    status, code = answer["ResponseMetadata"]["HTTPStatusCode"], answer["Error"].get("Code", "")
-    reasons = {
-        "NoSuchBucket": "there is no such bucket",
-        "NoSuchKey": "there is no such key in the bucket",
-        "AccessDenied": "these credentials may not read it, or there is no such key",
-        "InvalidAccessKeyId": "wrong credentials, see AWS_ACCESS_KEY_ID",
-        "SignatureDoesNotMatch": "wrong credentials, see AWS_SECRET_ACCESS_KEY",
-        "InvalidToken": "wrong credentials, see AWS_SESSION_TOKEN",
-        "ExpiredToken": "the credentials have expired, see AWS_SESSION_TOKEN",
-    }
-    reason = reasons.get(code) or answer["Error"].get("Message") or "refused"
-    return _refusal(uri, 503 if code == "RequestTimeout" else status, f"{reason} ({code}, status {status}, {endpoint})")
 
 
 def _refusal(uri: str, status: int, reason: str) -> Exception:
@@ -282,17 +310,6 @@ def _refusal(uri: str, status: int, reason: str) -> Exception:
     if status in (408, 412, 425, 429) or (status >= 500 and status != 501):
         return _TransferError(reason)
     return ValueError(f"{uri}: {reason}")
-
-
-def _cache() -> Path:
-    try:
-        return Path(os.environ.get("PIXELCLIP_CACHE") or "~/.cache/pixelclip").expanduser().absolute()
-    except RuntimeError:
-        raise ValueError("there is no home folder to keep downloads in; set PIXELCLIP_CACHE") from None
-
-
-def _key(text: str) -> str:
-    return hashlib.sha256(os.fsencode(text)).hexdigest()[:16]
 
 
 def _file_name(uri: str) -> str:
@@ -312,15 +329,3 @@ def _partial(path: Path) -> Path:
 def _newest(folder: Path, name: str) -> Path | None:
     copies = [path for path in folder.glob("*/*") if path.name == name and path.is_file()]
     return max(copies, key=lambda path: path.stat().st_mtime, default=None)
-
-
-@contextmanager
-def _locked(folder: Path, uri: str) -> Iterator[None]:
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:  # the end of a process frees it, however it ends
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"{uri}: waits for another process that downloads it", flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

@@ -13,11 +13,15 @@ from typing import Any
 
 from pixelclip.backbone import check_side
 from pixelclip.benchmarks import KINDS, LabelledSet, open_labelled
+from pixelclip.cache import origin
 from pixelclip.checkpoint import Model, backbone_of, clip_folder, load_clip, load_model
 from pixelclip.config import EvaluateConfig
+from pixelclip.download import local_copy
 from pixelclip.measure import Result, measure
 from pixelclip.ranks import Ranks, join
 from pixelclip.report import write_report
+from pixelclip.s3 import is_s3
+from pixelclip.sources import describe_shards
 from pixelclip.stage import METRICS, PROVENANCE, Metrics, Stage, describe
 from pixelclip.storage import digest, read_json, write_atomically, write_json
 from pixelclip.tracking import Run
@@ -48,7 +52,8 @@ def run(model: Path, labelled: Path, out: Path, config: EvaluateConfig) -> Metri
 
     Returns:
         `miou/NAME`, `miou_clip/NAME`, `gain/NAME`, `pixel_accuracy/NAME`, ... in points; `image_recall_clip/NAME` in 0..1;
-        for protocol masks `mask_accuracy/NAME` too. NAME ends with `.PROTOCOL` when that is not whole.
+        for protocol masks `mask_accuracy/NAME` too. NAME ends with what is not the paper's: `.slide`, `.masks`,
+        `.masks-given`, `.single`.
 
     Raises:
         ValueError: unusable model, CLIP, labelled set or masks, or MLflow unreachable.
@@ -82,7 +87,7 @@ def _run(model: Path, labelled: Path, out: Path, config: EvaluateConfig, ranks: 
             _write(stage.folder, model, dataset, protocol, metrics, result)
             tracked.values(metrics)
             # Of the benchmarks and the other protocols none must replace another's files in the one run.
-            below = None if (config.kind, config.protocol) == ("folder", "whole") else _label(protocol)
+            below = None if (config.kind, _label(protocol)) == ("folder", name) else _label(protocol)
             for file in (REPORT, PER_CLASS, PROTOCOL):
                 tracked.artifact(stage.folder / file, below)
             tracked.finish()
@@ -96,7 +101,7 @@ def run_all(model: Path, labelled: Sequence[str], out: Path, config: EvaluateCon
 
     Args:
         model: model folder.
-        labelled: `FOLDER`, of the kind that the settings say, or `KIND:FOLDER`.
+        labelled: `FOLDER`, of the kind that the settings say, or `KIND:FOLDER`; a folder may be `s3://bucket/folder`.
         out: folder to make.
         config: settings of all of them.
 
@@ -110,7 +115,8 @@ def run_all(model: Path, labelled: Sequence[str], out: Path, config: EvaluateCon
     for word in labelled:
         kind, _, folder = word.partition(":")
         chosen = config if kind not in KINDS else config.model_copy(update={"kind": kind})
-        path = Path(folder if kind in KINDS else word)
+        text = folder if kind in KINDS else word
+        path = local_copy(text) if is_s3(text) else Path(text)
         name = _name(path, chosen)
         if name in sets:
             raise ValueError(f"two labelled sets are called {name!r}: {sets[name][0]} and {path}; evaluate them one by one")
@@ -144,14 +150,19 @@ def _name(labelled: Path, config: EvaluateConfig) -> str:
 
 
 def _label(protocol: dict[str, Any]) -> str:
-    """What stands behind the slash of a metric."""
-    return protocol["name"] + ("" if protocol["protocol"] == "whole" else f".{protocol['protocol']}")
+    """What stands behind the slash of a metric: the set's name, and what is not the paper's protocol.
+
+    Sizes are not in it; two of them under one `evaluate.name` would overwrite each other in a run, and the tag tells.
+    """
+    masks = f"-{protocol['masks']}" if protocol["masks"] not in (None, "truth") else ""
+    other = "" if protocol["protocol"] == "whole" else f".{protocol['protocol']}{masks}"
+    return protocol["name"] + other + ("" if protocol["templates"] == "ensemble" else f".{protocol['templates']}")
 
 
 def _check_masks(dataset: LabelledSet, config: EvaluateConfig) -> None:
     if config.protocol != "masks" or config.masks != "given":
         return
-    if not Path(config.masks_folder).is_dir():
+    if not is_s3(config.masks_folder) and not Path(config.masks_folder).exists():
         raise ValueError(f"evaluate.masks_folder {config.masks_folder}: no such folder")
     stems: dict[str, Path] = {}
     for image, _ in dataset.pairs:
@@ -179,12 +190,12 @@ def _inputs(
         described = describe(labelled)
     else:  # as published a benchmark holds its training images too, which are not read
         read = {file for pair in dataset.pairs for file in pair}
-        described = {"path": str(labelled), **digest(labelled, read)}
+        described = {"path": origin(labelled), **digest(labelled, read)}
     inputs = {"model": describe(model), "labelled": described}
     if weights := clip_folder(spec):
         inputs["clip"] = describe(weights)
     if config.protocol == "masks" and config.masks == "given":
-        inputs["masks"] = describe(Path(config.masks_folder))
+        inputs["masks"] = describe_shards(config.masks_folder)
     return inputs
 
 

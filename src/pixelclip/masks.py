@@ -29,12 +29,11 @@ from pixelclip.shards import (
     BadSamples,
     Member,
     ShardWriter,
-    describe_shards,
     index_shard,
-    list_shards,
     parse_annotation,
     read_part,
 )
+from pixelclip.sources import Shard, describe_shards, list_shards
 from pixelclip.stage import Metrics, Stage, describe
 from pixelclip.storage import read_json, write_json
 
@@ -245,7 +244,7 @@ def _dino(weights: Path, config: MasksConfig) -> Generate:
     return generate
 
 
-def run(shards: Path, out: Path, config: MasksConfig) -> Metrics:
+def run(shards: Path | str, out: Path, config: MasksConfig) -> Metrics:
     """Gives every sample of the shards its masks; finished shards of an interrupted run are kept.
 
     Args:
@@ -295,7 +294,7 @@ def run(shards: Path, out: Path, config: MasksConfig) -> Metrics:
         return stage.finish(metrics, files=["*.tar"])
 
 
-def _part_of(tars: list[Path], part: str, shards: Path) -> list[Path]:
+def _part_of(tars: list[Shard], part: str, shards: Path | str) -> list[Shard]:
     if not part:
         return tars
     number, count = (int(word) for word in part.split("/"))
@@ -312,7 +311,7 @@ class _Tools:
     generate: Generate | None
 
 
-def _mask_shard(tar: Path, out: Path, config: MasksConfig, tools: _Tools) -> dict[str, Any]:
+def _mask_shard(tar: Shard, out: Path, config: MasksConfig, tools: _Tools) -> dict[str, Any]:
     members, bad = index_shard(tar)
     found_bad = [f"{name}: {reason}" for name, reason in bad]
     images, masks = 0, 0
@@ -329,7 +328,7 @@ def _mask_shard(tar: Path, out: Path, config: MasksConfig, tools: _Tools) -> dic
     return {"images": images, "masks": masks, "bad": found_bad}
 
 
-def _results(tar: Path, members: list[Member], config: MasksConfig, tools: _Tools) -> Iterator[tuple[Sample, Result]]:
+def _results(tar: Shard, members: list[Member], config: MasksConfig, tools: _Tools) -> Iterator[tuple[Sample, Result]]:
     samples = (_read(tar, member) for member in members)
     if tools.generate is None:
         yield from _map(partial(_mask_one, config=config), samples, tools.pool)
@@ -337,7 +336,7 @@ def _results(tar: Path, members: list[Member], config: MasksConfig, tools: _Tool
         yield from _on_device(_map(partial(_prepare, config=config), samples, tools.pool), tools.generate, config)
 
 
-def _read(tar: Path, member: Member) -> Sample:
+def _read(tar: Shard, member: Member) -> Sample:
     annotation = read_part(tar, member.json_offset, member.json_size) if member.json_size else b""
     return member.key, read_part(tar, member.image_offset, member.image_size), annotation
 

@@ -24,10 +24,10 @@ from pixelclip.benchmarks import LabelledSet
 from pixelclip.checkpoint import Clip, Model, backbone_of
 from pixelclip.classify import (
     Annotations,
+    GivenMasks,
     classify_masks,
     label_whole,
     label_windows,
-    read_masks,
     segment_masks,
     truth_masks,
 )
@@ -73,8 +73,9 @@ def measure(model: Model, clip: Clip, dataset: LabelledSet, config: EvaluateConf
     wanted = np.linspace(0, len(dataset) - 1, min(config.pictures, len(dataset))).round().astype(int).tolist()
     tally, places = _begin(dataset, config, ranks, state)
     bad = BadSamples("evaluate", config.max_bad_share, tally.bad)
+    given = GivenMasks(config.masks_folder) if config.protocol == "masks" and config.masks == "given" else None
     saved = tally.position
-    for batch in _batches(dataset, range(saved, places.stop), config, bad, quiet=not ranks.first):
+    for batch in _batches(dataset, range(saved, places.stop), config, given, bad, quiet=not ranks.first):
         pixels = [normalise(to_tensor(image).to(ranks.device), clip.mean, clip.std)[None] for image in batch.images]
         found = _find(batch, pixels, towers, classes, config, config.side or model.side)
         native = torch.cat([squash(image, clip.side) for image in pixels])
@@ -150,13 +151,15 @@ class _Batch:
     masks: list[Annotations] = field(default_factory=list)
 
 
-def _batches(dataset: LabelledSet, places: range, config: EvaluateConfig, bad: BadSamples, quiet: bool) -> Iterator[_Batch]:
+def _batches(
+    dataset: LabelledSet, places: range, config: EvaluateConfig, given: GivenMasks | None, bad: BadSamples, quiet: bool
+) -> Iterator[_Batch]:
     batch = _Batch()
     shown = tqdm(places, desc="evaluate", unit="image", initial=places.start, total=places.stop, disable=quiet)
     for index in shown:
         try:
             image, label = dataset.read(index)
-            masks = _masks(dataset.pairs[index][0], image, label, config)
+            masks = _masks(dataset.pairs[index][0], image, label, config, given)
         except ValueError as error:
             bad.found.append(str(error))
             bad.stop_if_too_many(len(dataset))
@@ -172,11 +175,13 @@ def _batches(dataset: LabelledSet, places: range, config: EvaluateConfig, bad: B
         yield batch
 
 
-def _masks(path: Path, image: Image.Image, label: NDArray[np.uint8], config: EvaluateConfig) -> Annotations:
+def _masks(
+    path: Path, image: Image.Image, label: NDArray[np.uint8], config: EvaluateConfig, given: GivenMasks | None
+) -> Annotations:
     if config.protocol != "masks":
         return []
-    if config.masks == "given":
-        return read_masks(Path(config.masks_folder) / f"{path.stem}.json", image.size)
+    if given:
+        return given.read(path.stem, image.size)
     if config.masks == "felzenszwalb":
         return segment_masks(image, config.felzenszwalb_scale, config.felzenszwalb_sigma, config.felzenszwalb_min_size)
     return truth_masks(label)

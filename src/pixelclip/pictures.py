@@ -18,7 +18,8 @@ from pixelclip.images import colour_labels, decode_image, nearest, to_rgb
 from pixelclip.masks import decode_masks
 from pixelclip.model import PixelCLIP, StepOutput
 from pixelclip.pixels import normalise, squash, to_tensor
-from pixelclip.shards import index_shard, list_shards, parse_annotation, read_part
+from pixelclip.shards import index_shard, parse_annotation, read_part
+from pixelclip.sources import list_shards
 from pixelclip.storage import write_json
 
 GALLERY = "gallery.json"
@@ -98,7 +99,7 @@ def gallery(model: PixelCLIP, dataset: MaskedImages, folder: Path, device: torch
     write_json(folder / GALLERY, entries)
 
 
-def preview(masks: Path, count: int, path: Path) -> int:
+def preview(masks: Path | str, count: int, path: Path) -> int:
     """Writes one picture of the first images of masked shards: image | its masks in colours, the smaller on top.
 
     Args:

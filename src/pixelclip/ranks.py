@@ -123,7 +123,7 @@ def join(device: str) -> Iterator[Ranks]:
     """The ranks that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK), each on a device of its own; else this process alone.
 
     Args:
-        device: auto, cpu, cuda, cuda:1, ...; with several ranks `auto` and `cuda` mean one GPU a rank.
+        device: auto, cpu, cuda, cuda:1, ...; with several ranks `auto` and `cuda` mean one GPU a rank, `cuda:1` nothing.
 
     Raises:
         ValueError: no such device here, or more ranks than GPUs.
@@ -133,12 +133,15 @@ def join(device: str) -> Iterator[Ranks]:
         yield Ranks(device=pick_device(device))
         return
     rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
-    chosen = pick_device(device)
-    if chosen.type == "cuda":
+    if device.startswith("cuda:"):
+        raise ValueError(f"device {device!r} with {size} processes: each needs one of its own; allowed: auto, cpu, cuda")
+    if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
         if local >= torch.cuda.device_count():
             raise ValueError(f"rank {rank} is number {local} of its machine, which has {torch.cuda.device_count()} GPUs")
         chosen = torch.device("cuda", local)
-        torch.cuda.set_device(chosen)
+        torch.cuda.set_device(chosen)  # before anything touches the first GPU, where every rank would leave a context
+    else:
+        chosen = pick_device(device)
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=_PATIENCE)
     try:
         yield Ranks(rank, size, chosen)

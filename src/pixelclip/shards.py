@@ -5,7 +5,6 @@ offsets: samples are then reached in any order, which makes shuffling global and
 still be streamed.
 """
 
-import hashlib
 import io
 import json
 import tarfile
@@ -21,8 +20,9 @@ from tqdm import tqdm
 
 from pixelclip.config import ShardsConfig
 from pixelclip.images import decode_image, encode_jpeg, to_rgb, turn_upright
-from pixelclip.stage import PROVENANCE, Metrics, Stage, describe
-from pixelclip.storage import digest, files_below, read_json
+from pixelclip.sources import Shard
+from pixelclip.stage import Metrics, Stage, describe
+from pixelclip.storage import files_below
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 _NAMED = 10  # bad samples named one by one; the rest are counted
@@ -71,72 +71,7 @@ class Member:
     json_size: int = 0
 
 
-def list_shards(source: Path) -> list[Path]:
-    """The tars of Shards: a folder of `*.tar`, or a text manifest with one path a line.
-
-    Raises:
-        ValueError: nothing there, or a shard of the manifest is missing.
-    """
-    if source.is_file():
-        try:
-            lines = [line.strip() for line in source.read_text().splitlines()]
-        except UnicodeDecodeError:
-            raise ValueError(f"{source}: is no manifest of shards (a text file with one path a line)") from None
-        shards = [source.parent / line for line in lines if line and not line.startswith("#")]
-        missing = [str(path) for path in shards if not path.is_file()]
-        if missing:
-            raise ValueError(f"{source}: {len(missing)} of its shards are missing, the first is {missing[0]}")
-    elif source.is_dir():
-        shards = sorted(source.glob("*.tar")) or sorted(path for part in parts(source) for path in part.glob("*.tar"))
-    else:
-        raise ValueError(f"{source}: no such folder or manifest of shards")
-    if not shards:
-        raise ValueError(f"{source}: holds no shard (*.tar)")
-    return shards
-
-
-def parts(source: Path) -> list[Path]:
-    """The folders in which `masks` left its parts (`masks.part`), all of them or none.
-
-    Raises:
-        ValueError: some part is missing, or is of another whole.
-    """
-    found: dict[str, Path] = {}
-    kinds: dict[str, str] = {}
-    for folder in sorted(source.iterdir()):
-        if not folder.name.startswith(".") and (folder / PROVENANCE).is_file():
-            made = read_json(folder / PROVENANCE)
-            settings = dict(made.get("settings", {}))
-            if part := str(settings.pop("part", "")):
-                inputs = {name: described["md5"] for name, described in made["inputs"].items()}
-                kinds.setdefault(json.dumps([settings, inputs, part.partition("/")[2]], sort_keys=True), folder.name)
-                found[part] = folder
-    if len(kinds) > 1:
-        raise ValueError(f"{source}: holds parts of masks of other settings, shards or numbers: {', '.join(kinds.values())}")
-    count = max((int(part.partition("/")[2]) for part in found), default=0)
-    missing = [part for part in (f"{number}/{count}" for number in range(1, count + 1)) if part not in found]
-    if missing:
-        raise ValueError(f"{source}: holds parts of masks, but not {', '.join(missing)}")
-    return list(found.values())
-
-
-def describe_shards(source: Path) -> dict[str, Any]:
-    """Identifies Shards as `stage.describe` does; a manifest or a folder of parts by the tars in it."""
-    of_parts = parts(source) if source.is_dir() and not any(source.glob("*.tar")) else []
-    if source.is_dir() and not of_parts:
-        return describe(source)
-    whole, size = hashlib.md5(usedforsecurity=False), 0
-    tars = list_shards(source)
-    for tar in tars:
-        found = digest(tar)
-        whole.update(f"{tar.name} {found['md5']}\n".encode())
-        size += found["size"]
-    identity = {"path": str(source), "md5": whole.hexdigest(), "num_files": len(tars), "size": size}
-    # What made one part made them all.
-    return identity | ({"provenance": read_json(of_parts[0] / PROVENANCE)} if of_parts else {})
-
-
-def index_shard(path: Path) -> tuple[list[Member], list[tuple[str, str]]]:
+def index_shard(path: Shard) -> tuple[list[Member], list[tuple[str, str]]]:
     """Lists the samples of a tar without reading them.
 
     Returns:
@@ -147,9 +82,9 @@ def index_shard(path: Path) -> tuple[list[Member], list[tuple[str, str]]]:
     """
     parts: dict[str, dict[str, tuple[int, int]]] = {}
     bad: list[tuple[str, str]] = []
-    size = path.stat().st_size
     try:
-        with tarfile.open(path, "r:") as tar:
+        with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            size = file.seek(0, io.SEEK_END)
             try:
                 for member in tar:
                     if not member.isfile():
@@ -161,8 +96,8 @@ def index_shard(path: Path) -> tuple[list[Member], list[tuple[str, str]]]:
                         parts.setdefault(key, {})[suffix] = (member.offset_data, member.size)
                     elif f".{suffix.lower()}" in IMAGE_SUFFIXES:
                         bad.append((f"{path}: {member.name}", "is not read: an image of a shard is called KEY.jpg"))
-                end = read_part(path, tar.offset, tarfile.BLOCKSIZE)
-                if end != bytes(tarfile.BLOCKSIZE):  # tarfile takes a damaged header for the end
+                file.seek(tar.offset)
+                if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile takes a damaged header for the end
                     bad.append((str(path), f"damaged tar: at byte {tar.offset} neither a member nor its end; the rest is lost"))
             except tarfile.ReadError as error:
                 bad.append((str(path), f"damaged tar: {error}"))
@@ -177,19 +112,20 @@ def index_shard(path: Path) -> tuple[list[Member], list[tuple[str, str]]]:
     return members, bad
 
 
-def read_part(path: Path, offset: int, size: int) -> bytes:
+def read_part(path: Shard, offset: int, size: int) -> bytes:
     """Reads one member's bytes."""
     with path.open("rb") as file:
         file.seek(offset)
         return file.read(size)
 
 
-def parse_annotation(data: bytes, size: tuple[int, int]) -> dict[str, Any]:
+def parse_annotation(data: bytes, size: tuple[int, int], may_be_empty: bool = False) -> dict[str, Any]:
     """Parses SA-1B's annotation JSON and checks what the pipeline relies on.
 
     Args:
         data: the JSON.
         size: (width, height) of its image.
+        may_be_empty: whether no mask at all is right, too.
 
     Raises:
         ValueError: no JSON, no annotations, or a mask of another size than its image.
@@ -203,7 +139,7 @@ def parse_annotation(data: bytes, size: tuple[int, int]) -> dict[str, Any]:
         raise ValueError(f"unreadable JSON: {error}") from None
     except (KeyError, TypeError) as error:
         raise ValueError(f"not in SA-1B's annotation format: {type(error).__name__} {error}") from None
-    if not codes:
+    if not (codes or may_be_empty):
         raise ValueError("no mask found")
     if not all(len(found) == 2 and all(type(edge) is int for edge in found) for found in sizes):
         raise ValueError("not in SA-1B's annotation format: size must be two integers, height and width")

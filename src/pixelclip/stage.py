@@ -19,6 +19,7 @@ from typing import Any, Self
 from pydantic import BaseModel
 
 from pixelclip import __version__
+from pixelclip.cache import origin
 from pixelclip.config import lasting
 from pixelclip.storage import digest, files_below, read_json, write_json
 
@@ -149,12 +150,12 @@ def describe(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: there is no such file or folder.
     """
-    made_by = path / PROVENANCE
+    made_by, said = path / PROVENANCE, {"path": origin(path)}
     if made_by.is_file():
         provenance = read_json(made_by)
         if isinstance(provenance, dict) and isinstance(provenance.get("output"), dict):  # else it is somebody else's file
-            return {"path": str(path), **provenance["output"], "provenance": provenance}
-    return {"path": str(path), **digest(path)}
+            return {**said, **provenance["output"], "provenance": provenance}
+    return {**said, **digest(path)}
 
 
 def place(artifact: Any, workspace: str, stage: str) -> Path:

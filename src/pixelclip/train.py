@@ -25,7 +25,8 @@ from pixelclip.model import Decoder, PixelCLIP
 from pixelclip.pictures import gallery, training_picture
 from pixelclip.ranks import Ranks, join, pick_precision
 from pixelclip.resume import load_state, save_state
-from pixelclip.shards import BadSamples, describe_shards, list_shards
+from pixelclip.shards import BadSamples
+from pixelclip.sources import describe_shards, list_shards
 from pixelclip.stage import Metrics, Stage, describe
 from pixelclip.text import TEMPLATES, Prompts, TextTower, Vectors, classifier, names_of
 from pixelclip.tracking import Run
@@ -35,7 +36,7 @@ _MASKLESS_SHARE = 0.5
 """More steps than this without any mask mean that the masks are unusable."""
 
 
-def run(masks: Path, out: Path, config: TrainConfig) -> Metrics:
+def run(masks: Path | str, out: Path, config: TrainConfig) -> Metrics:
     """Trains a PixelCLIP; an interrupted training continues to the very same losses.
 
     Started by torchrun, all processes train one model: batch, Sinkhorn and gradients are those of one process.
@@ -70,7 +71,7 @@ def run(masks: Path, out: Path, config: TrainConfig) -> Metrics:
             return ranks.from_first(stage.reuse() if ranks.first else {})
         with stage if ranks.first else nullcontext():
             clip = load_clip(config.clip)
-            dataset = MaskedImages(shards, _views(config, clip), config.seed, masked=dino is None)
+            dataset = MaskedImages(shards, _views(config, clip), config.seed, dino is None, config.shards_at_once)
             tracked = Run.start(stage.folder, name=out.name, provenance=stage.provenance()) if ranks.first else None
             try:
                 metrics = _train(stage, clip, dino and load_dino(dino), dataset, config, ranks, tracked)
