@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# The demo as a cluster runs it: versioned data in, every step in a container, a promotable model out. `make demo-docker` calls
+# this among the servers of tests/services.py, whose addresses and keys stand in the environment and nowhere else.
+set -euo pipefail
+out=$1
+data=$out/data
+mkdir -p "$out"
+
+if [ ! -e "$data/.git" ]; then
+  echo "== painted scenes, versioned by DVC"
+  pixelclip toy --out "$out/toy" --params params.yaml
+  mkdir -p "$data"
+  cp -r "$out/toy/images" "$out/toy/toy" "$data/"
+  (
+    cd "$data"
+    git init -q -b main
+    dvc init -q
+    dvc config core.analytics false
+    dvc remote add -q -d store "$DVC_REMOTE_URL"
+    dvc add -q images toy
+    git add .
+    git -c user.name=demo -c user.email=demo@example.com commit -qm "Painted scenes"
+  )
+fi
+echo "== to the DVC remote $DVC_REMOTE_URL at $AWS_ENDPOINT_URL"
+(cd "$data" && dvc add -q images toy && dvc push -q && rm -rf .dvc/cache)  # so that the only copy to fetch is the remote's
+
+echo "== the pipeline, every step in a container of $PIXELCLIP_IMAGE"
+pixelclip pipeline run --runner docker --repo "$data" --revision main --images images --labelled toy \
+  --out "$out" --params params.yaml
+
+echo "== where the champion comes from"
+pixelclip lineage models:/pixelclip-toy@champion
