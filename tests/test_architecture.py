@@ -7,8 +7,21 @@ import pytest
 from imports import MODULES, PACKAGE, imported, imported_with_theirs
 
 ORDER = [
-    *("config", "storage", "cache", "s3", "download", "stage", "upload", "ranks", "images", "pixels", "weights", "sources"),
-    *("shards", "sam_weights", "sam", "dino", "masks", "dataset", "text", "backbone", "clusters", "model", "checkpoint"),
+    *("config", "storage", "cache", "s3", "download", "stage", "upload", "ranks", "images", "pixels", "rle", "weights"),
+    *(
+        "sources",
+        "shards",
+        "sam_weights",
+        "sam",
+        "dino",
+        "masks",
+        "dataset",
+        "text",
+        "backbone",
+        "clusters",
+        "model",
+        "checkpoint",
+    ),
     *("convert", "resume", "predict", "benchmarks", "tally", "classify", "tracking", "pictures", "report", "measure"),
     *("train", "evaluate", "sweep", "serve", "register", "toy_motifs", "toy", "toy_clip", "cli", "__main__"),
 ]

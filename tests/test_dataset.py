@@ -18,6 +18,8 @@ from PIL import Image
 
 from pixelclip.dataset import Batch, MaskedImages, Sample, Views, collate, draw, load_batches, positions
 from pixelclip.ranks import Ranks
+from pixelclip.rle import RunMasks
+from pixelclip.shards import parse_masks
 
 PLAIN = Views(
     side=32, mask_grid=32, shortest_edge=64, longest_edge=1000, crop=32, color_jitter=False, flip=False, strong_view=False,
@@ -38,8 +40,8 @@ def blobs(height: int, width: int, count: int = 5, seed: int = 0) -> np.ndarray:
     return coarse.repeat(4, 1).repeat(4, 2)[:, :height, :width]
 
 
-def decoded(masks: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(masks.transpose(1, 2, 0)).astype(np.uint8)
+def in_runs(masks: np.ndarray) -> RunMasks:
+    return parse_masks(annotation(masks), masks.shape[:0:-1])
 
 
 def generator(seed: int) -> np.random.Generator:
@@ -74,7 +76,7 @@ def test_masks_and_image_stay_aligned_through_crop_and_flip(shortest_edge: int, 
     masks = blobs(64, 64)
     flips, compared = set(), 0
     for seed in range(12):
-        sample = draw(coordinates(64, 64), decoded(masks), views, generator(seed))
+        sample = draw(coordinates(64, 64), in_runs(masks), views, generator(seed))
         column, row = (sample.weak[:2].numpy() * 255 / 4) + 0.5  # of the centre of every cell, in pixels of the image
         flips.add(bool(column[5, 5] > column[5, 25]))
         sure = np.minimum(abs(column - column.round()), abs(row - row.round())) > 0.2
@@ -90,7 +92,7 @@ def test_masks_and_image_stay_aligned_through_crop_and_flip(shortest_edge: int, 
 def test_crops_differ_lie_inside_and_span_what_they_should() -> None:
     lefts = set()
     for seed in range(20):
-        sample = draw(coordinates(64, 64), decoded(blobs(64, 64)), PLAIN, generator(seed))
+        sample = draw(coordinates(64, 64), in_runs(blobs(64, 64)), PLAIN, generator(seed))
         column = sample.weak[0, 16].numpy() * 255 / 4
         assert column[0] >= 0 and column[-1] <= 63
         assert column[-1] - column[0] == pytest.approx(31, abs=0.6)
@@ -101,7 +103,7 @@ def test_crops_differ_lie_inside_and_span_what_they_should() -> None:
 def test_the_longest_edge_limits_the_scale_and_small_images_are_cropped_whole() -> None:
     wide = coordinates(32, 64)  # 64 of 32 would be 128 wide; limited to 64 the image keeps its size
     views = replace(PLAIN, longest_edge=64, crop=48)
-    sample = draw(wide, decoded(blobs(32, 64)), views, generator(0))
+    sample = draw(wide, in_runs(blobs(32, 64)), views, generator(0))
     column, row = sample.weak[0, 16].numpy() * 255 / 4, sample.weak[1, :, 16].numpy() * 255 / 4
     assert row[-1] - row[0] == pytest.approx(31, abs=0.6)  # all of the height
     assert column[-1] - column[0] == pytest.approx(48 * 31 / 32, abs=0.8)
@@ -112,7 +114,7 @@ def test_masks_of_at_most_one_cell_are_dropped() -> None:
     masks[1, 7, 9] = masks[2, 7, 9] = masks[2, 20, 3] = True
     masks[3, :, 5:] = True
     views = replace(PLAIN, shortest_edge=32)
-    sample = draw(coordinates(32, 32), decoded(masks), views, generator(0))
+    sample = draw(coordinates(32, 32), in_runs(masks), views, generator(0))
     assert np.array_equal(sample.masks.numpy(), masks[2:])
 
 
@@ -120,7 +122,7 @@ def test_the_cutout_is_black_in_the_strong_view_and_out_of_the_masks() -> None:
     views = replace(PLAIN, strong_view=True)
     places = set()
     for seed in range(10):
-        sample = draw(Image.new("RGB", (64, 64), (180, 190, 200)), np.ones((64, 64, 1), np.uint8), views, generator(seed))
+        sample = draw(Image.new("RGB", (64, 64), (180, 190, 200)), RunMasks.whole((64, 64)), views, generator(seed))
         black = (sample.strong == 0).all(0)
         assert torch.equal(sample.masks[0], ~black)
         rows, columns = np.nonzero(black.numpy())
@@ -133,7 +135,7 @@ def test_the_cutout_is_black_in_the_strong_view_and_out_of_the_masks() -> None:
 
 
 def test_switches_switch() -> None:
-    image, masks = Image.fromarray(pixels(64, 64)), decoded(blobs(64, 64))
+    image, masks = Image.fromarray(pixels(64, 64)), in_runs(blobs(64, 64))
     plain = [draw(image, masks, PLAIN, generator(seed)) for seed in range(6)]
     assert all(torch.equal(sample.weak, sample.strong) for sample in plain)
     jittered = [draw(image, masks, replace(PLAIN, color_jitter=True), generator(seed)) for seed in range(6)]
@@ -148,7 +150,7 @@ def test_switches_switch() -> None:
 
 def test_views_are_normalised() -> None:
     normal = replace(PLAIN, mean=(0.1, 0.2, 0.3), std=(0.5, 2.0, 4.0))
-    image, masks = coordinates(64, 64), decoded(blobs(64, 64))
+    image, masks = coordinates(64, 64), in_runs(blobs(64, 64))
     found, raw = draw(image, masks, normal, generator(0)), draw(image, masks, PLAIN, generator(0))
     undone = found.strong * torch.tensor(normal.std).view(3, 1, 1) + torch.tensor(normal.mean).view(3, 1, 1)
     torch.testing.assert_close(undone, raw.strong, atol=1e-6, rtol=0)
@@ -184,7 +186,7 @@ def test_a_sample_is_read_with_its_own_masks(shards: list[Path]) -> None:
         image, masks = dataset.read(index)
         expected = blobs(40 + 3 * index, 61 - 2 * index, count=1 + index % 3, seed=index)
         assert image.size == (61 - 2 * index, 40 + 3 * index)
-        assert np.array_equal(masks.transpose(2, 0, 1), expected)
+        assert np.array_equal([masks.decode(number) for number in range(len(masks))], expected)
 
 
 BAD = {

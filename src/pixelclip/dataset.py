@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from pixelclip.images import decode_image, to_rgb
-from pixelclip.masks import decode_masks
 from pixelclip.pixels import normalise, to_tensor
-from pixelclip.shards import index_shard, parse_annotation, read_part
+from pixelclip.rle import RunMasks
+from pixelclip.shards import index_shard, parse_masks, read_part
 from pixelclip.sources import RemoteFile, Shard
 
 
@@ -140,8 +140,8 @@ class MaskedImages(Dataset[Sample | str]):
         if remote := [tar for tar in coming if isinstance(tar, RemoteFile)]:
             threading.Thread(target=_bring, args=(remote,), daemon=True).start()
 
-    def read(self, index: int) -> tuple[Image.Image, NDArray[np.uint8]]:
-        """Reads sample `index`: its image, and its masks [H, W, N].
+    def read(self, index: int) -> tuple[Image.Image, RunMasks]:
+        """Reads sample `index`: its image and its masks.
 
         Raises:
             ValueError: unreadable; the message names the sample.
@@ -152,9 +152,8 @@ class MaskedImages(Dataset[Sample | str]):
         try:
             image = to_rgb(decode_image(read_part(path, image_offset, image_size)))
             if not self.masked:
-                return image, np.ones((image.height, image.width, 1), np.uint8)
-            document = parse_annotation(read_part(path, json_offset, json_size), image.size)
-            return image, decode_masks(document)
+                return image, RunMasks.whole((image.height, image.width))
+            return image, parse_masks(read_part(path, json_offset, json_size), image.size)
         except (OSError, ValueError) as error:
             raise ValueError(f"{path}: {_member_name(path, image_offset)}: {error}") from None
 
@@ -181,7 +180,7 @@ def _member_name(path: Shard, offset: int) -> str:
         return f"member at byte {offset}"
 
 
-def draw(image: Image.Image, masks: NDArray[np.uint8], views: Views, generator: np.random.Generator) -> Sample:
+def draw(image: Image.Image, masks: RunMasks, views: Views, generator: np.random.Generator) -> Sample:
     """Draws a random crop of one image as weak and strong view, with its masks.
 
     The resize to `shortest_edge` and the crop are one resampling here instead of two; the blur, which the method states
@@ -189,7 +188,7 @@ def draw(image: Image.Image, masks: NDArray[np.uint8], views: Views, generator: 
 
     Args:
         image: RGB.
-        masks: [H, W, N], 0 or 1.
+        masks: of it.
         views: sizes and switches.
         generator: the only source of randomness.
     """
@@ -197,9 +196,9 @@ def draw(image: Image.Image, masks: NDArray[np.uint8], views: Views, generator: 
     box = (left, top, left + width, top + height)
     pixels = to_tensor(image.resize((views.side, views.side), Image.Resampling.BILINEAR, box=box))
     grid = (np.arange(views.mask_grid) + 0.5) / views.mask_grid
-    rows = np.minimum((top + grid * height).astype(np.int64), masks.shape[0] - 1)
-    columns = np.minimum((left + grid * width).astype(np.int64), masks.shape[1] - 1)
-    on_grid = torch.from_numpy(masks[rows][:, columns].astype(bool)).permute(2, 0, 1)  # [N, H, W]
+    rows = np.minimum((top + grid * height).astype(np.int64), image.height - 1)
+    columns = np.minimum((left + grid * width).astype(np.int64), image.width - 1)
+    on_grid = torch.from_numpy(masks.sample(rows, columns))  # [N, H, W]
     if views.color_jitter:
         pixels = _ssd_jitter(pixels, generator)
     if views.flip and generator.random() < 0.5:

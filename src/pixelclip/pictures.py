@@ -73,8 +73,8 @@ def gallery(model: PixelCLIP, dataset: MaskedImages, folder: Path, device: torch
             image, masks = dataset.read(index)
         except ValueError:
             continue
-        rows, columns = (nearest(views.mask_grid, size) for size in masks.shape[:2])
-        on_grid = torch.from_numpy(masks[rows][:, columns].astype(bool)).permute(2, 0, 1)  # [N, H, W]
+        rows, columns = (nearest(views.mask_grid, edge) for edge in masks.size)
+        on_grid = torch.from_numpy(masks.sample(rows, columns))  # [N, H, W]
         pixels = squash(normalise(to_tensor(image), views.mean, views.std)[None], views.side).to(device)
         owner = torch.zeros(len(on_grid), dtype=torch.long, device=device)
         features = model.mask_features(pixels, on_grid.to(device), owner)
@@ -84,7 +84,7 @@ def gallery(model: PixelCLIP, dataset: MaskedImages, folder: Path, device: torch
             counts[concept] += 1
             kept = best[concept]
             if len(kept) < _GALLERY_BEST or cosine > kept[-1][0]:
-                kept.append((cosine, _thumbnail(image, masks[..., number])))
+                kept.append((cosine, _thumbnail(image, masks.decode(number))))
                 kept.sort(key=lambda entry: -entry[0])
                 del kept[_GALLERY_BEST:]
     (folder / "gallery").mkdir(exist_ok=True)
@@ -147,7 +147,7 @@ def _preview_row(image: Image.Image, masks: NDArray[np.uint8]) -> Image.Image:
     return both.resize((max(1, round(both.width * scale)), _PREVIEW_HEIGHT))
 
 
-def _thumbnail(image: Image.Image, mask: NDArray[np.uint8]) -> Image.Image:
+def _thumbnail(image: Image.Image, mask: NDArray[np.bool_]) -> Image.Image:
     """The mask in its surroundings: outside it the picture is faded."""
     rows, columns = np.nonzero(mask)
     if len(rows) == 0:

@@ -14,12 +14,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
 from pixelclip.config import ShardsConfig
 from pixelclip.images import decode_image, encode_jpeg, to_rgb, turn_upright
+from pixelclip.rle import RunMasks, read_runs
 from pixelclip.sources import Shard
 from pixelclip.stage import Metrics, Stage, describe
 from pixelclip.storage import files_below
@@ -130,6 +130,15 @@ def parse_annotation(data: bytes, size: tuple[int, int], may_be_empty: bool = Fa
     Raises:
         ValueError: no JSON, no annotations, or a mask of another size than its image.
     """
+    return _parse(data, size, may_be_empty)[0]
+
+
+def parse_masks(data: bytes, size: tuple[int, int]) -> RunMasks:
+    """The masks alone of what `parse_annotation` parses and checks."""
+    return _parse(data, size, may_be_empty=False)[1]
+
+
+def _parse(data: bytes, size: tuple[int, int], may_be_empty: bool) -> tuple[dict[str, Any], RunMasks]:
     try:
         document = json.loads(data)
         codes = [annotation["segmentation"] for annotation in document["annotations"]]
@@ -150,30 +159,7 @@ def parse_annotation(data: bytes, size: tuple[int, int], may_be_empty: bool = Fa
     if wrong:
         found = ", ".join(f"{w}x{h}" for h, w in sorted(wrong))
         raise ValueError(f"mask of size {found}, its image is {width}x{height}")
-    for code in codes:
-        _check_rle(code["counts"], height * width)
-    return dict(document)
-
-
-def _check_rle(counts: str, num_pixels: int) -> None:
-    """Checks a compressed RLE, because pycocotools writes out of bounds when one is damaged.
-
-    A run is a signed number of 5-bit groups, lowest first; from the fourth on it is the difference to the run two before.
-    """
-    code = np.frombuffer(counts.encode(errors="surrogatepass"), np.uint8).astype(np.int64) - 48
-    last = np.flatnonzero((code & 32) == 0)
-    if not len(code) or code.min() < 0 or code.max() > 63 or last[-1:].tolist() != [len(code) - 1]:
-        raise ValueError("damaged RLE: its counts end early or hold a foreign character")
-    first = np.concatenate([[0], last[:-1] + 1])
-    length = last - first + 1
-    if length.max() > 7:
-        raise ValueError("damaged RLE: a run is too long")
-    place = np.arange(len(code)) - np.repeat(first, length)
-    runs = np.add.reduceat((code & 31) << (5 * place), first) - ((code[last] & 16) > 0) * (1 << (5 * length))
-    runs[1::2] = np.cumsum(runs[1::2])
-    runs[2::2] = np.cumsum(runs[2::2])
-    if runs.min() < 0 or runs.sum() != num_pixels:
-        raise ValueError(f"damaged RLE: its runs cover {runs.sum()} pixels, the image has {num_pixels}")
+    return document, RunMasks([read_runs(code["counts"], height * width) for code in codes], (height, width))
 
 
 class ShardWriter:
