@@ -40,6 +40,19 @@ def toy(out: Out, params: Params = None, settings: Settings = None) -> None:
     run(out, _config("toy", params, settings))
 
 
+@app.command("fetch_data")
+def fetch_data(
+    repo: Annotated[str, typer.Option(help="Git repository with DVC data: folder or URL.")],
+    out: Out,
+    params: Params = None,
+    settings: Settings = None,
+) -> None:
+    """Fetch data that DVC tracks, as they were in one git revision."""
+    from pixelclip.fetch_data import run
+
+    run(repo, out, _config("fetch_data", params, settings))
+
+
 @app.command()
 def shards(
     images: Annotated[Path, typer.Option(help="Folder of images, searched recursively.")],
