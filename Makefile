@@ -5,7 +5,7 @@ DEMO := runs/demo
 export MLFLOW_TRACKING_URI ?= sqlite:///$(CURDIR)/runs/mlflow.db
 
 .DEFAULT_GOAL := help
-.PHONY: demo test lint ui clean help requirements
+.PHONY: demo test test-services lint ui clean help requirements
 
 demo: .venv/installed  ## The main job end to end on painted scenes: about 7 minutes on 2 cores, see runs/demo/
 	@$(BIN)/pixelclip toy --out $(DEMO)/toy --params params.yaml
@@ -14,6 +14,9 @@ demo: .venv/installed  ## The main job end to end on painted scenes: about 7 min
 
 test: .venv/installed  ## All fast tests
 	@$(BIN)/python -m pytest
+
+test-services: .venv/installed  ## Tests against real S3, PostgreSQL, MLflow and DVC, which it starts and stops
+	@$(BIN)/python -m pytest -m services
 
 lint: .venv/installed  ## Ruff and the type checker
 	@$(BIN)/ruff check .
@@ -27,7 +30,7 @@ clean:  ## Remove the environment and everything that was made
 	rm -rf .venv runs data build src/*.egg-info
 
 help:  ## This list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 requirements: .venv/installed  ## Pin the newest allowed versions anew
 	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --no-emit-index-url --no-annotate \

@@ -11,6 +11,7 @@ from typing import Any
 import boto3
 import numpy as np
 import pytest
+import services
 from moto.server import ThreadedMotoServer
 from numpy.typing import NDArray
 from PIL import Image
@@ -104,3 +105,38 @@ def bucket(moto: str, account: None, monkeypatch: pytest.MonkeyPatch) -> Iterato
     for entry in client.list_objects_v2(Bucket="data").get("Contents", []):
         client.delete_object(Bucket="data", Key=entry["Key"])
     client.close()
+
+
+@pytest.fixture(scope="session")
+def all_services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[services.Services]:
+    """S3, PostgreSQL, and MLflow still starting; for tests marked `services`."""
+    with services.services(tmp_path_factory.mktemp("services")) as running:
+        yield running
+
+
+@pytest.fixture
+def s3(all_services: services.Services, monkeypatch: pytest.MonkeyPatch) -> services.S3:
+    """An S3 server that is up, with its keys in the environment."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in all_services.s3.environment().items():
+        monkeypatch.setenv(name, value)
+    _up(all_services.s3.server)
+    return all_services.s3
+
+
+@pytest.fixture
+def mlflow_server(all_services: services.Services, monkeypatch: pytest.MonkeyPatch) -> services.Mlflow:
+    """An MLflow server that is up; the environment has its address, and no keys of S3."""
+    for name in [name for name in os.environ if name.startswith(("MLFLOW_", "AWS_", "PIXELCLIP_PIPELINE"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", all_services.mlflow.uri)
+    for server in (all_services.s3.server, all_services.postgres.server, all_services.mlflow.server):
+        _up(server)
+    return all_services.mlflow
+
+
+def _up(server: services.Server) -> None:
+    if server.process is None:
+        server.start()
+    server.wait()

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import subprocess
 import tempfile
 import warnings
 from collections.abc import Sequence
@@ -151,6 +152,45 @@ def labelled_set(folder: Path, classes: Sequence[str] = CLASSES, images: int = 3
         labels[:3] = 255
         Image.fromarray(labels).save(folder / "labels" / f"{number}.png")
     return folder
+
+
+def git(folder: Path, *words: str) -> str:
+    """Runs git as somebody, whatever this machine is set up for."""
+    somebody = ["-c", "user.name=tests", "-c", "user.email=tests@localhost", "-c", "commit.gpgsign=false"]
+    done = subprocess.run(["git", *somebody, *words], cwd=folder, check=True, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def dvc_repository(folder: Path, remote: str, tracked: dict[str, dict[str, bytes]], plain: dict[str, bytes]) -> str:
+    """A git repository whose DVC remote holds the `tracked` folders and files; returns its commit, which is tagged v1.
+
+    Args:
+        folder: where to make it.
+        remote: a folder or s3://; DVC reads the credentials from the environment.
+        tracked: of every path that DVC tracks, the files below it ("" for a file itself).
+        plain: what git holds.
+    """
+    from dvc.repo import Repo
+
+    folder.mkdir(parents=True)
+    git(folder, "init", "-q", "-b", "main")
+    with Repo.init(str(folder)) as repo:
+        with repo.config.edit() as config:
+            config["core"] = {"remote": "store", "analytics": False}
+            config["remote"] = {"store": {"url": remote}}
+        for path, files in tracked.items():
+            for name, content in files.items():
+                (folder / path / name).parent.mkdir(parents=True, exist_ok=True)
+                (folder / path / name).write_bytes(content)
+        for name, content in plain.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
+        repo.add([str(folder / path) for path in tracked])
+        repo.push()
+    git(folder, "add", "-A")
+    git(folder, "commit", "-qm", "data")
+    git(folder, "tag", "v1")
+    return git(folder, "rev-parse", "HEAD")
 
 
 @cache

@@ -45,6 +45,20 @@ def toy(out: Out, params: Params = None, settings: Settings = None) -> None:
         run(folder, _config("toy", params, settings))
 
 
+@app.command("fetch_data")
+def fetch_data(
+    repo: Annotated[str, typer.Option(help="Git repository with DVC data: folder or URL.")],
+    out: Out,
+    params: Params = None,
+    settings: Settings = None,
+) -> None:
+    """Fetch data that DVC tracks, as they were in one git revision."""
+    from pixelclip.fetch_data import run
+
+    with _made(out) as folder:
+        run(repo, folder, _config("fetch_data", params, settings))
+
+
 @app.command()
 def shards(
     images: Annotated[str, typer.Option(help="Folder of images, searched recursively.")],

@@ -34,6 +34,14 @@ class ToyConfig(BaseModel):
     seed: int = _setting(0, "Seed of the scenes.", ge=0)
 
 
+class FetchDataConfig(BaseModel):
+    """Data out of a DVC or git repository, as of one revision."""
+
+    model_config = _STRICT
+    path: str = _setting("data/images", "Folder or file in the repository, tracked by DVC or by git.", min_length=1)
+    revision: str = _setting("HEAD", "Commit, tag or branch; only a full commit SHA is the same for ever.", min_length=1)
+
+
 class ShardsConfig(BaseModel):
     """Images into tar shards."""
 
@@ -225,6 +233,7 @@ class ImportConfig(BaseModel):
 Config = ToyConfig | ShardsConfig | MasksConfig | TrainConfig | EvaluateConfig | RegisterConfig
 STAGES: dict[str, type[BaseModel]] = {
     "toy": ToyConfig,
+    "fetch_data": FetchDataConfig,
     "shards": ShardsConfig,
     "masks": MasksConfig,
     "train": TrainConfig,

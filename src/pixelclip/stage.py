@@ -36,17 +36,27 @@ class Stage:
         out: the folder that it makes.
         inputs: what it reads, as `describe` says it.
         config: its settings.
+        source: of a stage that fetches: from which `repo`, at which commit `git_sha`; more may be added before `finish`.
 
     Raises:
         ValueError: `out` already holds something else.
     """
 
-    def __init__(self, name: str, out: Path, inputs: Mapping[str, dict[str, Any]], config: BaseModel) -> None:
+    def __init__(
+        self,
+        name: str,
+        out: Path,
+        inputs: Mapping[str, dict[str, Any]],
+        config: BaseModel,
+        source: Mapping[str, Any] | None = None,
+    ) -> None:
         self.name = name
         self.out = out.absolute()
         self.settings = lasting(config)
         self.inputs = dict(inputs)
+        self.source = dict(source or {})
         identity = [name, __version__, self.settings, {key: value["md5"] for key, value in self.inputs.items()}]
+        identity += [self.source["git_sha"]] if self.source else []
         self.fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         self.folder = self.out.with_name(f".{self.out.name}.{self.fingerprint[:12]}.partial")
         self._lock: int | None = None
@@ -96,6 +106,7 @@ class Stage:
             self.folder / PROVENANCE,
             {
                 **self.provenance(),
+                **({"source": self.source} if self.source else {}),
                 "output": digest(self.folder, chosen),
                 "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             },
@@ -141,6 +152,8 @@ class Stage:
         for key, described in self.inputs.items():
             if there.get("inputs", {}).get(key, {}).get("md5") != described["md5"]:
                 found.append(f"other {key}")
+        if self.source and (old := there.get("source", {}).get("git_sha")) != self.source["git_sha"]:
+            found.append(f"commit {old} → {self.source['git_sha']}")
         return ", ".join(found) or "another stage"
 
 

@@ -1,0 +1,290 @@
+"""Data by git revision, out of real DVC repositories: what arrives, how it is named, and every way not to get it."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import services
+import tiny
+from conftest import write_files
+
+from pixelclip.config import FetchDataConfig
+from pixelclip.fetch_data import about, run
+from pixelclip.stage import describe
+from pixelclip.storage import digest, read_json, write_json
+
+IMAGES = {"a/1.jpg": b"one", "a/2.jpg": b"two", "3.jpg": b"three" * 1000}
+PLAIN = {"readme.txt": b"hello", "conf/x.yaml": b"x: 1", "conf/deep/y.yaml": b"y: 2"}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    base = tmp_path_factory.mktemp("dvc")
+    tiny.dvc_repository(base / "repo", str(base / "remote"), {"data/images": IMAGES, "one.bin": {"": b"1" * 100}}, PLAIN)
+    return base
+
+
+@pytest.fixture
+def repo(made, tmp_path) -> Path:
+    """A repository as a cluster sees it: no working tree, no cache, only commits and the remote."""
+    shutil.copytree(made, tmp_path / "dvc")
+    repo = tmp_path / "dvc" / "repo"
+    config = repo / ".dvc" / "config"
+    config.write_text(config.read_text().replace(str(made), str(tmp_path / "dvc")))
+    shutil.rmtree(repo / ".dvc" / "cache")
+    tiny.git(repo, "commit", "-qam", "elsewhere")
+    tiny.git(repo, "tag", "-f", "v1")
+    return repo
+
+
+def fetched(folder: Path) -> dict[str, bytes]:
+    names = ("metrics.json", "provenance.json")
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name not in names]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+def commit(repo: Path) -> str:
+    return tiny.git(repo, "rev-parse", "HEAD")
+
+
+def test_a_folder_that_dvc_tracks(repo, tmp_path):
+    out = tmp_path / "out"
+    metrics = run(str(repo), out, FetchDataConfig(path="data/images", revision="v1"))
+    assert fetched(out) == IMAGES
+    size = sum(len(content) for content in IMAGES.values())
+    # DVC's own MD5 of a folder: of a JSON list of its files, in its own order.
+    listed = [{"md5": hashlib.md5(IMAGES[name]).hexdigest(), "relpath": name} for name in sorted(IMAGES)]
+    md5 = hashlib.md5(json.dumps(listed, sort_keys=True).encode()).hexdigest() + ".dir"
+    assert f"md5: {md5}" in (repo / "data" / "images.dvc").read_text()
+    assert about(out) == {"git_sha": commit(repo), "path": "data/images", "md5": md5, "nfiles": 3, "size": size}
+    assert metrics == read_json(out / "metrics.json") == {"files": 3.0, "bytes": float(size)}
+    assert read_json(out / "provenance.json")["source"] == about(out) | {"repo": str(repo)}
+
+
+@pytest.mark.parametrize("url", ["file://{}", "{}/", "{}/.git/.."])
+def test_a_repository_by_url(repo, tmp_path, url):
+    run(url.format(repo), tmp_path / "out", FetchDataConfig(path="data/images", revision=commit(repo)))
+    assert fetched(tmp_path / "out") == IMAGES
+
+
+@pytest.mark.parametrize(
+    ("path", "content"),
+    [
+        ("one.bin", {"one.bin": b"1" * 100}),
+        ("data/images/a", {"1.jpg": b"one", "2.jpg": b"two"}),
+        ("data/images/a/1.jpg", {"1.jpg": b"one"}),
+        ("conf", {"x.yaml": b"x: 1", "deep/y.yaml": b"y: 2"}),
+        ("conf/", {"x.yaml": b"x: 1", "deep/y.yaml": b"y: 2"}),
+        ("readme.txt", {"readme.txt": b"hello"}),
+        ("data", {f"images/{name}": content for name, content in IMAGES.items()} | {".gitignore": b"/images\n"}),
+    ],
+)
+def test_files_parts_of_folders_and_what_git_holds(repo, tmp_path, path, content):
+    out = tmp_path / "out"
+    run(str(repo), out, FetchDataConfig(path=path))
+    assert fetched(out) == content
+    told = about(out)
+    seen = {name: data for name, data in content.items() if not name.startswith(".")}
+    assert (told["nfiles"], told["size"]) == (len(seen), sum(map(len, seen.values())))
+    if len(content) == 1:
+        assert told["md5"] == hashlib.md5(*content.values()).hexdigest()
+    else:
+        assert told["md5"] == digest(write_files(tmp_path / "same", content))["md5"]
+
+
+def test_a_revision_is_what_was_committed_then(repo, tmp_path):
+    from dvc.repo import Repo
+
+    old = commit(repo)
+    (repo / "data" / "images" / "4.jpg").write_bytes(b"four")
+    with Repo(str(repo)) as opened:
+        opened.add([str(repo / "data" / "images")])
+        opened.push()
+    tiny.git(repo, "commit", "-qam", "more")
+    (repo / "data" / "images" / "5.jpg").write_bytes(b"not committed")
+    new = IMAGES | {"4.jpg": b"four"}
+    revisions = {old: IMAGES, old[:10]: IMAGES, "v1": IMAGES, "main": new, "HEAD": new}
+    for number, (revision, expected) in enumerate(revisions.items()):
+        for start in ("", "file://"):
+            out = tmp_path / f"{number}{start[:4]}"
+            run(f"{start}{repo}", out, FetchDataConfig(path="data/images", revision=revision))
+            assert fetched(out) == expected, (revision, start)
+    assert about(tmp_path / "0")["git_sha"] == about(tmp_path / "2")["git_sha"] == old
+    assert about(tmp_path / "3")["git_sha"] == commit(repo) != old
+
+
+def test_again_is_reused_and_another_commit_is_refused(repo, tmp_path, capsys):
+    out, config = tmp_path / "out", FetchDataConfig(path="data/images", revision="main")
+    first = run(str(repo), out, config)
+    before = (out / "provenance.json").read_bytes()
+    assert run(str(repo), out, config) == first
+    assert "reused" in capsys.readouterr().out
+    old = commit(repo)
+    tiny.git(repo, "commit", "-q", "--allow-empty", "-m", "next")
+    with pytest.raises(ValueError, match=f"commit {old} → {commit(repo)}"):
+        run(str(repo), out, config)
+    assert (out / "provenance.json").read_bytes() == before
+
+
+def test_the_next_stage_names_the_source(repo, tmp_path):
+    run(str(repo), tmp_path / "out", FetchDataConfig(path="data/images"))
+    described = describe(tmp_path / "out")
+    assert described["provenance"]["source"]["git_sha"] == commit(repo)
+    assert (described["num_files"], described["md5"]) == (3, digest(write_files(tmp_path / "same", IMAGES))["md5"])
+
+
+def test_data_that_a_stage_made_keep_their_provenance(tmp_path):
+    before = {"stage": "masks", "settings": {}, "inputs": {}, "output": {"md5": "m" * 32, "num_files": 1, "size": 3}}
+    files = {"000.tar": b"tar", "provenance.json": json.dumps(before).encode(), "metrics.json": b"{}"}
+    tiny.dvc_repository(tmp_path / "repo", str(tmp_path / "remote"), {"masks": files}, {})
+    run(str(tmp_path / "repo"), tmp_path / "out", FetchDataConfig(path="masks"))
+    there = read_json(tmp_path / "out" / "provenance.json")
+    assert there["inputs"]["made"]["provenance"] == before
+    assert there["stage"] == "fetch_data" and there["output"]["num_files"] == 1
+    assert read_json(tmp_path / "out" / "metrics.json") == {"files": 3.0, "bytes": float(sum(map(len, files.values())))}
+
+
+def test_data_with_a_file_of_our_names_are_refused(tmp_path):
+    tiny.dvc_repository(tmp_path / "repo", str(tmp_path / "remote"), {"set": {"metrics.json": b"{}", "a": b"a"}}, {})
+    with pytest.raises(ValueError, match=r"set at .*: holds a file metrics\.json, a name that pixelclip needs"):
+        run(str(tmp_path / "repo"), tmp_path / "out", FetchDataConfig(path="set"))
+    assert not (tmp_path / "out").exists()
+
+
+def refusal(repo: object, out: Path, **settings: str) -> str:
+    with pytest.raises(ValueError, match=r".") as refused:
+        run(str(repo), out, FetchDataConfig(**({"path": "data/images"} | settings)))
+    assert not out.exists()
+    message = str(refused.value)
+    assert "\n" not in message
+    return message
+
+
+def test_what_is_not_there_is_named(repo, tmp_path):
+    out = tmp_path / "out"
+    assert f"{repo}: there is no revision 'v9' (fetch_data.revision)" in refusal(repo, out, revision="v9")
+    assert "there is no revision" in refusal(f"file://{repo}", out, revision="v9")
+    assert "there is no revision" in refusal(repo, out, revision="0" * 40)
+    said = refusal(repo, out, path="data/imagse")
+    assert f"{repo}: data/imagse at {commit(repo)[:12]}: there is no such path (fetch_data.path); data holds images" in said
+    assert "there is no such path (fetch_data.path); the repository holds conf, data, one.bin" in refusal(
+        repo, out, path="nope"
+    )
+    for nowhere in (tmp_path / "none", tmp_path, f"file://{tmp_path}/none"):
+        assert f"{nowhere}: is no git repository that can be read" in refusal(nowhere, out)
+
+
+def test_a_repository_that_nobody_serves_is_named_and_tells_no_token(tmp_path):
+    (port,) = services.free_ports(1)
+    said = refusal(f"http://user:geheim@127.0.0.1:{port}/data.git", tmp_path / "out")
+    assert said.startswith(f"http://127.0.0.1:{port}/data.git: is no git repository that can be read")
+    assert "geheim" not in said
+
+
+def object_of(repo: Path, content: bytes) -> Path:
+    md5 = hashlib.md5(content).hexdigest()
+    return repo.parent / "remote" / "files" / "md5" / md5[:2] / md5[2:]
+
+
+def test_a_file_missing_in_the_remote_is_named_and_the_rest_is_kept(repo, tmp_path):
+    kept = object_of(repo, b"two").read_bytes()
+    object_of(repo, b"two").unlink()
+    said = refusal(repo, tmp_path / "out")
+    assert (
+        f"{repo}: data/images at {commit(repo)[:12]}: " in said and "data/images/a/2.jpg is missing in the DVC remote" in said
+    )
+    object_of(repo, b"two").write_bytes(kept)
+    run(str(repo), tmp_path / "out", FetchDataConfig(path="data/images"))
+    assert fetched(tmp_path / "out") == IMAGES
+
+
+def test_a_damaged_file_is_named_and_never_taken(repo, tmp_path):
+    damaged = object_of(repo, b"two")
+    damaged.chmod(0o644)
+    damaged.write_bytes(b"twX")
+    assert "data/images/a/2.jpg is damaged in the remote (md5 " in refusal(repo, tmp_path / "out")
+
+
+def test_a_remote_that_is_gone(repo, tmp_path):
+    shutil.rmtree(repo.parent / "remote")
+    assert "the DVC remote does not give it" in refusal(repo, tmp_path / "out")
+
+
+def test_no_clone_stays_behind(repo, tmp_path, monkeypatch):
+    place = tmp_path / "temporary"
+    place.mkdir()
+    code = "import sys; from pixelclip.cli import main; main()"
+    words = ["fetch_data", "--repo", f"file://{repo}", "--out", str(tmp_path / "out"), "path=data/images", "revision=v1"]
+    subprocess.run([sys.executable, "-c", code, *words], check=True, env=os.environ | {"TMPDIR": str(place)})
+    assert fetched(tmp_path / "out") == IMAGES
+    assert list(place.iterdir()) == []
+
+
+def test_something_else_is_not_told_about(tmp_path):
+    write_json(tmp_path / "provenance.json", {"stage": "masks"})
+    with pytest.raises(ValueError, match="was not made by stage fetch_data"):
+        about(tmp_path)
+
+
+@pytest.fixture
+def remote(s3, tmp_path) -> str:
+    """A place in the S3 server of this test's own."""
+    return f"s3://dvc/{tmp_path.name}"
+
+
+@pytest.mark.services
+def test_data_over_s3(s3, remote, tmp_path, monkeypatch):
+    big = {"images/big.bin": os.urandom(20 << 20), "images/small.jpg": b"small"}  # the first in several parts
+    sha = tiny.dvc_repository(tmp_path / "repo", remote, {"data": big}, {})
+    shutil.rmtree(tmp_path / "repo" / ".dvc" / "cache")
+    assert s3.client().list_objects_v2(Bucket="dvc", Prefix=tmp_path.name)["KeyCount"] == 3  # two files and their list
+    url = f"file://{tmp_path}/repo"
+    run(url, tmp_path / "out", FetchDataConfig(path="data"))
+    assert fetched(tmp_path / "out") == big
+    assert about(tmp_path / "out")["git_sha"] == sha
+
+    monkeypatch.delenv("AWS_ENDPOINT_URL")  # the repository may name the endpoint itself
+    config = tmp_path / "repo" / ".dvc" / "config"
+    config.write_text(config.read_text() + f"    endpointurl = {s3.endpoint}\n")
+    tiny.git(tmp_path / "repo", "commit", "-qam", "endpoint")
+    run(url, tmp_path / "again", FetchDataConfig(path="data"))
+    assert fetched(tmp_path / "again") == big
+
+
+@pytest.mark.services
+def test_an_s3_remote_that_refuses_is_one_clear_line(s3, remote, tmp_path, monkeypatch):
+    (port,) = services.free_ports(1)
+    repo = tmp_path / "repo"
+    tiny.dvc_repository(repo, remote, {"data/images": IMAGES, "one.bin": {"": b"1"}}, {})
+    shutil.rmtree(repo / ".dvc" / "cache")
+    out, config = tmp_path / "out", repo / ".dvc" / "config"
+    for path in ("data/images", "one.bin"):
+        with monkeypatch.context() as changed:
+            changed.setenv("AWS_ACCESS_KEY_ID", "nobody")
+            assert "AWS_ACCESS_KEY_ID" in refusal(repo, out, path=path)
+        with monkeypatch.context() as changed:
+            changed.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+            assert "AWS_SECRET_ACCESS_KEY" in refusal(repo, out, path=path)
+        with monkeypatch.context() as changed:
+            for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+                changed.delenv(name)
+            changed.setenv("HOME", str(tmp_path))
+            assert "AWS_ACCESS_KEY_ID" in refusal(repo, out, path=path)
+        with monkeypatch.context() as changed:
+            changed.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+            assert f"http://127.0.0.1:{port}" in refusal(repo, out, path=path)
+    kept = config.read_text()
+    config.write_text(kept.replace("s3://dvc/", "s3://no-such-bucket/"))
+    tiny.git(repo, "commit", "-qam", "another bucket")
+    for path in ("data/images", "one.bin"):
+        assert "bucket" in refusal(repo, out, path=path)
+    config.write_text(kept)
+    tiny.git(repo, "commit", "-qam", "the bucket")
+    md5 = hashlib.md5(b"two").hexdigest()
+    s3.client().delete_object(Bucket="dvc", Key=f"{tmp_path.name}/files/md5/{md5[:2]}/{md5[2:]}")
+    assert "data/images/a/2.jpg is missing in the DVC remote" in refusal(repo, out)
