@@ -1,13 +1,22 @@
-"""The DAG: images -> shards -> masks -> train -> evaluate -> register."""
+"""The DAG: data -> shards -> masks -> train -> evaluate -> register, and whatever happens the MLflow run is closed."""
+
+import json
 
 from kfp import dsl
 
 from pixelclip.config import MasksConfig, RegisterConfig, TrainConfig
+from pixelclip_components import IMAGE
 from pixelclip_components.evaluate.component import evaluate
+from pixelclip_components.fetch_data.component import fetch_data
+from pixelclip_components.finish.component import finish
 from pixelclip_components.masks.component import masks
+from pixelclip_components.pin_revision.component import pin_revision
 from pixelclip_components.register.component import register
 from pixelclip_components.shards.component import shards
 from pixelclip_components.train.component import train
+from pixelclip_components.train_job.component import train_job
+from pixelclip_pipelines.cluster import Cluster, place_on, tell_run
+from pixelclip_pipelines.trainjob import template
 
 SETTING_OF = {
     "generator": "masks.generator",
@@ -22,56 +31,96 @@ SETTING_OF = {
 """The pipeline parameters that are settings of a stage; every other setting goes through `settings`."""
 
 
-@dsl.pipeline(name="pixelclip", description="Teach CLIP where things are, from images that nobody labelled.")
-def pixelclip(
-    images: str,
-    labelled: str,
-    generator: str = MasksConfig().generator,
-    clip: str = TrainConfig().clip,
-    steps: int = TrainConfig().steps,
-    batch_size: int = TrainConfig().batch_size,
-    concepts: int = TrainConfig().concepts,
-    seed: int = TrainConfig().seed,
-    registry_name: str = RegisterConfig().name,
-    min_gain: float = RegisterConfig().min_gain,
-    settings: dict = {},  # noqa: B006  (KFP reads the default, nothing changes it)
-    workspace: str = "",
-):
-    """Runs the whole flow.
+def build(cluster: Cluster | None = None, nodes: int = 1, image: str = IMAGE) -> dsl.base_component.BaseComponent:
+    """The pipeline for a cluster, or, without one, as it runs on one machine.
 
     Args:
-        images: Folder of unlabelled images, searched recursively.
-        labelled: Labelled set to evaluate on: a folder with images/, labels/ and classes.txt. Never read in training.
-        generator: felzenszwalb, given (SA-1B JSON beside the images), sam or dino (with masks.weights in settings).
-        clip: The CLIP to start from: toy, an open_clip folder, NAME:PRETRAINED or NAME:FILE.
-        steps: Optimizer steps of the training.
-        batch_size: Images in one optimizer step.
-        concepts: Number of learnable concepts (K).
-        seed: Seed of prompts, decoder, order and views.
-        registry_name: Name of the registered model in MLflow.
-        min_gain: Least gain over CLIP, in points of mIoU, that makes a champion.
-        settings: Every other setting as {"stage.setting": value}, for example {"train.teacher_momentum": 0.99}.
-        workspace: Folder that outlives the run (a mounted volume), where finished stages are reused and killed ones
-            resumed. Empty: the run's own artifact store.
+        cluster: what each step's pod gets, and how many parts masks are made in.
+        nodes: how many nodes train; several are started by Kubeflow Trainer.
+        image: container image of all steps.
+
+    Raises:
+        ValueError: the cluster cannot train on several nodes.
     """
-    packed = shards(images=images, settings=settings, workspace=workspace)
-    masked = masks(shards=packed.outputs["shards"], generator=generator, settings=settings, workspace=workspace)
-    trained = train(
-        masks=masked.outputs["masks"],
-        clip=clip,
-        steps=steps,
-        batch_size=batch_size,
-        concepts=concepts,
-        seed=seed,
-        settings=settings,
-        workspace=workspace,
-    )
-    evaluated = evaluate(model=trained.outputs["model"], labelled=labelled, settings=settings, workspace=workspace)
-    register(
-        model=trained.outputs["model"],
-        evaluation=evaluated.outputs["evaluation"],
-        registry_name=registry_name,
-        min_gain=min_gain,
-        settings=settings,
-        workspace=workspace,
-    )
+    trainer = train_job if nodes > 1 else train
+    job = {"job": json.dumps(template(cluster or Cluster(), nodes, image))} if nodes > 1 else {}
+    parts = cluster.parts if cluster else 1
+
+    def on(step: str, task: dsl.PipelineTask) -> dsl.PipelineTask:
+        return tell_run(place_on(task, cluster, step, image)) if cluster else task
+
+    @dsl.pipeline(name="pixelclip", description="Teach CLIP where things are, from images that nobody labelled.")
+    def pixelclip(
+        images: str,
+        labelled: str,
+        repo: str = "",
+        revision: str = "",
+        generator: str = MasksConfig().generator,
+        clip: str = TrainConfig().clip,
+        steps: int = TrainConfig().steps,
+        batch_size: int = TrainConfig().batch_size,
+        concepts: int = TrainConfig().concepts,
+        seed: int = TrainConfig().seed,
+        registry_name: str = RegisterConfig().name,
+        min_gain: float = RegisterConfig().min_gain,
+        settings: dict = {},  # noqa: B006  (KFP reads the default, nothing changes it)
+        workspace: str = "",
+    ):
+        """Runs the whole flow.
+
+        Args:
+            images: Folder of unlabelled images, searched recursively: its path in `repo`, or a folder or s3:// prefix itself.
+            labelled: Labelled set to evaluate on, found as `images`: images/, labels/, classes.txt. Never read in training.
+            repo: DVC repository (URL or path) that holds images and labelled set. Empty: they are folders or s3:// prefixes.
+            revision: Branch, tag or commit of `repo`; the full commit is resolved once and recorded. Empty: its default branch.
+            generator: felzenszwalb, given (SA-1B JSON beside the images), sam or dino (with masks.weights in settings).
+            clip: The CLIP to start from: toy, an open_clip folder, NAME:PRETRAINED or NAME:FILE.
+            steps: Optimizer steps of the training.
+            batch_size: Images in one optimizer step.
+            concepts: Number of learnable concepts (K).
+            seed: Seed of prompts, decoder, order and views.
+            registry_name: Name of the registered model in MLflow.
+            min_gain: Least gain over CLIP, in points of mIoU, that makes a champion.
+            settings: Every other setting as {"stage.setting": value}, for example {"train.teacher_momentum": 0.99}.
+            workspace: Folder that outlives the run (a mounted volume), where finished stages are reused and killed ones
+                resumed. Empty: the run's own artifact store.
+        """
+        everywhere = {"settings": settings, "workspace": workspace}
+        learned = {"clip": clip, "steps": steps, "batch_size": batch_size, "concepts": concepts, "seed": seed}
+        with dsl.ExitHandler(on("finish", finish()), name="pixelclip"):
+            commit = on("pin_revision", pin_revision(repo=repo, revision=revision)).output
+
+            def fetched(path: str) -> dsl.PipelineTask:
+                task = on("fetch_data", fetch_data(repo=repo, path=path, revision=commit, **everywhere))
+                # The one step whose inputs say all about its output: a full commit SHA never means other data tomorrow.
+                return task.set_caching_options(True)
+
+            pictures, truth = fetched(images), fetched(labelled)
+            packed = on("shards", shards(images=pictures.outputs["data"], **everywhere))
+
+            def masked(part: str) -> dsl.PipelineTask:
+                return on("masks", masks(shards=packed.outputs["shards"], generator=generator, part=part, **everywhere))
+
+            if parts == 1:  # no loop: KFP before 2.17 loses the status of steps that stand around one
+                seen = {"masks": masked(part="").outputs["masks"]}
+            else:
+                numbers = [f"{number}/{parts}" for number in range(1, parts + 1)]
+                with dsl.ParallelFor(numbers, name="parts", parallelism=cluster.parallel or None) as part:
+                    one = masked(part=part)
+                seen = {"parts": dsl.Collected(one.outputs["masks"])}
+            model = on("train_job" if job else "train", trainer(**seen, **learned, **job, **everywhere)).outputs["model"]
+            measured = on("evaluate", evaluate(model=model, labelled=truth.outputs["data"], **everywhere))
+            passed = register(
+                model=model,
+                evaluation=measured.outputs["evaluation"],
+                registry_name=registry_name,
+                min_gain=min_gain,
+                **everywhere,
+            )
+            on("register", passed)
+
+    return pixelclip
+
+
+pixelclip = build()
+"""As it runs on one machine: kfp's local runners know nothing of pods, and a step that failed is not tried again."""

@@ -17,13 +17,23 @@ from pixelclip.config import STAGES, load_all, nearest
 from pixelclip.stage import METRICS
 from pixelclip.storage import read_json
 from pixelclip.tracking import PIPELINE_RUN, connect, tracking_uri
-from pixelclip_pipelines.pixelclip import SETTING_OF, pixelclip
+from pixelclip_pipelines.cluster import image_of, read
+from pixelclip_pipelines.pixelclip import SETTING_OF, build, pixelclip
 
 LOG = "pipeline.log"
-_PATHS = ("images", "labelled", "workspace")
+_OPTIONS = ("images", "labelled", "repo", "revision", "workspace", "settings")
+_NOT_PASSED = ("toy.", "fetch_data.")  # stands before the pipeline; has parameters of its own
 
 
-def arguments(images: str, labelled: str, workspace: str, params: Path | None, overrides: Mapping[str, Any]) -> dict[str, Any]:
+def arguments(
+    images: str,
+    labelled: str,
+    workspace: str,
+    params: Path | None,
+    overrides: Mapping[str, Any],
+    repo: str = "",
+    revision: str = "",
+) -> dict[str, Any]:
     """The pipeline's arguments, all of them checked.
 
     Args:
@@ -31,14 +41,21 @@ def arguments(images: str, labelled: str, workspace: str, params: Path | None, o
         labelled: labelled set.
         workspace: folder shared by runs, or empty.
         params: a YAML file with settings.
+        repo: DVC repository in which images and labelled set are paths; empty: they are folders.
+        revision: branch, tag or commit of `repo`.
         overrides: pipeline parameters by name, or settings as `stage.setting`.
 
     Raises:
         ValueError: an unknown parameter or setting, a value that is not allowed, or one thing said in two ways.
     """
+    for name, value in (("images", images), ("labelled", labelled)):
+        if not value:
+            raise ValueError(f"{name} must name a folder")
+    if revision and not repo:
+        raise ValueError(f"revision {revision!r} without repo: only data of a DVC repository have revisions")
     chosen: dict[str, Any] = {}
     for name, value in overrides.items():
-        if name in _PATHS or name == "settings":
+        if name in _OPTIONS:
             raise ValueError(f"pipeline parameter {name!r} is not given as NAME=VALUE here, see --help")
         if "." not in name and name not in SETTING_OF:
             raise ValueError(
@@ -51,29 +68,48 @@ def arguments(images: str, labelled: str, workspace: str, params: Path | None, o
         chosen[setting] = value
     configs = load_all(params, chosen)
     values = {f"{stage}.{name}": value for stage, config in configs.items() for name, value in config.model_dump().items()}
+    if values["masks.part"]:
+        raise ValueError(f"masks.part {values['masks.part']}: the pipeline makes all parts; how many says cluster.yaml (parts)")
     defaults = {f"{s}.{name}": field.default for s, kind in STAGES.items() for name, field in kind.model_fields.items()}
     named = {name: values[setting] for name, setting in SETTING_OF.items()}
     others = {
         setting: value
         for setting, value in values.items()
-        if setting not in SETTING_OF.values() and not setting.startswith("toy.") and value != defaults[setting]
+        if setting not in SETTING_OF.values() and not setting.startswith(_NOT_PASSED) and value != defaults[setting]
     }
-    return {"images": images, "labelled": labelled, "workspace": workspace, "settings": others, **named}
+    data = {"images": images, "labelled": labelled, "repo": repo, "revision": revision}
+    return {**data, "workspace": workspace, "settings": others, **named}
 
 
-def compile_to(path: Path) -> None:
-    """Writes the pipeline as YAML for a cluster (image: PIXELCLIP_IMAGE).
+def compile_to(path: Path, cluster: Path | None = None, nodes: int = 1, image: str = "") -> None:
+    """Writes the pipeline as YAML for a cluster.
+
+    Args:
+        path: YAML file to write.
+        cluster: settings of the cluster; see `cluster.read`.
+        nodes: how many nodes train.
+        image: container image, before PIXELCLIP_IMAGE and that of the cluster.
 
     Raises:
-        ValueError: `path` is no YAML file.
+        ValueError: `path` is no YAML file, or the settings of the cluster are wrong.
     """
     if path.suffix not in (".yaml", ".yml"):
         raise ValueError(f"{path}: the compiled pipeline is a .yaml file")
+    there = read(cluster)
+    built = build(there, nodes, image_of(there, image))
     path.parent.mkdir(parents=True, exist_ok=True)
-    compiler.Compiler().compile(pixelclip, str(path))
+    compiler.Compiler().compile(built, str(path))
 
 
-def run_locally(images: Path, labelled: Path, out: Path, params: Path | None, overrides: Mapping[str, Any]) -> None:
+def run_locally(
+    images: Path,
+    labelled: Path,
+    out: Path,
+    params: Path | None,
+    overrides: Mapping[str, Any],
+    repo: str = "",
+    revision: str = "",
+) -> None:
     """Runs the pipeline in subprocesses of this machine; finished stages in `out` are reused.
 
     Args:
@@ -82,15 +118,17 @@ def run_locally(images: Path, labelled: Path, out: Path, params: Path | None, ov
         out: the workspace; `metrics.json` and `report.html` are put there at the end, KFP's whole log in `pipeline.log`.
         params: a YAML file with settings.
         overrides: see `arguments`.
+        repo: DVC repository in which `images` and `labelled` are paths; empty: they are folders.
+        revision: branch, tag or commit of `repo`.
 
     Raises:
         ValueError: a wrong parameter, or MLflow unreachable: before any step starts.
         SystemExit: a step failed.
     """
-    for folder in (images, labelled):
-        if not folder.is_dir():
-            raise ValueError(f"{folder}: no such folder")
-    given = arguments(str(images.absolute()), str(labelled.absolute()), str(out.absolute()), params, overrides)
+    if missing := [folder for folder in (images, labelled) if not repo and not folder.is_dir()]:
+        raise ValueError(f"{missing[0]}: no such folder")
+    data = [str(path if repo else path.absolute()) for path in (images, labelled)]
+    given = arguments(*data, str(out.absolute()), params, overrides, repo, revision)
     connect()
     out.mkdir(parents=True, exist_ok=True)
     # Steps are processes of their own: they inherit where MLflow is and which run they belong to.

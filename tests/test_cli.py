@@ -13,10 +13,14 @@ from pixelclip.config import STAGES
 
 def commands() -> list[tuple[str, ...]]:
     root = typer.main.get_command(cli.app)
-    found: list[tuple[str, ...]] = []
-    for name, command in root.commands.items():
-        found += [(name, inner) for inner in command.commands] if hasattr(command, "commands") else [(name,)]
-    return found
+
+    def below(group, words: tuple[str, ...]) -> list[tuple[str, ...]]:
+        found: list[tuple[str, ...]] = []
+        for name, command in group.commands.items():
+            found += below(command, (*words, name)) if hasattr(command, "commands") else [(*words, name)]
+        return found
+
+    return below(root, ())
 
 
 @pytest.fixture

@@ -34,8 +34,9 @@ def test_commands_and_their_options_exist(page):
             if not found:
                 continue
             command, rest = COMMANDS[found[1]], found[2]
-            if found[1] == "pipeline":
-                command = command.commands[rest.split()[0]]
+            for word in rest.split():
+                if hasattr(command, "commands"):
+                    command = command.commands[word]
             options = {option for parameter in command.params for option in parameter.opts}
             assert set(re.findall(r"(?<= )--[a-z-]+", rest)) <= options, line
 

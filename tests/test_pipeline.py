@@ -18,8 +18,14 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("pipeline") / "pixelclip.yaml"
-    compile_to(path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("PIXELCLIP_IMAGE", raising=False)
+        compile_to(path)
     return path
+
+
+def spec_of(compiled: Path) -> dict:
+    return next(yaml.safe_load_all(compiled.read_text()))
 
 
 def test_kfp_accepts_the_compiled_yaml(compiled):
@@ -29,33 +35,36 @@ def test_kfp_accepts_the_compiled_yaml(compiled):
 
 
 def test_every_parameter_is_described(compiled):
-    parameters = yaml.safe_load(compiled.read_text())["root"]["inputDefinitions"]["parameters"]
-    assert {"images", "labelled", "settings", "workspace", *SETTING_OF} == set(parameters)
+    parameters = spec_of(compiled)["root"]["inputDefinitions"]["parameters"]
+    assert {"images", "labelled", "repo", "revision", "settings", "workspace", *SETTING_OF} == set(parameters)
     for name, entry in parameters.items():
         assert len(entry.get("description", "")) > 10, name
 
 
 def test_steps_stand_in_the_order_of_the_arrow_line(compiled):
-    tasks = yaml.safe_load(compiled.read_text())["root"]["dag"]["tasks"]
+    tasks = spec_of(compiled)["components"]["comp-exit-handler-1"]["dag"]["tasks"]
     needs = {name: set(task.get("dependentTasks", [])) for name, task in tasks.items()}
     assert needs == {
-        "shards": set(),
+        "pin-revision": set(),
+        "fetch-data": {"pin-revision"},
+        "fetch-data-2": {"pin-revision"},
+        "shards": {"fetch-data"},
         "masks": {"shards"},
         "train": {"masks"},
-        "evaluate": {"train"},
+        "evaluate": {"fetch-data-2", "train"},
         "register": {"train", "evaluate"},
     }
 
 
 def test_defaults_are_those_of_the_settings(compiled):
-    parameters = yaml.safe_load(compiled.read_text())["root"]["inputDefinitions"]["parameters"]
+    parameters = spec_of(compiled)["root"]["inputDefinitions"]["parameters"]
     for name, setting in SETTING_OF.items():
         stage, _, field = setting.partition(".")
         assert parameters[name]["defaultValue"] == getattr(load(stage), field)
 
 
-def test_the_image_is_chosen_by_the_environment(compiled):
-    executors = yaml.safe_load(compiled.read_text())["deploymentSpec"]["executors"]
+def test_without_a_choice_the_image_is_the_one_of_development(compiled):
+    executors = spec_of(compiled)["deploymentSpec"]["executors"]
     assert {executor["container"]["image"] for executor in executors.values()} == {"pixelclip:dev"}
 
 
@@ -78,6 +87,7 @@ def test_arguments_reach_every_stage():
         ({"generator": "sam9"}, "Input should be 'felzenszwalb', 'given', 'sam' or 'dino'"),
         ({"steps": 5, "train.steps": 6}, "train.steps is given twice"),
         ({"images": "x"}, "see --help"),
+        ({"masks.part": "1/2"}, "the pipeline makes all parts"),
     ],
 )
 def test_a_wrong_parameter_is_refused_before_any_step(tmp_path, overrides, said):
@@ -101,11 +111,12 @@ def test_a_component_is_a_plain_function_in_a_test(tmp_path):
     Image.new("RGB", (20, 10), "red").save(tmp_path / "images" / "a.png")
     logged = {}
     metrics = SimpleNamespace(log_metric=logged.__setitem__)
+    images = SimpleNamespace(path=str(tmp_path / "images"), metadata={})
     output = SimpleNamespace(path=str(tmp_path / "shards"), uri="")
-    shards.python_func(str(tmp_path / "images"), output, metrics, {"shards.images_per_shard": 10.0})
+    shards.python_func(images, output, metrics, {"shards.images_per_shard": 10.0})
     assert logged["images"] == 1
     assert (tmp_path / "shards" / "000000.tar").is_file()
     shared = SimpleNamespace(path="unused", uri="")
-    shards.python_func(str(tmp_path / "images"), shared, metrics, {}, workspace=str(tmp_path / "space"))
+    shards.python_func(images, shared, metrics, {}, workspace=str(tmp_path / "space"))
     assert shared.uri == str(tmp_path / "space" / "shards")
     assert (tmp_path / "space" / "shards" / "000000.tar").is_file()

@@ -294,19 +294,33 @@ def compiled(made) -> Path:
 def test_kfp_accepts_the_compiled_sweep_and_every_parameter_is_described(compiled):
     loaded = load_component_from_file(str(compiled))
     assert isinstance(loaded, components.YamlComponent) and loaded.component_spec.name == "pixelclip-sweep"
-    parameters = yaml.safe_load(compiled.read_text())["root"]["inputDefinitions"]["parameters"]
+    spec = next(yaml.safe_load_all(compiled.read_text()))
+    parameters = spec["root"]["inputDefinitions"]["parameters"]
     assert set(parameters) == {"masks", "labelled", "name", "runs"}
     assert all(len(entry.get("description", "")) > 10 for entry in parameters.values())
     assert parameters["name"]["defaultValue"] == "tiny ablations"
-    tasks = yaml.safe_load(compiled.read_text())["components"]["comp-for-loop-1"]["dag"]["tasks"]
+    tasks = spec["components"]["comp-for-loop-1"]["dag"]["tasks"]
     assert {name: task["componentRef"]["name"] for name, task in tasks.items()} == {
         "train": "comp-train",
         "evaluate": "comp-evaluate",
     }
 
 
+def test_a_sweep_gets_from_the_cluster_what_the_pipeline_gets(made, tmp_path):
+    (tmp_path / "cluster.yaml").write_text("steps: {train: {gpus: 4, shared_memory: 9Gi}}\nsecrets: [{name: s3, env: {K: k}}]")
+    pipeline.compile_to(made.file, tmp_path / "s.yaml", made.inputs[3], "", tmp_path / "cluster.yaml", "r/p:1")
+    spec, platform = yaml.safe_load_all((tmp_path / "s.yaml").read_text())
+    containers = {name: each["container"] for name, each in spec["deploymentSpec"]["executors"].items() if "container" in each}
+    assert {each["image"] for each in containers.values()} == {"r/p:1"}
+    assert containers["exec-train"]["resources"]["accelerator"]["resourceCount"] == "4"
+    pods = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    assert set(pods) == set(containers) and pods["exec-train"]["emptyDirMounts"][0]["sizeLimit"] == "9Gi"
+    assert all(pod["secretAsEnv"][0]["secretName"] == "s3" for pod in pods.values())
+    assert not any("fieldPathAsEnv" in pod for pod in pods.values()), "every row and seed has an MLflow run of its own"
+
+
 def test_the_items_of_the_loop_hold_every_run_to_the_letter(made, compiled):
-    baked = yaml.safe_load(compiled.read_text())["root"]["inputDefinitions"]["parameters"]["runs"]["defaultValue"]
+    baked = next(yaml.safe_load_all(compiled.read_text()))["root"]["inputDefinitions"]["parameters"]["runs"]["defaultValue"]
     _, planned = sweep.read(made.file, made.inputs[3])
     assert [(item["row"], item["seed"]) for item in baked] == [(each.row, each.seed) for each in planned]
     for item, each in zip(baked, planned, strict=True):

@@ -8,9 +8,10 @@ from pixelclip_components import IMAGE
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
 def evaluate(
     model: dsl.Input[dsl.Model],
-    labelled: str,
+    labelled: dsl.Input[dsl.Dataset],
     evaluation: dsl.Output[dsl.Artifact],
     metrics: dsl.Output[dsl.Metrics],
+    confusion: dsl.Output[dsl.ClassificationMetrics],
     report: dsl.Output[dsl.HTML],
     settings: dict,
     workspace: str = "",
@@ -22,8 +23,10 @@ def evaluate(
     from pixelclip.config import load
     from pixelclip.evaluate import REPORT, run
     from pixelclip.stage import place
+    from pixelclip_pipelines.steps import located, show_confusion
 
     out, config = place(evaluation, workspace, "evaluate"), load("evaluate", overrides=settings)
-    for name, value in run(Path(model.path), Path(labelled), out, config).items():
+    for name, value in run(Path(model.path), located(labelled), out, config).items():
         metrics.log_metric(name, value)
+    show_confusion(confusion, out)
     shutil.copyfile(out / REPORT, report.path)

@@ -12,15 +12,17 @@ def masks(
     metrics: dsl.Output[dsl.Metrics],
     generator: str,
     settings: dict,
+    part: str = "",
     workspace: str = "",
 ):
-    """Gives every image of the shards its nameless masks."""
+    """Gives every image of the shards, or of one part of them, its nameless masks."""
     from pathlib import Path
 
     from pixelclip.config import load
     from pixelclip.masks import run
     from pixelclip.stage import place
 
-    config = load("masks", overrides={**settings, "masks.generator": generator})
-    for name, value in run(Path(shards.path), place(masks, workspace, "masks"), config).items():
+    config = load("masks", overrides={**settings, "masks.generator": generator, "masks.part": part})
+    out = place(masks, workspace, f"masks/{part.replace('/', '-of-')}")
+    for name, value in run(Path(shards.path), out, config).items():
         metrics.log_metric(name, value)

@@ -21,11 +21,12 @@ def register(
     from pathlib import Path
 
     from pixelclip.config import load
-    from pixelclip.register import markdown, run
+    from pixelclip.register import run
     from pixelclip.stage import place
+    from pixelclip_pipelines.steps import links as page
 
     chosen = {"register.name": registry_name, "register.min_gain": min_gain}
     out, config = place(registration, workspace, "register"), load("register", overrides={**settings, **chosen})
     for name, value in run(Path(model.path), Path(evaluation.path), out, config).items():
         metrics.log_metric(name, value)
-    Path(links.path).write_text(markdown(out))
+    Path(links.path).write_text(page(out, Path(evaluation.path)))

@@ -6,14 +6,19 @@ from pixelclip_components import IMAGE
 
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
-def shards(images: str, shards: dsl.Output[dsl.Dataset], metrics: dsl.Output[dsl.Metrics], settings: dict, workspace: str = ""):
+def shards(
+    images: dsl.Input[dsl.Dataset],
+    shards: dsl.Output[dsl.Dataset],
+    metrics: dsl.Output[dsl.Metrics],
+    settings: dict,
+    workspace: str = "",
+):
     """Packs a folder of images into tar shards."""
-    from pathlib import Path
-
     from pixelclip.config import load
     from pixelclip.shards import run
     from pixelclip.stage import place
+    from pixelclip_pipelines.steps import located
 
     config = load("shards", overrides=settings)
-    for name, value in run(Path(images), place(shards, workspace, "shards"), config).items():
+    for name, value in run(located(images), place(shards, workspace, "shards"), config).items():
         metrics.log_metric(name, value)

@@ -1,5 +1,7 @@
 """KFP component of stage train."""
 
+from typing import List  # noqa: UP035  (KFP knows lists of artifacts by this name only)
+
 from kfp import dsl
 
 from pixelclip_components import IMAGE
@@ -7,7 +9,6 @@ from pixelclip_components import IMAGE
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
 def train(
-    masks: dsl.Input[dsl.Dataset],
     model: dsl.Output[dsl.Model],
     metrics: dsl.Output[dsl.Metrics],
     clip: str,
@@ -16,16 +17,18 @@ def train(
     concepts: int,
     seed: int,
     settings: dict,
+    masks: dsl.Input[dsl.Dataset] = None,
+    parts: dsl.Input[List[dsl.Dataset]] = None,  # noqa: UP006
     workspace: str = "",
 ):
-    """Trains a PixelCLIP from masked shards and a CLIP."""
-    from pathlib import Path
-
+    """Trains a PixelCLIP from masked shards and a CLIP, on all GPUs of its pod."""
     from pixelclip.config import load
     from pixelclip.stage import place
-    from pixelclip.train import run
+    from pixelclip_pipelines.steps import gathered, processes, train_by
 
     chosen = {"clip": clip, "steps": steps, "batch_size": batch_size, "concepts": concepts, "seed": seed}
     config = load("train", overrides={**settings, **{f"train.{name}": value for name, value in chosen.items()}})
-    for name, value in run(Path(masks.path), place(model, workspace, "train"), config).items():
+    with gathered(masks, parts) as folder:
+        found = train_by(processes(config.device), folder, place(model, workspace, "train"), config)
+    for name, value in found.items():
         metrics.log_metric(name, value)

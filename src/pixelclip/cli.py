@@ -7,13 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
+from pixelclip import cli_cluster
+from pixelclip.cli_cluster import Cluster, Image, Nodes, Overrides, Params, Repo, Revision
 from pixelclip.config import as_table, build, load, parse_overrides
 from pixelclip.s3 import is_s3
 
 _MODEL = "Model folder, s3://bucket/folder, or models:/NAME@ALIAS."
 
 Out = Annotated[str, typer.Option(help="Folder or s3://bucket/folder to make; a finished one is reused.")]
-Params = Annotated[Path | None, typer.Option(help="YAML file with one section a stage.")]
 Settings = Annotated[list[str] | None, typer.Argument(metavar="[NAME=VALUE]...", help="Settings; see `pixelclip settings`.")]
 
 app = typer.Typer(
@@ -24,8 +25,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-pipeline = typer.Typer(help="The Kubeflow pipeline: run it here, or compile it for a cluster.", no_args_is_help=True)
+pipeline = typer.Typer(help="The Kubeflow pipeline: run it here, or on a cluster.", no_args_is_help=True)
 app.add_typer(pipeline, name="pipeline")
+pipeline.command()(cli_cluster.submit)
+pipeline.command()(cli_cluster.status)
+pipeline.add_typer(cli_cluster.schedule, name="schedule")
 
 
 def _config(stage: str, params: Path | None, settings: list[str] | None) -> Any:
@@ -234,23 +238,28 @@ def pipeline_run(
     images: Annotated[Path, typer.Option(help="Folder of unlabelled images.")],
     labelled: Annotated[Path, typer.Option(help="Folder with images/, labels/ and classes.txt.")],
     out: Annotated[Path, typer.Option(help="Workspace: finished stages there are reused, interrupted ones continued.")],
+    repo: Repo = "",
+    revision: Revision = "",
     params: Params = None,
-    settings: Annotated[
-        list[str] | None, typer.Argument(metavar="[NAME=VALUE]...", help="Pipeline parameters, or STAGE.SETTING=VALUE.")
-    ] = None,
+    settings: Overrides = None,
 ) -> None:
     """Run the whole pipeline on this machine, without a cluster."""
     from pixelclip_pipelines.run import run_locally
 
-    run_locally(images, labelled, out, params, parse_overrides(settings or []))
+    run_locally(images, labelled, out, params, parse_overrides(settings or []), repo, revision)
 
 
 @pipeline.command("compile")
-def pipeline_compile(out: Annotated[Path, typer.Option(help="YAML file to write.")] = Path("pixelclip.yaml")) -> None:
-    """Write the pipeline as YAML for a cluster (container image: PIXELCLIP_IMAGE)."""
+def pipeline_compile(
+    out: Annotated[Path, typer.Option(help="YAML file to write.")] = Path("pixelclip.yaml"),
+    cluster: Cluster = None,
+    nodes: Nodes = 1,
+    image: Image = "",
+) -> None:
+    """Write the pipeline as YAML for a cluster."""
     from pixelclip_pipelines.run import compile_to
 
-    compile_to(out)
+    compile_to(out, cluster, nodes, image)
     print(out)
 
 
@@ -262,11 +271,13 @@ def pipeline_compile_sweep(
     workspace: Annotated[
         str, typer.Option(help="Folder on a mounted volume where killed runs resume; empty: the run's artifact store.")
     ] = "",
+    cluster: Cluster = None,
+    image: Image = "",
 ) -> None:
-    """Write a sweep as a pipeline for a cluster, all its runs side by side (container image: PIXELCLIP_IMAGE)."""
+    """Write a sweep as a pipeline for a cluster, all its runs side by side."""
     from pixelclip_pipelines.sweep import compile_to
 
-    compile_to(file, out, params, workspace)
+    compile_to(file, out, params, workspace, cluster, image)
     print(out)
 
 

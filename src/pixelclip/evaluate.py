@@ -27,6 +27,7 @@ from pixelclip.storage import digest, read_json, write_atomically, write_json
 from pixelclip.tracking import Run
 
 REPORT, PER_CLASS, TABLE, PROTOCOL = "report.html", "per_class.json", "table.txt", "protocol.json"
+CONFUSION = "confusion.json"
 STATE = "state"
 """Folder in the unfinished result: counts and examples, from which a killed run continues."""
 _OPTIONS = {
@@ -47,7 +48,7 @@ def run(model: Path, labelled: Path, out: Path, config: EvaluateConfig) -> Metri
     Args:
         model: model folder.
         labelled: labelled set.
-        out: folder to make: metrics, `table.txt`, `per_class.json`, `protocol.json`, `report.html`.
+        out: folder to make: metrics, `table.txt`, `per_class.json`, `confusion.json`, `protocol.json`, `report.html`.
         config: settings.
 
     Returns:
@@ -88,7 +89,7 @@ def _run(model: Path, labelled: Path, out: Path, config: EvaluateConfig, ranks: 
             tracked.values(metrics)
             # Of the benchmarks and the other protocols none must replace another's files in the one run.
             below = None if (config.kind, _label(protocol)) == ("folder", name) else _label(protocol)
-            for file in (REPORT, PER_CLASS, PROTOCOL):
+            for file in (REPORT, PER_CLASS, PROTOCOL, CONFUSION):
                 tracked.artifact(stage.folder / file, below)
             tracked.finish()
             shutil.rmtree(stage.folder / STATE)
@@ -254,6 +255,7 @@ def _write(
     write_atomically(folder / TABLE, shown + "\n")
     write_json(folder / PER_CLASS, result.per_class)
     write_json(folder / PROTOCOL, protocol)
+    write_json(folder / CONFUSION, result.confusion)
     write_report(
         folder / REPORT,
         name=_label(protocol),

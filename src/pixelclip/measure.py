@@ -40,13 +40,24 @@ from pixelclip.storage import read_json, write_atomically, write_json
 from pixelclip.tally import TOWERS, Confusion, Found, Tally, packed
 from pixelclip.text import TEMPLATES, TextTower, classifier
 
+_SHOWN_CLASSES = 10  # of a confusion matrix that one can still read
+
 
 @dataclass(frozen=True)
 class Result:
-    """What `measure` found; `words`: for every concept the nearest class names with their cosines."""
+    """What `measure` found.
+
+    Args:
+        metrics: by name, without the labelled set's.
+        per_class: IoU of both models and the pixels of every class.
+        confusion: of the model, see `Confusion.largest`.
+        examples: pictures with the label maps of both.
+        words: for every concept the nearest class names with their cosines.
+    """
 
     metrics: dict[str, float]
     per_class: list[dict[str, Any]]
+    confusion: dict[str, Any]
     examples: list[Example]
     words: list[list[tuple[str, float]]]
 
@@ -96,6 +107,7 @@ def measure(model: Model, clip: Clip, dataset: LabelledSet, config: EvaluateConf
     return Result(
         _metrics(tally, len(dataset), masks=config.protocol == "masks"),
         _per_class(dataset.classes, tally.confusions),
+        tally.confusions[0].largest(dataset.classes, _SHOWN_CLASSES),
         [_load_example(data) for data in examples],
         _nearest_words(model, text, classes, dataset.classes),
     )

@@ -20,6 +20,8 @@ from pixelclip.benchmarks import IGNORE
 from pixelclip.ranks import Ranks
 from pixelclip.storage import write_atomically
 
+OTHERS = "(all others)"
+"""What the classes are called that no row of a confusion matrix is left for."""
 TOWERS = ("", "_clip")
 """What the metrics of PixelCLIP and of the CLIP it came from end with."""
 
@@ -61,6 +63,28 @@ class Confusion:
         hit, truth, predicted = np.diag(self.counts), self.counts.sum(axis=1), self.counts.sum(axis=0)[:-1]
         with np.errstate(invalid="ignore", divide="ignore"):
             return np.where(truth > 0, hit / (truth + predicted - hit), np.nan)
+
+    def largest(self, names: Sequence[str], number: int) -> dict[str, Any]:
+        """The counts of the classes that the truth holds most of, as a square matrix.
+
+        Args:
+            names: of all classes.
+            number: how many classes stand for themselves; the rest, and pixels without a prediction, are counted as one.
+
+        Returns:
+            `{"classes": names, "counts": rows of truth}`, the most frequent class first.
+        """
+        truth = self.counts.sum(axis=1)
+        shown = np.argsort(-truth, kind="stable")[:number]
+        shown = shown[truth[shown] > 0]
+        place = np.full(self.counts.shape[1], len(shown))
+        place[shown] = np.arange(len(shown))
+        counts = np.zeros((len(shown) + 1, len(shown) + 1), np.int64)
+        np.add.at(counts, (place[:-1, None], place[None]), self.counts)
+        classes = [names[index] for index in shown] + [OTHERS]
+        if not (counts[-1].any() or counts[:, -1].any()):
+            classes, counts = classes[:-1], counts[:-1, :-1]
+        return {"classes": classes, "counts": counts.tolist()}
 
     def miou(self) -> float:
         """Mean IoU in points over the classes that the truth holds."""

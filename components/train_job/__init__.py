@@ -1,0 +1,1 @@
+"""KFP component of stage train on several nodes."""

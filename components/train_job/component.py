@@ -1,0 +1,34 @@
+"""KFP component of stage train on several nodes."""
+
+from typing import List  # noqa: UP035  (KFP knows lists of artifacts by this name only)
+
+from kfp import dsl
+
+from pixelclip_components import IMAGE
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def train_job(
+    model: dsl.Output[dsl.Model],
+    metrics: dsl.Output[dsl.Metrics],
+    clip: str,
+    steps: int,
+    batch_size: int,
+    concepts: int,
+    seed: int,
+    settings: dict,
+    job: str,
+    masks: dsl.Input[dsl.Dataset] = None,
+    parts: dsl.Input[List[dsl.Dataset]] = None,  # noqa: UP006
+    workspace: str = "",
+):
+    """Starts a TrainJob of Kubeflow Trainer, which trains on several nodes, and waits for its end."""
+    from pixelclip.config import load
+    from pixelclip.stage import place
+    from pixelclip_pipelines.trainjob import train_on_nodes
+
+    chosen = {"clip": clip, "steps": steps, "batch_size": batch_size, "concepts": concepts, "seed": seed}
+    config = load("train", overrides={**settings, **{f"train.{name}": value for name, value in chosen.items()}})
+    for name, value in train_on_nodes(job, workspace, config).items():
+        metrics.log_metric(name, value)
+    place(model, workspace, "train")

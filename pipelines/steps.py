@@ -1,0 +1,200 @@
+"""What the bodies of the components do besides calling their stage: find inputs, start processes, close the run, show."""
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pixelclip.config import TrainConfig, load
+from pixelclip.stage import METRICS, PROVENANCE, Metrics, place
+from pixelclip.storage import read_json, write_atomically
+
+LOCATION = "location"
+"""Metadata of an artifact that says where its content stands, when that is not where KFP keeps the artifact."""
+_STATUS = {"SUCCEEDED": "FINISHED", "FAILED": "FAILED", "CANCELLED": "KILLED"}
+_DATA_COLUMNS = "| data | md5 | revision | path |\n|---|---|---|---|\n"
+
+
+def pinned(repo: str, revision: str) -> str:
+    """The full SHA of the commit that a revision of a DVC repository is now, so that all of a run reads one commit.
+
+    Args:
+        repo: URL or path of the repository; empty where data are no DVC data.
+        revision: a branch, a tag or a commit; empty: the repository's default branch.
+
+    Raises:
+        ValueError: no such repository or revision.
+    """
+    if not repo:
+        return ""
+    if re.fullmatch(r"[0-9a-f]{40}", revision):
+        return revision
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+    from dvc.scm import SCMError
+
+    try:
+        with Repo.open(repo, rev=revision or "HEAD") as opened:
+            found = str(opened.get_rev())
+    except (DvcException, SCMError) as error:
+        raise ValueError(f"{repo}: revision {revision or 'HEAD'!r} cannot be read: {error}") from None
+    print(f"{repo}: {revision or 'HEAD'} is {found}", flush=True)
+    return found
+
+
+def fetched(artifact: Any, repo: str, path: str, revision: str, settings: Mapping[str, Any], workspace: str) -> Metrics:
+    """Fetches data out of a DVC repository, or, without one, points to data that are there already.
+
+    Args:
+        artifact: the output artifact; its metadata tell what it is.
+        repo: URL or path of the DVC repository; empty: `path` is a folder or an s3:// prefix itself.
+        path: of the data in the repository.
+        revision: full SHA of a commit.
+        settings: settings of all stages.
+        workspace: a folder that outlives the run, or empty.
+    """
+    if not repo:
+        # KFP refuses an artifact whose URI lies outside of the run's bucket, so the address is its metadata and its content.
+        artifact.metadata[LOCATION] = path
+        write_atomically(Path(artifact.path), f"{path}\n")
+        return {}
+    from pixelclip.fetch_data import about, run
+
+    out = place(artifact, workspace, f"fetch_data/{path.strip('/').replace('/', '-')}/{Path(path).name}")
+    metrics = run(
+        repo, out, load("fetch_data", overrides={**settings, "fetch_data.path": path, "fetch_data.revision": revision})
+    )
+    artifact.metadata.update(about(out))
+    return metrics
+
+
+def located(artifact: Any) -> Path | str:
+    """Where the content of an input artifact stands: a folder, or an s3:// prefix."""
+    given = str(artifact.metadata.get(LOCATION, "")) or str(artifact.path)
+    return given if given.startswith("s3://") else Path(given)
+
+
+@contextmanager
+def gathered(masks: Any, parts: Sequence[Any] | None) -> Iterator[Path | str]:
+    """The masks as one folder: what one step made, or links to all parts that several made.
+
+    Args:
+        masks: an artifact, or None.
+        parts: artifacts, one of each part, or None.
+    """
+    if not parts:
+        yield located(masks)
+        return
+    with tempfile.TemporaryDirectory(prefix="masks-") as folder:
+        for number, part in enumerate(parts):
+            Path(folder, f"{number:04d}").symlink_to(Path(part.path).absolute())
+        yield Path(folder)
+
+
+def processes(device: str) -> int:
+    """How many processes a step starts here: one a GPU of the pod, or one."""
+    import torch
+
+    return max(1, torch.cuda.device_count()) if device in ("auto", "cuda") else 1
+
+
+def train_by(number: int, masks: Path | str, out: Path, config: TrainConfig) -> Metrics:
+    """Trains in this process, or in several that torchrun starts.
+
+    Args:
+        number: of processes.
+        masks: Shards with masks.
+        out: model folder to make.
+        config: settings.
+
+    Raises:
+        SystemExit: a process failed, with its exit code; it has said why.
+    """
+    if number == 1:
+        from pixelclip.train import run
+
+        return run(masks, out, config)
+    with tempfile.TemporaryDirectory() as folder:
+        params = Path(folder, "params.yaml")
+        params.write_text(yaml.safe_dump({"train": config.model_dump()}))
+        words = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}", "-m", "pixelclip", "train"]
+        given = ["--masks", str(masks), "--out", str(out), "--params", str(params)]
+        done = subprocess.run([sys.executable, *words, *given])
+    if done.returncode:
+        raise SystemExit(done.returncode)
+    return dict(read_json(out / METRICS))
+
+
+def close_run(state: str) -> None:
+    """Ends the MLflow run of this pipeline run with the status that the pipeline's steps had.
+
+    Args:
+        state: of the steps, as KFP says it.
+
+    Raises:
+        ValueError: the id of the pipeline run is unknown, or MLflow cannot be reached.
+    """
+    from pixelclip.tracking import PIPELINE_RUN, connect, experiment_id
+
+    if given := os.environ.get("MLFLOW_RUN_ID"):
+        print(f"finish: MLflow run {given} was not started here, and who started it closes it", flush=True)
+        return
+    pipeline_run = os.environ.get(PIPELINE_RUN)
+    if not pipeline_run:
+        raise ValueError(f"{PIPELINE_RUN} must hold the id of the pipeline run whose MLflow run is to be closed")
+    client = connect()
+    found = client.search_runs([experiment_id(client)], f"tags.`kfp.run_id` = '{pipeline_run}'")
+    if not found:
+        print(f"finish: pipeline run {pipeline_run} ({state}) has started no training, so there is no run to close", flush=True)
+    for run in found:
+        # KFP before 2.17 calls steps with a loop among them RUNNING for ever (kubeflow/pipelines#13321); the last step
+        # tells how they ended.
+        registered = client.search_model_versions(f"run_id = '{run.info.run_id}'")
+        status = _STATUS.get(state) or ("FINISHED" if registered else "FAILED")
+        client.set_terminated(run.info.run_id, status)
+        print(f"finish: MLflow run {run.info.run_id} is {status} (the pipeline's steps: {state})", flush=True)
+
+
+def links(registration: Path, evaluation: Path) -> str:
+    """The page of a registration: MLflow run, version in the registry, and every version of data that led to it.
+
+    Args:
+        registration: what `register` wrote.
+        evaluation: what `evaluate` wrote about the model.
+    """
+    from pixelclip.register import REGISTRATION, markdown
+
+    there = read_json(registration / REGISTRATION)
+    lines = [markdown(registration)]
+    if there["tracking_uri"].startswith("http"):
+        address = f"{there['tracking_uri'].rstrip('/')}/#/models/{there['name']}/versions/{there['version']}"
+        lines.append(f"[{there['name']} version {there['version']} in the registry]({address})\n")
+    rows = dict(_data(read_json(evaluation / PROVENANCE)))
+    return "\n".join([*lines, _DATA_COLUMNS + "\n".join(rows.values()) + "\n"])
+
+
+def _data(provenance: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """One line of a Markdown table for every input of a stage and of all stages before it."""
+    for name, described in provenance["inputs"].items():
+        made_by = described.get("provenance", {})
+        if made_by.get("stage") in (None, "fetch_data"):  # the others are results of this pipeline
+            revision = made_by.get("settings", {}).get("revision", "")
+            yield name, f"| {name} | `{described.get('md5', '')}` | {revision or '–'} | {described.get('path', '')} |"
+        else:
+            yield from _data(made_by)
+
+
+def show_confusion(artifact: Any, evaluation: Path) -> None:
+    """Puts the confusion of the most frequent classes on the KFP page; an evaluation of before there was one has none."""
+    from pixelclip.evaluate import CONFUSION
+
+    if (evaluation / CONFUSION).is_file():
+        found = read_json(evaluation / CONFUSION)
+        artifact.log_confusion_matrix(found["classes"], found["counts"])

@@ -1,0 +1,157 @@
+"""A small real server that speaks as much of KFP's v2beta1 API as `pixelclip pipeline submit | status | schedule` need.
+
+It keeps what it is given, as KFP's server does, and like it takes any run parameter without a word.
+"""
+
+import contextlib
+import json
+import threading
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from email.parser import BytesParser
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import yaml
+
+NOW = "2026-01-02T03:04:05Z"
+_BELOW = "/apis/v2beta1/"
+_KINDS = {  # path: (name of the id, name of a list's entries)
+    "pipelines": ("pipeline_id", "pipelines"),
+    "versions": ("pipeline_version_id", "pipeline_versions"),
+    "experiments": ("experiment_id", "experiments"),
+    "runs": ("run_id", "runs"),
+    "recurringruns": ("recurring_run_id", "recurringRuns"),
+}
+
+
+@dataclass
+class FakeKfp:
+    """What the server holds, by kind and id, and how it behaves.
+
+    Args:
+        url: where it is.
+        token: the bearer token that it wants; empty: none.
+        page_size: entries in one page of a list.
+        gone: answers nothing any more.
+    """
+
+    url: str = ""
+    token: str = ""
+    page_size: int = 2
+    gone: bool = False
+    kept: dict[str, dict[str, dict[str, Any]]] = field(default_factory=lambda: {kind: {} for kind in _KINDS})
+    asked: list[str] = field(default_factory=list)
+
+    def all(self, kind: str) -> list[dict[str, Any]]:
+        """Everything of a kind, oldest first."""
+        return list(self.kept[kind].values())
+
+    def add(self, kind: str, entry: dict[str, Any]) -> dict[str, Any]:
+        """Keeps an entry under a new id."""
+        name, _ = _KINDS[kind]
+        entry = {**entry, name: entry.get(name) or str(uuid.uuid4()), "created_at": NOW}
+        self.kept[kind][entry[name]] = entry
+        return entry
+
+
+@contextlib.contextmanager
+def fake_kfp() -> Iterator[FakeKfp]:
+    """Starts the server on a free port of this machine."""
+    held = FakeKfp()
+
+    class Handler(_Handler):
+        fake = held
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    held.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    thread.start()
+    try:
+        yield held
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    fake: FakeKfp
+
+    def log_message(self, *_: Any) -> None:
+        """Says nothing."""
+
+    def _answer(self, code: int, document: Any) -> None:
+        data = json.dumps(document).encode()
+        self.send_response(code)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def _dispatch(self, method: str) -> None:
+        url = urlsplit(self.path)
+        query = {name: values[0] for name, values in parse_qs(url.query).items()}
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.fake.gone:
+            self.connection.close()
+            return
+        if self.fake.token and self.headers.get("Authorization") != f"Bearer {self.fake.token}":
+            self._answer(401, {"error": "Unauthorized", "message": "no valid token"})
+            return
+        self.fake.asked.append(f"{method} {url.path}")
+        words = url.path.removeprefix(_BELOW).split("/")
+        if words == ["healthz"]:
+            self._answer(200, {"multi_user": False})
+        elif words == ["pipelines", "upload_version"]:
+            self._answer(200, self._version(body, query))
+        elif method == "POST" and words[-1] in _KINDS:
+            entry = json.loads(body)
+            if words[-1] == "recurringruns":
+                entry["status"] = "ENABLED"
+            self._answer(200, self.fake.add(words[-1], {"state": "PENDING", **entry} if words[-1] == "runs" else entry))
+        elif method == "GET" and words[-1] in _KINDS:
+            self._answer(200, self._page(words, query))
+        elif words[0] in _KINDS and words[1] in self.fake.kept[words[0]]:
+            there = self.fake.kept[words[0]]
+            self._answer(200, there.pop(words[1]) and {} if method == "DELETE" else there[words[1]])
+        else:
+            self._answer(404, {"error": "not found", "message": f"{words[0]} {words[-1]} not found."})
+
+    def _version(self, body: bytes, query: dict[str, str]) -> dict[str, Any]:
+        message = BytesParser().parsebytes(b"Content-Type: " + self.headers["Content-Type"].encode() + b"\r\n\r\n" + body)
+        (part,) = message.get_payload()
+        documents = list(yaml.safe_load_all(part.get_payload(decode=True)))
+        entry = {"display_name": query["name"], "pipeline_id": query["pipelineid"], "pipeline_spec": {"documents": documents}}
+        return self.fake.add("versions", entry)
+
+    def _page(self, words: list[str], query: dict[str, str]) -> dict[str, Any]:
+        kind = words[-1]
+        found = self.fake.all(kind)
+        if kind == "versions":
+            found = [entry for entry in found if entry["pipeline_id"] == words[1]]
+        if "experiment_id" in query:
+            found = [entry for entry in found if entry["experiment_id"] == query["experiment_id"]]
+        for predicate in json.loads(query.get("filter") or "{}").get("predicates", []):
+            wanted = predicate.get("stringValue", predicate.get("string_value"))
+            key = {"name": "display_name"}.get(predicate["key"], predicate["key"])
+            found = [entry for entry in found if entry.get(key) == wanted]
+        start = int(query.get("page_token") or 0)
+        page = found[start : start + self.fake.page_size]
+        more = {"next_page_token": str(start + len(page))} if start + len(page) < len(found) else {}
+        return {_KINDS[kind][1]: page, "total_size": len(found), **more}
+
+    def do_GET(self) -> None:
+        """Gives."""
+        self._dispatch("GET")
+
+    def do_POST(self) -> None:
+        """Takes."""
+        self._dispatch("POST")
+
+    def do_DELETE(self) -> None:
+        """Removes."""
+        self._dispatch("DELETE")

@@ -1,0 +1,422 @@
+"""What a cluster gives each step: the settings file, and the compiled YAML line by line, with a golden copy.
+
+The golden copy is renewed by `PIXELCLIP_RENEW=1 python -m pytest tests/test_cluster.py -k golden`.
+"""
+
+import difflib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from kfp.components import load_component_from_file
+from kubeflow_trainer_api.models.trainer_v1alpha1_train_job import TrainerV1alpha1TrainJob
+
+from pixelclip.config import TrainConfig
+from pixelclip_pipelines.cluster import STEPS, Cluster, Source, Step, image_of, place_on, read, seconds
+from pixelclip_pipelines.run import compile_to
+from pixelclip_pipelines.trainjob import complete, template
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = Path(__file__).parent / "golden" / "pipeline.yaml"
+SETTINGS = """
+image: registry.example/pixelclip@sha256:DIGEST
+pull_policy: IfNotPresent
+pull_secrets: [registry]
+parts: 3
+parallel: 2
+secrets:
+  - {name: store, env: {AWS_ACCESS_KEY_ID: key, AWS_SECRET_ACCESS_KEY: secret}}
+  - {name: tracking, env: {MLFLOW_TRACKING_PASSWORD: password}, optional: true}
+config_maps:
+  - {name: places, env: {MLFLOW_TRACKING_URI: mlflow}}
+volume: {claim: shared, mount: /workspace}
+steps:
+  masks: {gpus: 1, gpu_type: nvidia.com/mig-1g.10gb}
+  train:
+    gpus: 4
+    node_selector: {nvidia.com/gpu.product: H100}
+    tolerations: [{key: nvidia.com/gpu, effect: NoSchedule}, {key: team, operator: Equal, value: vision}]
+    shared_memory: 64Gi
+    timeout: 3h
+    retries: 5
+    backoff: 2m
+    backoff_factor: 1.5
+    backoff_max: 1h
+""".replace("DIGEST", "ab" * 32)
+STEPS_OF_THE_RUN = ("pin_revision", "fetch_data", "shards", "masks", "train", "evaluate", "register", "finish")
+SECRET = "a-value-that-must-never-be-written"
+
+
+def compiled(folder: Path, settings: str, **options: Any) -> tuple[dict, dict, Path]:
+    """Pipeline, platform part and file of a compilation."""
+    (folder / "cluster.yaml").write_text(settings)
+    path = folder / "pipeline.yaml"
+    compile_to(path, folder / "cluster.yaml", **options)
+    return *yaml.safe_load_all(path.read_text()), path
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("PIXELCLIP_IMAGE", raising=False)
+        for name in ("AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID", "MLFLOW_TRACKING_PASSWORD"):
+            patch.setenv(name, SECRET)
+        return compiled(tmp_path_factory.mktemp("compiled"), SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def several_nodes(tmp_path_factory):
+    return compiled(tmp_path_factory.mktemp("nodes"), SETTINGS, nodes=2)
+
+
+def tasks(spec: dict) -> dict[str, dict]:
+    """Every task, wherever in the pipeline it stands."""
+    dags = [spec["root"]["dag"], *(each["dag"] for each in spec["components"].values() if "dag" in each)]
+    return {name: task for dag in dags for name, task in dag["tasks"].items()}
+
+
+def containers(spec: dict) -> dict[str, dict]:
+    return {name: executor["container"] for name, executor in spec["deploymentSpec"]["executors"].items()}
+
+
+def pods(platform: dict) -> dict[str, dict]:
+    return platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+
+
+# The order of steps.
+
+
+def test_the_dag_is_the_arrow_line_inside_of_an_exit_handler(pipeline):
+    spec, _, _ = pipeline
+    root = spec["root"]["dag"]["tasks"]
+    assert set(root) == {"exit-handler-1", "finish"}
+    assert root["finish"]["triggerPolicy"] == {"strategy": "ALL_UPSTREAM_TASKS_COMPLETED"}
+    assert root["finish"]["inputs"]["parameters"]["status"] == {"taskFinalStatus": {"producerTask": "exit-handler-1"}}
+    inner = spec["components"]["comp-exit-handler-1"]["dag"]["tasks"]
+    loop = next(name for name in inner if name.startswith("for-loop"))
+    assert {name: set(task.get("dependentTasks", [])) for name, task in inner.items()} == {
+        "pin-revision": set(),
+        "fetch-data": {"pin-revision"},
+        "fetch-data-2": {"pin-revision"},
+        "shards": {"fetch-data"},
+        loop: {"shards"},
+        "train": {loop},
+        "evaluate": {"fetch-data-2", "train"},
+        "register": {"evaluate", "train"},
+    }
+
+
+def test_both_data_are_read_at_one_commit(pipeline):
+    fetches = [task for name, task in tasks(pipeline[0]).items() if name.startswith("fetch-data")]
+    for task in fetches:
+        revision = task["inputs"]["parameters"]["revision"]
+        assert revision == {"taskOutputParameter": {"outputParameterKey": "Output", "producerTask": "pin-revision"}}
+    paths = [task["inputs"]["parameters"]["path"]["componentInputParameter"] for task in fetches]
+    assert paths == ["pipelinechannel--images", "pipelinechannel--labelled"]
+
+
+def test_masks_fan_out_over_the_parts_and_train_collects_them(pipeline):
+    spec, _, _ = pipeline
+    (loop,) = [task for name, task in tasks(spec).items() if name.startswith("for-loop")]
+    assert json.loads(loop["parameterIterator"]["items"]["raw"]) == ["1/3", "2/3", "3/3"]
+    assert loop["iteratorPolicy"]["parallelismLimit"] == 2
+    (inner,) = spec["components"][loop["componentRef"]["name"]]["dag"]["tasks"].values()
+    assert inner["componentRef"]["name"] == "comp-masks"
+    given = tasks(spec)["train"]["inputs"]["artifacts"]
+    assert set(given) == {"parts"} and given["parts"]["taskOutputArtifact"]["producerTask"].startswith("for-loop")
+    assert spec["components"]["comp-train"]["inputDefinitions"]["artifacts"]["parts"]["isArtifactList"]
+
+
+def test_one_part_needs_no_loop(tmp_path):
+    spec, _, _ = compiled(tmp_path, "parts: 1")
+    assert not any(name.startswith("for-loop") for name in tasks(spec))
+    assert tasks(spec)["masks"]["inputs"]["parameters"]["part"] == {"runtimeValue": {"constant": ""}}
+    assert set(tasks(spec)["train"]["inputs"]["artifacts"]) == {"masks"}
+
+
+# What each step gets.
+
+
+def test_every_step_uses_the_image_by_its_digest(pipeline):
+    images = {container["image"] for container in containers(pipeline[0]).values()}
+    assert images == {f"registry.example/pixelclip@sha256:{'ab' * 32}"}
+
+
+def test_the_image_is_the_one_given_then_that_of_the_environment_then_the_cluster_s(monkeypatch):
+    monkeypatch.delenv("PIXELCLIP_IMAGE", raising=False)
+    cluster = Cluster(image="c:1")
+    assert image_of(cluster) == "c:1"
+    monkeypatch.setenv("PIXELCLIP_IMAGE", "e:1")
+    assert (image_of(cluster), image_of(cluster, "localhost:5000/g:1")) == ("e:1", "localhost:5000/g:1")
+    for wrong in ("g", "g@sha256:12", "g:", "http://g:1", "g:a b"):
+        with pytest.raises(ValueError, match="must end with a tag"):
+            image_of(cluster, wrong)
+
+
+def test_gpus_cpu_and_memory(pipeline):
+    resources = {name: container["resources"] for name, container in containers(pipeline[0]).items()}
+    train = resources["exec-train"]
+    assert train["accelerator"] == {
+        "count": "4",
+        "resourceCount": "4",
+        "type": "nvidia.com/gpu",
+        "resourceType": "nvidia.com/gpu",
+    }
+    assert (train["resourceCpuRequest"], train["resourceCpuLimit"]) == ("8", "16")
+    assert (train["resourceMemoryRequest"], train["resourceMemoryLimit"]) == ("32Gi", "96Gi")
+    assert resources["exec-masks"]["accelerator"]["resourceType"] == "nvidia.com/mig-1g.10gb"
+    assert resources["exec-evaluate"]["accelerator"]["resourceCount"] == "1"
+    on_gpus = {name for name, found in resources.items() if "accelerator" in found}
+    assert on_gpus == {"exec-masks", "exec-train", "exec-evaluate"}
+    for name, found in resources.items():
+        for key in ("resourceCpuRequest", "resourceCpuLimit", "resourceMemoryRequest", "resourceMemoryLimit"):
+            assert found[key], (name, key)
+
+
+def test_a_cluster_without_gpus_is_asked_for_none(tmp_path):
+    spec, platform, _ = compiled(tmp_path, "steps: {train: {gpus: 0, tolerations: []}, evaluate: {gpus: 0, tolerations: []}}")
+    assert not any("accelerator" in container["resources"] for container in containers(spec).values())
+    assert not any("tolerations" in pod for pod in pods(platform).values())
+
+
+def test_tolerations_and_node_selector(pipeline):
+    train = pods(pipeline[1])["exec-train"]
+    assert train["nodeSelector"] == {"labels": {"nvidia.com/gpu.product": "H100"}}
+    assert train["tolerations"] == [
+        {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"},
+        {"key": "team", "operator": "Equal", "value": "vision"},
+    ]
+    assert "nodeSelector" not in pods(pipeline[1])["exec-shards"]
+
+
+def test_shared_memory(pipeline):
+    mounts = {name: pod["emptyDirMounts"] for name, pod in pods(pipeline[1]).items() if "emptyDirMounts" in pod}
+    assert mounts["exec-train"] == [
+        {"medium": "Memory", "mountPath": "/dev/shm", "sizeLimit": "64Gi", "volumeName": "dshm"},
+    ]
+    assert set(mounts) == {"exec-train", "exec-masks", "exec-evaluate"}
+
+
+def test_every_step_has_a_timeout_and_retries_with_backoff(pipeline):
+    spec, platform, _ = pipeline
+    assert pods(platform)["exec-train"]["activeDeadlineSeconds"] == str(3 * 3600)
+    assert all(int(pod["activeDeadlineSeconds"]) > 0 for pod in pods(platform).values())
+    own = {name: task for name, task in tasks(spec).items() if not name.startswith(("exit-handler", "for-loop"))}
+    assert own["train"]["retryPolicy"] == {
+        "maxRetryCount": 5,
+        "backoffDuration": "120s",
+        "backoffFactor": 1.5,
+        "backoffMaxDuration": "3600s",
+    }
+    for name, task in own.items():
+        assert task["retryPolicy"]["maxRetryCount"] >= 2 and int(task["retryPolicy"]["backoffDuration"][:-1]) > 0, name
+
+
+def test_only_data_of_a_full_commit_are_cached(pipeline):
+    cached = {name for name, task in tasks(pipeline[0]).items() if task.get("cachingOptions", {}).get("enableCache")}
+    groups = {name for name in cached if name.startswith(("exit-handler", "for-loop"))}
+    assert cached - groups == {"fetch-data", "fetch-data-2"}
+
+
+def test_secrets_and_config_maps_go_by_name(pipeline):
+    _, platform, path = pipeline
+    expected = {
+        "store": ({"key": "AWS_ACCESS_KEY_ID", "secret": "AWS_SECRET_ACCESS_KEY"}, False),
+        "tracking": ({"password": "MLFLOW_TRACKING_PASSWORD"}, True),
+    }
+    for name, pod in pods(platform).items():
+        secrets = {
+            each["secretName"]: ({e["secretKey"]: e["envVar"] for e in each["keyToEnv"]}, each["optional"])
+            for each in pod["secretAsEnv"]
+        }
+        assert secrets == expected, name
+        (config,) = pod["configMapAsEnv"]
+        assert config["configMapName"] == "places"
+        assert config["keyToEnv"] == [{"configMapKey": "mlflow", "envVar": "MLFLOW_TRACKING_URI"}]
+        assert pod["imagePullSecret"][0]["secretName"] == "registry" and pod["imagePullPolicy"] == "IfNotPresent"
+    assert SECRET not in path.read_text()
+
+
+def test_no_container_has_a_literal_variable(pipeline, several_nodes):
+    for spec, _, _ in (pipeline, several_nodes):
+        assert all(not container.get("env") for container in containers(spec).values())
+
+
+def test_every_step_knows_its_run_and_sees_the_volume(pipeline):
+    for name, pod in pods(pipeline[1]).items():
+        assert pod["fieldPathAsEnv"] == [{"name": "PIXELCLIP_PIPELINE_RUN", "fieldPath": "metadata.labels['pipeline/runid']"}]
+        (mount,) = pod["pvcMount"]
+        assert (mount["constant"], mount["mountPath"]) == ("shared", "/workspace"), name
+
+
+def test_what_the_kfp_page_shows(pipeline):
+    def kinds(step: str) -> set[str]:
+        artifacts = pipeline[0]["components"][f"comp-{step}"]["outputDefinitions"]["artifacts"]
+        return {each["artifactType"]["schemaTitle"].removeprefix("system.") for each in artifacts.values()}
+
+    assert kinds("evaluate") == {"Artifact", "Metrics", "ClassificationMetrics", "HTML"}
+    assert kinds("register") == {"Artifact", "Metrics", "Markdown"}
+    assert kinds("fetch-data") == {"Dataset", "Metrics"}
+    assert kinds("train") == {"Model", "Metrics"}
+
+
+# The whole.
+
+
+def test_kfp_loads_what_was_compiled(pipeline, several_nodes):
+    for *_, path in (pipeline, several_nodes):
+        assert load_component_from_file(str(path)).component_spec.name == "pixelclip"
+
+
+def test_the_golden_copy(pipeline):
+    text = pipeline[2].read_text()
+    if os.environ.get("PIXELCLIP_RENEW"):
+        GOLDEN.write_text(text)
+    changed = difflib.unified_diff(
+        GOLDEN.read_text().splitlines(), text.splitlines(), str(GOLDEN), "compiled now", lineterm="", n=3
+    )
+    shown = "\n".join(changed)
+    assert not shown, f"the compiled pipeline changed; if it should, renew the golden copy (see above):\n{shown}"
+
+
+def test_compiled_twice_it_is_the_same_to_the_letter(pipeline, tmp_path):
+    assert compiled(tmp_path, SETTINGS)[2].read_bytes() == pipeline[2].read_bytes()
+
+
+# Several nodes.
+
+
+def job_of(spec: dict) -> dict:
+    return json.loads(tasks(spec)["train-job"]["inputs"]["parameters"]["job"]["runtimeValue"]["constant"])
+
+
+def test_several_nodes_are_started_by_a_small_step_without_gpus(several_nodes):
+    spec, platform, _ = several_nodes
+    assert "train" not in tasks(spec)
+    launcher = containers(spec)["exec-train-job"]["resources"]
+    assert "accelerator" not in launcher and launcher["resourceCpuLimit"] == "1"
+    assert int(pods(platform)["exec-train-job"]["activeDeadlineSeconds"]) > job_of(spec)["spec"]["activeDeadlineSeconds"]
+
+
+def test_the_trainjob_asks_for_what_train_would_get(several_nodes):
+    spec = job_of(several_nodes[0])["spec"]
+    trainer = spec["trainer"]
+    assert (trainer["numNodes"], trainer["numProcPerNode"], spec["activeDeadlineSeconds"]) == (2, 4, 3 * 3600)
+    assert trainer["resourcesPerNode"] == {
+        "requests": {"cpu": "8", "memory": "32Gi", "nvidia.com/gpu": "4"},
+        "limits": {"cpu": "16", "memory": "96Gi", "nvidia.com/gpu": "4"},
+    }
+    assert trainer["image"] == f"registry.example/pixelclip@sha256:{'ab' * 32}"
+    assert {each["name"]: next(iter(each["valueFrom"].values()))["name"] for each in trainer["env"]} == {
+        "AWS_ACCESS_KEY_ID": "store",
+        "AWS_SECRET_ACCESS_KEY": "store",
+        "MLFLOW_TRACKING_PASSWORD": "tracking",
+        "MLFLOW_TRACKING_URI": "places",
+    }
+    (node,) = spec["runtimePatches"][0]["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
+    pod = node["template"]["spec"]["template"]["spec"]
+    assert pod["nodeSelector"] == {"nvidia.com/gpu.product": "H100"}
+    assert pod["tolerations"][1] == {"key": "team", "operator": "Equal", "value": "vision"}
+    assert pod["imagePullSecrets"] == [{"name": "registry"}]
+    mounts = {each["name"]: each["mountPath"] for each in pod["containers"][0]["volumeMounts"]}
+    assert mounts == {"workspace": "/workspace", "dshm": "/dev/shm"}
+    assert {each["name"] for each in pod["volumes"]} == set(mounts)
+
+
+@pytest.mark.parametrize("settings", [SETTINGS, "volume: {claim: shared}\nsteps: {train: {gpus: 0, tolerations: []}}"])
+def test_the_trainjob_is_what_the_published_api_models_know(tmp_path, monkeypatch, settings):
+    (tmp_path / "cluster.yaml").write_text(settings)
+    monkeypatch.setenv("PIXELCLIP_PIPELINE_RUN", "0ab1")
+    draft = template(read(tmp_path / "cluster.yaml"), 3, "r/p:1")
+    body = complete(draft, Path("/workspace/a/masks"), Path("/workspace/a/train"), TrainConfig())
+    # The models drop what they do not know, so that nothing is lost means that everything is known.
+    assert TrainerV1alpha1TrainJob.from_dict(body).to_dict() == body
+    assert body["metadata"]["name"] == "pixelclip-0ab1"
+    broken = json.loads(json.dumps(body))
+    broken["spec"]["trainer"]["numNodez"] = 2
+    assert TrainerV1alpha1TrainJob.from_dict(broken).to_dict() != broken
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ("parts: 1", "volume.claim in cluster.yaml"),
+        ("volume: {claim: a}\nsteps: {train: {timeout: 9d}}", "train_job.timeout is shorter"),
+    ],
+)
+def test_several_nodes_that_cannot_be_are_refused(tmp_path, settings, said):
+    with pytest.raises(ValueError, match=said):
+        compiled(tmp_path, settings, nodes=2)
+    assert not (tmp_path / "pipeline.yaml").exists()
+
+
+# The file.
+
+
+def test_the_shipped_file_states_the_defaults_and_names_every_key():
+    shipped, text = read(ROOT / "cluster.yaml"), (ROOT / "cluster.yaml").read_text()
+    assert shipped.model_copy(update={"secrets": [], "config_maps": []}) == Cluster()
+    document = yaml.safe_load(text)
+    assert set(document) == set(Cluster.model_fields) and set(document["steps"]) == set(STEPS)
+    assert all(name in text for name in (*Step.model_fields, *Source.model_fields))
+
+
+def test_every_key_is_described():
+    for kind in (Cluster, Step, Source):
+        for name, field in kind.model_fields.items():
+            assert len(field.description or "") > 8, name
+
+
+def test_one_setting_of_one_step_leaves_its_others():
+    changed = Cluster.model_validate({"steps": {"train": {"gpus": 8}}}).steps["train"]
+    assert changed == Cluster().steps["train"].model_copy(update={"gpus": 8})
+
+
+def test_a_present_cluster_yaml_is_read_and_else_the_defaults(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert read() == Cluster()
+    Path("cluster.yaml").write_text("parts: 5")
+    assert read().parts == 5
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("imag: a:1", "unknown key 'imag', did you mean 'image'?"),
+        ("steps: {train: {gpu: 2}}", "unknown key 'steps.train.gpu', did you mean 'gpus'?"),
+        ("steps: {tarin: {gpus: 2}}", "unknown step 'tarin', did you mean 'train'?"),
+        ("steps: {train: {gpus: -1}}", "steps.train.gpus: Input should be greater than or equal to 0 (found -1)"),
+        ("steps: {train: {timeout: 5}}", "steps.train.timeout: String should match pattern"),
+        ("steps: {train: {memory: 128Gi}}", "memory 128Gi is more than memory_limit 96Gi"),
+        ("steps: {train: {cpu_limit: 500m}}", "cpu 8 is more than cpu_limit 500m"),
+        ("steps: {train: {tolerations: [{kex: a}]}}", "unknown key 'steps.train.tolerations.0.kex', did you mean 'key'?"),
+        ("steps: {train: {tolerations: [{key: a, value: b}]}}", "Equal needs both"),
+        ("steps: 3", "steps: Input should be a valid dictionary"),
+        ("steps: {train: }", "steps.train: "),
+        ("secrets: [{name: a, env: {X: y}, opt: 1}]", "unknown key 'secrets.0.opt', did you mean 'optional'?"),
+        ("secrets: [{name: a, env: {}}]", "secrets.0.env: Dictionary should have at least 1 item"),
+        ("secrets: [{name: a, env: {X: y}}, {name: b, env: {X: y}}]", "come from two places: X"),
+        ("volume: {clam: x}", "unknown key 'volume.clam', did you mean 'claim'?"),
+        ("trainer: {runtim: x}", "unknown key 'trainer.runtim', did you mean 'runtime'?"),
+        ("parts: 0", "parts: Input should be greater than or equal to 1"),
+        ("- a", "must hold keys and values, found list"),
+        ("a: [", "cannot be read as YAML"),
+    ],
+)
+def test_a_wrong_file_is_told_by_its_key(tmp_path, text, said):
+    (tmp_path / "cluster.yaml").write_text(text)
+    with pytest.raises(ValueError) as error:
+        read(tmp_path / "cluster.yaml")
+    assert said in str(error.value) and str(error.value).startswith(str(tmp_path / "cluster.yaml"))
+
+
+def test_durations():
+    assert [seconds(each) for each in ("90s", "20m", "4h", "2d")] == [90, 1200, 14400, 172800]
+
+
+def test_every_step_of_both_pipelines_has_settings():
+    assert {*STEPS_OF_THE_RUN, "train_job", "sweep_table"} == set(STEPS)
+    assert callable(place_on)

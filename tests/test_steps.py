@@ -1,0 +1,320 @@
+"""What the bodies of the components do besides calling their stage."""
+
+import json
+import re
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import conftest
+import numpy as np
+import pytest
+import test_ranks
+import test_train
+import tiny
+import torch
+from kfp import dsl
+from safetensors.torch import load_file
+
+from pixelclip import train
+from pixelclip.config import MasksConfig, TrainConfig
+from pixelclip.evaluate import CONFUSION
+from pixelclip.masks import run as make_masks
+from pixelclip.shards import describe_shards, list_shards
+from pixelclip.storage import write_json
+from pixelclip.tally import OTHERS, Confusion
+from pixelclip.tracking import PIPELINE_RUN
+from pixelclip_components.finish.component import finish
+from pixelclip_components.masks.component import masks as masks_component
+from pixelclip_components.pin_revision.component import pin_revision
+from pixelclip_pipelines.steps import (
+    close_run,
+    fetched,
+    gathered,
+    links,
+    located,
+    pinned,
+    processes,
+    show_confusion,
+    train_by,
+)
+
+clip, shards = test_train.clip, test_train.shards
+ROOT = Path(__file__).parents[1]
+
+
+def artifact(path: Path, **metadata: str) -> dsl.Dataset:
+    return dsl.Dataset(name="data", uri=str(path), metadata=metadata)
+
+
+# Data.
+
+
+@pytest.mark.parametrize("path", ["/data/images", "s3://bucket/images"])
+def test_without_a_repository_data_stay_where_they_are(tmp_path, path):
+    output = artifact(tmp_path / "step" / "data")
+    assert fetched(output, "", path, "", {}, str(tmp_path / "space")) == {}
+    passed_on = artifact(tmp_path / "step" / "data", **output.metadata)
+    assert str(located(passed_on)) == path
+    assert isinstance(located(passed_on), str if path.startswith("s3") else Path)
+    # KFP uploads what stands at the artifact's own path, and refuses an address outside of the run's bucket.
+    assert output.uri == str(tmp_path / "step" / "data") and (tmp_path / "step" / "data").read_text() == f"{path}\n"
+    assert not (tmp_path / "space").exists()
+
+
+def test_what_a_step_made_is_where_its_artifact_is(tmp_path):
+    assert located(artifact(tmp_path)) == tmp_path
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory) -> Path:
+    """A DVC repository with two commits, a branch and a tag."""
+    folder = tmp_path_factory.mktemp("repository")
+
+    def git(*words: str) -> None:
+        who = ["-c", "user.name=t", "-c", "user.email=t@example.com", "-c", "commit.gpgsign=false"]
+        subprocess.run(["git", *who, *words], cwd=folder, check=True, capture_output=True)
+
+    git("init", "-b", "main")
+    (folder / ".dvc").mkdir()
+    (folder / ".dvc" / "config").write_text("[core]\n    analytics = false\n")
+    (folder / "a").write_text("1")
+    git("add", "-A")
+    git("commit", "-m", "one")
+    git("tag", "v1")
+    (folder / "a").write_text("2")
+    git("commit", "-am", "two")
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_revision_is_pinned_to_its_commit(repository):
+    def sha(name: str) -> str:
+        found = subprocess.run(["git", "rev-parse", name], cwd=repository, check=True, capture_output=True, text=True)
+        return found.stdout.strip()
+
+    for name in ("main", "v1"):
+        assert pinned(str(repository), name) == sha(name)
+    assert pinned(str(repository), "") == sha("main") != sha("v1")
+    assert pinned(str(repository), sha("v1")[:10]) == sha("v1")
+    full = "0123456789" * 4
+    assert pinned("nowhere", full) == full, "a full commit is not asked about"
+    assert pin_revision.python_func("", "") == ""
+    with pytest.raises(ValueError, match="revision 'nope' cannot be read"):
+        pinned(str(repository), "nope")
+    with pytest.raises(ValueError, match="revision 'main' cannot be read"):
+        pinned(str(repository / "nothing"), "main")
+
+
+# Parts of masks.
+
+
+def test_parts_of_masks_are_gathered_as_one_folder(tmp_path):
+    halves = np.zeros((2, 40, 48), bool)
+    halves[0, :, :24] = halves[1, :, 24:] = True
+    for number in range(5):
+        key = f"{number}"
+        members = {f"{key}.jpg": conftest.encoded(conftest.pixels(40, 48, number)), f"{key}.json": conftest.annotation(halves)}
+        conftest.write_tar(tmp_path / "shards" / f"{number}.tar", members)
+    made = []
+    for number in (1, 2, 3):
+        output = SimpleNamespace(path=str(tmp_path / f"step-{number}" / "masks"), uri="")
+        metrics = SimpleNamespace(log_metric=lambda *_: None)
+        source = artifact(tmp_path / "shards")
+        masks_component.python_func(source, output, metrics, "given", {"masks.workers": 0.0}, part=f"{number}/3")
+        made.append(artifact(Path(output.path)))
+    with gathered(None, made) as folder:
+        names = sorted(path.name for path in list_shards(folder))
+        described = describe_shards(folder)
+    assert names == [f"{number}.tar" for number in range(5)]
+    assert described["num_files"] == 5 and described["provenance"]["stage"] == "masks"
+    assert not folder.exists() and all(Path(each.path).is_dir() for each in made), "links go, what they point to stays"
+    with gathered(None, made[:2]) as folder, pytest.raises(ValueError, match="but not 3/3"):
+        list_shards(folder)
+
+
+def test_masks_of_one_step_are_taken_as_they_are(tmp_path):
+    with gathered(artifact(tmp_path), None) as folder:
+        assert folder == tmp_path
+
+
+def test_parts_share_a_workspace(tmp_path, shards):
+    def run(part: str, space: Path) -> str:
+        output = SimpleNamespace(path="unused", uri="")
+        metrics = SimpleNamespace(log_metric=lambda *_: None)
+        settings = {"masks.workers": 0.0, "masks.max_bad_share": 1.0}
+        masks_component.python_func(artifact(shards), output, metrics, "given", settings, part=part, workspace=str(space))
+        return output.uri
+
+    assert run("1/1", tmp_path / "a") == str(tmp_path / "a" / "masks" / "1-of-1")
+    assert run("", tmp_path / "b") == str(tmp_path / "b" / "masks")
+    make_masks(shards, tmp_path / "alone", MasksConfig(generator="given", workers=0, max_bad_share=1))
+    assert describe_shards(tmp_path / "b" / "masks")["md5"] == describe_shards(tmp_path / "alone")["md5"]
+
+
+# Several processes.
+
+
+def test_a_step_starts_one_process_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert [processes(device) for device in ("auto", "cuda", "cpu", "cuda:1")] == [4, 4, 1, 1]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert processes("auto") == 1
+
+
+def test_two_processes_train_what_one_does(shards, clip, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    tiny.mlflow_at(monkeypatch, tmp_path / "mlflow")
+    config = TrainConfig(**{**test_ranks.SETTINGS, "steps": 4}, clip=str(clip))
+    alone = train_by(1, shards, tmp_path / "alone", config)
+    both = train_by(2, shards, tmp_path / "both", config)
+    assert both == json.loads((tmp_path / "both" / "metrics.json").read_text())
+    assert both["train/loss"] == pytest.approx(alone["train/loss"], abs=1e-5)
+    made_by = [json.loads((tmp_path / name / "provenance.json").read_text())["fingerprint"] for name in ("alone", "both")]
+    assert made_by[0] == made_by[1], "the settings reach the processes to the letter"
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("alone", "both"))
+    assert all(torch.allclose(tensor, two[name], atol=2e-3, rtol=1e-3) for name, tensor in one.items())
+
+
+def test_a_process_that_fails_fails_the_step(clip, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    tiny.mlflow_at(monkeypatch, tmp_path / "mlflow")
+    config = TrainConfig(**test_train.SMALL, clip=str(clip))
+    with pytest.raises(SystemExit) as ended:
+        train_by(2, tmp_path / "nothing", tmp_path / "model", config)
+    assert ended.value.code != 0
+    assert "no such folder or manifest of shards" in capfd.readouterr().err
+    assert not (tmp_path / "model").exists()
+
+
+# The end of a run.
+
+
+def started(client, tag: str, monkeypatch) -> str:
+    monkeypatch.setenv(PIPELINE_RUN, tag)
+    experiment = client.get_experiment_by_name("pixelclip")
+    number = experiment.experiment_id if experiment else client.create_experiment("pixelclip")
+    return client.create_run(number, tags={"kfp.run_id": tag}).info.run_id
+
+
+@pytest.mark.parametrize(("state", "expected"), [("SUCCEEDED", "FINISHED"), ("FAILED", "FAILED"), ("CANCELLED", "KILLED")])
+def test_the_run_is_closed_with_the_true_status_whatever_it_was(tmp_path, monkeypatch, state, expected):
+    client = tiny.mlflow_at(monkeypatch, tmp_path)
+    other = started(client, "b", monkeypatch)
+    mine = [started(client, "a", monkeypatch) for _ in range(2)]
+    client.set_terminated(mine[1], "FINISHED")  # train ended well; what came after did not
+    finish.python_func(SimpleNamespace(state=state))
+    assert [client.get_run(run).info.status for run in mine] == [expected] * 2
+    assert client.get_run(other).info.status == "RUNNING"
+
+
+@pytest.mark.parametrize(("registered", "expected"), [(True, "FINISHED"), (False, "FAILED")])
+def test_where_kfp_loses_the_status_the_registry_tells(tmp_path, monkeypatch, registered, expected):
+    client = tiny.mlflow_at(monkeypatch, tmp_path)
+    run = started(client, "a", monkeypatch)
+    if registered:
+        client.create_registered_model("m")
+        client.create_model_version("m", source="file:///nowhere", run_id=run)
+    close_run("RUNNING")
+    assert client.get_run(run).info.status == expected
+
+
+def test_a_run_that_is_not_ours_is_left_alone(tmp_path, monkeypatch, capsys):
+    client = tiny.mlflow_at(monkeypatch, tmp_path)
+    run = started(client, "a", monkeypatch)
+    monkeypatch.setenv("MLFLOW_RUN_ID", run)
+    close_run("FAILED")
+    assert client.get_run(run).info.status == "RUNNING" and "who started it closes it" in capsys.readouterr().out
+
+
+def test_without_a_training_there_is_nothing_to_close(tmp_path, monkeypatch, capsys):
+    tiny.mlflow_at(monkeypatch, tmp_path)
+    monkeypatch.setenv(PIPELINE_RUN, "a")
+    close_run("FAILED")
+    assert "no run to close" in capsys.readouterr().out
+    monkeypatch.delenv(PIPELINE_RUN)
+    with pytest.raises(ValueError, match=PIPELINE_RUN):
+        close_run("FAILED")
+
+
+# What the KFP page shows.
+
+
+def evaluation_of(folder: Path) -> Path:
+    """Provenance of an evaluation of a model whose images came out of a DVC repository."""
+
+    def described(name: str, made_by: dict | None = None) -> dict:
+        return {"path": f"/data/{name}", "md5": name[0] * 32} | ({"provenance": made_by} if made_by else {})
+
+    def stage(name: str, inputs: dict, **settings: str) -> dict:
+        return {"stage": name, "settings": settings, "inputs": inputs}
+
+    repo = {"repo": described("repo")}
+    fetched_images = stage("fetch_data", repo, path="data/images", revision="c0ffee")
+    masks = stage("masks", {"shards": described("shards", stage("shards", {"images": described("images", fetched_images)}))})
+    model = stage("train", {"masks": described("masks", masks), "clip": described("clip")})
+    inputs = {"model": described("model", model), "labelled": described("toy"), "clip": described("clip")}
+    write_json(folder / "provenance.json", stage("evaluate", inputs))
+    return folder
+
+
+@pytest.mark.parametrize("uri", ["http://mlflow.example:5000/", "sqlite:///mlflow.db"])
+def test_the_page_links_run_version_and_data(tmp_path, uri):
+    registered = {"name": "m", "version": 7, "role": "champion", "reason": "better", "run_id": "r1", "model_uri": "models:/m/7"}
+    write_json(tmp_path / "registered" / "registration.json", {**registered, "tracking_uri": uri})
+    text = links(tmp_path / "registered", evaluation_of(tmp_path / "evaluation"))
+    addresses = re.findall(r"\]\(([^)]*)\)", text)
+    base = "http://mlflow.example:5000/#"
+    assert addresses == ([f"{base}/runs/r1", f"{base}/models/m/versions/7"] if uri.startswith("http") else [])
+    rows = {
+        row[0]: row[1:] for row in (re.findall(r"(?<=\| )[^|]+(?= \|)", line) for line in text.splitlines()) if len(row) == 4
+    }
+    assert rows["images"] == [f"`{'i' * 32}`", "c0ffee", "/data/images"]
+    assert rows["labelled"] == [f"`{'t' * 32}`", "–", "/data/toy"]
+    assert set(rows) == {"data", "images", "labelled", "clip"}
+
+
+def test_the_confusion_of_the_most_frequent_classes_by_hand():
+    counts = np.array([[5, 1, 0, 0, 2], [0, 30, 4, 0, 0], [0, 0, 0, 0, 0], [3, 0, 0, 9, 0]])  # the last column: nothing found
+    confusion = Confusion(counts)
+    names = ["cat", "sky", "ghost", "sea"]
+    assert confusion.largest(names, 2) == {
+        "classes": ["sky", "sea", OTHERS],
+        "counts": [[30, 0, 4], [0, 9, 3], [1, 0, 7]],
+    }
+    assert confusion.largest(names, 10) == {
+        "classes": ["sky", "sea", "cat", OTHERS],
+        "counts": [[30, 0, 0, 4], [0, 9, 3, 0], [1, 0, 5, 2], [0, 0, 0, 0]],
+    }
+    small = Confusion(np.array([[2, 1, 0], [0, 3, 0]]))
+    assert small.largest(["a", "b"], 10) == {"classes": ["a", "b"], "counts": [[2, 1], [0, 3]]}
+
+
+def test_the_confusion_reaches_the_page(tmp_path):
+    write_json(tmp_path / CONFUSION, {"classes": ["a", "b"], "counts": [[2, 1], [0, 3]]})
+    shown = dsl.ClassificationMetrics(name="confusion", uri="")
+    show_confusion(shown, tmp_path)
+    matrix = shown.metadata["confusionMatrix"]
+    assert [each["displayName"] for each in matrix["annotationSpecs"]] == ["a", "b"]
+    assert [each["row"] for each in matrix["rows"]] == [[2, 1], [0, 3]]
+    before = dsl.ClassificationMetrics(name="confusion", uri="")
+    show_confusion(before, tmp_path / "nothing")
+    assert before.metadata == {}
+
+
+def test_train_in_one_process_is_the_stage(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(train, "run", lambda *given: seen.append(given) or {"train/loss": 1.0})
+    config = TrainConfig()
+    assert train_by(1, tmp_path, tmp_path / "out", config) == {"train/loss": 1.0}
+    assert seen == [(tmp_path, tmp_path / "out", config)]
+
+
+@pytest.mark.parametrize("step", ["pin_revision", "train_job", "finish"])
+def test_components_that_are_no_stage_say_what_they_are(step):
+    from importlib import import_module
+
+    spec = getattr(import_module(f"pixelclip_components.{step}.component"), step).component_spec
+    text = (ROOT / "components" / step / "README.md").read_text()
+    for name in [*(spec.inputs or {}), *(spec.outputs or {})]:
+        assert f"`{name}`" in text, name

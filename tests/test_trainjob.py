@@ -1,0 +1,251 @@
+"""The step that starts a TrainJob: the kubernetes client itself against a small real server of the API that it needs."""
+
+import contextlib
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from pixelclip.config import TrainConfig, load, parse_overrides
+from pixelclip_components.train_job.component import train_job
+from pixelclip_pipelines import trainjob
+from pixelclip_pipelines.cluster import Cluster
+from pixelclip_pipelines.trainjob import template, train_on_nodes
+
+JOBS = "/apis/trainer.kubeflow.org/v1alpha1/namespaces/default/trainjobs"
+
+
+@dataclass
+class FakeKubernetes:
+    """TrainJobs, and what becomes of one at each look: a condition, `gone`, an HTTP status, or None for still running."""
+
+    url: str = ""
+    jobs: dict[str, dict] = field(default_factory=dict)
+    fate: list[object] = field(default_factory=list)
+    log: list[str] = field(default_factory=list)
+    refuse: int = 0
+
+
+@contextlib.contextmanager
+def fake_kubernetes() -> Iterator[FakeKubernetes]:
+    held = FakeKubernetes()
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+        def answer(self, code: int, document: dict) -> None:
+            data = json.dumps(document).encode()
+            self.send_response(code)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            held.log.append(f"create {body['metadata']['name']}")
+            if held.refuse:
+                self.answer(held.refuse, {"kind": "Status", "message": "trainjobs is forbidden to pipeline-runner"})
+                return
+            held.jobs[body["metadata"]["name"]] = body
+            self.answer(201, body)
+
+        def do_GET(self):
+            name = self.path.rpartition("/")[2]
+            if name not in held.jobs:
+                self.answer(404, {"message": "not found"})
+                return
+            fate = held.fate.pop(0) if held.fate and not held.jobs[name].get("status") else None
+            if isinstance(fate, int):
+                self.answer(fate, {"message": "try later"})
+                return
+            if fate == "gone":
+                del held.jobs[name]
+                self.answer(404, {"message": "not found"})
+                return
+            if fate:
+                held.jobs[name]["status"] = {"conditions": [{"type": "Suspended", "status": "False"}, fate]}
+            self.answer(200, held.jobs[name])
+
+        def do_DELETE(self):
+            name = self.path.partition("?")[0].rpartition("/")[2]
+            held.log.append(f"delete {name}")
+            self.answer(200, held.jobs.pop(name, {}))
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    held.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    thread.start()
+    try:
+        yield held
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def ends(kind: str, reason: str = "", message: str = "") -> dict:
+    return {"type": kind, "status": "True", "reason": reason, "message": message}
+
+
+@pytest.fixture
+def kubernetes(monkeypatch, tmp_path):
+    with fake_kubernetes() as server:
+        document = {
+            "apiVersion": "v1",
+            "kind": "Config",
+            "current-context": "here",
+            "contexts": [{"name": "here", "context": {"cluster": "here", "user": "me"}}],
+            "clusters": [{"name": "here", "cluster": {"server": server.url}}],
+            "users": [{"name": "me", "user": {}}],
+        }
+        (tmp_path / "kubeconfig").write_text(yaml.safe_dump(document))
+        monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "kubeconfig"))
+        monkeypatch.setenv("PIXELCLIP_PIPELINE_RUN", "run-1")
+        yield server
+
+
+@pytest.fixture
+def space(tmp_path) -> Path:
+    """The volume, with what the nodes will have left there."""
+    trained = tmp_path / "volume" / "a" / "train"
+    trained.mkdir(parents=True)
+    (trained / "metrics.json").write_text('{"train/loss": 0.25}')
+    return trained.parent
+
+
+def job(space: Path) -> str:
+    """The job as the compiled pipeline holds it, with shorter pauses than a cluster can be told."""
+    cluster = Cluster.model_validate({"volume": {"claim": "shared", "mount": str(space.parent)}})
+    made = template(cluster, 2, "r/p:1")
+    made["metadata"]["annotations"] = dict.fromkeys(made["metadata"]["annotations"], "0.01")
+    return json.dumps(made)
+
+
+def test_a_training_on_nodes_ends_with_its_metrics(kubernetes, space, monkeypatch):
+    monkeypatch.setenv("MLFLOW_RUN_ID", "mine")
+    kubernetes.fate = [None, None, ends("Complete")]
+    assert train_on_nodes(job(space), str(space), TrainConfig(steps=7, clip="toy")) == {"train/loss": 0.25}
+    made = kubernetes.jobs["pixelclip-run-1"]
+    arguments = made["spec"]["trainer"]["args"]
+    assert arguments[:4] == ["--masks", f"{space}/masks", "--out", f"{space}/train"]
+    assert load("train", overrides=parse_overrides(arguments[4:])) == TrainConfig(
+        steps=7, clip="toy"
+    )  # as the command reads it
+    assert len(arguments[4:]) == len(TrainConfig.model_fields)
+    variables = {each["name"]: each.get("value") for each in made["spec"]["trainer"]["env"]}
+    assert (variables["PIXELCLIP_PIPELINE_RUN"], variables["MLFLOW_RUN_ID"]) == ("run-1", "mine")
+    assert kubernetes.log == ["create pixelclip-run-1"]
+
+
+def test_the_command_and_its_arguments_are_those_of_the_command_line(kubernetes, space):
+    import typer
+
+    from pixelclip.cli import app
+
+    kubernetes.fate = [ends("Complete")]
+    train_on_nodes(job(space), str(space), TrainConfig())
+    trainer = kubernetes.jobs["pixelclip-run-1"]["spec"]["trainer"]
+    assert trainer["command"][-3:] == ["-m", "pixelclip", "train"]
+    command = typer.main.get_command(app).commands["train"]
+    context = command.make_context("train", list(trainer["args"]))
+    assert context.params["out"] == space / "train"
+
+
+def test_a_failed_training_fails_the_step(kubernetes, space):
+    kubernetes.fate = [None, ends("Failed", "DeadlineExceeded", "no node was found")]
+    with pytest.raises(RuntimeError, match="TrainJob pixelclip-run-1 failed: DeadlineExceeded no node was found"):
+        train_on_nodes(job(space), str(space), TrainConfig())
+
+
+def test_a_job_that_vanished_fails_the_step(kubernetes, space):
+    kubernetes.fate = [None, "gone"]
+    with pytest.raises(RuntimeError, match="was deleted before its end"):
+        train_on_nodes(job(space), str(space), TrainConfig())
+
+
+def test_tried_again_it_waits_for_the_one_that_runs(kubernetes, space):
+    kubernetes.jobs["pixelclip-run-1"] = {"metadata": {"name": "pixelclip-run-1"}}
+    kubernetes.fate = [None, None, ends("Complete")]
+    train_on_nodes(job(space), str(space), TrainConfig())
+    assert kubernetes.log == []
+
+
+def test_tried_again_it_replaces_the_one_that_failed(kubernetes, space):
+    kubernetes.jobs["pixelclip-run-1"] = {"status": {"conditions": [ends("Failed")]}}
+    kubernetes.fate = [ends("Complete")]
+    train_on_nodes(job(space), str(space), TrainConfig())
+    assert kubernetes.log == ["delete pixelclip-run-1", "create pixelclip-run-1"]
+
+
+def test_an_api_server_that_stumbles_is_waited_for(kubernetes, space, capsys):
+    kubernetes.jobs["pixelclip-run-1"] = {"metadata": {}}
+    kubernetes.fate = [None, 500, 503, None, ends("Complete")]
+    train_on_nodes(job(space), str(space), TrainConfig())
+    assert capsys.readouterr().out.count("waiting goes on") == 2
+
+
+@pytest.mark.parametrize("code", [401, 403])
+def test_a_right_that_is_taken_away_ends_the_wait(kubernetes, space, code):
+    kubernetes.jobs["pixelclip-run-1"] = {"metadata": {}}
+    kubernetes.fate = [None, code]
+    with pytest.raises(RuntimeError, match="cannot be watched: try later"):
+        train_on_nodes(job(space), str(space), TrainConfig())
+
+
+def test_an_api_server_that_stays_away_ends_the_wait(kubernetes, space, monkeypatch):
+    monkeypatch.setattr(trainjob, "_PATIENCE", 3)
+    kubernetes.jobs["pixelclip-run-1"] = {"metadata": {}}
+    kubernetes.fate = [None, *[500] * 9]
+    with pytest.raises(RuntimeError, match="cannot be watched"):
+        train_on_nodes(job(space), str(space), TrainConfig())
+
+
+def test_a_refused_job_says_why(kubernetes, space):
+    kubernetes.refuse = 403
+    with pytest.raises(RuntimeError, match="cannot be created: 403 trainjobs is forbidden to pipeline-runner"):
+        train_on_nodes(job(space), str(space), TrainConfig())
+
+
+def test_a_stopped_run_stops_the_nodes(kubernetes, space):
+    before = signal.getsignal(signal.SIGTERM)
+
+    def stop() -> None:
+        while not kubernetes.jobs:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop).start()
+    with pytest.raises(SystemExit):
+        train_on_nodes(job(space), str(space), TrainConfig())
+    assert kubernetes.log == ["create pixelclip-run-1", "delete pixelclip-run-1"] and not kubernetes.jobs
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_what_the_nodes_could_not_see_is_refused(kubernetes, space, tmp_path):
+    with pytest.raises(ValueError, match="the parameter `workspace`"):
+        train_on_nodes(job(space), "", TrainConfig())
+    with pytest.raises(ValueError, match=r"elsewhere/masks: is not below .*volume"):
+        train_on_nodes(job(space), str(tmp_path / "elsewhere"), TrainConfig())
+    assert kubernetes.log == []
+
+
+def test_the_component_points_to_what_the_nodes_made(kubernetes, space):
+    kubernetes.fate = [ends("Complete")]
+    model, logged = SimpleNamespace(uri="", path="unused"), {}
+    chosen = {"clip": "toy", "steps": 3, "batch_size": 4, "concepts": 5, "seed": 6}
+    metrics = SimpleNamespace(log_metric=logged.__setitem__)
+    train_job.python_func(model, metrics, **chosen, settings={"train.side": 32.0}, job=job(space), workspace=str(space))
+    assert model.uri == str(space / "train") and logged == {"train/loss": 0.25}
+    assert "train.side=32" in kubernetes.jobs["pixelclip-run-1"]["spec"]["trainer"]["args"]
