@@ -7,7 +7,8 @@ import pytest
 from imports import MODULES, PACKAGE, imported, imported_with_theirs
 
 ORDER = [
-    *("config", "storage", "download", "stage", "provenance", "ranks", "images", "pixels", "weights", "shards", "sam_weights", "sam", "dino"),
+    *("config", "storage", "download", "stage", "provenance"),
+    *("ranks", "images", "pixels", "weights", "shards", "sam_weights", "sam", "dino"),
     *("masks", "dataset", "text", "backbone", "clusters", "model", "checkpoint", "convert", "resume", "predict", "benchmarks"),
     *("tally", "classify", "server", "tracking", "pictures", "report", "measure", "train", "evaluate", "sweep"),
     *("serve", "promote", "register", "lineage", "reproduce"),

@@ -86,7 +86,7 @@ def run(name: str, version: int, force: str = "") -> Decision:
     Raises:
         ValueError: no such model or version, a figure that is missing or not finite, or MLflow is unreachable.
     """
-    with _registry(name) as client:
+    with registry(name) as client:
         decision = pass_gate(client, name, str(version), force=force)
     print(f"promote: {name} version {version} is {'champion' if decision.champion else 'not promoted'}: {decision.reason}")
     return decision
@@ -104,7 +104,7 @@ def rollback(name: str) -> str:
     Raises:
         ValueError: no such model, there is no `previous`, or MLflow is unreachable.
     """
-    with _registry(name) as client, _Turn(client, name) as turn:
+    with registry(name) as client, _Turn(client, name) as turn:
         aliases = turn.aliases()
         champion, previous = aliases.get(CHAMPION), aliases.get(PREVIOUS)
         if previous is None or previous == champion:
@@ -188,7 +188,7 @@ def figures_of(version: ModelVersion) -> Figures:
 
 
 @contextmanager
-def _registry(name: str) -> Iterator[MlflowClient]:
+def registry(name: str) -> Iterator[MlflowClient]:
     """A client; what MLflow refuses is one message."""
     client = connect()
     try:
