@@ -14,9 +14,10 @@ from typing import Any, TextIO
 from kfp import compiler, local
 
 from pixelclip.config import STAGES, load_all, nearest
+from pixelclip.server import connect, tracking_uri
 from pixelclip.stage import METRICS
 from pixelclip.storage import read_json
-from pixelclip.tracking import PIPELINE_RUN, connect, tracking_uri
+from pixelclip.tracking import PIPELINE_RUN
 from pixelclip_pipelines.cluster import image_of, read
 from pixelclip_pipelines.pixelclip import SETTING_OF, build, pixelclip
 

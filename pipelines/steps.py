@@ -141,7 +141,8 @@ def close_run(state: str) -> None:
     Raises:
         ValueError: the id of the pipeline run is unknown, or MLflow cannot be reached.
     """
-    from pixelclip.tracking import PIPELINE_RUN, connect, experiment_id
+    from pixelclip.server import connect, experiment_id
+    from pixelclip.tracking import PIPELINE_RUN
 
     if given := os.environ.get("MLFLOW_RUN_ID"):
         print(f"finish: MLflow run {given} was not started here, and who started it closes it", flush=True)

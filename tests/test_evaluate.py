@@ -292,7 +292,7 @@ def test_mask_classification_in_the_stage_equals_a_naive_loop(made, client, tmp_
 def test_numbers_stand_with_their_protocol(made, client, tmp_path):
     config = with_settings(protocol="masks", templates="single", name="")
     metrics = run(made / "changed", made / "labelled", tmp_path / "out", config)
-    assert {name.partition("/")[2] for name in metrics} == {"labelled.masks.single"}
+    assert {name.partition("/")[2] for name in metrics} == {"labelled.masks"}
     protocol = read_json(tmp_path / "out" / "protocol.json")
     given = {"name": "labelled", "kind": "folder", "protocol": "masks", "templates": "single", "side": 48, "masks": "truth"}
     assert {key: value for key, value in protocol.items() if value is not None} == given
@@ -300,10 +300,10 @@ def test_numbers_stand_with_their_protocol(made, client, tmp_path):
     said = "kind folder, protocol masks, templates single, side 48, masks truth"
     assert (tmp_path / "out" / "table.txt").read_text().endswith(said + "\n")
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "<h1>PixelCLIP on labelled.masks.single</h1>" in page and f"Measured with {said}." in page
+    assert "<h1>PixelCLIP on labelled.masks</h1>" in page and f"Measured with {said}." in page
     (logged,) = client.search_runs([client.get_experiment_by_name("pixelclip").experiment_id])
-    assert json.loads(logged.data.tags["protocol.labelled.masks.single"]) == protocol
-    assert [file.path for file in client.list_artifacts(logged.info.run_id)] == ["labelled.masks.single"]
+    assert json.loads(logged.data.tags["protocol.labelled.masks"]) == protocol
+    assert [file.path for file in client.list_artifacts(logged.info.run_id)] == ["labelled.masks"]
 
 
 def test_a_benchmark_in_its_published_layout(made, client, tmp_path):

@@ -15,7 +15,8 @@ from PIL import Image
 
 from pixelclip.config import EvaluateConfig, RegisterConfig
 from pixelclip.predict import Predictor
-from pixelclip.register import Figures, decide, fetch, markdown, run
+from pixelclip.promote import Figures, decide
+from pixelclip.register import fetch, markdown, run
 from pixelclip.stage import describe
 from pixelclip.storage import digest, read_json, write_json
 

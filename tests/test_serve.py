@@ -3,6 +3,9 @@
 import base64
 import io
 import json
+import struct
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mlflow
@@ -10,10 +13,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import tiny
+from mlflow.exceptions import MlflowException
 from PIL import Image
 
 from pixelclip import serve
-from pixelclip.predict import Predictor
+from pixelclip.predict import Predictor, overlay
+from pixelclip.serve import Limits, ServedModel
 
 # MLflow asks for an example input, with which it would run the model once more when it is logged.
 pytestmark = pytest.mark.filterwarnings("ignore:.*An input example was not provided")
@@ -54,12 +59,96 @@ def model(logged) -> mlflow.pyfunc.PyFuncModel:
 def test_every_row_is_answered_as_by_the_predictor(model, folder):
     rows = [(photo(50, 30, 0), "dog|puppy,grass,sky", ["dog, puppy", "grass", "sky"]), (photo(9, 60, 1), "a,b", ["a", "b"])]
     answers = model.predict(pd.DataFrame({"image": [row[0] for row in rows], "classes": [row[1] for row in rows]}))
-    assert list(answers.columns) == ["label_map", "classes"]
+    assert list(answers.columns) == ["label_map", "classes", "shares", "scores"]
     predictor = Predictor.load(folder, "cpu")
     for (image, _, names), answer in zip(rows, answers.itertuples(), strict=True):
         assert json.loads(answer.classes) == names
-        expected = predictor(Image.open(io.BytesIO(image)), names).labels
-        assert np.array_equal(np.asarray(Image.open(io.BytesIO(answer.label_map))), expected)
+        expected = predictor(Image.open(io.BytesIO(image)), names)
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(answer.label_map))), expected.labels)
+        shares = [np.mean(expected.labels == index) for index in range(len(names))]
+        assert json.loads(answer.shares) == pytest.approx(shares, abs=1e-6) and sum(shares) == pytest.approx(1)
+        assert json.loads(answer.scores) == pytest.approx([one.max() for one in expected.scores], abs=1e-6)
+
+
+def test_an_overlay_and_the_maps_of_scores_come_when_they_are_asked_for(model, folder):
+    image, names = photo(50, 30, 0), ["dog", "sky"]
+    frame = pd.DataFrame({"image": [image], "classes": ["dog,sky"]})
+    plain = model.predict(frame, params={"overlay": False}).iloc[0]
+    answer = model.predict(frame, params={"overlay": True, "score_maps": True}).iloc[0]
+    assert answer["label_map"] == plain["label_map"] and "overlay" not in plain
+    expected = Predictor.load(folder, "cpu")(Image.open(io.BytesIO(image)), names)
+    assert np.array_equal(np.load(io.BytesIO(answer["score_maps"]), allow_pickle=False), expected.scores)
+    shown = Image.open(io.BytesIO(answer["overlay"]))
+    assert shown.format == "PNG"
+    assert np.array_equal(np.asarray(shown), np.asarray(overlay(Image.open(io.BytesIO(image)), expected)))
+
+
+@pytest.fixture
+def limited(logged, monkeypatch):
+    """The model as it is loaded where the environment sets limits."""
+
+    def load(**limits: object) -> ServedModel:
+        for name, limit in limits.items():
+            monkeypatch.setenv(f"PIXELCLIP_SERVE_{name.upper()}", str(limit))
+        return mlflow.pyfunc.load_model(str(logged)).unwrap_python_model()
+
+    return load
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [
+        ({"max_images": 1}, r"2 images in one request; at most 1 are allowed"),
+        ({"max_bytes": 50}, r"row 0: image: \d+ bytes; at most 50 are allowed"),
+        ({"max_pixels": 1499}, r"row 0: image: 50 x 30 pixels; at most 1499 are allowed"),
+        ({"max_classes": 1}, r"row 0: classes: 2 names; at most 1 are allowed"),
+    ],
+)
+@pytest.mark.parametrize("form", ["bytes", "base64"])
+def test_a_limit_refuses(limited, limits, message, form):
+    image = photo(50, 30, 0)
+    given = image if form == "bytes" else base64.b64encode(image).decode()
+    frame = pd.DataFrame({"image": [given] * 2, "classes": ["a,b"] * 2})
+    with pytest.raises(MlflowException, match=message):
+        limited(**limits).predict(None, frame)
+    assert len(limited(**dict.fromkeys(limits, 10**6)).predict(None, frame)) == 2
+
+
+def test_what_says_to_be_huge_is_not_decoded(model):
+    """A few hundred bytes that would be gigabytes of pixels."""
+    header = photo(1, 1, 0)[:16] + struct.pack(">II", 60_000, 60_000) + bytes([8, 2, 0, 0, 0])
+    bomb = header + struct.pack(">I", zlib.crc32(header[12:29])) + photo(1, 1, 0)[33:]
+    with pytest.raises(MlflowException, match=r"row 0: (unreadable )?image: .*(pixels|exceeds limit)"):
+        model.unwrap_python_model().predict(None, pd.DataFrame({"image": [bomb], "classes": ["a,b"]}))
+
+
+def test_limits_of_the_configuration_give_way_to_those_of_the_environment(monkeypatch):
+    assert Limits.load({}) == Limits()
+    assert Limits.load({"max_pixels": 9, "max_classes": 3}) == Limits(max_pixels=9, max_classes=3)
+    monkeypatch.setenv("PIXELCLIP_SERVE_MAX_PIXELS", "7")
+    assert Limits.load({"max_pixels": 9}).max_pixels == 7
+    for found in ("many", "0"):
+        monkeypatch.setenv("PIXELCLIP_SERVE_MAX_PIXELS", found)
+        with pytest.raises(ValueError, match=rf"PIXELCLIP_SERVE_.*max_pixels: .*found '{found}'"):
+            Limits.load({})
+    monkeypatch.delenv("PIXELCLIP_SERVE_MAX_PIXELS")
+    with pytest.raises(ValueError, match="unknown setting 'max_pixel', did you mean 'max_pixels'"):
+        Limits.load({"max_pixel": 9})
+
+
+def test_threads_that_ask_for_other_classes_do_not_disturb_each_other(model):
+    """MLflow's server answers in threads."""
+    loaded, image = model.unwrap_python_model(), photo(20, 20, 2)
+
+    def ask(classes: str) -> list[str]:
+        found = [loaded.predict(None, pd.DataFrame({"image": [image], "classes": [classes]})) for _ in range(12)]
+        return [row["label_map"] for frame in found for row in frame.to_dict("records")]
+
+    lists = ["a,b", "c,d,e", "f,g,h,i", "j,k"]
+    alone = [ask(classes)[0] for classes in lists]
+    with ThreadPoolExecutor(len(lists)) as pool:
+        together = list(pool.map(ask, lists))
+    assert together == [[one] * 12 for one in alone]
 
 
 def test_base64_is_answered_like_bytes(model):
@@ -82,13 +171,13 @@ def test_base64_is_answered_like_bytes(model):
 def test_a_bad_row_is_named(model, image, classes, message):
     good = photo(20, 20, 2)
     frame = pd.DataFrame({"image": [good, good if image is None else image], "classes": ["a,b", classes]})
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(MlflowException, match=message):
         model.unwrap_python_model().predict(None, frame)
 
 
 def test_no_rows_no_answers(model):
     answers = model.unwrap_python_model().predict(None, pd.DataFrame({"image": [], "classes": []}))
-    assert len(answers) == 0 and list(answers.columns) == ["label_map", "classes"]
+    assert len(answers) == 0 and list(answers.columns) == ["label_map", "classes", "shares", "scores"]
 
 
 def test_nothing_logged_is_a_pickle(logged):

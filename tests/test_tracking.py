@@ -18,7 +18,9 @@ from mlflow import MlflowClient
 from mlflow.entities import Run as MlflowRun
 
 from pixelclip import tracking
-from pixelclip.tracking import PIPELINE_RUN, Run, connect, flatten, lineage
+from pixelclip.provenance import flatten
+from pixelclip.server import connect
+from pixelclip.tracking import PIPELINE_RUN, Run, lineage
 
 PROVENANCE = {
     "stage": "train",

@@ -165,6 +165,52 @@ def register(
 
 
 @app.command()
+def promote(
+    name: Annotated[str, typer.Argument(help="Registered model.")],
+    version: Annotated[int | None, typer.Argument(help="The version that shall be champion.")] = None,
+    rollback: Annotated[bool, typer.Option("--rollback", help="Make the champion before this one champion again.")] = False,
+    force: Annotated[str, typer.Option(metavar="REASON", help="Promote against the gate; the reason is recorded.")] = "",
+) -> None:
+    """Make a registered version the champion, if it beats the present one (else exit code 1)."""
+    from pixelclip.promote import rollback as roll_back
+    from pixelclip.promote import run
+
+    if rollback == (version is not None):
+        raise ValueError("promote: either a VERSION or --rollback is needed")
+    if version is None:
+        roll_back(name)
+    elif not run(name, version, force).champion:
+        raise typer.Exit(1)
+
+
+@app.command()
+def lineage(
+    model: Annotated[str, typer.Argument(help="models:/NAME@ALIAS or models:/NAME/VERSION.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say where a registered model comes from: run, settings, data, code, image."""
+    from pixelclip.lineage import run
+
+    run(model, as_json)
+
+
+@app.command()
+def reproduce(
+    model: Annotated[str, typer.Argument(help="models:/NAME@ALIAS or models:/NAME/VERSION.")],
+    out: Annotated[Path, typer.Option(help="Folder for what is restored and made; finished parts are reused.")],
+    train: Annotated[bool, typer.Option("--train", help="Train anew, too, and evaluate what comes out.")] = False,
+    tolerance: Annotated[
+        float, typer.Option(help="Largest difference of a figure that counts as equal, in points.", min=0)
+    ] = 0.01,
+) -> None:
+    """Restore a registered model's data and settings and measure it again (exit code 1 when the numbers differ)."""
+    from pixelclip.reproduce import run
+
+    if not run(model, out, train=train, tolerance=tolerance):
+        raise typer.Exit(1)
+
+
+@app.command()
 def predict(
     photo: Annotated[Path, typer.Argument(help="Image of any size.")],
     classes: Annotated[str, typer.Option(help='"dog|puppy,grass,sky" (a bar between synonyms), or a .txt file, one a line.')],

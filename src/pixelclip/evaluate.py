@@ -54,7 +54,7 @@ def run(model: Path, labelled: Path, out: Path, config: EvaluateConfig) -> Metri
     Returns:
         `miou/NAME`, `miou_clip/NAME`, `gain/NAME`, `pixel_accuracy/NAME`, ... in points; `image_recall_clip/NAME` in 0..1;
         for protocol masks `mask_accuracy/NAME` too. NAME ends with what is not the paper's: `.slide`, `.masks`,
-        `.masks-given`, `.single`.
+        `.masks-given`, ...
 
     Raises:
         ValueError: unusable model, CLIP, labelled set or masks, or MLflow unreachable.
@@ -153,11 +153,11 @@ def _name(labelled: Path, config: EvaluateConfig) -> str:
 def _label(protocol: dict[str, Any]) -> str:
     """What stands behind the slash of a metric: the set's name, and what is not the paper's protocol.
 
-    Sizes are not in it; two of them under one `evaluate.name` would overwrite each other in a run, and the tag tells.
+    Sizes and templates are not in it, so that runs of a sweep compare by one name; the tag `protocol.NAME` tells them.
     """
     masks = f"-{protocol['masks']}" if protocol["masks"] not in (None, "truth") else ""
     other = "" if protocol["protocol"] == "whole" else f".{protocol['protocol']}{masks}"
-    return protocol["name"] + other + ("" if protocol["templates"] == "ensemble" else f".{protocol['templates']}")
+    return protocol["name"] + other
 
 
 def _check_masks(dataset: LabelledSet, config: EvaluateConfig) -> None:

@@ -8,14 +8,26 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 
-def decode_image(data: bytes) -> Image.Image:
-    """Decodes an image wholly; raises ValueError for anything unreadable or truncated."""
+def decode_image(data: bytes, max_pixels: int | None = None) -> Image.Image:
+    """Decodes an image wholly.
+
+    Args:
+        data: of an image file.
+        max_pixels: an image that says to have more is not decoded.
+
+    Raises:
+        ValueError: the image is unreadable, truncated or too large.
+    """
     try:
         with Image.open(io.BytesIO(data)) as image:
-            image.load()
-            return image
+            too_large = max_pixels is not None and image.width * image.height > max_pixels
+            if not too_large:
+                image.load()
     except Exception as error:  # on damaged files Pillow's parsers raise nearly anything
         raise ValueError(f"unreadable image: {error}") from None
+    if too_large:
+        raise ValueError(f"image: {image.width} x {image.height} pixels; at most {max_pixels} are allowed")
+    return image
 
 
 def turn_upright(image: Image.Image) -> Image.Image:

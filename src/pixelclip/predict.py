@@ -186,11 +186,12 @@ class Predictor:
         names = check_names(classes)
         if len(names) > MAX_CLASSES:
             raise ValueError(f"classes: at most {MAX_CLASSES} names, found {len(names)}")
-        if tuple(names) not in self._classifiers:
-            self._classifiers = {tuple(names): classifier(self.text, names, TEMPLATES["ensemble"])}
+        known = self._classifiers  # threads that ask for other classes replace it
+        if tuple(names) not in known:
+            self._classifiers = known = {tuple(names): classifier(self.text, names, TEMPLATES["ensemble"])}
         upright = to_tensor(turn_upright(image)).to(self.device)
         pixels = squash(normalise(upright, self.clip.mean, self.clip.std)[None], self.side)
-        scores = class_scores(self.backbone, pixels, self._classifiers[tuple(names)], self.feature_grid)
+        scores = class_scores(self.backbone, pixels, known[tuple(names)], self.feature_grid)
         labels = label_map(scores, (upright.shape[1], upright.shape[2]))[0]
         return Prediction(labels.cpu().numpy().astype(np.uint16), scores[0].cpu().numpy(), names)
 

@@ -1,7 +1,8 @@
 """STAGE register: the gate in front of MLflow's registry.
 
 A model is always registered. It becomes `champion` only if its gain over CLIP reaches `register.min_gain` and it beats the
-present champion on the same labelled set under the same protocol; otherwise it is the `challenger`, and the reason is said.
+present champion on the same labelled set under the same protocol (`promote.pass_gate`); otherwise it is the `challenger`,
+and the reason is said. What was measured stands in the version's tags, and the whole evaluation among its run's artifacts.
 """
 
 import hashlib
@@ -11,7 +12,6 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,56 +20,20 @@ import mlflow
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
+from packaging.requirements import Requirement
 
-from pixelclip import __version__, serve
+from pixelclip import serve
 from pixelclip.checkpoint import CONFIG, WEIGHTS
 from pixelclip.config import RegisterConfig
+from pixelclip.promote import CHALLENGER, CHAMPION, Figures, pass_gate
+from pixelclip.server import connect, first_line, tracking_uri
 from pixelclip.stage import METRICS, PROVENANCE, Metrics, Stage, describe
 from pixelclip.storage import read_json, write_json
-from pixelclip.tracking import RUN, Run, connect, lineage, tracking_uri
+from pixelclip.tracking import RUN, Run, lineage
 
 REGISTRATION = "registration.json"
-_REQUIRED = ("numpy", "open_clip_torch", "pillow", "pydantic", "pyyaml", "safetensors", "torch", "torchvision")
-
-
-@dataclass(frozen=True)
-class Figures:
-    """What the gate looks at: mIoU and gain in points, and what they were measured on (labelled set and protocol)."""
-
-    miou: float
-    gain: float
-    measured_on: str
-
-
-@dataclass(frozen=True)
-class Decision:
-    """Whether a model becomes champion, and why."""
-
-    champion: bool
-    reason: str
-
-
-def decide(candidate: Figures, champion: Figures | None, min_gain: float) -> Decision:
-    """The gate.
-
-    Raises:
-        ValueError: a figure is not a finite number.
-    """
-    for figures in filter(None, (candidate, champion)):
-        if not (math.isfinite(figures.miou) and math.isfinite(figures.gain)):
-            raise ValueError(f"the gate needs finite figures, found mIoU {figures.miou} and gain {figures.gain}")
-    if candidate.gain < min_gain:
-        return Decision(False, f"gain {candidate.gain:.2f} over CLIP is below register.min_gain {min_gain:g}")
-    if champion is None:
-        return Decision(True, f"gain {candidate.gain:.2f} over CLIP, and there was no champion")
-    if champion.measured_on != candidate.measured_on:
-        return Decision(
-            False,
-            "the champion was measured on another labelled set or protocol; measure it on this one: pixelclip evaluate "
-            "--model models:/NAME@champion, then pixelclip register with that evaluation",
-        )
-    versus = f"mIoU {candidate.miou:.2f} against the champion's {champion.miou:.2f}"
-    return Decision(candidate.miou > champion.miou, versus)
+EVALUATION = "evaluation"
+"""Tag of a version: where among its run's artifacts its evaluation stands."""
 
 
 def run(model: Path, evaluation: Path, out: Path, config: RegisterConfig) -> Metrics:
@@ -100,20 +64,25 @@ def run(model: Path, evaluation: Path, out: Path, config: RegisterConfig) -> Met
             return stage.reuse()
         shutil.rmtree(stage.out)  # registered elsewhere, or in a registry that is gone
     with stage:
+        _create_name(client, config.name)
         version = _version_of(client, config.name, provenance["output"]["md5"])
         if version is None:
-            version = _create_version(client, model, stage.folder, provenance, config.name)
+            version = _create_version(client, model, provenance, config.name)
+        place = f"evaluations/{figures.measured_on[:12]}-{provenance['output']['md5'][:12]}"
+        for file in (PROVENANCE, METRICS):
+            client.log_artifact(version.run_id, str(evaluation / file), place)
         tags = {
             "miou": repr(figures.miou),
             "gain": repr(figures.gain),
             "labelled.name": name,
             "measured_on": figures.measured_on,
+            "min_gain": repr(config.min_gain),
+            EVALUATION: place,
         }
         for key, value in (tags | lineage(evaluated)).items():
             client.set_model_version_tag(config.name, version.version, key, value)
-        decision = _through_gate(client, config, version, figures)
-        role = "champion" if decision.champion else "challenger"
-        client.set_model_version_tag(config.name, version.version, "gate", f"{role}: {decision.reason}")
+        decision = pass_gate(client, config.name, str(version.version), challenge=True)
+        role = CHAMPION if decision.champion else CHALLENGER
         print(f"register: {config.name} version {version.version} is {role}: {decision.reason}", flush=True)
         registration = {
             "name": config.name,
@@ -135,9 +104,21 @@ def _figures(evaluation: Path, evaluated: Mapping[str, Any]) -> tuple[Figures, s
     if len(names) != 1 or f"miou/{names[0]}" not in metrics:
         raise ValueError(f"{evaluation / METRICS}: one gain/NAME with its miou/NAME is needed, found {sorted(metrics)}")
     protocol = {key: value for key, value in evaluated["settings"].items() if key not in ("name", "clip", "max_bad_share")}
+    figures = {key: metrics[f"{key}/{names[0]}"] for key in ("miou", "gain")}
+    for key, value in figures.items():
+        if not math.isfinite(value):
+            raise ValueError(f"{evaluation / METRICS}: the gate needs finite figures, found {key}/{names[0]} {value}")
     identity = json.dumps([evaluated["inputs"]["labelled"]["md5"], protocol], sort_keys=True)
     measured_on = hashlib.md5(identity.encode(), usedforsecurity=False).hexdigest()
-    return Figures(metrics[f"miou/{names[0]}"], metrics[f"gain/{names[0]}"], measured_on), names[0]
+    return Figures(figures["miou"], figures["gain"], measured_on), names[0]
+
+
+def _create_name(client: MlflowClient, name: str) -> None:
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise ValueError(f"register.name {name!r} is refused by MLflow at {tracking_uri()}: {first_line(error)}") from None
 
 
 def _version_of(client: MlflowClient, name: str, model_md5: str) -> ModelVersion | None:
@@ -150,34 +131,44 @@ def _version_of(client: MlflowClient, name: str, model_md5: str) -> ModelVersion
     return max(same, key=lambda version: int(version.version)) if same else None
 
 
-def _create_version(client: MlflowClient, model: Path, folder: Path, provenance: Mapping[str, Any], name: str) -> ModelVersion:
-    tracked = Run.attach(model, folder, provenance)
-    tracked.finish()
-    before = client.get_run(tracked.run_id).info.status
-    requirements = [f"{package}=={metadata.version(package)}" for package in _REQUIRED]
-    with mlflow.start_run(run_id=tracked.run_id), tempfile.TemporaryDirectory() as copy, warnings.catch_warnings():
+def _create_version(client: MlflowClient, model: Path, provenance: Mapping[str, Any], name: str) -> ModelVersion:
+    run_id = Run.trained(client, model, provenance)
+    before = client.get_run(run_id).info.status
+    with mlflow.start_run(run_id=run_id), tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         # The signature is stated, so no example is needed to guess it.
         warnings.filterwarnings("ignore", ".*input example was not provided", UserWarning)
         logged = mlflow.pyfunc.log_model(
             name="model",
             python_model=serve.__file__,
-            artifacts={serve.ARTIFACT: str(_weights_only(model, Path(copy)))},
+            artifacts={serve.ARTIFACT: str(_weights_only(model, Path(folder)))},
             signature=serve.SIGNATURE,
-            pip_requirements=[f"pixelclip=={__version__}", *requirements],
+            code_paths=[str(_code(Path(folder)))],
+            pip_requirements=_requirements(),
         )
-    client.update_run(tracked.run_id, status=before)  # leaving `with` finished it, but it may be somebody else's
-    try:
-        client.create_registered_model(name)
-    except MlflowException as error:
-        if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise ValueError(f"registry name {name!r} is refused by MLflow: {error.message}") from None
+    client.update_run(run_id, status=before)  # leaving `with` finished it, but it may be somebody else's
     return client.create_model_version(
         name,
         source=logged.model_uri,
-        run_id=tracked.run_id,
+        run_id=run_id,
         model_id=logged.model_id,
         tags={"model.md5": provenance["output"]["md5"]},
     )
+
+
+def _requirements() -> list[str]:
+    """What the package needs without its extras, as it is installed here."""
+    needed = [Requirement(line) for line in metadata.requires("pixelclip") or []]
+    return [f"{each.name}=={metadata.version(each.name)}" for each in needed if each.marker is None]
+
+
+def _code(folder: Path) -> Path:
+    """A copy of this package's modules, without its assets: a served model brings the code that it was registered with."""
+    package = Path(serve.__file__).parent
+    copy = folder / "code" / package.name
+    copy.mkdir(parents=True)
+    for file in package.glob("*.py"):
+        shutil.copyfile(file, copy / file.name)
+    return copy
 
 
 def _weights_only(model: Path, folder: Path) -> Path:
@@ -188,27 +179,6 @@ def _weights_only(model: Path, folder: Path) -> Path:
         if (model / name).is_file():
             shutil.copyfile(model / name, copy / name)
     return copy
-
-
-def _through_gate(client: MlflowClient, config: RegisterConfig, version: ModelVersion, figures: Figures) -> Decision:
-    aliases = client.get_registered_model(config.name).aliases
-    number = str(aliases.get("champion", ""))
-    if number == str(version.version):
-        return Decision(True, "it is the champion already; its figures are brought up to date")
-    champion = None
-    if number:
-        tags = client.get_model_version(config.name, number).tags
-        champion = Figures(float(tags.get("miou", "nan")), float(tags.get("gain", "nan")), tags.get("measured_on", ""))
-    decision = decide(figures, champion, config.min_gain)
-    if decision.champion:
-        if number:
-            client.set_registered_model_alias(config.name, "previous", number)
-        client.set_registered_model_alias(config.name, "champion", version.version)
-        if str(aliases.get("challenger", "")) == str(version.version):
-            client.delete_registered_model_alias(config.name, "challenger")
-    else:
-        client.set_registered_model_alias(config.name, "challenger", version.version)
-    return decision
 
 
 def fetch(uri: str, folder: Path | None = None) -> Path:

@@ -15,9 +15,10 @@ from PIL import Image
 
 from pixelclip.images import colour_labels, palette
 from pixelclip.pictures import GALLERY
+from pixelclip.provenance import flatten
 from pixelclip.stage import PROVENANCE, Metrics
 from pixelclip.storage import read_json, write_atomically
-from pixelclip.tracking import CURVES, flatten
+from pixelclip.tracking import CURVES
 
 _PICTURE_WIDTH = 320
 

@@ -1,31 +1,63 @@
-"""The registered model's code: an MLflow pyfunc from code and safetensors, no pickle.
+"""The registered model's code: an MLflow pyfunc from code and safetensors, no pickle. docs/serving.md is its manual.
 
-Request: one row an image, `image` (the bytes of an image file, or base64 of them) and `classes` (`dog|puppy,grass,sky`).
-Response: one row an image, `label_map` (bytes of a PNG whose values index into the classes) and `classes` (JSON list).
+Request: one row an image, `image` (the bytes of an image file, or base64 of them) and `classes` (`dog|puppy,grass,sky`);
+params `overlay` and `score_maps` ask for larger answers.
+Response: one row an image, `label_map` (PNG whose values index into the classes), `classes`, `shares` (of the pixels) and
+`scores` (highest cosine) as JSON lists, and what was asked for: `overlay` (PNG) and `score_maps` (.npy, [K, h, w] cosines).
 """
 
 import base64
 import binascii
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import mlflow
+import numpy as np
 import pandas as pd
+from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
-from mlflow.types import ColSpec, DataType, Schema
+from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field
 
+from pixelclip.config import build
 from pixelclip.images import decode_image
-from pixelclip.predict import Predictor, label_image
+from pixelclip.predict import Prediction, Predictor, label_image, overlay
 from pixelclip.text import parse_names
 
 ARTIFACT = "pixelclip"
 SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec(DataType.binary, "image"), ColSpec(DataType.string, "classes")]),
-    outputs=Schema([ColSpec(DataType.binary, "label_map"), ColSpec(DataType.string, "classes")]),
+    outputs=Schema(
+        [
+            ColSpec(DataType.binary, "label_map"),
+            *(ColSpec(DataType.string, name) for name in ("classes", "shares", "scores")),
+            *(ColSpec(DataType.binary, name, required=False) for name in ("overlay", "score_maps")),
+        ]
+    ),
+    params=ParamSchema([ParamSpec("overlay", DataType.boolean, False), ParamSpec("score_maps", DataType.boolean, False)]),
 )
+_ENVIRONMENT = "PIXELCLIP_SERVE_"
+
+
+class Limits(BaseModel):
+    """What a request may ask for; a limit in the model's `model_config`, or PIXELCLIP_SERVE_MAX_BYTES and so on, changes it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    max_images: int = Field(default=16, ge=1, description="Rows in a request.")
+    max_bytes: int = Field(default=20_000_000, ge=1, description="Bytes of an image file.")
+    max_pixels: int = Field(default=16_000_000, ge=1, description="Pixels of an image; larger ones are not decoded.")
+    max_classes: int = Field(default=1000, ge=1, description="Classes of an image, without synonyms.")
+
+    @classmethod
+    def load(cls, settings: dict[str, Any]) -> "Limits":
+        """The limits of a model's configuration and of the environment, which wins; raises ValueError for unusable ones."""
+        names = {name: f"{_ENVIRONMENT}{name.upper()}" for name in cls.model_fields}
+        given = {name: os.environ[variable] for name, variable in names.items() if os.environ.get(variable)}
+        return build(cls, settings | given, f"limits of the served model ({_ENVIRONMENT}*)")
 
 
 class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
@@ -33,33 +65,81 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
 
     def load_context(self, context: Any) -> None:
         """Loads the model folder that was logged."""
+        self.limits = Limits.load(dict(context.model_config or {}))
         self.predictor = Predictor.load(Path(context.artifacts[ARTIFACT]))
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
         """Segments every row.
 
         Raises:
-            ValueError: an image that cannot be read, or an unusable list of classes; the message names the row.
+            MlflowException: more than the limits allow, an image that cannot be read, or an unusable list of classes; the
+                message names the row. Of other errors MLflow's server shows its client a stack trace.
         """
+        if len(model_input) > self.limits.max_images:
+            raise _refusal(f"{len(model_input)} images in one request; at most {self.limits.max_images} are allowed")
+        wanted = params or {}
         rows = []
         for number, (image, classes) in enumerate(zip(model_input["image"], model_input["classes"], strict=True)):
             try:
-                prediction = self.predictor(_decode(image), parse_names(classes))
+                rows.append(self._answer(image, classes, wanted))
             except ValueError as error:
-                raise ValueError(f"row {number}: {error}") from None
-            buffer = io.BytesIO()
-            label_image(prediction.labels).save(buffer, "PNG")
-            rows.append({"label_map": buffer.getvalue(), "classes": json.dumps(prediction.classes)})
-        return pd.DataFrame(rows, columns=["label_map", "classes"])
+                raise _refusal(f"row {number}: {error}") from None
+        columns = [
+            "label_map",
+            "classes",
+            "shares",
+            "scores",
+            *(name for name in ("overlay", "score_maps") if wanted.get(name)),
+        ]
+        return pd.DataFrame(rows, columns=columns)
+
+    def _answer(self, data: bytes | str, classes: str, wanted: dict[str, Any]) -> dict[str, Any]:
+        names = parse_names(classes)
+        if len(names) > self.limits.max_classes:
+            raise ValueError(f"classes: {len(names)} names; at most {self.limits.max_classes} are allowed")
+        image = decode_image(_bytes(data, self.limits.max_bytes), self.limits.max_pixels)
+        prediction = self.predictor(image, names)
+        counts = np.bincount(prediction.labels.ravel(), minlength=len(names))
+        answer = {
+            "label_map": _png(label_image(prediction.labels)),
+            "classes": json.dumps(prediction.classes),
+            "shares": json.dumps([round(float(count) / prediction.labels.size, 6) for count in counts]),
+            "scores": json.dumps([round(float(score), 6) for score in prediction.scores.max(axis=(1, 2))]),
+        }
+        if wanted.get("overlay"):
+            answer["overlay"] = _png(overlay(image, prediction))
+        if wanted.get("score_maps"):
+            answer["score_maps"] = _npy(prediction)
+        return answer
 
 
-def _decode(image: bytes | str) -> Image.Image:
-    if isinstance(image, str):
+def _refusal(message: str) -> MlflowException:
+    return MlflowException(message, error_code="INVALID_PARAMETER_VALUE")
+
+
+def _bytes(data: bytes | str, limit: int) -> bytes:
+    # Base64 holds three bytes in four characters: what is too long is not decoded first.
+    size = len(data) * 3 // 4 - 2 if isinstance(data, str) else len(data)
+    if size > limit:
+        raise ValueError(f"image: {size} bytes; at most {limit} are allowed")
+    if isinstance(data, str):
         try:
-            image = base64.b64decode(image, validate=True)
+            return base64.b64decode(data, validate=True)
         except binascii.Error as error:
             raise ValueError(f"image: neither bytes nor base64: {error}") from None
-    return decode_image(image)
+    return data
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def _npy(prediction: Prediction) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, prediction.scores.astype(np.float32), allow_pickle=False)
+    return buffer.getvalue()
 
 
 mlflow.models.set_model(ServedModel())

@@ -115,7 +115,8 @@ class Stage:
         return metrics
 
     def provenance(self) -> dict[str, Any]:
-        """What is being made, from what, and by which code."""
+        """What is being made, from what, and by which code in which image."""
+        image = code_image()
         return {
             "stage": self.name,
             "fingerprint": self.fingerprint,
@@ -123,7 +124,7 @@ class Stage:
             "inputs": self.inputs,
             "version": __version__,
             "revision": code_revision(),
-        }
+        } | ({"image": image} if image else {})
 
     def _check_out(self) -> None:
         if not self.out.exists():
@@ -199,6 +200,11 @@ def code_revision() -> str:
     head = subprocess.run([git, "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
     changed = subprocess.run([git, "diff", "--quiet", "HEAD", "--", "."], cwd=here, capture_output=True)
     return head.stdout.strip() + ("+changes" if changed.returncode else "") if head.returncode == 0 else "unknown"
+
+
+def code_image() -> str:
+    """The container image that this process runs in, by tag or digest (PIXELCLIP_IMAGE); empty outside of one."""
+    return os.environ.get("PIXELCLIP_IMAGE", "")
 
 
 def _short(path: Path) -> str:

@@ -28,9 +28,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pixelclip import evaluate, train
 from pixelclip.benchmarks import open_labelled
 from pixelclip.config import EvaluateConfig, TrainConfig, build, load, nearest
+from pixelclip.server import connect, experiment_id
 from pixelclip.sources import list_shards
 from pixelclip.storage import read_json, write_atomically
-from pixelclip.tracking import PARENT_RUN, PIPELINE_RUN, RUN, Run, connect, experiment_id, lineage
+from pixelclip.tracking import PARENT_RUN, PIPELINE_RUN, RUN, Run, lineage
 
 TABLE, RUNS, PLOT = "table.md", "runs.csv", "sweep.png"
 FIGURES = {"miou_clip": "mIoU of CLIP", "miou": "mIoU", "gain": "gain", "pixel_accuracy": "pixel accuracy"}

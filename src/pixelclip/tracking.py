@@ -1,8 +1,7 @@
 """The Run: one MLflow run per pipeline run, fed from a journal so that a lost server loses nothing.
 
 Every point of a curve is first appended to `curves.jsonl` in the stage's folder, then delivered by a background thread.
-What a lost server missed is delivered when it is back, or by the same command again. `MLFLOW_TRACKING_URI` and MLflow's
-other variables are honoured; the default is `sqlite:///runs/mlflow.db` with artifacts beside it.
+What a lost server missed is delivered when it is back, or by the same command again.
 """
 
 import contextlib
@@ -10,19 +9,18 @@ import json
 import os
 import threading
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
-import mlflow
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Param, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
-from pixelclip import __version__
-from pixelclip.stage import code_revision
+from pixelclip.provenance import data, flatten, source
+from pixelclip.provenance import tags as tags_of
+from pixelclip.server import connect, experiment_id, first_line, tracking_uri
 from pixelclip.storage import read_json, write_json
 
 CURVES, RUN = "curves.jsonl", "run.json"
@@ -30,102 +28,18 @@ PIPELINE_RUN = "PIXELCLIP_PIPELINE_RUN"
 """Environment variable with the id of the pipeline run that a stage is part of."""
 PARENT_RUN = "PIXELCLIP_PARENT_RUN"
 """Environment variable with the id of the MLflow run below which new runs stand."""
-_DEFAULT_URI = "sqlite:///runs/mlflow.db"
 _BATCH, _PARAMS_AT_ONCE = 500, 90
 _CLOSE_SECONDS = 30.0
 
 
-def tracking_uri() -> str:
-    """Where runs are stored."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or _DEFAULT_URI
-
-
-def connect() -> MlflowClient:
-    """A client of the tracking server or file.
-
-    Raises:
-        ValueError: it cannot be reached.
-    """
-    uri = tracking_uri()
-    # A long outage is survived by the journal, so one delivery must not block for MLflow's own minutes of retries.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    if uri.startswith("sqlite:///"):
-        Path(uri.removeprefix("sqlite:///")).absolute().parent.mkdir(parents=True, exist_ok=True)
-    elif uri.startswith(("http://", "https://")):
-        _check_alive(uri)
-    mlflow.set_tracking_uri(uri)
-    try:
-        client = MlflowClient(uri)
-        client.search_experiments(max_results=1)
-    except Exception as error:  # MLflow raises many kinds here, from SQLAlchemy's to its own
-        raise ValueError(f"MLflow at {uri} cannot be used (MLFLOW_TRACKING_URI): {_first_line(error)}") from None
-    return client
-
-
-def _check_alive(uri: str) -> None:
-    try:
-        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=10):
-            return
-    except urllib.error.HTTPError:
-        return  # somebody answers; whether we may use it shows with the first real request
-    except OSError as error:
-        reason = getattr(error, "reason", error)
-        raise ValueError(f"MLflow at {uri} cannot be reached (MLFLOW_TRACKING_URI): {reason}") from None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def experiment_id(client: MlflowClient) -> str:
-    """The experiment that runs go to: MLFLOW_EXPERIMENT_ID, or MLFLOW_EXPERIMENT_NAME, or `pixelclip`; made when new."""
-    if given := os.environ.get("MLFLOW_EXPERIMENT_ID"):
-        return given
-    name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "pixelclip")
-    found = client.get_experiment_by_name(name)
-    if found is not None:
-        return str(found.experiment_id)
-    uri = tracking_uri()
-    location = None
-    if uri.startswith("sqlite:///"):
-        location = (Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlartifacts").as_uri()
-    try:
-        return str(client.create_experiment(name, artifact_location=location))
-    except MlflowException:  # another process was faster
-        found = client.get_experiment_by_name(name)
-        if found is None:
-            raise
-        return str(found.experiment_id)
-
-
-def flatten(provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a stage and of all stages before it, as `stage.setting`."""
-    params = {f"{provenance['stage']}.{name}": value for name, value in provenance["settings"].items()}
-    for described in provenance["inputs"].values():
-        if "provenance" in described:
-            params |= flatten(described["provenance"])
-    return params
-
-
 def lineage(provenance: Mapping[str, Any]) -> dict[str, str]:
-    """Lineage tags: code revision and version, md5 and path of every input of the whole chain, the run above."""
-    tags = {"code.revision": str(provenance.get("revision") or code_revision()), "code.version": __version__}
-
-    def walk(inputs: Mapping[str, Any]) -> None:
-        for name, described in inputs.items():
-            tags[f"data.{name}.md5"] = described["md5"]
-            tags[f"data.{name}.path"] = described["path"]
-            if "provenance" in described:
-                walk(described["provenance"]["inputs"])
-
-    walk(provenance["inputs"])
+    """Lineage tags: code and data of the whole chain, the pipeline run, the run above."""
+    found = tags_of(provenance)
     if pipeline_run := os.environ.get(PIPELINE_RUN):
-        tags["kfp.run_id"] = pipeline_run
+        found["kfp.run_id"] = pipeline_run
     if parent := os.environ.get(PARENT_RUN):
-        tags["mlflow.parentRunId"] = parent
-    return tags
+        found["mlflow.parentRunId"] = parent
+    return found
 
 
 class Run:
@@ -141,6 +55,7 @@ class Run:
     def __init__(self, client: MlflowClient, folder: Path, run_id: str, owned: bool) -> None:
         self.client, self.folder, self.run_id = client, folder, run_id
         self._owned = owned
+        self._runs = [run_id]  # that take final figures and tags
         self._journal = folder / CURVES
         self._lines = _whole_lines(self._journal)
         self._last_step = json.loads(self._lines[-1])["step"] if self._lines else -1
@@ -159,19 +74,20 @@ class Run:
     def start(cls, folder: Path, name: str, provenance: Mapping[str, Any]) -> Self:
         """Starts the run of a training, or continues the one that `folder` belongs to.
 
-        The order of choice is: the run of an interrupted start, MLFLOW_RUN_ID, the run tagged with this pipeline run's id,
-        a new run.
+        The order of choice is: MLFLOW_RUN_ID (which is never ended here), the run of an interrupted start, a new run below
+        PIXELCLIP_PARENT_RUN, the run tagged with this pipeline run's id, a new run.
 
         Raises:
-            ValueError: MLflow cannot be reached.
+            ValueError: MLflow cannot be reached, or refuses.
         """
         client = connect()
-        known = read_json(folder / RUN) if (folder / RUN).is_file() else {}
         given = os.environ.get("MLFLOW_RUN_ID")
-        try:
+        with _said(given):
             experiment = experiment_id(client)
             tags = lineage(provenance)
-            run_id = _existing(client, known.get("run_id")) or given or _of_pipeline(client, experiment, tags)
+            if given:
+                tags.pop("mlflow.parentRunId", None)  # it stands where its maker put it
+            run_id = given or _existing(client, folder) or _of_pipeline(client, experiment, tags)
             if run_id is None:
                 run_id = client.create_run(experiment, run_name=name, tags=tags).info.run_id
             elif not given:
@@ -179,15 +95,42 @@ class Run:
             run = cls(client, folder, run_id, owned=not given)
             run.params(flatten(provenance))
             run.tags(tags)
-        except MlflowException as error:
-            raise ValueError(f"MLflow at {tracking_uri()} refused the run: {_first_line(error)}") from None
+            run.datasets(provenance, "training")
         return run
 
     @classmethod
-    def attach(cls, model: Path, folder: Path, provenance: Mapping[str, Any]) -> Self:
-        """Attaches to the run of a trained model; what its server missed is delivered first.
+    def trained(cls, client: MlflowClient, model: Path, provenance: Mapping[str, Any]) -> str:
+        """The id of the run that trained a model; what its server missed is delivered first.
 
-        A server that does not know the run is told its whole history.
+        A server that does not know the run is told its whole history: in the run MLFLOW_RUN_ID, or in a new one.
+
+        Args:
+            client: a connected client.
+            model: the model folder.
+            provenance: the model's.
+
+        Raises:
+            ValueError: MLflow refuses.
+        """
+        given = os.environ.get("MLFLOW_RUN_ID")
+        with _said(given):
+            known = _existing(client, model)
+            run_id = known or given
+            if run_id is None:
+                run_id = client.create_run(experiment_id(client), run_name=model.name, tags=lineage(provenance)).info.run_id
+            retold = cls(client, model, run_id, owned=run_id != given)
+            if known is None or retold._pending():
+                retold.params(flatten(provenance))
+                retold.datasets(provenance, "training")
+                retold.finish()
+        return run_id
+
+    @classmethod
+    def attach(cls, model: Path, folder: Path, provenance: Mapping[str, Any]) -> Self:
+        """Attaches to the run MLFLOW_RUN_ID, or else to the run that trained a model.
+
+        Where both are there and differ (Kubeflow's MLflow plugin gives every task a run of its own), final figures and tags
+        go to the training's run, too: there all numbers of a model stand together.
 
         Args:
             model: the model folder.
@@ -195,22 +138,17 @@ class Run:
             provenance: the model's.
 
         Raises:
-            ValueError: MLflow cannot be reached.
+            ValueError: MLflow cannot be reached, or refuses.
         """
         client = connect()
-        known = read_json(model / RUN) if (model / RUN).is_file() else {}
-        run_id = _existing(client, known.get("run_id"))
-        unknown = run_id is None
-        try:
-            if run_id is None:
-                run_id = client.create_run(experiment_id(client), run_name=model.name, tags=lineage(provenance)).info.run_id
-            retold = cls(client, model, run_id, owned=run_id != os.environ.get("MLFLOW_RUN_ID"))
-            if unknown or retold._pending():
-                retold.params(flatten(provenance))
-                retold.finish()
-        except MlflowException as error:
-            raise ValueError(f"MLflow at {tracking_uri()} refused the run: {_first_line(error)}") from None
-        return cls(client, folder, run_id, owned=False)
+        run_id = cls.trained(client, model, provenance)
+        given = os.environ.get("MLFLOW_RUN_ID")
+        with _said(given):
+            if given:
+                client.get_run(given)
+        run = cls(client, folder, given or run_id, owned=False)
+        run._runs = list(dict.fromkeys([run.run_id, run_id]))
+        return run
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Adds one point to every curve; a step that the journal holds already (a resumed run) is not added twice."""
@@ -228,7 +166,8 @@ class Run:
         """Sets final metrics, without a curve."""
         now = int(time.time() * 1000)
         points = [Metric(name, float(value), now, 0) for name, value in metrics.items()]
-        self._do(lambda: self.client.log_batch(self.run_id, metrics=points))
+        for run_id in self._runs:
+            self._do(partial(self.client.log_batch, run_id, metrics=points))
 
     def params(self, params: Mapping[str, Any]) -> None:
         """Records settings; MLflow keeps the first value of each."""
@@ -239,7 +178,20 @@ class Run:
 
     def tags(self, tags: Mapping[str, str]) -> None:
         """Sets tags."""
-        self.client.log_batch(self.run_id, tags=[RunTag(name, str(value)[:5000]) for name, value in tags.items()])
+        for run_id in self._runs:
+            self.client.log_batch(run_id, tags=[RunTag(name, str(value)[:5000]) for name, value in tags.items()])
+
+    def datasets(self, provenance: Mapping[str, Any], context: str) -> None:
+        """Names the data that a chain begins with as MLflow datasets, identified by md5."""
+        named = []
+        for name, described in data(provenance).items():
+            fetched = source(described)
+            digest = str(fetched.get("md5", described["md5"]))[:36]  # MLflow's limit, and the length of DVC's md5 of a folder
+            place = json.dumps(fetched or {"uri": described["path"]})
+            dataset = Dataset(name=name, digest=digest, source_type="dvc" if fetched else "local", source=place)
+            named.append(DatasetInput(dataset, [InputTag("mlflow.data.context", context)]))
+        if named:
+            self.client.log_inputs(self.run_id, datasets=named)
 
     def artifact(self, path: Path, below: str | None = None) -> None:
         """Uploads a file; it must stay where it is until `finish`."""
@@ -269,7 +221,7 @@ class Run:
             try:
                 self.client.set_terminated(self.run_id, status)
             except Exception as error:  # as in connect
-                print(f"MLflow at {tracking_uri()}: the run could not be closed: {_first_line(error)}", flush=True)
+                print(f"MLflow at {tracking_uri()}: the run could not be closed: {first_line(error)}", flush=True)
         return not left
 
     def _pending(self) -> int:
@@ -293,8 +245,8 @@ class Run:
                 self._trouble, pause = "", 1.0
             except Exception as error:  # whatever the server or the network does, training goes on
                 if not self._trouble:
-                    print(f"MLflow at {tracking_uri()} does not answer ({_first_line(error)}); training goes on", flush=True)
-                self._trouble = _first_line(error)
+                    print(f"MLflow at {tracking_uri()} does not answer ({first_line(error)}); training goes on", flush=True)
+                self._trouble = first_line(error)
                 if not self._closing.wait(pause):  # finish cuts a long pause short, and then tries every second
                     pause = min(2 * pause, 30.0)
                 elif self._stop.wait(1.0):
@@ -329,11 +281,22 @@ class Run:
             write_json(self.folder / RUN, state)
 
 
-def _existing(client: MlflowClient, run_id: str | None) -> str | None:
-    if run_id is None:
+@contextlib.contextmanager
+def _said(given: str | None) -> Iterator[None]:
+    """What MLflow refuses is one message."""
+    try:
+        yield
+    except MlflowException as error:
+        named = f" {given} (MLFLOW_RUN_ID)" if given else ""
+        raise ValueError(f"MLflow at {tracking_uri()} refused the run{named}: {first_line(error)}") from None
+
+
+def _existing(client: MlflowClient, folder: Path) -> str | None:
+    """The run that a folder belongs to, if this server has it."""
+    if not (folder / RUN).is_file():
         return None
     try:
-        info = client.get_run(run_id).info
+        info = client.get_run(read_json(folder / RUN)["run_id"]).info
     except MlflowException:
         return None
     return str(info.run_id) if info.lifecycle_stage == "active" else None  # a deleted run takes nothing any more
@@ -341,10 +304,11 @@ def _existing(client: MlflowClient, run_id: str | None) -> str | None:
 
 def _of_pipeline(client: MlflowClient, experiment: str, tags: Mapping[str, str]) -> str | None:
     pipeline_run = tags.get("kfp.run_id")
-    if pipeline_run is None:
+    if pipeline_run is None or "mlflow.parentRunId" in tags:
         return None
-    found = client.search_runs([experiment], f"tags.`kfp.run_id` = '{pipeline_run}'", max_results=1)
-    return str(found[0].info.run_id) if found else None
+    found = client.search_runs([experiment], f"tags.`kfp.run_id` = '{pipeline_run}'", order_by=["attributes.start_time ASC"])
+    whole = [run for run in found if "mlflow.parentRunId" not in run.data.tags]
+    return str(whole[0].info.run_id) if whole else None
 
 
 def _whole_lines(path: Path) -> list[str]:

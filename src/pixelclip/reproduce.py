@@ -1,0 +1,206 @@
+"""A registered model made again: data and settings are restored, it is measured (or trained, too), the numbers compared.
+
+Every input is looked for where it was; it must have the recorded md5. What is not there any more is fetched by DVC, where
+its provenance names repository and revision, or, when training is repeated, made again from what it was made of. The work is
+logged to an MLflow run of its own: the recorded run stays as it is.
+"""
+
+import math
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from mlflow import MlflowClient
+
+from pixelclip import __version__, evaluate, masks, shards, train
+from pixelclip.benchmarks import open_labelled
+from pixelclip.checkpoint import clip_folder
+from pixelclip.config import STAGES, build
+from pixelclip.download import local_copy
+from pixelclip.lineage import Registered, recorded
+from pixelclip.provenance import chain, source
+from pixelclip.register import fetch
+from pixelclip.server import connect, experiment_id
+from pixelclip.sources import describe_shards
+from pixelclip.stage import code_image, code_revision, describe
+from pixelclip.storage import digest, write_json
+from pixelclip.tracking import PARENT_RUN, RUN, lineage
+
+COMPARISON = "reproduction.json"
+_READ = {"shards": "images", "masks": "shards", "train": "masks"}
+"""What a stage that can be repeated reads."""
+_SETTING = {"clip": "clip", "dino": "dino", "weights": "weights", "concept_names": "concept_names", "masks": "masks_folder"}
+"""Every other input is named by a setting."""
+
+
+def run(uri: str, out: Path, *, train: bool = False, tolerance: float = 0.01) -> bool:
+    """Measures a registered model again, as it was measured when it was registered, and says whether the numbers are equal.
+
+    Args:
+        uri: `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
+        out: folder for everything that is restored and made, and for `reproduction.json`; finished parts are reused.
+        train: train anew, too, and measure what comes out.
+        tolerance: largest difference of a figure that counts as equal, in points (0.01 of a point by default: the label
+            maps of CPUs and GPUs differ in single pixels).
+
+    Returns:
+        Whether all figures are equal within the tolerance.
+
+    Raises:
+        ValueError: no such model, data that cannot be restored or are not what they were, or MLflow is unreachable.
+    """
+    there = recorded(uri)
+    again = list(chain(there.provenance)) if train else [there.provenance]
+    for line in dict.fromkeys(_other_code(stage) for stage in again):
+        if line:
+            print(f"reproduce: WARNING: {line}", flush=True)
+    with _own_run(there) as client_and_run:
+        inputs = there.provenance["inputs"]
+        model = _made_again(inputs["model"], out) if train else _fetched(there, out)
+        settings, kind = dict(there.provenance["settings"]), there.provenance["settings"]["kind"]
+        labelled = _restored("labelled", inputs["labelled"], out, kind=kind)
+        label = there.version.tags["labelled.name"]
+        settings["name"] = settings["name"] or (kind if kind != "folder" else Path(inputs["labelled"]["path"]).name)
+        config = build(STAGES["evaluate"], _named_again(there.provenance, settings, out), f"{there.version.name}: evaluate")
+        found = evaluate.run(model, labelled, out / "evaluation", config)  # type: ignore[arg-type]
+        equal, differences = compare(there.metrics, found, tolerance)
+        client, run_id = client_and_run
+        client.set_tag(run_id, "reproduction", "equal" if equal else "differs")
+    write_json(
+        out / COMPARISON, {"uri": uri, "equal": equal, "tolerance": tolerance, "recorded": there.metrics, "found": found}
+    )
+    print(f"\n{differences}\n")
+    word = "equal" if equal else "DIFFERENT"
+    print(f"reproduce: models:/{there.version.name}/{there.version.version} on {label}: {word} within {tolerance:g} points")
+    return equal
+
+
+def compare(recorded: Mapping[str, float], found: Mapping[str, float], tolerance: float) -> tuple[bool, str]:
+    """Whether figures are equal, and all of them as a table.
+
+    Args:
+        recorded: figures by name; those in 0..1 (recall) are compared in points, too.
+        found: the same figures, measured again.
+        tolerance: largest difference that counts as equal, in points.
+    """
+    equal = True
+    lines = [f"{'':<32} {'recorded':>10} {'now':>10} {'differs by':>11}"]
+    for name in sorted({*recorded, *found}):
+        scale = 100.0 if "recall" in name else 1.0
+        old, new = (scale * float(figures.get(name, math.nan)) for figures in (recorded, found))
+        same = abs(new - old) <= tolerance  # a missing figure is NaN, which is never equal
+        equal &= same
+        lines.append(f"{name:<32} {old:>10.4f} {new:>10.4f} {new - old:>11.2g}{'' if same else '  <--'}")
+    return equal, "\n".join(lines)
+
+
+def _other_code(stage: Mapping[str, Any]) -> str:
+    """How the code of now differs from that of a stage; empty if it does not."""
+    now = {"revision": code_revision(), "version": __version__, "image": code_image()}
+    other = [
+        f"{key} {stage.get(key) or 'none'}, now {value or 'none'}" for key, value in now.items() if stage.get(key, "") != value
+    ]
+    unsaved = "; it held uncommitted changes" if "+changes" in str(stage.get("revision")) else ""
+    return f"stage {stage['stage']} was run by other code: {'; '.join(other)}{unsaved}" if other or unsaved else ""
+
+
+@contextmanager
+def _own_run(there: Registered) -> Iterator[tuple[MlflowClient, str]]:
+    """A run for the stages of this process, so that nothing is added to the recorded one."""
+    client = connect()
+    name = f"{there.version.name}/{there.version.version}"
+    tags = lineage(there.provenance) | {"reproduces": f"models:/{name}", "reproduces.run": there.version.run_id}
+    tags.pop("mlflow.parentRunId", None)
+    run_id = client.create_run(experiment_id(client), run_name=f"reproduce {name}", tags=tags).info.run_id
+    before = {variable: os.environ.pop(variable, None) for variable in ("MLFLOW_RUN_ID", PARENT_RUN)}
+    os.environ["MLFLOW_RUN_ID"] = run_id
+    status = "FAILED"
+    try:
+        yield client, run_id
+        status = "FINISHED"
+    finally:
+        del os.environ["MLFLOW_RUN_ID"]
+        os.environ.update({variable: value for variable, value in before.items() if value is not None})
+        client.set_terminated(run_id, status)
+
+
+def _fetched(there: Registered, out: Path) -> Path:
+    """The registered model itself."""
+    (out / "model").mkdir(parents=True, exist_ok=True)
+    model = fetch(f"models:/{there.version.name}/{there.version.version}", out / "model")
+    (model / RUN).unlink(missing_ok=True)  # else its evaluation would be added to the recorded run
+    if (md5 := describe(model)["md5"]) != there.provenance["inputs"]["model"]["md5"]:
+        raise ValueError(f"{model}: is not the model that was measured (md5 {md5})")
+    return model
+
+
+def _restored(name: str, described: Mapping[str, Any], out: Path, *, kind: str = "folder", spec: str = "") -> Path:
+    """An input as it was: where it was, from DVC, or made again."""
+    said, wrong = described["path"], ""
+    at = clip_folder(spec) if name == "clip" else None
+    if at is None:
+        at = local_copy(said) if "://" in said else Path(said)
+    if at.exists():
+        md5 = _md5(name, at, kind)
+        if md5 == described["md5"]:
+            return at
+        wrong = f", but what stands there now has md5 {md5}"
+    fetched = source(described)
+    if fetched.get("repo"):
+        print(f"reproduce: {name} is fetched from {fetched['repo']} at {fetched['git_sha']}", flush=True)
+        # Imported here: DVC is an extra, and most reproductions find their data where they were.
+        config = build(STAGES["fetch_data"], {"path": fetched["path"], "revision": fetched["git_sha"]}, name)
+        place = out / "data" / name
+        import_module("pixelclip.fetch_data").run(fetched["repo"], place, config)
+        if (md5 := _md5(name, place, kind)) != described["md5"]:
+            raise ValueError(f"{place}: {name} was fetched by DVC, but has md5 {md5} where {described['md5']} is recorded")
+        return place
+    if described.get("provenance", {}).get("stage") in _READ:
+        return _made_again(described, out)
+    raise ValueError(f"{name}: was {said} with md5 {described['md5']}{wrong}; it is not there, and DVC does not know it")
+
+
+def _md5(name: str, path: Path, kind: str) -> str:
+    if name in ("shards", "masks") and (path.is_file() or not list(path.glob("*.json"))):
+        return str(describe_shards(path)["md5"])
+    if name == "labelled" and kind != "folder":  # of a benchmark only what is read counts, as in `evaluate`
+        return str(digest(path, {file for pair in open_labelled(path, kind).pairs for file in pair})["md5"])
+    return str(describe(path)["md5"])
+
+
+def _made_again(described: Mapping[str, Any], out: Path) -> Path:
+    """Repeats the stage that made an input, and says whether the same came out."""
+    made = described["provenance"]
+    name = made["stage"]
+    if name not in _READ:
+        raise ValueError(
+            f"{described['path']}: was made by stage {name}, which cannot be repeated; these can: {', '.join(_READ)}"
+        )
+    read = _restored(_READ[name], made["inputs"][_READ[name]], out)
+    config: Any = build(STAGES[name], _named_again(made, dict(made["settings"]), out) | _whole(name), f"stage {name}")
+    repeat: dict[str, Callable[[Path, Path, Any], Any]] = {"shards": shards.run, "masks": masks.run, "train": train.run}
+    repeat[name](read, out / name, config)
+    same = describe(out / name)["md5"] == described["md5"]
+    print(f"reproduce: {name}: {'the same files as recorded' if same else 'other files than recorded'}", flush=True)
+    return out / name
+
+
+def _whole(name: str) -> dict[str, Any]:
+    """Masks that were made in parts are made in one piece."""
+    return {"part": ""} if name == "masks" else {}
+
+
+def _named_again(made: Mapping[str, Any], settings: dict[str, Any], out: Path) -> dict[str, Any]:
+    """A stage's settings with the places where its weights and further inputs stand now."""
+    for name, described in made["inputs"].items():
+        setting = _SETTING.get(name)
+        if setting is None or not settings.get(setting) or name == _READ.get(made["stage"]):
+            continue
+        spec = str(settings[setting])
+        place = str(_restored(name, described, out, spec=spec))
+        if place != described["path"] and spec != "toy":
+            settings[setting] = spec.replace(described["path"], place) if described["path"] in spec else place
+    return settings
