@@ -89,7 +89,9 @@ def schedule(given: Mapping[str, Any], target: Target, name: str, cron: str = ""
     when = {"cron_expression": _six_fields(cron)} if cron else {"interval_second": _interval(every)}
     with _prepared(given, target) as ready:
         if taken := [each for each in _schedules(ready.client, ready.experiment) if each.display_name == name]:
-            raise ValueError(f"there is a schedule {name!r} already ({taken[0].recurring_run_id}); delete it or take another name")
+            raise ValueError(
+                f"there is a schedule {name!r} already ({taken[0].recurring_run_id}); delete it or take another name"
+            )
         made = ready.client.create_recurring_run(
             experiment_id=ready.experiment,
             job_name=name,
@@ -222,7 +224,9 @@ def _connected(target: Target) -> Iterator[tuple[kfp.Client, Cluster, str]]:
 
 
 def _check_alive(endpoint: str, token: str | None) -> None:
-    request = urllib.request.Request(f"{endpoint}/apis/v2beta1/healthz", headers={"Authorization": f"Bearer {token}"} if token else {})
+    request = urllib.request.Request(
+        f"{endpoint}/apis/v2beta1/healthz", headers={"Authorization": f"Bearer {token}"} if token else {}
+    )
     try:
         with urllib.request.urlopen(request, timeout=10) as answer:
             kind = answer.headers.get_content_type()

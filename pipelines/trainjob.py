@@ -42,7 +42,9 @@ def template(cluster: Cluster, nodes: int, image: str) -> dict[str, Any]:
         raise ValueError("several nodes need a volume that they share: volume.claim in cluster.yaml")
     step, volume = cluster.steps["train"], cluster.volume
     if seconds(cluster.steps["train_job"].timeout) < seconds(step.timeout):
-        raise ValueError(f"steps.train_job.timeout is shorter than the training that it waits for: steps.train.timeout {step.timeout}")
+        raise ValueError(
+            f"steps.train_job.timeout is shorter than the training that it waits for: steps.train.timeout {step.timeout}"
+        )
     volumes = [{"name": "workspace", "persistentVolumeClaim": {"claimName": volume.claim}}]
     mounts = [{"name": "workspace", "mountPath": volume.mount}]
     if step.shared_memory:
@@ -182,7 +184,9 @@ class _Jobs:
         """Creates it, where it is not there already and has not failed."""
         there = self._get()
         if there is not None and (_ending(there) or {}).get("type") == "Failed":
-            print(f"TrainJob {self.name} had failed; it is replaced, and training continues from its last checkpoint", flush=True)
+            print(
+                f"TrainJob {self.name} had failed; it is replaced, and training continues from its last checkpoint", flush=True
+            )
             self.delete()
             while self._get() is not None:
                 time.sleep(1)
@@ -195,8 +199,11 @@ class _Jobs:
         except client.ApiException as error:
             raise RuntimeError(f"TrainJob {self.name} cannot be created: {error.status} {_said(error)}") from None
         namespace = self._where["namespace"]
-        print(f"TrainJob {self.name} started; its logs: kubectl logs -n {namespace} -f "
-              f"-l jobset.sigs.k8s.io/jobset-name={self.name}", flush=True)
+        print(
+            f"TrainJob {self.name} started; its logs: kubectl logs -n {namespace} -f "
+            f"-l jobset.sigs.k8s.io/jobset-name={self.name}",
+            flush=True,
+        )
 
     def wait(self, pause: float) -> dict[str, Any]:
         """Waits until it ended, however; returns the condition that says so."""

@@ -104,6 +104,9 @@ def test_a_revision_is_pinned_to_its_commit(repository):
         pinned(str(repository), "nope")
     with pytest.raises(ValueError, match="revision 'main' cannot be read"):
         pinned(str(repository / "nothing"), "main")
+    with pytest.raises(ValueError, match="revision 'main' cannot be read") as refused:
+        pinned("https://user:very-secret@127.0.0.1:9/data.git", "main")
+    assert "very-secret" not in str(refused.value)
 
 
 # Parts of masks.
@@ -250,7 +253,7 @@ def evaluation_of(folder: Path) -> Path:
         return {"stage": name, "settings": settings, "inputs": inputs}
 
     repo = {"repo": described("repo")}
-    fetched_images = stage("fetch_data", repo, path="data/images", revision="c0ffee")
+    fetched_images = stage("fetch_data", repo, path="data/images", revision="main") | {"source": {"git_sha": "c0ffee"}}
     masks = stage("masks", {"shards": described("shards", stage("shards", {"images": described("images", fetched_images)}))})
     model = stage("train", {"masks": described("masks", masks), "clip": described("clip")})
     inputs = {"model": described("model", model), "labelled": described("toy"), "clip": described("clip")}
@@ -266,7 +269,9 @@ def test_the_page_links_run_version_and_data(tmp_path, uri):
     addresses = re.findall(r"\]\(([^)]*)\)", text)
     base = "http://mlflow.example:5000/#"
     assert addresses == ([f"{base}/runs/r1", f"{base}/models/m/versions/7"] if uri.startswith("http") else [])
-    rows = {row[0]: row[1:] for row in (re.findall(r"(?<=\| )[^|]+(?= \|)", line) for line in text.splitlines()) if len(row) == 4}
+    rows = {
+        row[0]: row[1:] for row in (re.findall(r"(?<=\| )[^|]+(?= \|)", line) for line in text.splitlines()) if len(row) == 4
+    }
     assert rows["images"] == [f"`{'i' * 32}`", "c0ffee", "/data/images"]
     assert rows["labelled"] == [f"`{'t' * 32}`", "–", "/data/toy"]
     assert set(rows) == {"data", "images", "labelled", "clip"}

@@ -310,9 +310,7 @@ def test_a_sweep_gets_from_the_cluster_what_the_pipeline_gets(made, tmp_path):
     (tmp_path / "cluster.yaml").write_text("steps: {train: {gpus: 4, shared_memory: 9Gi}}\nsecrets: [{name: s3, env: {K: k}}]")
     pipeline.compile_to(made.file, tmp_path / "s.yaml", made.inputs[3], "", tmp_path / "cluster.yaml", "r/p:1")
     spec, platform = yaml.safe_load_all((tmp_path / "s.yaml").read_text())
-    containers = {
-        name: each["container"] for name, each in spec["deploymentSpec"]["executors"].items() if "container" in each
-    }
+    containers = {name: each["container"] for name, each in spec["deploymentSpec"]["executors"].items() if "container" in each}
     assert {each["image"] for each in containers.values()} == {"r/p:1"}
     assert containers["exec-train"]["resources"]["accelerator"]["resourceCount"] == "4"
     pods = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]

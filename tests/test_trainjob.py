@@ -129,7 +129,7 @@ def job(space: Path) -> str:
     """The job as the compiled pipeline holds it, with shorter pauses than a cluster can be told."""
     cluster = Cluster.model_validate({"volume": {"claim": "shared", "mount": str(space.parent)}})
     made = template(cluster, 2, "r/p:1")
-    made["metadata"]["annotations"] = {name: "0.01" for name in made["metadata"]["annotations"]}
+    made["metadata"]["annotations"] = dict.fromkeys(made["metadata"]["annotations"], "0.01")
     return json.dumps(made)
 
 
@@ -140,7 +140,9 @@ def test_a_training_on_nodes_ends_with_its_metrics(kubernetes, space, monkeypatc
     made = kubernetes.jobs["pixelclip-run-1"]
     arguments = made["spec"]["trainer"]["args"]
     assert arguments[:4] == ["--masks", f"{space}/masks", "--out", f"{space}/train"]
-    assert load("train", overrides=parse_overrides(arguments[4:])) == TrainConfig(steps=7, clip="toy")  # as the command reads it
+    assert load("train", overrides=parse_overrides(arguments[4:])) == TrainConfig(
+        steps=7, clip="toy"
+    )  # as the command reads it
     assert len(arguments[4:]) == len(TrainConfig.model_fields)
     variables = {each["name"]: each.get("value") for each in made["spec"]["trainer"]["env"]}
     assert (variables["PIXELCLIP_PIPELINE_RUN"], variables["MLFLOW_RUN_ID"]) == ("run-1", "mine")
