@@ -38,14 +38,18 @@ def pinned(repo: str, revision: str) -> str:
         return revision
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
+    from dvc.repo.open_repo import clean_repos
     from dvc.scm import SCMError
 
+    public, revision = re.sub(r"(?<=://)[^/@]*@", "", repo), revision or "HEAD"  # a token in a URL is not for logs
     try:
-        with Repo.open(repo, rev=revision or "HEAD") as opened:
+        with Repo.open(repo, rev=revision) as opened:
             found = str(opened.get_rev())
     except (DvcException, SCMError) as error:
-        raise ValueError(f"{repo}: revision {revision or 'HEAD'!r} cannot be read: {error}") from None
-    print(f"{repo}: {revision or 'HEAD'} is {found}", flush=True)
+        raise ValueError(f"{public}: revision {revision!r} cannot be read: {str(error).replace(repo, public)}") from None
+    finally:
+        clean_repos()  # else a later revision would be looked for in this clone
+    print(f"{public}: {revision} is {found}", flush=True)
     return found
 
 
@@ -186,7 +190,7 @@ def _data(provenance: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     for name, described in provenance["inputs"].items():
         made_by = described.get("provenance", {})
         if made_by.get("stage") in (None, "fetch_data"):  # the others are results of this pipeline
-            revision = made_by.get("settings", {}).get("revision", "")
+            revision = made_by.get("source", {}).get("git_sha", "")
             yield name, f"| {name} | `{described.get('md5', '')}` | {revision or '–'} | {described.get('path', '')} |"
         else:
             yield from _data(made_by)

@@ -6,6 +6,7 @@ The golden copy is renewed by `PIXELCLIP_RENEW=1 python -m pytest tests/test_clu
 import difflib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from kfp.components import load_component_from_file
 from kubeflow_trainer_api.models.trainer_v1alpha1_train_job import TrainerV1alpha1TrainJob
 
 from pixelclip.config import TrainConfig
-from pixelclip_pipelines.cluster import STEPS, Cluster, Source, Step, image_of, place_on, read, seconds
+from pixelclip_pipelines.cluster import STEPS, Cluster, Source, Step, image_of, read, seconds
 from pixelclip_pipelines.run import compile_to
 from pixelclip_pipelines.trainjob import complete, template
 
@@ -46,7 +47,6 @@ steps:
     backoff_factor: 1.5
     backoff_max: 1h
 """.replace("DIGEST", "ab" * 32)
-STEPS_OF_THE_RUN = ("pin_revision", "fetch_data", "shards", "masks", "train", "evaluate", "register", "finish")
 SECRET = "a-value-that-must-never-be-written"
 
 
@@ -408,15 +408,9 @@ def test_a_present_cluster_yaml_is_read_and_else_the_defaults(tmp_path, monkeypa
 )
 def test_a_wrong_file_is_told_by_its_key(tmp_path, text, said):
     (tmp_path / "cluster.yaml").write_text(text)
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path / 'cluster.yaml'))}: .*{re.escape(said)}"):
         read(tmp_path / "cluster.yaml")
-    assert said in str(error.value) and str(error.value).startswith(str(tmp_path / "cluster.yaml"))
 
 
 def test_durations():
     assert [seconds(each) for each in ("90s", "20m", "4h", "2d")] == [90, 1200, 14400, 172800]
-
-
-def test_every_step_of_both_pipelines_has_settings():
-    assert {*STEPS_OF_THE_RUN, "train_job", "sweep_table"} == set(STEPS)
-    assert callable(place_on)

@@ -3,13 +3,21 @@
 from pathlib import Path
 from types import SimpleNamespace
 
+import conftest
 import pytest
+import tiny
 import yaml
-from kfp import components
+from kfp import components, local
 from kfp.components import load_component_from_file
+from test_train import SMALL
 
-from pixelclip.config import load
-from pixelclip_pipelines.pixelclip import SETTING_OF
+from pixelclip import masks as stage_masks
+from pixelclip import shards as stage_shards
+from pixelclip import train as stage_train
+from pixelclip.config import load, load_all
+from pixelclip.storage import read_json
+from pixelclip_pipelines.cluster import Cluster
+from pixelclip_pipelines.pixelclip import SETTING_OF, build
 from pixelclip_pipelines.run import arguments, compile_to, run_locally
 
 ROOT = Path(__file__).parents[1]
@@ -120,3 +128,58 @@ def test_a_component_is_a_plain_function_in_a_test(tmp_path):
     shards.python_func(images, shared, metrics, {}, workspace=str(tmp_path / "space"))
     assert shared.uri == str(tmp_path / "space" / "shards")
     assert (tmp_path / "space" / "shards" / "000000.tar").is_file()
+
+
+@pytest.fixture
+def data(tmp_path) -> SimpleNamespace:
+    """Images, a labelled set and settings that train in seconds."""
+    files = {f"{number}.jpg": conftest.encoded(conftest.pixels(40, 48, number)) for number in range(8)}
+    conftest.write_files(tmp_path / "images", files)
+    tiny.labelled_set(tmp_path / "labelled")
+    settings = {
+        "shards": {"images_per_shard": 3},
+        "masks": {"workers": 0, "felzenszwalb_min_size": 20},
+        "train": {**SMALL, "steps": 2, "clip": str(tiny.clip_folder(tmp_path / "clip")), "picture_every": 0},
+        "evaluate": {"device": "cpu", "pictures": 1},
+        "register": {"name": "tiny", "min_gain": -100},
+    }
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(settings))
+    return SimpleNamespace(images=tmp_path / "images", labelled=tmp_path / "labelled", params=tmp_path / "params.yaml")
+
+
+def runs_of(client) -> list:
+    return client.search_runs([client.get_experiment_by_name("pixelclip").experiment_id])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.filterwarnings("ignore:.*(custom or non-Python base image|have no effect)")
+def test_masks_in_parts_lead_to_the_model_that_the_stages_make_by_themselves(data, tmp_path, monkeypatch):
+    client = tiny.mlflow_at(monkeypatch, tmp_path / "mlflow")
+    monkeypatch.setenv("PIXELCLIP_PIPELINE_RUN", "run-1")
+    space = tmp_path / "space"
+    local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(tmp_path / "kfp"), raise_on_error=True)
+    build(Cluster(parts=3))(**arguments(str(data.images), str(data.labelled), str(space), data.params, {}))
+    assert {path.name for path in (space / "masks").iterdir()} == {"1-of-3", "2-of-3", "3-of-3"}
+    (run,) = runs_of(client)
+    assert (run.data.tags["kfp.run_id"], run.info.status) == ("run-1", "FINISHED")
+    shown = next(tmp_path.glob("kfp/*/register/links")).read_text()
+    assert "| images | `" in shown and "| labelled | `" in shown
+
+    configs = load_all(data.params, {})
+    alone = tmp_path / "alone"
+    stage_shards.run(data.images, alone / "shards", configs["shards"])
+    stage_masks.run(alone / "shards", alone / "masks", configs["masks"])
+    trained = stage_train.run(alone / "masks", alone / "train", configs["train"])
+    assert read_json(space / "train" / "metrics.json")["train/loss"] == pytest.approx(trained["train/loss"], abs=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_step_that_fails_after_the_training_fails_the_mlflow_run(data, tmp_path, monkeypatch):
+    client = tiny.mlflow_at(monkeypatch, tmp_path / "mlflow")
+    (data.labelled / "classes.txt").write_text("")
+    with pytest.raises(SystemExit, match="evaluate"):
+        run_locally(data.images, data.labelled, tmp_path / "out", data.params, {})
+    (run,) = runs_of(client)
+    assert run.info.status == "FAILED" and (tmp_path / "out" / "train" / "metrics.json").is_file()

@@ -104,6 +104,9 @@ def test_a_revision_is_pinned_to_its_commit(repository):
         pinned(str(repository), "nope")
     with pytest.raises(ValueError, match="revision 'main' cannot be read"):
         pinned(str(repository / "nothing"), "main")
+    with pytest.raises(ValueError, match="revision 'main' cannot be read") as refused:
+        pinned("https://user:very-secret@127.0.0.1:9/data.git", "main")
+    assert "very-secret" not in str(refused.value)
 
 
 # Parts of masks.
@@ -250,7 +253,7 @@ def evaluation_of(folder: Path) -> Path:
         return {"stage": name, "settings": settings, "inputs": inputs}
 
     repo = {"repo": described("repo")}
-    fetched_images = stage("fetch_data", repo, path="data/images", revision="c0ffee")
+    fetched_images = stage("fetch_data", repo, path="data/images", revision="main") | {"source": {"git_sha": "c0ffee"}}
     masks = stage("masks", {"shards": described("shards", stage("shards", {"images": described("images", fetched_images)}))})
     model = stage("train", {"masks": described("masks", masks), "clip": described("clip")})
     inputs = {"model": described("model", model), "labelled": described("toy"), "clip": described("clip")}
