@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -13,7 +12,7 @@ import tiny
 from PIL import Image
 from test_train import SMALL
 
-from pixelclip import evaluate, lineage, masks, register, reproduce, shards, train
+from pixelclip import cli, evaluate, lineage, masks, register, reproduce, shards, train
 from pixelclip.config import EvaluateConfig, MasksConfig, RegisterConfig, ShardsConfig, TrainConfig
 from pixelclip.stage import METRICS, PROVENANCE
 from pixelclip.storage import digest, read_json, write_json
@@ -220,14 +219,23 @@ def test_what_counts_as_equal(recorded, found, equal):
     assert reproduce.compare(recorded, found, 0.01)[0] is equal
 
 
-def test_the_commands_say_by_exit_code(made, tmp_path):
-    def call(*words: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, "-m", "pixelclip", *words], capture_output=True, text=True, env=os.environ)
+def test_the_commands_say_by_exit_code(made, monkeypatch, capsys):
+    def call(*words: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["pixelclip", *words])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return ended.value.code or 0
 
-    made.client.create_model_version(NAME, source="/nowhere", tags={"miou": "1", "gain": "-101", "measured_on": "x"})
-    refused = call("promote", NAME, "2")
-    assert refused.returncode == 1 and "is not promoted: gain -101.00 over CLIP is below" in refused.stdout
-    neither = call("promote", NAME)
-    assert neither.returncode == 2 and "either a VERSION or --rollback is needed" in neither.stderr
-    traced = call("lineage", f"models:/{NAME}@champion", "--json")
-    assert json.loads(traced.stdout)["model"]["version"] == 1
+    made.client.create_registered_model("second")
+    made.client.create_model_version("second", source="/nowhere", tags={"miou": "1", "gain": "-1", "measured_on": "x"})
+    assert call("promote", "second", "1") == 1
+    assert "is not promoted: gain -1.00 over CLIP is below" in capsys.readouterr().out
+    assert call("promote", "second", "1", "--force", "to see it") == 0
+    assert call("promote", "second") == call("promote", "second", "1", "--rollback") == 2
+    assert "either a VERSION or --rollback is needed" in capsys.readouterr().err
+    assert call("promote", "second", "--rollback") == 2
+    assert "no champion before this one" in capsys.readouterr().err
+    assert call("lineage", f"models:/{NAME}@champion", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["model"]["version"] == 1
+    monkeypatch.setattr(reproduce, "run", lambda *_, **__: False)
+    assert call("reproduce", f"models:/{NAME}@champion", "--out", "unused") == 1

@@ -34,6 +34,8 @@ def log_in(guarded, monkeypatch):
     def as_user(user: str | None, password: str = PASSWORD) -> None:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", guarded.uri)
         monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+        for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN"):
+            monkeypatch.delenv(name, raising=False)
         if user is not None:
             monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", user)
             monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", password)
