@@ -1,10 +1,19 @@
 """The registered model as others call it: logged as code and safetensors, loaded and asked by MLflow."""
 
 import base64
+import contextlib
 import io
 import json
+import os
+import signal
 import struct
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
 import zlib
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,6 +24,7 @@ import pytest
 import tiny
 from mlflow.exceptions import MlflowException
 from PIL import Image
+from test_tracking import free_port
 
 from pixelclip import serve
 from pixelclip.predict import Predictor, overlay
@@ -173,6 +183,72 @@ def test_a_bad_row_is_named(model, image, classes, message):
     frame = pd.DataFrame({"image": [good, good if image is None else image], "classes": ["a,b", classes]})
     with pytest.raises(MlflowException, match=message):
         model.unwrap_python_model().predict(None, frame)
+
+
+@pytest.fixture(scope="module")
+def served(logged, tmp_path_factory) -> Iterator[str]:
+    """The address of a real `mlflow models serve`, in whose environment a limit is set."""
+    port, log = free_port(), tmp_path_factory.mktemp("served") / "server.log"
+    words = f"-m mlflow models serve -m {logged} --env-manager local --host 127.0.0.1 --port {port}".split()
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # where MLflow finds its web server
+    with log.open("w") as file:
+        process = subprocess.Popen(
+            [sys.executable, *words],
+            env=os.environ | {"PATH": path, "PIXELCLIP_SERVE_MAX_PIXELS": "2000"},
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
+        )
+    try:
+        for _ in range(1200):
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/ping", timeout=5):
+                break
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.1)
+        yield f"http://127.0.0.1:{port}/invocations"
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
+
+
+def ask(address: str, rows: list[tuple[bytes, str]], **params: bool) -> tuple[int, dict]:
+    data = [[base64.b64encode(image).decode(), classes] for image, classes in rows]
+    body = {"dataframe_split": {"columns": ["image", "classes"], "data": data}, "params": params}
+    request = urllib.request.Request(address, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+@pytest.mark.services
+def test_a_real_server_answers_over_http(served, folder):
+    image = photo(50, 30, 0)
+    status, answer = ask(served, [(image, "dog|puppy,grass,sky"), (image, "a,b")], overlay=True)
+    assert status == 200
+    first, second = answer["predictions"]
+    assert json.loads(first["classes"]) == ["dog, puppy", "grass", "sky"] and json.loads(second["classes"]) == ["a", "b"]
+    expected = Predictor.load(folder, "cpu")(Image.open(io.BytesIO(image)), ["dog, puppy", "grass", "sky"])
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(base64.b64decode(first["label_map"])))), expected.labels)
+    shown = Image.open(io.BytesIO(base64.b64decode(first["overlay"])))
+    assert np.array_equal(np.asarray(shown), np.asarray(overlay(Image.open(io.BytesIO(image)), expected)))
+    assert len(json.loads(first["shares"])) == len(json.loads(first["scores"])) == 3
+
+
+@pytest.mark.services
+@pytest.mark.parametrize(
+    ("image", "classes", "message"),
+    [
+        (b"no image", "a,b", "row 0: unreadable image: cannot identify image file"),
+        (photo(50, 41, 0), "a,b", "row 0: image: 50 x 41 pixels; at most 2000 are allowed"),
+        (photo(50, 30, 0), "a,,b", "row 0: classes: blank class name at position 2"),
+    ],
+)
+def test_a_real_server_says_what_is_wrong(served, image, classes, message):
+    status, answer = ask(served, [(image, classes)])
+    assert status == 400
+    assert message in answer["message"] and "Traceback" not in json.dumps(answer)
 
 
 def test_no_rows_no_answers(model):

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -19,8 +19,8 @@ from mlflow.entities import Run as MlflowRun
 
 from pixelclip import tracking
 from pixelclip.provenance import flatten
-from pixelclip.server import connect
-from pixelclip.tracking import PIPELINE_RUN, Run, lineage
+from pixelclip.server import connect, experiment_id
+from pixelclip.tracking import PARENT_RUN, PIPELINE_RUN, Run, lineage
 
 PROVENANCE = {
     "stage": "train",
@@ -166,6 +166,75 @@ def test_stages_of_one_pipeline_run_share_a_run(client, monkeypatch, tmp_path):
     assert len(all_runs(client)) == 3
 
 
+def test_a_given_run_comes_before_the_one_of_an_interrupted_start(client, monkeypatch, tmp_path):
+    """Kubeflow's MLflow plugin gives a retried task a new run; in a workspace the training itself continues."""
+    first = start(tmp_path / "stage")
+    first.log({"loss": 1.0}, 1)
+    first.finish("FAILED")
+    experiment = client.create_experiment("theirs")
+    given = client.create_run(experiment, tags={"mlflow.parentRunId": "of the pipeline"}).info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", given)
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", experiment)
+    monkeypatch.setenv(PARENT_RUN, "another")
+    second = start(tmp_path / "stage")
+    second.log({"loss": 2.0}, 2)
+    second.finish()
+    assert second.run_id == given
+    assert curve(client, given) == [(1, 1.0), (2, 2.0)]
+    assert client.get_run(given).data.tags["mlflow.parentRunId"] == "of the pipeline"
+    assert client.get_run(given).info.status == "RUNNING"
+
+
+def test_a_given_run_that_is_not_there_is_named(client, monkeypatch, tmp_path):
+    trained = start(tmp_path / "model")
+    trained.finish()
+    monkeypatch.setenv("MLFLOW_RUN_ID", "0" * 32)
+    with pytest.raises(ValueError, match=r"refused the run 0{32} \(MLFLOW_RUN_ID\): .*not found"):
+        start(tmp_path / "stage")
+    (tmp_path / "evaluation").mkdir()
+    with pytest.raises(ValueError, match=r"refused the run 0{32} \(MLFLOW_RUN_ID\): .*not found"):
+        Run.attach(tmp_path / "model", tmp_path / "evaluation", PROVENANCE)
+
+
+def test_a_run_below_a_parent_is_its_own_also_in_a_pipeline(client, monkeypatch, tmp_path):
+    experiment = experiment_id(client)
+    monkeypatch.setenv(PIPELINE_RUN, "p1")
+    monkeypatch.setenv(PARENT_RUN, "above")
+    children = [start(tmp_path / name) for name in ("one", "two")]
+    for child in children:
+        child.finish()
+    assert children[0].run_id != children[1].run_id
+    monkeypatch.delenv(PARENT_RUN)
+    whole = client.create_run(experiment, tags={"kfp.run_id": "p1"}).info.run_id
+    joined = start(tmp_path / "three")
+    joined.finish()
+    assert joined.run_id == whole
+    for child in children:
+        assert client.get_run(child.run_id).data.tags["mlflow.parentRunId"] == "above"
+
+
+def test_an_evaluation_in_a_run_of_its_own_gives_the_training_its_figures(client, monkeypatch, tmp_path):
+    trained = start(tmp_path / "model")
+    trained.log({"loss": 1.0}, 1)
+    trained.finish()
+    given = client.create_run(client.create_experiment("theirs")).info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", given)
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "report.html").write_text("hello")
+    attached = Run.attach(tmp_path / "model", tmp_path / "evaluation", PROVENANCE)
+    attached.params({"evaluate.side": 3})
+    attached.tags({"protocol": "whole"})
+    attached.values({"miou": 30.0})
+    attached.artifact(tmp_path / "report.html")
+    assert attached.finish() and attached.run_id == given
+    own, training = (client.get_run(run_id) for run_id in (given, trained.run_id))
+    assert (own.data.metrics, training.data.metrics) == ({"miou": 30.0}, {"loss": 1.0, "miou": 30.0})
+    assert own.data.tags["protocol"] == training.data.tags["protocol"] == "whole"
+    assert own.data.params == {"evaluate.side": "3"}
+    assert [[f.path for f in client.list_artifacts(run.info.run_id)] for run in (own, training)] == [["report.html"], []]
+    assert (own.info.status, training.info.status) == ("RUNNING", "FINISHED")
+
+
 def test_the_experiment_can_be_chosen(client, monkeypatch, tmp_path):
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")
     run = start(tmp_path / "stage")
@@ -229,10 +298,17 @@ def test_a_file_that_is_no_database_is_named(client, tmp_path):
 
 
 class Server:
-    """A real `mlflow server` on one port, that can be killed and started again."""
+    """A real `mlflow server` on one port, that can be killed and started again.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: where it keeps everything.
+        options: further words of its command line.
+        environment: further variables.
+    """
+
+    def __init__(self, folder: Path, options: Sequence[str] = (), environment: Mapping[str, str] | None = None) -> None:
         self.folder, self.port = folder, free_port()
+        self.options, self.environment = options, environment or {}
         self.uri = f"http://127.0.0.1:{self.port}"
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -247,7 +323,12 @@ class Server:
         environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
         with (self.folder / "server.log").open("a") as log:
             self.process = subprocess.Popen(
-                [sys.executable, *words, *stores], env=environment, stdout=log, stderr=log, start_new_session=True
+                [sys.executable, *words, *stores, *self.options],
+                env=environment | self.environment,
+                cwd=self.folder,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
 
     def wait(self) -> None:

@@ -202,11 +202,14 @@ def reproduce(
     tolerance: Annotated[
         float, typer.Option(help="Largest difference of a figure that counts as equal, in points.", min=0)
     ] = 0.01,
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME=VALUE]...", help="Runtime settings, as evaluate.device=cpu.")
+    ] = None,
 ) -> None:
     """Restore a registered model's data and settings and measure it again (exit code 1 when the numbers differ)."""
     from pixelclip.reproduce import run
 
-    if not run(model, out, train=train, tolerance=tolerance):
+    if not run(model, out, train=train, tolerance=tolerance, runtime=parse_overrides(settings or [])):
         raise typer.Exit(1)
 
 

@@ -219,6 +219,7 @@ def _attach(model: Path, stage: Stage, protocol: dict[str, Any]) -> Run:
     # MLflow keeps the first value of a parameter; the tag tells the protocol of every number in the run.
     md5 = {f"labelled.{protocol['name']}.md5": stage.inputs["labelled"]["md5"]}
     tracked.tags(md5 | {f"protocol.{_label(protocol)}": json.dumps(protocol)})
+    tracked.datasets({"inputs": {"labelled": stage.inputs["labelled"]}}, "evaluation")
     return tracked
 
 

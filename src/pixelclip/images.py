@@ -24,7 +24,8 @@ def decode_image(data: bytes, max_pixels: int | None = None) -> Image.Image:
             if not too_large:
                 image.load()
     except Exception as error:  # on damaged files Pillow's parsers raise nearly anything
-        raise ValueError(f"unreadable image: {error}") from None
+        reason = str(error).partition(" <_io.")[0]  # without the address of our own buffer
+        raise ValueError(f"unreadable image: {reason}") from None
     if too_large:
         raise ValueError(f"image: {image.width} x {image.height} pixels; at most {max_pixels} are allowed")
     return image

@@ -15,8 +15,9 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
+from pixelclip.config import STAGES
 from pixelclip.promote import registry
-from pixelclip.provenance import chain, inputs, source
+from pixelclip.provenance import WEIGHTS, chain, inputs, source
 from pixelclip.register import EVALUATION
 from pixelclip.server import tracking_uri
 from pixelclip.stage import METRICS, PROVENANCE
@@ -125,7 +126,7 @@ def trace(there: Registered) -> dict[str, Any]:
 
 
 def table(found: dict[str, Any]) -> str:
-    """The way back as text, the model first."""
+    """The way back as text, the model first; of the settings those that are not the defaults of this version."""
     model, made_by = found["model"], found["run"]
     own = f" ({', '.join(model['aliases'])})" if model["aliases"] else ""
     shown = {key: value for key, value in sorted(model["metrics"].items()) if key.startswith(("gain", "miou"))}
@@ -138,12 +139,16 @@ def table(found: dict[str, Any]) -> str:
         *([("kfp run", made_by["kfp"])] if made_by["kfp"] else []),
     ]
     for each in found["data"]:
-        rows.append((f"data {each['name']}", f"md5 {each['md5']}  {each['path']}"))
+        label = "weights" if each["name"] in WEIGHTS else "data"
+        rows.append((f"{label} {each['name']}", f"md5 {each['md5']}  {each['path']}"))
         if each["source"]:
             rows.append(("", "fetched: " + "  ".join(f"{key} {value}" for key, value in each["source"].items())))
     for stage in found["stages"]:
         image = f"  image {stage['image']}" if stage["image"] else ""
         rows.append((f"stage {stage['stage']}", f"code {stage['revision']}  version {stage['version']}{image}"))
-        rows.append(("", "  ".join(f"{name}={value}" for name, value in stage["settings"].items())))
+        kind = STAGES.get(stage["stage"])
+        usual = kind().model_dump() if kind else {}
+        own_settings = [f"{key}={value}" for key, value in stage["settings"].items() if usual.get(key, ...) != value]
+        rows.append(("", "  ".join(own_settings) or "all settings as by default"))
     width = max(len(label) for label, _ in rows)
     return "\n".join(f"{label:<{width}}  {text}" for label, text in rows)

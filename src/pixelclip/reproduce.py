@@ -7,8 +7,9 @@ logged to an MLflow run of its own: the recorded run stays as it is.
 
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from mlflow import MlflowClient
 from pixelclip import __version__, evaluate, masks, shards, train
 from pixelclip.benchmarks import open_labelled
 from pixelclip.checkpoint import clip_folder
-from pixelclip.config import STAGES, build
+from pixelclip.config import STAGES, build, lasting
 from pixelclip.download import local_copy
 from pixelclip.lineage import Registered, recorded
 from pixelclip.provenance import chain, source
@@ -32,11 +33,31 @@ from pixelclip.tracking import PARENT_RUN, RUN, lineage
 COMPARISON = "reproduction.json"
 _READ = {"shards": "images", "masks": "shards", "train": "masks"}
 """What a stage that can be repeated reads."""
-_SETTING = {"clip": "clip", "dino": "dino", "weights": "weights", "concept_names": "concept_names", "masks": "masks_folder"}
+_SETTING = {
+    "clip": "clip",
+    "dino": "dino",
+    "weights": "weights",
+    "concept_names": "concept_names",
+    "given": "given_folder",
+    "masks": "masks_folder",
+}
 """Every other input is named by a setting."""
 
 
-def run(uri: str, out: Path, *, train: bool = False, tolerance: float = 0.01) -> bool:
+@dataclass(frozen=True)
+class _Work:
+    """Where everything is restored and made, and the runtime settings that this machine needs."""
+
+    out: Path
+    runtime: Mapping[str, Any]
+
+    def config(self, stage: str, settings: Mapping[str, Any]) -> Any:
+        """A stage's recorded settings with the runtime ones of now."""
+        own = {key.partition(".")[2]: value for key, value in self.runtime.items() if key.startswith(f"{stage}.")}
+        return build(STAGES[stage], {**settings, **own}, f"stage {stage}")
+
+
+def run(uri: str, out: Path, *, train: bool = False, tolerance: float = 0.01, runtime: Mapping[str, Any] | None = None) -> bool:
     """Measures a registered model again, as it was measured when it was registered, and says whether the numbers are equal.
 
     Args:
@@ -45,27 +66,28 @@ def run(uri: str, out: Path, *, train: bool = False, tolerance: float = 0.01) ->
         train: train anew, too, and measure what comes out.
         tolerance: largest difference of a figure that counts as equal, in points (0.01 of a point by default: the label
             maps of CPUs and GPUs differ in single pixels).
+        runtime: settings that change where or how fast a stage runs, as `evaluate.device`; others are as recorded.
 
     Returns:
         Whether all figures are equal within the tolerance.
 
     Raises:
-        ValueError: no such model, data that cannot be restored or are not what they were, or MLflow is unreachable.
+        ValueError: no such model, data that cannot be restored or are not what they were, a setting that is not a runtime
+            one, or MLflow is unreachable.
     """
+    work = _Work(out, _checked(runtime or {}))
     there = recorded(uri)
-    again = list(chain(there.provenance)) if train else [there.provenance]
-    for line in dict.fromkeys(_other_code(stage) for stage in again):
-        if line:
-            print(f"reproduce: WARNING: {line}", flush=True)
+    for line in _other_code([*chain(there.provenance)] if train else [there.provenance]):
+        print(f"reproduce: WARNING: {line}", flush=True)
     with _own_run(there) as client_and_run:
         inputs = there.provenance["inputs"]
-        model = _made_again(inputs["model"], out) if train else _fetched(there, out)
+        model = _made_again(inputs["model"], work) if train else _fetched(there, out)
         settings, kind = dict(there.provenance["settings"]), there.provenance["settings"]["kind"]
-        labelled = _restored("labelled", inputs["labelled"], out, kind=kind)
+        labelled = _restored("labelled", inputs["labelled"], work, kind=kind)
         label = there.version.tags["labelled.name"]
         settings["name"] = settings["name"] or (kind if kind != "folder" else Path(inputs["labelled"]["path"]).name)
-        config = build(STAGES["evaluate"], _named_again(there.provenance, settings, out), f"{there.version.name}: evaluate")
-        found = evaluate.run(model, labelled, out / "evaluation", config)  # type: ignore[arg-type]
+        config = work.config("evaluate", _named_again(there.provenance, settings, work))
+        found = evaluate.run(model, labelled, out / "evaluation", config)
         equal, differences = compare(there.metrics, found, tolerance)
         client, run_id = client_and_run
         client.set_tag(run_id, "reproduction", "equal" if equal else "differs")
@@ -97,14 +119,28 @@ def compare(recorded: Mapping[str, float], found: Mapping[str, float], tolerance
     return equal, "\n".join(lines)
 
 
-def _other_code(stage: Mapping[str, Any]) -> str:
-    """How the code of now differs from that of a stage; empty if it does not."""
+def _checked(runtime: Mapping[str, Any]) -> Mapping[str, Any]:
+    for key in runtime:
+        stage, _, name = key.partition(".")
+        if stage not in STAGES or name not in STAGES[stage].model_fields:
+            raise ValueError(f"setting {key!r} is none; it is written STAGE.SETTING, as evaluate.device")
+        if name in lasting(STAGES[stage]()):
+            raise ValueError(f"{key} changes what stage {stage} makes: it is taken as it was recorded")
+    return runtime
+
+
+def _other_code(stages: Iterable[Mapping[str, Any]]) -> list[str]:
+    """How the code of now differs from that of stages, a line for each difference."""
     now = {"revision": code_revision(), "version": __version__, "image": code_image()}
-    other = [
-        f"{key} {stage.get(key) or 'none'}, now {value or 'none'}" for key, value in now.items() if stage.get(key, "") != value
-    ]
-    unsaved = "; it held uncommitted changes" if "+changes" in str(stage.get("revision")) else ""
-    return f"stage {stage['stage']} was run by other code: {'; '.join(other)}{unsaved}" if other or unsaved else ""
+    found: dict[str, list[str]] = {}
+    for stage in stages:
+        then = {key: stage.get(key, "") for key in now}
+        said = [f"{key} {then[key] or 'none'}, now {now[key] or 'none'}" for key in now if then[key] != now[key]]
+        if "+changes" in str(then["revision"]):
+            said.append("it held uncommitted changes")
+        if said:
+            found.setdefault("; ".join(said), []).append(stage["stage"])
+    return [f"{', '.join(names)}: run by other code: {said}" for said, names in found.items()]
 
 
 @contextmanager
@@ -137,7 +173,7 @@ def _fetched(there: Registered, out: Path) -> Path:
     return model
 
 
-def _restored(name: str, described: Mapping[str, Any], out: Path, *, kind: str = "folder", spec: str = "") -> Path:
+def _restored(name: str, described: Mapping[str, Any], work: _Work, *, kind: str = "folder", spec: str = "") -> Path:
     """An input as it was: where it was, from DVC, or made again."""
     said, wrong = described["path"], ""
     at = clip_folder(spec) if name == "clip" else None
@@ -153,13 +189,13 @@ def _restored(name: str, described: Mapping[str, Any], out: Path, *, kind: str =
         print(f"reproduce: {name} is fetched from {fetched['repo']} at {fetched['git_sha']}", flush=True)
         # Imported here: DVC is an extra, and most reproductions find their data where they were.
         config = build(STAGES["fetch_data"], {"path": fetched["path"], "revision": fetched["git_sha"]}, name)
-        place = out / "data" / name
+        place = work.out / "data" / name
         import_module("pixelclip.fetch_data").run(fetched["repo"], place, config)
         if (md5 := _md5(name, place, kind)) != described["md5"]:
             raise ValueError(f"{place}: {name} was fetched by DVC, but has md5 {md5} where {described['md5']} is recorded")
         return place
     if described.get("provenance", {}).get("stage") in _READ:
-        return _made_again(described, out)
+        return _made_again(described, work)
     raise ValueError(f"{name}: was {said} with md5 {described['md5']}{wrong}; it is not there, and DVC does not know it")
 
 
@@ -171,7 +207,7 @@ def _md5(name: str, path: Path, kind: str) -> str:
     return str(describe(path)["md5"])
 
 
-def _made_again(described: Mapping[str, Any], out: Path) -> Path:
+def _made_again(described: Mapping[str, Any], work: _Work) -> Path:
     """Repeats the stage that made an input, and says whether the same came out."""
     made = described["provenance"]
     name = made["stage"]
@@ -179,13 +215,13 @@ def _made_again(described: Mapping[str, Any], out: Path) -> Path:
         raise ValueError(
             f"{described['path']}: was made by stage {name}, which cannot be repeated; these can: {', '.join(_READ)}"
         )
-    read = _restored(_READ[name], made["inputs"][_READ[name]], out)
-    config: Any = build(STAGES[name], _named_again(made, dict(made["settings"]), out) | _whole(name), f"stage {name}")
+    read = _restored(_READ[name], made["inputs"][_READ[name]], work)
+    config = work.config(name, _named_again(made, dict(made["settings"]), work) | _whole(name))
     repeat: dict[str, Callable[[Path, Path, Any], Any]] = {"shards": shards.run, "masks": masks.run, "train": train.run}
-    repeat[name](read, out / name, config)
-    same = describe(out / name)["md5"] == described["md5"]
+    repeat[name](read, work.out / name, config)
+    same = describe(work.out / name)["md5"] == described["md5"]
     print(f"reproduce: {name}: {'the same files as recorded' if same else 'other files than recorded'}", flush=True)
-    return out / name
+    return work.out / name
 
 
 def _whole(name: str) -> dict[str, Any]:
@@ -193,14 +229,14 @@ def _whole(name: str) -> dict[str, Any]:
     return {"part": ""} if name == "masks" else {}
 
 
-def _named_again(made: Mapping[str, Any], settings: dict[str, Any], out: Path) -> dict[str, Any]:
+def _named_again(made: Mapping[str, Any], settings: dict[str, Any], work: _Work) -> dict[str, Any]:
     """A stage's settings with the places where its weights and further inputs stand now."""
     for name, described in made["inputs"].items():
         setting = _SETTING.get(name)
         if setting is None or not settings.get(setting) or name == _READ.get(made["stage"]):
             continue
         spec = str(settings[setting])
-        place = str(_restored(name, described, out, spec=spec))
+        place = str(_restored(name, described, work, spec=spec))
         if place != described["path"] and spec != "toy":
             settings[setting] = spec.replace(described["path"], place) if described["path"] in spec else place
     return settings

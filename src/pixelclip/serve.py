@@ -76,14 +76,16 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
                 message names the row. Of other errors MLflow's server shows its client a stack trace.
         """
         if len(model_input) > self.limits.max_images:
-            raise _refusal(f"{len(model_input)} images in one request; at most {self.limits.max_images} are allowed")
+            raise MlflowException.invalid_parameter_value(
+                f"{len(model_input)} images in one request; at most {self.limits.max_images} are allowed"
+            )
         wanted = params or {}
         rows = []
         for number, (image, classes) in enumerate(zip(model_input["image"], model_input["classes"], strict=True)):
             try:
                 rows.append(self._answer(image, classes, wanted))
             except ValueError as error:
-                raise _refusal(f"row {number}: {error}") from None
+                raise MlflowException.invalid_parameter_value(f"row {number}: {error}") from None
         columns = [
             "label_map",
             "classes",
@@ -111,10 +113,6 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         if wanted.get("score_maps"):
             answer["score_maps"] = _npy(prediction)
         return answer
-
-
-def _refusal(message: str) -> MlflowException:
-    return MlflowException(message, error_code="INVALID_PARAMETER_VALUE")
 
 
 def _bytes(data: bytes | str, limit: int) -> bytes:

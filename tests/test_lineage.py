@@ -1,0 +1,241 @@
+"""From a registered model back to data, code and image; and forward again: evaluated and trained anew."""
+
+import json
+import os
+import shutil
+import sys
+from types import SimpleNamespace
+
+import conftest
+import pytest
+import tiny
+from PIL import Image
+from test_train import SMALL
+
+from pixelclip import cli, evaluate, lineage, masks, register, reproduce, shards, train
+from pixelclip.config import EvaluateConfig, MasksConfig, RegisterConfig, ShardsConfig, TrainConfig
+from pixelclip.stage import METRICS, PROVENANCE
+from pixelclip.storage import digest, read_json, write_json
+
+NAME = "demo"
+IMAGE = "registry.example/pixelclip@sha256:" + "0" * 64
+RUNTIME = {"masks.workers": 0, "train.workers": 0, "train.device": "cpu", "train.picture_every": 0, "evaluate.device": "cpu"}
+SOURCE = {"repo": "/there/repository", "git_sha": "a" * 40, "path": "photos", "md5": "b" * 32 + ".dir", "nfiles": 6, "size": 9}
+# As in test_register.
+pytestmark = pytest.mark.filterwarnings("ignore:.*An input example was not provided")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The whole flow from images on, registered; the images were fetched by DVC, as their provenance says."""
+    base = tmp_path_factory.mktemp("lineage")
+    (base / "images").mkdir()
+    for number in range(6):
+        Image.fromarray(conftest.pixels(40, 48, number)).save(base / "images" / f"{number}.png")
+    fetched = {"stage": "fetch_data", "fingerprint": "f", "settings": {"path": "photos"}, "inputs": {}, "version": "0.1.0"}
+    fetched |= {"revision": "abc", "source": SOURCE, "output": digest(base / "images")}
+    write_json(base / "images" / PROVENANCE, fetched)
+    clip = tiny.clip_folder(base / "clip")
+    tiny.labelled_set(base / "labelled", images=4)
+    with pytest.MonkeyPatch.context() as patch:
+        client = tiny.mlflow_at(patch, base / "mlflow")
+        patch.setenv("PIXELCLIP_IMAGE", IMAGE)
+        patch.setenv("PIXELCLIP_REVISION", "r1")
+        shards.run(base / "images", base / "shards", ShardsConfig())
+        masks.run(base / "shards", base / "masks", MasksConfig(felzenszwalb_min_size=30, workers=0))
+        config = TrainConfig(**{**SMALL, "clip": str(clip), "steps": 2, "picture_every": 0})
+        train.run(base / "masks", base / "model", config)
+        evaluate.run(base / "model", base / "labelled", base / "evaluation", EvaluateConfig(device="cpu", pictures=1))
+        chosen = RegisterConfig(name=NAME, min_gain=-100)
+        register.run(base / "model", base / "evaluation", base / "registration", chosen)
+        yield SimpleNamespace(base=base, client=client, metrics=read_json(base / "evaluation" / METRICS))
+
+
+@pytest.fixture
+def made(whole, monkeypatch):
+    """The same, where the process is neither in the image nor at the revision."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", str(whole.client.tracking_uri))
+    monkeypatch.delenv("PIXELCLIP_IMAGE", raising=False)
+    monkeypatch.setenv("PIXELCLIP_REVISION", "r1")
+    return whole
+
+
+def test_the_champion_is_traced_to_its_images(made, capsys):
+    found = lineage.run(f"models:/{NAME}@champion", as_json=True)
+    assert json.loads(capsys.readouterr().out) == found
+    assert (found["model"]["version"], found["model"]["aliases"]) == (1, ["champion"])
+    assert found["model"]["metrics"] == made.metrics
+    assert found["model"]["md5"] == read_json(made.base / "model" / PROVENANCE)["output"]["md5"]
+    assert found["run"]["id"] == read_json(made.base / "registration" / "registration.json")["run_id"]
+    stages = {stage["stage"]: stage for stage in found["stages"]}
+    assert list(stages) == ["fetch_data", "shards", "masks", "train", "evaluate"]
+    assert {stage["image"] for name, stage in stages.items() if name != "fetch_data"} == {IMAGE}
+    assert {stage["revision"] for stage in stages.values()} == {"abc", "r1"}
+    assert stages["masks"]["settings"]["felzenszwalb_min_size"] == 30
+    data = {each["name"]: each for each in found["data"]}
+    assert data["images"]["md5"] == digest(made.base / "images", sorted((made.base / "images").glob("*.png")))["md5"]
+    assert data["images"]["source"] == SOURCE and data["labelled"]["source"] == {}
+    assert data["clip"]["path"] == str(made.base / "clip")
+
+
+def test_the_table_names_what_matters(made, capsys):
+    found = lineage.run(f"models:/{NAME}/1")
+    said = capsys.readouterr().out
+    words = [f"models:/{NAME}/1 (champion)", found["run"]["id"], IMAGE, "code r1", SOURCE["git_sha"], SOURCE["md5"]]
+    for word in [*words, found["data"][0]["md5"], "felzenszwalb_min_size=30", "weights clip", "gain/labelled"]:
+        assert word in said, word
+    assert "jpeg_quality" not in said  # a default
+
+
+def test_tags_and_datasets_carry_the_source(made):
+    version = made.client.get_model_version(NAME, "1")
+    run = made.client.get_run(version.run_id)
+    for tags in (version.tags, run.data.tags):
+        assert (tags["code.image"], tags["code.revision"]) == (IMAGE, "r1")
+        for key, value in SOURCE.items():
+            assert tags[f"data.images.{key}"] == str(value)
+    named = {each.dataset.name: (each.dataset, each.tags[0].value) for each in run.inputs.dataset_inputs}
+    assert set(named) == {"images", "labelled"}
+    images, context = named["images"]
+    assert (images.digest, images.source_type, json.loads(images.source), context) == (SOURCE["md5"], "dvc", SOURCE, "training")
+    labelled, context = named["labelled"]
+    assert (labelled.digest, labelled.source_type, context) == (digest(made.base / "labelled")["md5"], "local", "evaluation")
+
+
+@pytest.mark.parametrize(
+    ("uri", "message"),
+    [
+        (f"models:/{NAME}@nobody", "has no alias 'nobody'; there are champion"),
+        (f"models:/{NAME}/7", "not found"),
+        ("models:/dmo@champion", "no such registered model .*did you mean 'demo'"),
+        ("runs:/1", "models:/NAME@ALIAS or models:/NAME/VERSION is expected"),
+    ],
+)
+def test_what_is_not_there_is_named(made, uri, message):
+    with pytest.raises(ValueError, match=message):
+        lineage.run(uri)
+
+
+def test_a_version_that_pixelclip_did_not_register_is_named(made):
+    made.client.create_registered_model("other")
+    made.client.create_model_version("other", source="/nowhere")
+    with pytest.raises(ValueError, match="has no tag 'evaluation': `pixelclip register`"):
+        lineage.run("models:/other/1")
+
+
+def history(made) -> tuple[dict[str, float], dict[str, str], int]:
+    """What the recorded run holds, and how many points it has of one figure."""
+    run = made.client.get_run(made.client.get_model_version(NAME, "1").run_id)
+    return run.data.metrics, run.data.tags, len(made.client.get_metric_history(run.info.run_id, "gain/labelled"))
+
+
+def test_the_evaluation_is_reproduced_and_the_recorded_run_stays_as_it_is(made, tmp_path, capsys, monkeypatch):
+    before = history(made)
+    monkeypatch.setenv("MLFLOW_RUN_ID", "theirs")
+    assert reproduce.run(f"models:/{NAME}@champion", tmp_path / "out") is True
+    assert os.environ["MLFLOW_RUN_ID"] == "theirs"
+    said = capsys.readouterr().out
+    assert "equal within 0.01 points" in said and "<--" not in said
+    assert "WARNING: evaluate: run by other code: image registry.example" in said
+    assert read_json(tmp_path / "out" / "reproduction.json")["found"] == made.metrics
+    assert history(made) == before
+    found = made.client.search_runs([made.client.get_experiment_by_name("pixelclip").experiment_id])
+    (own,) = [run for run in found if run.data.tags.get("reproduces") == f"models:/{NAME}/1" and run.data.metrics]
+    assert (own.info.status, own.data.tags["reproduction"]) == ("FINISHED", "equal")
+    assert own.data.metrics["gain/labelled"] == made.metrics["gain/labelled"]
+
+
+def test_the_training_is_reproduced_from_the_images_on(made, tmp_path, capsys):
+    moved = {name: made.base / f"{name}.away" for name in ("shards", "masks")}
+    for name, away in moved.items():
+        (made.base / name).rename(away)
+    try:
+        assert reproduce.run(f"models:/{NAME}/1", tmp_path / "out", train=True, runtime=RUNTIME) is True
+    finally:
+        for name, away in moved.items():
+            away.rename(made.base / name)
+    said = capsys.readouterr().out
+    assert "WARNING: evaluate, train, masks, shards: run by other code: image" in said
+    for stage in ("shards", "masks", "train"):
+        assert f"reproduce: {stage}: the same files as recorded" in said
+    assert (tmp_path / "out" / "train" / "model.safetensors").read_bytes() == (
+        made.base / "model" / "model.safetensors"
+    ).read_bytes()
+
+
+def test_other_numbers_are_told_by_how_much(made, tmp_path, capsys, monkeypatch):
+    there = lineage.recorded(f"models:/{NAME}/1")
+    changed = {**there.metrics, "miou/labelled": there.metrics["miou/labelled"] - 0.5}
+    monkeypatch.setattr(
+        reproduce, "recorded", lambda uri: lineage.Registered(there.version, there.aliases, changed, there.provenance)
+    )
+    assert reproduce.run(f"models:/{NAME}/1", tmp_path / "out") is False
+    said = capsys.readouterr().out
+    (line,) = [line for line in said.splitlines() if line.endswith("<--")]
+    assert line.startswith("miou/labelled") and " 0.5 " in line
+    assert "DIFFERENT within 0.01 points" in said
+    assert reproduce.run(f"models:/{NAME}/1", tmp_path / "out", tolerance=0.6) is True
+
+
+def test_data_that_are_not_what_they_were_stop_it(made, tmp_path):
+    labels = made.base / "labelled"
+    shutil.copytree(labels, tmp_path / "kept")
+    try:
+        (labels / "classes.txt").write_text("dog\ngrass\nsee\n")
+        with pytest.raises(ValueError, match=r"labelled: was .* but what stands there now has md5 .*DVC does not know it"):
+            reproduce.run(f"models:/{NAME}/1", tmp_path / "out")
+        shutil.rmtree(labels)
+        with pytest.raises(ValueError, match=r"labelled: was .*; it is not there, and DVC does not know it"):
+            reproduce.run(f"models:/{NAME}/1", tmp_path / "out")
+    finally:
+        shutil.rmtree(labels, ignore_errors=True)
+        shutil.copytree(tmp_path / "kept", labels)
+    found = made.client.search_runs([made.client.get_experiment_by_name("pixelclip").experiment_id], "status = 'FAILED'")
+    assert {run.data.tags["reproduces"] for run in found} == {f"models:/{NAME}/1"}
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [("train.steps", "train.steps changes what stage train makes"), ("device", "STAGE.SETTING"), ("train.stepz", "is none")],
+)
+def test_only_runtime_settings_can_be_given(made, tmp_path, key, message):
+    with pytest.raises(ValueError, match=message):
+        reproduce.run(f"models:/{NAME}/1", tmp_path / "out", runtime={key: 1})
+
+
+@pytest.mark.parametrize(
+    ("recorded", "found", "equal"),
+    [
+        ({"miou/a": 40.0}, {"miou/a": 40.009}, True),
+        ({"miou/a": 40.0}, {"miou/a": 40.02}, False),
+        ({"image_recall_clip/a": 0.5}, {"image_recall_clip/a": 0.50009}, True),
+        ({"image_recall_clip/a": 0.5}, {"image_recall_clip/a": 0.5002}, False),
+        ({"miou/a": 40.0}, {}, False),
+        ({}, {"miou/a": 40.0}, False),
+        ({"miou/a": 40.0}, {"miou/a": float("nan")}, False),
+    ],
+)
+def test_what_counts_as_equal(recorded, found, equal):
+    assert reproduce.compare(recorded, found, 0.01)[0] is equal
+
+
+def test_the_commands_say_by_exit_code(made, monkeypatch, capsys):
+    def call(*words: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["pixelclip", *words])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        return ended.value.code or 0
+
+    made.client.create_registered_model("second")
+    made.client.create_model_version("second", source="/nowhere", tags={"miou": "1", "gain": "-1", "measured_on": "x"})
+    assert call("promote", "second", "1") == 1
+    assert "is not promoted: gain -1.00 over CLIP is below" in capsys.readouterr().out
+    assert call("promote", "second", "1", "--force", "to see it") == 0
+    assert call("promote", "second") == call("promote", "second", "1", "--rollback") == 2
+    assert "either a VERSION or --rollback is needed" in capsys.readouterr().err
+    assert call("promote", "second", "--rollback") == 2
+    assert "no champion before this one" in capsys.readouterr().err
+    assert call("lineage", f"models:/{NAME}@champion", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["model"]["version"] == 1
+    monkeypatch.setattr(reproduce, "run", lambda *_, **__: False)
+    assert call("reproduce", f"models:/{NAME}@champion", "--out", "unused") == 1
