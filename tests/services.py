@@ -261,7 +261,8 @@ def mlflow_server(folder: Path, database: Postgres, store: S3) -> Iterator[Mlflo
         with urllib.request.urlopen(f"{uri}/health", timeout=5) as reply:
             return reply.status == 200
 
-    server = Server("MLflow", words, folder.absolute() / "mlflow.log", answers, environment)
+    log = folder.absolute() / "mlflow.log"
+    server = Server("MLflow", words, log, answers, environment, ends_by=signal.SIGKILL)  # all that it knows is elsewhere
     with _running(server):
         yield Mlflow(server, uri)
 

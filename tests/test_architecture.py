@@ -10,7 +10,7 @@ ORDER = [
     *("config", "storage", "download", "stage", "fetch_data", "ranks", "images", "pixels", "weights", "shards", "sam_weights"),
     *("sam", "dino", "masks", "dataset", "text", "backbone", "clusters", "model", "checkpoint", "convert", "resume", "predict"),
     *("benchmarks", "tally", "classify", "tracking", "pictures", "report", "measure", "train", "evaluate", "sweep", "serve"),
-    *("register", "toy_motifs", "toy", "toy_clip", "cli", "__main__"),
+    *("register", "doctor", "toy_motifs", "toy", "toy_clip", "cli", "__main__"),
 ]
 
 
