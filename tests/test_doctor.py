@@ -60,7 +60,7 @@ class Web:
                     self.send_header(name, value)
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()
-                if self.command == "GET":
+                if self.command != "HEAD":
                     self.wfile.write(body)
 
             do_HEAD = do_POST = do_GET  # noqa: N815

@@ -30,7 +30,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*An input example was not provided"),  # as in test_register
 ]
 BIG = 200 << 20
-PATIENT = (1.0, 2.0, 4.0, 8.0, 16.0, 16.0, 16.0)
+PATIENT = (1.0, 2.0, 4.0, 8.0, 16.0)
 """Longer waits at the end: SeaweedFS checks its volumes after a crash, and this machine may be busy."""
 
 

@@ -335,4 +335,4 @@ def _ask(url: str, seconds: float, headers: dict[str, str] | None = None, method
 
 
 def _line(error: object) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return " ".join(str(getattr(error, "reason", error)).split())[:300] or type(error).__name__
