@@ -159,7 +159,7 @@ def s3_server(folder: Path) -> Iterator[S3]:
     words += [f"-{name}={port}" for name, port in zip(names, ports, strict=True)]
     words += ["-filer", "-s3", f"-s3.config={folder / 's3.json'}", "-s3.iam=false", "-s3.autoCreateBucket=false"]
     words += ["-s3.port.iceberg=0", "-s3.port.lance=0", "-master.telemetry=false", "-volume.max=200"]
-    words += ["-master.volumeSizeLimitMB=512", "-volume.minFreeSpace=1"]
+    words += ["-master.electionTimeout=1s", "-master.volumeSizeLimitMB=512", "-volume.minFreeSpace=1"]
 
     def answers() -> bool:
         client = made.client()
@@ -261,7 +261,8 @@ def mlflow_server(folder: Path, database: Postgres, store: S3) -> Iterator[Mlflo
         with urllib.request.urlopen(f"{uri}/health", timeout=5) as reply:
             return reply.status == 200
 
-    server = Server("MLflow", words, folder.absolute() / "mlflow.log", answers, environment)
+    log = folder.absolute() / "mlflow.log"
+    server = Server("MLflow", words, log, answers, environment, ends_by=signal.SIGKILL)  # all that it knows is elsewhere
     with _running(server):
         yield Mlflow(server, uri)
 

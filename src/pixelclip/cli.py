@@ -275,6 +275,22 @@ def settings() -> None:
 
 
 @app.command()
+def doctor(
+    s3: Annotated[str, typer.Option(help="s3://bucket or s3://bucket/prefix that runs read.")] = "",
+    data: Annotated[str, typer.Option(help="Git repository with DVC data: folder or URL; else the present folder.")] = "",
+    kfp: Annotated[str, typer.Option(help="URL of Kubeflow Pipelines; else KFP_ENDPOINT.")] = "",
+    image: Annotated[str, typer.Option(help="Container image that a cluster shall pull; else PIXELCLIP_IMAGE.")] = "",
+    json: Annotated[bool, typer.Option("--json", help="The same for programs.")] = False,
+) -> None:
+    """Check everything that a run needs, and say what to do; exit code 1 if something that is configured fails."""
+    from pixelclip.doctor import as_json, as_text, run
+
+    findings = run(s3, data, kfp, image)
+    print(as_json(findings) if json else as_text(findings))
+    raise typer.Exit(any(finding.state == "failed" for finding in findings))
+
+
+@app.command()
 def toy_clip(out: Annotated[Path, typer.Option(help="open_clip folder to make.")]) -> None:
     """Remake the shipped toy CLIP: train it on the captions of painted scenes (an hour on 2 cores)."""
     from pixelclip.toy_clip import remake

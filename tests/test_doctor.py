@@ -1,0 +1,292 @@
+"""The doctor: every check against a real thing, or its real absence."""
+
+import base64
+import json
+import os
+import sys
+import threading
+from collections import namedtuple
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import services
+import tiny
+import torch
+
+from pixelclip import doctor
+from pixelclip.doctor import Finding, as_json, as_text, run
+
+DIGEST = "sha256:" + "ab" * 32
+Answer = namedtuple("Answer", "status headers body")
+
+
+@pytest.fixture(autouse=True)
+def nothing_configured(monkeypatch, tmp_path) -> None:
+    """A machine on which nothing is set up, and an empty folder to stand in."""
+
+    for name in list(os.environ):
+        if name.startswith(("AWS_", "MLFLOW_", "KFP_", "KF_", "PIXELCLIP_", "DOCKER_")) or name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+
+
+@pytest.fixture
+def closed() -> str:
+    """A port at which nobody listens."""
+    return f"127.0.0.1:{services.free_ports(1)[0]}"
+
+
+class Web:
+    """A server that answers as it is told; by path."""
+
+    def __init__(self) -> None:
+        self.answers: dict[str, Answer] = {}
+        self.asked: list[tuple[str, str, str]] = []
+        web = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_GET(self) -> None:
+                web.asked.append((self.command, self.path, self.headers.get("Authorization", "")))
+                path = self.path.split("?")[0]
+                answer = web.answers.get(f"{path} {self.headers.get('Authorization')}") or web.answers.get(path)
+                status, headers, body = answer or Answer(404, {}, b"")
+                self.send_response(status)
+                for name, value in headers.items():
+                    self.send_header(name, value)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                if self.command != "HEAD":
+                    self.wfile.write(body)
+
+            do_HEAD = do_POST = do_GET  # noqa: N815
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.host = f"127.0.0.1:{self.server.server_address[1]}"
+
+
+@pytest.fixture
+def web() -> Iterator[Web]:
+    made = Web()
+    thread = threading.Thread(target=made.server.serve_forever, args=(0.01,))
+    thread.start()
+    yield made
+    made.server.shutdown()
+    thread.join()
+    made.server.server_close()
+
+
+def test_where_nothing_is_configured_nothing_fails(monkeypatch):
+    there = {finding.what: finding for finding in run()}
+    assert list(there) == ["GPU", "shared memory", "disk", "S3", "MLflow", "DVC remote", "KFP", "image"]
+    for what in ("S3", "MLflow", "DVC remote", "KFP", "image"):
+        assert there[what].state == "not configured", there[what]
+        assert there[what].advice
+    assert there["GPU"].state == ("ok" if torch.cuda.is_available() else "missing")
+    assert list(Path.cwd().iterdir()) == []
+
+
+def test_lines_and_json_say_the_same():
+    findings = [Finding("GPU", "missing", "none", "buy one"), Finding("shared memory", "ok", "8 GiB")]
+    assert as_text(findings).splitlines() == [
+        "GPU            missing         none; buy one",
+        "shared memory  ok              8 GiB",
+    ]
+    assert json.loads(as_json(findings))[0] == {"what": "GPU", "state": "missing", "said": "none", "advice": "buy one"}
+
+
+@pytest.mark.parametrize("words", [[], ["--json"]])
+def test_the_exit_code_tells_whether_something_failed(monkeypatch, capsys, closed, words):
+
+    from pixelclip import cli
+
+    for endpoint, code in (("", 0), (f"http://{closed}", 1)):
+        monkeypatch.setenv("KFP_ENDPOINT", endpoint)
+        monkeypatch.setattr(doctor, "shared_memory", lambda: Finding("shared memory", "ok", ""))
+        monkeypatch.setattr(doctor, "disk", lambda: Finding("disk", "ok", ""))
+        monkeypatch.setattr(sys, "argv", ["pixelclip", "doctor", *words])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert int(ended.value.code or 0) == code
+        said = capsys.readouterr().out
+        if words:
+            assert [entry["what"] for entry in json.loads(said) if entry["state"] == "failed"] == ["KFP"] * code
+        else:
+            assert said.count("\n") == 8
+
+
+def test_a_check_that_hangs_or_breaks_hides_no_other(monkeypatch):
+    forever = threading.Event()
+    monkeypatch.setattr(doctor, "disk", forever.wait)
+    monkeypatch.setattr(doctor, "shared_memory", lambda: 1 / 0)
+    there = {finding.what: finding for finding in run(seconds=3)}
+    forever.set()
+    assert (there["disk"].state, there["disk"].said) == ("failed", "no answer within 3 s")
+    assert (there["shared memory"].state, there["shared memory"].said) == ("failed", "ZeroDivisionError: division by zero")
+    assert there["KFP"].state == "not configured"
+
+
+def test_memory_and_disk_that_do_not_suffice(monkeypatch, tmp_path):
+    small = namedtuple("usage", "total used free")(64 << 20, 0, 64 << 20)
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: small)
+    assert doctor.shared_memory().state == doctor.disk().state == "failed"
+    assert "0.06 GiB" in doctor.shared_memory().said and "--shm-size" in doctor.shared_memory().advice
+    assert str(Path.cwd()) in doctor.disk().said
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: small._replace(total=8 << 30, free=80 << 30))
+    assert doctor.shared_memory().state == doctor.disk().state == "ok"
+
+
+@pytest.mark.parametrize(("code", "said"), [(0, "H100, but torch cannot use it"), (9, "has failed")])
+def test_a_driver_that_does_not_work(monkeypatch, tmp_path, code, said):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    program = tmp_path / "nvidia-smi"
+    program.write_text(f"#!/bin/sh\necho '{'H100' if code == 0 else 'NVIDIA-SMI has failed'}'\nexit {code}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    found = doctor.gpu()
+    assert found.state == "failed" and said in found.said and found.advice
+
+
+def test_s3_that_is_not_there(monkeypatch, closed):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{closed}")
+    found = doctor.storage("s3://data/images", 5)
+    assert found.state == "failed" and "Unable to locate credentials" in found.said and "AWS_ACCESS_KEY_ID" in found.advice
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "somebody")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    found = doctor.storage("s3://data/images", 5)
+    assert found.state == "failed" and closed in found.said and "AWS_ENDPOINT_URL" in found.advice
+
+
+@pytest.mark.services
+def test_s3_by_its_keys_and_buckets(s3, monkeypatch):
+    s3.client().put_object(Bucket="data", Key="doctor/a", Body=b"a")
+    assert doctor.storage("").state == doctor.storage("s3://data").state == doctor.storage("s3://data/doctor").state == "ok"
+    assert "data, dvc, mlflow" in doctor.storage("").said
+    for uri, said in (("s3://nowhere", "there is no such bucket"), ("s3://data/nothing/", "nothing below nothing/")):
+        assert doctor.storage(uri).state == "failed" and said in doctor.storage(uri).said
+    for name in ("AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID"):
+        monkeypatch.setenv(name, "wrong")
+        found = doctor.storage("s3://data")
+        assert found.state == "failed" and f"this {name}" in found.said
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "reader")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3.reader)
+    assert doctor.storage("s3://data").state == "ok"
+    assert "these keys may not list the bucket" in doctor.storage("s3://mlflow").said
+
+
+def test_mlflow_here_and_not_there(monkeypatch, tmp_path, closed):
+    client = tiny.mlflow_at(monkeypatch, tmp_path / "mlflow")
+    client.create_registered_model("one")
+    found = doctor.mlflow()
+    assert found.state == "ok" and "its registry holds 1 models" in found.said
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:geheim@{closed}")
+    found = doctor.mlflow(5)
+    assert found.state == "failed" and closed in found.said and "geheim" not in found.said and found.advice
+
+
+def test_mlflow_that_refuses(monkeypatch, web):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://{web.host}")
+    web.answers["/health"] = Answer(200, {}, b"OK")
+    web.answers["/api/2.0/mlflow/experiments/search"] = Answer(403, {}, b"Invalid Host header")
+    found = doctor.mlflow(5)
+    assert found.state == "failed" and "403" in found.said and "--allowed-hosts" in found.advice
+
+
+@pytest.mark.services
+def test_mlflow_on_a_server(mlflow_server):
+    found = doctor.mlflow()
+    assert found.state == "ok"
+    assert found.said.startswith(f"{mlflow_server.uri}: server 3.") and "its registry holds" in found.said
+
+
+def test_a_dvc_remote_on_this_machine(monkeypatch, tmp_path):
+    tiny.dvc_repository(tmp_path / "repo", str(tmp_path / "remote"), {"data": {"a": b"a"}}, {})
+    assert doctor.dvc_remote(str(tmp_path / "repo")) == Finding("DVC remote", "ok", f"{tmp_path}/remote can be read")
+    monkeypatch.chdir(tmp_path / "repo")
+    assert doctor.dvc_remote("").state == "ok"
+    (tmp_path / "remote").rename(tmp_path / "moved")
+    assert doctor.dvc_remote("").state == "failed" and "does not exist" in doctor.dvc_remote("").said
+    (tmp_path / "repo" / ".dvc" / "config").write_text("")
+    tiny.git(tmp_path / "repo", "commit", "-qam", "no remote")
+    assert doctor.dvc_remote("").state == "not configured"
+    found = doctor.dvc_remote(str(tmp_path / "none"))
+    assert found.state == "failed" and "is no git repository" in found.said
+
+
+@pytest.mark.services
+def test_a_dvc_remote_on_s3(s3, tmp_path, monkeypatch):
+    tiny.dvc_repository(tmp_path / "repo", "s3://dvc/doctor", {"data": {"a": b"a"}}, {})
+    assert doctor.dvc_remote(str(tmp_path / "repo")) == Finding("DVC remote", "ok", "s3://dvc/doctor can be read")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    found = doctor.dvc_remote(str(tmp_path / "repo"))
+    assert found.state == "failed" and "SignatureDoesNotMatch" in found.said and "AWS_" in found.advice
+
+
+@pytest.mark.parametrize(
+    ("answer", "state", "said"),
+    [
+        (Answer(200, {}, b'{"tag_name": "2.17.0", "multi_user": false}'), "ok", "KFP 2.17.0, SDK 2."),
+        (Answer(200, {}, b'{"multi_user": false}'), "ok", "KFP of unknown version"),
+        (Answer(200, {}, b'{"tag_name": "1.8.5"}'), "failed", "KFP 1.8.5, SDK 2."),
+        (Answer(200, {}, b"<html>log in</html>"), "failed", "asks for a login"),
+        (Answer(401, {}, b""), "failed", "asks for a login (status 401)"),
+        (Answer(404, {}, b""), "failed", "/apis/v2beta1/healthz: status 404"),
+        (Answer(200, {}, b"{"), "failed", "JSONDecodeError"),
+    ],
+)
+def test_kubeflow_pipelines(monkeypatch, web, answer, state, said):
+    monkeypatch.setenv("KFP_TOKEN", "secret")
+    web.answers["/apis/v2beta1/healthz"] = answer
+    (found,) = [finding for finding in run(kfp=f"http://{web.host}/") if finding.what == "KFP"]
+    assert found.state == state and said in found.said
+    assert ("GET", "/apis/v2beta1/healthz", "Bearer secret") in web.asked
+
+
+def test_kubeflow_pipelines_that_is_not_there(closed):
+    found = doctor.pipelines(f"http://{closed}", 5)
+    assert found.state == "failed" and closed in found.said and "KFP_ENDPOINT" in found.advice
+    assert doctor.pipelines("no address", 5).state == "failed"
+
+
+def manifest(web: Web, name: str) -> None:
+    web.answers[f"/v2/{name}"] = Answer(200, {"Docker-Content-Digest": DIGEST}, b"")
+
+
+def test_an_image_in_a_registry(web):
+    manifest(web, "team/pixelclip/manifests/v1")
+    manifest(web, f"team/pixelclip/manifests/{DIGEST}")
+    found = doctor.container_image(f"{web.host}/team/pixelclip:v1")
+    assert found.state == "ok" and f"{web.host}/team/pixelclip@{DIGEST}" in found.advice
+    assert doctor.container_image(f"{web.host}/team/pixelclip@{DIGEST}").advice == ""
+    found = doctor.container_image(f"{web.host}/team/pixelclip:v2")
+    assert found.state == "failed" and "status 404" in found.said
+    assert {method for method, _, _ in web.asked} == {"HEAD"}
+
+
+def test_an_image_in_a_registry_that_asks_for_a_token(web, monkeypatch, tmp_path):
+    realm = f'Bearer realm="http://{web.host}/token",service="registry",scope="repository:pixelclip:pull"'
+    web.answers["/v2/pixelclip/manifests/v1"] = Answer(401, {"WWW-Authenticate": realm}, b"")
+    web.answers["/v2/pixelclip/manifests/v1 Bearer t"] = Answer(200, {"Docker-Content-Digest": DIGEST}, b"")
+    found = doctor.container_image(f"{web.host}/pixelclip:v1")
+    assert found.state == "failed" and "401" in found.said and f"docker login {web.host}" in found.advice
+    login = base64.b64encode(b"me:geheim").decode()
+    web.answers[f"/token Basic {login}"] = Answer(200, {}, b'{"token": "t"}')
+    (tmp_path / ".docker").mkdir()
+    (tmp_path / ".docker" / "config.json").write_text(json.dumps({"auths": {web.host: {"auth": login}}}))
+    found = doctor.container_image(f"{web.host}/pixelclip:v1")
+    assert found.state == "ok" and "geheim" not in as_text([found])
+    assert ("GET", "/token?service=registry&scope=repository%3Apixelclip%3Apull", f"Basic {login}") in web.asked
+
+
+def test_an_image_that_cannot_be(closed):
+    assert "is no name of an image" in doctor.container_image("Pixel Clip").said
+    found = doctor.container_image(f"{closed}/pixelclip:v1", 5)
+    assert found.state == "failed" and closed in found.said
