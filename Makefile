@@ -4,8 +4,12 @@ BIN := .venv/bin
 DEMO := runs/demo
 export MLFLOW_TRACKING_URI ?= sqlite:///$(CURDIR)/runs/mlflow.db
 
+# What the image is made of; its tag says `-changes` where these files differ from the commit.
+IMAGE_FILES := Dockerfile .dockerignore pyproject.toml requirements.txt README.md LICENSE src components pipelines
+DOCKER_BUILD_ARGS ?= --network=host
+
 .DEFAULT_GOAL := help
-.PHONY: demo test lint ui clean help requirements
+.PHONY: demo test lint ui image clean help requirements
 
 demo: .venv/installed  ## The main job end to end on painted scenes: about 7 minutes on 2 cores, see runs/demo/
 	@$(BIN)/pixelclip toy --out $(DEMO)/toy --params params.yaml
@@ -22,6 +26,15 @@ lint: .venv/installed  ## Ruff and the type checker
 
 ui: .venv/installed  ## MLflow in a browser, on the runs made here
 	@$(BIN)/mlflow ui --backend-store-uri $(MLFLOW_TRACKING_URI)
+
+image:  ## The container image: pixelclip:VERSION-COMMIT, also as :latest and as :dev, which the components name by default
+	@version=$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml); \
+	revision=$$(git rev-parse HEAD 2>/dev/null || echo unknown); \
+	changed=$$(git status --porcelain -- $(IMAGE_FILES) 2>/dev/null | grep -q . && echo changes); \
+	tag=pixelclip:$$version-$$(echo $$revision | cut -c1-12)$${changed:+-$$changed}; \
+	docker build $(DOCKER_BUILD_ARGS) --build-arg VERSION=$$version \
+		--build-arg PIXELCLIP_REVISION=$$revision$${changed:++$$changed} -t $$tag -t pixelclip:latest -t pixelclip:dev . && \
+	docker image inspect --format "$$tag  {{.Size}} bytes  {{.Id}}" $$tag
 
 clean:  ## Remove the environment and everything that was made
 	rm -rf .venv runs data build src/*.egg-info

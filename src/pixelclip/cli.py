@@ -203,6 +203,9 @@ def pipeline_run(
     labelled: Annotated[Path, typer.Option(help="Folder with images/, labels/ and classes.txt.")],
     out: Annotated[Path, typer.Option(help="Workspace: finished stages there are reused, interrupted ones continued.")],
     params: Params = None,
+    runner: Annotated[
+        str, typer.Option(help="What a step is: subprocess, or docker (a container of the image that PIXELCLIP_IMAGE names).")
+    ] = "subprocess",
     settings: Annotated[
         list[str] | None, typer.Argument(metavar="[NAME=VALUE]...", help="Pipeline parameters, or STAGE.SETTING=VALUE.")
     ] = None,
@@ -210,7 +213,7 @@ def pipeline_run(
     """Run the whole pipeline on this machine, without a cluster."""
     from pixelclip_pipelines.run import run_locally
 
-    run_locally(images, labelled, out, params, parse_overrides(settings or []))
+    run_locally(images, labelled, out, params, parse_overrides(settings or []), runner)
 
 
 @pipeline.command("compile")
