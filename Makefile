@@ -4,13 +4,21 @@ BIN := .venv/bin
 DEMO := runs/demo
 export MLFLOW_TRACKING_URI ?= sqlite:///$(CURDIR)/runs/mlflow.db
 
+# What the image is made of; its tag says `-changes` where these files differ from the commit.
+IMAGE_FILES := Dockerfile .dockerignore pyproject.toml requirements.txt README.md LICENSE src components pipelines
+DOCKER_BUILD_ARGS ?= --network=host
+
 .DEFAULT_GOAL := help
-.PHONY: demo test test-services lint ui clean help requirements
+.PHONY: demo demo-docker test test-services lint ui image clean help requirements
 
 demo: .venv/installed  ## The main job end to end on painted scenes: about 7 minutes on 2 cores, see runs/demo/
 	@$(BIN)/pixelclip toy --out $(DEMO)/toy --params params.yaml
 	@$(BIN)/pixelclip pipeline run --images $(DEMO)/toy/images --labelled $(DEMO)/toy/toy --out $(DEMO) --params params.yaml
 	@echo "Look at $(DEMO)/report.html, or at the run and the registry: make ui"
+
+demo-docker: .venv/installed image  ## The same in containers, with data from DVC on S3 and MLflow on PostgreSQL: see runs/demo-docker/
+	@servers=$$(mktemp -d) && PATH=$(CURDIR)/$(BIN):$$PATH PIXELCLIP_IMAGE=pixelclip:dev \
+		$(BIN)/python tests/services.py $$servers deploy/demo_docker.sh $(CURDIR)/runs/demo-docker
 
 test: .venv/installed  ## All fast tests
 	@$(BIN)/python -m pytest
@@ -25,6 +33,15 @@ lint: .venv/installed  ## Ruff and the type checker
 
 ui: .venv/installed  ## MLflow in a browser, on the runs made here
 	@$(BIN)/mlflow ui --backend-store-uri $(MLFLOW_TRACKING_URI)
+
+image:  ## The container image: pixelclip:VERSION-COMMIT, also as :latest and as :dev, which the components name by default
+	@version=$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml); \
+	revision=$$(git rev-parse HEAD 2>/dev/null || echo unknown); \
+	changed=$$(git status --porcelain -- $(IMAGE_FILES) 2>/dev/null | grep -q . && echo changes); \
+	tag=pixelclip:$$version-$$(echo $$revision | cut -c1-12)$${changed:+-$$changed}; \
+	docker build $(DOCKER_BUILD_ARGS) --build-arg VERSION=$$version \
+		--build-arg PIXELCLIP_REVISION=$$revision$${changed:++$$changed} -t $$tag -t pixelclip:latest -t pixelclip:dev . && \
+	docker image inspect --format "$$tag  {{.Size}} bytes  {{.Id}}" $$tag
 
 clean:  ## Remove the environment and everything that was made
 	rm -rf .venv runs data build src/*.egg-info

@@ -19,9 +19,11 @@ from pixelclip.stage import METRICS
 from pixelclip.storage import read_json
 from pixelclip.tracking import PIPELINE_RUN
 from pixelclip_pipelines.cluster import image_of, read
+from pixelclip_pipelines.docker import containers
 from pixelclip_pipelines.pixelclip import SETTING_OF, build, pixelclip
 
 LOG = "pipeline.log"
+RUNNERS = ("subprocess", "docker")
 _OPTIONS = ("images", "labelled", "repo", "revision", "workspace", "settings")
 _NOT_PASSED = ("toy.", "fetch_data.")  # stands before the pipeline; has parameters of its own
 
@@ -110,8 +112,9 @@ def run_locally(
     overrides: Mapping[str, Any],
     repo: str = "",
     revision: str = "",
+    runner: str = "subprocess",
 ) -> None:
-    """Runs the pipeline in subprocesses of this machine; finished stages in `out` are reused.
+    """Runs the pipeline on this machine; finished stages in `out` are reused.
 
     Args:
         images: folder of unlabelled images.
@@ -121,29 +124,34 @@ def run_locally(
         overrides: see `arguments`.
         repo: DVC repository in which `images` and `labelled` are paths; empty: they are folders.
         revision: branch, tag or commit of `repo`.
+        runner: what a step is: a `subprocess` of this environment, or a container of the project's image (`docker`).
 
     Raises:
-        ValueError: a wrong parameter, or MLflow unreachable: before any step starts.
+        ValueError: a wrong parameter, MLflow unreachable, no Docker engine or no image: before any step starts.
         SystemExit: a step failed.
     """
+    if runner not in RUNNERS:
+        raise ValueError(f"runner {runner!r}: must be one of {', '.join(RUNNERS)}")
     if missing := [folder for folder in (images, labelled) if not repo and not folder.is_dir()]:
         raise ValueError(f"{missing[0]}: no such folder")
     data = [str(path if repo else path.absolute()) for path in (images, labelled)]
     given = arguments(*data, str(out.absolute()), params, overrides, repo, revision)
     connect()
-    out.mkdir(parents=True, exist_ok=True)
     # Steps are processes of their own: they inherit where MLflow is and which run they belong to.
     os.environ["MLFLOW_TRACKING_URI"] = _absolute(tracking_uri())
     os.environ[PIPELINE_RUN] = str(uuid.uuid4())
     os.environ.setdefault("TQDM_MININTERVAL", "15")  # a step's bar is not on a terminal: every refresh is a line
     artifacts = out / ".kfp"
-    local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(artifacts), raise_on_error=True)
-    try:
-        warnings.filterwarnings("ignore", ".*custom or non-Python base image", RuntimeWarning)  # this environment is the image
-        with (out / LOG).open("a") as log, contextlib.redirect_stdout(_Terse(sys.stdout, log)):
-            pixelclip(**given)
-    except RuntimeError as error:  # kfp's word for a failed step, whose own message stands above
-        raise SystemExit(f"pixelclip: {error}\nWhat is finished stays in {out}; the same command continues.") from None
+    steps = containers(given, out) if runner == "docker" else contextlib.nullcontext(local.SubprocessRunner(use_venv=False))
+    with steps as chosen:
+        out.mkdir(parents=True, exist_ok=True)
+        local.init(chosen, pipeline_root=str(artifacts), raise_on_error=True)
+        try:
+            warnings.filterwarnings("ignore", ".*custom or non-Python base image", RuntimeWarning)  # it is this project's
+            with (out / LOG).open("a") as log, contextlib.redirect_stdout(_Terse(sys.stdout, log)):
+                pixelclip(**given)
+        except RuntimeError as error:  # kfp's word for a failed step, whose own message stands above
+            raise SystemExit(f"pixelclip: {error}\nWhat is finished stays in {out}; the same command continues.") from None
     shutil.rmtree(artifacts, ignore_errors=True)  # every result stands in the workspace
     for name in (METRICS, "report.html"):
         shutil.copyfile(out / "evaluate" / name, out / name)

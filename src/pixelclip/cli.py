@@ -306,12 +306,15 @@ def pipeline_run(
     repo: Repo = "",
     revision: Revision = "",
     params: Params = None,
+    runner: Annotated[
+        str, typer.Option(help="What a step is: subprocess, or docker (a container of the image that PIXELCLIP_IMAGE names).")
+    ] = "subprocess",
     settings: Overrides = None,
 ) -> None:
     """Run the whole pipeline on this machine, without a cluster."""
     from pixelclip_pipelines.run import run_locally
 
-    run_locally(images, labelled, out, params, parse_overrides(settings or []), repo, revision)
+    run_locally(images, labelled, out, params, parse_overrides(settings or []), repo, revision, runner)
 
 
 @pipeline.command("compile")

@@ -20,7 +20,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
 
-from pixelclip.download import _cache as cache_folder
+from pixelclip.cache import root as cache_folder
 
 SECONDS = 20.0
 """What one check may take."""
@@ -196,7 +196,7 @@ def mlflow(seconds: float = SECONDS) -> Finding:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(max(1, int(seconds / 2))))
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     try:
-        from pixelclip.tracking import connect
+        from pixelclip.server import connect
     except ImportError as error:
         return Finding("MLflow", "failed", f"{error.name} is missing", "pip install 'pixelclip[train]'")
     shown = re.sub(r"(?<=://)[^/@]*@", "", uri)

@@ -1,0 +1,77 @@
+# The one image of pixelclip, for every component, for serving and for people. `make image` builds it; docs/docker.md.
+#
+# All packages are fetched in stages that are not part of the image, so an index given at build time leaves no trace in it.
+# They arrive in three layers that change at different speed: torch with its CUDA, the other packages, pixelclip itself.
+ARG BASE=python:3.11-slim
+
+FROM ${BASE} AS tools
+ARG UV=0.13.9
+# A package index other than the public one.
+ARG INDEX_URL=
+ENV PIP_INDEX_URL=${INDEX_URL} UV_DEFAULT_INDEX=${INDEX_URL} UV_NO_CACHE=1 UV_LINK_MODE=copy
+# --prefix puts packages into /layer as if it were this environment, whose place in the image they are then copied to.
+ENV INTO="--python /opt/pixelclip/bin/python --prefix /layer --no-deps --compile-bytecode --quiet"
+# Bytecode that stays valid whatever a copy does to the times of files.
+ENV PYC_INVALIDATION_MODE=UNCHECKED_HASH
+RUN pip install --quiet --no-cache-dir --root-user-action=ignore "uv==${UV}" \
+    && python3 -m venv /opt/pixelclip
+
+FROM tools AS pins
+# The pins of requirements.txt that the image needs: it has no use for the extra `dev`.
+ARG EXTRAS="--extra train --extra pipeline --extra data --extra s3"
+WORKDIR /pins
+COPY requirements.txt pyproject.toml ./
+RUN compile="uv pip compile --quiet --no-header --no-annotate --no-emit-index-url --constraints requirements.txt" \
+    && printf "torch\ntorchvision\n" | $compile - -o torch.txt \
+    && $compile pyproject.toml $EXTRAS -o all.txt \
+    && grep -vxFf torch.txt all.txt >others.txt
+
+FROM tools AS torch
+COPY --from=pins /pins/torch.txt /pins/
+RUN uv pip install $INTO -r /pins/torch.txt
+
+FROM tools AS others
+COPY --from=pins /pins/others.txt /pins/
+RUN uv pip install $INTO -r /pins/others.txt
+
+FROM tools AS code
+WORKDIR /source
+COPY pyproject.toml requirements.txt README.md LICENSE ./
+COPY src src
+COPY components components
+COPY pipelines pipelines
+RUN uv pip install $INTO --build-constraints requirements.txt .
+
+FROM ${BASE}
+# git: DVC resolves revisions with it, also in mounted repositories of another owner.
+RUN apt-get update -qq \
+    && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends git >/dev/null \
+    && rm -rf /var/lib/apt/lists/* /var/cache/* /var/log/* \
+    && git config --system --add safe.directory '*' \
+    && useradd --uid 1000 --user-group --no-create-home --home-dir /tmp --shell /usr/sbin/nologin pixelclip \
+    && install -d -m 1777 /work
+COPY --from=tools /opt/pixelclip /opt/pixelclip
+COPY --from=torch /layer /opt/pixelclip
+COPY --from=others /layer /opt/pixelclip
+COPY --from=code /layer /opt/pixelclip
+# Everything that programs write beside their results goes below /tmp, the one folder that must be writable; USER gives a
+# name to a caller whose number has none. NVIDIA_VISIBLE_DEVICES is left to whoever hands out GPUs.
+ENV PATH=/opt/pixelclip/bin:$PATH \
+    HOME=/tmp \
+    USER=pixelclip \
+    MPLCONFIGDIR=/tmp/matplotlib \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONUNBUFFERED=1 \
+    NVIDIA_DRIVER_CAPABILITIES=compute,utility
+WORKDIR /work
+USER 1000:1000
+ENTRYPOINT ["pixelclip"]
+CMD ["--help"]
+ARG VERSION=unknown
+ARG PIXELCLIP_REVISION=unknown
+ENV PIXELCLIP_REVISION=${PIXELCLIP_REVISION}
+LABEL org.opencontainers.image.title=pixelclip \
+      org.opencontainers.image.description="Teach CLIP where things are, from images that nobody labelled" \
+      org.opencontainers.image.licenses=Apache-2.0 \
+      org.opencontainers.image.version=${VERSION} \
+      org.opencontainers.image.revision=${PIXELCLIP_REVISION}

@@ -1,0 +1,265 @@
+"""Steps in containers, by a real Docker engine and the image of `make image`: what died is never reported as done."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from pathlib import Path
+
+import docker
+import pytest
+from kfp import dsl, local
+from mlflow import MlflowClient
+
+from pixelclip.config import ToyConfig
+from pixelclip.toy import run as paint
+from pixelclip_components import IMAGE
+from pixelclip_pipelines.docker import containers
+from pixelclip_pipelines.run import run_locally
+
+pytestmark = [pytest.mark.docker, pytest.mark.timeout(900), pytest.mark.filterwarnings("ignore")]  # KFP's own warnings
+ROOT = Path(__file__).parents[1]
+OURS = {"pixelclip.test": str(uuid.uuid4())}  # a pipeline of somebody else may run here
+LABEL = {"label": [f"{name}={value}" for name, value in OURS.items()]}
+DEATHS = {
+    "exit code 1": "exit 1",
+    "exit code 137": "echo working; exit 137",
+    "docker kill": "echo working; sleep 300",
+    "docker rm": "echo working; sleep 300",
+}
+
+
+@pytest.fixture(scope="module")
+def engine():
+    client = docker.from_env()
+    yield client
+    client.close()
+
+
+@pytest.fixture
+def run(tmp_path, capsys):
+    """Runs a pipeline in containers; gives whether it was done, and what was printed."""
+
+    def run(pipeline, arguments=None, options=None):
+        with containers(arguments or {}, tmp_path) as runner:
+            runner.container_run_args |= options or {}
+            runner.container_run_args["labels"] |= OURS
+            local.init(runner, pipeline_root=str(tmp_path / "kfp"), raise_on_error=True)
+            try:
+                pipeline(**(arguments or {}))
+                done = True
+            except RuntimeError:
+                done = False
+        return done, capsys.readouterr().out
+
+    return run
+
+
+@dsl.container_component
+def shell(script: str):
+    return dsl.ContainerSpec(image=IMAGE, command=["sh", "-c", script])
+
+
+@dsl.pipeline(name="one-step")
+def one_step(script: str):
+    shell(script=script)
+
+
+def _end_from_outside(engine, how):
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        for container in engine.containers.list(filters=LABEL):
+            if b"working" in container.logs():
+                container.kill() if how == "docker kill" else container.remove(force=True)
+                return
+        time.sleep(0.02)
+
+
+def test_40_forced_failures_are_40_failures(engine, run):
+    reported = {how: [] for how in DEATHS}
+    for _ in range(10):
+        for how, script in DEATHS.items():
+            outside = threading.Thread(target=_end_from_outside, args=(engine, how))
+            if how.startswith("docker"):
+                outside.start()
+            reported[how].append(run(one_step, {"script": script})[0])
+            if how.startswith("docker"):
+                outside.join()
+    assert reported == {how: [False] * 10 for how in DEATHS}
+    assert engine.containers.list(all=True, filters=LABEL) == []
+
+
+def test_20_successes_are_20_successes(run):
+    assert [run(one_step, {"script": "exit 0"})[0] for _ in range(20)] == [True] * 20
+
+
+def test_a_step_without_memory_left_failed_and_says_why(run):
+    hungry = "python3 -c 'x = bytearray(500_000_000)'"
+    done, printed = run(one_step, {"script": hungry}, {"mem_limit": "100m", "memswap_limit": "100m"})
+    assert not done
+    assert "it used up its memory" in printed
+
+
+def test_a_command_that_cannot_be_started_failed(run):
+    @dsl.container_component
+    def nothing():
+        return dsl.ContainerSpec(image=IMAGE, command=["no-such-program"])
+
+    @dsl.pipeline(name="no-program")
+    def no_program():
+        nothing()
+
+    done, printed = run(no_program)
+    assert not done
+    assert "no-such-program" in printed
+
+
+def test_what_a_step_prints_is_shown_line_by_line(run):
+    done, printed = run(one_step, {"script": r"printf 'caf\303'; sleep 0.3; printf '\251\n10%%\r20%%\rend'"})
+    assert done
+    assert [line.strip() for line in printed.splitlines() if line.startswith("    ")][:4] == ["café", "10%", "20%", "end"]
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def number(value: int, out: dsl.Output[dsl.Dataset], metrics: dsl.Output[dsl.Metrics], fault: str = "") -> int:
+    import os
+    from pathlib import Path
+
+    if fault == "ends early":
+        os._exit(0)
+    metrics.log_metric("value", value)
+    if fault != "writes nothing":
+        Path(out.path).write_text(str(value))
+    return value + 1
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def product(first: dsl.Input[dsl.Dataset], second: int, out: dsl.Output[dsl.Dataset]):
+    from pathlib import Path
+
+    Path(out.path).write_text(str(int(Path(first.path).read_text()) * second))
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def total(parts: dsl.Input[list[dsl.Dataset]], out: dsl.Output[dsl.Dataset]) -> int:
+    from pathlib import Path
+
+    result = sum(int(Path(part.path).read_text()) for part in parts)
+    Path(out.path).write_text(str(result))
+    return result
+
+
+@dsl.pipeline(name="sums")
+def sums(value: int, fault: str = ""):
+    made = number(value=value, fault=fault)
+    with dsl.ParallelFor([1, 2, 3]) as factor:
+        parts = product(first=made.outputs["out"], second=factor)
+    total(parts=dsl.Collected(parts.outputs["out"]))
+
+
+def test_artifacts_pass_between_containers_also_through_a_loop(run, tmp_path):
+    done, printed = run(sums, {"value": 7})
+    assert done
+    assert "Output: 42" in printed
+    [written] = (tmp_path / "kfp").glob("*/total/out")
+    assert written.read_text() == "42"
+    assert {path.stat().st_uid for path in tmp_path.rglob("*")} == {os.getuid()}
+
+
+@pytest.mark.parametrize(("fault", "missing"), [("ends early", "Output, out, metrics"), ("writes nothing", "out")])
+def test_a_step_without_its_declared_outputs_is_not_done(run, fault, missing):
+    done, printed = run(sums, {"value": 7, "fault": fault})
+    assert not done
+    said = re.search("what it declared is not there: (.*)", printed)[1]
+    assert set(said.split(", ")) == set(missing.split(", "))
+    assert "product" not in printed.split("what it declared")[0]
+
+
+@dsl.pipeline(name="side-by-side")
+def side_by_side(script: str):
+    with dsl.ParallelFor([1, 2, 3, 4]):
+        shell(script=script)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_leaves_no_container_and_starts_none(engine, tmp_path, number):
+    script = f"""
+from test_docker import Path, containers, local, side_by_side
+with containers({{}}, Path({str(tmp_path)!r})) as runner:
+    runner.container_run_args["labels"] |= {OURS}
+    local.init(runner, pipeline_root={str(tmp_path / "kfp")!r})
+    side_by_side(script="echo working; sleep 300")
+"""
+    process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", script], cwd=ROOT / "tests", stderr=subprocess.DEVNULL)
+    while len(engine.containers.list(filters=LABEL)) < 2:
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(number)
+    assert process.wait(60) != 0
+    assert engine.containers.list(all=True, filters=LABEL) == []
+
+
+def test_the_whole_pipeline_runs_in_containers(engine, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow/mlflow.db")
+    monkeypatch.setenv("PIXELCLIP_REVISION", "of the caller, not of the image")
+    paint(tmp_path / "toy", ToyConfig(train_scenes=24, test_scenes=4, side=128))
+    settings = {"steps": 2, "train.picture_every": 0, "train.device": "cpu"}
+    run_locally(Path("toy/images"), Path("toy/toy"), Path("out"), ROOT / "params.yaml", settings, "docker")
+    revision = engine.images.get(IMAGE).labels["org.opencontainers.image.revision"]
+    for stage in ("shards", "masks", "train", "evaluate", "register"):
+        assert json.loads((tmp_path / "out" / stage / "provenance.json").read_text())["revision"] == revision
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    registered = json.loads((tmp_path / "out" / "register" / "registration.json").read_text())
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow/mlflow.db")
+    logged = client.get_run(registered["run_id"])
+    assert logged.info.status == "FINISHED"
+    assert logged.data.metrics["miou/toy"] == pytest.approx(metrics["miou/toy"])
+    assert client.get_model_version(registered["name"], str(registered["version"])).run_id == registered["run_id"]
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
+def _in_image(engine, code, **options):
+    return engine.containers.run(IMAGE, ["-c", code], entrypoint="python", remove=True, network_mode="none", **options).decode()
+
+
+def test_the_image_is_nobodys_root_and_needs_no_writable_root(engine):
+    code = "import os, matplotlib.pyplot, mlflow, pixelclip.train; print(os.getuid(), os.getgid(), os.access('/work', os.W_OK))"
+    assert _in_image(engine, code).split() == ["1000", "1000", "True"]
+    assert _in_image(engine, code, user="4242:0", read_only=True, tmpfs={"/tmp": ""}).split() == ["4242", "0", "False"]
+
+
+def test_the_image_holds_the_pinned_versions_and_nothing_for_development(engine):
+    code = "import importlib.metadata as m, json; print(json.dumps({d.name.lower(): d.version for d in m.distributions()}))"
+    there = {name.replace("_", "-"): version for name, version in json.loads(_in_image(engine, code)).items()}
+    pins = dict(re.findall(r"^([a-z0-9._-]+)==([^\s;]+)", (ROOT / "requirements.txt").read_text(), flags=re.M))
+    pins = {name.replace(".", "-"): version for name, version in pins.items()}
+    # pip and setuptools come with the environment, before any package of ours
+    others = {name: version for name, version in there.items() if pins.get(name.replace(".", "-")) != version}
+    assert set(others) <= {"pixelclip", "pip", "setuptools"}
+    assert not {"pytest", "moto", "mypy", "ruff", "hypothesis", "pre-commit"} & set(there)
+
+
+def test_the_image_holds_no_index_and_no_secret(engine):
+    image = engine.images.get(IMAGE)
+    told = json.dumps([image.attrs["Config"], image.history()])
+    assert "INDEX_URL" not in told
+    assert not re.search("password|secret|token|access_key", told, flags=re.I)
+    assert set(image.labels) >= {"org.opencontainers.image.revision", "org.opencontainers.image.version"}
+
+
+def test_without_an_engine_or_the_image_nothing_starts(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    out = tmp_path / "out"
+    monkeypatch.setattr("pixelclip_pipelines.docker.IMAGE", "no-such-image:1")
+    with pytest.raises(ValueError, match=r"no-such-image:1 .*`make image`"):
+        run_locally(ROOT, ROOT, out, None, {}, "docker")
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/no.sock")
+    with pytest.raises(ValueError, match="no Docker engine answers"):
+        run_locally(ROOT, ROOT, out, None, {}, "docker")
+    assert not out.exists()
