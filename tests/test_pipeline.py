@@ -7,8 +7,10 @@ import pytest
 import yaml
 from kfp import components
 from kfp.components import load_component_from_file
+from kfp.local import docker_task_handler
 
 from pixelclip.config import load
+from pixelclip_pipelines.docker import containers
 from pixelclip_pipelines.pixelclip import SETTING_OF
 from pixelclip_pipelines.run import arguments, compile_to, run_locally
 
@@ -109,3 +111,17 @@ def test_a_component_is_a_plain_function_in_a_test(tmp_path):
     shards.python_func(str(tmp_path / "images"), shared, metrics, {}, workspace=str(tmp_path / "space"))
     assert shared.uri == str(tmp_path / "space" / "shards")
     assert (tmp_path / "space" / "shards" / "000000.tar").is_file()
+
+
+def test_an_unknown_runner_is_refused_before_any_step(tmp_path):
+    with pytest.raises(ValueError, match="runner 'podman': must be one of subprocess, docker"):
+        run_locally(ROOT, ROOT, tmp_path / "out", None, {}, "podman")
+
+
+def test_the_function_that_containers_replace_is_the_one_kfp_has(tmp_path, monkeypatch):
+    monkeypatch.setenv("DOCKER_HOST", "tcp://127.0.0.1:9")
+    with pytest.raises(ValueError, match="no Docker engine answers"), containers({}, tmp_path):
+        pass
+    monkeypatch.setattr(docker_task_handler, "run_docker_container", lambda client, image, arguments: 0)
+    with pytest.raises(ValueError, match=r"kfp [0-9.]+ runs containers in a way that pixelclip does not know"):
+        containers({}, tmp_path).__enter__()
