@@ -63,17 +63,17 @@ def containers(arguments: Mapping[str, Any], out: Path) -> Iterator[local.Docker
         version = importlib.metadata.version("kfp")
         raise ValueError(f"kfp {version} runs containers in a way that pixelclip does not know; see requirements.txt")
     client, image = _engine_and_image()
-    label, stopped = f"{_LABEL}={uuid.uuid4()}", threading.Event()
+    run, stopped = str(uuid.uuid4()), threading.Event()
 
     def remove_all() -> None:
         stopped.set()
-        for container in client.containers.list(all=True, filters={"label": label}, ignore_removed=True):
+        for container in client.containers.list(all=True, filters={"label": f"{_LABEL}={run}"}, ignore_removed=True):
             _remove(container)
 
     docker_task_handler.run_docker_container = functools.partial(run_container, stopped=stopped)
     try:
         with _interrupted_by(remove_all):
-            yield local.DockerRunner(labels=dict([label.split("=")]), **_options(arguments, out, image))
+            yield local.DockerRunner(labels={_LABEL: run}, **_options(arguments, out, image))
     finally:
         docker_task_handler.run_docker_container = replaced
         remove_all()
@@ -242,8 +242,8 @@ def _options(arguments: Mapping[str, Any], out: Path, image: Any) -> dict[str, A
 def _texts(value: Any) -> Iterator[str]:
     if isinstance(value, str):
         yield value
-    elif isinstance(value, Mapping):
-        for each in value.values():
+    elif isinstance(value, Mapping | list):
+        for each in value.values() if isinstance(value, Mapping) else value:
             yield from _texts(each)
 
 

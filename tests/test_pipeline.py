@@ -9,6 +9,7 @@ import tiny
 import yaml
 from kfp import components, local
 from kfp.components import load_component_from_file
+from kfp.local import docker_task_handler
 from test_train import SMALL
 
 from pixelclip import masks as stage_masks
@@ -17,6 +18,7 @@ from pixelclip import train as stage_train
 from pixelclip.config import load, load_all
 from pixelclip.storage import read_json
 from pixelclip_pipelines.cluster import Cluster
+from pixelclip_pipelines.docker import containers
 from pixelclip_pipelines.pixelclip import SETTING_OF, build
 from pixelclip_pipelines.run import arguments, compile_to, run_locally
 
@@ -183,3 +185,17 @@ def test_a_step_that_fails_after_the_training_fails_the_mlflow_run(data, tmp_pat
         run_locally(data.images, data.labelled, tmp_path / "out", data.params, {})
     (run,) = runs_of(client)
     assert run.info.status == "FAILED" and (tmp_path / "out" / "train" / "metrics.json").is_file()
+
+
+def test_an_unknown_runner_is_refused_before_any_step(tmp_path):
+    with pytest.raises(ValueError, match="runner 'podman': must be one of subprocess, docker"):
+        run_locally(ROOT, ROOT, tmp_path / "out", None, {}, runner="podman")
+
+
+def test_the_function_that_containers_replace_is_the_one_kfp_has(tmp_path, monkeypatch):
+    monkeypatch.setenv("DOCKER_HOST", "tcp://127.0.0.1:9")
+    with pytest.raises(ValueError, match="no Docker engine answers"), containers({}, tmp_path):
+        pass
+    monkeypatch.setattr(docker_task_handler, "run_docker_container", lambda client, image, arguments: 0)
+    with pytest.raises(ValueError, match=r"kfp [0-9.]+ runs containers in a way that pixelclip does not know"):
+        containers({}, tmp_path).__enter__()
