@@ -44,9 +44,9 @@ def arguments(
         labelled: labelled set.
         workspace: folder shared by runs, or empty.
         params: a YAML file with settings.
+        overrides: pipeline parameters by name, or settings as `stage.setting`.
         repo: DVC repository in which images and labelled set are paths; empty: they are folders.
         revision: branch, tag or commit of `repo`.
-        overrides: pipeline parameters by name, or settings as `stage.setting`.
 
     Raises:
         ValueError: an unknown parameter or setting, a value that is not allowed, or one thing said in two ways.

@@ -54,14 +54,15 @@ def compiled(folder: Path, settings: str, **options: Any) -> tuple[dict, dict, P
     """Pipeline, platform part and file of a compilation."""
     (folder / "cluster.yaml").write_text(settings)
     path = folder / "pipeline.yaml"
-    compile_to(path, folder / "cluster.yaml", **options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("PIXELCLIP_IMAGE", raising=False)
+        compile_to(path, folder / "cluster.yaml", **options)
     return *yaml.safe_load_all(path.read_text()), path
 
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("PIXELCLIP_IMAGE", raising=False)
         for name in ("AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID", "MLFLOW_TRACKING_PASSWORD"):
             patch.setenv(name, SECRET)
         return compiled(tmp_path_factory.mktemp("compiled"), SETTINGS)
