@@ -194,6 +194,16 @@ def test_data_that_are_not_what_they_were_stop_it(made, tmp_path):
     assert {run.data.tags["reproduces"] for run in found} == {f"models:/{NAME}/1"}
 
 
+def test_a_clip_that_is_gone_is_named(made, tmp_path):
+    away = made.base / "clip.away"
+    (made.base / "clip").rename(away)
+    try:
+        with pytest.raises(ValueError, match=r"clip: was .*clip with md5 \w+; it is not there, and DVC does not know it"):
+            reproduce.run(f"models:/{NAME}/1", tmp_path / "out")
+    finally:
+        away.rename(made.base / "clip")
+
+
 @pytest.mark.parametrize(
     ("key", "message"),
     [("train.steps", "train.steps changes what stage train makes"), ("device", "STAGE.SETTING"), ("train.stepz", "is none")],

@@ -17,6 +17,7 @@ from pixelclip.config import EvaluateConfig, RegisterConfig
 from pixelclip.predict import Predictor
 from pixelclip.promote import Figures, decide
 from pixelclip.register import fetch, markdown, run
+from pixelclip.server import experiment_id
 from pixelclip.stage import describe
 from pixelclip.storage import digest, read_json, write_json
 
@@ -203,9 +204,18 @@ def test_a_missing_metric_is_named(made, client, tmp_path, metrics):
         run(made / "model0", evaluated, tmp_path / "out", CONFIG)
 
 
+def test_a_name_that_mlflow_refuses_is_one_error_and_nothing_is_logged(made, client, tmp_path):
+    evaluated = evaluation(tmp_path / "evaluation", made / "model1", miou=40.0, gain=10.0)
+    before = len(client.search_logged_models(experiment_ids=[experiment_id(client)]))
+    with pytest.raises(ValueError, match=r"register\.name ' ' is refused by MLflow at sqlite:"):
+        run(made / "model1", evaluated, tmp_path / "out", RegisterConfig(name=" "))
+    assert len(client.search_logged_models(experiment_ids=[experiment_id(client)])) == before
+
+
 def test_a_figure_that_is_no_number_stops_before_anything_is_registered(made, client, tmp_path):
     evaluated = evaluation(tmp_path / "evaluation", made / "model1", miou=40.0, gain=10.0)
     (evaluated / "metrics.json").write_text('{"miou/set": NaN, "gain/set": NaN}')
     with pytest.raises(ValueError, match="finite"):
         run(made / "model1", evaluated, tmp_path / "out", CONFIG)
     assert aliases(client) == {"champion": "1"}
+    assert versions(client) == [1]

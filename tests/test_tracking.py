@@ -217,7 +217,8 @@ def test_an_evaluation_in_a_run_of_its_own_gives_the_training_its_figures(client
     trained = start(tmp_path / "model")
     trained.log({"loss": 1.0}, 1)
     trained.finish()
-    given = client.create_run(client.create_experiment("theirs")).info.run_id
+    place = (tmp_path / "artifacts").as_uri()
+    given = client.create_run(client.create_experiment("theirs", artifact_location=place)).info.run_id
     monkeypatch.setenv("MLFLOW_RUN_ID", given)
     (tmp_path / "evaluation").mkdir()
     (tmp_path / "report.html").write_text("hello")

@@ -22,7 +22,7 @@ from pixelclip.checkpoint import clip_folder
 from pixelclip.config import STAGES, build, lasting
 from pixelclip.download import local_copy
 from pixelclip.lineage import Registered, recorded
-from pixelclip.provenance import chain, source
+from pixelclip.provenance import chain, flatten, source
 from pixelclip.register import fetch
 from pixelclip.server import connect, experiment_id
 from pixelclip.sources import describe_shards
@@ -176,10 +176,8 @@ def _fetched(there: Registered, out: Path) -> Path:
 def _restored(name: str, described: Mapping[str, Any], work: _Work, *, kind: str = "folder", spec: str = "") -> Path:
     """An input as it was: where it was, from DVC, or made again."""
     said, wrong = described["path"], ""
-    at = clip_folder(spec) if name == "clip" else None
-    if at is None:
-        at = local_copy(said) if "://" in said else Path(said)
-    if at.exists():
+    at = _at(name, spec or said)
+    if at is not None and at.exists():
         md5 = _md5(name, at, kind)
         if md5 == described["md5"]:
             return at
@@ -200,7 +198,7 @@ def _restored(name: str, described: Mapping[str, Any], work: _Work, *, kind: str
 
 
 def _md5(name: str, path: Path, kind: str) -> str:
-    if name in ("shards", "masks") and (path.is_file() or not list(path.glob("*.json"))):
+    if name in ("shards", "masks"):
         return str(describe_shards(path)["md5"])
     if name == "labelled" and kind != "folder":  # of a benchmark only what is read counts, as in `evaluate`
         return str(digest(path, {file for pair in open_labelled(path, kind).pairs for file in pair})["md5"])
@@ -219,8 +217,12 @@ def _made_again(described: Mapping[str, Any], work: _Work) -> Path:
     config = work.config(name, _named_again(made, dict(made["settings"]), work) | _whole(name))
     repeat: dict[str, Callable[[Path, Path, Any], Any]] = {"shards": shards.run, "masks": masks.run, "train": train.run}
     repeat[name](read, work.out / name, config)
-    same = describe(work.out / name)["md5"] == described["md5"]
-    print(f"reproduce: {name}: {'the same files as recorded' if same else 'other files than recorded'}", flush=True)
+    verdict = "the same files as recorded"
+    if made["settings"].get("part"):
+        verdict = "made in one piece, where the recorded ones were made in parts"
+    elif describe(work.out / name)["md5"] != described["md5"]:
+        verdict = "other files than recorded"
+    print(f"reproduce: {name}: {verdict}", flush=True)
     return work.out / name
 
 
@@ -231,12 +233,21 @@ def _whole(name: str) -> dict[str, Any]:
 
 def _named_again(made: Mapping[str, Any], settings: dict[str, Any], work: _Work) -> dict[str, Any]:
     """A stage's settings with the places where its weights and further inputs stand now."""
+    usual = {"clip": flatten(made).get("train.clip", "")}  # an evaluation's, where its own setting is empty
     for name, described in made["inputs"].items():
         setting = _SETTING.get(name)
-        if setting is None or not settings.get(setting) or name == _READ.get(made["stage"]):
+        if setting is None or name == _READ.get(made["stage"]):
             continue
-        spec = str(settings[setting])
-        place = str(_restored(name, described, work, spec=spec))
-        if place != described["path"] and spec != "toy":
-            settings[setting] = spec.replace(described["path"], place) if described["path"] in spec else place
+        if spec := str(settings.get(setting) or usual.get(name, "")):
+            place = _restored(name, described, work, spec=spec)
+            if place != _at(name, spec):  # else the recorded setting leads there still
+                known = described["path"]
+                settings[setting] = spec.replace(known, str(place)) if known in spec else str(place)
     return settings
+
+
+def _at(name: str, spec: str) -> Path | None:
+    """Where a path, a URI or the name of a CLIP leads here; None for a CLIP that is not there."""
+    if name == "clip":
+        return clip_folder(spec)
+    return local_copy(spec) if "://" in spec else Path(spec)
