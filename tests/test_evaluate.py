@@ -376,7 +376,7 @@ def test_a_folder_whose_name_no_metric_can_have(made, client, tmp_path):
 
 # Killed and continued; several processes.
 
-RESULT = ("metrics.json", "per_class.json", "protocol.json", "table.txt", "report.html")
+RESULT = ("metrics.json", "per_class.json", "confusion.json", "protocol.json", "table.txt", "report.html")
 
 
 def result(out: Path) -> dict[str, str]:
