@@ -83,7 +83,7 @@ def trace(there: Registered) -> dict[str, Any]:
     """The way back from a registered model, in plain values."""
     version, uri = there.version, tracking_uri().rstrip("/")
     stages = {
-        stage["stage"]: {
+        (stage["stage"], stage.get("fingerprint", "")): {
             "stage": stage["stage"],
             "finished": stage.get("finished", ""),
             "version": stage.get("version", ""),
@@ -92,7 +92,7 @@ def trace(there: Registered) -> dict[str, Any]:
             "md5": stage.get("output", {}).get("md5", ""),
             "settings": stage["settings"],
         }
-        for stage in reversed(list(chain(there.provenance)))  # of two of one name the nearer counts
+        for stage in reversed(list(chain(there.provenance)))  # one that two inputs have in common stands once
     }
     data = {}
     for name, described, stage in inputs(there.provenance):
