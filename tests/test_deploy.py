@@ -189,6 +189,7 @@ def test_the_manifests_own_command_line_serves_with_passwords(all_services, tmp_
     words = [sys.executable, "-m", *(here(word) for word in container["args"])]
     url = f"http://localhost:{port}"
     server = services.Server("MLflow", words, tmp_path / "log", lambda: status(f"{url}/health") == 200, environment)
+    all_services.mlflow.server.wait()  # two that make the tables of one database at once get in each other's way
     server.start()
     try:
         server.wait()

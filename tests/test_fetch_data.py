@@ -215,6 +215,50 @@ def test_a_remote_that_is_gone(repo, tmp_path):
     assert "the DVC remote does not give it" in refusal(repo, tmp_path / "out")
 
 
+def test_a_fetch_that_is_killed_leaves_nothing_and_is_continued(repo, tmp_path, capsys):
+    out = tmp_path / "out"
+    code = """
+import os, signal, sys
+from pathlib import Path
+from pixelclip import fetch_data
+from pixelclip.config import FetchDataConfig
+arrived, fetch_data._AT_ONCE = [], 1
+def md5(path, real=fetch_data.file_md5):
+    arrived.append(path)
+    return os.kill(os.getpid(), signal.SIGKILL) if len(arrived) == 2 else real(path)
+fetch_data.file_md5 = md5
+fetch_data.run(sys.argv[1], Path(sys.argv[2]), FetchDataConfig(path="data/images"))
+"""
+    killed = subprocess.run([sys.executable, "-c", code, str(repo), str(out)])
+    assert killed.returncode == -9
+    assert not out.exists()
+    shutil.rmtree(repo.parent / "remote" / "files" / "md5" / hashlib.md5(b"one").hexdigest()[:2])  # it is here already
+    run(str(repo), out, FetchDataConfig(path="data/images"))
+    assert "continues an interrupted run" in capsys.readouterr().out
+    assert fetched(out) == IMAGES
+
+
+def test_a_repository_of_which_dvc_has_only_a_folder(tmp_path):
+    from dvc.repo import Repo
+
+    write_files(tmp_path / "repo", {"team/images/1.jpg": b"one", "readme.txt": b"hello"})
+    tiny.git(tmp_path / "repo", "init", "-q", "-b", "main")
+    with Repo.init(str(tmp_path / "repo" / "team"), subdir=True) as opened:
+        with opened.config.edit() as config:
+            config["core"] = {"remote": "store"}
+            config["remote"] = {"store": {"url": str(tmp_path / "remote")}}
+        opened.add([str(tmp_path / "repo" / "team" / "images")])
+        opened.push()
+    tiny.git(tmp_path / "repo", "add", "-A")
+    tiny.git(tmp_path / "repo", "commit", "-qm", "team")
+    shutil.rmtree(tmp_path / "repo" / "team" / ".dvc" / "cache")
+    for number, start in enumerate(("", "file://")):
+        out = tmp_path / f"out{number}"
+        run(f"{start}{tmp_path}/repo", out, FetchDataConfig(path="team/images"))
+        assert fetched(out) == {"1.jpg": b"one"}
+        assert about(out)["md5"].endswith(".dir")
+
+
 def test_no_clone_stays_behind(repo, tmp_path, monkeypatch):
     place = tmp_path / "temporary"
     place.mkdir()

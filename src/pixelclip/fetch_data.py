@@ -75,6 +75,7 @@ def run(repo: str, out: Path, config: FetchDataConfig) -> Metrics:
         ValueError: there is no such repository, revision or path, the remote cannot be reached or refuses, or a file is
             missing in it or damaged.
     """
+    repo = repo if "://" in repo or not Path(repo).is_dir() else str(Path(repo).absolute())  # as it can be found again
     public = _without_token(repo)
     with _opened(repo, public, config.revision) as (files, git_sha):
         stage = Stage("fetch_data", out, {}, config, source={"repo": public, "git_sha": git_sha})
