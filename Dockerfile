@@ -60,6 +60,7 @@ ENV PATH=/opt/pixelclip/bin:$PATH \
     HOME=/tmp \
     USER=pixelclip \
     MPLCONFIGDIR=/tmp/matplotlib \
+    DVC_SITE_CACHE_DIR=/tmp/dvc \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility

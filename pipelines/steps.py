@@ -1,7 +1,6 @@
 """What the bodies of the components do besides calling their stage: find inputs, start processes, close the run, show."""
 
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -34,23 +33,9 @@ def pinned(repo: str, revision: str) -> str:
     """
     if not repo:
         return ""
-    if re.fullmatch(r"[0-9a-f]{40}", revision):
-        return revision
-    from dvc.exceptions import DvcException
-    from dvc.repo import Repo
-    from dvc.repo.open_repo import clean_repos
-    from dvc.scm import SCMError
+    from pixelclip.fetch_data import commit_of
 
-    public, revision = re.sub(r"(?<=://)[^/@]*@", "", repo), revision or "HEAD"  # a token in a URL is not for logs
-    try:
-        with Repo.open(repo, rev=revision) as opened:
-            found = str(opened.get_rev())
-    except (DvcException, SCMError) as error:
-        raise ValueError(f"{public}: revision {revision!r} cannot be read: {str(error).replace(repo, public)}") from None
-    finally:
-        clean_repos()  # else a later revision would be looked for in this clone
-    print(f"{public}: {revision} is {found}", flush=True)
-    return found
+    return commit_of(repo, revision or "HEAD")
 
 
 def fetched(artifact: Any, repo: str, path: str, revision: str, settings: Mapping[str, Any], workspace: str) -> Metrics:

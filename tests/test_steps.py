@@ -100,11 +100,11 @@ def test_a_revision_is_pinned_to_its_commit(repository):
     full = "0123456789" * 4
     assert pinned("nowhere", full) == full, "a full commit is not asked about"
     assert pin_revision.python_func("", "") == ""
-    with pytest.raises(ValueError, match="revision 'nope' cannot be read"):
+    with pytest.raises(ValueError, match="there is no revision 'nope'"):
         pinned(str(repository), "nope")
-    with pytest.raises(ValueError, match="revision 'main' cannot be read"):
+    with pytest.raises(ValueError, match="nothing: is no git repository"):
         pinned(str(repository / "nothing"), "main")
-    with pytest.raises(ValueError, match="revision 'main' cannot be read") as refused:
+    with pytest.raises(ValueError, match="nothing: is no git repository") as refused:
         pinned("https://user:very-secret@127.0.0.1:9/data.git", "main")
     assert "very-secret" not in str(refused.value)
 

@@ -160,7 +160,7 @@ def test_the_command_and_its_arguments_are_those_of_the_command_line(kubernetes,
     assert trainer["command"][-3:] == ["-m", "pixelclip", "train"]
     command = typer.main.get_command(app).commands["train"]
     context = command.make_context("train", list(trainer["args"]))
-    assert context.params["out"] == space / "train"
+    assert Path(context.params["out"]) == space / "train"
 
 
 def test_a_failed_training_fails_the_step(kubernetes, space):

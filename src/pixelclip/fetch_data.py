@@ -90,6 +90,24 @@ def run(repo: str, out: Path, config: FetchDataConfig) -> Metrics:
             return stage.finish(metrics, files=["**/*"])
 
 
+def commit_of(repo: str, revision: str) -> str:
+    """The full SHA of the commit that a revision is now, so that all who are told it fetch the same data.
+
+    Args:
+        repo: as of `run`.
+        revision: a branch, a tag or a commit.
+
+    Raises:
+        ValueError: there is no such repository or revision, or the remote cannot be reached.
+    """
+    if re.fullmatch(r"[0-9a-f]{40}", revision):
+        return revision
+    public = _without_token(repo)
+    with _opened(repo, public, revision) as (_, git_sha):
+        print(f"{public}: {revision} is {git_sha}", flush=True)
+        return git_sha
+
+
 def about(out: Path) -> dict[str, Any]:
     """What was fetched: `git_sha`, `path`, `md5` (DVC's own where it tracks the path), `nfiles` and `size` in bytes.
 

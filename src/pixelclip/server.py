@@ -41,7 +41,12 @@ def connect() -> MlflowClient:
         client = MlflowClient(uri)
         client.search_experiments(max_results=1)
     except Exception as error:  # MLflow raises many kinds here, from SQLAlchemy's to its own
-        if "error code 401" in str(error) or "error code 403" in str(error):
+        if "error code 403" in str(error):
+            raise ValueError(
+                f"MLflow at {uri} refuses this request (403): the user may not read experiments, or the server's "
+                "--allowed-hosts does not name this host and port"
+            ) from None
+        if "error code 401" in str(error):
             user = os.environ.get("MLFLOW_TRACKING_USERNAME")
             who = f"user {user!r} with this password" if user else "a request without a user"
             raise ValueError(
