@@ -14,6 +14,7 @@ from typing import Any, TextIO
 from kfp import compiler, local
 
 from pixelclip.config import STAGES, load_all, nearest
+from pixelclip.s3 import is_s3
 from pixelclip.server import connect, tracking_uri
 from pixelclip.stage import METRICS
 from pixelclip.storage import read_json
@@ -105,8 +106,8 @@ def compile_to(path: Path, cluster: Path | None = None, nodes: int = 1, image: s
 
 
 def run_locally(
-    images: Path,
-    labelled: Path,
+    images: Path | str,
+    labelled: Path | str,
     out: Path,
     params: Path | None,
     overrides: Mapping[str, Any],
@@ -117,8 +118,8 @@ def run_locally(
     """Runs the pipeline on this machine; finished stages in `out` are reused.
 
     Args:
-        images: folder of unlabelled images.
-        labelled: labelled set.
+        images: folder of unlabelled images, or `s3://bucket/folder`.
+        labelled: labelled set, found as they are.
         out: the workspace; `metrics.json` and `report.html` are put there at the end, KFP's whole log in `pipeline.log`.
         params: a YAML file with settings.
         overrides: see `arguments`.
@@ -132,9 +133,12 @@ def run_locally(
     """
     if runner not in RUNNERS:
         raise ValueError(f"runner {runner!r}: must be one of {', '.join(RUNNERS)}")
-    if missing := [folder for folder in (images, labelled) if not repo and not folder.is_dir()]:
-        raise ValueError(f"{missing[0]}: no such folder")
-    data = [str(path if repo else path.absolute()) for path in (images, labelled)]
+    data = []
+    for path in (images, labelled):
+        as_given = bool(repo) or is_s3(path)
+        if not (as_given or Path(path).is_dir()):
+            raise ValueError(f"{path}: no such folder")
+        data.append(str(path if as_given else Path(path).absolute()))
     given = arguments(*data, str(out.absolute()), params, overrides, repo, revision)
     connect()
     # Steps are processes of their own: they inherit where MLflow is and which run they belong to.

@@ -210,7 +210,7 @@ def test_the_whole_pipeline_runs_in_containers(engine, tmp_path, monkeypatch):
     monkeypatch.setenv("PIXELCLIP_REVISION", "of the caller, not of the image")
     paint(tmp_path / "toy", ToyConfig(train_scenes=24, test_scenes=4, side=128))
     settings = {"steps": 2, "train.picture_every": 0, "train.device": "cpu"}
-    run_locally(Path("toy/images"), Path("toy/toy"), Path("out"), ROOT / "params.yaml", settings, "docker")
+    run_locally(Path("toy/images"), Path("toy/toy"), Path("out"), ROOT / "params.yaml", settings, runner="docker")
     revision = engine.images.get(IMAGE).labels["org.opencontainers.image.revision"]
     for stage in ("shards", "masks", "train", "evaluate", "register"):
         assert json.loads((tmp_path / "out" / stage / "provenance.json").read_text())["revision"] == revision
@@ -257,8 +257,8 @@ def test_without_an_engine_or_the_image_nothing_starts(tmp_path, monkeypatch):
     out = tmp_path / "out"
     monkeypatch.setattr("pixelclip_pipelines.docker.IMAGE", "no-such-image:1")
     with pytest.raises(ValueError, match=r"no-such-image:1 .*`make image`"):
-        run_locally(ROOT, ROOT, out, None, {}, "docker")
+        run_locally(ROOT, ROOT, out, None, {}, runner="docker")
     monkeypatch.setenv("DOCKER_HOST", "tcp://127.0.0.1:9")
     with pytest.raises(ValueError, match="no Docker engine answers"):
-        run_locally(ROOT, ROOT, out, None, {}, "docker")
+        run_locally(ROOT, ROOT, out, None, {}, runner="docker")
     assert not out.exists()

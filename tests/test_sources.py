@@ -12,9 +12,9 @@ from conftest import annotation, encoded, pixels, read_tar, write_files, write_t
 from test_dataset import FULL
 from test_train import SMALL
 
-from pixelclip import masks, train
+from pixelclip import evaluate, masks, shards, train
 from pixelclip.classify import GivenMasks
-from pixelclip.config import MasksConfig, TrainConfig
+from pixelclip.config import EvaluateConfig, MasksConfig, ShardsConfig, TrainConfig
 from pixelclip.dataset import MaskedImages
 from pixelclip.shards import index_shard
 from pixelclip.sources import RemoteFile, describe_shards, list_shards
@@ -188,3 +188,20 @@ def test_masks_of_a_folder_or_of_shards_are_found_by_the_name_of_their_image(buc
         GivenMasks(str(tmp_path / "tars"))
     (tmp_path / "tars" / "0.tar").unlink()
     assert GivenMasks(str(tmp_path / "tars")).read("a.b", (48, 40)) == []
+
+
+def test_images_and_labelled_sets_of_a_store_are_those_of_a_folder(bucket, tmp_path, monkeypatch):
+    tiny.mlflow_at(monkeypatch, tmp_path / "mlflow")
+    write_files(tmp_path / "images", {f"{n}.jpg": encoded(pixels(40, 48, n)) for n in range(3)})
+    put(bucket, tmp_path / "images", "images")
+    assert shards.run("s3://data/images", tmp_path / "shards", ShardsConfig())["images"] == 3
+    shards.run(tmp_path / "images", tmp_path / "again", ShardsConfig())
+    assert (tmp_path / "shards" / "000000.tar").read_bytes() == (tmp_path / "again" / "000000.tar").read_bytes()
+    made_of = read_json(tmp_path / "shards" / "provenance.json")["inputs"]["images"]["path"]
+    assert made_of == "s3://data/images"
+
+    model = tiny.model_folder(tmp_path / "model", tiny.clip_folder(tmp_path / "clip"))
+    put(bucket, tiny.labelled_set(tmp_path / "set"), "set")
+    config = EvaluateConfig(device="cpu", pictures=1)
+    there = evaluate.run(model, "s3://data/set", tmp_path / "there", config)
+    assert there == evaluate.run(model, tmp_path / "set", tmp_path / "here", config)

@@ -75,7 +75,7 @@ def shards(
 
     config = _config("shards", params, settings)
     with _made(out) as folder:
-        run(_path(images), folder, config)
+        run(images, folder, config)
 
 
 @app.command()
@@ -300,8 +300,8 @@ def toy_clip(out: Annotated[Path, typer.Option(help="open_clip folder to make.")
 
 @pipeline.command("run")
 def pipeline_run(
-    images: Annotated[Path, typer.Option(help="Folder of unlabelled images.")],
-    labelled: Annotated[Path, typer.Option(help="Folder with images/, labels/ and classes.txt.")],
+    images: Annotated[str, typer.Option(help="Unlabelled images: folder, s3://, or path in --repo.")],
+    labelled: Annotated[str, typer.Option(help="Labelled set, found as --images: images/, labels/, classes.txt.")],
     out: Annotated[Path, typer.Option(help="Workspace: finished stages there are reused, interrupted ones continued.")],
     repo: Repo = "",
     revision: Revision = "",

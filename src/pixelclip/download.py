@@ -62,6 +62,11 @@ def local_copy(uri: str) -> Path:
     return copy
 
 
+def here(path: Path | str) -> Path:
+    """A local path as it is; of what an `s3://` URI names the local copy, see `local_copy`."""
+    return local_copy(str(path)) if s3.is_s3(path) else Path(path)
+
+
 class _NoSuchKeyError(ValueError):
     """S3 has no object of that key; there may be some below it."""
 

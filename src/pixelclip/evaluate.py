@@ -16,7 +16,7 @@ from pixelclip.benchmarks import KINDS, LabelledSet, open_labelled
 from pixelclip.cache import origin
 from pixelclip.checkpoint import Model, backbone_of, clip_folder, load_clip, load_model
 from pixelclip.config import EvaluateConfig
-from pixelclip.download import local_copy
+from pixelclip.download import here
 from pixelclip.measure import Result, measure
 from pixelclip.ranks import Ranks, join
 from pixelclip.report import write_report
@@ -40,14 +40,14 @@ _OPTIONS = {
 """The settings that a protocol, or a kind of its masks, goes by."""
 
 
-def run(model: Path, labelled: Path, out: Path, config: EvaluateConfig) -> Metrics:
+def run(model: Path, labelled: Path | str, out: Path, config: EvaluateConfig) -> Metrics:
     """Measures a model and its CLIP on a labelled set and writes the report; an interrupted run continues.
 
     Started by torchrun, all processes count one result, and only the first writes it.
 
     Args:
         model: model folder.
-        labelled: labelled set.
+        labelled: labelled set, a folder or `s3://bucket/folder`.
         out: folder to make: metrics, `table.txt`, `per_class.json`, `confusion.json`, `protocol.json`, `report.html`.
         config: settings.
 
@@ -60,7 +60,7 @@ def run(model: Path, labelled: Path, out: Path, config: EvaluateConfig) -> Metri
         ValueError: unusable model, CLIP, labelled set or masks, or MLflow unreachable.
     """
     with join(config.device) as ranks:
-        return _run(model, labelled, out, config, ranks)
+        return _run(model, here(labelled), out, config, ranks)
 
 
 def _run(model: Path, labelled: Path, out: Path, config: EvaluateConfig, ranks: Ranks) -> Metrics:
@@ -117,7 +117,7 @@ def run_all(model: Path, labelled: Sequence[str], out: Path, config: EvaluateCon
         kind, _, folder = word.partition(":")
         chosen = config if kind not in KINDS else config.model_copy(update={"kind": kind})
         text = folder if kind in KINDS else word
-        path = local_copy(text) if is_s3(text) else Path(text)
+        path = here(text)
         name = _name(path, chosen)
         if name in sets:
             raise ValueError(f"two labelled sets are called {name!r}: {sets[name][0]} and {path}; evaluate them one by one")

@@ -18,6 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from pixelclip.config import ShardsConfig
+from pixelclip.download import here
 from pixelclip.images import decode_image, encode_jpeg, to_rgb, turn_upright
 from pixelclip.rle import RunMasks, read_runs
 from pixelclip.sources import Shard
@@ -185,11 +186,11 @@ class ShardWriter:
             self._temporary.replace(self._path)
 
 
-def run(images: Path, out: Path, config: ShardsConfig) -> Metrics:
+def run(images: Path | str, out: Path, config: ShardsConfig) -> Metrics:
     """Packs every image below `images` into shards; a `KEY.json` beside an image goes along.
 
     Args:
-        images: a folder, searched recursively.
+        images: a folder or `s3://bucket/folder`, searched recursively.
         out: folder of shards to make.
         config: settings.
 
@@ -199,6 +200,7 @@ def run(images: Path, out: Path, config: ShardsConfig) -> Metrics:
     Raises:
         ValueError: no image found, or too many that cannot be used.
     """
+    images = here(images)
     if not images.is_dir():
         raise ValueError(f"{images}: no such folder of images")
     paths = [path for path in files_below(images) if path.suffix.lower() in IMAGE_SUFFIXES]
