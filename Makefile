@@ -11,7 +11,7 @@ DOCKER_BUILD_ARGS ?= --network=host
 .DEFAULT_GOAL := help
 .PHONY: demo demo-docker test test-services lint ui image clean help requirements
 
-demo: .venv/installed  ## The main job end to end on painted scenes: about 7 minutes on 2 cores, see runs/demo/
+demo: .venv/installed  ## The main job end to end on painted scenes: 5 to 9 minutes on 2 cores, see runs/demo/
 	@$(BIN)/pixelclip toy --out $(DEMO)/toy --params params.yaml
 	@$(BIN)/pixelclip pipeline run --images $(DEMO)/toy/images --labelled $(DEMO)/toy/toy --out $(DEMO) --params params.yaml
 	@echo "Look at $(DEMO)/report.html, or at the run and the registry: make ui"
