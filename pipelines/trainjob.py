@@ -142,8 +142,8 @@ def train_on_nodes(job: str, workspace: str, settings: TrainConfig) -> Metrics:
     body = complete(json.loads(job), Path(workspace, "masks"), out, settings)
     jobs = _Jobs(body["metadata"]["name"])
     with _ended_by_signal():
-        jobs.start(body)
         try:
+            jobs.start(body)
             state = jobs.wait(float(body["metadata"]["annotations"][_POLL]))
         except SystemExit:
             jobs.delete()  # the run was stopped; the nodes must not train on

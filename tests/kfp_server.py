@@ -5,16 +5,15 @@ It keeps what it is given, as KFP's server does, and like it takes any run param
 
 import contextlib
 import json
-import threading
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from email.parser import BytesParser
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import yaml
+from json_server import JsonHandler, served
 
 NOW = "2026-01-02T03:04:05Z"
 _BELOW = "/apis/v2beta1/"
@@ -65,61 +64,41 @@ def fake_kfp() -> Iterator[FakeKfp]:
     class Handler(_Handler):
         fake = held
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    held.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
-    thread.start()
-    try:
+    with served(Handler) as held.url:
         yield held
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
-class _Handler(BaseHTTPRequestHandler):
+class _Handler(JsonHandler):
     fake: FakeKfp
-
-    def log_message(self, *_: Any) -> None:
-        """Says nothing."""
-
-    def _answer(self, code: int, document: Any) -> None:
-        data = json.dumps(document).encode()
-        self.send_response(code)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
 
     def _dispatch(self, method: str) -> None:
         url = urlsplit(self.path)
         query = {name: values[0] for name, values in parse_qs(url.query).items()}
-        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        body = self.body()
         if self.fake.gone:
             self.connection.close()
             return
         if self.fake.token and self.headers.get("Authorization") != f"Bearer {self.fake.token}":
-            self._answer(401, {"error": "Unauthorized", "message": "no valid token"})
+            self.answer(401, {"error": "Unauthorized", "message": "no valid token"})
             return
         self.fake.asked.append(f"{method} {url.path}")
         words = url.path.removeprefix(_BELOW).split("/")
         if words == ["healthz"]:
-            self._answer(200, {"multi_user": False})
+            self.answer(200, {"multi_user": False})
         elif words == ["pipelines", "upload_version"]:
-            self._answer(200, self._version(body, query))
+            self.answer(200, self._version(body, query))
         elif method == "POST" and words[-1] in _KINDS:
             entry = json.loads(body)
             if words[-1] == "recurringruns":
                 entry["status"] = "ENABLED"
-            self._answer(200, self.fake.add(words[-1], {"state": "PENDING", **entry} if words[-1] == "runs" else entry))
+            self.answer(200, self.fake.add(words[-1], {"state": "PENDING", **entry} if words[-1] == "runs" else entry))
         elif method == "GET" and words[-1] in _KINDS:
-            self._answer(200, self._page(words, query))
+            self.answer(200, self._page(words, query))
         elif words[0] in _KINDS and words[1] in self.fake.kept[words[0]]:
             there = self.fake.kept[words[0]]
-            self._answer(200, there.pop(words[1]) and {} if method == "DELETE" else there[words[1]])
+            self.answer(200, there.pop(words[1]) and {} if method == "DELETE" else there[words[1]])
         else:
-            self._answer(404, {"error": "not found", "message": f"{words[0]} {words[-1]} not found."})
+            self.answer(404, {"error": "not found", "message": f"{words[0]} {words[-1]} not found."})
 
     def _version(self, body: bytes, query: dict[str, str]) -> dict[str, Any]:
         message = BytesParser().parsebytes(b"Content-Type: " + self.headers["Content-Type"].encode() + b"\r\n\r\n" + body)

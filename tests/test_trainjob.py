@@ -8,12 +8,12 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import yaml
+from json_server import JsonHandler, served
 
 from pixelclip.config import TrainConfig, load, parse_overrides
 from pixelclip_components.train_job.component import train_job
@@ -39,20 +39,9 @@ class FakeKubernetes:
 def fake_kubernetes() -> Iterator[FakeKubernetes]:
     held = FakeKubernetes()
 
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *_):
-            pass
-
-        def answer(self, code: int, document: dict) -> None:
-            data = json.dumps(document).encode()
-            self.send_response(code)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
+    class Handler(JsonHandler):
         def do_POST(self):
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            body = json.loads(self.body())
             held.log.append(f"create {body['metadata']['name']}")
             if held.refuse:
                 self.answer(held.refuse, {"kind": "Status", "message": "trainjobs is forbidden to pipeline-runner"})
@@ -82,17 +71,8 @@ def fake_kubernetes() -> Iterator[FakeKubernetes]:
             held.log.append(f"delete {name}")
             self.answer(200, held.jobs.pop(name, {}))
 
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    held.url = f"http://127.0.0.1:{server.server_port}"
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
-    thread.start()
-    try:
+    with served(Handler) as held.url:
         yield held
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
 
 
 def ends(kind: str, reason: str = "", message: str = "") -> dict:
