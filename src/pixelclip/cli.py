@@ -137,8 +137,8 @@ def evaluate(
 @app.command()
 def sweep(
     file: Annotated[Path, typer.Argument(help="YAML: rows of settings, and the seeds at which each is run.")],
-    masks: Annotated[Path, typer.Option(help="Shards with masks.")],
-    labelled: Annotated[Path, typer.Option(help="Labelled set to evaluate on.")],
+    masks: Annotated[str, typer.Option(help="Shards with masks.")],
+    labelled: Annotated[str, typer.Option(help="Labelled set to evaluate on.")],
     out: Annotated[Path, typer.Option(help="Folder for all runs, the table and the plot; finished runs there are reused.")],
     params: Params = None,
 ) -> None:

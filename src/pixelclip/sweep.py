@@ -28,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from pixelclip import evaluate, train
 from pixelclip.benchmarks import open_labelled
 from pixelclip.config import EvaluateConfig, TrainConfig, build, load, nearest
+from pixelclip.download import here
 from pixelclip.server import connect, experiment_id
 from pixelclip.sources import list_shards
 from pixelclip.storage import read_json, write_atomically
@@ -156,15 +157,15 @@ def _check_names(settings: Mapping[str, Any], where: str) -> None:
             raise ValueError(f"{where}: unknown setting {name!r}{hint}")
 
 
-def run(file: Path, masks: Path, labelled: Path, out: Path, params: Path | None = None) -> list[dict[str, Any]]:
+def run(file: Path, masks: Path | str, labelled: Path | str, out: Path, params: Path | None = None) -> list[dict[str, Any]]:
     """Trains and evaluates every row at every seed, one after the other, and writes the table and the plot.
 
     Every run is an MLflow run below one of the sweep. What is finished is reused, what was interrupted continues.
 
     Args:
         file: the sweep, see `read`.
-        masks: Shards with masks.
-        labelled: labelled set.
+        masks: Shards with masks, here or on `s3://`.
+        labelled: labelled set, here or on `s3://`.
         out: folder of all runs; after every run `table.md` and `runs.csv` are written anew, at the end `sweep.png`.
         params: see `read`.
 
@@ -178,6 +179,7 @@ def run(file: Path, masks: Path, labelled: Path, out: Path, params: Path | None 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("sweep: runs in one process; with several GPUs compile it for a cluster (pipeline compile-sweep)")
     list_shards(masks)
+    labelled = here(labelled)
     for kind in sorted({each.evaluate.kind for each in planned}):
         open_labelled(labelled, kind)
     if out.exists() and not out.is_dir():
@@ -205,7 +207,7 @@ def run(file: Path, masks: Path, labelled: Path, out: Path, params: Path | None 
     return rows
 
 
-def _one(each: Planned, masks: Path, labelled: Path, folder: Path, parent: Run) -> dict[str, Any]:
+def _one(each: Planned, masks: Path | str, labelled: Path, folder: Path, parent: Run) -> dict[str, Any]:
     metrics: dict[str, float] = {}
     failure = ""
     try:
