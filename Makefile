@@ -20,8 +20,8 @@ demo-docker: .venv/installed image  ## The same in containers, with data from DV
 	@servers=$$(mktemp -d) && PATH=$(CURDIR)/$(BIN):$$PATH PIXELCLIP_IMAGE=pixelclip:dev \
 		$(BIN)/python tests/services.py $$servers deploy/demo_docker.sh $(CURDIR)/runs/demo-docker
 
-test: .venv/installed  ## All fast tests
-	@$(BIN)/python -m pytest
+test: .venv/installed  ## All fast tests, files side by side
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-services: .venv/installed  ## Tests against real S3, PostgreSQL, MLflow and DVC, which it starts and stops
 	@$(BIN)/python -m pytest -m services
