@@ -359,12 +359,10 @@ def _made(out: str) -> AbstractContextManager[Path]:
 
 def _path(spec: str) -> Path:
     """What a path, a URI or a registered model names, on this machine."""
-    if "://" in spec:
-        from pixelclip.download import local_copy
-
-        return local_copy(spec)
     if not spec.startswith("models:/"):
-        return Path(spec)
+        from pixelclip.download import here
+
+        return here(spec)
     try:
         from pixelclip.register import fetch
     except ModuleNotFoundError as error:

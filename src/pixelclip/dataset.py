@@ -111,6 +111,7 @@ class MaskedImages(Dataset[Sample | str]):
         self._order: tuple[int, NDArray[np.int64]] | None = None
         self._groups: list[NDArray[np.int64]] = []  # of this epoch's order: the shards that are mixed with each other
         self._group = -1  # the one that is being read
+        self._group_of = np.zeros(0, np.int64)  # of every shard
 
     def __len__(self) -> int:
         return len(self._members)
@@ -127,13 +128,15 @@ class MaskedImages(Dataset[Sample | str]):
             return generator.permutation(len(self))
         shards, size = generator.permutation(len(self.shards)), self.shards_at_once
         self._groups, self._group = [shards[first : first + size] for first in range(0, len(shards), size)], -1
-        of_shard = self._members[:, 0]
-        return np.concatenate([generator.permutation(np.flatnonzero(np.isin(of_shard, group))) for group in self._groups])
+        self._group_of = np.argsort(shards) // size
+        first_member = np.searchsorted(self._members[:, 0], np.arange(len(shards) + 1))  # a shard's samples stand together
+        of_shard = [np.arange(first, last) for first, last in pairwise(first_member.tolist())]
+        mixed = [np.concatenate([of_shard[shard] for shard in np.sort(group)]) for group in self._groups]
+        return np.concatenate([generator.permutation(members) for members in mixed])
 
     def _bring_next(self, shard: int) -> None:
         """Has the next group's shards brought from their store while the group of this one is read."""
-        group = next((number for number, shards in enumerate(self._groups) if shard in shards), -1)
-        if group in (-1, self._group):
+        if not self._groups or (group := int(self._group_of[shard])) == self._group:
             return
         self._group = group
         coming = [self.shards[number] for number in chain(*self._groups[group + 1 : group + 2])]

@@ -63,8 +63,8 @@ def local_copy(uri: str) -> Path:
 
 
 def here(path: Path | str) -> Path:
-    """A local path as it is; of what an `s3://` URI names the local copy, see `local_copy`."""
-    return local_copy(str(path)) if s3.is_s3(path) else Path(path)
+    """A local path as it is, even if nothing is there; of what a URI names the local copy, see `local_copy`."""
+    return local_copy(str(path)) if "://" in str(path) else Path(path)
 
 
 class _NoSuchKeyError(ValueError):

@@ -116,8 +116,7 @@ def run_all(model: Path, labelled: Sequence[str], out: Path, config: EvaluateCon
     for word in labelled:
         kind, _, folder = word.partition(":")
         chosen = config if kind not in KINDS else config.model_copy(update={"kind": kind})
-        text = folder if kind in KINDS else word
-        path = here(text)
+        path = here(folder if kind in KINDS else word)
         name = _name(path, chosen)
         if name in sets:
             raise ValueError(f"two labelled sets are called {name!r}: {sets[name][0]} and {path}; evaluate them one by one")

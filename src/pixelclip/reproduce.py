@@ -20,7 +20,7 @@ from pixelclip import __version__, evaluate, masks, shards, train
 from pixelclip.benchmarks import open_labelled
 from pixelclip.checkpoint import clip_folder
 from pixelclip.config import STAGES, build, lasting
-from pixelclip.download import local_copy
+from pixelclip.download import here
 from pixelclip.lineage import Registered, recorded
 from pixelclip.provenance import chain, flatten, source
 from pixelclip.register import fetch
@@ -250,4 +250,4 @@ def _at(name: str, spec: str) -> Path | None:
     """Where a path, a URI or the name of a CLIP leads here; None for a CLIP that is not there."""
     if name == "clip":
         return clip_folder(spec)
-    return local_copy(spec) if "://" in spec else Path(spec)
+    return here(spec)
