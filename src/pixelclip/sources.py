@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 
 from pixelclip import cache
 from pixelclip.download import local_copy
-from pixelclip.s3 import is_s3, list_below
+from pixelclip.s3 import Listed, is_s3, list_below
 from pixelclip.stage import PROVENANCE, describe
 from pixelclip.storage import digest, read_json
 
@@ -70,7 +70,7 @@ def list_shards(source: Path | str) -> list[Shard]:
         ValueError: nothing there, a shard of the manifest is missing, or the store refuses.
     """
     if is_s3(source) and not str(source).endswith(_MANIFEST):
-        return _remote_shards(str(source))
+        return [*_remote_shards(str(source), list_below(str(source)))]
     source = local_copy(str(source)) if is_s3(source) else Path(source)
     shards: list[Shard]
     if source.is_file():
@@ -83,10 +83,8 @@ def list_shards(source: Path | str) -> list[Shard]:
         if missing:
             found = f"the first is {source.parent / missing[0]}"
             raise ValueError(f"{source}: {len(missing)} of its shards are missing, {found}")
-        # One listing a folder of the store, not one request a shard.
-        remote = {
-            shard.uri: shard for uri in {line.rpartition("/")[0] for line in lines if is_s3(line)} for shard in _tars(uri)
-        }
+        folders = {line.rpartition("/")[0] for line in lines if is_s3(line)}  # a listing each, not a request a shard
+        remote = {tar.uri: tar for folder in folders for tar in _tars(list_below(folder))}
         if missing := [line for line in lines if is_s3(line) and line not in remote]:
             raise ValueError(f"{source}: {len(missing)} of its shards are missing, the first is {missing[0]}")
         shards = [remote[line] if is_s3(line) else source.parent / line for line in lines]
@@ -100,20 +98,20 @@ def list_shards(source: Path | str) -> list[Shard]:
     return shards
 
 
-def _tars(uri: str) -> list[RemoteFile]:
-    found = [RemoteFile(one.uri, one.etag, one.size) for one in list_below(uri)]
+def _tars(listed: list[Listed]) -> list[RemoteFile]:
+    found = [RemoteFile(one.uri, one.etag, one.size) for one in listed]
     return [file for file in found if file.name.endswith(".tar") and not file.name.startswith(".")]
 
 
-def _remote_shards(uri: str) -> list[Shard]:
-    folder, tars = uri.rstrip("/"), _tars(uri)
+def _remote_shards(uri: str, listed: list[Listed]) -> list[RemoteFile]:
+    folder, tars = uri.rstrip("/"), _tars(listed)
     shards = [tar for tar in tars if tar.uri.rpartition("/")[0] == folder]
     if not shards:
-        of_parts = {f"{folder}/{name}" for name in _remote_parts(uri)}
+        of_parts = {f"{folder}/{name}" for name in _remote_parts(uri, listed)}
         shards = [tar for tar in tars if tar.uri.rpartition("/")[0] in of_parts]
     if not shards:
         raise ValueError(f"{uri}: holds no shard (*.tar)")
-    return [*shards]
+    return shards
 
 
 def parts(source: Path) -> list[Path]:
@@ -127,10 +125,10 @@ def parts(source: Path) -> list[Path]:
     return [source / name for name in _whole(str(source), made)]
 
 
-def _remote_parts(uri: str) -> dict[str, dict[str, Any]]:
+def _remote_parts(uri: str, listed: list[Listed]) -> dict[str, dict[str, Any]]:
     """As `parts` in a store: name and provenance."""
     folder = uri.rstrip("/")
-    below = [one.uri.removeprefix(f"{folder}/").split("/") for one in list_below(uri)]
+    below = [one.uri.removeprefix(f"{folder}/").split("/") for one in listed]
     names = [name for name, *others in below if others == [PROVENANCE]]
     made = {name: read_json(local_copy(f"{folder}/{name}/{PROVENANCE}")) for name in names}
     return {name: made[name] for name in _whole(uri, made)}
@@ -162,10 +160,11 @@ def describe_shards(source: Path | str) -> dict[str, Any]:
     """
     if is_s3(source) and not str(source).endswith(_MANIFEST):
         wanted = f"{str(source).rstrip('/')}/{PROVENANCE}"
-        if any(one.uri == wanted for one in list_below(str(source))):
+        listed = list_below(str(source))
+        if any(one.uri == wanted for one in listed):
             provenance = read_json(local_copy(wanted))
             return {"path": str(source), **provenance["output"], "provenance": provenance}
-        made = list(_remote_parts(str(source)).values())
+        made = list(_remote_parts(str(source), listed).values())
     elif not is_s3(source) and (folder := Path(source)).is_dir():
         if any(folder.glob("*.tar")) or not (of_parts := parts(folder)):
             return describe(folder)
