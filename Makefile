@@ -9,7 +9,7 @@ IMAGE_FILES := Dockerfile .dockerignore pyproject.toml requirements.txt README.m
 DOCKER_BUILD_ARGS ?= --network=host
 
 .DEFAULT_GOAL := help
-.PHONY: demo demo-docker test test-services lint ui image clean help requirements
+.PHONY: demo demo-docker test test-services bench lint ui image clean help requirements
 
 demo: .venv/installed  ## The main job end to end on painted scenes: 5 to 9 minutes on 2 cores, see runs/demo/
 	@$(BIN)/pixelclip toy --out $(DEMO)/toy --params params.yaml
@@ -25,6 +25,9 @@ test: .venv/installed  ## All fast tests, files side by side
 
 test-services: .venv/installed  ## Tests against real S3, PostgreSQL, MLflow and DVC, which it starts and stops
 	@$(BIN)/python -m pytest -m services
+
+bench: .venv/installed  ## Speed and memory against honest baselines: benchmarks/results.json and a table
+	@$(BIN)/python -m benchmarks
 
 lint: .venv/installed  ## Ruff and the type checker
 	@$(BIN)/ruff check .
