@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from pixelclip.checkpoint import backbone_of, build_clip, load_clip, load_model, save_model
-from pixelclip.model import Decoder
+from pixelclip.decoder import Decoder
 from pixelclip.text import Prompts, TextTower
 
 

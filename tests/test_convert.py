@@ -16,7 +16,7 @@ from pixelclip import convert
 from pixelclip.backbone import Backbone
 from pixelclip.checkpoint import backbone_of, build_clip, load_model
 from pixelclip.config import ImportConfig
-from pixelclip.model import Decoder
+from pixelclip.decoder import Decoder
 from pixelclip.text import Prompts, TextTower
 
 

@@ -14,7 +14,8 @@ import torch
 
 from pixelclip.backbone import Backbone
 from pixelclip.clusters import merge_by_concept, sinkhorn
-from pixelclip.model import Decoder, PixelCLIP
+from pixelclip.decoder import Decoder
+from pixelclip.model import PixelCLIP
 from pixelclip.pixels import normalise, squash
 from pixelclip.predict import class_scores, label_map, resize_scores
 from pixelclip.text import Prompts, TextTower, classifier

@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 
 from pixelclip.backbone import Backbone
-from pixelclip.model import Decoder, PixelCLIP, mask_loss
+from pixelclip.decoder import Decoder, mask_loss
+from pixelclip.model import PixelCLIP
 from pixelclip.text import Prompts, TextTower
 
 

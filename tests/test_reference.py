@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from pixelclip.backbone import Backbone
 from pixelclip.clusters import merge_by_concept, sinkhorn
-from pixelclip.model import Decoder, PixelCLIP
+from pixelclip.decoder import Decoder
+from pixelclip.model import PixelCLIP
 from pixelclip.text import Prompts, TextTower
 
 SIZES = st.fixed_dictionaries(

@@ -24,7 +24,7 @@ with warnings.catch_warnings():
     import mlflow.pyfunc  # noqa: F401
 
 from pixelclip.checkpoint import Clip, load_clip, save_model
-from pixelclip.model import Decoder
+from pixelclip.decoder import Decoder
 from pixelclip.stage import PROVENANCE
 from pixelclip.storage import digest, write_json
 from pixelclip.text import Prompts, TextTower

@@ -12,6 +12,8 @@ from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 
+from pixelclip.blocks import run_block
+
 Residual = Literal["cls", "patch"]
 
 
@@ -95,7 +97,7 @@ def _dense_vit(visual: Any, images: Tensor, residual: Residual) -> Tensor:
     x, (height, width) = _embed(visual, images)  # [B, 1 + P, D]
     *blocks, last = visual.transformer.resblocks
     for block in blocks:
-        x = block(x)
+        x = run_block(block, x)
     y = last.ls_1(_value_path(last, x[:, 1:]))  # [B, P, D]
     y = y + (x[:, :1] if residual == "cls" else x[:, 1:])
     y = y + last.ls_2(last.mlp(last.ln_2(y)))

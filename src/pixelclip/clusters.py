@@ -3,9 +3,13 @@
 B images, N masks in the batch, K concepts, C embedding width, h w feature grid, H W mask grid.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+_MASKS_AT_ONCE = 128
 
 
 def full_precision(x: Tensor) -> Tensor:
@@ -13,7 +17,7 @@ def full_precision(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def pool_masks(features: Tensor, masks: Tensor, image_index: Tensor) -> Tensor:
+def pool_masks(features: Tensor, masks: Tensor, image_index: Tensor, counts: Sequence[int] | None = None) -> Tensor:
     """Averages bilinearly upsampled features inside each mask.
 
     Averaging is linear, so instead of upsampling features to [B, C, H, W] each mask is pulled back to the feature grid
@@ -23,6 +27,8 @@ def pool_masks(features: Tensor, masks: Tensor, image_index: Tensor) -> Tensor:
         features: [B, C, h, w], not normalised.
         masks: [N, H, W], bool.
         image_index: [N], the image that each mask belongs to.
+        counts: how many masks each of the B images has, where they stand image by image; without it a GPU must be asked,
+            and waited for.
 
     Returns:
         [N, C], unit length; zero for an empty mask.
@@ -30,11 +36,16 @@ def pool_masks(features: Tensor, masks: Tensor, image_index: Tensor) -> Tensor:
     height, width = masks.shape[1:]
     rows = _upsampling(features.shape[2], height, features)  # [H, h]
     columns = _upsampling(features.shape[3], width, features)  # [W, w]
-    weights = rows.T @ (masks.to(features.dtype) @ columns)  # [N, h, w]
-    pooled = features.new_zeros(len(masks), features.shape[1])
-    for image in range(len(features)):
-        chosen = image_index == image
-        pooled[chosen] = weights[chosen].flatten(1) @ features[image].flatten(1).T
+    # A mask as numbers has four times its bytes or more, so never all of them at once.
+    weights = torch.cat([(rows.T @ (some.to(features.dtype) @ columns)).flatten(1) for some in masks.split(_MASKS_AT_ONCE)])
+    order = None
+    if counts is None:
+        order = image_index.argsort(stable=True)
+        counts, weights = image_index.bincount(minlength=len(features)).tolist(), weights[order]
+    places = features.flatten(2).transpose(1, 2)  # [B, h * w, C]
+    pooled = torch.cat([mine @ image for mine, image in zip(weights.split(list(counts)), places, strict=True)])
+    if order is not None:
+        pooled = torch.empty_like(pooled).index_copy_(0, order, pooled)
     return F.normalize(pooled, dim=-1)
 
 
@@ -79,7 +90,8 @@ def merge_by_concept(masks: Tensor, image_index: Tensor, concept_index: Tensor, 
     Returns:
         [B, K, H, W], bool; concepts may overlap.
     """
-    targets = masks.new_zeros(num_images, num_concepts, *masks.shape[1:])
-    for mask, image, concept in zip(masks, image_index.tolist(), concept_index.tolist(), strict=True):
-        targets[image, concept] |= mask
-    return targets
+    size = masks.shape[1:]
+    # Counted, since the order in which a GPU would overwrite is a matter of chance.
+    counted = torch.zeros(num_images * num_concepts, *size, dtype=torch.int16, device=masks.device)
+    counted.index_add_(0, image_index * num_concepts + concept_index, masks.to(torch.int16))
+    return (counted > 0).unflatten(0, (num_images, num_concepts))

@@ -13,7 +13,7 @@ from torch import Tensor
 from pixelclip.backbone import Backbone
 from pixelclip.checkpoint import CLIP_CONFIG, CLIP_WEIGHTS, CONFIG, WEIGHTS, Clip, build_clip, load_model, save_model
 from pixelclip.config import ImportConfig, nearest
-from pixelclip.model import Decoder
+from pixelclip.decoder import Decoder
 from pixelclip.stage import Metrics, Stage, describe
 from pixelclip.storage import read_json, write_atomically
 from pixelclip.text import Prompts, TextTower

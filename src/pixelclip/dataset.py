@@ -57,7 +57,10 @@ class Sample:
 
 @dataclass(frozen=True)
 class Batch:
-    """`weak`, `strong` [B, 3, side, side]; `masks` [N, H, W]; `image_index` [N]; `bad`: samples that were left out."""
+    """`weak`, `strong` [B, 3, side, side]; `masks` [N, H, W]; `image_index` [N]; `bad`: samples that were left out.
+
+    `counts`, where it is known, says how many masks each image has, and that they stand image by image.
+    """
 
     weak: Tensor
     strong: Tensor
@@ -65,13 +68,14 @@ class Batch:
     image_index: Tensor
     bad: list[str]
     positions: list[int] = field(default_factory=list)
+    counts: list[int] | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
         weak, strong, masks, index = (
             x.to(device, non_blocking=True) for x in (self.weak, self.strong, self.masks, self.image_index)
         )
-        return Batch(weak, strong, masks, index, self.bad, self.positions)
+        return Batch(weak, strong, masks, index, self.bad, self.positions, self.counts)
 
 
 class MaskedImages(Dataset[Sample | str]):
@@ -290,14 +294,15 @@ def collate(samples: Sequence[Sample | str]) -> Batch:
     if not good:
         empty = torch.zeros(0)
         return Batch(empty, empty, empty.bool(), empty.long(), bad)
-    counts = torch.tensor([len(sample.masks) for sample in good])
+    counts = [len(sample.masks) for sample in good]
     return Batch(
         weak=torch.stack([sample.weak for sample in good]),
         strong=torch.stack([sample.strong for sample in good]),
         masks=torch.cat([sample.masks for sample in good]),
-        image_index=torch.repeat_interleave(torch.arange(len(good)), counts),
+        image_index=torch.repeat_interleave(torch.arange(len(good)), torch.tensor(counts)),
         bad=bad,
         positions=[sample.position for sample in good],
+        counts=counts,
     )
 
 

@@ -14,44 +14,9 @@ from torch import Tensor, nn
 from pixelclip.backbone import Backbone
 from pixelclip.clusters import full_precision, merge_by_concept, pool_masks, sinkhorn
 from pixelclip.dataset import Batch
+from pixelclip.decoder import Decoder, decoded_loss
 from pixelclip.ranks import ALONE, Ranks
 from pixelclip.text import Prompts, TextTower, Vectors
-
-
-class _DoubleConv(nn.Module):
-    def __init__(self, channels: int, groups: int) -> None:
-        super().__init__()
-        self.double_conv = nn.Sequential(
-            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
-            nn.GroupNorm(groups, channels),
-            nn.ReLU(),
-            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
-            nn.GroupNorm(groups, channels),
-            nn.ReLU(),
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.double_conv(x)
-
-
-class Decoder(nn.Module):
-    """Sharpens one similarity map at a time; used in training only."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv0 = nn.Conv2d(1, 64, 3, padding=1)
-        self.up1 = nn.ConvTranspose2d(64, 64, 2, stride=2)
-        self.conv1 = _DoubleConv(64, groups=4)
-        self.up2 = nn.ConvTranspose2d(64, 32, 2, stride=2)
-        self.conv2 = _DoubleConv(32, groups=2)
-        self.proj = nn.Conv2d(32, 1, 3, padding=1)
-        # Same numbers, about 1.6 times as fast on a CPU (docs/experiments.md).
-        self.to(memory_format=torch.channels_last)
-
-    def forward(self, maps: Tensor) -> Tensor:
-        """Turns similarity maps [M, 1, h, w] into mask logits [M, 1, 4h, 4w]."""
-        x = self.conv1(self.up1(self.conv0(maps)))
-        return self.proj(self.conv2(self.up2(x)))
 
 
 @dataclass(frozen=True)
@@ -62,8 +27,8 @@ class StepOutput:
         loss: [].
         concept_index: [N], the concept of each mask.
         assignment: [N, K], softmax of the scaled cosines, before Sinkhorn.
-        logits: [B, K, H, W]; in several pieces or processes those of this process's first piece.
-        shown_index: the concept of each mask of the images that `logits` is of.
+        logits: [S, K, H, W] of the first S images of this process's first piece with masks, as many as were asked for.
+        shown_index: the concept of each mask of that piece.
     """
 
     loss: Tensor
@@ -72,22 +37,9 @@ class StepOutput:
     logits: Tensor
     shown_index: Tensor
 
-
-def mask_loss(logits: Tensor, targets: Tensor, covered: Tensor, terms: Tensor | None = None) -> Tensor:
-    """Binary cross-entropy over all concepts at the covered pixels.
-
-    Args:
-        logits: [B, K, H, W].
-        targets: [B, K, H, W], bool.
-        covered: [B, H, W], bool: pixels inside at least one mask.
-        terms: [], what the sum is divided by when these images are only a part of the batch; else their own number.
-
-    Returns:
-        A scalar; 0, with zero gradients, when no pixel is covered.
-    """
-    weight = covered[:, None].to(logits.dtype).expand_as(logits)
-    total = F.binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), weight=weight, reduction="sum")
-    return total / (covered.sum() * logits.shape[1] if terms is None else terms).clamp_min(1)
+    def concepts_used(self) -> int:
+        """How many concepts have a mask."""
+        return int(self.concept_index.unique().numel())
 
 
 class PixelCLIP(nn.Module):
@@ -143,21 +95,23 @@ class PixelCLIP(nn.Module):
         """Returns the concepts [K, C], not normalised."""
         return self.prompts(self.text)
 
-    @torch.no_grad()
-    def mask_features(self, weak: Tensor, masks: Tensor, image_index: Tensor) -> Tensor:
+    def mask_features(self, weak: Tensor, masks: Tensor, image_index: Tensor, counts: Sequence[int] | None = None) -> Tensor:
         """The teacher's features of every mask.
 
         Args:
             weak: [B, 3, side, side], normalised images for the teacher.
             masks: [N, H, W], bool.
             image_index: [N], the image of each mask.
+            counts: see `pool_masks`.
 
         Returns:
             [N, C], unit length.
         """
-        with self._autocast(weak):
-            features = self.teacher(weak)
-        return pool_masks(full_precision(features), masks, image_index)
+        with torch.inference_mode():
+            with self._autocast(weak):
+                features = self.teacher(weak)
+            pooled = pool_masks(full_precision(features), masks, image_index, counts)
+        return pooled.clone()  # a tensor of inference cannot take part in a loss
 
     @torch.no_grad()
     def assign(self, mask_features: Tensor, concepts: Tensor, ranks: Ranks = ALONE) -> tuple[Tensor, Tensor]:
@@ -176,46 +130,54 @@ class PixelCLIP(nn.Module):
         chosen = sinkhorn(self.assignment_scale * everybodys, self.sinkhorn_iterations).argmax(dim=-1)
         return chosen[mine], cosines
 
-    def predict_masks(self, images: Tensor, concepts: Tensor, size: tuple[int, int]) -> Tensor:
-        """Mask logits [B, K, H, W] of concepts [K, C] for images [B, 3, side, side]; `size` is (H, W)."""
-        maps = torch.einsum("bchw,kc->bkhw", self._student_features(images), F.normalize(concepts, dim=-1))
-        return self._decode(maps.flatten(0, 1), size).unflatten(0, maps.shape[:2])
-
     def loss(
-        self, batch: Batch, mask_features: Tensor, concepts: Tensor, concept_index: Tensor, terms: Tensor | None = None
+        self,
+        batch: Batch,
+        covered: Tensor,
+        mask_features: Tensor,
+        concepts: Tensor,
+        concept_index: Tensor,
+        terms: Tensor,
+        shown: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """The student's loss on a batch whose masks have their concepts.
 
         Args:
             batch: B images and their N masks; of its views only the strong one is seen.
+            covered: [B, H, W], bool: pixels inside at least one mask.
             mask_features: [N, C], used when clustering is off.
             concepts: [K, C].
             concept_index: [N].
-            terms: see `mask_loss`.
+            terms: [], see `decoded_loss`.
+            shown: of how many images, from the first on, the logits are wanted.
 
         Returns:
-            The loss, and the logits [B, K, H, W] (without clustering K is the largest number of masks of an image).
+            The loss, and the logits [shown, K, H, W] (without clustering K is the largest number of masks of an image).
         """
-        size = (batch.masks.shape[1], batch.masks.shape[2])
-        covered = _covered(batch)
+        features = self._student_features(batch.strong)
+        num_images, num_concepts = len(batch.strong), len(concepts)
+        images = torch.arange(num_images, device=features.device)
         if self.clustering:
-            targets = merge_by_concept(batch.masks, batch.image_index, concept_index, len(batch.strong), len(concepts))
-            logits = self.predict_masks(batch.strong, concepts, size)
-            return mask_loss(logits, targets, covered, terms), logits
-        maps = torch.einsum("nchw,nc->nhw", self._student_features(batch.strong)[batch.image_index], mask_features)
-        own = self._decode(maps, size)  # [N, H, W]
-        place = _place_in_image(batch.image_index)
-        nothing = own.new_full((len(batch.strong), int(place.max()) + 1 if len(place) else 1, *size), -100.0)
-        logits = nothing.index_put((batch.image_index, place), own)
-        return mask_loss(own[:, None], batch.masks[:, None], covered[batch.image_index], terms), logits
+            maps = torch.einsum("bchw,kc->bkhw", features, F.normalize(concepts, dim=-1)).flatten(0, 1)
+            targets = merge_by_concept(batch.masks, batch.image_index, concept_index, num_images, num_concepts).flatten(0, 1)
+            owner, places = images.repeat_interleave(num_concepts), shown * num_concepts
+        else:
+            maps = torch.einsum("nchw,nc->nhw", features[batch.image_index], mask_features)
+            targets, owner, places = batch.masks, batch.image_index, int((batch.image_index < shown).sum()) if shown else 0
+        loss, logits = decoded_loss(self.decoder, maps, targets, covered, owner, terms, self.precision, places)
+        if self.clustering or not shown:
+            return loss, logits.unflatten(0, (-1, num_concepts)) if self.clustering else logits[:, None]
+        place = _place_in_image(owner[:places])
+        nothing = logits.new_full((shown, int(place.max()) + 1 if places else 1, *targets.shape[1:]), -100.0)
+        return loss, nothing.index_put((owner[:places], place), logits)
 
-    def count_terms(self, batch: Batch, num_concepts: int) -> Tensor:
-        """How many pixels times concepts the loss of a batch averages over: []."""
-        area = _covered(batch).flatten(1).sum(dim=1)
+    def count_terms(self, batch: Batch, covered: Tensor, num_concepts: int) -> Tensor:
+        """How many pixels times concepts the loss of a batch averages over: []; `covered` is [B, H, W]."""
+        area = covered.flatten(1).sum(dim=1)
         return area.sum() * num_concepts if self.clustering else area[batch.image_index].sum()
 
     def forward(self, weak: Tensor, strong: Tensor, masks: Tensor, image_index: Tensor) -> StepOutput:
-        """One training step's loss, in one piece and one process.
+        """One training step's loss, in one piece and one process, with the logits of all images.
 
         Args:
             weak: [B, 3, side, side], normalised images for the teacher.
@@ -227,58 +189,61 @@ class PixelCLIP(nn.Module):
         features = self.mask_features(weak, masks, image_index)
         concept_index, cosines = self.assign(features, concepts)
         batch = Batch(weak, strong, masks, image_index, [])
-        loss, logits = self.loss(batch, features, concepts, concept_index)
+        covered = _covered(batch)
+        terms = self.count_terms(batch, covered, len(concepts))
+        loss, logits = self.loss(batch, covered, features, concepts, concept_index, terms, shown=len(strong))
         assignment = torch.softmax(self.assignment_scale * cosines, dim=-1)
         return StepOutput(loss, concept_index, assignment, logits, concept_index)
 
-    def accumulate(self, pieces: Sequence[Batch], ranks: Ranks = ALONE) -> StepOutput:
+    def accumulate(self, pieces: Sequence[Batch], ranks: Ranks = ALONE, shown: int = 0) -> StepOutput:
         """Loss and gradients of one optimizer step whose images are spread over pieces and ranks.
 
         All masks are assigned together before the first piece is learned from, and every piece's loss is divided by what
-        all of them average over, so that the gradients are those of one large batch. Adds to `.grad`.
+        all of them average over, so that the gradients are those of one large batch. Adds to `.grad`. On a GPU and in one
+        process nothing here waits for the device.
 
         Args:
             pieces: this rank's images, in parts that fit its memory; parts without images or masks are allowed.
             ranks: who takes part.
+            shown: of how many images of the first piece the logits are wanted.
 
         Returns:
-            The loss of the whole batch; concepts and assignment of all ranks' masks; the logits of the first piece.
+            The loss of the whole batch; concepts and assignment of all ranks' masks; logits.
         """
         pieces = [piece for piece in pieces if len(piece.masks)]
+        concepts = self.concepts()  # through the text tower once, for all pieces
+        fixed = concepts.detach().requires_grad_(concepts.requires_grad)
         with torch.no_grad():
-            fixed = self.concepts()
-            features = [self.mask_features(piece.weak, piece.masks, piece.image_index) for piece in pieces]
-            terms = torch.stack([self.count_terms(piece, len(fixed)) for piece in pieces] + [fixed.new_zeros(())]).sum()
-        concept_index, cosines = self.assign(torch.cat([*features, fixed[:0]]), fixed, ranks)
-        terms, loss, logits = ranks.sum(terms), fixed.new_zeros(()), fixed.new_zeros(0)
-        for number, (piece, feature, index) in enumerate(
-            zip(pieces, features, concept_index.split([len(feature) for feature in features]), strict=True)
-        ):
-            part, found = self.loss(piece, feature, self.concepts(), index, terms)
+            features = [self.mask_features(piece.weak, piece.masks, piece.image_index, piece.counts) for piece in pieces]
+            covered = [_covered(piece) for piece in pieces]
+            counted = [self.count_terms(*each, len(fixed)) for each in zip(pieces, covered, strict=True)]
+            terms = ranks.sum(torch.stack([*counted, torch.zeros_like(fixed[0, 0], dtype=torch.long)]).sum())
+        concept_index, cosines = self.assign(torch.cat([*features, fixed.detach()[:0]]), fixed, ranks)
+        loss, logits = fixed.new_zeros(()), fixed.new_zeros(0)
+        of_pieces = concept_index.split([len(feature) for feature in features])
+        for number, (piece, pixels, feature, index) in enumerate(zip(pieces, covered, features, of_pieces, strict=True)):
+            wanted = min(shown, len(piece.strong)) if number == 0 else 0
+            part, found = self.loss(piece, pixels, feature, fixed, index, terms, wanted)
             part.backward()
-            loss, logits = loss + part.detach(), found.detach() if number == 0 else logits
+            loss, logits = loss + part.detach(), found if number == 0 else logits
+        if fixed.grad is not None:
+            concepts.backward(fixed.grad)
         ranks.sum_gradients(self.learning())
         softmax = torch.softmax(self.assignment_scale * ranks.gather(cosines)[0], dim=-1)
-        shown = concept_index[: len(features[0]) if features else 0]
-        return StepOutput(ranks.sum(loss), ranks.gather(concept_index)[0], softmax, logits, shown)
+        shown_index = concept_index[: len(features[0]) if features else 0]
+        return StepOutput(ranks.sum(loss), ranks.gather(concept_index)[0], softmax, logits, shown_index)
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
         """Moves the teacher towards the student; call it once after each optimizer step."""
-        for old, new in zip(self.teacher.parameters(), self.student.parameters(), strict=True):
-            if new.requires_grad:
-                old.lerp_(new, 1 - momentum)
+        both = zip(self.teacher.parameters(), self.student.parameters(), strict=True)
+        old, new = zip(*((mean, learned) for mean, learned in both if learned.requires_grad), strict=True)
+        torch._foreach_lerp_(old, new, 1 - momentum)
 
     def _student_features(self, images: Tensor) -> Tensor:
         with self._autocast(images):
             features = self.student(images)
         return F.normalize(full_precision(features), dim=1)
-
-    def _decode(self, maps: Tensor, size: tuple[int, int]) -> Tensor:
-        """Similarity maps [M, h, w] -> mask logits [M, H, W]."""
-        with self._autocast(maps):
-            logits = self.decoder(maps[:, None])  # [M, 1, 4h, 4w]
-        return F.interpolate(full_precision(logits), size=size, mode="bilinear", align_corners=False)[:, 0]
 
     def _autocast(self, like: Tensor) -> torch.autocast:
         return torch.autocast(like.device.type, self.precision, enabled=self.precision is not None)

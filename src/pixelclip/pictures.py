@@ -33,20 +33,18 @@ def to_pixels(normalised: Tensor, mean: Sequence[float], std: Sequence[float]) -
     return np.round(image.clamp(0, 1).permute(1, 2, 0).numpy() * 255).astype(np.uint8)
 
 
-def training_picture(
-    pieces: Sequence[Batch], output: StepOutput, mean: Sequence[float], std: Sequence[float], count: int = 4
-) -> Image.Image:
+def training_picture(pieces: Sequence[Batch], output: StepOutput, mean: Sequence[float], std: Sequence[float]) -> Image.Image:
     """One row an image: student's view | its masks in the colours of their concepts | the student's concept maps."""
     rows = []
     batch = next(piece for piece in pieces if len(piece.masks))  # the one whose logits the output has
     concepts = output.logits.shape[1]
     side = batch.masks.shape[-1]
-    for image in range(min(count, len(batch.strong))):
+    for image in range(len(output.logits)):
         mine = (batch.image_index == image).cpu()
         labels = np.full(batch.masks.shape[1:], -1)
         for mask, concept in zip(batch.masks.cpu()[mine], output.shown_index.cpu()[mine].tolist(), strict=True):
             labels[mask.numpy()] = concept
-        logits, predicted = output.logits[image].detach().max(dim=0)
+        logits, predicted = output.logits[image].max(dim=0)
         predicted = torch.where(logits > 0, predicted, -1).cpu()
         view = Image.fromarray(to_pixels(batch.strong[image], mean, std)).resize((side, side))
         rows.append(

@@ -1,7 +1,7 @@
 """Processes that work on one thing together: started by torchrun, or just this one. N rows."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -116,6 +116,21 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype | None:
         able = torch.cpu.get_capabilities()
         fast = bool(able.get("avx512_bf16") or able.get("amx_bf16"))
     return torch.bfloat16 if name == "bfloat16" or (name == "auto" and fast) else None
+
+
+def later(values: Tensor) -> Callable[[], list[float]]:
+    """Sends numbers [N] on their way from the device; calling the result waits for them alone, not for what came after."""
+    copied = values.detach().to("cpu", non_blocking=True)
+    if values.device.type != "cuda":
+        return copied.tolist
+    there = torch.cuda.Event()
+    there.record()
+
+    def read() -> list[float]:
+        there.synchronize()
+        return copied.tolist()
+
+    return read
 
 
 @contextmanager

@@ -57,9 +57,7 @@ def load_state(path: Path, model: PixelCLIP, optimizer: torch.optim.AdamW, ranks
             name = names[id(parameter)]
             if f"optimizer.step.{name}" in tensors:
                 state = {key: tensors[f"optimizer.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-                optimizer.state[parameter] = {
-                    key: value if key == "step" else value.to(parameter.device) for key, value in state.items()
-                }
+                optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}
     if ranks.first:
         print(f"train: continues after step {step}", flush=True)
     return int(step)

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pixelclip.blocks import run_block
+
 PROMPT_TEMPLATE = "A photo of a {} in the scene"
 TEMPLATES: dict[str, tuple[str, ...]] = {
     "ensemble": (
@@ -88,7 +90,9 @@ class TextTower(nn.Module):
         length = embeddings.shape[1]
         x = embeddings + self.positional_embedding[:length]
         mask = self.attn_mask
-        x = self.transformer(x, attn_mask=None if mask is None else mask[:length, :length])
+        mask = None if mask is None else mask[:length, :length]
+        for block in self.transformer.resblocks:
+            x = run_block(block, x, mask)
         x = self.ln_final(x[torch.arange(len(x), device=x.device), end])
         projection = self.text_projection
         return projection(x) if isinstance(projection, nn.Linear) else x @ projection

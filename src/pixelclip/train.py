@@ -5,6 +5,8 @@ B images, N masks, K concepts, C embedding width.
 
 import math
 import time
+from collections import deque
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -19,11 +21,12 @@ from pixelclip.backbone import Backbone, check_side
 from pixelclip.checkpoint import CONFIG, WEIGHTS, Clip, clip_folder, load_clip, save_model
 from pixelclip.config import TrainConfig
 from pixelclip.dataset import Batch, MaskedImages, Views, load_batches, positions
+from pixelclip.decoder import Decoder
 from pixelclip.dino import load_dino, masks_of
 from pixelclip.download import local_copy
-from pixelclip.model import Decoder, PixelCLIP
+from pixelclip.model import PixelCLIP
 from pixelclip.pictures import gallery, training_picture
-from pixelclip.ranks import Ranks, join, pick_precision
+from pixelclip.ranks import Ranks, join, later, pick_precision
 from pixelclip.resume import load_state, save_state
 from pixelclip.shards import BadSamples
 from pixelclip.sources import describe_shards, list_shards
@@ -32,6 +35,8 @@ from pixelclip.text import TEMPLATES, Prompts, TextTower, Vectors, classifier, n
 from pixelclip.tracking import Run
 
 STATE = "state.safetensors"
+_PICTURED = 4
+"""Images of a training picture."""
 _MASKLESS_SHARE = 0.5
 """More steps than this without any mask mean that the masks are unusable."""
 
@@ -126,14 +131,15 @@ def _train(
         range(start, config.steps), desc="train", unit="step", initial=start, total=config.steps, disable=not ranks.first
     )
 
-    loss, concepts_used, maskless, seen, since = 0.0, 0, 0, 0, time.monotonic()
+    output, maskless, seen, since = None, 0, 0, time.monotonic()
+    unread: deque[tuple[int, Callable[[], list[float]]]] = deque()
     for step in bar:
         batches = [next(loader) for _ in range(config.accumulate)]
 
         # Bad samples: named, counted, and too many of them stop the training.
         bad.found += [name for batch in batches for name in batch.bad]
         mine = [len(bad.found) - len(dataset.bad), sum(len(batch.masks) for batch in batches)]
-        num_bad, num_masks = ranks.sum(torch.tensor(mine, device=ranks.device)).tolist()
+        num_bad, num_masks = mine if ranks.size == 1 else ranks.sum(torch.tensor(mine, device=ranks.device)).tolist()
         if num_bad:
             seen_once = max(len(dataset), (step - start + 1) * config.batch_size)
             bad.stop_if_too_many(seen_once, len(dataset.bad) + num_bad)
@@ -155,48 +161,48 @@ def _train(
         # Forward, loss, backward, clip. What is random inside the student hangs on the step, not on what came before.
         torch.manual_seed(config.seed * 1_000_003 + step * ranks.size + ranks.rank)
         optimizer.zero_grad(set_to_none=True)
-        output = model.accumulate(batches, ranks)
+        logged = (step + 1) % config.log_every == 0 or step + 1 == config.steps
+        pictured = tracked and config.picture_every and ((step + 1) % config.picture_every == 0 or step == 0)
+        output = model.accumulate(batches, ranks, shown=_PICTURED if pictured else 0)
         norm = nn.utils.clip_grad_norm_(model.learning(), config.gradient_clip)
-        loss, gradient_norm = output.loss.item(), norm.item()
-        if not (math.isfinite(loss) and math.isfinite(gradient_norm)):
-            raise ValueError(
-                f"step {step + 1}: loss {loss}, gradient norm {gradient_norm}: training stops before a weight is changed; "
-                "lower the learning rates (train.learning_rate_*) or look at the images and masks"
-            )
+        saved = (step + 1) % config.checkpoint_every == 0
+        unread.append((step, later(torch.stack([output.loss, norm]))))
+        # A GPU is not waited for: it works on this step while the last one's numbers are read. What is kept is read first.
+        _check_finite(unread, left=int(ranks.device.type == "cuda" and not (logged or saved)))
 
         # Step, teacher.
         optimizer.step()
         model.update_teacher(config.teacher_momentum)
 
         # Log.
-        concepts_used = int(output.concept_index.unique().numel())
         seen += config.batch_size
-        if tracked and ((step + 1) % config.log_every == 0 or step + 1 == config.steps):
+        if tracked and logged:
             speed, seen, since = seen / (time.monotonic() - since), 0, time.monotonic()
-            bar.set_postfix(loss=f"{loss:.4f}", images_s=f"{speed:.1f}", refresh=False)
+            bar.set_postfix(loss=f"{output.loss.item():.4f}", images_s=f"{speed:.1f}", refresh=False)
             entropy = -(output.assignment * output.assignment.clamp_min(1e-12).log()).sum(dim=-1).mean().item()
             rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
             tracked.log(
                 {
-                    "train/loss": loss,
-                    "train/gradient_norm": gradient_norm,
-                    "train/concepts_used": concepts_used,
+                    "train/loss": output.loss.item(),
+                    "train/gradient_norm": norm.item(),
+                    "train/concepts_used": output.concepts_used(),
                     "train/assignment_entropy": entropy,
                     "train/images_per_second": speed,
                     **{f"train/learning_rate_{name}": rate for name, rate in rates.items() if not name.endswith("_no_decay")},
                 },
                 step + 1,
             )
-        if tracked and config.picture_every and ((step + 1) % config.picture_every == 0 or step == 0) and len(output.logits):
+        if tracked and pictured and len(output.logits):
             picture = stage.folder / "pictures" / f"step-{step + 1:06d}.jpg"
             picture.parent.mkdir(exist_ok=True)
             training_picture(batches, output, clip.mean, clip.std).save(picture, quality=85)
             tracked.artifact(picture, "pictures")
 
         # Checkpoint.
-        if ranks.first and (step + 1) % config.checkpoint_every == 0 and step + 1 < config.steps:
+        if ranks.first and saved and step + 1 < config.steps:
             save_state(stage.folder / STATE, model, optimizer, step + 1)
 
+    _check_finite(unread, left=0)
     bad.found = sum(ranks.gather_objects(bad.found[len(dataset.bad) :]), list(dataset.bad))
     if ranks.first:
         bad.check(max(len(dataset), (config.steps - start) * config.batch_size))
@@ -206,12 +212,24 @@ def _train(
         if not dino:
             gallery(model.eval(), dataset, stage.folder, torch.device("cpu"))
     return {
-        "train/loss": loss,
-        "train/concepts_used": float(concepts_used),
+        "train/loss": output.loss.item() if output else 0.0,
+        "train/concepts_used": float(output.concepts_used()) if output else 0.0,
         "train/steps": float(config.steps),
         "train/bad_samples": float(len(bad.found)),
         "train/maskless_batches": float(maskless),
     }
+
+
+def _check_finite(unread: deque[tuple[int, Callable[[], list[float]]]], left: int) -> None:
+    """Reads loss and gradient norm of steps until `left` of them are unread."""
+    while len(unread) > left:
+        step, read = unread.popleft()
+        loss, norm = read()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise ValueError(
+                f"step {step + 1}: loss {loss}, gradient norm {norm}: training stops, and nothing of this step is kept; "
+                "lower the learning rates (train.learning_rate_*) or look at the images and masks"
+            )
 
 
 def _find_masks(dino: VisionTransformer, batch: Batch, config: TrainConfig, clip: Clip) -> Batch:
@@ -223,7 +241,7 @@ def _find_masks(dino: VisionTransformer, batch: Batch, config: TrainConfig, clip
     visible[batch.image_index] = batch.masks
     seeds = [int(np.random.SeedSequence([config.seed, 3, p]).generate_state(1)[0]) for p in batch.positions]
     masks, index = masks_of(dino, batch.weak * std + mean, visible, config.dino_clusters, seeds)
-    return replace(batch, masks=masks, image_index=index)
+    return replace(batch, masks=masks, image_index=index, counts=None)
 
 
 def new_concepts(text: TextTower, config: TrainConfig) -> Prompts | Vectors:
@@ -289,4 +307,5 @@ def make_optimizer(model: PixelCLIP, config: TrainConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(
         [{"name": name, "lr": rate, "weight_decay": decay, "params": p} for name, (rate, decay, p) in groups.items() if p],
         betas=(0.9, 0.999),
+        fused=True,
     )

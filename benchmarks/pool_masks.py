@@ -1,0 +1,49 @@
+"""Mask features: the transposed bilinear map against upsampled features [B, C, H, W] that are averaged mask by mask."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.case import Case
+from benchmarks.train_step import GRID, MASKS, blobs
+from pixelclip.clusters import pool_masks
+
+IMAGES, CHANNELS, PLACES = 2, 512, 20
+
+
+def literal(features: Tensor, masks: Tensor, image_index: Tensor) -> Tensor:
+    """As tests/reference.py writes it: one boolean gather a mask."""
+    large = F.interpolate(features, size=masks.shape[1:], mode="bilinear", align_corners=False)
+    return F.normalize(
+        torch.stack([large[i][:, m].mean(dim=1) for m, i in zip(masks, image_index.tolist(), strict=True)]), dim=1
+    )
+
+
+def by_product(features: Tensor, masks: Tensor, image_index: Tensor) -> Tensor:
+    """The same with one matrix product an image: what one would write next. Not the baseline, but told beside it."""
+    large = F.interpolate(features, size=masks.shape[1:], mode="bilinear", align_corners=False).flatten(2)  # [B, C, H * W]
+    flat = masks.flatten(1).to(features.dtype)
+    return F.normalize(torch.cat([flat[image_index == i] @ large[i].T for i in range(len(features))]), dim=1)
+
+
+def same(theirs: Tensor, ours: Tensor) -> str:
+    """Unit vectors, compared entry by entry."""
+    apart = (theirs - ours).abs().max().item()
+    assert apart < 2e-6, apart
+    return f"entries of unit vectors within {apart:.0e}"
+
+
+def make(baseline=literal) -> Case:  # type: ignore[no-untyped-def]
+    """The comparison."""
+    generator = torch.Generator().manual_seed(2)
+    features = torch.randn(IMAGES, CHANNELS, PLACES, PLACES, generator=generator)
+    masks = blobs(generator, IMAGES * MASKS)
+    index = torch.arange(IMAGES).repeat_interleave(MASKS)
+    counts = [MASKS] * IMAGES
+    return Case(
+        what=f"{IMAGES} images, {MASKS} masks each, C {CHANNELS}, {PLACES}x{PLACES} places, grid {GRID}",
+        baseline=lambda: baseline(features, masks, index),
+        ours=lambda: pool_masks(features, masks, index, counts),
+        same=same,
+        rounds=9,
+    )
