@@ -23,7 +23,7 @@ from pixelclip.backbone import Backbone, Residual
 from pixelclip.config import nearest
 from pixelclip.download import local_copy
 from pixelclip.stage import PROVENANCE
-from pixelclip.storage import read_json, write_json
+from pixelclip.storage import digest, read_json, write_json
 from pixelclip.text import Prompts, TextTower, Vectors
 from pixelclip.weights import check_tensors, named, read_weights
 
@@ -71,6 +71,12 @@ def clip_folder(spec: str) -> Path | None:
     if "://" in weights:
         return local_copy(weights)
     return Path(weights) if weights and Path(weights).is_file() else None
+
+
+def clip_version(spec: str) -> str:
+    """What identifies the weights that a `clip` setting names now: the setting, and the md5 of weights that are files."""
+    weights = clip_folder(spec)
+    return spec if weights is None else f"{spec} md5 {digest(weights)['md5']}"
 
 
 def load_clip(spec: str) -> Clip:
