@@ -25,6 +25,7 @@ from pixelclip.checkpoint import backbone_of, load_clip, load_model
 from pixelclip.config import EvaluateConfig, build
 from pixelclip.evaluate import run
 from pixelclip.masks import felzenszwalb
+from pixelclip.measure import measure as stage_measure
 from pixelclip.measure import metrics_of
 from pixelclip.pixels import normalise, squash, to_tensor
 from pixelclip.predict import Predictor, class_scores
@@ -156,7 +157,7 @@ def measured(made: Path, labelled: Path, config: EvaluateConfig, ranks: Ranks, s
     towers = {OURS: backbone_of(model), CLIP: Backbone(clip.model.visual)}
     classes = classifier(TextTower(clip.model).eval(), dataset.classes)
     settings = config.model_copy(update={"side": tiny.SIDE})
-    found = stage.measure(towers, clip, classes, dataset, settings, ranks, state)
+    found = stage_measure(towers, clip, classes, dataset, settings, ranks, state)
     return metrics_of(found.tally, len(dataset), masks=False), len(found.pictures)
 
 

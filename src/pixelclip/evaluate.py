@@ -119,19 +119,15 @@ def _measure(
     clip = load_clip(settings.clip)
     text = TextTower(clip.model).to(ranks.device).eval()
     classes = classifier(text, dataset.classes, TEMPLATES[settings.templates])
+    words = _nearest_words(model, text, classes, dataset.classes)
     towers = {OURS: backbone_of(model)}
     if clip_evaluation is None:
         towers[CLIP] = Backbone(clip.model.visual, model.residual)
+        return measure(towers, clip, classes, dataset, settings, ranks, state), words
+    of_clip, maps = evaluate_clip.load(clip_evaluation, len(classes))
     found = measure(towers, clip, classes, dataset, settings, ranks, state)
-    if clip_evaluation is not None:
-        found = _joined(found, clip_evaluation, len(classes))
-    return found, _nearest_words(model, text, classes, dataset.classes)
-
-
-def _joined(found: Counted, clip_evaluation: Path, num_classes: int) -> Counted:
-    tally, maps = evaluate_clip.load(clip_evaluation, num_classes)
     try:
-        return Counted(found.tally.joined(tally), {**found.maps, CLIP: maps}, found.pictures)
+        return Counted(found.tally.joined(of_clip), {**found.maps, CLIP: maps}, found.pictures), words
     except ValueError as error:
         raise ValueError(f"{clip_evaluation}: {error}") from None
 

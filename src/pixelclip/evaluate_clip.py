@@ -4,6 +4,7 @@
 those of section `evaluate`. Started by torchrun, the processes share the images. K classes, H W image.
 """
 
+import io
 import shutil
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -156,7 +157,7 @@ def load(made: Path, num_classes: int) -> tuple[Tally, Maps]:
     tally = Tally.zeros([CLIP], num_classes, 0)
     try:
         tally.load(made / COUNTS)
-        with np.load(made / MAPS, allow_pickle=False) as saved:
+        with np.load(io.BytesIO((made / MAPS).read_bytes()), allow_pickle=False) as saved:
             return tally, {int(index): saved[index] for index in saved.files}
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(f"{made}: {COUNTS} and {MAPS} cannot be read: {error}") from None

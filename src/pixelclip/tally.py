@@ -180,7 +180,7 @@ class Tally:
 
     def load(self, path: Path) -> None:
         """Continues from a checkpoint."""
-        with np.load(path, allow_pickle=False) as saved:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as saved:
             for name, array in self.arrays().items():
                 array[...] = saved[name]
             rest = json.loads(saved["rest"].tobytes())
