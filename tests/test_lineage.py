@@ -140,7 +140,7 @@ def test_the_evaluation_is_reproduced_and_the_recorded_run_stays_as_it_is(made, 
     assert os.environ["MLFLOW_RUN_ID"] == "theirs"
     said = capsys.readouterr().out
     assert "equal within 0.01 points" in said and "<--" not in said
-    assert "WARNING: evaluate: run by other code: image registry.example" in said
+    assert "WARNING: evaluate, evaluate_clip: run by other code: image registry.example" in said
     assert read_json(tmp_path / "out" / "reproduction.json")["found"] == made.metrics
     assert history(made) == before
     found = made.client.search_runs([made.client.get_experiment_by_name("pixelclip").experiment_id])
@@ -159,7 +159,7 @@ def test_the_training_is_reproduced_from_the_images_on(made, tmp_path, capsys):
         for name, away in moved.items():
             away.rename(made.base / name)
     said = capsys.readouterr().out
-    assert "WARNING: evaluate, train, masks, shards: run by other code: image" in said
+    assert "WARNING: evaluate, train, masks, shards, evaluate_clip: run by other code: image" in said
     for stage in ("shards", "masks", "train"):
         assert f"reproduce: {stage}: the same files as recorded" in said
     assert (tmp_path / "out" / "train" / "model.safetensors").read_bytes() == (

@@ -77,7 +77,8 @@ def run(uri: str, out: Path, *, train: bool = False, tolerance: float = 0.01, ru
     """
     work = _Work(out, _checked(runtime or {}))
     there = recorded(uri)
-    for line in _other_code([*chain(there.provenance)] if train else [there.provenance]):
+    measured = [made for made in chain(there.provenance) if train or made["stage"] in ("evaluate", "evaluate_clip")]
+    for line in _other_code(measured):
         print(f"reproduce: WARNING: {line}", flush=True)
     with _own_run(there) as client_and_run:
         inputs = there.provenance["inputs"]
