@@ -59,7 +59,7 @@ def pinned_clip(clip: str, settings: Mapping[str, Any], workspace: str) -> tuple
         What identifies the CLIP's weights and the code that measures it; and of the settings those that the evaluation
         goes by, so that a training with others does not repeat it.
     """
-    from pixelclip.checkpoint import clip_version
+    from pixelclip.sources import clip_version
 
     chosen = {key: value for key, value in settings.items() if key.startswith("evaluate.") or key in _OF_TRAINING}
     version = f"{clip_version(str(settings.get('evaluate.clip') or clip))} code {__version__} {code_revision()}"

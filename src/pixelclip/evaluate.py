@@ -17,7 +17,7 @@ from torch import Tensor
 from pixelclip import evaluate_clip
 from pixelclip.backbone import Backbone
 from pixelclip.benchmarks import LabelledSet, open_labelled
-from pixelclip.checkpoint import Model, backbone_of, clip_folder, load_clip, load_model
+from pixelclip.checkpoint import Model, backbone_of, load_clip, load_model
 from pixelclip.config import EvaluateClipConfig, EvaluateConfig
 from pixelclip.download import here
 from pixelclip.measure import Counted, measure, metrics_of, per_class
@@ -33,6 +33,7 @@ from pixelclip.protocol import (
 )
 from pixelclip.ranks import Ranks, join
 from pixelclip.report import Example, write_report
+from pixelclip.sources import clip_folder
 from pixelclip.stage import METRICS, PROVENANCE, Metrics, Stage, describe
 from pixelclip.storage import read_json, write_atomically, write_json
 from pixelclip.tally import CLIP, OURS

@@ -18,14 +18,13 @@ from mlflow import MlflowClient
 
 from pixelclip import __version__, evaluate, masks, shards, train
 from pixelclip.benchmarks import open_labelled
-from pixelclip.checkpoint import clip_folder
 from pixelclip.config import STAGES, build, lasting
 from pixelclip.download import here
 from pixelclip.lineage import Registered, recorded
 from pixelclip.provenance import chain, flatten, source
 from pixelclip.register import fetch
 from pixelclip.server import connect, experiment_id
-from pixelclip.sources import describe_shards
+from pixelclip.sources import clip_folder, describe_shards
 from pixelclip.stage import code_image, code_revision, describe
 from pixelclip.storage import digest, write_json
 from pixelclip.tracking import PARENT_RUN, RUN, lineage
