@@ -90,6 +90,10 @@ class Step(BaseModel):
 
 
 _GPU_NODE = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
+_EVALUATION = {
+    **{"cpu": "4", "cpu_limit": "8", "memory": "16Gi", "memory_limit": "48Gi", "gpus": 1, "tolerations": _GPU_NODE},
+    **{"shared_memory": "8Gi", "timeout": "12h"},
+}
 STEPS: dict[str, dict[str, Any]] = {
     "pin_revision": {},
     "fetch_data": {"memory": "2Gi", "timeout": "6h"},
@@ -100,10 +104,8 @@ STEPS: dict[str, dict[str, Any]] = {
         **{"shared_memory": "16Gi", "timeout": "2d", "retries": 3, "backoff": "1m"},
     },
     "train_job": {"cpu": "100m", "cpu_limit": "1", "memory": "512Mi", "memory_limit": "2Gi", "timeout": "3d", "retries": 3},
-    "evaluate": {
-        **{"cpu": "4", "cpu_limit": "8", "memory": "16Gi", "memory_limit": "48Gi", "gpus": 1, "tolerations": _GPU_NODE},
-        **{"shared_memory": "8Gi", "timeout": "12h"},
-    },
+    "evaluate_clip": _EVALUATION,
+    "evaluate": _EVALUATION,
     "register": {"memory": "2Gi", "memory_limit": "8Gi", "retries": 3},
     "finish": {"timeout": "20m", "retries": 3},
     "sweep_table": {"timeout": "20m"},

@@ -1,4 +1,4 @@
-"""The DAG: data -> shards -> masks -> train -> evaluate -> register, and whatever happens the MLflow run is closed."""
+"""The DAG: data -> shards -> masks -> train -> evaluate -> register; whatever happens the MLflow run is closed."""
 
 import json
 
@@ -7,6 +7,7 @@ from kfp import dsl
 from pixelclip.config import MasksConfig, RegisterConfig, TrainConfig
 from pixelclip_components import IMAGE
 from pixelclip_components.evaluate.component import evaluate
+from pixelclip_components.evaluate_clip.component import evaluate_clip
 from pixelclip_components.fetch_data.component import fetch_data
 from pixelclip_components.finish.component import finish
 from pixelclip_components.masks.component import masks
@@ -88,11 +89,12 @@ def build(cluster: Cluster | None = None, nodes: int = 1, image: str = IMAGE) ->
         everywhere = {"settings": settings, "workspace": workspace}
         learned = {"clip": clip, "steps": steps, "batch_size": batch_size, "concepts": concepts, "seed": seed}
         with dsl.ExitHandler(on("finish", finish()), name="pixelclip"):
-            commit = on("pin_revision", pin_revision(repo=repo, revision=revision)).output
+            pins = on("pin_revision", pin_revision(repo=repo, revision=revision, clip=clip, **everywhere)).outputs
 
             def fetched(path: str) -> dsl.PipelineTask:
-                task = on("fetch_data", fetch_data(repo=repo, path=path, revision=commit, **everywhere))
-                # The one step whose inputs say all about its output: a full commit SHA never means other data tomorrow.
+                task = on("fetch_data", fetch_data(repo=repo, path=path, revision=pins["commit"], **everywhere))
+                # Its parameters say all about its output: a full commit SHA never means other data tomorrow, and without
+                # a repository no other run has the same `revision`.
                 return task.set_caching_options(True)
 
             pictures, truth = fetched(images), fetched(labelled)
@@ -109,7 +111,18 @@ def build(cluster: Cluster | None = None, nodes: int = 1, image: str = IMAGE) ->
                     one = masked(part=part)
                 seen = {"parts": dsl.Collected(one.outputs["masks"])}
             model = on("train_job" if job else "train", trainer(**seen, **learned, **job, **everywhere)).outputs["model"]
-            measured = on("evaluate", evaluate(model=model, labelled=truth.outputs["data"], **everywhere))
+            plain = evaluate_clip(
+                labelled=truth.outputs["data"],
+                clip=clip,
+                clip_version=pins["clip_version"],
+                data_version=truth.outputs["version"],
+                settings=pins["clip_settings"],
+                workspace=workspace,
+            )
+            # KFP knows the labelled set by its address only, but the two versions say what stands there.
+            before = on("evaluate_clip", plain).set_caching_options(True).outputs["evaluation"]
+            found = evaluate(model=model, labelled=truth.outputs["data"], clip_evaluation=before, **everywhere)
+            measured = on("evaluate", found)
             passed = register(
                 model=model,
                 evaluation=measured.outputs["evaluation"],

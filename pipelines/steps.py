@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,12 +12,15 @@ from typing import Any
 
 import yaml
 
+from pixelclip import __version__
 from pixelclip.config import TrainConfig, load
-from pixelclip.stage import METRICS, PROVENANCE, Metrics, place
+from pixelclip.stage import METRICS, PROVENANCE, Metrics, code_revision, place
 from pixelclip.storage import read_json, write_atomically
 
 LOCATION = "location"
 """Metadata of an artifact that says where its content stands, when that is not where KFP keeps the artifact."""
+_OF_TRAINING = ("train.side", "train.residual")
+"""Settings of the training that an evaluation of CLIP shares."""
 _STATUS = {"SUCCEEDED": "FINISHED", "FAILED": "FAILED", "CANCELLED": "KILLED"}
 _DATA_COLUMNS = "| data | md5 | revision | path |\n|---|---|---|---|\n"
 
@@ -28,32 +32,67 @@ def pinned(repo: str, revision: str) -> str:
         repo: URL or path of the repository; empty where data are no DVC data.
         revision: a branch, a tag or a commit; empty: the repository's default branch.
 
+    Returns:
+        The SHA; without a repository a word that no other run gets.
+
     Raises:
         ValueError: no such repository or revision.
     """
     if not repo:
-        return ""
+        # KFP takes a fetch of known parameters from its cache, with the version that it told then. Of data that nobody
+        # versions that would be a lie once they change, so their fetches must have a parameter that no other run has.
+        return _unique()
     from pixelclip.fetch_data import commit_of
 
     return commit_of(repo, revision or "HEAD")
 
 
-def fetched(artifact: Any, repo: str, path: str, revision: str, settings: Mapping[str, Any], workspace: str) -> Metrics:
+def pinned_clip(clip: str, settings: Mapping[str, Any], workspace: str) -> tuple[str, dict[str, Any]]:
+    """By which parameters KFP may know an evaluation of CLIP again.
+
+    Args:
+        clip: setting `train.clip`.
+        settings: settings of all stages.
+        workspace: a folder that outlives the run, or empty.
+
+    Returns:
+        What identifies the CLIP's weights and the code that measures it; and of the settings those that the evaluation
+        goes by, so that a training with others does not repeat it.
+    """
+    from pixelclip.sources import clip_version
+
+    chosen = {key: value for key, value in settings.items() if key.startswith("evaluate.") or key in _OF_TRAINING}
+    version = f"{clip_version(str(settings.get('evaluate.clip') or clip))} code {__version__} {code_revision()}"
+    # What KFP remembers of a workspace is a path, and it does not look whether anything stands there still; of given masks
+    # it would know no more. The stage looks at both.
+    return f"{version} {_unique()}" if workspace or settings.get("evaluate.masks_folder") else version, chosen
+
+
+def _unique() -> str:
+    return f"unpinned-{uuid.uuid4()}"
+
+
+def fetched(
+    artifact: Any, repo: str, path: str, revision: str, settings: Mapping[str, Any], workspace: str
+) -> tuple[Metrics, str]:
     """Fetches data out of a DVC repository, or, without one, points to data that are there already.
 
     Args:
         artifact: the output artifact; its metadata tell what it is.
         repo: URL or path of the DVC repository; empty: `path` is a folder or an s3:// prefix itself.
         path: of the data in the repository.
-        revision: full SHA of a commit.
+        revision: what `pinned` said: the full SHA of a commit, or a word of this run alone.
         settings: settings of all stages.
         workspace: a folder that outlives the run, or empty.
+
+    Returns:
+        Metrics, and the data's version: path and md5, or a word that no other run gets for data that have no version.
     """
     if not repo:
         # KFP refuses an artifact whose URI lies outside of the run's bucket, so the address is its metadata and its content.
         artifact.metadata[LOCATION] = path
         write_atomically(Path(artifact.path), f"{path}\n")
-        return {}
+        return {}, _unique()
     from pixelclip.fetch_data import about, run
 
     out = place(artifact, workspace, f"fetch_data/{path.strip('/').replace('/', '-')}/{Path(path).name}")
@@ -61,13 +100,18 @@ def fetched(artifact: Any, repo: str, path: str, revision: str, settings: Mappin
         repo, out, load("fetch_data", overrides={**settings, "fetch_data.path": path, "fetch_data.revision": revision})
     )
     artifact.metadata.update(about(out))
-    return metrics
+    return metrics, f"{path} md5 {artifact.metadata['md5']}"
 
 
 def located(artifact: Any) -> Path | str:
     """Where the content of an input artifact stands: a folder, or an s3:// prefix."""
     given = str(artifact.metadata.get(LOCATION, "")) or str(artifact.path)
     return given if given.startswith("s3://") else Path(given)
+
+
+def path_of(artifact: Any) -> Path | None:
+    """Where the content of an optional input artifact stands; None where there is none."""
+    return Path(artifact.path) if artifact else None
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from pixelclip import classify
 from pixelclip.classify import GivenMasks, classify_masks, majority, segment_masks, truth_masks
 from pixelclip.masks import annotate, decode_masks
 from pixelclip.ranks import ALONE
-from pixelclip.tally import Confusion, Found, Tally
+from pixelclip.tally import CLIP, OURS, Confusion, Found, Tally
 
 HEIGHT, WIDTH, NUM_CLASSES, WIDE = 23, 31, 5, 8
 
@@ -137,11 +137,12 @@ def test_a_tally_comes_back_as_it_was_saved(tmp_path):
     random = np.random.default_rng(0)
     truths = [random.choice([0, 1, 255], (4, 5)).astype(np.uint8) for _ in range(3)]
     found = [Found([random.integers(0, 3, (4, 5)) for _ in range(2)], [1, 0], 2) for _ in truths]
-    tally = Tally.zeros(2, position=7)
-    tally.add(truths, found, torch.rand(3, 2))
+    tally = Tally.zeros([OURS, CLIP], 2, position=7)
+    tally.add(truths, found)
+    tally.recall(truths, torch.rand(3, 2))
     tally.bad.append("x.png: broken")
     tally.save(tmp_path / "t.npz")
-    again = Tally.zeros(2, position=0)
+    again = Tally.zeros([OURS, CLIP], 2, position=0)
     again.load(tmp_path / "t.npz")
     again.sum(ALONE)
     assert (again.position, again.bad) == (7, ["x.png: broken"])

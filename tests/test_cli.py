@@ -8,7 +8,7 @@ import pytest
 import typer
 
 from pixelclip import cli
-from pixelclip.config import STAGES
+from pixelclip.config import SETTINGS, STAGES
 
 
 def commands() -> list[tuple[str, ...]]:
@@ -41,7 +41,7 @@ def pixelclip(monkeypatch, capsys):
 
 
 def test_there_is_a_word_for_every_stage():
-    assert {(stage,) for stage in STAGES} <= set(commands())
+    assert {(stage,) for stage in SETTINGS} <= set(commands())
     assert {("predict",), ("settings",), ("pipeline", "run"), ("pipeline", "compile")} <= set(commands())
 
 

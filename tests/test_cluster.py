@@ -105,7 +105,8 @@ def test_the_dag_is_the_arrow_line_inside_of_an_exit_handler(pipeline):
         "shards": {"fetch-data"},
         loop: {"shards"},
         "train": {loop},
-        "evaluate": {"fetch-data-2", "train"},
+        "evaluate-clip": {"pin-revision", "fetch-data-2"},
+        "evaluate": {"fetch-data-2", "train", "evaluate-clip"},
         "register": {"evaluate", "train"},
     }
 
@@ -114,7 +115,7 @@ def test_both_data_are_read_at_one_commit(pipeline):
     fetches = [task for name, task in tasks(pipeline[0]).items() if name.startswith("fetch-data")]
     for task in fetches:
         revision = task["inputs"]["parameters"]["revision"]
-        assert revision == {"taskOutputParameter": {"outputParameterKey": "Output", "producerTask": "pin-revision"}}
+        assert revision == {"taskOutputParameter": {"outputParameterKey": "commit", "producerTask": "pin-revision"}}
     paths = [task["inputs"]["parameters"]["path"]["componentInputParameter"] for task in fetches]
     assert paths == ["pipelinechannel--images", "pipelinechannel--labelled"]
 
@@ -171,14 +172,18 @@ def test_gpus_cpu_and_memory(pipeline):
     assert resources["exec-masks"]["accelerator"]["resourceType"] == "nvidia.com/mig-1g.10gb"
     assert resources["exec-evaluate"]["accelerator"]["resourceCount"] == "1"
     on_gpus = {name for name, found in resources.items() if "accelerator" in found}
-    assert on_gpus == {"exec-masks", "exec-train", "exec-evaluate"}
+    assert on_gpus == {"exec-masks", "exec-train", "exec-evaluate", "exec-evaluate-clip"}
+    assert resources["exec-evaluate-clip"] == resources["exec-evaluate"]
     for name, found in resources.items():
         for key in ("resourceCpuRequest", "resourceCpuLimit", "resourceMemoryRequest", "resourceMemoryLimit"):
             assert found[key], (name, key)
 
 
 def test_a_cluster_without_gpus_is_asked_for_none(tmp_path):
-    spec, platform, _ = compiled(tmp_path, "steps: {train: {gpus: 0, tolerations: []}, evaluate: {gpus: 0, tolerations: []}}")
+    none = "{gpus: 0, tolerations: []}"
+    spec, platform, _ = compiled(
+        tmp_path, f"steps: {{{', '.join(f'{step}: {none}' for step in ('train', 'evaluate', 'evaluate_clip'))}}}"
+    )
     assert not any("accelerator" in container["resources"] for container in containers(spec).values())
     assert not any("tolerations" in pod for pod in pods(platform).values())
 
@@ -198,7 +203,7 @@ def test_shared_memory(pipeline):
     assert mounts["exec-train"] == [
         {"medium": "Memory", "mountPath": "/dev/shm", "sizeLimit": "64Gi", "volumeName": "dshm"},
     ]
-    assert set(mounts) == {"exec-train", "exec-masks", "exec-evaluate"}
+    assert set(mounts) == {"exec-train", "exec-masks", "exec-evaluate", "exec-evaluate-clip"}
 
 
 def test_every_step_has_a_timeout_and_retries_with_backoff(pipeline):
@@ -216,10 +221,35 @@ def test_every_step_has_a_timeout_and_retries_with_backoff(pipeline):
         assert task["retryPolicy"]["maxRetryCount"] >= 2 and int(task["retryPolicy"]["backoffDuration"][:-1]) > 0, name
 
 
-def test_only_data_of_a_full_commit_are_cached(pipeline):
-    cached = {name for name, task in tasks(pipeline[0]).items() if task.get("cachingOptions", {}).get("enableCache")}
-    groups = {name for name in cached if name.startswith(("exit-handler", "for-loop"))}
-    assert cached - groups == {"fetch-data", "fetch-data-2"}
+def test_only_steps_whose_parameters_say_all_are_cached(pipeline, several_nodes):
+    for spec, *_ in (pipeline, several_nodes):
+        cached = {name for name, task in tasks(spec).items() if task.get("cachingOptions", {}).get("enableCache")}
+        groups = {name for name in cached if name.startswith(("exit-handler", "for-loop"))}
+        assert cached - groups == {"fetch-data", "fetch-data-2", "evaluate-clip"}
+
+
+def test_what_kfp_knows_an_evaluation_of_clip_by(pipeline):
+    def said_by(task: str, key: str) -> dict:
+        return {"taskOutputParameter": {"producerTask": task, "outputParameterKey": key}}
+
+    given = tasks(pipeline[0])["evaluate-clip"]["inputs"]
+    # Nothing of the training but its CLIP (and, inside of clip_settings, side and residual): a new training repeats nothing.
+    assert given["parameters"] == {
+        "clip": {"componentInputParameter": "pipelinechannel--clip"},
+        "clip_version": said_by("pin-revision", "clip_version"),
+        "data_version": said_by("fetch-data-2", "version"),
+        "settings": said_by("pin-revision", "clip_settings"),
+        "workspace": {"componentInputParameter": "pipelinechannel--workspace"},
+    }
+    assert set(given["artifacts"]) == {"labelled"}
+    # A fetch from the cache tells the version that it told then, so it must be the same data: by commit, or never.
+    assert tasks(pipeline[0])["fetch-data-2"]["inputs"]["parameters"]["revision"] == said_by("pin-revision", "commit")
+    assert tasks(pipeline[0])["pin-revision"]["inputs"]["parameters"] == {
+        name: {"componentInputParameter": f"pipelinechannel--{name}"}
+        for name in ("repo", "revision", "clip", "settings", "workspace")
+    }
+    evaluated = tasks(pipeline[0])["evaluate"]["inputs"]["artifacts"]["clip_evaluation"]
+    assert evaluated == {"taskOutputArtifact": {"producerTask": "evaluate-clip", "outputArtifactKey": "evaluation"}}
 
 
 def test_secrets_and_config_maps_go_by_name(pipeline):
@@ -258,6 +288,7 @@ def test_what_the_kfp_page_shows(pipeline):
         artifacts = pipeline[0]["components"][f"comp-{step}"]["outputDefinitions"]["artifacts"]
         return {each["artifactType"]["schemaTitle"].removeprefix("system.") for each in artifacts.values()}
 
+    assert kinds("evaluate-clip") == {"Artifact", "Metrics"}
     assert kinds("evaluate") == {"Artifact", "Metrics", "ClassificationMetrics", "HTML"}
     assert kinds("register") == {"Artifact", "Metrics", "Markdown"}
     assert kinds("fetch-data") == {"Dataset", "Metrics"}

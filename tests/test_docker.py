@@ -212,7 +212,7 @@ def test_the_whole_pipeline_runs_in_containers(engine, tmp_path, monkeypatch):
     settings = {"steps": 2, "train.picture_every": 0, "train.device": "cpu"}
     run_locally(Path("toy/images"), Path("toy/toy"), Path("out"), ROOT / "params.yaml", settings, runner="docker")
     revision = engine.images.get(IMAGE).labels["org.opencontainers.image.revision"]
-    for stage in ("shards", "masks", "train", "evaluate", "register"):
+    for stage in ("shards", "masks", "train", "evaluate_clip", "evaluate", "register"):
         assert json.loads((tmp_path / "out" / stage / "provenance.json").read_text())["revision"] == revision
     metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
     registered = json.loads((tmp_path / "out" / "register" / "registration.json").read_text())

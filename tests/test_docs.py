@@ -55,5 +55,5 @@ def test_nothing_committed_names_a_download_host():
 
 def test_params_and_dvc_files_are_yaml_with_the_same_stages():
     stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-    stages = ["toy", "fetch_data", *list(stages)[1:]]  # see test_faces.DVC_STAGES
+    stages = ["toy", "fetch_data", *(stage for stage in list(stages)[1:] if stage != "evaluate_clip")]  # see test_faces
     assert stages == list(yaml.safe_load((ROOT / "params.yaml").read_text()))

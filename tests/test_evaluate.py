@@ -19,16 +19,19 @@ from PIL import Image
 
 from pixelclip import evaluate as stage
 from pixelclip import tracking
+from pixelclip.backbone import Backbone
 from pixelclip.benchmarks import KINDS, LabelledSet, open_folder
 from pixelclip.checkpoint import backbone_of, load_clip, load_model
 from pixelclip.config import EvaluateConfig, build
 from pixelclip.evaluate import run
 from pixelclip.masks import felzenszwalb
+from pixelclip.measure import measure as stage_measure
+from pixelclip.measure import metrics_of
 from pixelclip.pixels import normalise, squash, to_tensor
 from pixelclip.predict import Predictor, class_scores
 from pixelclip.ranks import Ranks
 from pixelclip.storage import read_json
-from pixelclip.tally import Confusion, count_recalled
+from pixelclip.tally import CLIP, OURS, Confusion, count_recalled
 from pixelclip.text import TEMPLATES, TextTower, classifier
 
 CONFIG = EvaluateConfig(name="set", device="cpu", batch_size=2, pictures=2)
@@ -148,11 +151,19 @@ def test_an_untrained_model_gains_exactly_nothing(made, client, tmp_path):
     assert metrics["pixel_accuracy/set"] == metrics["pixel_accuracy_clip/set"]
 
 
+def measured(made: Path, labelled: Path, config: EvaluateConfig, ranks: Ranks, state: Path) -> tuple[dict[str, float], int]:
+    """Figures of the changed model and its CLIP, and how many pictures were kept."""
+    model, clip, dataset = load_model(made / "changed"), load_clip(str(made / "clip")), open_folder(labelled)
+    towers = {OURS: backbone_of(model), CLIP: Backbone(clip.model.visual)}
+    classes = classifier(TextTower(clip.model).eval(), dataset.classes)
+    settings = config.model_copy(update={"side": tiny.SIDE})
+    found = stage_measure(towers, clip, classes, dataset, settings, ranks, state)
+    return metrics_of(found.tally, len(dataset), masks=False), len(found.pictures)
+
+
 def test_the_batch_size_changes_nothing(made, tmp_path):
-    model, clip, labelled = load_model(made / "changed"), load_clip(str(made / "clip")), open_folder(made / "labelled")
     found = [
-        stage.measure(model, clip, labelled, with_settings(batch_size=size), Ranks(), tmp_path / str(size)).metrics
-        for size in (1, 3)
+        measured(made, made / "labelled", with_settings(batch_size=size), Ranks(), tmp_path / str(size))[0] for size in (1, 3)
     ]
     assert found[0] == pytest.approx(found[1], abs=0.2)  # a pixel may fall the other way by rounding
 
@@ -471,18 +482,16 @@ class SecondOfTwo(Ranks):
 
 
 def test_a_killed_process_continues_its_own_share(made, seven, tmp_path, reads):
-    model, clip, labelled = load_model(made / "changed"), load_clip(str(made / "clip")), open_folder(seven)
     config, ranks = with_settings(max_bad_share=0.2, checkpoint_every=1, pictures=3), SecondOfTwo(1, 2)
-    undisturbed = stage.measure(model, clip, labelled, config, ranks, tmp_path / "undisturbed")
+    undisturbed = measured(made, seven, config, ranks, tmp_path / "undisturbed")
     assert reads.seen == [4, 5, 6]  # whole batches of two
     reads.kill_at = 6
     with pytest.raises(KilledError):
-        stage.measure(model, clip, labelled, config, ranks, tmp_path / "state")
+        measured(made, seven, config, ranks, tmp_path / "state")
     reads.kill_at, reads.seen = -1, []
-    found = stage.measure(model, clip, labelled, config, ranks, tmp_path / "state")
+    assert measured(made, seven, config, ranks, tmp_path / "state") == undisturbed
     assert reads.seen == [6]
-    assert found.metrics == undisturbed.metrics
-    assert len(found.examples) == len(undisturbed.examples) == 1
+    assert undisturbed[1] == 1
 
 
 def test_two_processes_make_what_one_makes(made, seven, client, tmp_path, reads):

@@ -11,33 +11,41 @@ import yaml
 from imports import imported_with_theirs
 
 from pixelclip.cli import app
-from pixelclip.config import STAGES, lasting
+from pixelclip.config import SETTINGS, STAGES, EvaluateConfig, lasting
 
 ROOT = Path(__file__).parents[1]
 DVC = yaml.safe_load((ROOT / "dvc.yaml").read_text())
 COMMANDS = typer.main.get_command(app).commands
-PIPELINE_STAGES = [stage for stage in STAGES if stage != "toy"]  # the painted scenes stand before the pipeline
-DVC_STAGES = [stage for stage in STAGES if stage != "fetch_data"]  # DVC need not be told to fetch what it tracks
+NAMES = [*STAGES, "evaluate_clip"]  # which goes by the section of evaluate, and by these settings of the training
+OF_TRAINING = {"clip", "side", "residual"}
+PIPELINE_STAGES = [stage for stage in NAMES if stage != "toy"]  # the painted scenes stand before the pipeline
+DVC_STAGES = [stage for stage in NAMES if stage != "fetch_data"]  # DVC need not be told to fetch what it tracks
 
 
 def run_inputs(stage: str) -> list[str]:
     """Names of what the stage reads, from the signature of its function."""
     names = list(inspect.signature(import_module(f"pixelclip.{stage}").run).parameters)
-    assert names[-2:] == ["out", "config"]
-    return names[:-2]
+    place = names.index("out")
+    assert names[place + 1] == "config"
+    return names[:place] + names[place + 2 :]
+
+
+def named(stage: str) -> set[str]:
+    """What of it a face must name: the rest has a default in the settings of the training."""
+    return set(run_inputs(stage)) - (OF_TRAINING if stage == "evaluate_clip" else set())
 
 
 def component(stage: str):
     return getattr(import_module(f"pixelclip_components.{stage}.component"), stage)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", NAMES)
 def test_program_takes_the_settings_of_its_stage(stage):
     config = inspect.signature(import_module(f"pixelclip.{stage}").run).parameters["config"].annotation
-    assert config is STAGES[stage]
+    assert config is STAGES.get(stage, EvaluateConfig)
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", NAMES)
 def test_command_line_takes_the_same_inputs(stage):
     options = {parameter.name for parameter in COMMANDS[stage].params}
     own = {"part", "preview"} if stage == "masks" else set()  # a setting by another name, and a picture
@@ -49,11 +57,12 @@ def test_dvc_stage_calls_the_command_with_the_same_inputs(stage):
     words = shlex.split(DVC["stages"][stage]["cmd"])
     assert words[:2] == ["pixelclip", stage]
     given = dict(zip(words[2::2], words[3::2], strict=True))
-    assert set(given) == {*(f"--{name}" for name in run_inputs(stage)), "--out", "--params"}
+    options = {name: f"--{name.replace('_', '-')}" for name in named(stage)}
+    assert set(given) == {*options.values(), "--out", "--params"}
     entry = DVC["stages"][stage]
     assert entry["outs"] == [given["--out"]]
-    for name in run_inputs(stage):
-        assert any(given[f"--{name}"].startswith(dep) for dep in entry["deps"]), name
+    for name, option in options.items():
+        assert any(given[option].startswith(dep) for dep in entry["deps"]), name
 
 
 @pytest.mark.parametrize("stage", DVC_STAGES)
@@ -61,7 +70,10 @@ def test_dvc_stage_depends_on_every_module_and_lasting_setting(stage):
     entry = DVC["stages"][stage]
     modules = {dep for dep in entry["deps"] if dep.endswith(".py")}
     assert modules == {f"src/pixelclip/{module}.py" for module in imported_with_theirs(stage)}
-    expected = {f"{stage}.{name}" for name in lasting(STAGES[stage]())}
+    expected = {f"{stage}.{name}" for name in lasting(SETTINGS[stage]())}
+    if stage == "evaluate_clip":
+        own = {f"evaluate.{name}" for name in lasting(SETTINGS[stage]()) if name != "residual"}
+        expected = own | {f"train.{name}" for name in OF_TRAINING}
     assert set(entry["params"]) in ({stage}, expected)
     if set(entry["params"]) == {stage}:
         assert set(lasting(STAGES[stage]())) == set(STAGES[stage].model_fields)
@@ -70,9 +82,12 @@ def test_dvc_stage_depends_on_every_module_and_lasting_setting(stage):
 @pytest.mark.parametrize("stage", PIPELINE_STAGES)
 def test_component_takes_the_same_inputs(stage):
     spec = component(stage).component_spec
-    settings = {name for name in spec.inputs if name in STAGES[stage].model_fields or name == "registry_name"}
-    other_form = {"parts"} if stage == "train" else set()  # of its masks, where several steps made them
-    assert set(spec.inputs) - settings - other_form == {*run_inputs(stage), "settings", "workspace"}
+    settings = {name for name in spec.inputs if name in SETTINGS[stage].model_fields or name == "registry_name"}
+    other = {
+        "train": {"parts"},  # its masks, where several steps made them
+        "evaluate_clip": {"clip_version", "data_version"},  # by which KFP knows it again
+    }
+    assert set(spec.inputs) - settings - other.get(stage, set()) == {*named(stage), "settings", "workspace"}
     assert "metrics" in spec.outputs
 
 

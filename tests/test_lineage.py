@@ -12,7 +12,7 @@ import tiny
 from PIL import Image
 from test_train import SMALL
 
-from pixelclip import cli, evaluate, lineage, masks, register, reproduce, shards, train
+from pixelclip import cli, evaluate, evaluate_clip, lineage, masks, register, reproduce, shards, train
 from pixelclip.config import EvaluateConfig, MasksConfig, RegisterConfig, ShardsConfig, TrainConfig
 from pixelclip.stage import METRICS, PROVENANCE
 from pixelclip.storage import digest, read_json, write_json
@@ -45,7 +45,9 @@ def whole(tmp_path_factory):
         masks.run(base / "shards", base / "masks", MasksConfig(felzenszwalb_min_size=30, workers=0))
         config = TrainConfig(**{**SMALL, "clip": str(clip), "steps": 2, "picture_every": 0})
         train.run(base / "masks", base / "model", config)
-        evaluate.run(base / "model", base / "labelled", base / "evaluation", EvaluateConfig(device="cpu", pictures=1))
+        measured = EvaluateConfig(device="cpu", pictures=1)
+        evaluate_clip.run(str(clip), base / "labelled", base / "clip_evaluation", measured, config.side, config.residual)
+        evaluate.run(base / "model", base / "labelled", base / "evaluation", measured, base / "clip_evaluation")
         chosen = RegisterConfig(name=NAME, min_gain=-100)
         register.run(base / "model", base / "evaluation", base / "registration", chosen)
         yield SimpleNamespace(base=base, client=client, metrics=read_json(base / "evaluation" / METRICS))
@@ -68,7 +70,7 @@ def test_the_champion_is_traced_to_its_images(made, capsys):
     assert found["model"]["md5"] == read_json(made.base / "model" / PROVENANCE)["output"]["md5"]
     assert found["run"]["id"] == read_json(made.base / "registration" / "registration.json")["run_id"]
     stages = {stage["stage"]: stage for stage in found["stages"]}
-    assert list(stages) == ["fetch_data", "shards", "masks", "train", "evaluate"]
+    assert list(stages) == ["evaluate_clip", "fetch_data", "shards", "masks", "train", "evaluate"]
     assert {stage["image"] for name, stage in stages.items() if name != "fetch_data"} == {IMAGE}
     assert {stage["revision"] for stage in stages.values()} == {"abc", "r1"}
     assert stages["masks"]["settings"]["felzenszwalb_min_size"] == 30
@@ -76,6 +78,8 @@ def test_the_champion_is_traced_to_its_images(made, capsys):
     assert data["images"]["md5"] == digest(made.base / "images", sorted((made.base / "images").glob("*.png")))["md5"]
     assert data["images"]["source"] == SOURCE and data["labelled"]["source"] == {}
     assert data["clip"]["path"] == str(made.base / "clip")
+    assert (data["clip"]["of"], data["labelled"]["of"]) == ("train", "evaluate")
+    assert set(data) == {"images", "labelled", "clip"}
 
 
 def test_the_table_names_what_matters(made, capsys):
@@ -84,7 +88,7 @@ def test_the_table_names_what_matters(made, capsys):
     words = [f"models:/{NAME}/1 (champion)", found["run"]["id"], IMAGE, "code r1", SOURCE["git_sha"], SOURCE["md5"]]
     for word in [*words, found["data"][0]["md5"], "felzenszwalb_min_size=30", "weights clip", "gain/labelled"]:
         assert word in said, word
-    assert "jpeg_quality" not in said  # a default
+    assert "jpeg_quality" not in said and "pictures=1" in said and "stride" not in said  # a default is not shown
 
 
 def test_tags_and_datasets_carry_the_source(made):
@@ -136,7 +140,7 @@ def test_the_evaluation_is_reproduced_and_the_recorded_run_stays_as_it_is(made, 
     assert os.environ["MLFLOW_RUN_ID"] == "theirs"
     said = capsys.readouterr().out
     assert "equal within 0.01 points" in said and "<--" not in said
-    assert "WARNING: evaluate: run by other code: image registry.example" in said
+    assert "WARNING: evaluate, evaluate_clip: run by other code: image registry.example" in said
     assert read_json(tmp_path / "out" / "reproduction.json")["found"] == made.metrics
     assert history(made) == before
     found = made.client.search_runs([made.client.get_experiment_by_name("pixelclip").experiment_id])
@@ -155,7 +159,7 @@ def test_the_training_is_reproduced_from_the_images_on(made, tmp_path, capsys):
         for name, away in moved.items():
             away.rename(made.base / name)
     said = capsys.readouterr().out
-    assert "WARNING: evaluate, train, masks, shards: run by other code: image" in said
+    assert "WARNING: evaluate, train, masks, shards, evaluate_clip: run by other code: image" in said
     for stage in ("shards", "masks", "train"):
         assert f"reproduce: {stage}: the same files as recorded" in said
     assert (tmp_path / "out" / "train" / "model.safetensors").read_bytes() == (

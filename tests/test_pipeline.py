@@ -61,7 +61,8 @@ def test_steps_stand_in_the_order_of_the_arrow_line(compiled):
         "shards": {"fetch-data"},
         "masks": {"shards"},
         "train": {"masks"},
-        "evaluate": {"fetch-data-2", "train"},
+        "evaluate-clip": {"pin-revision", "fetch-data-2"},
+        "evaluate": {"fetch-data-2", "train", "evaluate-clip"},
         "register": {"train", "evaluate"},
     }
 

@@ -24,6 +24,7 @@ from pixelclip.masks import run as make_masks
 from pixelclip.storage import write_json
 from pixelclip.tally import OTHERS, Confusion
 from pixelclip.tracking import PIPELINE_RUN
+from pixelclip_components.evaluate_clip.component import evaluate_clip
 from pixelclip_components.finish.component import finish
 from pixelclip_components.masks.component import masks as masks_component
 from pixelclip_components.pin_revision.component import pin_revision
@@ -33,7 +34,9 @@ from pixelclip_pipelines.steps import (
     gathered,
     links,
     located,
+    path_of,
     pinned,
+    pinned_clip,
     processes,
     show_confusion,
     train_by,
@@ -53,7 +56,10 @@ def artifact(path: Path, **metadata: str) -> dsl.Dataset:
 @pytest.mark.parametrize("path", ["/data/images", "s3://bucket/images"])
 def test_without_a_repository_data_stay_where_they_are(tmp_path, path):
     output = artifact(tmp_path / "step" / "data")
-    assert fetched(output, "", path, "", {}, str(tmp_path / "space")) == {}
+    metrics, version = fetched(output, "", path, "unpinned-1", {}, str(tmp_path / "space"))
+    assert metrics == {} and version.startswith("unpinned-")
+    _, again = fetched(artifact(tmp_path / "other" / "data"), "", path, "unpinned-1", {}, str(tmp_path / "space"))
+    assert again != version, "what was there before may be something else now"
     passed_on = artifact(tmp_path / "step" / "data", **output.metadata)
     assert str(located(passed_on)) == path
     assert isinstance(located(passed_on), str if path.startswith("s3") else Path)
@@ -68,12 +74,11 @@ def test_what_a_step_made_is_where_its_artifact_is(tmp_path):
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory) -> Path:
-    """A DVC repository with two commits, a branch and a tag."""
+    """A DVC repository with two commits on a branch, one beside it that changes something else, and tags."""
     folder = tmp_path_factory.mktemp("repository")
 
     def git(*words: str) -> None:
-        who = ["-c", "user.name=t", "-c", "user.email=t@example.com", "-c", "commit.gpgsign=false"]
-        subprocess.run(["git", *who, *words], cwd=folder, check=True, capture_output=True)
+        tiny.git(folder, *words)
 
     git("init", "-b", "main")
     (folder / ".dvc").mkdir()
@@ -84,6 +89,11 @@ def repository(tmp_path_factory) -> Path:
     git("tag", "v1")
     (folder / "a").write_text("2")
     git("commit", "-am", "two")
+    (folder / "b").write_text("beside it")
+    git("add", "-A")
+    git("commit", "-m", "three")
+    git("tag", "more")
+    git("reset", "--hard", "HEAD~1")
     return folder
 
 
@@ -99,7 +109,9 @@ def test_a_revision_is_pinned_to_its_commit(repository):
     assert pinned(str(repository), sha("v1")[:10]) == sha("v1")
     full = "0123456789" * 4
     assert pinned("nowhere", full) == full, "a full commit is not asked about"
-    assert pin_revision.python_func("", "") == ""
+    first, second = (pin_revision.python_func("", "", "toy", {})[0] for _ in range(2))
+    assert first.startswith("unpinned-") and first != second, "no fetch of data without versions is known again"
+    assert pin_revision.python_func("nowhere", full, "toy", {})[0] == full
     with pytest.raises(ValueError, match="there is no revision 'nope'"):
         pinned(str(repository), "nope")
     with pytest.raises(ValueError, match="nothing: is no git repository"):
@@ -107,6 +119,77 @@ def test_a_revision_is_pinned_to_its_commit(repository):
     with pytest.raises(ValueError, match=r"data\.git: is no git repository") as refused:
         pinned("https://user:very-secret@127.0.0.1:9/data.git", "main")
     assert "very-secret" not in str(refused.value)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_what_was_fetched_at_a_commit_has_the_version_of_its_content(repository, tmp_path):
+    def versions(workspace: str) -> list[str]:
+        found = []
+        for name in ("v1", "main", "more"):
+            output = artifact(tmp_path / f"{name}{len(workspace)}" / "data")
+            space = workspace and f"{workspace}/{name}"
+            metrics, version = fetched(output, str(repository), "a", pinned(str(repository), name), {}, space)
+            assert metrics["files"] == 1
+            found.append(version)
+        return found
+
+    one, two, three = versions("")
+    assert one.startswith("a md5 ") and one != two
+    assert two == three, "another commit with the same data is no other data"
+    assert versions(str(tmp_path / "space")) == [one, two, three]
+
+
+# What KFP knows an evaluation of CLIP by.
+
+
+def test_the_version_of_a_clip_is_that_of_its_weights(tmp_path, monkeypatch):
+    monkeypatch.setenv("PIXELCLIP_REVISION", "r1")
+    folder = tiny.clip_folder(tmp_path / "clip")
+    known = pinned_clip(str(folder), {}, "")
+    assert known == pinned_clip(str(folder), {}, "")
+    tiny.clip_folder(folder, seed=1)
+    changed = pinned_clip(str(folder), {}, "")
+    assert changed != known and changed[0].startswith(f"{folder} md5 ")
+    (tmp_path / "w.pt").write_bytes(b"1")
+    file = pinned_clip(f"ViT-B-16:{tmp_path}/w.pt", {}, "")[0]
+    (tmp_path / "w.pt").write_bytes(b"2")
+    assert pinned_clip(f"ViT-B-16:{tmp_path}/w.pt", {}, "")[0] != file
+    assert pinned_clip("ViT-B-16:openai", {}, "")[0].startswith("ViT-B-16:openai code ")
+    assert pinned_clip("ViT-B-16:openai", {}, "") != pinned_clip("ViT-B-16-quickgelu:openai", {}, "")
+    # The one that is measured is the one that counts, and so is the code that measures it.
+    assert pinned_clip("ViT-B-16:openai", {"evaluate.clip": str(folder)}, "")[0] == changed[0]
+    monkeypatch.setenv("PIXELCLIP_REVISION", "r2")
+    assert pinned_clip(str(folder), {}, "")[0] != changed[0]
+
+
+def test_the_settings_of_an_evaluation_of_clip_are_no_others():
+    of_clip = {"evaluate.templates": "single", "train.side": 96.0, "train.residual": "patch", "evaluate.pictures": 3.0}
+    others = {"train.teacher_momentum": 0.9, "masks.seed": 3.0, "shards.images_per_shard": 5.0}
+    assert pinned_clip("toy", {**others, **of_clip}, "") == pinned_clip("toy", of_clip, "")
+    assert pinned_clip("toy", of_clip, "")[1] == of_clip
+
+
+@pytest.mark.parametrize(
+    ("settings", "workspace"), [({}, "/mnt/space"), ({"evaluate.masks": "given", "evaluate.masks_folder": "/masks"}, "")]
+)
+def test_what_kfp_cannot_look_at_is_never_known_again(settings, workspace):
+    first, second = (pinned_clip("toy", settings, workspace)[0] for _ in range(2))
+    assert first != second
+
+
+def test_the_component_passes_on_what_it_is_given(tmp_path):
+    labelled, output = tiny.labelled_set(tmp_path / "labelled"), artifact(tmp_path / "step" / "evaluation")
+    logged: dict[str, float] = {}
+    settings = {"train.side": 48.0, "train.residual": "patch", "evaluate.templates": "single", "evaluate.device": "cpu"}
+    spec, metrics = str(tiny.clip_folder(tmp_path / "clip")), SimpleNamespace(log_metric=logged.__setitem__)
+    evaluate_clip.python_func(artifact(labelled), output, metrics, spec, "c1", "d1", settings)
+    assert logged == json.loads((tmp_path / "step" / "evaluation" / "metrics.json").read_text())
+    assert (output.metadata["clip_version"], output.metadata["data_version"]) == ("c1", "d1")
+    made = json.loads((tmp_path / "step" / "evaluation" / "provenance.json").read_text())["settings"]
+    assert {key: made[key] for key in ("clip", "side", "residual", "templates", "name")} == {
+        **{"clip": spec, "side": 48, "residual": "patch", "templates": "single", "name": "labelled"}
+    }
+    assert path_of(output) == tmp_path / "step" / "evaluation" and path_of(None) is None
 
 
 # Parts of masks.

@@ -14,6 +14,7 @@ def evaluate(
     confusion: dsl.Output[dsl.ClassificationMetrics],
     report: dsl.Output[dsl.HTML],
     settings: dict,
+    clip_evaluation: dsl.Input[dsl.Artifact] = None,
     workspace: str = "",
 ):
     """Measures a model and the CLIP it came from on a labelled set."""
@@ -23,10 +24,10 @@ def evaluate(
     from pixelclip.config import load
     from pixelclip.evaluate import REPORT, run
     from pixelclip.stage import place
-    from pixelclip_pipelines.steps import located, show_confusion
+    from pixelclip_pipelines.steps import located, path_of, show_confusion
 
     out, config = place(evaluation, workspace, "evaluate"), load("evaluate", overrides=settings)
-    for name, value in run(Path(model.path), located(labelled), out, config).items():
+    for name, value in run(Path(model.path), located(labelled), out, config, path_of(clip_evaluation)).items():
         metrics.log_metric(name, value)
     show_confusion(confusion, out)
     shutil.copyfile(out / REPORT, report.path)

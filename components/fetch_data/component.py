@@ -1,5 +1,7 @@
 """KFP component of stage fetch_data."""
 
+from typing import NamedTuple
+
 from kfp import dsl
 
 from pixelclip_components import IMAGE
@@ -14,9 +16,11 @@ def fetch_data(
     metrics: dsl.Output[dsl.Metrics],
     settings: dict,
     workspace: str = "",
-):
+) -> NamedTuple("Fetched", [("version", str)]):
     """Fetches data out of a DVC repository, or points to data that are there already."""
     from pixelclip_pipelines.steps import fetched
 
-    for name, value in fetched(data, repo, path, revision, settings, workspace).items():
+    figures, version = fetched(data, repo, path, revision, settings, workspace)
+    for name, value in figures.items():
         metrics.log_metric(name, value)
+    return (version,)

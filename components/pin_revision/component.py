@@ -1,4 +1,6 @@
-"""KFP component of the revision of the data."""
+"""KFP component of what a run pins before it starts: the commit of its data, and its CLIP."""
+
+from typing import NamedTuple
 
 from kfp import dsl
 
@@ -6,8 +8,14 @@ from pixelclip_components import IMAGE
 
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
-def pin_revision(repo: str, revision: str) -> str:
-    """Says which commit a revision of a DVC repository is now."""
-    from pixelclip_pipelines.steps import pinned
+def pin_revision(
+    repo: str,
+    revision: str,
+    clip: str,
+    settings: dict,
+    workspace: str = "",
+) -> NamedTuple("Pinned", [("commit", str), ("clip_version", str), ("clip_settings", dict)]):
+    """Says which commit a revision of a DVC repository is now, and which weights a CLIP's name means now."""
+    from pixelclip_pipelines.steps import pinned, pinned_clip
 
-    return pinned(repo, revision)
+    return (pinned(repo, revision), *pinned_clip(clip, settings, workspace))

@@ -8,7 +8,6 @@ import json
 import logging
 import pickle
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from pixelclip.backbone import Backbone, Residual
 from pixelclip.config import nearest
-from pixelclip.download import local_copy
+from pixelclip.sources import clip_folder
 from pixelclip.stage import PROVENANCE
 from pixelclip.storage import read_json, write_json
 from pixelclip.text import Prompts, TextTower, Vectors
@@ -59,18 +58,6 @@ class Model:
     residual: Residual
     prompts: Prompts | Vectors
     config: dict[str, Any]
-
-
-def clip_folder(spec: str) -> Path | None:
-    """The file or folder that a `clip` setting names, or None when open_clip finds the weights by name."""
-    if spec == "toy":
-        return Path(str(resources.files("pixelclip") / "assets" / "toy_clip"))
-    if Path(spec).is_dir():
-        return Path(spec)
-    weights = spec.partition(":")[2]
-    if "://" in weights:
-        return local_copy(weights)
-    return Path(weights) if weights and Path(weights).is_file() else None
 
 
 def load_clip(spec: str) -> Clip:

@@ -15,6 +15,9 @@ from pixelclip.s3 import is_s3
 _MODEL = "Model folder, s3://bucket/folder, or models:/NAME@ALIAS."
 
 Out = Annotated[str, typer.Option(help="Folder or s3://bucket/folder to make; a finished one is reused.")]
+Labelled = Annotated[
+    list[str], typer.Option(help="Labelled set: FOLDER (kind=... says its layout) or KIND:FOLDER; several go into OUT/NAME.")
+]
 Settings = Annotated[list[str] | None, typer.Argument(metavar="[NAME=VALUE]...", help="Settings; see `pixelclip settings`.")]
 
 app = typer.Typer(
@@ -115,14 +118,32 @@ def train(
         run(masks, folder, config)
 
 
+@app.command("evaluate_clip")
+def evaluate_clip(
+    labelled: Labelled,
+    out: Out,
+    clip: Annotated[str, typer.Option(help="The CLIP that models are trained from; else train.clip of --params.")] = "",
+    side: Annotated[int, typer.Option(help="Side in pixels of what they see; else train.side of --params.", min=0)] = 0,
+    residual: Annotated[str, typer.Option(help="cls or patch; else train.residual of --params.")] = "",
+    params: Params = None,
+    settings: Settings = None,
+) -> None:
+    """Measure plain CLIP on labelled sets, once for all models that are trained from it (settings of evaluate)."""
+    config = _config("evaluate", params, settings)
+    given = {"clip": clip, "side": side, "residual": residual}
+    trained = load("train", params, {name: value for name, value in given.items() if value})
+    from pixelclip.evaluate_clip import run_all
+
+    with _made(out) as folder:
+        run_all(trained.clip, labelled, folder, config, trained.side, trained.residual)
+
+
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Option(help=_MODEL)],
-    labelled: Annotated[
-        list[str],
-        typer.Option(help="Labelled set: FOLDER (kind=... says its layout) or KIND:FOLDER; several go into OUT/NAME."),
-    ],
+    labelled: Labelled,
     out: Out,
+    clip_evaluation: Annotated[str, typer.Option(help="What evaluate_clip made: CLIP is not measured again.")] = "",
     params: Params = None,
     settings: Settings = None,
 ) -> None:
@@ -131,7 +152,7 @@ def evaluate(
     from pixelclip.evaluate import run_all
 
     with _made(out) as folder:
-        run_all(_path(model), labelled, folder, config)
+        run_all(_path(model), labelled, folder, config, _path(clip_evaluation) if clip_evaluation else None)
 
 
 @app.command()

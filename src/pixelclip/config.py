@@ -214,6 +214,17 @@ class EvaluateConfig(BaseModel):
         return self
 
 
+class EvaluateClipConfig(EvaluateConfig):
+    """CLIP alone on one labelled set: what sections evaluate and train come to; it has no section of its own.
+
+    Name, clip and side are never empty here, and pictures are what it makes: label maps that reports show.
+    """
+
+    name: str = _setting("", "Name of the labelled set in the metrics.")
+    residual: Literal["cls", "patch"] = _setting("cls", "As in training.")
+    pictures: int = _setting(8, "Pictures whose label maps are kept.", ge=0)
+
+
 class RegisterConfig(BaseModel):
     """The gate in front of the MLflow registry."""
 
@@ -240,6 +251,8 @@ STAGES: dict[str, type[BaseModel]] = {
     "evaluate": EvaluateConfig,
     "register": RegisterConfig,
 }
+SETTINGS: dict[str, type[BaseModel]] = {**STAGES, "evaluate_clip": EvaluateClipConfig}
+"""Of the stages without a section of their own, too."""
 
 
 def nearest(word: str, allowed: Iterable[str]) -> str:

@@ -4,43 +4,50 @@ Started by torchrun, the processes share the images. B images, T towers, K class
 """
 
 import json
-import re
 import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from pixelclip.backbone import check_side
-from pixelclip.benchmarks import KINDS, LabelledSet, open_labelled
-from pixelclip.cache import origin
-from pixelclip.checkpoint import Model, backbone_of, clip_folder, load_clip, load_model
-from pixelclip.config import EvaluateConfig
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pixelclip import evaluate_clip
+from pixelclip.backbone import Backbone
+from pixelclip.benchmarks import LabelledSet, open_labelled
+from pixelclip.checkpoint import Model, backbone_of, load_clip, load_model
+from pixelclip.config import EvaluateClipConfig, EvaluateConfig
 from pixelclip.download import here
-from pixelclip.measure import Result, measure
+from pixelclip.measure import Counted, measure, metrics_of, per_class
+from pixelclip.protocol import (
+    PROTOCOL,
+    check_masks,
+    check_sides,
+    in_words,
+    inputs_of,
+    label_of,
+    protocol_of,
+    sets_of,
+)
 from pixelclip.ranks import Ranks, join
-from pixelclip.report import write_report
-from pixelclip.s3 import is_s3
-from pixelclip.sources import describe_shards
+from pixelclip.report import Example, write_report
+from pixelclip.sources import clip_folder
 from pixelclip.stage import METRICS, PROVENANCE, Metrics, Stage, describe
-from pixelclip.storage import digest, read_json, write_atomically, write_json
+from pixelclip.storage import read_json, write_atomically, write_json
+from pixelclip.tally import CLIP, OURS
+from pixelclip.text import TEMPLATES, TextTower, classifier
 from pixelclip.tracking import Run
 
-REPORT, PER_CLASS, TABLE, PROTOCOL = "report.html", "per_class.json", "table.txt", "protocol.json"
+REPORT, PER_CLASS, TABLE = "report.html", "per_class.json", "table.txt"
 CONFUSION = "confusion.json"
 STATE = "state"
 """Folder in the unfinished result: counts and examples, from which a killed run continues."""
-_OPTIONS = {
-    "whole": ("side", "feature_grid"),
-    "slide": ("slide_side", "crop", "stride", "feature_grid"),
-    "masks": ("side", "masks"),
-    "given": ("masks_folder",),
-    "felzenszwalb": ("felzenszwalb_scale", "felzenszwalb_sigma", "felzenszwalb_min_size"),
-}
-"""The settings that a protocol, or a kind of its masks, goes by."""
+_SHOWN_CLASSES = 10  # of a confusion matrix that one can still read
 
 
-def run(model: Path, labelled: Path | str, out: Path, config: EvaluateConfig) -> Metrics:
+def run(model: Path, labelled: Path | str, out: Path, config: EvaluateConfig, clip_evaluation: Path | None = None) -> Metrics:
     """Measures a model and its CLIP on a labelled set and writes the report; an interrupted run continues.
 
     Started by torchrun, all processes count one result, and only the first writes it.
@@ -50,6 +57,7 @@ def run(model: Path, labelled: Path | str, out: Path, config: EvaluateConfig) ->
         labelled: labelled set, a folder or `s3://bucket/folder`.
         out: folder to make: metrics, `table.txt`, `per_class.json`, `confusion.json`, `protocol.json`, `report.html`.
         config: settings.
+        clip_evaluation: what `evaluate_clip` made of the model's CLIP and this set; without it CLIP is measured here, too.
 
     Returns:
         `miou/NAME`, `miou_clip/NAME`, `gain/NAME`, `pixel_accuracy/NAME`, ... in points; `image_recall_clip/NAME` in 0..1;
@@ -57,19 +65,19 @@ def run(model: Path, labelled: Path | str, out: Path, config: EvaluateConfig) ->
         `.masks-given`, ...
 
     Raises:
-        ValueError: unusable model, CLIP, labelled set or masks, or MLflow unreachable.
+        ValueError: unusable model, CLIP, labelled set or masks, CLIP evaluated otherwise, or MLflow unreachable.
     """
     with join(config.device) as ranks:
-        return _run(model, here(labelled), out, config, ranks)
+        return _run(model, here(labelled), out, config, ranks, clip_evaluation)
 
 
-def _run(model: Path, labelled: Path, out: Path, config: EvaluateConfig, ranks: Ranks) -> Metrics:
+def _run(model: Path, labelled: Path, out: Path, config: EvaluateConfig, ranks: Ranks, clip_evaluation: Path | None) -> Metrics:
     loaded = load_model(model)
     spec = config.clip or loaded.config["clip"]["spec"]
     dataset = open_labelled(labelled, config.kind)
-    name = _name(labelled, config)
-    _check_masks(dataset, config)
-    inputs = ranks.from_first(_inputs(model, labelled, spec, dataset, config) if ranks.first else None)
+    settings = evaluate_clip.settings_of(spec, labelled, config, loaded.side, loaded.residual)
+    check_masks(dataset, config)
+    inputs = ranks.from_first(_inputs(model, labelled, dataset, settings, clip_evaluation) if ranks.first else None)
     stage = Stage("evaluate", out, inputs, config)
     if ranks.from_first(stage.finished):
         return ranks.from_first(stage.reuse() if ranks.first else {})
@@ -78,17 +86,20 @@ def _run(model: Path, labelled: Path, out: Path, config: EvaluateConfig, ranks: 
         raise ValueError(
             f"{clip_folder(spec)}: is not the CLIP that {model} was trained from (other md5); name it by evaluate.clip"
         )
-    _check_sides(loaded, config)
+    check_sides(backbone_of(loaded), settings)
+    if clip_evaluation:
+        evaluate_clip.check(clip_evaluation, settings, inputs)
     with stage if ranks.first else nullcontext():
-        protocol = _protocol(loaded, config, name)
+        protocol = protocol_of(settings)
         tracked = _attach(model, stage, protocol) if ranks.first else None
-        result = measure(loaded, load_clip(spec), dataset, config, ranks, stage.folder / STATE)
-        metrics = {f"{key}/{_label(protocol)}": value for key, value in result.metrics.items()}
+        found, words = _measure(loaded, dataset, settings, ranks, stage.folder / STATE, clip_evaluation)
+        figures = metrics_of(found.tally, len(dataset), masks=config.protocol == "masks")
+        metrics = {f"{key}/{label_of(protocol)}": value for key, value in figures.items()}
         if tracked:
-            _write(stage.folder, model, dataset, protocol, metrics, result)
+            _write(stage.folder, model, dataset, protocol, metrics, found, words)
             tracked.values(metrics)
             # Of the benchmarks and the other protocols none must replace another's files in the one run.
-            below = None if (config.kind, _label(protocol)) == ("folder", name) else _label(protocol)
+            below = None if (config.kind, label_of(protocol)) == ("folder", settings.name) else label_of(protocol)
             for file in (REPORT, PER_CLASS, PROTOCOL, CONFUSION):
                 tracked.artifact(stage.folder / file, below)
             tracked.finish()
@@ -97,14 +108,42 @@ def _run(model: Path, labelled: Path, out: Path, config: EvaluateConfig, ranks: 
         return metrics
 
 
-def run_all(model: Path, labelled: Sequence[str], out: Path, config: EvaluateConfig) -> Metrics:
+def _measure(
+    model: Model,
+    dataset: LabelledSet,
+    settings: EvaluateClipConfig,
+    ranks: Ranks,
+    state: Path,
+    clip_evaluation: Path | None,
+) -> tuple[Counted, list[list[tuple[str, float]]]]:
+    """What was counted of both towers, and for every concept the nearest class names with their cosines."""
+    clip = load_clip(settings.clip)
+    text = TextTower(clip.model).to(ranks.device).eval()
+    classes = classifier(text, dataset.classes, TEMPLATES[settings.templates])
+    words = _nearest_words(model, text, classes, dataset.classes)
+    towers = {OURS: backbone_of(model)}
+    if clip_evaluation is None:
+        towers[CLIP] = Backbone(clip.model.visual, model.residual)
+        return measure(towers, clip, classes, dataset, settings, ranks, state), words
+    of_clip, maps = evaluate_clip.load(clip_evaluation, len(classes))
+    found = measure(towers, clip, classes, dataset, settings, ranks, state)
+    try:
+        return Counted(found.tally.joined(of_clip), {**found.maps, CLIP: maps}, found.pictures), words
+    except ValueError as error:
+        raise ValueError(f"{clip_evaluation}: {error}") from None
+
+
+def run_all(
+    model: Path, labelled: Sequence[str], out: Path, config: EvaluateConfig, clip_evaluation: Path | None = None
+) -> Metrics:
     """Evaluates on several labelled sets, each into a folder of its own below `out`; one alone goes into `out` itself.
 
     Args:
         model: model folder.
-        labelled: `FOLDER`, of the kind that the settings say, or `KIND:FOLDER`; a folder may be `s3://bucket/folder`.
+        labelled: see `sets_of`.
         out: folder to make.
         config: settings of all of them.
+        clip_evaluation: what `evaluate_clip.run_all` made of the same sets.
 
     Returns:
         The metrics of all sets, which `out/metrics.json` holds, too.
@@ -112,22 +151,14 @@ def run_all(model: Path, labelled: Sequence[str], out: Path, config: EvaluateCon
     Raises:
         ValueError: as `run`; or two sets have one name, or several one given name.
     """
-    sets: dict[str, tuple[Path, EvaluateConfig]] = {}
-    for word in labelled:
-        kind, _, folder = word.partition(":")
-        chosen = config if kind not in KINDS else config.model_copy(update={"kind": kind})
-        path = here(folder if kind in KINDS else word)
-        name = _name(path, chosen)
-        if name in sets:
-            raise ValueError(f"two labelled sets are called {name!r}: {sets[name][0]} and {path}; evaluate them one by one")
-        sets[name] = (path, chosen)
+    sets = sets_of(labelled, config)
     if len(sets) == 1:
         ((path, chosen),) = sets.values()
-        return run(model, path, out, chosen)
+        return run(model, path, out, chosen, clip_evaluation)
     metrics: Metrics = {}
     with join(config.device) as ranks:  # once: processes that join, leave and join again lose each other
         for name, (path, chosen) in sets.items():
-            metrics |= _run(model, path, out / name, chosen, ranks)
+            metrics |= _run(model, path, out / name, chosen, ranks, clip_evaluation and clip_evaluation / name)
     if not ranks.first:
         return metrics
     write_json(out / METRICS, metrics)
@@ -140,75 +171,20 @@ def run_all(model: Path, labelled: Sequence[str], out: Path, config: EvaluateCon
     return metrics
 
 
-def _name(labelled: Path, config: EvaluateConfig) -> str:
-    name = config.name or (labelled.resolve().name if config.kind == "folder" else config.kind)
-    if not re.fullmatch(r"[\w.\- :]+", name):
-        raise ValueError(
-            f"{labelled}: a metric cannot be called {name!r} in MLflow (letters, digits, _ - . :); set evaluate.name"
-        )
-    return name
-
-
-def _label(protocol: dict[str, Any]) -> str:
-    """What stands behind the slash of a metric: the set's name, and what is not the paper's protocol.
-
-    Sizes and templates are not in it, so that runs of a sweep compare by one name; the tag `protocol.NAME` tells them.
-    """
-    masks = f"-{protocol['masks']}" if protocol["masks"] not in (None, "truth") else ""
-    other = "" if protocol["protocol"] == "whole" else f".{protocol['protocol']}{masks}"
-    return protocol["name"] + other
-
-
-def _check_masks(dataset: LabelledSet, config: EvaluateConfig) -> None:
-    if config.protocol != "masks" or config.masks != "given":
-        return
-    if not is_s3(config.masks_folder) and not Path(config.masks_folder).exists():
-        raise ValueError(f"evaluate.masks_folder {config.masks_folder}: no such folder")
-    stems: dict[str, Path] = {}
-    for image, _ in dataset.pairs:
-        if (other := stems.setdefault(image.stem, image)) != image:
-            raise ValueError(f"masks are found by the image's name, but two are called {image.stem}: {other} and {image}")
-
-
-def _check_sides(model: Model, config: EvaluateConfig) -> None:
-    backbone = backbone_of(model)
-    check_side("evaluate.side", config.side or model.side, backbone)
-    if config.protocol == "slide":
-        check_side("evaluate.crop", config.crop, backbone)
-        if config.slide_side:
-            check_side("evaluate.slide_side", config.slide_side, backbone)
-
-
 def _inputs(
-    model: Path,
-    labelled: Path,
-    spec: str,
-    dataset: LabelledSet,
-    config: EvaluateConfig,
+    model: Path, labelled: Path, dataset: LabelledSet, settings: EvaluateClipConfig, clip_evaluation: Path | None
 ) -> dict[str, dict[str, Any]]:
-    if config.kind == "folder":
-        described = describe(labelled)
-    else:  # as published a benchmark holds its training images too, which are not read
-        read = {file for pair in dataset.pairs for file in pair}
-        described = {"path": origin(labelled), **digest(labelled, read)}
-    inputs = {"model": describe(model), "labelled": described}
-    if weights := clip_folder(spec):
-        inputs["clip"] = describe(weights)
-    if config.protocol == "masks" and config.masks == "given":
-        inputs["masks"] = describe_shards(config.masks_folder)
-    return inputs
+    inputs = {"model": describe(model), **inputs_of(labelled, dataset, settings.clip, settings)}
+    return inputs | ({"clip_evaluation": describe(clip_evaluation)} if clip_evaluation else {})
 
 
-def _protocol(model: Model, config: EvaluateConfig, name: str) -> dict[str, Any]:
-    """How the numbers come about; None for what the protocol does not go by."""
-    used = {*_OPTIONS[config.protocol], *(_OPTIONS.get(config.masks, ()) if config.protocol == "masks" else ())}
-    settings = config.model_dump() | {"name": name, "side": config.side or model.side}
-    always = {key: settings[key] for key in ("name", "kind", "protocol", "templates")}
-    return always | {key: settings[key] if key in used else None for options in _OPTIONS.values() for key in options}
-
-
-def _in_words(protocol: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in protocol.items() if key != "name" and value is not None)
+@torch.no_grad()
+def _nearest_words(model: Model, text: TextTower, classes: Tensor, names: list[str]) -> list[list[tuple[str, float]]]:
+    """For every concept the three nearest class names. The text tower was frozen, so CLIP's own serves."""
+    concepts = F.normalize(model.prompts.to(classes.device)(text), dim=-1)
+    top = (concepts @ classes.T).topk(min(3, len(names)), dim=-1)
+    pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    return [[(names[i], round(value, 4)) for i, value in zip(*row, strict=True)] for row in pairs]
 
 
 def _attach(model: Path, stage: Stage, protocol: dict[str, Any]) -> Run:
@@ -217,7 +193,7 @@ def _attach(model: Path, stage: Stage, protocol: dict[str, Any]) -> Run:
     tracked.params({f"evaluate.{key}": value for key, value in stage.settings.items()})
     # MLflow keeps the first value of a parameter; the tag tells the protocol of every number in the run.
     md5 = {f"labelled.{protocol['name']}.md5": stage.inputs["labelled"]["md5"]}
-    tracked.tags(md5 | {f"protocol.{_label(protocol)}": json.dumps(protocol)})
+    tracked.tags(md5 | {f"protocol.{label_of(protocol)}": json.dumps(protocol)})
     tracked.datasets({"inputs": {"labelled": stage.inputs["labelled"]}}, "evaluation")
     return tracked
 
@@ -248,22 +224,25 @@ def _write(
     dataset: LabelledSet,
     protocol: dict[str, Any],
     metrics: Metrics,
-    result: Result,
+    found: Counted,
+    words: list[list[tuple[str, float]]],
 ) -> None:
-    shown = f"{table(result.per_class, metrics, _label(protocol))}\n{_in_words(protocol)}"
+    rows = per_class(dataset.classes, found.tally)
+    shown = f"{table(rows, metrics, label_of(protocol))}\n{in_words(protocol)}"
     print(shown, flush=True)
     write_atomically(folder / TABLE, shown + "\n")
-    write_json(folder / PER_CLASS, result.per_class)
+    write_json(folder / PER_CLASS, rows)
     write_json(folder / PROTOCOL, protocol)
-    write_json(folder / CONFUSION, result.confusion)
+    write_json(folder / CONFUSION, found.tally.confusions[OURS].largest(dataset.classes, _SHOWN_CLASSES))
+    ours, clip = found.maps[OURS], found.maps[CLIP]
     write_report(
         folder / REPORT,
-        name=_label(protocol),
-        protocol=_in_words(protocol),
+        name=label_of(protocol),
+        protocol=in_words(protocol),
         metrics=metrics,
-        per_class=result.per_class,
-        examples=result.examples,
+        per_class=rows,
+        examples=[Example(image, clip[index], ours[index], truth) for index, (image, truth) in found.pictures.items()],
         classes=dataset.classes,
         model=model,
-        words=result.words,
+        words=words,
     )

@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from pixelclip.config import STAGES
+from pixelclip.config import SETTINGS
 from pixelclip.promote import registry
 from pixelclip.provenance import WEIGHTS, chain, inputs, source
 from pixelclip.register import EVALUATION
@@ -146,7 +146,7 @@ def table(found: dict[str, Any]) -> str:
     for stage in found["stages"]:
         image = f"  image {stage['image']}" if stage["image"] else ""
         rows.append((f"stage {stage['stage']}", f"code {stage['revision']}  version {stage['version']}{image}"))
-        kind = STAGES.get(stage["stage"])
+        kind = SETTINGS.get(stage["stage"])
         usual = kind().model_dump() if kind else {}
         own_settings = [f"{key}={value}" for key, value in stage["settings"].items() if usual.get(key, ...) != value]
         rows.append(("", "  ".join(own_settings) or "all settings as by default"))

@@ -1,11 +1,11 @@
-"""A PixelCLIP and its CLIP over one labelled set: counts of every process, with checkpoints (method.md, "Inference").
+"""Image towers over one labelled set: counts of every process, with checkpoints (method.md, "Inference").
 
 B images, T towers, K classes, C embedding width, H W image.
 """
 
 import io
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from pixelclip.backbone import Backbone
 from pixelclip.benchmarks import LabelledSet
-from pixelclip.checkpoint import Clip, Model, backbone_of
+from pixelclip.checkpoint import Clip
 from pixelclip.classify import (
     Annotations,
     GivenMasks,
@@ -34,67 +34,73 @@ from pixelclip.classify import (
 from pixelclip.config import EvaluateConfig
 from pixelclip.pixels import normalise, squash, to_tensor
 from pixelclip.ranks import Ranks
-from pixelclip.report import Example
 from pixelclip.shards import BadSamples
 from pixelclip.storage import read_json, write_atomically, write_json
-from pixelclip.tally import TOWERS, Confusion, Found, Tally, packed
-from pixelclip.text import TEMPLATES, TextTower, classifier
+from pixelclip.tally import CLIP, OURS, Found, Tally, packed
 
-_SHOWN_CLASSES = 10  # of a confusion matrix that one can still read
+Maps = dict[int, NDArray[np.uint16]]
+"""Label maps by the number of their image in the labelled set."""
 
 
 @dataclass(frozen=True)
-class Result:
+class Counted:
     """What `measure` found.
 
     Args:
-        metrics: by name, without the labelled set's.
-        per_class: IoU of both models and the pixels of every class.
-        confusion: of the model, see `Confusion.largest`.
-        examples: pictures with the label maps of both.
-        words: for every concept the nearest class names with their cosines.
+        tally: the sums over all images.
+        maps: of every tower the label maps of the pictures.
+        pictures: by number in the labelled set, image and truth [H, W] of those that a report shows.
     """
 
-    metrics: dict[str, float]
-    per_class: list[dict[str, Any]]
-    confusion: dict[str, Any]
-    examples: list[Example]
-    words: list[list[tuple[str, float]]]
+    tally: Tally
+    maps: dict[str, Maps]
+    pictures: dict[int, tuple[Image.Image, NDArray[np.uint16]]]
 
 
 @torch.no_grad()
-def measure(model: Model, clip: Clip, dataset: LabelledSet, config: EvaluateConfig, ranks: Ranks, state: Path) -> Result:
-    """Evaluates model and CLIP with the very same images, classifier and protocol.
+def measure(
+    towers: Mapping[str, Backbone],
+    clip: Clip,
+    classes: Tensor,
+    dataset: LabelledSet,
+    config: EvaluateConfig,
+    ranks: Ranks,
+    state: Path,
+    stage: str = "evaluate",
+) -> Counted:
+    """Evaluates towers with the very same images, classifier and protocol; what one gives does not hang on the others.
 
     Args:
-        model: the model.
-        clip: its CLIP.
+        towers: `OURS`, `CLIP` or both.
+        clip: the CLIP that the towers are of.
+        classes: [K, C], its classifier.
         dataset: the labelled set; every rank takes its share of the batches.
-        config: settings.
+        config: settings, with the side in pixels.
         ranks: the processes; each of them returns the result of all.
         state: folder of counts and examples of an unfinished measurement, which continues.
+        stage: whose work it is, in messages.
 
     Raises:
-        ValueError: too many unreadable samples, or nothing to count.
+        ValueError: too many unreadable samples.
     """
-    text = TextTower(clip.model).to(ranks.device).eval()
-    classes = classifier(text, dataset.classes, TEMPLATES[config.templates])
-    towers = [backbone_of(model), Backbone(clip.model.visual, model.residual)]
-    towers = [tower.to(ranks.device).eval() for tower in towers]
+    towers = {name: tower.to(ranks.device).eval() for name, tower in towers.items()}
     wanted = np.linspace(0, len(dataset) - 1, min(config.pictures, len(dataset))).round().astype(int).tolist()
-    tally, places = _begin(dataset, config, ranks, state)
-    bad = BadSamples("evaluate", config.max_bad_share, tally.bad)
+    tally, places = _begin(stage, towers, dataset, config, ranks, state)
+    bad = BadSamples(stage, config.max_bad_share, tally.bad)
     given = GivenMasks(config.masks_folder) if config.protocol == "masks" and config.masks == "given" else None
     saved = tally.position
-    for batch in _batches(dataset, range(saved, places.stop), config, given, bad, quiet=not ranks.first):
+    shown = tqdm(range(saved, places.stop), stage, places.stop, unit="image", initial=saved, disable=not ranks.first)
+    for batch in _batches(dataset, shown, config, given, bad):
         pixels = [normalise(to_tensor(image).to(ranks.device), clip.mean, clip.std)[None] for image in batch.images]
-        found = _find(batch, pixels, towers, classes, config, config.side or model.side)
-        native = torch.cat([squash(image, clip.side) for image in pixels])
-        similarities = F.normalize(towers[1].image_features(native), dim=-1) @ classes.T
-        tally.add(batch.labels, found, similarities.cpu())
+        found = _find(batch, pixels, list(towers.values()), classes, config)
+        tally.add(batch.labels, found)
+        if CLIP in towers:
+            native = torch.cat([squash(image, clip.side) for image in pixels])
+            similarities = F.normalize(towers[CLIP].image_features(native), dim=-1) @ classes.T
+            tally.recall(batch.labels, similarities.cpu())
         for index, image, truth, one in zip(batch.indices, batch.images, batch.labels, found, strict=True):
             if index in wanted:
-                _save_example(_example(state, index), Example(image, one.maps[1], one.maps[0], truth))
+                _save_example(_example(state, index), image, truth, dict(zip(towers, one.maps, strict=True)))
         tally.position = batch.indices[-1] + 1
         if tally.position - saved >= config.checkpoint_every:
             tally.save(_checkpoint(state, ranks))
@@ -102,18 +108,24 @@ def measure(model: Model, clip: Clip, dataset: LabelledSet, config: EvaluateConf
     tally.sum(ranks)
     bad.found = tally.bad
     (bad.check if ranks.first else bad.stop_if_too_many)(len(dataset))
-    drawn = [_example(state, index) for index in wanted if index in places]
-    examples = chain(*ranks.gather_objects([path.read_bytes() for path in drawn if path.is_file()]))
-    return Result(
-        _metrics(tally, len(dataset), masks=config.protocol == "masks"),
-        _per_class(dataset.classes, tally.confusions),
-        tally.confusions[0].largest(dataset.classes, _SHOWN_CLASSES),
-        [_load_example(data) for data in examples],
-        _nearest_words(model, text, classes, dataset.classes),
-    )
+    drawn = [index for index in wanted if index in places and _example(state, index).is_file()]
+    packs = chain(*ranks.gather_objects([(index, _example(state, index).read_bytes()) for index in drawn]))
+    return _counted(tally, dict(packs))
 
 
-def _begin(dataset: LabelledSet, config: EvaluateConfig, ranks: Ranks, state: Path) -> tuple[Tally, range]:
+def _counted(tally: Tally, packs: Mapping[int, bytes]) -> Counted:
+    counted = Counted(tally, {tower: {} for tower in tally.confusions}, {})
+    for index, data in packs.items():
+        with np.load(io.BytesIO(data), allow_pickle=False) as saved:
+            counted.pictures[index] = Image.fromarray(saved["image"]), saved["truth"]
+            for tower, maps in counted.maps.items():
+                maps[index] = saved[f"map{tower}"]
+    return counted
+
+
+def _begin(
+    stage: str, towers: Collection[str], dataset: LabelledSet, config: EvaluateConfig, ranks: Ranks, state: Path
+) -> tuple[Tally, range]:
     """This rank's tally, continued where there is one, and its images: whole batches, the same with any number of ranks."""
     made_by = {"processes": ranks.size, "batch_size": config.batch_size, "pictures": config.pictures}
     if ranks.first:
@@ -123,17 +135,17 @@ def _begin(dataset: LabelledSet, config: EvaluateConfig, ranks: Ranks, state: Pa
             changed = ", ".join(
                 f"{key} {there.get(key)} → {value}" for key, value in made_by.items() if there.get(key) != value
             )
-            print(f"evaluate: starts again, the interrupted run cannot be continued with other {changed}", flush=True)
+            print(f"{stage}: starts again, the interrupted run cannot be continued with other {changed}", flush=True)
             shutil.rmtree(state)
         write_json(about, made_by)
     ranks.from_first(None)  # nobody reads or writes before it is clear what stays
     batches = ranks.share(-(-len(dataset) // config.batch_size))
     places = range(batches.start * config.batch_size, min(batches.stop * config.batch_size, len(dataset)))
-    tally = Tally.zeros(len(dataset.classes), places.start)
+    tally = Tally.zeros(towers, len(dataset.classes), places.start)
     if _checkpoint(state, ranks).is_file():
         tally.load(_checkpoint(state, ranks))
         if ranks.first:
-            print(f"evaluate: continues after {tally.position} images", flush=True)
+            print(f"{stage}: continues after {tally.position} images", flush=True)
     return tally, places
 
 
@@ -145,14 +157,9 @@ def _example(state: Path, index: int) -> Path:
     return state / f"example-{index}.npz"
 
 
-def _save_example(path: Path, example: Example) -> None:
-    maps = {key: getattr(example, key).astype(np.uint16) for key in ("clip", "ours", "truth")}
-    write_atomically(path, packed(image=np.asarray(example.image), **maps))
-
-
-def _load_example(data: bytes) -> Example:
-    with np.load(io.BytesIO(data), allow_pickle=False) as saved:
-        return Example(Image.fromarray(saved["image"]), saved["clip"], saved["ours"], saved["truth"])
+def _save_example(path: Path, image: Image.Image, truth: NDArray[np.integer], maps: Mapping[str, NDArray[np.integer]]) -> None:
+    found = {f"map{tower}": labels.astype(np.uint16) for tower, labels in maps.items()}
+    write_atomically(path, packed(image=np.asarray(image), truth=truth.astype(np.uint16), **found))
 
 
 @dataclass(frozen=True)
@@ -164,11 +171,10 @@ class _Batch:
 
 
 def _batches(
-    dataset: LabelledSet, places: range, config: EvaluateConfig, given: GivenMasks | None, bad: BadSamples, quiet: bool
+    dataset: LabelledSet, places: Iterable[int], config: EvaluateConfig, given: GivenMasks | None, bad: BadSamples
 ) -> Iterator[_Batch]:
     batch = _Batch()
-    shown = tqdm(places, desc="evaluate", unit="image", initial=places.start, total=places.stop, disable=quiet)
-    for index in shown:
+    for index in places:
         try:
             image, label = dataset.read(index)
             masks = _masks(dataset.pairs[index][0], image, label, config, given)
@@ -199,9 +205,7 @@ def _masks(
     return truth_masks(label)
 
 
-def _find(
-    batch: _Batch, pixels: list[Tensor], towers: list[Backbone], classes: Tensor, config: EvaluateConfig, side: int
-) -> list[Found]:
+def _find(batch: _Batch, pixels: list[Tensor], towers: list[Backbone], classes: Tensor, config: EvaluateConfig) -> list[Found]:
     if config.protocol == "slide":
         windows: dict[str, int] = {
             "side": config.slide_side,
@@ -211,7 +215,7 @@ def _find(
             "windows_at_once": config.batch_size,
         }
         return [label_windows(towers, image, classes, **windows) for image in pixels]
-    squashed = torch.cat([squash(image, side) for image in pixels])
+    squashed = torch.cat([squash(image, config.side) for image in pixels])
     if config.protocol == "whole":
         return label_whole(towers, squashed, [label.shape for label in batch.labels], classes, config.feature_grid)
     features = torch.stack([tower(squashed) for tower in towers], dim=1)  # [B, T, C, h, w]
@@ -219,38 +223,41 @@ def _find(
     return [classify_masks(feature, masks, classes, label) for feature, masks, label in each]
 
 
-def _metrics(tally: Tally, num_images: int, masks: bool) -> dict[str, float]:
-    if not tally.confusions[0].counts.any():
+def metrics_of(tally: Tally, num_images: int, masks: bool) -> dict[str, float]:
+    """The figures by name, without the labelled set's.
+
+    Args:
+        tally: of CLIP, or of both towers.
+        num_images: how many the set holds.
+        masks: whether masks were classified.
+
+    Raises:
+        ValueError: nothing was counted.
+    """
+    towers = tally.confusions
+    if not towers[CLIP].counts.any():
         raise ValueError("evaluate: the label maps hold no labelled pixel at all")
-    both = list(zip(TOWERS, tally.confusions, strict=True))
-    metrics = {f"miou{suffix}": confusion.miou() for suffix, confusion in both}
-    metrics["gain"] = metrics["miou"] - metrics["miou_clip"]
-    metrics |= {f"pixel_accuracy{suffix}": confusion.pixel_accuracy() for suffix, confusion in both}
+    metrics = {f"miou{tower}": confusion.miou() for tower, confusion in towers.items()}
+    if OURS in towers:
+        metrics["gain"] = metrics["miou"] - metrics["miou_clip"]
+    metrics |= {f"pixel_accuracy{tower}": confusion.pixel_accuracy() for tower, confusion in towers.items()}
     if masks:
         *hits, counted = tally.masks.tolist()
         if not counted:
             raise ValueError("evaluate: no mask holds a labelled pixel")
-        metrics |= {f"mask_accuracy{suffix}": 100 * hit / counted for suffix, hit in zip(TOWERS, hits, strict=True)}
+        metrics |= {f"mask_accuracy{tower}": 100 * hit / counted for tower, hit in zip(towers, hits, strict=True)}
     found, present = tally.recalled.tolist()
     metrics["image_recall_clip"] = found / max(present, 1)
     metrics["images"] = float(num_images - len(tally.bad))
     return metrics
 
 
-def _per_class(names: list[str], confusions: list[Confusion]) -> list[dict[str, Any]]:
-    """One row a class: IoU of both models in points (None when the truth does not hold the class), pixels of truth."""
+def per_class(names: list[str], tally: Tally) -> list[dict[str, Any]]:
+    """One row a class: IoU of both towers in points (None when the truth does not hold the class), pixels of truth."""
 
     def points(value: float) -> float | None:
         return None if np.isnan(value) else round(100 * float(value), 4)
 
-    ours, clip = confusions
+    ours, clip = tally.confusions[OURS], tally.confusions[CLIP]
     both = zip(names, ours.iou(), clip.iou(), ours.counts.sum(axis=1), strict=True)
     return [{"class": name, "iou": points(a), "iou_clip": points(b), "pixels": int(n)} for name, a, b, n in both]
-
-
-def _nearest_words(model: Model, text: TextTower, classes: Tensor, names: list[str]) -> list[list[tuple[str, float]]]:
-    """For every concept the three nearest class names. The text tower was frozen, so CLIP's own serves."""
-    concepts = F.normalize(model.prompts.to(classes.device)(text), dim=-1)
-    top = (concepts @ classes.T).topk(min(3, len(names)), dim=-1)
-    pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-    return [[(names[i], round(value, 4)) for i, value in zip(*row, strict=True)] for row in pairs]

@@ -25,6 +25,8 @@ def chain(provenance: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 def inputs(provenance: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any], str]]:
     """Name, description and reading stage of every input of the chain, the nearest first."""
     for stage in chain(provenance):
+        if stage.get("stage") == "evaluate_clip" and stage is not provenance:
+            continue  # `evaluate` has read the same
         for name, described in stage["inputs"].items():
             yield name, described, stage.get("stage", "")
 

@@ -18,14 +18,13 @@ from mlflow import MlflowClient
 
 from pixelclip import __version__, evaluate, masks, shards, train
 from pixelclip.benchmarks import open_labelled
-from pixelclip.checkpoint import clip_folder
 from pixelclip.config import STAGES, build, lasting
 from pixelclip.download import here
 from pixelclip.lineage import Registered, recorded
 from pixelclip.provenance import chain, flatten, source
 from pixelclip.register import fetch
 from pixelclip.server import connect, experiment_id
-from pixelclip.sources import describe_shards
+from pixelclip.sources import clip_folder, describe_shards
 from pixelclip.stage import code_image, code_revision, describe
 from pixelclip.storage import digest, write_json
 from pixelclip.tracking import PARENT_RUN, RUN, lineage
@@ -77,7 +76,8 @@ def run(uri: str, out: Path, *, train: bool = False, tolerance: float = 0.01, ru
     """
     work = _Work(out, _checked(runtime or {}))
     there = recorded(uri)
-    for line in _other_code([*chain(there.provenance)] if train else [there.provenance]):
+    measured = [made for made in chain(there.provenance) if train or made["stage"] in ("evaluate", "evaluate_clip")]
+    for line in _other_code(measured):
         print(f"reproduce: WARNING: {line}", flush=True)
     with _own_run(there) as client_and_run:
         inputs = there.provenance["inputs"]

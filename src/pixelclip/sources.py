@@ -1,8 +1,12 @@
-"""Where Shards stand: a folder, a manifest, the parts that `masks` left, or a prefix of a store; and what identifies them."""
+"""Where Shards and CLIPs stand, and what identifies them.
+
+Shards are a folder, a manifest, the parts that `masks` left, or a prefix of a store.
+"""
 
 import hashlib
 import json
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -179,3 +183,21 @@ def describe_shards(source: Path | str) -> dict[str, Any]:
         size += found["size"]
     identity = {"path": str(source), "md5": whole.hexdigest(), "num_files": len(tars), "size": size}
     return identity | ({"provenance": made[0]} if made else {})  # what made one part made them all
+
+
+def clip_folder(spec: str) -> Path | None:
+    """The file or folder that a `clip` setting names, or None when open_clip finds the weights by name."""
+    if spec == "toy":
+        return Path(str(resources.files("pixelclip") / "assets" / "toy_clip"))
+    if Path(spec).is_dir():
+        return Path(spec)
+    weights = spec.partition(":")[2]
+    if "://" in weights:
+        return local_copy(weights)
+    return Path(weights) if weights and Path(weights).is_file() else None
+
+
+def clip_version(spec: str) -> str:
+    """What identifies the weights that a `clip` setting names now: the setting, and the md5 of weights that are files."""
+    weights = clip_folder(spec)
+    return spec if weights is None else f"{spec} md5 {digest(weights)['md5']}"

@@ -5,7 +5,7 @@ B images, T towers, N masks, K classes, H W image.
 
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -22,8 +22,8 @@ from pixelclip.storage import write_atomically
 
 OTHERS = "(all others)"
 """What the classes are called that no row of a confusion matrix is left for."""
-TOWERS = ("", "_clip")
-"""What the metrics of PixelCLIP and of the CLIP it came from end with."""
+OURS, CLIP = "", "_clip"
+"""The towers, PixelCLIP's and that of the CLIP it came from, by what their metrics end with."""
 
 
 @dataclass(frozen=True)
@@ -117,36 +117,54 @@ class Tally:
     """Sums over images, so that those of several processes add up and a killed one continues.
 
     Args:
-        confusions: of each of `TOWERS`.
-        recalled: [2], see `count_recalled`.
+        confusions: of each tower.
+        recalled: [2], see `count_recalled`; nothing where CLIP is none of the towers.
         masks: [T + 1], masks that each tower classified rightly, and all of them.
         position: the first image that is not counted yet.
         bad: samples before it that could not be used.
     """
 
-    confusions: list[Confusion]
+    confusions: dict[str, Confusion]
     recalled: NDArray[np.int64]
     masks: NDArray[np.int64]
     position: int
     bad: list[str] = field(default_factory=list)
 
     @classmethod
-    def zeros(cls, classes: int, position: int) -> "Tally":
+    def zeros(cls, towers: Collection[str], classes: int, position: int) -> "Tally":
         """Nothing counted yet."""
-        confusions = [Confusion.zeros(classes) for _ in TOWERS]
-        return cls(confusions, np.zeros(2, np.int64), np.zeros(len(TOWERS) + 1, np.int64), position)
+        confusions = {tower: Confusion.zeros(classes) for tower in towers}
+        return cls(confusions, np.zeros(2, np.int64), np.zeros(len(towers) + 1, np.int64), position)
 
-    def add(self, truths: Sequence[NDArray[np.integer]], found: Sequence[Found], similarities: Tensor) -> None:
-        """Counts images: their label maps, what was found, and the cosines [B, K] of whole images with classes."""
+    def add(self, truths: Sequence[NDArray[np.integer]], found: Sequence[Found]) -> None:
+        """Counts images: their label maps, and what each tower found, in the order of `confusions`."""
         for truth, one in zip(truths, found, strict=True):
-            for confusion, predicted in zip(self.confusions, one.maps, strict=True):
+            for confusion, predicted in zip(self.confusions.values(), one.maps, strict=True):
                 confusion.add(truth, predicted)
             self.masks += [*one.hits, one.masks]
+
+    def recall(self, truths: Sequence[NDArray[np.integer]], similarities: Tensor) -> None:
+        """Counts the classes that CLIP recalls by the cosines [B, K] of whole images with classes."""
         self.recalled += count_recalled(similarities, [np.setdiff1d(truth, [IGNORE]) for truth in truths])
+
+    def joined(self, other: "Tally") -> "Tally":
+        """This tally with that of other towers on the same images.
+
+        Raises:
+            ValueError: the two did not count the same pixels and masks.
+        """
+        confusions = self.confusions | other.confusions
+        first, *others = [found.counts.sum(axis=1) for found in confusions.values()]
+        same = all(np.array_equal(first, truth) for truth in others) and self.masks[-1] == other.masks[-1]
+        if not same or len(self.bad) != len(other.bad):
+            bad = f"; unusable samples there: {', '.join(other.bad) or 'none'}, here: {', '.join(self.bad) or 'none'}"
+            raise ValueError(f"other pixels or masks were counted there than here{bad}")
+        masks = np.concatenate([self.masks[:-1], other.masks])
+        return Tally(confusions, self.recalled + other.recalled, masks, self.position, self.bad)
 
     def arrays(self) -> dict[str, NDArray[np.int64]]:
         """The sums, by name; they share their memory with the tally."""
-        confusions = {f"confusion{suffix}": found.counts for suffix, found in zip(TOWERS, self.confusions, strict=True)}
+        confusions = {f"confusion{tower}": found.counts for tower, found in self.confusions.items()}
         return confusions | {"recalled": self.recalled, "masks": self.masks}
 
     def sum(self, ranks: Ranks) -> None:
@@ -162,7 +180,7 @@ class Tally:
 
     def load(self, path: Path) -> None:
         """Continues from a checkpoint."""
-        with np.load(path, allow_pickle=False) as saved:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as saved:
             for name, array in self.arrays().items():
                 array[...] = saved[name]
             rest = json.loads(saved["rest"].tobytes())

@@ -18,7 +18,7 @@ from torch import nn
 from tqdm import tqdm
 
 from pixelclip.backbone import Backbone, check_side
-from pixelclip.checkpoint import CONFIG, WEIGHTS, Clip, clip_folder, load_clip, save_model
+from pixelclip.checkpoint import CONFIG, WEIGHTS, Clip, load_clip, save_model
 from pixelclip.config import TrainConfig
 from pixelclip.dataset import Batch, MaskedImages, Views, load_batches, positions
 from pixelclip.decoder import Decoder
@@ -29,7 +29,7 @@ from pixelclip.pictures import gallery, training_picture
 from pixelclip.ranks import Ranks, join, later, pick_precision
 from pixelclip.resume import load_state, save_state
 from pixelclip.shards import BadSamples
-from pixelclip.sources import describe_shards, list_shards
+from pixelclip.sources import clip_folder, describe_shards, list_shards
 from pixelclip.stage import Metrics, Stage, describe
 from pixelclip.text import TEMPLATES, Prompts, TextTower, Vectors, classifier, names_of
 from pixelclip.tracking import Run

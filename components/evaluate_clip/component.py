@@ -1,0 +1,29 @@
+"""KFP component of stage evaluate_clip."""
+
+from kfp import dsl
+
+from pixelclip_components import IMAGE
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def evaluate_clip(
+    labelled: dsl.Input[dsl.Dataset],
+    evaluation: dsl.Output[dsl.Artifact],
+    metrics: dsl.Output[dsl.Metrics],
+    clip: str,
+    clip_version: str,
+    data_version: str,
+    settings: dict,
+    workspace: str = "",
+):
+    """Measures plain CLIP on a labelled set; by the versions KFP knows it again."""
+    from pixelclip.config import load
+    from pixelclip.evaluate_clip import run
+    from pixelclip.stage import place
+    from pixelclip_pipelines.steps import located
+
+    evaluation.metadata.update(clip_version=clip_version, data_version=data_version)
+    trained = load("train", overrides={**settings, "train.clip": clip})
+    out, config = place(evaluation, workspace, "evaluate_clip"), load("evaluate", overrides=settings)
+    for name, value in run(clip, located(labelled), out, config, trained.side, trained.residual).items():
+        metrics.log_metric(name, value)
