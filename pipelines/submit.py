@@ -9,9 +9,10 @@ import tempfile
 import urllib.error
 import urllib.request
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -247,27 +248,29 @@ def _upload(client: kfp.Client, path: Path, name: str, namespace: str, said: lis
         new = kfp_server_api.V2beta1Pipeline(display_name=name, namespace=namespace or None)
         pipeline_id = client.pipelines.pipeline_service_create_pipeline(pipeline=new).pipeline_id
         said.append(f"pipeline {name!r} is new: {pipeline_id}")
-    token = ""
-    while True:
-        found = client.list_pipeline_versions(pipeline_id, page_token=token, page_size=_PAGE)
-        for each in found.pipeline_versions or []:
+    for page in _pages(partial(client.list_pipeline_versions, pipeline_id)):
+        for each in page.pipeline_versions or []:
             if each.display_name == version:
                 said.append(f"pipeline version {version!r} is there already")
                 return pipeline_id, each.pipeline_version_id
-        if not (token := found.next_page_token or ""):
-            break
     made = client.upload_pipeline_version(str(path), version, pipeline_id=pipeline_id)
     said.append(f"pipeline version {version!r} uploaded")
     return pipeline_id, made.pipeline_version_id
 
 
 def _schedules(client: kfp.Client, experiment: str) -> list[Any]:
-    found, token = [], ""
+    pages = _pages(partial(client.list_recurring_runs, experiment_id=experiment))
+    return [each for page in pages for each in page.recurring_runs or []]
+
+
+def _pages(ask: Callable[..., Any]) -> Iterator[Any]:
+    """One of KFP's lists, a page at a time."""
+    token = ""
     while True:
-        page = client.list_recurring_runs(page_token=token, page_size=_PAGE, experiment_id=experiment)
-        found += page.recurring_runs or []
+        page = ask(page_token=token, page_size=_PAGE)
+        yield page
         if not (token := page.next_page_token or ""):
-            return found
+            return
 
 
 def _line(made: Any) -> str:

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -54,13 +54,14 @@ class Server:
     environment: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
     user: str | None = None
     ends_by: signal.Signals = signal.SIGTERM
+    folder: Path = Path("/")  # where it runs
     process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                self.words, env=dict(self.environment), stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd="/",
+                self.words, env=dict(self.environment), stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self.folder,
                 start_new_session=True, **_as(self.user),
             )  # fmt: skip
 
@@ -96,7 +97,8 @@ class Server:
 
 
 @contextmanager
-def _running(server: Server) -> Iterator[Server]:
+def running(server: Server) -> Iterator[Server]:
+    """Starts a server, does not wait for it, and stops it in the end."""
     server.start()
     try:
         yield server
@@ -172,7 +174,7 @@ def s3_server(folder: Path) -> Iterator[S3]:
         return True
 
     made = S3(Server("S3", words, folder / "s3.log", answers), f"http://127.0.0.1:{ports[6]}", "pixelclip", owner, reader)
-    with _running(made.server):
+    with running(made.server):
         yield made
 
 
@@ -233,38 +235,54 @@ def postgres(folder: Path) -> Iterator[Postgres]:
             return True
 
         server = Server("PostgreSQL", words, folder / "postgres.log", answers, user=user, ends_by=signal.SIGINT)
-        with _running(server):
+        with running(server):
             yield Postgres(server, f"postgresql+psycopg2://mlflow:{password}@127.0.0.1:{port}/mlflow")
 
 
 @dataclass
 class Mlflow:
-    """An MLflow server whose runs stand in PostgreSQL and whose artifacts stand in S3."""
+    """An MLflow server; runs stand in `store`, artifacts where it was told."""
 
     server: Server
     uri: str
+    store: str
+
+
+def mlflow_on(store: str, artifacts: str, log: Path, environment: Mapping[str, str], options: Sequence[str] = ()) -> Mlflow:
+    """MLflow's server, not started yet.
+
+    Args:
+        store: database of its runs and registry.
+        artifacts: folder or S3 URI.
+        log: file for what it says; beside it basic auth keeps its users.
+        environment: further variables.
+        options: further words of its command line.
+    """
+    (port,) = free_ports(1)
+    hosts = ",".join(f"{host}{end}" for host in ("127.0.0.1", "localhost") for end in ("", f":{port}"))
+    words = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    words += ["--artifacts-destination", artifacts, "--allowed-hosts", hosts, *options]
+    given = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "AWS_"))}
+    given |= {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"} | dict(environment)
+    given["MLFLOW_BACKEND_STORE_URI"] = store  # perhaps with a password: not for a command line
+    uri = f"http://127.0.0.1:{port}"
+    log = log.absolute()
+    server = Server("MLflow", words, log, lambda: get(f"{uri}/health"), given, ends_by=signal.SIGKILL, folder=log.parent)
+    return Mlflow(server, uri, store)
+
+
+def get(url: str) -> bool:
+    """Whether a URL is there; raises OSError while nobody answers, as `Server.answers` may."""
+    with urllib.request.urlopen(url, timeout=5) as reply:
+        return bool(reply.status == 200)
 
 
 @contextmanager
 def mlflow_server(folder: Path, database: Postgres, store: S3) -> Iterator[Mlflow]:
     """MLflow; it is started but not waited for, because a start takes half a minute. Both others must be ready."""
-    (port,) = free_ports(1)
-    hosts = ",".join(f"{host}{end}" for host in ("127.0.0.1", "localhost") for end in ("", f":{port}"))
-    words = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    words += ["--artifacts-destination", "s3://mlflow/artifacts", "--allowed-hosts", hosts]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "AWS_"))}
-    environment |= store.environment() | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    environment["MLFLOW_BACKEND_STORE_URI"] = database.uri  # with its password: not for a command line
-    uri = f"http://127.0.0.1:{port}"
-
-    def answers() -> bool:
-        with urllib.request.urlopen(f"{uri}/health", timeout=5) as reply:
-            return reply.status == 200
-
-    log = folder.absolute() / "mlflow.log"
-    server = Server("MLflow", words, log, answers, environment, ends_by=signal.SIGKILL)  # all that it knows is elsewhere
-    with _running(server):
-        yield Mlflow(server, uri)
+    made = mlflow_on(database.uri, "s3://mlflow/artifacts", folder / "mlflow.log", store.environment())
+    with running(made.server):
+        yield made
 
 
 @dataclass

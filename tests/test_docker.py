@@ -1,8 +1,12 @@
-"""Steps in containers, by a real Docker engine and the image of `make image`: what died is never reported as done."""
+"""Steps and the served model in containers, by a real Docker engine and the image of `make image`.
+
+What died is never reported as done.
+"""
 
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,11 +16,19 @@ import uuid
 from pathlib import Path
 
 import docker
+import numpy as np
 import pytest
+import services
+import tiny
 from kfp import dsl, local
 from mlflow import MlflowClient
+from test_register import evaluation
+from test_serve import ask, decoded, photo
+from test_tracking import mlflow_on_sqlite
 
-from pixelclip.config import ToyConfig
+from pixelclip.config import RegisterConfig, ToyConfig
+from pixelclip.predict import Predictor, overlay
+from pixelclip.register import run as register
 from pixelclip.toy import run as paint
 from pixelclip_components import IMAGE
 from pixelclip_pipelines.docker import containers
@@ -250,6 +262,74 @@ def test_the_image_holds_no_index_and_no_secret(engine):
     assert "INDEX_URL" not in told
     assert not re.search("password|secret|token|access_key", told, flags=re.I)
     assert set(image.labels) >= {"org.opencontainers.image.revision", "org.opencontainers.image.version"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A model folder."""
+    folder = tmp_path_factory.mktemp("model")
+    return tiny.model_folder(folder / "model", tiny.clip_folder(folder / "clip"), change=0.01)
+
+
+@pytest.fixture(scope="module")
+def served(engine, model, tmp_path_factory):
+    """The container that the manual's command starts, for that model as a real server's champion; and where it answers."""
+    folder = tmp_path_factory.mktemp("served")
+    tracking = mlflow_on_sqlite(folder / "mlflow")
+    manual = (ROOT / "docs" / "serving.md").read_text()
+    (port,) = services.free_ports(1)
+    command = re.search(r"^docker run (?:.*\\\n)*.*", manual, flags=re.M)[0].replace("\\\n", "")
+    words = shlex.split(command.replace("pixelclip:latest", IMAGE).replace("5107", str(port)))
+    limits = [f"--env=PIXELCLIP_SERVE_MAX_{limit}" for limit in ("PIXELS=2000", "CLASSES=4")]
+    words[2:2] = [f"--label={LABEL['label'][0]}", *limits]
+    address, environment = f"http://127.0.0.1:{port}", os.environ | {"MLFLOW_TRACKING_URI": tracking.uri}
+    server = services.Server("the container", words, folder / "log", lambda: services.get(f"{address}/ping"), environment)
+    with pytest.MonkeyPatch.context() as patch, services.running(tracking.server):
+        tracking.server.wait()
+        patch.setenv("MLFLOW_TRACKING_URI", tracking.uri)
+        measured = evaluation(folder / "evaluation", model, miou=40.0, gain=10.0)
+        register(model, measured, folder / "out", RegisterConfig(name="pixelclip-toy", min_gain=1.0))
+        with services.running(server):
+            server.wait()
+            (container,) = engine.containers.list(filters=LABEL)
+            yield container, address
+        assert engine.containers.list(filters=LABEL) == []  # stopped, it ends
+
+
+def test_the_served_container_answers_for_classes_that_nobody_trained_on(served, model):
+    image, names = photo(50, 30, 0), ["zeppelin, airship", "meadow", "cottage"]
+    status, answer = ask(f"{served[1]}/invocations", [(image, "zeppelin|airship,meadow,cottage")], overlay=True)
+    assert status == 200
+    (row,) = answer["predictions"]
+    assert json.loads(row["classes"]) == names
+    expected = Predictor.load(model, "cpu")(decoded(image), names)
+    assert np.array_equal(np.asarray(decoded(row["label_map"])), expected.labels)
+    assert json.loads(row["scores"]) == pytest.approx([one.max() for one in expected.scores], abs=1e-5)
+    shown = np.asarray(overlay(decoded(image), expected))
+    assert np.array_equal(np.asarray(decoded(row["overlay"])), shown)
+
+
+@pytest.mark.parametrize(
+    ("side", "classes", "message"),
+    [
+        (50, "a,b", "Error: row 0: image: 50 x 50 pixels; at most 2000 are allowed"),
+        (40, "a,b,c,d,e", "Error: row 0: classes: 5 names; at most 4 are allowed"),
+    ],
+)
+def test_the_served_container_keeps_its_limits(served, side, classes, message):
+    status, answer = ask(f"{served[1]}/invocations", [(photo(side, side, 0), classes)])
+    assert (status, answer["message"].splitlines()[-1]) == (400, message)
+
+
+def test_the_served_container_is_healthy_and_may_do_nothing_else(served):
+    container, address = served
+    assert services.get(f"{address}/ping")
+    said = container.exec_run(["cat", "/proc/1/status"]).output.decode()
+    for line in ("Uid:\t1000\t1000\t1000\t1000", "CapEff:\t0000000000000000", "NoNewPrivs:\t1"):
+        assert line in said
+    for folder in ("/", "/work", "/opt/pixelclip"):
+        refused = container.exec_run(["touch", f"{folder}/file"])
+        assert refused.exit_code == 1 and b"Read-only file system" in refused.output
 
 
 def test_without_an_engine_or_the_image_nothing_starts(tmp_path, monkeypatch):

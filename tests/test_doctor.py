@@ -175,11 +175,11 @@ def test_s3_by_its_keys_and_buckets(s3, monkeypatch):
     for name in ("AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID"):
         monkeypatch.setenv(name, "wrong")
         found = doctor.storage("s3://data")
-        assert found.state == "failed" and f"this {name}" in found.said
+        assert found.state == "failed" and f"wrong credentials, see {name}" in found.said
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "reader")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3.reader)
     assert doctor.storage("s3://data").state == "ok"
-    assert "these keys may not list the bucket" in doctor.storage("s3://mlflow").said
+    assert "bucket mlflow: these credentials may not do that" in doctor.storage("s3://mlflow").said
 
 
 def test_mlflow_here_and_not_there(monkeypatch, tmp_path, closed):

@@ -10,6 +10,7 @@ import conftest
 import pytest
 import tiny
 from PIL import Image
+from test_sources import put, sources
 from test_train import SMALL
 
 from pixelclip import cli, evaluate, evaluate_clip, lineage, masks, register, reproduce, shards, train
@@ -165,6 +166,29 @@ def test_the_training_is_reproduced_from_the_images_on(made, tmp_path, capsys):
     assert (tmp_path / "out" / "train" / "model.safetensors").read_bytes() == (
         made.base / "model" / "model.safetensors"
     ).read_bytes()
+
+
+def test_a_training_from_a_store_is_reproduced_from_there(bucket, tmp_path, capsys, monkeypatch):
+    """As published: large tars in several parts, whose ETags are no MD5s, and more than tars below one prefix."""
+    client = tiny.mlflow_at(monkeypatch, tmp_path / "mlflow")
+    put(bucket, sources(tmp_path / "here"), "sa1b")
+    bucket.put_object(Bucket="data", Key="sa1b/README.md", Body=b"no shard")
+    content = {"Bucket": "data", "Key": "sa1b/0.tar"}
+    upload = content | {"UploadId": bucket.create_multipart_upload(**content)["UploadId"]}
+    etag = bucket.upload_part(**upload, PartNumber=1, Body=(tmp_path / "here" / "0.tar").read_bytes())["ETag"]
+    bucket.complete_multipart_upload(**upload, MultipartUpload={"Parts": [{"PartNumber": 1, "ETag": etag}]})
+    config = TrainConfig(**{**SMALL, "clip": str(tiny.clip_folder(tmp_path / "clip")), "steps": 2, "picture_every": 0})
+    train.run("s3://data/sa1b", tmp_path / "model", config)
+    labelled = tiny.labelled_set(tmp_path / "labelled")
+    evaluate.run(tmp_path / "model", labelled, tmp_path / "evaluation", EvaluateConfig(device="cpu", pictures=1))
+    chosen = RegisterConfig(name=NAME, min_gain=-100)
+    register.run(tmp_path / "model", tmp_path / "evaluation", tmp_path / "registration", chosen)
+    assert client.get_model_version(NAME, "1").tags["data.masks.path"] == "s3://data/sa1b"
+    assert reproduce.run(f"models:/{NAME}/1", tmp_path / "out", train=True, runtime=RUNTIME) is True
+    assert "reproduce: train: the same files as recorded" in capsys.readouterr().out
+    bucket.put_object(Bucket="data", Key="sa1b/2.tar", Body=(tmp_path / "here" / "1.tar").read_bytes())
+    with pytest.raises(ValueError, match=r"masks: was s3://data/sa1b .* but what stands there now has md5"):
+        reproduce.run(f"models:/{NAME}/1", tmp_path / "again", train=True, runtime=RUNTIME)
 
 
 def test_other_numbers_are_told_by_how_much(made, tmp_path, capsys, monkeypatch):

@@ -1,15 +1,11 @@
 """The registered model as others call it: logged as code and safetensors, loaded and asked by MLflow."""
 
 import base64
-import contextlib
 import io
 import json
 import os
-import signal
 import struct
-import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 import zlib
@@ -21,10 +17,10 @@ import mlflow
 import numpy as np
 import pandas as pd
 import pytest
+import services
 import tiny
 from mlflow.exceptions import MlflowException
 from PIL import Image
-from test_tracking import free_port
 
 from pixelclip import serve
 from pixelclip.predict import Predictor, overlay
@@ -188,27 +184,20 @@ def test_a_bad_row_is_named(model, image, classes, message):
 @pytest.fixture(scope="module")
 def served(logged, tmp_path_factory) -> Iterator[str]:
     """The address of a real `mlflow models serve`, in whose environment a limit is set."""
-    port, log = free_port(), tmp_path_factory.mktemp("served") / "server.log"
+    (port,) = services.free_ports(1)
     words = f"-m mlflow models serve -m {logged} --env-manager local --host 127.0.0.1 --port {port}".split()
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # where MLflow finds its web server
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            [sys.executable, *words],
-            env=os.environ | {"PATH": path, "PIXELCLIP_SERVE_MAX_PIXELS": "2000"},
-            stdout=file,
-            stderr=file,
-            start_new_session=True,
-        )
-    try:
-        for _ in range(1200):
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/ping", timeout=5):
-                break
-            assert process.poll() is None, log.read_text()
-            time.sleep(0.1)
-        yield f"http://127.0.0.1:{port}/invocations"
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait()
+    environment = os.environ | {"PATH": path, "PIXELCLIP_SERVE_MAX_PIXELS": "2000"}
+    log, address = tmp_path_factory.mktemp("served") / "server.log", f"http://127.0.0.1:{port}"
+    server = services.Server("serving", [sys.executable, *words], log, lambda: services.get(f"{address}/ping"), environment)
+    with services.running(server):
+        server.wait()
+        yield f"{address}/invocations"
+
+
+def decoded(image: bytes | str) -> Image.Image:
+    """An image from its file, or from the base64 of an answer."""
+    return Image.open(io.BytesIO(base64.b64decode(image) if isinstance(image, str) else image))
 
 
 def ask(address: str, rows: list[tuple[bytes, str]], **params: bool) -> tuple[int, dict]:
@@ -229,10 +218,9 @@ def test_a_real_server_answers_over_http(served, folder):
     assert status == 200
     first, second = answer["predictions"]
     assert json.loads(first["classes"]) == ["dog, puppy", "grass", "sky"] and json.loads(second["classes"]) == ["a", "b"]
-    expected = Predictor.load(folder, "cpu")(Image.open(io.BytesIO(image)), ["dog, puppy", "grass", "sky"])
-    assert np.array_equal(np.asarray(Image.open(io.BytesIO(base64.b64decode(first["label_map"])))), expected.labels)
-    shown = Image.open(io.BytesIO(base64.b64decode(first["overlay"])))
-    assert np.array_equal(np.asarray(shown), np.asarray(overlay(Image.open(io.BytesIO(image)), expected)))
+    expected = Predictor.load(folder, "cpu")(decoded(image), ["dog, puppy", "grass", "sky"])
+    assert np.array_equal(np.asarray(decoded(first["label_map"])), expected.labels)
+    assert np.array_equal(np.asarray(decoded(first["overlay"])), np.asarray(overlay(decoded(image), expected)))
     assert len(json.loads(first["shares"])) == len(json.loads(first["scores"])) == 3
 
 

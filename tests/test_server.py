@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 
 import pytest
-import tiny
 from mlflow import MlflowClient
-from test_tracking import PROVENANCE, Server, curve
+from services import Mlflow
+from test_tracking import PROVENANCE, curve, mlflow_on_sqlite
 
 from pixelclip import promote
 from pixelclip.server import connect
@@ -16,17 +16,14 @@ PASSWORD = "correct horse battery"
 
 
 @pytest.fixture(scope="session")
-def guarded(tmp_path_factory) -> Iterator[Server]:
+def guarded(tmp_path_factory) -> Iterator[Mlflow]:
     """An MLflow server that asks who is there."""
-    folder = tmp_path_factory.mktemp("guarded")
     secrets = {"MLFLOW_AUTH_ADMIN_PASSWORD": PASSWORD, "MLFLOW_FLASK_SERVER_SECRET_KEY": "for tests"}
-    made = Server(folder, ["--app-name", "basic-auth"], secrets)
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        tiny.mlflow_at(monkeypatch, folder)
-    made.start()
-    made.wait()
+    made = mlflow_on_sqlite(tmp_path_factory.mktemp("guarded"), ["--app-name", "basic-auth"], secrets)
+    made.server.start()
+    made.server.wait()
     yield made
-    made.kill()
+    made.server.kill()
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import pytest
 import services
 import tiny
 from mlflow import MlflowClient
+from test_promote import meet
 from test_register import evaluation
 from test_tracking import PROVENANCE
 
@@ -214,6 +215,18 @@ def test_a_registry_name_that_mlflow_refuses(mlflow_server, tmp_path, name):
     with pytest.raises(ValueError, match=r"register\.name '.*' is refused by MLflow at http:"):
         register(model, evaluated, tmp_path / "out", RegisterConfig(name=name, min_gain=1.0))
     assert not (tmp_path / "out").exists()
+
+
+def test_two_promotions_at_once_leave_one_champion_in_each_of_20_trials(mlflow_server, all_services):
+    taken_over = meet(mlflow_server.uri, candidates=2, trials=20)
+    query = """SELECT name, count(*) FILTER (WHERE alias = 'champion'), max(version) FILTER (WHERE alias = 'champion'),
+        count(*) FILTER (WHERE alias = 'previous'), sum(version) FILTER (WHERE alias = 'previous')
+        FROM registered_model_aliases WHERE name LIKE 'trial%' GROUP BY name"""
+    found = rows(all_services.postgres, query)
+    assert len(found) == 20
+    assert {(champions, best, befores) for _, champions, best, befores, _ in found} == {(1, 3, 1)}
+    # Version 2 was champion for a moment where it came first, and was refused where it came second.
+    assert sum(previous == 2 for *_, previous in found) == taken_over
 
 
 def test_servers_that_are_gone_for_a_while_cost_nothing(mlflow_server, all_services, monkeypatch, tmp_path, capsys):

@@ -126,6 +126,26 @@ def test_a_second_process_is_refused_until_the_first_ends(out: Path, source: Pat
         assert stage.folder.is_dir()
 
 
+def test_a_start_names_the_unfinished_work_of_other_settings_and_leaves_it(out, source, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    left = {}
+    for number in (1, 2, 3):
+        left[number] = make(out, source, max_masks=number)
+        with left[number]:
+            (left[number].folder / "half.tar").write_bytes(b"half")
+    make(out.with_name("out.other"), source).folder.mkdir()  # of another result
+    (out.parent / ".out.mine.partial").mkdir()
+    (out.parent / "other.partial").mkdir()
+    capsys.readouterr()
+    with left[2]:  # somebody is at it; the others are continued by nobody
+        assert "continues" in capsys.readouterr().out
+        complete(out, source)
+        said = capsys.readouterr().out.splitlines()
+    names = ", ".join(sorted(f"deep/{left[number].folder.name}" for number in (1, 3)))
+    assert said[1:] == [f"masks: other inputs or settings left unfinished work, which may be removed: {names}"]
+    assert all((stage.folder / "half.tar").read_bytes() == b"half" for stage in left.values())
+
+
 def test_provenance_nests_what_came_before(out: Path, source: Path, tmp_path: Path) -> None:
     first = complete(out, source, max_masks=7)
     complete(tmp_path / "second", out)

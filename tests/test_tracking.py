@@ -1,21 +1,16 @@
 """The Run: everything arrives in MLflow, once, also after a kill, a resume, or a lost server."""
 
-import contextlib
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
 import time
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
+import services
 import tiny
 from mlflow import MlflowClient
 from mlflow.entities import Run as MlflowRun
+from services import Mlflow
 
 from pixelclip import tracking
 from pixelclip.provenance import flatten
@@ -279,14 +274,8 @@ def test_a_store_that_has_no_such_run_is_told_the_whole_history(client, monkeypa
     assert there.data.params["masks.generator"] == "given"
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
 def test_an_unreachable_server_is_named_at_once(client, monkeypatch, tmp_path):
-    uri = f"http://127.0.0.1:{free_port()}"
+    uri = f"http://127.0.0.1:{services.free_ports(1)[0]}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     with pytest.raises(ValueError, match=f"MLflow at {uri} cannot be reached .*MLFLOW_TRACKING_URI"):
         start(tmp_path / "stage")
@@ -298,76 +287,32 @@ def test_a_file_that_is_no_database_is_named(client, tmp_path):
         connect()
 
 
-class Server:
-    """A real `mlflow server` on one port, that can be killed and started again.
-
-    Args:
-        folder: where it keeps everything.
-        options: further words of its command line.
-        environment: further variables.
-    """
-
-    def __init__(self, folder: Path, options: Sequence[str] = (), environment: Mapping[str, str] | None = None) -> None:
-        self.folder, self.port = folder, free_port()
-        self.options, self.environment = options, environment or {}
-        self.uri = f"http://127.0.0.1:{self.port}"
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def store(self) -> MlflowClient:
-        """The server's database without the server."""
-        return MlflowClient(f"sqlite:///{self.folder}/mlflow.db")
-
-    def start(self) -> None:
-        words = f"-m mlflow server --host 127.0.0.1 --port {self.port} --workers 1".split()
-        stores = ["--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db", "--artifacts-destination", str(self.folder)]
-        environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
-        environment["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
-        with (self.folder / "server.log").open("a") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, *words, *stores, *self.options],
-                env=environment | self.environment,
-                cwd=self.folder,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
-
-    def wait(self) -> None:
-        for _ in range(600):
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.uri}/health", timeout=5):
-                return
-            assert self.process is not None and self.process.poll() is None, (self.folder / "server.log").read_text()
-            time.sleep(0.1)
-        raise AssertionError((self.folder / "server.log").read_text())
-
-    def kill(self) -> None:
-        if self.process is not None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-            self.process = None
+def mlflow_on_sqlite(folder: Path, options: Sequence[str] = (), environment: Mapping[str, str] | None = None) -> Mlflow:
+    """A real MLflow server that can be killed and started again; its database, a file, is there without it, too."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        tiny.mlflow_at(monkeypatch, folder)
+    return services.mlflow_on(f"sqlite:///{folder}/mlflow.db", str(folder), folder / "server.log", environment or {}, options)
 
 
 @pytest.fixture(scope="module", autouse=True)
-def early_server(request, tmp_path_factory) -> Iterator[Server | None]:
+def early_server(request, tmp_path_factory) -> Iterator[Mlflow | None]:
     """Started before the first test of this file, because a start takes many seconds."""
     wanted = any("server" in item.fixturenames for item in request.session.items if item.module is request.module)
-    made = Server(tmp_path_factory.mktemp("server")) if wanted else None
+    made = mlflow_on_sqlite(tmp_path_factory.mktemp("server")) if wanted else None
     if made:
-        with pytest.MonkeyPatch.context() as monkeypatch:
-            tiny.mlflow_at(monkeypatch, made.folder)
-        made.start()
+        made.server.start()
     yield made
     if made:
-        made.kill()
+        made.server.kill()
 
 
 @pytest.fixture
-def server(early_server, client, monkeypatch) -> Server:
+def server(early_server, client, monkeypatch) -> Mlflow:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", early_server.uri)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    if early_server.process is None:
-        early_server.start()
-    early_server.wait()
+    if early_server.server.process is None:
+        early_server.server.start()
+    early_server.server.wait()
     return early_server
 
 
@@ -402,7 +347,7 @@ def test_a_store_lost_in_the_middle_is_told_everything_when_it_is_back(client, t
 def test_a_killed_server_costs_nothing(server, monkeypatch, tmp_path, capsys):
     run = start(tmp_path / "model")
     run.log({"loss": 1.0}, 1)
-    server.kill()
+    server.server.kill()
     for step in (2, 3):
         run.log({"loss": float(step)}, step)
     monkeypatch.setattr(tracking, "_CLOSE_SECONDS", 2.0)
@@ -416,29 +361,30 @@ def test_a_killed_server_costs_nothing(server, monkeypatch, tmp_path, capsys):
     (tmp_path / "evaluation").mkdir()
     with pytest.raises(ValueError, match="cannot be reached"):
         Run.attach(tmp_path / "model", tmp_path / "evaluation", PROVENANCE)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{server.folder}/mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.store)
     monkeypatch.setattr(tracking, "_CLOSE_SECONDS", 30.0)
     attached = Run.attach(tmp_path / "model", tmp_path / "evaluation", PROVENANCE)
     assert attached.finish() is True
     assert attached.run_id == run.run_id
-    assert curve(server.store(), run.run_id) == [(1, 1.0), (2, 2.0), (3, 3.0)]
-    assert server.store().get_run(run.run_id).info.status == "FINISHED"
+    store = MlflowClient(server.store)
+    assert curve(store, run.run_id) == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    assert store.get_run(run.run_id).info.status == "FINISHED"
 
 
 @pytest.mark.slow
 def test_a_server_started_again_is_told_everything(server, monkeypatch, tmp_path, capsys):
-    client = server.store()
+    client = MlflowClient(server.store)
     # By the same process.
     run = start(tmp_path / "stage")
     run.log({"loss": 1.0}, 1)
-    server.kill()
+    server.server.kill()
     for step in (2, 3):
         run.log({"loss": float(step)}, step)
     (tmp_path / "note.txt").write_text("hello")
     run.artifact(tmp_path / "note.txt")
     wait_for_trouble(run)
-    server.start()
-    server.wait()
+    server.server.start()
+    server.server.wait()
     run.log({"loss": 4.0}, 4)
     assert run.finish() is True
     assert curve(client, run.run_id) == [(step, float(step)) for step in (1, 2, 3, 4)]
@@ -449,13 +395,13 @@ def test_a_server_started_again_is_told_everything(server, monkeypatch, tmp_path
     # By the next stage.
     late = start(tmp_path / "model")
     late.log({"loss": 1.0}, 1)
-    server.kill()
+    server.server.kill()
     late.log({"loss": 2.0}, 2)
     monkeypatch.setattr(tracking, "_CLOSE_SECONDS", 1.0)
     assert late.finish() is False
     monkeypatch.setattr(tracking, "_CLOSE_SECONDS", 30.0)
-    server.start()
-    server.wait()
+    server.server.start()
+    server.server.wait()
     (tmp_path / "evaluation").mkdir()
     attached = Run.attach(tmp_path / "model", tmp_path / "evaluation", PROVENANCE)
     attached.values({"miou": 30.0})

@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pixelclip.cache import root as cache_folder
+from pixelclip.fetch_data import look_at_remote, without_login
+from pixelclip.s3 import REASONS
 
 SECONDS = 20.0
 """What one check may take."""
@@ -31,13 +33,6 @@ _MANIFESTS = (
     "application/vnd.oci.image.manifest.v1+json, application/vnd.docker.distribution.manifest.v2+json"
 )
 _KEYS = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-_CODES = {
-    "InvalidAccessKeyId": "the server does not know this AWS_ACCESS_KEY_ID",
-    "SignatureDoesNotMatch": "the server does not accept this AWS_SECRET_ACCESS_KEY",
-    "AccessDenied": "these keys may not list the bucket",
-    "NoSuchBucket": "there is no such bucket",
-    "404": "there is no such bucket",
-}
 
 
 @dataclass(frozen=True)
@@ -177,8 +172,9 @@ def storage(uri: str, seconds: float = SECONDS) -> Finding:
         return Finding("S3", "failed", f"{where}: {_line(error)}", _KEYS)
     except boto.ClientError as error:
         code = error.response["Error"].get("Code", "")
-        advice = "make the bucket, or name another" if code in ("NoSuchBucket", "404") else _KEYS
-        return Finding("S3", "failed", f"{where}: {_CODES.get(code, _line(error))} ({code})", advice)
+        code = "NoSuchBucket" if code == "404" else code  # HEAD is answered with a bare number
+        advice = "make the bucket, or name another" if code == "NoSuchBucket" else _KEYS
+        return Finding("S3", "failed", f"{where}: {REASONS.get(code, _line(error))} ({code})", advice)
     except (boto.BotoCoreError, ValueError) as error:
         return Finding("S3", "failed", f"{where}: {_line(error)}", "look at AWS_ENDPOINT_URL, and at the network")
     if prefix and not listed.get("KeyCount"):
@@ -199,7 +195,7 @@ def mlflow(seconds: float = SECONDS) -> Finding:
         from pixelclip.server import connect
     except ImportError as error:
         return Finding("MLflow", "failed", f"{error.name} is missing", "pip install 'pixelclip[train]'")
-    shown = re.sub(r"(?<=://)[^/@]*@", "", uri)
+    shown = without_login(uri)
     try:
         models = connect().search_registered_models(max_results=100)
     except Exception as error:  # as in connect
@@ -218,8 +214,6 @@ def dvc_remote(repo: str) -> Finding:
     """The DVC remote of a repository: there, and ours to read."""
     if not repo and not Path(".dvc", "config").is_file():
         return Finding("DVC remote", "not configured", "this folder is no DVC repository", "name one with --data")
-    from pixelclip.fetch_data import look_at_remote
-
     try:
         where = look_at_remote(repo or ".")
     except ValueError as error:

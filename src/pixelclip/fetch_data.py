@@ -37,7 +37,7 @@ def look_at_remote(repo: str) -> str:
     Raises:
         ValueError: there is no such repository, or the remote refuses or cannot be reached.
     """
-    public = _without_token(repo)
+    public = without_login(repo)
     with _opened(repo, public, "HEAD") as (files, _):
         try:
             remote = files.repo.cloud.get_remote()
@@ -76,7 +76,7 @@ def run(repo: str, out: Path, config: FetchDataConfig) -> Metrics:
             missing in it or damaged.
     """
     repo = repo if "://" in repo or not Path(repo).is_dir() else str(Path(repo).absolute())  # as it can be found again
-    public = _without_token(repo)
+    public = without_login(repo)
     with _opened(repo, public, config.revision) as (files, git_sha):
         stage = Stage("fetch_data", out, {}, config, source={"repo": public, "git_sha": git_sha})
         if stage.finished:
@@ -102,7 +102,7 @@ def commit_of(repo: str, revision: str) -> str:
     """
     if re.fullmatch(r"[0-9a-f]{40}", revision):
         return revision
-    public = _without_token(repo)
+    public = without_login(repo)
     with _opened(repo, public, revision) as (_, git_sha):
         print(f"{public}: {revision} is {git_sha}", flush=True)
         return git_sha
@@ -123,9 +123,9 @@ def about(out: Path) -> dict[str, Any]:
     return {name: source[name] for name in _TELLS}
 
 
-def _without_token(repo: str) -> str:
-    """A URL as it may be shown and kept."""
-    return re.sub(r"(?<=://)[^/@]*@", "", repo)
+def without_login(url: str) -> str:
+    """A URL as it may be shown and kept: without user, password or token."""
+    return re.sub(r"(?<=://)[^/@]*@", "", url)
 
 
 @contextmanager

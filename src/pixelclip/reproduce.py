@@ -23,6 +23,7 @@ from pixelclip.download import here
 from pixelclip.lineage import Registered, recorded
 from pixelclip.provenance import chain, flatten, source
 from pixelclip.register import fetch
+from pixelclip.s3 import is_s3
 from pixelclip.server import connect, experiment_id
 from pixelclip.sources import clip_folder, describe_shards
 from pixelclip.stage import code_image, code_revision, describe
@@ -32,6 +33,7 @@ from pixelclip.tracking import PARENT_RUN, RUN, lineage
 COMPARISON = "reproduction.json"
 _READ = {"shards": "images", "masks": "shards", "train": "masks"}
 """What a stage that can be repeated reads."""
+_SHARDS = ("shards", "masks")
 _SETTING = {
     "clip": "clip",
     "dino": "dino",
@@ -173,11 +175,11 @@ def _fetched(there: Registered, out: Path) -> Path:
     return model
 
 
-def _restored(name: str, described: Mapping[str, Any], work: _Work, *, kind: str = "folder", spec: str = "") -> Path:
+def _restored(name: str, described: Mapping[str, Any], work: _Work, *, kind: str = "folder", spec: str = "") -> Path | str:
     """An input as it was: where it was, from DVC, or made again."""
     said, wrong = described["path"], ""
     at = _at(name, spec or said)
-    if at is not None and at.exists():
+    if at is not None and (is_s3(at) or Path(at).exists()):
         md5 = _md5(name, at, kind)
         if md5 == described["md5"]:
             return at
@@ -197,9 +199,10 @@ def _restored(name: str, described: Mapping[str, Any], work: _Work, *, kind: str
     raise ValueError(f"{name}: was {said} with md5 {described['md5']}{wrong}; it is not there, and DVC does not know it")
 
 
-def _md5(name: str, path: Path, kind: str) -> str:
-    if name in ("shards", "masks"):
-        return str(describe_shards(path)["md5"])
+def _md5(name: str, at: Path | str, kind: str) -> str:
+    if name in _SHARDS:
+        return str(describe_shards(at)["md5"])
+    path = Path(at)
     if name == "labelled" and kind != "folder":  # of a benchmark only what is read counts, as in `evaluate`
         return str(digest(path, {file for pair in open_labelled(path, kind).pairs for file in pair})["md5"])
     return str(describe(path)["md5"])
@@ -215,7 +218,7 @@ def _made_again(described: Mapping[str, Any], work: _Work) -> Path:
         )
     read = _restored(_READ[name], made["inputs"][_READ[name]], work)
     config = work.config(name, _named_again(made, dict(made["settings"]), work) | _whole(name))
-    repeat: dict[str, Callable[[Path, Path, Any], Any]] = {"shards": shards.run, "masks": masks.run, "train": train.run}
+    repeat: dict[str, Callable[[Any, Path, Any], Any]] = {"shards": shards.run, "masks": masks.run, "train": train.run}
     repeat[name](read, work.out / name, config)
     verdict = "the same files as recorded"
     if made["settings"].get("part"):
@@ -246,8 +249,11 @@ def _named_again(made: Mapping[str, Any], settings: dict[str, Any], work: _Work)
     return settings
 
 
-def _at(name: str, spec: str) -> Path | None:
-    """Where a path, a URI or the name of a CLIP leads here; None for a CLIP that is not there."""
+def _at(name: str, spec: str) -> Path | str | None:
+    """Where a path, a URI or the name of a CLIP leads here; None for a CLIP that is not there.
+
+    Shards in a store stay there: their stages read and identify them by the store's listing, which copies have not.
+    """
     if name == "clip":
         return clip_folder(spec)
-    return here(spec)
+    return spec if name in _SHARDS and is_s3(spec) else here(spec)

@@ -7,6 +7,16 @@ from typing import Any
 
 TIMEOUT = 30.0  # seconds without a byte
 _ATTEMPTS = 6  # botocore waits longer before each of them, up to 20 s
+REASONS = {
+    "NoSuchBucket": "there is no such bucket",
+    "NoSuchKey": "there is no such key in the bucket",
+    "AccessDenied": "these credentials may not do that, or there is no such key",
+    "InvalidAccessKeyId": "wrong credentials, see AWS_ACCESS_KEY_ID",
+    "SignatureDoesNotMatch": "wrong credentials, see AWS_SECRET_ACCESS_KEY",
+    "InvalidToken": "wrong credentials, see AWS_SESSION_TOKEN",
+    "ExpiredToken": "the credentials have expired, see AWS_SESSION_TOKEN",
+}
+"""What a store's error codes mean."""
 
 
 @dataclass(frozen=True)
@@ -78,16 +88,7 @@ def connected(uri: str, attempts: int = _ATTEMPTS) -> Iterator[Any]:
 def refusal(answer: dict[str, Any], endpoint: str) -> str:
     """Why a store refused, from a ClientError's response."""
     status, code = answer["ResponseMetadata"]["HTTPStatusCode"], answer["Error"].get("Code", "")
-    reasons = {
-        "NoSuchBucket": "there is no such bucket",
-        "NoSuchKey": "there is no such key in the bucket",
-        "AccessDenied": "these credentials may not do that, or there is no such key",
-        "InvalidAccessKeyId": "wrong credentials, see AWS_ACCESS_KEY_ID",
-        "SignatureDoesNotMatch": "wrong credentials, see AWS_SECRET_ACCESS_KEY",
-        "InvalidToken": "wrong credentials, see AWS_SESSION_TOKEN",
-        "ExpiredToken": "the credentials have expired, see AWS_SESSION_TOKEN",
-    }
-    reason = reasons.get(code) or answer["Error"].get("Message") or "refused"
+    reason = REASONS.get(code) or answer["Error"].get("Message") or "refused"
     return f"{reason} ({code}, status {status}, {endpoint})"
 
 

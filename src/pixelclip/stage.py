@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -83,6 +84,9 @@ class Stage:
             self._lock = None
             raise ValueError(f"{self.out}: another process is making this right now") from None
         print(f"{self.name}: {'continues an interrupted run' if resumed else 'starts'} → {_short(self.out)}", flush=True)
+        if not resumed and (left := self._abandoned()):
+            names = ", ".join(_short(folder) for folder in left)
+            print(f"{self.name}: other inputs or settings left unfinished work, which may be removed: {names}", flush=True)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -126,6 +130,12 @@ class Stage:
             "revision": code_revision(),
         } | ({"image": image} if image else {})
 
+    def _abandoned(self) -> list[Path]:
+        """Unfinished work for `out` by other fingerprints, that no process is at."""
+        name = re.compile(rf"\.{re.escape(self.out.name)}\.[0-9a-f]{{12}}\.partial")
+        found = sorted(path for path in self.out.parent.iterdir() if name.fullmatch(path.name) and path != self.folder)
+        return [path for path in found if not _is_locked(path)]
+
     def _check_out(self) -> None:
         if not self.out.exists():
             return
@@ -156,6 +166,20 @@ class Stage:
         if self.source and (old := there.get("source", {}).get("git_sha")) != self.source["git_sha"]:
             found.append(f"commit {old} → {self.source['git_sha']}")
         return ", ".join(found) or "another stage"
+
+
+def _is_locked(folder: Path) -> bool:
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:  # finished or removed just now, or not ours to read
+        return True
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(handle)
+    return False
 
 
 def describe(path: Path) -> dict[str, Any]:
