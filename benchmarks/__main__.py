@@ -12,13 +12,17 @@ from typing import Any
 
 from benchmarks.case import compare, peak_memory
 
-NAMES = ("train_step", "pool_masks", "loader", "amg", "dino_kmeans", "evaluate")
+NAMES = (
+    *("train_step", "train_step_bfloat16", "pool_masks", "loader", "amg", "dino_kmeans"),
+    *("evaluate", "evaluate_bfloat16"),
+)
 RESULTS = Path(__file__).with_name("results.json")
 
 
 def _in_process(name: str, part: str) -> dict[str, Any]:
     """What one part of a benchmark measures: its memory must not be another's leftovers."""
-    done = subprocess.run([sys.executable, "-m", "benchmarks", "--part", name, part], stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "benchmarks", "--part", name, part]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"TQDM_DISABLE": "1"})
     if done.returncode:
         raise SystemExit(f"benchmark {name} ({part}) failed with exit code {done.returncode}")
     return dict(json.loads(done.stdout.splitlines()[-1]))
@@ -44,7 +48,7 @@ def _row(name: str, found: dict[str, Any]) -> str:
         return f"{found[f'memory_{side}']['above'] / 2**20:>8.0f} MiB"
 
     times = f"{found['seconds_baseline']:>10.3f} s {found['seconds_ours']:>8.3f} s"
-    return f"{name:<12}{times}{found['ratio']:>9.2f}{size('baseline')}{size('ours')}   {found['what']}; {found['same']}"
+    return f"{name:<20}{times}{found['ratio']:>9.2f}{size('baseline')}{size('ours')}   {found['what']}; {found['same']}"
 
 
 def main(words: list[str]) -> None:
@@ -55,7 +59,7 @@ def main(words: list[str]) -> None:
     if unknown := [word for word in words if word not in NAMES]:
         raise SystemExit(f"unknown benchmark {unknown[0]!r}; there are {', '.join(NAMES)}")
     there = json.loads(RESULTS.read_text())["results"] if words and RESULTS.is_file() else {}
-    print(f"{'':<12}{'baseline':>12}{'ours':>11}{'ratio':>9}{'memory, baseline':>16}{'ours':>8}", flush=True)
+    print(f"{'':<20}{'baseline':>12}{'ours':>11}{'ratio':>9}{'memory, baseline':>16}{'ours':>8}", flush=True)
     for name in words or NAMES:
         found = _in_process(name, "time")
         found |= {f"memory_{side}": _in_process(name, side) for side in ("baseline", "ours")}

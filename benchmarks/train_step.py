@@ -56,7 +56,7 @@ def model_of(clip: nn.Module, precision: torch.dtype | None = None, settings: Tr
     clip = copy.deepcopy(clip)
     text = TextTower(clip)
     concepts, decoder = new_concepts(text, settings), new_decoder(settings.seed)
-    return PixelCLIP(Backbone(clip.visual), text, concepts, decoder, precision=precision).train()
+    return PixelCLIP(Backbone(clip.visual, precision=precision), text, concepts, decoder, precision=precision).train()
 
 
 def our_step(model: PixelCLIP, optimizer: torch.optim.Optimizer, batch: Batch) -> dict[str, Any]:

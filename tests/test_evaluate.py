@@ -168,6 +168,16 @@ def test_the_batch_size_changes_nothing(made, tmp_path):
     assert found[0] == pytest.approx(found[1], abs=0.2)  # a pixel may fall the other way by rounding
 
 
+def test_in_bfloat16_the_numbers_are_near_and_the_protocol_says_so(made, client, tmp_path):
+    exact, near = (
+        run(made / "changed", made / "labelled", tmp_path / precision, CONFIG.model_copy(update={"precision": precision}))
+        for precision in ("float32", "bfloat16")
+    )
+    assert near["pixel_accuracy/set"] == pytest.approx(exact["pixel_accuracy/set"], abs=3)
+    assert "precision" not in read_json(tmp_path / "float32" / "protocol.json")
+    assert read_json(tmp_path / "bfloat16" / "protocol.json")["precision"] == "bfloat16"
+
+
 def test_a_clip_that_was_changed_since_the_training_is_refused(made, client, tmp_path):
     clip = tiny.clip_folder(tmp_path / "clip")
     model = tiny.model_folder(tmp_path / "model", clip)

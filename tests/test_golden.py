@@ -15,9 +15,10 @@ import torch
 from pixelclip.backbone import Backbone
 from pixelclip.clusters import merge_by_concept, sinkhorn
 from pixelclip.decoder import Decoder
+from pixelclip.labels import label_map
 from pixelclip.model import PixelCLIP
 from pixelclip.pixels import normalise, squash
-from pixelclip.predict import class_scores, label_map, resize_scores
+from pixelclip.predict import class_scores, resize_scores
 from pixelclip.text import Prompts, TextTower, classifier
 
 HERE = Path(__file__).parent / "golden"

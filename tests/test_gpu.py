@@ -2,9 +2,17 @@
 
 import pytest
 import test_train
+import tiny
 import torch
+from test_model import batch
 
 from pixelclip import train
+from pixelclip.backbone import Backbone
+from pixelclip.dataset import Batch
+from pixelclip.decoder import Decoder
+from pixelclip.labels import label_map
+from pixelclip.model import PixelCLIP
+from pixelclip.text import Prompts, TextTower
 
 pytestmark = pytest.mark.gpu
 clip, shards, config = test_train.clip, test_train.shards, test_train.config
@@ -23,3 +31,23 @@ def test_low_precision_learns(shards, config, tmp_path, precision):
     train.run(shards, tmp_path / "model", config(device="cuda", **settings))
     losses = test_train.losses(tmp_path / "model")
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+
+
+def test_a_step_waits_for_nothing():
+    clip = tiny.clip_of()
+    text = TextTower(clip)
+    model = PixelCLIP(Backbone(clip.visual), text, Prompts(text, torch.arange(10).view(5, 2)), Decoder()).train().cuda()
+    weak, strong, masks, index = (tensor.cuda() for tensor in batch())
+    piece = Batch(weak, strong, masks, index, [], counts=[3, 3])
+    model.accumulate([piece])  # what is set up once may wait
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model.accumulate([piece])
+        model.update_teacher(0.9)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_labels_and_counts_are_those_of_the_cpu():
+    scores = torch.randn(2, 30, 16, 16, generator=torch.Generator().manual_seed(0))
+    assert (label_map(scores.cuda(), (150, 90)).cpu() != label_map(scores, (150, 90))).float().mean() < 1e-4

@@ -17,6 +17,11 @@ from pixelclip.blocks import run_block
 Residual = Literal["cls", "patch"]
 
 
+def full_precision(x: Tensor) -> Tensor:
+    """What autocast left in a short type, in float32; float64 stays."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class Backbone(nn.Module):
     """Dense features of a CLIP ViT or ConvNeXt.
 
@@ -28,12 +33,13 @@ class Backbone(nn.Module):
         visual: open_clip's `VisionTransformer` pooled at the CLS token, or its `TimmModel` around a ConvNeXt.
         residual: ViT only: what is added to the last block's value path: the CLS token, broadcast to every patch (an
             oddity of the reference, kept), or each patch's own token (MaskCLIP).
+        precision: of autocast; features come out in the parameters' own type or float32.
 
     Raises:
         ValueError: the tower is of another kind.
     """
 
-    def __init__(self, visual: nn.Module, residual: Residual = "cls") -> None:
+    def __init__(self, visual: nn.Module, residual: Residual = "cls", precision: torch.dtype | None = None) -> None:
         super().__init__()
         if isinstance(visual, VisionTransformer):
             _check_vit(visual)
@@ -45,6 +51,7 @@ class Backbone(nn.Module):
             )
         self.visual = visual
         self.residual = residual
+        self.precision = precision
 
     @property
     def patch_size(self) -> tuple[int, int]:
@@ -68,10 +75,11 @@ class Backbone(nn.Module):
 
     def image_features(self, images: Tensor) -> Tensor:
         """CLIP's own global features [B, C] of images [B, 3, H, W] of any size, not normalised."""
-        if isinstance(self.visual, TimmModel):
-            return self.visual(images)
-        pooled, _ = self.visual._pool(self.visual.transformer(_embed(self.visual, images)[0]))
-        return pooled if self.visual.proj is None else pooled @ self.visual.proj
+        with self._autocast(images):
+            if isinstance(self.visual, TimmModel):
+                return full_precision(self.visual(images))
+            pooled, _ = self.visual._pool(self.visual.transformer(_embed(self.visual, images)[0]))
+            return full_precision(pooled if self.visual.proj is None else pooled @ self.visual.proj)
 
     def forward(self, images: Tensor) -> Tensor:
         """Dense features.
@@ -82,9 +90,13 @@ class Backbone(nn.Module):
         Returns:
             [B, C, h, w] with h = H // patch, w = W // patch; not normalised.
         """
-        if isinstance(self.visual, TimmModel):
-            return _dense_convnext(self.visual, images)
-        return _dense_vit(self.visual, images, self.residual)
+        with self._autocast(images):
+            convnext = isinstance(self.visual, TimmModel)
+            found = _dense_convnext(self.visual, images) if convnext else _dense_vit(self.visual, images, self.residual)
+        return full_precision(found)
+
+    def _autocast(self, like: Tensor) -> torch.autocast:
+        return torch.autocast(like.device.type, self.precision, enabled=self.precision is not None)
 
 
 def _dense_convnext(visual: Any, images: Tensor) -> Tensor:

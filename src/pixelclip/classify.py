@@ -18,8 +18,9 @@ from torch import Tensor
 from pixelclip.backbone import Backbone
 from pixelclip.benchmarks import IGNORE
 from pixelclip.clusters import pool_masks
+from pixelclip.labels import label_map
 from pixelclip.masks import annotate, decode_masks, felzenszwalb
-from pixelclip.predict import best_class, class_scores, label_map, resize_shortest, slide_scores
+from pixelclip.predict import best_class, class_scores, resize_shortest, slide_scores
 from pixelclip.s3 import is_s3
 from pixelclip.shards import Member, index_shard, parse_annotation, read_part
 from pixelclip.sources import Shard, list_shards, parts
@@ -45,7 +46,7 @@ def label_whole(
     of_towers = []
     for tower in towers:
         scores = class_scores(tower, images, classes, feature_grid)
-        of_towers.append([label_map(one[None], size)[0].cpu().numpy() for one, size in zip(scores, sizes, strict=True)])
+        of_towers.append([label_map(one[None], size)[0] for one, size in zip(scores, sizes, strict=True)])
     return [Found(list(maps), [0] * len(towers), 0) for maps in zip(*of_towers, strict=True)]
 
 
@@ -72,7 +73,7 @@ def label_windows(
     for tower in towers:
         resized = resize_shortest(image, side or max(*tower.patch_size, min(size)))
         scores = slide_scores(tower, resized, classes, crop, stride, feature_grid, windows_at_once)
-        maps.append(best_class(scores, size)[0].cpu().numpy())
+        maps.append(best_class(scores, size)[0])
     return Found(maps, [0] * len(towers), 0)
 
 
@@ -174,7 +175,7 @@ def classify_masks(features: Tensor, annotations: Annotations, classes: Tensor, 
             hits[tower] += int(((true != IGNORE) & (predicted == true)).sum())
             for mask, label in zip(masks, predicted, strict=True):
                 painted[mask] = label
-    return Found(maps, hits, counted)
+    return Found([torch.from_numpy(painted) for painted in maps], hits, counted)
 
 
 def majority(masks: NDArray[np.bool_], truth: NDArray[np.integer]) -> NDArray[np.int64]:

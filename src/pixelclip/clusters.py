@@ -9,12 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pixelclip.backbone import full_precision
+
 _MASKS_AT_ONCE = 128
-
-
-def full_precision(x: Tensor) -> Tensor:
-    """What autocast left in a short type, in float32; float64 stays."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def pool_masks(features: Tensor, masks: Tensor, image_index: Tensor, counts: Sequence[int] | None = None) -> Tensor:

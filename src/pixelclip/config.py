@@ -199,6 +199,9 @@ class EvaluateConfig(BaseModel):
     felzenszwalb_sigma: float = _setting(0.8, "Felzenszwalb: Gaussian smoothing before, in pixels.", ge=0)
     felzenszwalb_min_size: int = _setting(100, "Felzenszwalb: smallest segment in pixels.", ge=1)
     templates: Literal["ensemble", "single"] = _setting("ensemble", "The paper's 8 templates, or only its last one.")
+    precision: Literal["auto", "float32", "tf32", "bfloat16"] = _setting(
+        "float32", "Of the image towers; auto is bfloat16 where the device is fast at it. Others than float32 round by device."
+    )
     batch_size: int = _setting(8, "Images (slide: windows) in one forward pass.", runtime=True, ge=1)
     pictures: int = _setting(8, "Example pictures in the report.", runtime=True, ge=0)
     max_bad_share: float = _setting(0.0, _BAD_SHARE, ge=0, le=1)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from pixelclip.clusters import full_precision
+from pixelclip.backbone import full_precision
 
 _PLACES_AT_ONCE = {"cpu": 3200, "cuda": 2**18}
 """Places of feature grids that are decoded at once: on a CPU what its caches hold (docs/experiments.md), on a GPU a few

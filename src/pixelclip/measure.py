@@ -32,8 +32,8 @@ from pixelclip.classify import (
     truth_masks,
 )
 from pixelclip.config import EvaluateConfig
-from pixelclip.pixels import normalise, squash, to_tensor
-from pixelclip.ranks import Ranks
+from pixelclip.pixels import normalise, squashed, to_tensor
+from pixelclip.ranks import Ranks, pick_precision
 from pixelclip.shards import BadSamples
 from pixelclip.storage import read_json, write_atomically, write_json
 from pixelclip.tally import CLIP, OURS, Found, Tally, packed
@@ -71,7 +71,7 @@ def measure(
     """Evaluates towers with the very same images, classifier and protocol; what one gives does not hang on the others.
 
     Args:
-        towers: `OURS`, `CLIP` or both.
+        towers: `OURS`, `CLIP` or both; they get the settings' precision.
         clip: the CLIP that the towers are of.
         classes: [K, C], its classifier.
         dataset: the labelled set; every rank takes its share of the batches.
@@ -84,6 +84,8 @@ def measure(
         ValueError: too many unreadable samples.
     """
     towers = {name: tower.to(ranks.device).eval() for name, tower in towers.items()}
+    for tower in towers.values():
+        tower.precision = pick_precision(config.precision, ranks.device)
     wanted = np.linspace(0, len(dataset) - 1, min(config.pictures, len(dataset))).round().astype(int).tolist()
     tally, places = _begin(stage, towers, dataset, config, ranks, state)
     bad = BadSamples(stage, config.max_bad_share, tally.bad)
@@ -91,16 +93,20 @@ def measure(
     saved = tally.position
     shown = tqdm(range(saved, places.stop), stage, places.stop, unit="image", initial=saved, disable=not ranks.first)
     for batch in _batches(dataset, shown, config, given, bad):
-        pixels = [normalise(to_tensor(image).to(ranks.device), clip.mean, clip.std)[None] for image in batch.images]
-        found = _find(batch, pixels, list(towers.values()), classes, config)
+        found = _find(batch, list(towers.values()), clip, classes, config)
         tally.add(batch.labels, found)
         if CLIP in towers:
-            native = torch.cat([squash(image, clip.side) for image in pixels])
+            native = _squashed(batch, clip.side, clip, ranks.device)
             similarities = F.normalize(towers[CLIP].image_features(native), dim=-1) @ classes.T
             tally.recall(batch.labels, similarities.cpu())
         for index, image, truth, one in zip(batch.indices, batch.images, batch.labels, found, strict=True):
             if index in wanted:
-                _save_example(_example(state, index), image, truth, dict(zip(towers, one.maps, strict=True)))
+                _save_example(
+                    _example(state, index),
+                    image,
+                    truth,
+                    {tower: labels.cpu().numpy() for tower, labels in zip(towers, one.maps, strict=True)},
+                )
         tally.position = batch.indices[-1] + 1
         if tally.position - saved >= config.checkpoint_every:
             tally.save(_checkpoint(state, ranks))
@@ -205,7 +211,7 @@ def _masks(
     return truth_masks(label)
 
 
-def _find(batch: _Batch, pixels: list[Tensor], towers: list[Backbone], classes: Tensor, config: EvaluateConfig) -> list[Found]:
+def _find(batch: _Batch, towers: list[Backbone], clip: Clip, classes: Tensor, config: EvaluateConfig) -> list[Found]:
     if config.protocol == "slide":
         windows: dict[str, int] = {
             "side": config.slide_side,
@@ -214,13 +220,18 @@ def _find(batch: _Batch, pixels: list[Tensor], towers: list[Backbone], classes: 
             "feature_grid": config.feature_grid,
             "windows_at_once": config.batch_size,
         }
-        return [label_windows(towers, image, classes, **windows) for image in pixels]
-    squashed = torch.cat([squash(image, config.side) for image in pixels])
+        whole = (normalise(to_tensor(image).to(classes.device), clip.mean, clip.std)[None] for image in batch.images)
+        return [label_windows(towers, image, classes, **windows) for image in whole]
+    images = _squashed(batch, config.side, clip, classes.device)
     if config.protocol == "whole":
-        return label_whole(towers, squashed, [label.shape for label in batch.labels], classes, config.feature_grid)
-    features = torch.stack([tower(squashed) for tower in towers], dim=1)  # [B, T, C, h, w]
+        return label_whole(towers, images, [label.shape for label in batch.labels], classes, config.feature_grid)
+    features = torch.stack([tower(images) for tower in towers], dim=1)  # [B, T, C, h, w]
     each = zip(features, batch.masks, batch.labels, strict=True)
     return [classify_masks(feature, masks, classes, label) for feature, masks, label in each]
+
+
+def _squashed(batch: _Batch, side: int, clip: Clip, device: torch.device) -> Tensor:
+    return torch.cat([squashed(image, side, clip.mean, clip.std, device) for image in batch.images])
 
 
 def metrics_of(tally: Tally, num_images: int, masks: bool) -> dict[str, float]:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pixelclip.backbone import Backbone
-from pixelclip.clusters import full_precision, merge_by_concept, pool_masks, sinkhorn
+from pixelclip.clusters import merge_by_concept, pool_masks, sinkhorn
 from pixelclip.dataset import Batch
 from pixelclip.decoder import Decoder, decoded_loss
 from pixelclip.ranks import ALONE, Ranks
@@ -53,7 +53,7 @@ class PixelCLIP(nn.Module):
         assignment_scale: factor on cosines before the softmax of the assignment.
         sinkhorn_iterations: Sinkhorn-Knopp iterations.
         clustering: False makes every mask its own target instead of its concept's (an ablation that collapses).
-        precision: autocast of towers and decoder; None computes in the parameters' own type.
+        precision: autocast of the decoder; a tower has its own.
     """
 
     def __init__(
@@ -108,9 +108,7 @@ class PixelCLIP(nn.Module):
             [N, C], unit length.
         """
         with torch.inference_mode():
-            with self._autocast(weak):
-                features = self.teacher(weak)
-            pooled = pool_masks(full_precision(features), masks, image_index, counts)
+            pooled = pool_masks(self.teacher(weak), masks, image_index, counts)
         return pooled.clone()  # a tensor of inference cannot take part in a loss
 
     @torch.no_grad()
@@ -154,7 +152,7 @@ class PixelCLIP(nn.Module):
         Returns:
             The loss, and the logits [shown, K, H, W] (without clustering K is the largest number of masks of an image).
         """
-        features = self._student_features(batch.strong)
+        features = F.normalize(self.student(batch.strong), dim=1)
         num_images, num_concepts = len(batch.strong), len(concepts)
         images = torch.arange(num_images, device=features.device)
         if self.clustering:
@@ -239,14 +237,6 @@ class PixelCLIP(nn.Module):
         both = zip(self.teacher.parameters(), self.student.parameters(), strict=True)
         old, new = zip(*((mean, learned) for mean, learned in both if learned.requires_grad), strict=True)
         torch._foreach_lerp_(old, new, 1 - momentum)
-
-    def _student_features(self, images: Tensor) -> Tensor:
-        with self._autocast(images):
-            features = self.student(images)
-        return F.normalize(full_precision(features), dim=1)
-
-    def _autocast(self, like: Tensor) -> torch.autocast:
-        return torch.autocast(like.device.type, self.precision, enabled=self.precision is not None)
 
 
 def _covered(batch: Batch) -> Tensor:

@@ -22,6 +22,28 @@ def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     return (images - images.new_tensor(mean).view(shape)) / images.new_tensor(std).view(shape)
 
 
+def squashed(
+    image: Image.Image, side: int, mean: Sequence[float], std: Sequence[float], device: torch.device | None = None
+) -> Tensor:
+    """`squash(normalise(to_tensor(image)[None], mean, std), side)`: [1, 3, side, side].
+
+    Of a photograph only the pixels between which is interpolated become numbers and reach the device.
+    """
+    whole = np.asarray(to_rgb(image))  # [H, W, 3]
+    (first, second, down), (left, right, across) = (_between(length, side) for length in whole.shape[:2])
+    pixels = whole[torch.cat([first, second])[:, None], torch.cat([left, right])]  # [2 * side, 2 * side, 3]
+    found = normalise(torch.from_numpy(pixels).to(device).permute(2, 0, 1) / 255, mean, std)
+    found = torch.lerp(found[:, :side], found[:, side:], down[:, None].to(found.device))
+    return torch.lerp(found[..., :side], found[..., side:], across.to(found.device))[None]
+
+
+def _between(length: int, side: int) -> tuple[Tensor, Tensor, Tensor]:
+    """For each of `side` samples along `length` pixels: the two pixels that it is between, and how far it is to the second."""
+    at = ((torch.arange(side) + 0.5) * (length / side) - 0.5).clamp_min(0)
+    first = at.long().clamp_max(length - 1)
+    return first, (first + 1).clamp_max(length - 1), at - first
+
+
 def squash(images: Tensor, side: int) -> Tensor:
     """Resizes [B, 3, H, W] to [B, 3, side, side] bilinearly; like the reference, without antialiasing or keeping aspect."""
     return F.interpolate(images, size=(side, side), mode="bilinear", align_corners=False)

@@ -17,7 +17,8 @@ from torch import Tensor
 from pixelclip.backbone import Backbone
 from pixelclip.checkpoint import Clip, Model, backbone_of, load_model
 from pixelclip.images import colour_labels, palette, to_rgb, turn_upright
-from pixelclip.pixels import normalise, squash, to_tensor
+from pixelclip.labels import label_map
+from pixelclip.pixels import squashed
 from pixelclip.ranks import pick_device
 from pixelclip.text import TEMPLATES, TextTower, check_names, classifier
 
@@ -116,16 +117,11 @@ def resize_scores(scores: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(scores, size=size, mode="bilinear", align_corners=False)
 
 
-def label_map(scores: Tensor, size: tuple[int, int]) -> Tensor:
-    """The best class of every pixel: scores [B, K, h, w] -> [B, H, W], int64.
-
-    Scores at full size are never held for more than a few classes, so that large photographs fit in memory.
-    """
-    return best_class(scores.split(_CLASSES_AT_ONCE, dim=1), size)
-
-
 def best_class(parts: Iterable[Tensor], size: tuple[int, int]) -> Tensor:
-    """As `label_map`, of scores [B, k, h, w] that come as parts of consecutive classes; a tie goes to the first class."""
+    """The best class of every pixel [B, H, W], int64, of scores [B, k, h, w] that come as parts of consecutive classes.
+
+    Scores at full size are never held for more than one part; a tie goes to the first class.
+    """
     best = labels = None
     start = 0
     for part in parts:
@@ -189,10 +185,10 @@ class Predictor:
         known = self._classifiers  # threads that ask for other classes replace it
         if tuple(names) not in known:
             self._classifiers = known = {tuple(names): classifier(self.text, names, TEMPLATES["ensemble"])}
-        upright = to_tensor(turn_upright(image)).to(self.device)
-        pixels = squash(normalise(upright, self.clip.mean, self.clip.std)[None], self.side)
+        upright = turn_upright(image)
+        pixels = squashed(upright, self.side, self.clip.mean, self.clip.std, self.device)
         scores = class_scores(self.backbone, pixels, known[tuple(names)], self.feature_grid)
-        labels = label_map(scores, (upright.shape[1], upright.shape[2]))[0]
+        labels = label_map(scores, (upright.height, upright.width))[0]
         return Prediction(labels.cpu().numpy().astype(np.uint16), scores[0].cpu().numpy(), names)
 
 

@@ -71,6 +71,7 @@ def protocol_of(config: EvaluateConfig) -> dict[str, Any]:
     used = {*_OPTIONS[config.protocol], *(_OPTIONS.get(config.masks, ()) if config.protocol == "masks" else ())}
     settings = config.model_dump()
     always = {key: settings[key] for key in ("name", "kind", "protocol", "templates")}
+    always |= {} if config.precision == "float32" else {"precision": config.precision}
     return always | {key: settings[key] if key in used else None for options in _OPTIONS.values() for key in options}
 
 

@@ -31,12 +31,12 @@ class Found:
     """What each tower took the pixels, and the masks if there are any, of one image for.
 
     Args:
-        maps: of every tower [H, W]; K where no mask is.
+        maps: of every tower [H, W], int64, on the device; K where no mask is.
         hits: of every tower the masks whose most frequent true class it found.
         masks: how many masks hold a labelled pixel at all.
     """
 
-    maps: list[NDArray[np.int64]]
+    maps: list[Tensor]
     hits: list[int]
     masks: int
 
@@ -52,11 +52,13 @@ class Confusion:
         """An empty one."""
         return cls(np.zeros((classes, classes + 1), np.int64))
 
-    def add(self, truth: NDArray[np.integer], predicted: NDArray[np.integer]) -> None:
-        """Counts one image; `IGNORE`d pixels are left out."""
-        valid = truth != IGNORE
-        joint = truth[valid].astype(np.int64) * self.counts.shape[1] + predicted[valid]
-        self.counts += np.bincount(joint, minlength=self.counts.size).reshape(self.counts.shape)
+    def add(self, truth: NDArray[np.integer] | Tensor, predicted: NDArray[np.integer] | Tensor) -> None:
+        """Counts one image, [H, W] each, where its prediction stands; `IGNORE`d pixels are left out."""
+        predicted = torch.as_tensor(predicted)
+        truth = torch.as_tensor(truth).to(predicted.device)
+        joint = torch.where(truth != IGNORE, truth.long() * self.counts.shape[1] + predicted, self.counts.size)
+        counted = joint.flatten().bincount(minlength=self.counts.size + 1)[:-1]
+        self.counts += counted.view(self.counts.shape).cpu().numpy()
 
     def iou(self) -> NDArray[np.float64]:
         """Intersection over union of every class; NaN for one that the truth does not hold."""

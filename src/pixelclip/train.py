@@ -103,15 +103,16 @@ def _train(
 ) -> Metrics:
     # Model. Every rank builds the same one: its first values hang on the seed alone.
     text = TextTower(clip.model)
+    precision = pick_precision(config.precision, ranks.device)
     model = PixelCLIP(
-        Backbone(clip.model.visual, config.residual),
+        Backbone(clip.model.visual, config.residual, precision),
         text,
         new_concepts(text, config),
         new_decoder(config.seed),
         config.assignment_scale,
         config.sinkhorn_iterations,
         config.clustering,
-        pick_precision(config.precision, ranks.device),
+        precision,
     )
     check_side("train.side", config.side, model.student)
     model = model.to(ranks.device).train()

@@ -1,0 +1,9 @@
+"""As `evaluate`, our side in bfloat16: `pixelclip evaluate ... precision=bfloat16`."""
+
+from benchmarks import evaluate
+from benchmarks.case import Case
+
+
+def make() -> Case:
+    """The comparison."""
+    return evaluate.make(precision="bfloat16")
