@@ -55,12 +55,15 @@ COPY --from=torch /layer /opt/pixelclip
 COPY --from=others /layer /opt/pixelclip
 COPY --from=code /layer /opt/pixelclip
 # Everything that programs write beside their results goes below /tmp, the one folder that must be writable; USER gives a
-# name to a caller whose number has none. NVIDIA_VISIBLE_DEVICES is left to whoever hands out GPUs.
+# name to a caller whose number has none. Files come through MLflow's server, as pixelclip wants them, for MLflow's own
+# commands, too. NVIDIA_VISIBLE_DEVICES is left to whoever hands out GPUs.
 ENV PATH=/opt/pixelclip/bin:$PATH \
     HOME=/tmp \
     USER=pixelclip \
     MPLCONFIGDIR=/tmp/matplotlib \
     DVC_SITE_CACHE_DIR=/tmp/dvc \
+    MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD=false \
+    MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD=false \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+import uuid
 from pathlib import Path
 
 import kubernetes_validate
@@ -17,6 +18,7 @@ import pytest
 import services
 import yaml
 from compose_spec import PyCompose
+from mlflow import MlflowClient
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"
@@ -202,3 +204,45 @@ def test_the_manifests_own_command_line_serves_with_passwords(all_services, tmp_
         assert status(search, Authorization=f"Basic {login}", Host="elsewhere") == 403
     finally:
         server.kill()
+
+
+@pytest.mark.docker
+@pytest.mark.timeout(900)
+def test_the_image_of_mlflow_serves_with_what_compose_says(all_services, tmp_path):
+    """Built here and run with Compose's own command, rights and health check, on the real database and S3."""
+    spec = yaml.safe_load(COMPOSE.read_text())["services"]["mlflow"]
+    build = ["docker", "build", "--quiet", "--network=host", "--tag", spec["image"], str(DEPLOY / "mlflow")]
+    subprocess.run(build, check=True, stdout=subprocess.DEVNULL)
+    address = re.search(r"@[\w.]+:\d+", all_services.postgres.uri)[0]
+    given = {"POSTGRES_PASSWORD": re.search(r"mlflow:(\w+)@", all_services.postgres.uri)[1], "MLFLOW_HOST": "localhost"}
+    given |= all_services.s3.environment()
+    (port,) = services.free_ports(1)
+
+    def here(text: str) -> str:
+        text = re.sub(r"\$\{(\w+)[^}]*\}", lambda found: given[found[1]], text)
+        text = text.replace("@postgres:5432", address).replace("http://s3:8333", all_services.s3.endpoint)
+        return text.replace("5000", str(port))
+
+    environment = {name: here(value) for name, value in spec["environment"].items()}
+    container, url = f"pixelclip-test-{uuid.uuid4()}", f"http://localhost:{port}"
+    words = ["docker", "run", "--rm", "--network=host", f"--name={container}", *(f"--env={name}" for name in environment)]
+    words += [f"--tmpfs={path}" for path in spec["tmpfs"]] + [f"--cap-drop={name}" for name in spec["cap_drop"]]
+    words += [f"--security-opt={option}" for option in spec["security_opt"]] + ["--read-only"] * spec["read_only"]
+    words += [spec["image"], *map(here, spec["command"])]
+    server = services.Server("MLflow", words, tmp_path / "log", lambda: services.get(f"{url}/health"), os.environ | environment)
+    all_services.mlflow.server.wait()  # two that make the tables of one database at once get in each other's way
+    with services.running(server):
+        server.wait()
+        kind, *probe = spec["healthcheck"]["test"]
+        assert kind == "CMD"
+        subprocess.run(["docker", "exec", container, *map(here, probe)], check=True)
+        user = subprocess.run(["docker", "exec", container, "id", "-u"], check=True, capture_output=True, text=True)
+        assert user.stdout.strip() == "10001"
+        client = MlflowClient(url)
+        run = client.create_run(client.create_experiment("of the image")).info
+        client.log_text(run.run_id, "hello", "note.txt")
+        assert status(f"{url}/health", Host="elsewhere") == 200
+        assert status(f"{url}/api/2.0/mlflow/experiments/search?max_results=1", Host="elsewhere") == 403
+    assert MlflowClient(all_services.mlflow.uri).get_run(run.run_id).info.status == "RUNNING"  # the other one on this database
+    stored = all_services.s3.client().list_objects_v2(Bucket="mlflow", Prefix="artifacts")["Contents"]
+    assert [entry["Key"].rpartition("/")[2] for entry in stored if run.run_id in entry["Key"]] == ["note.txt"]

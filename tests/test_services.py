@@ -208,6 +208,23 @@ def test_a_model_is_registered_and_fetched(mlflow_server, all_services, tmp_path
     Predictor.load(fetched, "cpu")
 
 
+def test_files_come_and_go_through_mlflow_where_only_mlflow_reaches_s3(mlflow_server, monkeypatch, tmp_path):
+    """As outside of a cluster: MLflow's server would send its clients to S3, by the address that it knows itself."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server.uri.replace("127.0.0.1", "localhost"))
+    for name in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{services.free_ports(1)[0]}")  # nobody listens there
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.setenv(name, "localhost")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    # MLflow's own limits, so that small files stand for those from 500 MB on.
+    monkeypatch.setenv("MLFLOW_MULTIPART_UPLOAD_MINIMUM_FILE_SIZE", "1")
+    model = tiny.model_folder(tmp_path / "model", tiny.clip_folder(tmp_path / "clip"), change=0.01, seed=2)
+    evaluated = evaluation(tmp_path / "evaluation", model, miou=40.0, gain=10.0)
+    register(model, evaluated, tmp_path / "out", RegisterConfig(name="far", min_gain=1.0))
+    fetched = fetch("models:/far@champion", tmp_path / "fetched")
+    assert digest(fetched / "model.safetensors") == digest(model / "model.safetensors")
+
+
 @pytest.mark.parametrize("name", [" ", "x" * 300], ids=["blank", "longer than a column of PostgreSQL"])
 def test_a_registry_name_that_mlflow_refuses(mlflow_server, tmp_path, name):
     model = tiny.model_folder(tmp_path / "model", tiny.clip_folder(tmp_path / "clip"), change=0.01, seed=1)
