@@ -16,10 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pixelclip.dataset import Batch, MaskedImages, Sample, Views, collate, draw, load_batches, positions
+from pixelclip.dataset import MaskedImages, PackedBatch, collate, load_batches, positions
 from pixelclip.ranks import Ranks
 from pixelclip.rle import RunMasks
 from pixelclip.shards import parse_masks
+from pixelclip.views import Sample, Views, draw
 
 PLAIN = Views(
     side=32, mask_grid=32, shortest_edge=64, longest_edge=1000, crop=32, color_jitter=False, flip=False, strong_view=False,
@@ -63,7 +64,7 @@ def shards(tmp_path: Path) -> list[Path]:
     ]
 
 
-def same(first: Sample | Batch, second: Sample | Batch) -> bool:
+def same(first: Sample | PackedBatch, second: Sample | PackedBatch) -> bool:
     return all(
         torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other
         for value, other in zip(asdict(first).values(), asdict(second).values(), strict=True)
@@ -210,20 +211,22 @@ def test_a_bad_sample_becomes_a_string_that_names_it(shards: list[Path], tmp_pat
 
 def test_collate_joins_and_says_whose_a_mask_is() -> None:
     counts = [2, 0, 3]
+    masks = [torch.rand(count, 11, 11) < 0.5 for count in counts]
+    packed = [torch.from_numpy(np.packbits(of_one.numpy(), axis=1, bitorder="little")) for of_one in masks]
     samples: list[Sample | str] = [
-        Sample(torch.full((3, 4, 4), float(i)), torch.full((3, 4, 4), -float(i)), torch.rand(count, 8, 8) < 0.5)
-        for i, count in enumerate(counts)
+        Sample(torch.full((3, 4, 4), float(i)), torch.full((3, 4, 4), -float(i)), of_one) for i, of_one in enumerate(packed)
     ]
-    batch = collate([samples[0], "why not", *samples[1:]])
+    joined = collate([samples[0], "why not", *samples[1:]])
+    assert len(joined.masks) == 5 and joined.masks.shape[1] == 2
+    batch = joined.to(torch.device("cpu"))
     assert batch.image_index.tolist() == [0, 0, 2, 2, 2]
     assert batch.weak[:, 0, 0, 0].tolist() == [0, 1, 2] and batch.strong[:, 0, 0, 0].tolist() == [0, -1, -2]
-    assert torch.equal(batch.masks[2:], samples[2].masks)
+    assert torch.equal(batch.masks, torch.cat(masks)) and batch.masks.is_contiguous()
     assert batch.bad == ["why not"]
-    assert same(batch.to(torch.device("cpu")), batch)
 
 
 def test_collate_with_nothing_good_is_an_empty_batch() -> None:
-    batch = collate(["one", "two"])
+    batch = collate(["one", "two"]).to(torch.device("cpu"))
     assert (len(batch.weak), len(batch.strong), len(batch.masks), len(batch.image_index)) == (0, 0, 0, 0)
     assert batch.masks.dtype == torch.bool and batch.image_index.dtype == torch.long
     assert batch.bad == ["one", "two"]
@@ -237,7 +240,7 @@ def test_a_resumed_loader_gives_the_batches_of_an_undisturbed_one(shards: list[P
     assert not same(undisturbed[4], undisturbed[5])
 
 
-def batches(shards: list[Path], lists: Iterable[list[int]], workers: int = 0) -> list[Batch]:
+def batches(shards: list[Path], lists: Iterable[list[int]], workers: int = 0) -> list[PackedBatch]:
     return list(load_batches(MaskedImages(shards, FULL, 0), lists, workers=workers, pin=False))
 
 

@@ -13,6 +13,7 @@ from pixelclip.images import (
     colour_labels,
     decode_image,
     encode_jpeg,
+    image_size,
     open_image,
     palette,
     to_rgb,
@@ -30,9 +31,24 @@ def with_orientation(orientation: int) -> Image.Exif:
 def test_what_cannot_be_decoded_wholly_is_refused(data: bytes, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="unreadable image"):
         decode_image(data)
+    with pytest.raises(ValueError, match="unreadable image"):
+        decode_image(data, shrink=2)
     (tmp_path / "bad é.jpg").write_bytes(data)
     with pytest.raises(ValueError, match=r"bad é\.jpg: unreadable image"):
         open_image(tmp_path / "bad é.jpg")
+
+
+@pytest.mark.parametrize("size", [(8, 15), (64, 80), (65, 79)])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_jpeg_is_decoded_at_a_part_of_its_size_and_other_files_whole(size: tuple[int, int], mode: str) -> None:
+    image = Image.new("RGB", size, (200, 100, 50)).convert(mode)
+    for shrink in (1, 2, 4, 8):
+        found = decode_image(encoded(image, quality=95), shrink=shrink)
+        assert found.size == tuple(-(-edge // shrink) for edge in size)
+        assert found.mode == mode
+        assert np.abs(np.asarray(found, int) - np.asarray(image, int)[0, 0]).max() <= 3
+        assert decode_image(encoded(image, "TIFF"), shrink=shrink).size == size
+    assert image_size(encoded(image)) == size
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

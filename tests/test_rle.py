@@ -11,7 +11,7 @@ from pixelclip.rle import RunMasks, read_runs
 
 def encode(masks: np.ndarray) -> RunMasks:
     codes = [rle.encode(np.asfortranarray(mask, np.uint8))["counts"].decode() for mask in masks]
-    return RunMasks([read_runs(code, masks[0].size) for code in codes], masks.shape[1:])
+    return RunMasks(read_runs(codes, masks[0].size), masks.shape[1:])
 
 
 @given(
@@ -33,6 +33,20 @@ def test_samples_are_those_of_the_decoded_masks(size, number, coarse, share, see
         assert np.array_equal(found.decode(index), mask)
 
 
+@given(
+    size=st.tuples(st.integers(1, 30), st.integers(1, 30)),
+    grid=st.tuples(st.integers(1, 70), st.integers(1, 40)),
+    seed=st.integers(0, 10_000),
+)
+def test_packed_samples_are_the_bits_of_the_decoded_masks(size, grid, seed):
+    """Rows in order, more or fewer than there are; columns in any order; masks of even and odd numbers of runs."""
+    random = np.random.default_rng(seed)
+    masks = random.random((5, *size)) < np.array([0, 0.1, 0.5, 0.9, 1])[:, None, None]
+    rows, columns = np.sort(random.integers(0, size[0], grid[0])), random.integers(0, size[1], grid[1])
+    expected = np.packbits(masks[:, rows][:, :, columns], axis=1, bitorder="little")
+    assert np.array_equal(encode(masks).sample_packed(rows, columns), expected)
+
+
 def test_large_masks_of_many_runs():
     masks = np.random.default_rng(0).random((3, 300, 500)) < 0.5
     rows, columns = np.arange(0, 300, 7), np.arange(499, 0, -3)
@@ -41,12 +55,14 @@ def test_large_masks_of_many_runs():
 
 def test_no_masks_and_one_of_all_pixels():
     rows, columns = np.arange(3), np.arange(4)
-    assert RunMasks([], (5, 6)).sample(rows, columns).shape == (0, 3, 4)
+    assert RunMasks(read_runs([], 30), (5, 6)).sample(rows, columns).shape == (0, 3, 4)
     assert RunMasks.whole((5, 6)).sample(rows, columns).all()
     assert RunMasks.whole((5, 6)).decode(0).shape == (5, 6)
 
 
 @pytest.mark.parametrize("counts", ["", "o", "oooooooo1", "é1", "V2I"])
 def test_damaged_codes_are_refused(counts):
-    with pytest.raises(ValueError, match="damaged RLE"):
-        read_runs(counts, 63)
+    good = rle.encode(np.asfortranarray(np.ones((7, 9), np.uint8)))["counts"].decode()
+    for codes in ([counts], [good, counts], [counts, good], [good, counts, good]):
+        with pytest.raises(ValueError, match="damaged RLE"):
+            read_runs(codes, 63)

@@ -1,10 +1,10 @@
-"""Training samples: masked shards -> weak and strong view of a random crop, and its masks on the grid (method.md, step 1).
+"""Training samples: masked shards -> batches of weak and strong views with their masks (method.md, step 1).
 
 Every sample is a pure function of (seed, position in the training run), so that a resumed run, or one with other
 workers, sees the very same data. B images, N masks, H W mask grid.
 """
 
-import math
+import ctypes
 import tarfile
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,45 +14,20 @@ from itertools import chain, pairwise
 
 import numpy as np
 import torch
-import torchvision.transforms.v2.functional as TF
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from pixelclip.images import decode_image, to_rgb
-from pixelclip.pixels import normalise, to_tensor
+from pixelclip.images import image_size as header_size
 from pixelclip.rle import RunMasks
 from pixelclip.shards import index_shard, parse_masks, read_part
 from pixelclip.sources import RemoteFile, Shard
+from pixelclip.views import Sample, Views, draw, shrink, unpack
 
-
-@dataclass(frozen=True)
-class Views:
-    """How a training sample is drawn; lengths in pixels, see the settings of the same names."""
-
-    side: int
-    mask_grid: int
-    shortest_edge: int
-    longest_edge: int
-    crop: int
-    color_jitter: bool
-    flip: bool
-    strong_view: bool
-    cutout_min: float
-    cutout_max: float
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-
-@dataclass(frozen=True)
-class Sample:
-    """`weak`, `strong` [3, side, side], normalised; `masks` [N, H, W], bool; `position` in the stream."""
-
-    weak: Tensor
-    strong: Tensor
-    masks: Tensor
-    position: int = -1
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
+_KEPT = 256 << 20  # bytes
 
 
 @dataclass(frozen=True)
@@ -70,12 +45,31 @@ class Batch:
     positions: list[int] = field(default_factory=list)
     counts: list[int] | None = None
 
-    def to(self, device: torch.device) -> "Batch":
-        """The same batch on a device."""
-        weak, strong, masks, index = (
-            x.to(device, non_blocking=True) for x in (self.weak, self.strong, self.masks, self.image_index)
-        )
-        return Batch(weak, strong, masks, index, self.bad, self.positions, self.counts)
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """A batch on its way from a worker to the device: its masks take an eighth, [N, ceil(H / 8), W], see `unpack`."""
+
+    weak: Tensor
+    strong: Tensor
+    masks: Tensor
+    image_index: Tensor
+    bad: list[str]
+    positions: list[int]
+    counts: list[int]
+
+    def pin_memory(self) -> "PackedBatch":
+        """The same in memory that a GPU copies from by itself; the DataLoader calls it."""
+        weak, strong, masks, index = (x.pin_memory() for x in self._tensors())
+        return PackedBatch(weak, strong, masks, index, self.bad, self.positions, self.counts)
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch on a device, which is not waited for."""
+        weak, strong, masks, index = (x.to(device, non_blocking=True) for x in self._tensors())
+        return Batch(weak, strong, unpack(masks), index, self.bad, self.positions, self.counts)
+
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.weak, self.strong, self.masks, self.image_index
 
 
 class MaskedImages(Dataset[Sample | str]):
@@ -153,25 +147,33 @@ class MaskedImages(Dataset[Sample | str]):
         Raises:
             ValueError: unreadable; the message names the sample.
         """
+        return self._read(index, for_crop=False)[:2]
+
+    def _read(self, index: int, for_crop: bool) -> tuple[Image.Image, RunMasks, int]:
+        """As `read`; for a crop the image may come shrunk, by the number that is returned last."""
         shard, image_offset, image_size, json_offset, json_size = (int(v) for v in self._members[index])
         self._bring_next(shard)
         path = self.shards[shard]
         try:
-            image = to_rgb(decode_image(read_part(path, image_offset, image_size)))
+            data = read_part(path, image_offset, image_size)
+            size = header_size(data)
+            by = shrink(size, self.views) if for_crop else 1
+            image = to_rgb(decode_image(data, shrink=by))
+            shrunk = by if image.size != size else 1  # only a JPEG is
             if not self.masked:
-                return image, RunMasks.whole((image.height, image.width))
-            return image, parse_masks(read_part(path, json_offset, json_size), image.size)
+                return image, RunMasks.whole(size[::-1]), shrunk
+            return image, parse_masks(read_part(path, json_offset, json_size), size), shrunk
         except (OSError, ValueError) as error:
             raise ValueError(f"{path}: {_member_name(path, image_offset)}: {error}") from None
 
     def __getitem__(self, position: int) -> Sample | str:
         """Draws the sample at a position, or says why it cannot be used."""
         try:
-            image, masks = self.read(self.member(position))
+            image, masks, shrunk = self._read(self.member(position), for_crop=True)
         except ValueError as error:
             return str(error)
         generator = np.random.default_rng([self.seed, 2, position])
-        return replace(draw(image, masks, self.views, generator), position=position)
+        return replace(draw(image, masks, self.views, generator, shrunk), position=position)
 
 
 def _bring(tars: Iterable[RemoteFile]) -> None:
@@ -187,118 +189,18 @@ def _member_name(path: Shard, offset: int) -> str:
         return f"member at byte {offset}"
 
 
-def draw(image: Image.Image, masks: RunMasks, views: Views, generator: np.random.Generator) -> Sample:
-    """Draws a random crop of one image as weak and strong view, with its masks.
-
-    The resize to `shortest_edge` and the crop are one resampling here instead of two; the blur, which the method states
-    in pixels of the crop, is scaled to the side.
-
-    Args:
-        image: RGB.
-        masks: of it.
-        views: sizes and switches.
-        generator: the only source of randomness.
-    """
-    left, top, width, height = _crop_box(image.size, views, generator)
-    box = (left, top, left + width, top + height)
-    pixels = to_tensor(image.resize((views.side, views.side), Image.Resampling.BILINEAR, box=box))
-    grid = (np.arange(views.mask_grid) + 0.5) / views.mask_grid
-    rows = np.minimum((top + grid * height).astype(np.int64), image.height - 1)
-    columns = np.minimum((left + grid * width).astype(np.int64), image.width - 1)
-    on_grid = torch.from_numpy(masks.sample(rows, columns))  # [N, H, W]
-    if views.color_jitter:
-        pixels = _ssd_jitter(pixels, generator)
-    if views.flip and generator.random() < 0.5:
-        pixels, on_grid = pixels.flip(-1), on_grid.flip(-1)
-    strong = pixels
-    if views.strong_view:
-        strong = _strong_jitter(pixels, generator, blur_scale=views.side / max(width, height) * _scale(image.size, views))
-        strong, on_grid = _cut_out(strong, on_grid, views, generator)
-    on_grid = on_grid[on_grid.flatten(1).sum(dim=1) > 1].contiguous()
-    return Sample(normalise(pixels, views.mean, views.std), normalise(strong, views.mean, views.std), on_grid)
-
-
-def _scale(size: tuple[int, int], views: Views) -> float:
-    """Pixels of the image per pixel of the method's resized image."""
-    return 1 / min(views.shortest_edge / min(size), views.longest_edge / max(size))
-
-
-def _crop_box(size: tuple[int, int], views: Views, generator: np.random.Generator) -> tuple[float, float, float, float]:
-    crop = views.crop * _scale(size, views)
-    width, height = min(crop, size[0]), min(crop, size[1])
-    return generator.uniform(0, size[0] - width), generator.uniform(0, size[1] - height), width, height
-
-
-def _ssd_jitter(pixels: Tensor, generator: np.random.Generator) -> Tensor:
-    """SSD's colour jitter: brightness, contrast, saturation and hue, each half of the time."""
-
-    def contrast(x: Tensor) -> Tensor:
-        return x * generator.uniform(0.5, 1.5) if generator.random() < 0.5 else x
-
-    contrast_first = generator.random() < 0.5
-    if generator.random() < 0.5:
-        pixels = pixels + generator.uniform(-32, 32) / 255
-    pixels = (contrast(pixels) if contrast_first else pixels).clamp(0, 1)
-    if generator.random() < 0.5:
-        pixels = TF.adjust_saturation(pixels, generator.uniform(0.5, 1.5))
-    if generator.random() < 0.5:
-        pixels = TF.adjust_hue(pixels, generator.uniform(-18, 18) / 360)
-    return (pixels if contrast_first else contrast(pixels)).clamp(0, 1)
-
-
-def _strong_jitter(pixels: Tensor, generator: np.random.Generator, blur_scale: float) -> Tensor:
-    """ColorJitter(.5, .5, .5, .25) p .8, grey p .2, Gaussian blur with sigma U(.1, 2) p .5."""
-    if generator.random() < 0.8:
-        brightness, contrast, saturation = (float(v) for v in generator.uniform(0.5, 1.5, 3))
-        hue = generator.uniform(-0.25, 0.25)
-        for index in generator.permutation(4):
-            if index == 0:
-                pixels = TF.adjust_brightness(pixels, brightness)
-            elif index == 1:
-                pixels = TF.adjust_contrast(pixels, contrast)
-            elif index == 2:
-                pixels = TF.adjust_saturation(pixels, saturation)
-            else:
-                pixels = TF.adjust_hue(pixels, hue)
-    if generator.random() < 0.2:
-        pixels = TF.rgb_to_grayscale(pixels, num_output_channels=3)
-    if generator.random() < 0.5:
-        sigma = generator.uniform(0.1, 2.0) * blur_scale
-        radius = min(max(1, math.ceil(3 * sigma)), (min(pixels.shape[1:]) - 1) // 2)
-        pixels = TF.gaussian_blur(pixels, [2 * radius + 1] * 2, [max(sigma, 0.05)] * 2)
-    return pixels
-
-
-def _cut_out(pixels: Tensor, masks: Tensor, views: Views, generator: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Blackens a random rectangle and takes it out of the masks."""
-    if views.cutout_max == 0:
-        return pixels, masks
-    height, width = generator.uniform(views.cutout_min, views.cutout_max, 2)
-    top, left = generator.uniform(0, 1 - height), generator.uniform(0, 1 - width)
-
-    def without(x: Tensor) -> Tensor:
-        rows, columns = (
-            slice(round(a * n), round((a + b) * n)) for a, b, n in ((top, height, x.shape[-2]), (left, width, x.shape[-1]))
-        )
-        x = x.clone()
-        x[..., rows, columns] = 0
-        return x
-
-    return without(pixels), without(masks)
-
-
-def collate(samples: Sequence[Sample | str]) -> Batch:
+def collate(samples: Sequence[Sample | str]) -> PackedBatch:
     """Joins samples into a batch; those that could not be read are named in `bad`."""
     good = [sample for sample in samples if isinstance(sample, Sample)]
     bad = [sample for sample in samples if isinstance(sample, str)]
     if not good:
         empty = torch.zeros(0)
-        return Batch(empty, empty, empty.bool(), empty.long(), bad)
-    counts = [len(sample.masks) for sample in good]
-    return Batch(
-        weak=torch.stack([sample.weak for sample in good]),
-        strong=torch.stack([sample.strong for sample in good]),
-        masks=torch.cat([sample.masks for sample in good]),
+        return PackedBatch(empty, empty, torch.zeros(0, 0, 0, dtype=torch.uint8), empty.long(), bad, [], [])
+    counts = [len(sample.packed) for sample in good]
+    return PackedBatch(
+        weak=default_collate([sample.weak for sample in good]),  # which stacks in memory that workers share
+        strong=default_collate([sample.strong for sample in good]),
+        masks=torch.cat([sample.packed for sample in good]),
         image_index=torch.repeat_interleave(torch.arange(len(good)), torch.tensor(counts)),
         bad=bad,
         positions=[sample.position for sample in good],
@@ -330,7 +232,7 @@ class _Listed(Sampler[list[int]]):
         return iter(self._lists)
 
 
-def load_batches(dataset: MaskedImages, lists: Iterable[list[int]], workers: int, pin: bool) -> DataLoader[Batch]:
+def load_batches(dataset: MaskedImages, lists: Iterable[list[int]], workers: int, pin: bool) -> DataLoader[PackedBatch]:
     """One batch for every list of positions, in order, whatever the number of workers."""
     return DataLoader(
         dataset,  # type: ignore[arg-type]
@@ -339,4 +241,15 @@ def load_batches(dataset: MaskedImages, lists: Iterable[list[int]], workers: int
         num_workers=workers,
         multiprocessing_context="forkserver" if workers else None,
         pin_memory=pin,
+        worker_init_fn=keep_memory,
     )
+
+
+def keep_memory(worker: int) -> None:
+    """Lets a worker process keep what it frees: arrays come and go by the megabyte, and fresh pages cost more than the work.
+
+    Of the C library that has it, glibc; elsewhere nothing changes.
+    """
+    if set_option := getattr(ctypes.CDLL(None), "mallopt", None):
+        set_option(_M_MMAP_THRESHOLD, _KEPT)
+        set_option(_M_TRIM_THRESHOLD, _KEPT)

@@ -160,7 +160,7 @@ def _parse(data: bytes, size: tuple[int, int], may_be_empty: bool) -> tuple[dict
     if wrong:
         found = ", ".join(f"{w}x{h}" for h, w in sorted(wrong))
         raise ValueError(f"mask of size {found}, its image is {width}x{height}")
-    return document, RunMasks([read_runs(code["counts"], height * width) for code in codes], (height, width))
+    return document, RunMasks(read_runs([code["counts"] for code in codes], height * width), (height, width))
 
 
 class ShardWriter:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from pixelclip.backbone import Backbone, check_side
 from pixelclip.checkpoint import CONFIG, WEIGHTS, Clip, load_clip, save_model
 from pixelclip.config import TrainConfig
-from pixelclip.dataset import Batch, MaskedImages, Views, load_batches, positions
+from pixelclip.dataset import Batch, MaskedImages, load_batches, positions
 from pixelclip.decoder import Decoder
 from pixelclip.dino import load_dino, masks_of
 from pixelclip.download import local_copy
@@ -33,6 +33,7 @@ from pixelclip.sources import clip_folder, describe_shards, list_shards
 from pixelclip.stage import Metrics, Stage, describe
 from pixelclip.text import TEMPLATES, Prompts, TextTower, Vectors, classifier, names_of
 from pixelclip.tracking import Run
+from pixelclip.views import Views
 
 STATE = "state.safetensors"
 _PICTURED = 4
@@ -135,11 +136,11 @@ def _train(
     output, maskless, seen, since = None, 0, 0, time.monotonic()
     unread: deque[tuple[int, Callable[[], list[float]]]] = deque()
     for step in bar:
-        batches = [next(loader) for _ in range(config.accumulate)]
+        packed = [next(loader) for _ in range(config.accumulate)]
 
         # Bad samples: named, counted, and too many of them stop the training.
-        bad.found += [name for batch in batches for name in batch.bad]
-        mine = [len(bad.found) - len(dataset.bad), sum(len(batch.masks) for batch in batches)]
+        bad.found += [name for batch in packed for name in batch.bad]
+        mine = [len(bad.found) - len(dataset.bad), sum(len(batch.masks) for batch in packed)]
         num_bad, num_masks = mine if ranks.size == 1 else ranks.sum(torch.tensor(mine, device=ranks.device)).tolist()
         if num_bad:
             seen_once = max(len(dataset), (step - start + 1) * config.batch_size)
@@ -151,7 +152,7 @@ def _train(
                     f"step {step + 1}: {maskless} batches had no mask at all; look at the masks or raise train.crop"
                 )
             continue
-        batches = [batch.to(ranks.device) for batch in batches]
+        batches = [batch.to(ranks.device) for batch in packed]
         if dino:
             batches = [_find_masks(dino, batch, config, clip) for batch in batches]
 

@@ -1,0 +1,202 @@
+"""One training sample: weak and strong view of a random crop, and its masks on the grid (method.md, step 1).
+
+N masks, H W mask grid, which is square.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import torchvision.transforms.v2.functional as TF
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from pixelclip.pixels import normalise, to_tensor
+from pixelclip.rle import RunMasks
+
+
+@dataclass(frozen=True)
+class Views:
+    """How a training sample is drawn; lengths in pixels, see the settings of the same names."""
+
+    side: int
+    mask_grid: int
+    shortest_edge: int
+    longest_edge: int
+    crop: int
+    color_jitter: bool
+    flip: bool
+    strong_view: bool
+    cutout_min: float
+    cutout_max: float
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """`weak`, `strong` [3, side, side], normalised; `packed`: the masks, see `unpack`; `position` in the stream."""
+
+    weak: Tensor
+    strong: Tensor
+    packed: Tensor
+    position: int = -1
+
+    @property
+    def masks(self) -> Tensor:
+        """[N, H, W], bool."""
+        return unpack(self.packed)
+
+
+def unpack(packed: Tensor) -> Tensor:
+    """Masks of 8 rows a byte, the first in the lowest bit: uint8 [N, ceil(H / 8), W] -> bool [N, H, W] on a square grid."""
+    rows = torch.arange(8, dtype=torch.uint8, device=packed.device)[:, None]
+    inside = (packed[:, :, None] >> rows) & 1
+    return inside.flatten(1, 2)[:, : packed.shape[-1]].view(torch.bool).contiguous()
+
+
+def draw(image: Image.Image, masks: RunMasks, views: Views, generator: np.random.Generator, shrunk: int = 1) -> Sample:
+    """Draws a random crop of one image as weak and strong view, with its masks.
+
+    The resize to `shortest_edge` and the crop are one resampling here instead of two; the blur, which the method states
+    in pixels of the crop, is scaled to the side.
+
+    Args:
+        image: RGB.
+        masks: of it, at its full size.
+        views: sizes and switches.
+        generator: the only source of randomness.
+        shrunk: the image is given at 1/shrunk of its size, see `shrink`.
+    """
+    size = masks.size[::-1]
+    width, height = _crop_size(size, views)
+    left, top = generator.uniform(0, size[0] - width), generator.uniform(0, size[1] - height)
+    box = (left / shrunk, top / shrunk, (left + width) / shrunk, (top + height) / shrunk)
+    pixels = to_tensor(image.resize((views.side, views.side), Image.Resampling.BILINEAR, box=box)).contiguous()
+    if views.color_jitter:
+        pixels = _ssd_jitter(pixels, generator)
+    grid = (np.arange(views.mask_grid) + 0.5) / views.mask_grid
+    rows = np.minimum((top + grid * height).astype(np.int64), size[1] - 1)
+    columns = np.minimum((left + grid * width).astype(np.int64), size[0] - 1)
+    if views.flip and generator.random() < 0.5:
+        pixels, columns = pixels.flip(-1), columns[::-1]
+    packed = masks.sample_packed(rows, columns)  # [N, ceil(H / 8), W]
+    strong = pixels
+    if views.strong_view:
+        strong = _strong_jitter(pixels, generator, blur_scale=views.side / max(width, height) * _scale(size, views))
+        strong, packed = _cut_out(strong, packed, views, generator)
+    return Sample(
+        normalise(pixels, views.mean, views.std),
+        normalise(strong, views.mean, views.std),
+        torch.from_numpy(packed[_more_than_one(packed)]),
+    )
+
+
+def shrink(size: tuple[int, int], views: Views) -> int:
+    """By what an image of (width, height) may be shrunk while it is decoded: its crops stay at least as large as the side."""
+    needed = min(_crop_size(size, views)) / views.side
+    return max([1] + [by for by in (2, 4, 8) if by <= needed])
+
+
+def _more_than_one(packed: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Which masks have more than one pixel: [N]."""
+    flat = packed.reshape(len(packed), packed.shape[1] * packed.shape[2])
+    return ((flat != 0).sum(axis=1) > 1) | (flat & (flat - 1)).any(axis=1)
+
+
+def _scale(size: tuple[int, int], views: Views) -> float:
+    """Pixels of the image per pixel of the method's resized image."""
+    return 1 / min(views.shortest_edge / min(size), views.longest_edge / max(size))
+
+
+def _crop_size(size: tuple[int, int], views: Views) -> tuple[float, float]:
+    crop = views.crop * _scale(size, views)
+    return min(crop, size[0]), min(crop, size[1])
+
+
+def _ssd_jitter(pixels: Tensor, generator: np.random.Generator) -> Tensor:
+    """SSD's colour jitter: brightness, contrast, saturation and hue, each half of the time."""
+
+    def contrast(x: Tensor) -> Tensor:
+        return x * generator.uniform(0.5, 1.5) if generator.random() < 0.5 else x
+
+    contrast_first = generator.random() < 0.5
+    if generator.random() < 0.5:
+        pixels = pixels + generator.uniform(-32, 32) / 255
+    pixels = (contrast(pixels) if contrast_first else pixels).clamp(0, 1)
+    if generator.random() < 0.5:
+        pixels = TF.adjust_saturation(pixels, generator.uniform(0.5, 1.5))
+    if generator.random() < 0.5:
+        pixels = _turn_hue(pixels, generator.uniform(-18, 18) / 360)
+    return (pixels if contrast_first else contrast(pixels)).clamp(0, 1)
+
+
+def _strong_jitter(pixels: Tensor, generator: np.random.Generator, blur_scale: float) -> Tensor:
+    """ColorJitter(.5, .5, .5, .25) p .8, grey p .2, Gaussian blur with sigma U(.1, 2) p .5."""
+    if generator.random() < 0.8:
+        brightness, contrast, saturation = (float(v) for v in generator.uniform(0.5, 1.5, 3))
+        hue = generator.uniform(-0.25, 0.25)
+        for index in generator.permutation(4):
+            if index == 0:
+                pixels = TF.adjust_brightness(pixels, brightness)
+            elif index == 1:
+                pixels = TF.adjust_contrast(pixels, contrast)
+            elif index == 2:
+                pixels = TF.adjust_saturation(pixels, saturation)
+            else:
+                pixels = _turn_hue(pixels, hue)
+    if generator.random() < 0.2:
+        pixels = TF.rgb_to_grayscale(pixels, num_output_channels=3)
+    if generator.random() < 0.5:
+        sigma = generator.uniform(0.1, 2.0) * blur_scale
+        radius = min(max(1, math.ceil(3 * sigma)), (min(pixels.shape[1:]) - 1) // 2)
+        pixels = _blur(pixels, radius, max(sigma, 0.05))
+    return pixels
+
+
+def _turn_hue(pixels: Tensor, turn: float) -> Tensor:
+    """Turns the hue of RGB [3, H, W] in 0..1 by a share of the circle: torchvision's `adjust_hue` with fewer passes."""
+    red, green, blue = pixels
+    highest, lowest = pixels.amax(dim=0), pixels.amin(dim=0)
+    chroma = highest - lowest
+    side = torch.where(
+        highest == red,
+        green - blue,
+        torch.where(highest == green, (blue - red).add_(chroma, alpha=2), (red - green).add_(chroma, alpha=4)),
+    )
+    hue = side.div_(chroma.clamp_min(1e-9)).add_(6 * turn).remainder_(6)  # one unit a side of the hexagon; grey has any
+    turned = torch.empty_like(pixels)
+    for channel, (place, sign) in enumerate(((3, 1), (2, -1), (4, -1))):
+        torch.sub(hue, place, out=turned[channel]).abs_().mul_(sign).add_(0.5 - 1.5 * sign).clamp_(0, 1)
+    return turned.mul_(chroma).add_(lowest)
+
+
+def _blur(pixels: Tensor, radius: int, sigma: float) -> Tensor:
+    """Blurs [3, H, W], mirrored at its edges, by a Gaussian: torchvision's `gaussian_blur`, rows apart from columns."""
+    weights = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, dtype=pixels.dtype) / sigma) ** 2)
+    kernel = (weights / weights.sum()).expand(3, 1, 1, -1)
+    padded = F.pad(pixels[None], [radius] * 4, mode="reflect")
+    across = F.conv2d(padded, kernel, groups=3)
+    return F.conv2d(across, kernel.transpose(2, 3), groups=3)[0]
+
+
+def _cut_out(
+    pixels: Tensor, packed: NDArray[np.uint8], views: Views, generator: np.random.Generator
+) -> tuple[Tensor, NDArray[np.uint8]]:
+    """Blackens a random rectangle and takes it out of the masks."""
+    if views.cutout_max == 0:
+        return pixels, packed
+    height, width = generator.uniform(views.cutout_min, views.cutout_max, 2)
+    top, left = generator.uniform(0, 1 - height), generator.uniform(0, 1 - width)
+
+    def inside(side: int) -> tuple[slice, slice]:
+        return slice(round(top * side), round((top + height) * side)), slice(round(left * side), round((left + width) * side))
+
+    pixels = pixels.clone()
+    pixels[(slice(None), *inside(views.side))] = 0
+    kept = np.ones((views.mask_grid, views.mask_grid), bool)
+    kept[inside(views.mask_grid)] = False
+    return pixels, packed & np.packbits(kept, axis=0, bitorder="little")

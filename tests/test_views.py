@@ -1,0 +1,112 @@
+"""Views against torchvision's transforms and Pillow's full decoding; where crop, masks and flips lie is in test_dataset.py."""
+
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms.v2.functional as TF
+from conftest import annotation, encoded, pixels, write_tar
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from test_dataset import FULL, PLAIN, blobs
+
+from pixelclip import views
+from pixelclip.dataset import MaskedImages
+from pixelclip.shards import parse_masks
+
+
+@given(turn=st.floats(-0.5, 0.5), seed=st.integers(0, 999), levels=st.sampled_from([2, 4, 256]))
+def test_hue_turns_as_torchvision_turns_it(turn: float, seed: int, levels: int) -> None:
+    """Few levels make grey pixels, and ties for the highest channel."""
+    random = torch.Generator().manual_seed(seed)
+    image = torch.randint(0, levels, (3, 9, 9), generator=random) / (levels - 1)
+    torch.testing.assert_close(views._turn_hue(image, turn), TF.adjust_hue(image, turn), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("radius", "sigma"), [(1, 0.05), (2, 0.6), (7, 2.0)])
+def test_a_blur_is_that_of_torchvision(radius: int, sigma: float) -> None:
+    image = torch.rand(3, 15, 20)
+    expected = TF.gaussian_blur(image, [2 * radius + 1] * 2, [sigma] * 2)
+    torch.testing.assert_close(views._blur(image, radius, sigma), expected, atol=1e-6, rtol=0)
+
+
+@given(grid=st.integers(1, 21), number=st.integers(0, 4), share=st.sampled_from([0.0, 0.02, 0.5]), seed=st.integers(0, 999))
+def test_packed_masks_are_unpacked_and_counted(grid: int, number: int, share: float, seed: int) -> None:
+    masks = np.random.default_rng(seed).random((number, grid, grid)) < share
+    packed = np.packbits(masks, axis=1, bitorder="little")
+    assert np.array_equal(views.unpack(torch.from_numpy(packed)).numpy(), masks)
+    assert np.array_equal(views._more_than_one(packed), [mask.sum() > 1 for mask in masks])
+
+
+@pytest.mark.parametrize("grid", [13, 32, 53])
+def test_flip_and_cutout_of_packed_masks_are_those_of_whole_ones(grid: int) -> None:
+    """The method, step by step on whole masks, with the numbers that are drawn from the same generator."""
+    masks = blobs(61, 47, count=7)
+    masks[3] = False
+    drawn = replace(PLAIN, side=grid, mask_grid=grid, flip=True, strong_view=True)
+    flips = []
+    for seed in range(8):
+        image = Image.new("RGB", (47, 61), (180, 190, 200))
+        sample = views.draw(image, parse_masks(annotation(masks), (47, 61)), drawn, np.random.default_rng(seed))
+        same = np.random.default_rng(seed)
+        crop = 32 * 47 / 64
+        left, top = same.uniform(0, 47 - crop), same.uniform(0, 61 - crop)
+        centres = (np.arange(grid) + 0.5) / grid * crop
+        whole = masks[:, (top + centres).astype(int)][:, :, (left + centres).astype(int)]
+        flips.append(same.random() < 0.5)
+        seen = (whole[..., ::-1] if flips[-1] else whole) & ~(sample.strong == 0).all(0).numpy()
+        assert np.array_equal(sample.masks.numpy(), [mask for mask in seen if mask.sum() > 1])
+    assert len(set(flips)) == 2
+
+
+@given(
+    size=st.tuples(st.integers(16, 3000), st.integers(16, 3000)),
+    side=st.integers(16, 700),
+    crop=st.integers(16, 900),
+    edges=st.tuples(st.integers(16, 1500), st.integers(0, 500)),
+)
+def test_a_crop_is_never_decoded_smaller_than_its_view(size, side, crop, edges):
+    drawn = replace(PLAIN, side=side, crop=crop, shortest_edge=edges[0], longest_edge=sum(edges))
+    scale = min(edges[0] / min(size), sum(edges) / max(size))
+    smallest = min(crop / scale, *size)
+    by = views.shrink(size, drawn)
+    assert by == 1 or smallest / by >= side
+    assert by == 8 or smallest / (2 * by) < side
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_a_view_of_a_large_image_is_near_that_of_its_full_decoding(tmp_path: Path, kind: str) -> None:
+    """A smooth picture whose crop is four times the side; a file that is no JPEG comes whole."""
+    rows, columns = np.mgrid[:301, :403]
+    picture = np.stack([columns * 255 / 403, rows * 255 / 301, 128 + 100 * np.sin(columns / 30)], axis=-1).astype(np.uint8)
+    masks = blobs(301, 403)
+    tar = write_tar(tmp_path / "0.tar", {"a.jpg": encoded(picture, kind), "a.json": annotation(masks)})
+    dataset = MaskedImages([tar], replace(PLAIN, shortest_edge=301, longest_edge=403, crop=130), seed=0)
+    assert views.shrink((403, 301), dataset.views) == 4
+    image, runs = dataset.read(0)
+    assert image.size == (403, 301)
+    for position in range(5):
+        found = dataset[position]
+        full = views.draw(image, runs, dataset.views, np.random.default_rng([0, 2, position]))
+        assert torch.equal(found.masks, full.masks)
+        assert (found.weak - full.weak).abs().mean() < 1.5 / 255
+        assert torch.equal(found.weak, full.weak) is (kind == "PNG")
+
+
+def test_a_view_of_a_small_image_is_that_of_its_full_decoding(tmp_path: Path) -> None:
+    """Pillow and numpy, step by step: decode, crop and resize in one, flip, normalise."""
+    data = encoded(pixels(64, 80), quality=90)
+    tar = write_tar(tmp_path / "0.tar", {"a.jpg": data, "a.json": annotation(blobs(64, 80))})
+    drawn = replace(FULL, color_jitter=False, strong_view=False, crop=40)
+    dataset = MaskedImages([tar], drawn, seed=5)
+    for position in range(6):
+        same = np.random.default_rng([5, 2, position])
+        left, top = same.uniform(0, 40), same.uniform(0, 24)
+        image = Image.open(io.BytesIO(data)).resize((32, 32), Image.Resampling.BILINEAR, (left, top, left + 40, top + 40))
+        image = np.asarray(image, np.float32)[:, :: -1 if same.random() < 0.5 else 1].transpose(2, 0, 1) / 255
+        mean, std = (np.array(values, np.float32).reshape(3, 1, 1) for values in (drawn.mean, drawn.std))
+        assert np.array_equal(dataset[position].weak.numpy(), (image - mean) / std)
