@@ -1,0 +1,72 @@
+"""`python -m benchmarks.scaling`: time and memory of a step over concepts and masks; a table and benchmarks/scaling.json."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.case import peak_memory
+
+CONCEPTS = (16, 32, 64, 128, 256, 512)
+MASKS = (10, 20, 50, 100, 200, 500)
+
+
+def _measure(concepts: int, masks: int) -> dict[str, Any]:
+    """One step of one image at ViT-B/16, float32: the best of three times, and the peak beyond what stood before it."""
+    from benchmarks.train_step import batch_of, model_of, our_step, random_clip
+    from pixelclip.config import TrainConfig
+    from pixelclip.train import make_optimizer
+
+    settings = TrainConfig(concepts=concepts)
+    model = model_of(random_clip(), settings=settings)
+    optimizer, batch = make_optimizer(model, settings), batch_of(1, masks)
+    our_step(model, optimizer, batch)
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        our_step(model, optimizer, batch)
+        seconds.append(time.perf_counter() - start)
+    return {"seconds": min(seconds), "above": peak_memory(lambda: our_step(model, optimizer, batch))["above"]}
+
+
+def _in_process(concepts: int, masks: int) -> dict[str, Any]:
+    command = [sys.executable, "-m", "benchmarks.scaling", str(concepts), str(masks)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ)
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def _table(name: str, found: dict[int, dict[str, Any]]) -> None:
+    print(f"{name:>8} {'seconds':>9} {'MiB':>7}  exponent from the row before")
+    before = None
+    for number, row in found.items():
+        exponent = ""
+        if before:
+            exponent = f"{math.log(row['seconds'] / before[1]['seconds']) / math.log(number / before[0]):.2f}"
+        print(f"{number:>8} {row['seconds']:>9.3f} {row['above'] / 2**20:>7.0f}  {exponent}", flush=True)
+        before = (number, row)
+    (first, low), (last, high) = next(iter(found.items())), list(found.items())[-1]
+    slope = (high["seconds"] - low["seconds"]) / (last - first)
+    straight = [row["seconds"] / (low["seconds"] + slope * (number - first)) for number, row in found.items()]
+    print(f"a line through the ends: {low['seconds'] - slope * first:.3f} s + {1000 * slope:.2f} ms each; off it by at most "
+          f"{100 * max(abs(share - 1) for share in straight):.0f} %\n")  # fmt: skip
+
+
+def main(words: list[str]) -> None:
+    """Measures all sizes, each in a process of its own, or the one that is named."""
+    if words:
+        print(json.dumps(_measure(*map(int, words))))
+        return
+    over_concepts = {number: _in_process(number, 40) for number in CONCEPTS}
+    _table("concepts", over_concepts)
+    over_masks = {number: _in_process(64, number) for number in MASKS}
+    _table("masks", over_masks)
+    found = {"concepts, 40 masks": over_concepts, "masks, 64 concepts": over_masks}
+    Path(__file__).with_name("scaling.json").write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
