@@ -22,7 +22,7 @@ RESULTS = Path(__file__).with_name("results.json")
 def _in_process(name: str, part: str) -> dict[str, Any]:
     """What one part of a benchmark measures: its memory must not be another's leftovers."""
     command = [sys.executable, "-m", "benchmarks", "--part", name, part]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"TQDM_DISABLE": "1"})
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
         raise SystemExit(f"benchmark {name} ({part}) failed with exit code {done.returncode}")
     return dict(json.loads(done.stdout.splitlines()[-1]))

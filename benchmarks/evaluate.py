@@ -1,7 +1,9 @@
 """Evaluation of CLIP and PixelCLIP on labelled photographs against one image at a time with scores at full size."""
 
 import atexit
+import contextlib
 import copy
+import io
 import shutil
 import tempfile
 from functools import partial
@@ -67,7 +69,7 @@ def one_by_one(towers: dict[str, nn.Module], clip_side: int, classes: Tensor, fo
 
 def ours(towers: dict[str, nn.Module], clip: Clip, classes: Tensor, folder: Path, config: EvaluateConfig) -> Tally:
     """As stage evaluate does it, both models in one pass."""
-    with tempfile.TemporaryDirectory() as state:
+    with tempfile.TemporaryDirectory() as state, contextlib.redirect_stderr(io.StringIO()):  # without its progress bar
         wrapped = {name: Backbone(visual) for name, visual in towers.items()}
         return measure(wrapped, clip, classes, open_labelled(folder, "folder"), config, ALONE, Path(state)).tally
 
