@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import save_file
 from sklearn.cluster import KMeans
 
-from pixelclip import dino
 from pixelclip.dino import kmeans, load_dino, patch_tokens, segment
 
 PATCH, GRID, WIDTH, DEPTH = 4, 5, 128, 2
@@ -296,6 +295,20 @@ def test_an_image_does_not_depend_on_its_batch():
         torch.testing.assert_close(their_inertia, inertia[order])
 
 
+@pytest.mark.parametrize("scale", [1e-9, 1e25])
+def test_the_size_of_numbers_is_of_no_account(scale):
+    points = blobs(2, 90, 12, groups=4, spread=1)
+    assert torch.equal(kmeans(points * scale, 6, [0, 1])[0], kmeans(points, 6, [0, 1])[0])
+
+
+def test_short_precision_decides_nothing(monkeypatch):
+    points = blobs(2, 300, 24, groups=1, spread=0)
+    found = kmeans(points, 12, [0, 1])
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")  # all in float64 then
+    for one, other in zip(found, kmeans(points, 12, [0, 1]), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_seeds_matter_and_more_restarts_are_never_worse():
     points = blobs(1, 90, 12, groups=1, spread=0).expand(6, -1, -1)
     found = [kmeans(points, 10, range(6), restarts=restarts)[1] for restarts in (1, 3, 9)]
@@ -323,7 +336,7 @@ def test_fewer_clusters_come_out_where_fewer_points_differ(k):
 def test_an_empty_cluster_starts_again_at_the_farthest_point(monkeypatch):
     points = blobs(2, 40, 3, groups=4, spread=30)
     at_one_point = points[:, None, :1].double().expand(-1, 1, 4, -1)
-    monkeypatch.setattr(dino, "_start", lambda points, norms, random: at_one_point)
+    monkeypatch.setattr("pixelclip.kmeans._start", lambda points, norms, random: at_one_point)
     labels, _ = kmeans(points, 4, [0, 1])
     assert [sorted(set(row.tolist())) for row in labels] == [[0, 1, 2, 3]] * 2
 

@@ -18,6 +18,7 @@ from skimage.segmentation import felzenszwalb as reference
 
 from pixelclip import masks as module
 from pixelclip.config import MasksConfig
+from pixelclip.dino import IMAGENET_MEAN, IMAGENET_STD
 from pixelclip.masks import annotate, decode_masks, felzenszwalb, run
 from pixelclip.sources import describe_shards, list_shards
 
@@ -253,7 +254,7 @@ def test_dino_masks_are_its_segments_at_the_size_of_the_image(checkpoints, tmp_p
     image = Image.open(io.BytesIO(read_tar(shards / "0.tar")["0b.jpg"]))
     dino = test_dino.load_dino(Path(checkpoints["dino"]))
     tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
-    mean, std = (torch.tensor(values)[:, None, None] for values in (test_dino.dino.IMAGENET_MEAN, test_dino.dino.IMAGENET_STD))
+    mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
     small = F.interpolate(((tensor - mean) / std)[None], size=(20, 20), mode="bilinear", antialias=True)
     labels = test_dino.segment(dino, small, 3, [zlib.crc32(b"0 0b")])[0].numpy()
     found = masked(tmp_path / "out" / "0.tar", "0b")
