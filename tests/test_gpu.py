@@ -5,6 +5,8 @@ import test_train
 import torch
 
 from pixelclip import train
+from pixelclip.dataset import collate
+from pixelclip.views import Sample
 
 pytestmark = pytest.mark.gpu
 clip, shards, config = test_train.clip, test_train.shards, test_train.config
@@ -23,3 +25,12 @@ def test_low_precision_learns(shards, config, tmp_path, precision):
     train.run(shards, tmp_path / "model", config(device="cuda", **settings))
     losses = test_train.losses(tmp_path / "model")
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
+
+
+def test_a_pinned_batch_is_the_same_on_the_device():
+    masks = torch.rand(5, 16, 16) < 0.5
+    bits = (masks.view(5, 2, 8, 16) * 2 ** torch.arange(8)[:, None]).sum(dim=2).byte()
+    packed = collate([Sample(torch.rand(3, 8, 8), torch.rand(3, 8, 8), bits)]).pin_memory()
+    assert packed.weak.is_pinned() and packed.masks.is_pinned()
+    batch = packed.to(torch.device("cuda"))
+    assert torch.equal(batch.masks.cpu(), masks) and torch.equal(batch.strong.cpu(), packed.strong)
