@@ -40,6 +40,13 @@ def test_help_imports_no_heavy_package():
     assert found.stdout.strip() == "[]"
 
 
+def test_workers_of_the_loader_do_not_wait_for_torchvision():
+    """Its import brings torch's compiler: more than all else that a worker imports."""
+    code = "import sys, pixelclip.dataset; print(sorted({'torchvision', 'open_clip', 'sympy'} & set(sys.modules)))"
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert found.stdout.strip() == "[]"
+
+
 def test_no_pickle_anywhere():
     for path in PACKAGE.glob("*.py"):
         source = path.read_text()

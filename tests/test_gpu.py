@@ -8,11 +8,12 @@ from test_model import batch
 
 from pixelclip import train
 from pixelclip.backbone import Backbone
-from pixelclip.dataset import Batch
+from pixelclip.dataset import Batch, collate
 from pixelclip.decoder import Decoder
 from pixelclip.labels import label_map
 from pixelclip.model import PixelCLIP
 from pixelclip.text import Prompts, TextTower
+from pixelclip.views import Sample
 
 pytestmark = pytest.mark.gpu
 clip, shards, config = test_train.clip, test_train.shards, test_train.config
@@ -51,3 +52,12 @@ def test_a_step_waits_for_nothing():
 def test_labels_and_counts_are_those_of_the_cpu():
     scores = torch.randn(2, 30, 16, 16, generator=torch.Generator().manual_seed(0))
     assert (label_map(scores.cuda(), (150, 90)).cpu() != label_map(scores, (150, 90))).float().mean() < 1e-4
+
+
+def test_a_pinned_batch_is_the_same_on_the_device():
+    masks = torch.rand(5, 16, 16) < 0.5
+    bits = (masks.view(5, 2, 8, 16) * 2 ** torch.arange(8)[:, None]).sum(dim=2).byte()
+    packed = collate([Sample(torch.rand(3, 8, 8), torch.rand(3, 8, 8), bits)]).pin_memory()
+    assert packed.weak.is_pinned() and packed.masks.is_pinned()
+    there = packed.to(torch.device("cuda"))
+    assert torch.equal(there.masks.cpu(), masks) and torch.equal(there.strong.cpu(), packed.strong)

@@ -27,6 +27,15 @@ def test_hue_turns_as_torchvision_turns_it(turn: float, seed: int, levels: int) 
     torch.testing.assert_close(views._turn_hue(image, turn), TF.adjust_hue(image, turn), atol=1e-5, rtol=0)
 
 
+def test_contrast_and_saturation_mix_as_torchvision_mixes_them() -> None:
+    image = torch.rand(3, 9, 12)
+    torch.testing.assert_close(views._grey(image), TF.rgb_to_grayscale(image), atol=1e-6, rtol=0)
+    for share in (0.5, 0.9, 1.5):
+        grey = views._grey(image)
+        torch.testing.assert_close(views._mix(image, grey, share), TF.adjust_saturation(image, share), atol=1e-6, rtol=0)
+        torch.testing.assert_close(views._mix(image, grey.mean(), share), TF.adjust_contrast(image, share), atol=1e-6, rtol=0)
+
+
 @pytest.mark.parametrize(("radius", "sigma"), [(1, 0.05), (2, 0.6), (7, 2.0)])
 def test_a_blur_is_that_of_torchvision(radius: int, sigma: float) -> None:
     image = torch.rand(3, 15, 20)

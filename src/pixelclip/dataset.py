@@ -4,7 +4,7 @@ Every sample is a pure function of (seed, position in the training run), so that
 workers, sees the very same data. B images, N masks, H W mask grid.
 """
 
-import ctypes
+import multiprocessing
 import tarfile
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,9 +25,6 @@ from pixelclip.rle import RunMasks
 from pixelclip.shards import index_shard, parse_masks, read_part
 from pixelclip.sources import RemoteFile, Shard
 from pixelclip.views import Sample, Views, draw, shrink, unpack
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of malloc.h
-_KEPT = 256 << 20  # bytes
 
 
 @dataclass(frozen=True)
@@ -93,7 +90,7 @@ class MaskedImages(Dataset[Sample | str]):
         self.seed = seed
         self.masked = masked
         self.shards_at_once = shards_at_once
-        rows: list[tuple[int, int, int, int, int]] = []
+        rows: list[NDArray[np.int64]] = []
         self.bad: list[str] = []
         self.without_masks = 0
         for number, path in enumerate(self.shards):
@@ -101,12 +98,13 @@ class MaskedImages(Dataset[Sample | str]):
             self.bad += [f"{name}: {reason}" for name, reason in bad]
             whole = [m for m in members if m.json_size or not masked]
             self.without_masks += len(members) - len(whole)
-            rows += [(number, m.image_offset, m.image_size, m.json_offset, m.json_size) for m in whole]
-        if not rows:
+            places = [(number, m.image_offset, m.image_size, m.json_offset, m.json_size) for m in whole]
+            rows.append(np.array(places, np.int64).reshape(-1, 5))  # a shard at a time: its lists are not kept
+        if not sum(map(len, rows)):
             needed = "has masks; run the masks stage first" if masked else "is an image"
             raise ValueError(f"{str(self.shards[0]).rpartition('/')[0]}: no sample of its shards {needed}")
-        self._members = np.array(rows, dtype=np.int64)  # one flat array: workers share it, and it stays small
-        self._order: tuple[int, NDArray[np.int64]] | None = None
+        self._members = torch.from_numpy(np.concatenate(rows)).share_memory_()  # 40 bytes a sample, for all workers at once
+        self._order: tuple[int, NDArray[np.uint32]] | None = None  # 4 bytes a sample and worker
         self._groups: list[NDArray[np.int64]] = []  # of this epoch's order: the shards that are mixed with each other
         self._group = -1  # the one that is being read
         self._group_of = np.zeros(0, np.int64)  # of every shard
@@ -121,14 +119,17 @@ class MaskedImages(Dataset[Sample | str]):
             self._order = (epoch, self._shuffle(np.random.default_rng([self.seed, 1, epoch])))
         return int(self._order[1][place])
 
-    def _shuffle(self, generator: np.random.Generator) -> NDArray[np.int64]:
+    def _shuffle(self, generator: np.random.Generator) -> NDArray[np.uint32]:
+        everything = np.arange(len(self), dtype=np.uint32)
         if not self.shards_at_once:
-            return generator.permutation(len(self))
+            return generator.permutation(everything)
         shards, size = generator.permutation(len(self.shards)), self.shards_at_once
         self._groups, self._group = [shards[first : first + size] for first in range(0, len(shards), size)], -1
         self._group_of = np.argsort(shards) // size
-        first_member = np.searchsorted(self._members[:, 0], np.arange(len(shards) + 1))  # a shard's samples stand together
-        of_shard = [np.arange(first, last) for first, last in pairwise(first_member.tolist())]
+        first_member = np.searchsorted(
+            self._members.numpy()[:, 0], np.arange(len(shards) + 1)
+        )  # a shard's samples stand together
+        of_shard = [everything[first:last] for first, last in pairwise(first_member.tolist())]
         mixed = [np.concatenate([of_shard[shard] for shard in np.sort(group)]) for group in self._groups]
         return np.concatenate([generator.permutation(members) for members in mixed])
 
@@ -151,7 +152,7 @@ class MaskedImages(Dataset[Sample | str]):
 
     def _read(self, index: int, for_crop: bool) -> tuple[Image.Image, RunMasks, int]:
         """As `read`; for a crop the image may come shrunk, by the number that is returned last."""
-        shard, image_offset, image_size, json_offset, json_size = (int(v) for v in self._members[index])
+        shard, image_offset, image_size, json_offset, json_size = self._members[index].tolist()
         self._bring_next(shard)
         path = self.shards[shard]
         try:
@@ -234,22 +235,13 @@ class _Listed(Sampler[list[int]]):
 
 def load_batches(dataset: MaskedImages, lists: Iterable[list[int]], workers: int, pin: bool) -> DataLoader[PackedBatch]:
     """One batch for every list of positions, in order, whatever the number of workers."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["__main__", __name__])  # imported once, and in memory once, for all workers
     return DataLoader(
         dataset,  # type: ignore[arg-type]
         batch_sampler=_Listed(lists),
         collate_fn=collate,
         num_workers=workers,
-        multiprocessing_context="forkserver" if workers else None,
+        multiprocessing_context=context if workers else None,
         pin_memory=pin,
-        worker_init_fn=keep_memory,
     )
-
-
-def keep_memory(worker: int) -> None:
-    """Lets a worker process keep what it frees: arrays come and go by the megabyte, and fresh pages cost more than the work.
-
-    Of the C library that has it, glibc; elsewhere nothing changes.
-    """
-    if set_option := getattr(ctypes.CDLL(None), "mallopt", None):
-        set_option(_M_MMAP_THRESHOLD, _KEPT)
-        set_option(_M_TRIM_THRESHOLD, _KEPT)

@@ -87,7 +87,8 @@ def index_shard(path: Shard) -> tuple[list[Member], list[tuple[str, str]]]:
         with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             size = file.seek(0, io.SEEK_END)
             try:
-                for member in tar:
+                while member := tar.next():
+                    tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps a kilobyte of each
                     if not member.isfile():
                         continue
                     key, _, suffix = member.name.removeprefix("./").rpartition(".")

@@ -1,6 +1,6 @@
 """One training sample: weak and strong view of a random crop, and its masks on the grid (method.md, step 1).
 
-N masks, H W mask grid, which is square.
+N masks, H W mask grid, which is square. Torchvision's transforms are written out: every worker would wait for its import.
 """
 
 import math
@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-import torchvision.transforms.v2.functional as TF
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
@@ -128,7 +127,7 @@ def _ssd_jitter(pixels: Tensor, generator: np.random.Generator) -> Tensor:
         pixels = pixels + generator.uniform(-32, 32) / 255
     pixels = (contrast(pixels) if contrast_first else pixels).clamp(0, 1)
     if generator.random() < 0.5:
-        pixels = TF.adjust_saturation(pixels, generator.uniform(0.5, 1.5))
+        pixels = _mix(pixels, _grey(pixels), generator.uniform(0.5, 1.5))
     if generator.random() < 0.5:
         pixels = _turn_hue(pixels, generator.uniform(-18, 18) / 360)
     return (pixels if contrast_first else contrast(pixels)).clamp(0, 1)
@@ -141,20 +140,31 @@ def _strong_jitter(pixels: Tensor, generator: np.random.Generator, blur_scale: f
         hue = generator.uniform(-0.25, 0.25)
         for index in generator.permutation(4):
             if index == 0:
-                pixels = TF.adjust_brightness(pixels, brightness)
+                pixels = (pixels * brightness).clamp_(0, 1)
             elif index == 1:
-                pixels = TF.adjust_contrast(pixels, contrast)
+                pixels = _mix(pixels, _grey(pixels).mean(), contrast)
             elif index == 2:
-                pixels = TF.adjust_saturation(pixels, saturation)
+                pixels = _mix(pixels, _grey(pixels), saturation)
             else:
                 pixels = _turn_hue(pixels, hue)
     if generator.random() < 0.2:
-        pixels = TF.rgb_to_grayscale(pixels, num_output_channels=3)
+        pixels = _grey(pixels).expand(pixels.shape)
     if generator.random() < 0.5:
         sigma = generator.uniform(0.1, 2.0) * blur_scale
         radius = min(max(1, math.ceil(3 * sigma)), (min(pixels.shape[1:]) - 1) // 2)
         pixels = _blur(pixels, radius, max(sigma, 0.05))
     return pixels
+
+
+def _grey(pixels: Tensor) -> Tensor:
+    """The luma of RGB: [1, H, W]."""
+    red, green, blue = pixels[:, None]
+    return (red * 0.2989).add_(green, alpha=0.587).add_(blue, alpha=0.114)
+
+
+def _mix(pixels: Tensor, other: Tensor, share: float) -> Tensor:
+    """So much of one image and the rest of another; shares above 1 lead away from the other."""
+    return (pixels * share).add_(other, alpha=1 - share).clamp_(0, 1)
 
 
 def _turn_hue(pixels: Tensor, turn: float) -> Tensor:
@@ -175,12 +185,19 @@ def _turn_hue(pixels: Tensor, turn: float) -> Tensor:
 
 
 def _blur(pixels: Tensor, radius: int, sigma: float) -> Tensor:
-    """Blurs [3, H, W], mirrored at its edges, by a Gaussian: torchvision's `gaussian_blur`, rows apart from columns."""
-    weights = torch.exp(-0.5 * (torch.arange(-radius, radius + 1, dtype=pixels.dtype) / sigma) ** 2)
-    kernel = (weights / weights.sum()).expand(3, 1, 1, -1)
-    padded = F.pad(pixels[None], [radius] * 4, mode="reflect")
-    across = F.conv2d(padded, kernel, groups=3)
-    return F.conv2d(across, kernel.transpose(2, 3), groups=3)[0]
+    """Blurs [3, H, W], mirrored at its edges, by a Gaussian: torchvision's `gaussian_blur`.
+
+    Rows apart from columns, and by sums of shifted images: a convolution of one channel takes a CPU three times as long.
+    """
+    weights = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
+    pixels = F.pad(pixels[None], [radius] * 4, mode="reflect")[0]
+    for dim in (1, 2):
+        length = pixels.shape[dim] - 2 * radius
+        blurred = torch.zeros_like(pixels.narrow(dim, 0, length))
+        for first, weight in enumerate((weights / weights.sum()).tolist()):
+            blurred.add_(pixels.narrow(dim, first, length), alpha=weight)
+        pixels = blurred
+    return pixels
 
 
 def _cut_out(
