@@ -215,7 +215,7 @@ def test_a_shard_finished_before_a_kill_is_not_made_again(tmp_path: Path, monkey
 def checkpoints(tmp_path_factory) -> dict[str, str]:
     """A tiny SAM and a tiny DINO of random weights, as files."""
     folder = tmp_path_factory.mktemp("weights")
-    torch.save(test_sam.make_sam(test_sam.MaskDecoder).state_dict(), folder / "sam.pth")
+    torch.save(test_sam.make_sam().state_dict(), folder / "sam.pth")
     torch.save(test_dino.weights(), folder / "dino.pth")
     return {name: str(folder / f"{name}.pth") for name in ("sam", "dino")}
 
