@@ -4,6 +4,7 @@ import io
 import json
 import zlib
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pytest
@@ -245,6 +246,24 @@ def test_weights_make_masks_in_batches_as_one_by_one(generator, checkpoints, tmp
         if generator == "dino":
             assert (found.sum(axis=0) == 1).all()
             assert 2 <= len(found) <= 16
+
+
+def test_the_device_works_on_while_a_batch_is_written() -> None:
+    made = [Event() for _ in range(4)]
+
+    def batches():
+        for number, event in enumerate(made[:3]):
+            event.set()
+            yield number
+        made[3].set()
+        raise ValueError("the disk is full")
+
+    ahead = module._ahead(batches())
+    for number in range(3):
+        assert next(ahead) == number
+        assert made[number + 1].wait(60)  # nobody has asked for it yet
+    with pytest.raises(ValueError, match="the disk is full"):
+        next(ahead)
 
 
 def test_dino_masks_are_its_segments_at_the_size_of_the_image(checkpoints, tmp_path) -> None:
