@@ -4,6 +4,7 @@ import io
 import json
 import zlib
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pytest
@@ -215,7 +216,7 @@ def test_a_shard_finished_before_a_kill_is_not_made_again(tmp_path: Path, monkey
 def checkpoints(tmp_path_factory) -> dict[str, str]:
     """A tiny SAM and a tiny DINO of random weights, as files."""
     folder = tmp_path_factory.mktemp("weights")
-    torch.save(test_sam.make_sam(test_sam.MaskDecoder).state_dict(), folder / "sam.pth")
+    torch.save(test_sam.make_sam().state_dict(), folder / "sam.pth")
     torch.save(test_dino.weights(), folder / "dino.pth")
     return {name: str(folder / f"{name}.pth") for name in ("sam", "dino")}
 
@@ -245,6 +246,24 @@ def test_weights_make_masks_in_batches_as_one_by_one(generator, checkpoints, tmp
         if generator == "dino":
             assert (found.sum(axis=0) == 1).all()
             assert 2 <= len(found) <= 16
+
+
+def test_the_device_works_on_while_a_batch_is_written() -> None:
+    made = [Event() for _ in range(4)]
+
+    def batches():
+        for number, event in enumerate(made[:3]):
+            event.set()
+            yield number
+        made[3].set()
+        raise ValueError("the disk is full")
+
+    ahead = module._ahead(batches())
+    for number in range(3):
+        assert next(ahead) == number
+        assert made[number + 1].wait(60)  # nobody has asked for it yet
+    with pytest.raises(ValueError, match="the disk is full"):
+        next(ahead)
 
 
 def test_dino_masks_are_its_segments_at_the_size_of_the_image(checkpoints, tmp_path) -> None:

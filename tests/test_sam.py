@@ -38,17 +38,48 @@ SETTINGS = {
 }
 
 
-class LocalDecoder(MaskDecoder):
-    """Random weights give masks all over the image; discs around the point make them local, as trained weights do."""
-
-    def forward(self, **inputs):
-        logits, quality = super().forward(**inputs)
-        near = inputs["sparse_prompt_embeddings"][:, 0] @ inputs["image_pe"][0].flatten(1) / 16  # 1 at the point itself
-        near = F.interpolate(near.unflatten(1, (1, 8, 8)), scale_factor=4, mode="bilinear")
-        return logits + 40 * (near - torch.tensor([0.3, 0.5, 0.7])[:, None, None]), quality
+# Random weights give masks all over the image; discs around the point make them local, as trained weights do: features tell
+# where a pixel is, and each hypernetwork's product with them how near that is to the point.
 
 
-def make_sam(decoder: type[MaskDecoder]) -> Sam:
+class Prompts(PromptEncoder):
+    def _embed_points(self, points, labels, pad):
+        embedded = super()._embed_points(points, labels, pad)
+        self.place = embedded[:, 0]
+        return embedded
+
+
+class Features(torch.nn.Module):
+    def __init__(self, plain, prompts):
+        super().__init__()
+        self.plain, self.prompts = plain, [prompts]
+
+    def forward(self, x):
+        features = self.plain(x)
+        place = F.interpolate(self.prompts[0].get_dense_pe(), scale_factor=4, mode="bilinear")
+        return torch.cat([features, place.expand(len(x), -1, -1, -1), torch.ones_like(features[:, :1])], dim=1)
+
+
+class Network(torch.nn.Module):
+    def __init__(self, plain, prompts, least):
+        super().__init__()
+        self.plain, self.prompts, self.least = plain, [prompts], least
+
+    def forward(self, x):
+        weights, place = self.plain(x), self.prompts[0].place
+        return torch.cat([weights, 40 / 16 * place, torch.full_like(weights[:, :1], -40 * self.least)], dim=1)
+
+
+def make_local(sam: Sam) -> Sam:
+    decoder, prompts = sam.mask_decoder, sam.prompt_encoder
+    prompts.__class__ = Prompts
+    decoder.output_upscaling = Features(decoder.output_upscaling, prompts)
+    networks = zip(decoder.output_hypernetworks_mlps, (0.0, 0.3, 0.5, 0.7), strict=True)
+    decoder.output_hypernetworks_mlps = torch.nn.ModuleList(Network(plain, prompts, least) for plain, least in networks)
+    return sam
+
+
+def make_sam() -> Sam:
     encoder = ImageEncoderViT(
         img_size=128,
         embed_dim=32,
@@ -62,7 +93,7 @@ def make_sam(decoder: type[MaskDecoder]) -> Sam:
     )
     prompts = PromptEncoder(WIDTH, (8, 8), (128, 128), mask_in_chans=16)
     transformer = TwoWayTransformer(depth=2, embedding_dim=WIDTH, num_heads=8, mlp_dim=64)
-    sam = Sam(encoder, prompts, decoder(transformer_dim=WIDTH, transformer=transformer, iou_head_hidden_dim=24))
+    sam = Sam(encoder, prompts, MaskDecoder(transformer_dim=WIDTH, transformer=transformer, iou_head_hidden_dim=24))
     generator = torch.Generator().manual_seed(0)
     for name, tensor in sam.requires_grad_(False).state_dict().items():
         noise = torch.randn(tensor.shape, generator=generator)
@@ -78,12 +109,12 @@ def make_sam(decoder: type[MaskDecoder]) -> Sam:
 
 @pytest.fixture(scope="module")
 def sam() -> Sam:
-    return make_sam(LocalDecoder)
+    return make_local(make_sam())
 
 
 @pytest.fixture(scope="module")
 def plain() -> Sam:
-    return make_sam(MaskDecoder)
+    return make_sam()
 
 
 @pytest.fixture(scope="module")

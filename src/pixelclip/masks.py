@@ -7,14 +7,14 @@ import json
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -185,23 +185,44 @@ Generate = Callable[[list[tuple[str, Image.Image]]], Iterable[dict[str, Any]]]
 def _on_device(
     samples: Iterator[tuple[Sample, str]], generate: Generate, config: MasksConfig
 ) -> Iterator[tuple[Sample, Result]]:
-    """SAM and DINO: batches of images on one device."""
-    while batch := list(islice(samples, config.batch_size)):
-        images: list[Image.Image | str] = []
-        for (_, data, _), reason in batch:
-            try:
-                images.append(reason or to_rgb(decode_image(data)))
-            except ValueError as error:
-                images.append(str(error))
-        good = [(sample[0], image) for (sample, _), image in zip(batch, images, strict=True) if not isinstance(image, str)]
-        found = iter(list(generate(good)) if good else [])
-        for (sample, _), image in zip(batch, images, strict=True):
+    """SAM and DINO: batches of images on one device, while the next is read and the last written."""
+    opened = _ahead(_open(batch) for batch in iter(lambda: list(islice(samples, config.batch_size)), []))
+    for batch, found in _ahead((batch, _generate(batch, generate)) for batch in opened):
+        for sample, image in batch:
             try:
                 if isinstance(image, str):
                     raise ValueError(image)
                 yield sample, (_keep(next(found), config), "")
             except ValueError as error:
                 yield sample, (None, str(error))
+
+
+_Opened = list[tuple[Sample, Image.Image | str]]  # an image, or why there is none
+
+
+def _open(batch: list[tuple[Sample, str]]) -> _Opened:
+    opened: _Opened = []
+    for sample, reason in batch:
+        try:
+            opened.append((sample, reason or to_rgb(decode_image(sample[1]))))
+        except ValueError as error:
+            opened.append((sample, str(error)))
+    return opened
+
+
+def _generate(batch: _Opened, generate: Generate) -> Iterator[dict[str, Any]]:
+    good = [(key, image) for (key, _, _), image in batch if not isinstance(image, str)]
+    return iter(list(generate(good)) if good else [])
+
+
+def _ahead(items: Iterator[_Found]) -> Iterator[_Found]:
+    """The items, of which a thread makes one more than is asked for."""
+    end = object()
+    with ThreadPoolExecutor(1) as thread:
+        following = thread.submit(next, items, end)
+        while (item := following.result()) is not end:
+            following = thread.submit(next, items, end)
+            yield cast(_Found, item)
 
 
 def _sam(weights: Path, config: MasksConfig) -> Generate:

@@ -26,6 +26,8 @@ from segment_anything.utils.transforms import ResizeLongestSide
 from torch import Tensor
 from torchvision.ops.boxes import batched_nms, box_area
 
+from pixelclip.sam_decoder import PointDecoder
+
 _CHUNK_PIXELS = 2**26  # logits at full size that are in memory at once: 256 MiB
 
 
@@ -125,7 +127,8 @@ class SamGenerator:
             group = [(i, boxes[index]) for i, (boxes, _) in enumerate(layouts) if self._usable(boxes[index])]
             pixels = [self._resize.apply_image(images[i][y0:y1, x0:x1]) for i, (x0, y0, x1, y1) in group]
             for (i, box), embedding, shown in zip(group, self._encode(pixels), pixels, strict=True):
-                crops[i].append(self._mask_crop(embedding, shown.shape[:2], box, layer, images[i].shape[:2]))
+                if crop := self._mask_crop(embedding, shown.shape[:2], box, layer, images[i].shape[:2]):
+                    crops[i].append(crop)
         return [self._finish(found, image.shape[:2]) for found, image in zip(crops, images, strict=True)]
 
     def _usable(self, box: list[int]) -> bool:
@@ -142,8 +145,8 @@ class SamGenerator:
 
     def _mask_crop(
         self, embedding: Tensor, shown: tuple[int, int], box: list[int], layer: int, image_size: tuple[int, int]
-    ) -> _Crop:
-        """All masks of a crop [C, h, w] but the bad, the cut and the double.
+    ) -> _Crop | None:
+        """All masks of a crop [C, h, w] but the bad, the cut and the double; None where nothing is left to look at.
 
         `shown` is the crop's size without padding as the encoder saw it, `image_size` the whole image's.
         """
@@ -152,15 +155,10 @@ class SamGenerator:
         grid = self._grids[layer] * np.array([x1 - x0, y1 - y0])
         points = torch.as_tensor(grid, device=embedding.device)
         prompts = torch.as_tensor(self._resize.apply_coords(grid, size), device=embedding.device)
-        outputs = self.sam.mask_decoder.num_multimask_outputs
         found: list[list[Tensor]] = []
-        for first in range(0, len(prompts), self.points_per_batch):
-            batch = slice(first, first + self.points_per_batch)
-            logits, quality = (tensor.flatten(0, 1) for tensor in self._decode(embedding, prompts[batch]))
-            source = points[batch].repeat_interleave(outputs, 0)
-            if self.pred_iou_thresh > 0:
-                good = quality > self.pred_iou_thresh
-                logits, quality, source = logits[good], quality[good], source[good]
+        decoder = PointDecoder(self.sam, embedding)
+        for logits, quality, number in decoder(prompts, self.points_per_batch, self.pred_iou_thresh):
+            source = points[number]
             for part in self._chunks(len(logits), size):
                 masks = self._upscale(logits[part], shown, size)
                 stability = calculate_stability_score(masks, self.sam.mask_threshold, self.stability_score_offset)
@@ -169,6 +167,8 @@ class SamGenerator:
                 if self.stability_score_thresh > 0:
                     good &= stability >= self.stability_score_thresh
                 found.append([tensor[good] for tensor in (logits[part], quality[part], stability, boxes, source[part])])
+        if not found:
+            return None
         logits, quality, stability, boxes, source = (torch.cat(tensors) for tensors in zip(*found, strict=True))
         keep = _suppress(boxes, quality, self.box_nms_thresh)
         return _Crop(
@@ -180,19 +180,6 @@ class SamGenerator:
             boxes=uncrop_boxes_xyxy(boxes[keep], box),
             points=uncrop_points(source[keep], box),
         )
-
-    def _decode(self, embedding: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [P, 3, h, w] and predicted IoU [P, 3] of points [P, 2], each a prompt of its own."""
-        labels = torch.ones(len(points), 1, dtype=torch.int, device=points.device)
-        sparse, dense = self.sam.prompt_encoder(points=(points[:, None], labels), boxes=None, masks=None)
-        logits, quality = self.sam.mask_decoder(
-            image_embeddings=embedding[None],
-            image_pe=self.sam.prompt_encoder.get_dense_pe(),
-            sparse_prompt_embeddings=sparse,
-            dense_prompt_embeddings=dense,
-            multimask_output=True,
-        )
-        return logits, quality
 
     def _chunks(self, count: int, size: tuple[int, int]) -> Iterator[slice]:
         """Slices of `count` masks that fit at full size; an empty one of none."""
