@@ -1,0 +1,52 @@
+"""The harness of `make bench`; what it measures is not tested here."""
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+from benchmarks.__main__ import NAMES  # noqa: E402
+from benchmarks.case import Case, compare, peak_memory  # noqa: E402
+
+
+def same(one: int, other: int) -> str:
+    assert one == other
+    return "equal"
+
+
+def test_both_sides_are_called_by_turns_after_one_comparison():
+    calls: list[str] = []
+
+    def call(name: str) -> int:
+        calls.append(name)
+        return 7
+
+    found = compare(Case("seven", lambda: call("baseline"), lambda: call("ours"), same, rounds=2))
+    assert calls == ["baseline", "ours", "baseline", "ours", "ours", "baseline"]
+    assert found["same"] == "equal"
+    assert len(found["ratios"]) == 2
+
+
+def test_what_is_not_the_same_work_is_not_timed():
+    with pytest.raises(AssertionError):
+        compare(Case("differs", lambda: 1, lambda: 2, same))
+
+
+def test_memory_counts_what_a_call_held_for_a_moment():
+    found = peak_memory(lambda: bytearray(b"x" * (64 << 20)) and None)
+    assert 64 << 20 <= found["above"] < 256 << 20
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_benchmark_can_be_made(name):
+    assert callable(importlib.import_module(f"benchmarks.{name}").make)
+
+
+def test_an_unknown_benchmark_is_refused():
+    done = subprocess.run([sys.executable, "-m", "benchmarks", "speed"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert "unknown benchmark 'speed'; there are train_step" in done.stderr
