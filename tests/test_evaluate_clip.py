@@ -283,6 +283,7 @@ def torchrun(*words: object) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_two_processes_make_what_one_makes(made, seven, tmp_path):
     config = with_settings(max_bad_share=0.2, checkpoint_every=1, pictures=7)
     of_clip(made, seven, tmp_path / "one", config)

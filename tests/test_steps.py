@@ -248,6 +248,7 @@ def test_a_step_starts_one_process_a_gpu(monkeypatch):
     assert processes("auto") == 1
 
 
+@pytest.mark.slow
 def test_two_processes_train_what_one_does(shards, clip, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     tiny.mlflow_at(monkeypatch, tmp_path / "mlflow")
