@@ -20,7 +20,9 @@ from segment_anything import SamAutomaticMaskGenerator, sam_model_registry
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 
 import pixelclip.sam
+import pixelclip.sam_encoder
 from pixelclip.sam import SamGenerator, remove_small_regions
+from pixelclip.sam_encoder import ImageEncoder
 from pixelclip.sam_weights import build_sam, load_sam, sam_shape
 
 WIDTH = 32
@@ -159,7 +161,7 @@ def test_masks_are_the_originals(sam, images, settings, cv2):
 
 def test_defaults_are_the_originals():
     ours, theirs = (signature(kind).parameters for kind in (SamGenerator, SamAutomaticMaskGenerator))
-    same = ours.keys() - {"sam", "points_per_batch"}
+    same = ours.keys() - {"sam", "points_per_batch", "precision"}
     assert {name: ours[name].default for name in same} == {name: theirs[name].default for name in same}
     assert theirs.keys() - ours.keys() == {"model", "point_grids", "output_mode"}
 
@@ -171,6 +173,31 @@ def test_a_batch_gives_what_single_images_give(sam, images):
         assert best_ious(together, alone).mean() > 0.98
         assert best_ious(alone, together).mean() > 0.98
     assert generator([]) == []
+
+
+@pytest.mark.parametrize("limit", [1, 40_000, 2**40], ids=["a row of patches", "some windows", "everything"])
+def test_the_encoder_is_the_originals(plain, images, monkeypatch, limit):
+    monkeypatch.setattr(pixelclip.sam_encoder, "_CPU_BYTES", limit)
+    seen = torch.stack([plain.preprocess(torch.rand(3, *size) * 255) for size in ((128, 128), (128, 70), (33, 128))])
+    theirs = plain.image_encoder(seen)
+    ours = ImageEncoder(plain.image_encoder)(seen)
+    assert theirs.std() > 0.1
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_attention_of_both_devices_is_one():
+    query, key, value = torch.randn(3, 6, 20, 8, generator=torch.Generator().manual_seed(0))
+    by_row, by_column = query.new_empty(6, 4, 5, 4).normal_(), query.new_empty(6, 4, 5, 5).normal_()
+    some = (query, key, value, by_row, by_column)
+    torch.testing.assert_close(pixelclip.sam_encoder._on_gpu(*some), pixelclip.sam_encoder._on_cpu(*some))
+
+
+def test_bfloat16_finds_the_masks_of_float32(sam, images):
+    exact, short = (SamGenerator(sam, **LOOSE, precision=precision)(images) for precision in (None, torch.bfloat16))
+    assert exact != short
+    for found, others in zip(short, exact, strict=True):
+        for best in (best_ious(found, others), best_ious(others, found)):  # one near a threshold may be lost
+            assert np.median(best) > 0.98 and best.mean() > 0.9
 
 
 def test_chunks_change_nothing(sam, images, monkeypatch):

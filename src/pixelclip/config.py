@@ -78,6 +78,10 @@ class MasksConfig(BaseModel):
     sam_crop_overlap_ratio: float = _setting(512 / 1500, "SAM: overlap of crops, as a share of the shorter side.", ge=0, lt=1)
     sam_crop_n_points_downscale_factor: int = _setting(1, "SAM: layer i has points_per_side / this**i.", ge=1)
     sam_min_mask_region_area: int = _setting(0, "SAM: remove holes and islands of fewer pixels.", ge=0)
+    sam_precision: Literal["auto", "float32", "tf32", "bfloat16"] = _setting(
+        "float32",
+        "SAM: of the image encoder. In float32 the masks are the original's; auto is bfloat16 where the device is fast at it.",
+    )
     dino_clusters: int = _setting(16, "DINO: k of the k-means over an image's patch tokens.", ge=2)
     dino_side: int = _setting(320, "DINO: side in pixels to which images are squashed, a multiple of the patch.", ge=16)
     seed: int = _setting(0, "Seed of DINO's k-means.", ge=0)

@@ -226,13 +226,15 @@ def _ahead(items: Iterator[_Found]) -> Iterator[_Found]:
 
 
 def _sam(weights: Path, config: MasksConfig) -> Generate:
-    from pixelclip.ranks import pick_device
+    from pixelclip.ranks import pick_device, pick_precision
     from pixelclip.sam import SamGenerator
     from pixelclip.sam_weights import load_sam
 
     prefix = "sam_"
     settings = {name.removeprefix(prefix): value for name, value in config.model_dump().items() if name.startswith(prefix)}
-    generator = SamGenerator(load_sam(weights).to(pick_device(config.device)), **settings)
+    device = pick_device(config.device)
+    settings["precision"] = pick_precision(config.sam_precision, device)
+    generator = SamGenerator(load_sam(weights).to(device), **settings)
 
     def generate(batch: list[tuple[str, Image.Image]]) -> Iterator[dict[str, Any]]:
         for (key, image), entries in zip(batch, generator([np.asarray(image) for _, image in batch]), strict=True):

@@ -27,6 +27,7 @@ from torch import Tensor
 from torchvision.ops.boxes import batched_nms, box_area
 
 from pixelclip.sam_decoder import PointDecoder
+from pixelclip.sam_encoder import ImageEncoder
 
 _CHUNK_PIXELS = 2**26  # logits at full size that are in memory at once: 256 MiB
 
@@ -63,6 +64,7 @@ class SamGenerator:
         crop_overlap_ratio: overlap of the first layer's crops, as a share of the image's shorter side.
         crop_n_points_downscale_factor: layer i has the points per side divided by this factor ** i.
         min_mask_region_area: holes and islands of fewer pixels are removed; 0 leaves all.
+        precision: of the image encoder; None for float32, in which the masks are the original's.
 
     Raises:
         ValueError: no point or no batch of points is left.
@@ -83,6 +85,7 @@ class SamGenerator:
         crop_overlap_ratio: float = 512 / 1500,
         crop_n_points_downscale_factor: int = 1,
         min_mask_region_area: int = 0,
+        precision: torch.dtype | None = None,
     ) -> None:
         if int(points_per_side / crop_n_points_downscale_factor**crop_n_layers) < 1:
             raise ValueError(
@@ -103,6 +106,7 @@ class SamGenerator:
         self.min_mask_region_area = min_mask_region_area
         self._grids = build_all_layer_point_grids(points_per_side, crop_n_layers, crop_n_points_downscale_factor)
         self._resize = ResizeLongestSide(sam.image_encoder.img_size)
+        self._encoder = ImageEncoder(sam.image_encoder, precision)
 
     @torch.no_grad()
     def __call__(self, images: Sequence[NDArray[np.uint8]]) -> list[list[dict[str, Any]]]:
@@ -141,7 +145,7 @@ class SamGenerator:
         if not images:
             return torch.empty(0)
         tensors = [torch.as_tensor(image, device=self.sam.device).permute(2, 0, 1) for image in images]
-        return self.sam.image_encoder(torch.stack([self.sam.preprocess(tensor) for tensor in tensors]))  # [B, C, h, w]
+        return self._encoder(torch.stack([self.sam.preprocess(tensor) for tensor in tensors]))  # [B, C, h, w]
 
     def _mask_crop(
         self, embedding: Tensor, shown: tuple[int, int], box: list[int], layer: int, image_size: tuple[int, int]
