@@ -7,10 +7,11 @@ import pytest
 from imports import MODULES, PACKAGE, imported, imported_with_theirs
 
 ORDER = """
-    config storage cache s3 download stage upload fetch_data provenance ranks images pixels labels rle weights sources shards
-    sam_weights sam_encoder sam_decoder sam kmeans dino masks views dataset blocks text backbone clusters decoder model checkpoint
-    convert resume predict benchmarks tally classify server tracking pictures report measure protocol evaluate_clip train evaluate
-    sweep serve promote register lineage reproduce doctor toy_motifs toy toy_clip cli_cluster cli __main__
+    config storage cache s3 download stage upload fetch_data provenance ranks images pixels labels rle weights sources
+    shards sam_weights sam_encoder sam_decoder sam kmeans dino masks views dataset blocks text backbone clusters decoder
+    model checkpoint convert resume predict benchmarks tally classify server tracking pictures report measure protocol
+    evaluate_clip train evaluate sweep serve promote register lineage reproduce doctor toy_motifs toy toy_clip cli_cluster
+    cli __main__
 """.split()  # noqa: SIM905  (reads as the list in docs/architecture.md)
 
 
