@@ -21,7 +21,7 @@ from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncode
 
 import pixelclip.sam
 import pixelclip.sam_encoder
-from pixelclip.sam import SamGenerator, remove_small_regions
+from pixelclip.sam import SamGenerator, encode_masks, remove_small_regions
 from pixelclip.sam_encoder import ImageEncoder
 from pixelclip.sam_weights import build_sam, load_sam, sam_shape
 
@@ -198,6 +198,15 @@ def test_bfloat16_finds_the_masks_of_float32(sam, images):
     for found, others in zip(short, exact, strict=True):
         for best in (best_ious(found, others), best_ious(others, found)):  # one near a threshold may be lost
             assert np.median(best) > 0.98 and best.mean() > 0.9
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1), (40, 60)])
+def test_masks_are_encoded_as_by_pycocotools(size):
+    generator = torch.Generator().manual_seed(0)
+    masks = torch.rand(6, *size, generator=generator) < torch.tensor([0.0, 0.05, 0.5, 0.95, 1.0, 0.5])[:, None, None]
+    masks[5] = masks[5].sort(dim=0).values  # few runs
+    assert encode_masks(masks) == rle.encode(np.asfortranarray(masks.permute(1, 2, 0).numpy().astype(np.uint8)))
+    assert encode_masks(masks[:0]) == []
 
 
 def test_chunks_change_nothing(sam, images, monkeypatch):
