@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,9 +11,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import tiny
+from artifact_server import slow_artifacts
 from mlflow import MlflowClient
 from PIL import Image
 
+from pixelclip import server
 from pixelclip.config import EvaluateConfig, RegisterConfig
 from pixelclip.predict import Predictor
 from pixelclip.promote import Figures, decide
@@ -139,6 +142,35 @@ def test_a_registered_model_can_be_fetched_and_is_the_same(made, client, tmp_pat
     assert describe(fetched)["md5"] == describe(made / "model0")["md5"]
     with pytest.raises(ValueError, match="models:/demo@nobody: no such model"):
         fetch(f"models:/{NAME}@nobody", tmp_path / "none")
+
+
+@pytest.fixture
+def slow_store(client, monkeypatch):
+    """A store for artifacts that takes longer with the weights than MLflow's server may with an answer."""
+    monkeypatch.setattr(server, "_ANSWER", "1")
+    monkeypatch.setattr(server, "_TRANSFER", "20")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with slow_artifacts("model.safetensors", seconds=1.5) as place:
+        monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", client.create_experiment("slow", artifact_location=place))
+        yield
+
+
+def test_weights_may_take_longer_than_an_answer(made, slow_store, tmp_path):
+    evaluated = evaluation(tmp_path / "evaluation", made / "model1", miou=41.0, gain=10.0)
+    assert run(made / "model1", evaluated, tmp_path / "out", CONFIG)["register/champion"] == 1
+    fetched = fetch(f"models:/{NAME}@champion", tmp_path / "fetched")
+    assert (fetched / "model.safetensors").read_bytes() == (made / "model1" / "model.safetensors").read_bytes()
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "1"  # of everything else, as before
+
+
+def test_a_timeout_that_somebody_set_is_kept(made, client, slow_store, monkeypatch, tmp_path):
+    monkeypatch.setattr(server, "_ANSWER", "20")  # so 1 is somebody's
+    evaluated = evaluation(tmp_path / "evaluation", made / "model1", miou=41.0, gain=10.0)
+    with pytest.raises(ValueError, match=r"demo: refused by MLflow at sqlite:.*timed out.*MLFLOW_HTTP_REQUEST_TIMEOUT is 1 s"):
+        run(made / "model1", evaluated, tmp_path / "out", CONFIG)
+    (trained,) = client.search_runs([os.environ["MLFLOW_EXPERIMENT_ID"]])
+    assert trained.info.status == "FINISHED"  # the training did not fail
 
 
 def test_again_changes_nothing(made, client, tmp_path):

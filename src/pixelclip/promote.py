@@ -23,7 +23,7 @@ from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 
 from pixelclip.config import RegisterConfig, nearest
-from pixelclip.server import connect, tracking_uri
+from pixelclip.server import connect, first_line, tracking_uri
 
 CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous", "challenger"
 GATE = "gate"
@@ -198,7 +198,7 @@ def registry(name: str) -> Iterator[MlflowClient]:
             known = [model.name for model in client.search_registered_models()]
             hint = nearest(name, known) or f"; there are {', '.join(known) or 'none'}"
             raise ValueError(f"{name}: no such registered model at {tracking_uri()}{hint}") from None
-        raise ValueError(f"{name}: refused by MLflow at {tracking_uri()}: {error.message.splitlines()[0]}") from None
+        raise ValueError(f"{name}: refused by MLflow at {tracking_uri()}: {first_line(error)}") from None
 
 
 class _Turn:
