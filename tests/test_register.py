@@ -13,6 +13,8 @@ import pytest
 import tiny
 from artifact_server import slow_artifacts
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
 from PIL import Image
 
 from pixelclip import server
@@ -216,6 +218,31 @@ def test_a_wiped_registry_is_filled_again(made, monkeypatch, tmp_path):
         assert run(made / "model0", evaluated, out, CONFIG)["register/version"] == 1.0
         assert versions(client) == [1]
         assert place in read_json(out / "registration.json")["tracking_uri"]
+
+
+def unavailable(*_: object, **__: object) -> None:
+    raise MlflowException("API request failed with error code 503 != 200\nResponse body: 'busy'", TEMPORARILY_UNAVAILABLE)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_registry_that_does_not_answer_is_no_empty_one(made, client, monkeypatch, tmp_path, finished):
+    evaluated = evaluation(tmp_path / "evaluation", made / "model0", miou=40.0, gain=10.0)
+    if finished:
+        run(made / "model0", evaluated, tmp_path / "out", CONFIG)
+    before = {path: path.read_bytes() for path in (tmp_path / "out").glob("*")}
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "search_model_versions", unavailable)
+        with pytest.raises(ValueError, match=r"^demo: refused by MLflow at sqlite:.*: API request failed with .* 503 != 200$"):
+            run(made / "model0", evaluated, tmp_path / "out", CONFIG)
+    assert {path: path.read_bytes() for path in (tmp_path / "out").glob("*")} == before
+    assert versions(client) == [1]
+
+
+def test_a_registry_that_does_not_answer_is_not_said_to_lack_a_model(made, client, monkeypatch, tmp_path):
+    store = "mlflow.store.model_registry.sqlalchemy_store.SqlAlchemyStore"
+    monkeypatch.setattr(f"{store}.get_model_version_by_alias", unavailable)
+    with pytest.raises(ValueError, match=r"^models:/demo@champion: cannot be fetched from sqlite:.* 503 != 200$"):
+        fetch(f"models:/{NAME}@champion", tmp_path / "fetched")
 
 
 def test_an_evaluation_of_another_model_is_refused(made, client, tmp_path):

@@ -23,7 +23,7 @@ from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 
 from pixelclip.config import RegisterConfig, nearest
-from pixelclip.server import connect, first_line, tracking_uri
+from pixelclip.server import connect, first_line, is_missing, tracking_uri
 
 CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous", "challenger"
 GATE = "gate"
@@ -194,7 +194,7 @@ def registry(name: str) -> Iterator[MlflowClient]:
     try:
         yield client
     except MlflowException as error:
-        if error.error_code == "RESOURCE_DOES_NOT_EXIST" and "Registered Model" in error.message:
+        if is_missing(error) and "Registered Model" in error.message:
             known = [model.name for model in client.search_registered_models()]
             hint = nearest(name, known) or f"; there are {', '.join(known) or 'none'}"
             raise ValueError(f"{name}: no such registered model at {tracking_uri()}{hint}") from None

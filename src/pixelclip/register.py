@@ -26,7 +26,7 @@ from pixelclip import serve
 from pixelclip.checkpoint import CONFIG, WEIGHTS
 from pixelclip.config import RegisterConfig
 from pixelclip.promote import CHALLENGER, CHAMPION, Figures, pass_gate, registry
-from pixelclip.server import connect, first_line, tracking_uri, transfer
+from pixelclip.server import connect, first_line, is_missing, tracking_uri, transfer
 from pixelclip.stage import METRICS, PROVENANCE, Metrics, Stage, describe
 from pixelclip.storage import read_json, write_json
 from pixelclip.tracking import RUN, Run, lineage
@@ -126,8 +126,10 @@ def _version_of(client: MlflowClient, name: str, model_md5: str) -> ModelVersion
     """The registered version of these very weights, if there is one."""
     try:
         found = client.search_model_versions(f"name = '{name}'")
-    except MlflowException:
-        return None
+    except MlflowException as error:
+        if is_missing(error):
+            return None
+        raise
     same = [version for version in found if version.tags.get("model.md5") == model_md5]
     return max(same, key=lambda version: int(version.version)) if same else None
 
@@ -195,7 +197,9 @@ def fetch(uri: str, folder: Path | None = None) -> Path:
         with transfer():
             root = Path(mlflow.artifacts.download_artifacts(uri, dst_path=None if folder is None else str(folder)))
     except MlflowException as error:
-        raise ValueError(f"{uri}: no such model at {tracking_uri()}: {error.message}") from None
+        missing = is_missing(error) or error.error_code == "INVALID_PARAMETER_VALUE"  # the latter of an alias
+        what = "no such model at" if missing else "cannot be fetched from"
+        raise ValueError(f"{uri}: {what} {tracking_uri()}: {first_line(error)}") from None
     found = list(root.rglob(WEIGHTS))
     if len(found) != 1:
         raise ValueError(f"{uri}: is no model of pixelclip ({len(found)} files {WEIGHTS} in it)")

@@ -100,6 +100,11 @@ def _check_alive(uri: str) -> None:
         raise ValueError(f"MLflow at {uri} cannot be reached (MLFLOW_TRACKING_URI): {reason}") from None
 
 
+def is_missing(error: MlflowException) -> bool:
+    """Whether MLflow says that something is not there; any other error leaves that open."""
+    return bool(error.error_code == "RESOURCE_DOES_NOT_EXIST")
+
+
 def first_line(error: BaseException) -> str:
     """What an error says, without the lines below it."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
