@@ -231,6 +231,31 @@ def test_stages_of_one_pipeline_run_share_a_run(client, monkeypatch, tmp_path):
     assert len(all_runs(client)) == 3
 
 
+@pytest.mark.parametrize("known_by", [PIPELINE_RUN, "MLFLOW_RUN_ID"])
+def test_a_training_that_begins_again_in_an_empty_folder_adds_no_step_twice(client, monkeypatch, tmp_path, known_by):
+    """A retried pod without a workspace joins its run with an empty journal."""
+    monkeypatch.setenv(known_by, client.create_run(experiment_id(client)).info.run_id)
+    first = start(tmp_path / "one")
+    client.log_metric(first.run_id, "theirs", 1.0, step=10**6)  # is no step of ours
+    for step in (10, 20, 30):
+        first.log({"loss": float(step)} | ({"rate": 1.0} if step < 30 else {}), step)
+    first.finish("FAILED")
+    second = start(tmp_path / "two")
+    for step in (10, 20, 30, 40, 50):
+        second.log({"loss": step + 0.5, "rate": 2.0}, step)
+    assert second.finish() is True
+    assert second.run_id == first.run_id
+    assert curve(client, first.run_id) == [(10, 10.0), (20, 20.0), (30, 30.0), (40, 40.5), (50, 50.5)]
+    assert curve(client, first.run_id, "rate") == [(10, 1.0), (20, 1.0), (30, 2.0), (40, 2.0), (50, 2.0)]
+    # Its own journal is whole, for a server that knows nothing.
+    client.delete_run(first.run_id)
+    monkeypatch.delenv(known_by)
+    (tmp_path / "evaluation").mkdir()
+    told = Run.attach(tmp_path / "two", tmp_path / "evaluation", PROVENANCE)
+    told.finish()
+    assert curve(client, told.run_id) == [(step, step + 0.5) for step in (10, 20, 30, 40, 50)]
+
+
 def test_a_given_run_comes_before_the_one_of_an_interrupted_start(client, monkeypatch, tmp_path):
     """Kubeflow's MLflow plugin gives a retried task a new run; in a workspace the training itself continues."""
     first = start(tmp_path / "stage")

@@ -62,6 +62,7 @@ class Run:
         known = read_json(folder / RUN) if (folder / RUN).is_file() else {}
         same = known.get("run_id") == run_id and known.get("tracking_uri") == tracking_uri()
         self._delivered = min(int(known["delivered"]), len(self._lines)) if same else 0
+        self._told: dict[str, int] = {}  # the last step that the server has of each curve
         self._actions: list[Callable[[], None]] = []
         self._wake, self._closing, self._stop = threading.Event(), threading.Event(), threading.Event()
         self._idle = threading.Condition()
@@ -273,14 +274,23 @@ class Run:
                 points += [Metric(name, value, point["time"], point["step"]) for name, value in point["metrics"].items()]
                 count += 1
             action = self._actions[0] if self._actions else None
-        if points:
-            self.client.log_batch(self.run_id, metrics=points)
+        if count:
+            if new := [point for point in points if point.step > self._last_step_of(point.key)]:
+                self.client.log_batch(self.run_id, metrics=new)
+                self._told |= {point.key: point.step for point in new}
             self._delivered += count
             self._save()
         if action is not None:
             action()
             with self._idle:
                 self._actions.pop(0)
+
+    def _last_step_of(self, curve: str) -> int:
+        """The last step that the server has: a retried pod joins its run with an empty journal and trains from the start."""
+        if curve not in self._told:
+            points = self.client.get_metric_history(self.run_id, curve)
+            self._told[curve] = max((point.step for point in points), default=-1)
+        return self._told[curve]
 
     def _save(self) -> None:
         state = {"run_id": self.run_id, "tracking_uri": tracking_uri(), "delivered": self._delivered}
