@@ -21,6 +21,7 @@ from pixelclip import server
 from pixelclip.config import EvaluateConfig, RegisterConfig
 from pixelclip.predict import Predictor
 from pixelclip.promote import Figures, decide
+from pixelclip.protocol import protocol_of
 from pixelclip.register import fetch, markdown, run
 from pixelclip.server import experiment_id
 from pixelclip.stage import describe
@@ -81,16 +82,23 @@ def client(made, monkeypatch, tmp_path) -> MlflowClient:
     return tiny.mlflow_at(monkeypatch, tmp_path / "mlflow", copy_of=made / "mlflow" / "mlflow.db")
 
 
-def evaluation(folder: Path, model: Path, miou: float, gain: float, labelled: str = "l1", **settings: object) -> Path:
+def evaluation(folder: Path, model: Path, miou: float, gain: float, **settings: object) -> Path:
     """What `evaluate` leaves behind."""
-    return evaluation_of(folder, model, {"miou/set": miou, "gain/set": gain}, labelled, **settings)
+    return evaluation_of(folder, model, {"miou/set": miou, "gain/set": gain}, **settings)
 
 
-def evaluation_of(folder: Path, model: Path, metrics: Mapping[str, float], labelled: str = "l1", **settings: object) -> Path:
+def evaluation_of(
+    folder: Path, model: Path, metrics: Mapping[str, float], labelled: str = "l1", masks_md5: str = "", **settings: object
+) -> Path:
     folder.mkdir()
     write_json(folder / "metrics.json", dict(metrics))
     inputs = {"model": describe(model), "labelled": {"path": "/there/set", "md5": labelled, "num_files": 1, "size": 1}}
-    chosen = EvaluateConfig(**settings).model_dump(exclude={"batch_size", "pictures", "device"})
+    if masks_md5:
+        inputs["masks"] = inputs["labelled"] | {"path": settings["masks_folder"], "md5": masks_md5}
+    config = EvaluateConfig(**settings)
+    side = config.side or read_json(model / "config.json")["side"]
+    write_json(folder / "protocol.json", protocol_of(config.model_copy(update={"name": config.name or "set", "side": side})))
+    chosen = config.model_dump(exclude={"batch_size", "pictures", "device"})
     write_json(
         folder / "provenance.json",
         {
@@ -201,13 +209,52 @@ def test_better_and_worse(made, client, tmp_path):
     assert versions(client) == [1, 2, 3]
 
 
-@pytest.mark.parametrize("other", [{"labelled": "l2"}, {"templates": "single"}, {"side": 64}])
-def test_another_labelled_set_or_protocol_is_not_compared(made, client, tmp_path, other):
+GIVEN = {"protocol": "masks", "masks": "given", "masks_folder": "/there/masks", "masks_md5": "m1"}
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({}, {"labelled": "l2"}),
+        ({}, {"templates": "single"}),
+        ({}, {"side": 64}),
+        (GIVEN, GIVEN | {"masks_md5": "m2"}),
+    ],
+)
+def test_another_labelled_set_or_protocol_is_not_compared(made, client, tmp_path, one, other):
     evaluated = evaluation(tmp_path / "evaluation", made / "model0", miou=90.0, gain=50.0, **other)
-    second = evaluation(tmp_path / "second", made / "model1", miou=99.0, gain=50.0, name="renamed")
+    second = evaluation(tmp_path / "second", made / "model1", miou=99.0, gain=50.0, name="renamed", **one)
     run(made / "model0", evaluated, tmp_path / "a", CONFIG)  # the champion, measured on something else
     assert run(made / "model1", second, tmp_path / "b", CONFIG)["register/champion"] == 0
     assert "another labelled set or protocol" in read_json(tmp_path / "b" / "registration.json")["reason"]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (GIVEN, GIVEN | {"masks_folder": "s3://elsewhere/masks"}),
+        ({"stride": 100, "felzenszwalb_scale": 9, "name": "a"}, {"stride": 200, "max_bad_share": 0.5, "name": "b"}),
+        ({"side": tiny.SIDE}, {}),  # the side that the model has anyway
+    ],
+)
+def test_what_the_figures_do_not_hang_on_may_differ(made, client, tmp_path, one, other):
+    evaluated = evaluation(tmp_path / "evaluation", made / "model0", miou=40.0, gain=50.0, **other)
+    second = evaluation(tmp_path / "second", made / "model1", miou=41.0, gain=50.0, **one)
+    run(made / "model0", evaluated, tmp_path / "a", CONFIG)
+    run(made / "model1", second, tmp_path / "b", CONFIG)
+    assert "mIoU 41.00 against the champion's 40.00" in client.get_model_version(NAME, "2").tags["gate"]
+
+
+def test_a_champion_that_an_older_version_measured_is_one_line(made, client, tmp_path):
+    client.set_model_version_tag(NAME, "1", "measured_on", "0" * 32)  # of the settings as they were given
+    evaluated = evaluation(tmp_path / "evaluation", made / "model1", miou=99.0, gain=50.0)
+    assert run(made / "model1", evaluated, tmp_path / "out", CONFIG)["register/champion"] == 0
+    reason = read_json(tmp_path / "out" / "registration.json")["reason"]
+    assert "\n" not in reason and "or by an older pixelclip" in reason and "measure it on this one" in reason
+    again = evaluation(tmp_path / "again", made / "model0", miou=40.0, gain=10.0)
+    run(made / "model0", again, tmp_path / "measured", CONFIG)
+    run(made / "model1", evaluated, tmp_path / "out2", CONFIG)
+    assert aliases(client) == {"champion": "2", "previous": "1"}
 
 
 def test_a_wiped_registry_is_filled_again(made, monkeypatch, tmp_path):

@@ -65,8 +65,8 @@ def decide(candidate: Figures, champion: Figures | None, min_gain: float) -> Dec
     if champion.measured_on != candidate.measured_on:
         return Decision(
             False,
-            "the champion was measured on another labelled set or protocol; measure it on this one: pixelclip evaluate "
-            "--model models:/NAME@champion, then pixelclip register with that evaluation",
+            "the champion was measured on another labelled set or protocol, or by an older pixelclip; measure it on this one: "
+            "pixelclip evaluate --model models:/NAME@champion, then pixelclip register with that evaluation",
         )
     versus = f"mIoU {candidate.miou:.2f} against the champion's {champion.miou:.2f}"
     return Decision(candidate.miou > champion.miou, versus)

@@ -26,6 +26,7 @@ from pixelclip import serve
 from pixelclip.checkpoint import CONFIG, WEIGHTS
 from pixelclip.config import RegisterConfig
 from pixelclip.promote import CHALLENGER, CHAMPION, Figures, pass_gate, registry
+from pixelclip.protocol import PROTOCOL, conditions_of
 from pixelclip.server import connect, first_line, is_missing, tracking_uri, transfer
 from pixelclip.stage import METRICS, PROVENANCE, Metrics, Stage, describe
 from pixelclip.storage import read_json, write_json
@@ -56,7 +57,7 @@ def run(model: Path, evaluation: Path, out: Path, config: RegisterConfig) -> Met
         raise ValueError(f"{evaluation}: is no evaluation, stage {evaluated['stage']!r} made it")
     if evaluated["inputs"]["model"]["md5"] != provenance["output"]["md5"]:
         raise ValueError(f"{evaluation}: is the evaluation of another model than {model}")
-    figures, name = _figures(evaluation, evaluated)
+    figures, name = _figures(model, evaluation, evaluated)
     stage = Stage("register", out, {"model": describe(model), "evaluation": describe(evaluation)}, config)
     with registry(config.name) as client:
         if stage.finished:
@@ -99,19 +100,29 @@ def run(model: Path, evaluation: Path, out: Path, config: RegisterConfig) -> Met
             return stage.finish(metrics, files=[REGISTRATION])
 
 
-def _figures(evaluation: Path, evaluated: Mapping[str, Any]) -> tuple[Figures, str]:
+def _figures(model: Path, evaluation: Path, evaluated: Mapping[str, Any]) -> tuple[Figures, str]:
     metrics = read_json(evaluation / METRICS)
     names = [key.removeprefix("gain/") for key in metrics if key.startswith("gain/")]
     if len(names) != 1 or f"miou/{names[0]}" not in metrics:
         raise ValueError(f"{evaluation / METRICS}: one gain/NAME with its miou/NAME is needed, found {sorted(metrics)}")
-    protocol = {key: value for key, value in evaluated["settings"].items() if key not in ("name", "clip", "max_bad_share")}
     figures = {key: metrics[f"{key}/{names[0]}"] for key in ("miou", "gain")}
     for key, value in figures.items():
         if not math.isfinite(value):
             raise ValueError(f"{evaluation / METRICS}: the gate needs finite figures, found {key}/{names[0]} {value}")
-    identity = json.dumps([evaluated["inputs"]["labelled"]["md5"], protocol], sort_keys=True)
-    measured_on = hashlib.md5(identity.encode(), usedforsecurity=False).hexdigest()
-    return Figures(figures["miou"], figures["gain"], measured_on), names[0]
+    return Figures(figures["miou"], figures["gain"], _measured_on(model, evaluation, evaluated)), names[0]
+
+
+def _measured_on(model: Path, evaluation: Path, evaluated: Mapping[str, Any]) -> str:
+    """Identifies what two models' figures must have in common: labelled set, given masks, protocol.
+
+    What the set is called does not count, nor the side where it is the model's own: models of two sides are compared, each
+    as it was trained to see.
+    """
+    conditions = conditions_of(read_json(evaluation / PROTOCOL), evaluated["inputs"])
+    del conditions["name"]
+    if conditions["side"] == read_json(model / CONFIG)["side"]:
+        conditions["side"] = "the model's"
+    return hashlib.md5(json.dumps(conditions, sort_keys=True).encode(), usedforsecurity=False).hexdigest()
 
 
 def _create_name(client: MlflowClient, name: str) -> None:
