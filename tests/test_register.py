@@ -3,7 +3,9 @@
 import io
 import json
 import os
+import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mlflow
@@ -20,7 +22,7 @@ from PIL import Image
 from pixelclip import server
 from pixelclip.config import EvaluateConfig, RegisterConfig
 from pixelclip.predict import Predictor
-from pixelclip.promote import Figures, decide
+from pixelclip.promote import Figures, _Turn, decide, figures_of
 from pixelclip.protocol import protocol_of
 from pixelclip.register import fetch, markdown, run
 from pixelclip.server import experiment_id
@@ -255,6 +257,48 @@ def test_a_champion_that_an_older_version_measured_is_one_line(made, client, tmp
     run(made / "model0", again, tmp_path / "measured", CONFIG)
     run(made / "model1", evaluated, tmp_path / "out2", CONFIG)
     assert aliases(client) == {"champion": "2", "previous": "1"}
+
+
+def test_figures_are_written_in_the_turn_of_their_promotion(made, client, tmp_path):
+    """A gate that runs meanwhile must not pair new figures of the champion with what the old ones were measured on."""
+    again = evaluation(tmp_path / "again", made / "model0", miou=90.0, gain=60.0, labelled="l2")
+    before = figures_of(client.get_model_version(NAME, "1"))
+    with ThreadPoolExecutor(1) as pool:
+        with _Turn(client, NAME):
+            registered = pool.submit(run, made / "model0", again, tmp_path / "out", CONFIG)
+            while num_waiting(client) < 2 and not registered.done():
+                time.sleep(0.05)
+            assert figures_of(client.get_model_version(NAME, "1")) == before
+        registered.result()
+    after = figures_of(client.get_model_version(NAME, "1"))
+    assert (after.miou, after.gain) == (90.0, 60.0) and after.measured_on != before.measured_on
+
+
+def num_waiting(client: MlflowClient) -> int:
+    """How many promotions have drawn a number."""
+    tags = client.get_registered_model(NAME).tags
+    return sum(json.loads(value)["number"] > 0 for tag, value in tags.items() if tag.startswith("promotion."))
+
+
+@pytest.mark.parametrize("killed_at", ["miou", "gain", "measured_on"])
+def test_figures_that_were_half_written_are_none(made, client, monkeypatch, tmp_path, killed_at):
+    again = evaluation(tmp_path / "again", made / "model0", miou=90.0, gain=60.0, labelled="l2")
+    write = MlflowClient.set_model_version_tag
+
+    def die(self, name, version, key, value):
+        if key == killed_at:
+            raise KeyboardInterrupt
+        write(self, name, version, key, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "set_model_version_tag", die)
+        with pytest.raises(KeyboardInterrupt):
+            run(made / "model0", again, tmp_path / "out", CONFIG)
+    other = evaluation(tmp_path / "other", made / "model1", miou=50.0, gain=50.0)
+    with pytest.raises(ValueError, match="demo version 1: has no tag measured_on; `pixelclip register` with its evaluation"):
+        run(made / "model1", other, tmp_path / "second", CONFIG)
+    run(made / "model0", again, tmp_path / "out", CONFIG)
+    assert figures_of(client.get_model_version(NAME, "1")).miou == 90.0
 
 
 def test_a_wiped_registry_is_filled_again(made, monkeypatch, tmp_path):

@@ -117,7 +117,15 @@ def rollback(name: str) -> str:
     return previous
 
 
-def pass_gate(client: MlflowClient, name: str, version: str, *, force: str = "", challenge: bool = False) -> Decision:
+def pass_gate(
+    client: MlflowClient,
+    name: str,
+    version: str,
+    *,
+    force: str = "",
+    challenge: bool = False,
+    measured: Mapping[str, str] | None = None,
+) -> Decision:
     """Decides on a version and moves the aliases, in its turn.
 
     Args:
@@ -126,11 +134,14 @@ def pass_gate(client: MlflowClient, name: str, version: str, *, force: str = "",
         version: its version; its tags hold its figures.
         force: see `run`.
         challenge: a version that is refused becomes `challenger`.
+        measured: tags of a new measurement to write first, `measured_on` among them.
 
     Raises:
         ValueError: a figure is missing or not finite; nothing was changed.
     """
     with _Turn(client, name) as turn:
+        if measured:
+            _write_figures(client, name, version, measured)
         aliases = turn.aliases()
         champion = aliases.get(CHAMPION)
         if champion == version:
@@ -148,6 +159,13 @@ def pass_gate(client: MlflowClient, name: str, version: str, *, force: str = "",
             role = CHAMPION if decision.champion else CHALLENGER
             client.set_model_version_tag(name, version, GATE, f"{role}: {decision.reason}")
         return decision
+
+
+def _write_figures(client: MlflowClient, name: str, version: str, measured: Mapping[str, str]) -> None:
+    # Tags are written one by one: without this one, figures are none (`figures_of`), so half of them cannot be taken for all.
+    client.delete_model_version_tag(name, version, "measured_on")
+    for key, value in sorted(measured.items(), key=lambda tag: tag[0] == "measured_on"):
+        client.set_model_version_tag(name, version, key, value)
 
 
 def _judge(client: MlflowClient, name: str, version: str, champion: str | None, force: str) -> Decision:

@@ -73,7 +73,9 @@ def run(model: Path, evaluation: Path, out: Path, config: RegisterConfig) -> Met
             with transfer():
                 for file in (PROVENANCE, METRICS):
                     client.log_artifact(version.run_id, str(evaluation / file), place)
-            tags = {
+            for key, value in lineage(evaluated).items():
+                client.set_model_version_tag(config.name, version.version, key, value)
+            measured = {
                 "miou": repr(figures.miou),
                 "gain": repr(figures.gain),
                 "labelled.name": name,
@@ -81,9 +83,7 @@ def run(model: Path, evaluation: Path, out: Path, config: RegisterConfig) -> Met
                 "min_gain": repr(config.min_gain),
                 EVALUATION: place,
             }
-            for key, value in (tags | lineage(evaluated)).items():
-                client.set_model_version_tag(config.name, version.version, key, value)
-            decision = pass_gate(client, config.name, str(version.version), challenge=True)
+            decision = pass_gate(client, config.name, str(version.version), challenge=True, measured=measured)
             role = CHAMPION if decision.champion else CHALLENGER
             print(f"register: {config.name} version {version.version} is {role}: {decision.reason}", flush=True)
             registration = {
