@@ -4,8 +4,10 @@ import os
 
 import pytest
 
+from pixelclip import s3
 from pixelclip.cache import origin, trim
 from pixelclip.download import local_copy
+from pixelclip.s3 import Listed, list_below
 
 
 def test_a_prefix_is_a_folder_that_is_whole_or_not_there(bucket, cache):
@@ -35,6 +37,43 @@ def test_an_interrupted_folder_is_continued(bucket, cache, monkeypatch):
     assert local_copy("s3://data/set") == whole
     assert (whole / "b").read_text() == "b" and (whole / "a").stat().st_mtime_ns == before
     assert not partial.exists()
+
+
+@pytest.mark.parametrize("size", [3, 12 << 20], ids=["small", "of several parts"])
+def test_a_folder_is_never_a_mixture_of_versions(bucket, cache, monkeypatch, size):
+    old, new = b"o" * size, b"n" * size
+    for name in "abc":
+        bucket.put_object(Bucket="data", Key=f"set/{name}", Body=old)
+
+    def list_and_change(uri):
+        listed = list_below(uri)
+        bucket.put_object(Bucket="data", Key="set/b", Body=new)
+        return listed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(s3, "list_below", list_and_change)
+        with pytest.raises(ValueError, match=r"^s3://data/set/b: changed in the store since its folder was listed; try again$"):
+            local_copy("s3://data/set")
+    folder = local_copy("s3://data/set")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == {"a": old, "b": new, "c": old}
+
+
+def test_an_object_that_is_deleted_meanwhile_is_named(bucket, cache, monkeypatch):
+    bucket.put_object(Bucket="data", Key="set/a", Body=b"a")
+    monkeypatch.setattr(s3, "list_below", lambda uri: [*list_below(uri), Listed("s3://data/set/b", "0" * 32, 1)])
+    with pytest.raises(ValueError, match=r"^s3://data/set/b: there is no such key in the bucket"):
+        local_copy("s3://data/set")
+
+
+def test_a_disk_that_is_full_is_named_as_for_a_file(bucket, cache, monkeypatch):
+    bucket.put_object(Bucket="data", Key="set/a", Body=b"a")
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(ValueError, match=r"s3://data/set: cannot be kept .*No space left.*PIXELCLIP_CACHE"):
+        local_copy("s3://data/set")
 
 
 @pytest.mark.parametrize("key", ["set/../../evil", "set//a", "set/./a"])

@@ -21,7 +21,7 @@ from urllib.request import Request, urlopen
 import boto3
 import pytest
 
-from pixelclip import download
+from pixelclip import download, s3
 from pixelclip.download import local_copy
 
 BODY = bytes(range(256)) * 2000  # 512,000 bytes: several chunks
@@ -543,7 +543,7 @@ def test_an_s3_server_that_breaks_off_changes_and_goes_away(
     first = local_copy("s3://data/a")
     assert first.read_bytes() == BODY
     assert server.gets == ["", "bytes=100000-", "bytes=300000-"]
-    assert server.wanted == [None, '"one"', '"one"']
+    assert server.wanted == ['"one"'] * 3
     server.gets, server.cuts = [], [100_000]
     server.become(BODY, '"two"')
     server.before_get = lambda: server.become(OTHER, '"three"') if len(server.gets) == 2 else None
@@ -557,6 +557,26 @@ def test_an_s3_server_that_breaks_off_changes_and_goes_away(
     assert "s3://data/a: cannot be reached" in capsys.readouterr().out
     with pytest.raises(ValueError, match="s3://data/b: asked 3 times: Could not connect to the endpoint"):
         local_copy("s3://data/b")
+
+
+def test_an_object_of_a_folder_that_breaks_off_and_changes(
+    server: Served, account: None, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server.url(""))
+    monkeypatch.setattr(s3, "list_below", lambda uri: [s3.Listed(f"{uri}a", "one", len(BODY))])
+    server.cuts = [100_000, 200_000]
+    assert (local_copy("s3://data/set/") / "a").read_bytes() == BODY
+    assert server.gets == ["", "bytes=100000-", "bytes=300000-"]
+    assert server.wanted == ['"one"'] * 3
+    server.gets, server.cuts = [], [100_000]
+    server.before_get = lambda: server.become(OTHER, '"two"') if len(server.gets) == 2 else None
+    with pytest.raises(ValueError, match="s3://data/other/a: changed in the store"):
+        local_copy("s3://data/other/")
+    assert server.gets == ["", "bytes=100000-"]
+    server.become(BODY, '"one"')
+    server.before_get, server.cuts = lambda: None, [1000, 1000, 1000]
+    with pytest.raises(ValueError, match=r"s3://data/third/a: 3,000 of 512,000 bytes arrived .*the same command continues"):
+        local_copy("s3://data/third/")
 
 
 def test_an_s3_etag_is_an_md5_only_of_plain_objects(

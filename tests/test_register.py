@@ -2,7 +2,10 @@
 
 import io
 import json
+import os
+import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mlflow
@@ -10,12 +13,17 @@ import numpy as np
 import pandas as pd
 import pytest
 import tiny
+from artifact_server import slow_artifacts
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
 from PIL import Image
 
+from pixelclip import server
 from pixelclip.config import EvaluateConfig, RegisterConfig
 from pixelclip.predict import Predictor
-from pixelclip.promote import Figures, decide
+from pixelclip.promote import Figures, _Turn, decide, figures_of
+from pixelclip.protocol import protocol_of
 from pixelclip.register import fetch, markdown, run
 from pixelclip.server import experiment_id
 from pixelclip.stage import describe
@@ -76,16 +84,23 @@ def client(made, monkeypatch, tmp_path) -> MlflowClient:
     return tiny.mlflow_at(monkeypatch, tmp_path / "mlflow", copy_of=made / "mlflow" / "mlflow.db")
 
 
-def evaluation(folder: Path, model: Path, miou: float, gain: float, labelled: str = "l1", **settings: object) -> Path:
+def evaluation(folder: Path, model: Path, miou: float, gain: float, **settings: object) -> Path:
     """What `evaluate` leaves behind."""
-    return evaluation_of(folder, model, {"miou/set": miou, "gain/set": gain}, labelled, **settings)
+    return evaluation_of(folder, model, {"miou/set": miou, "gain/set": gain}, **settings)
 
 
-def evaluation_of(folder: Path, model: Path, metrics: Mapping[str, float], labelled: str = "l1", **settings: object) -> Path:
+def evaluation_of(
+    folder: Path, model: Path, metrics: Mapping[str, float], labelled: str = "l1", masks_md5: str = "", **settings: object
+) -> Path:
     folder.mkdir()
     write_json(folder / "metrics.json", dict(metrics))
     inputs = {"model": describe(model), "labelled": {"path": "/there/set", "md5": labelled, "num_files": 1, "size": 1}}
-    chosen = EvaluateConfig(**settings).model_dump(exclude={"batch_size", "pictures", "device"})
+    if masks_md5:
+        inputs["masks"] = inputs["labelled"] | {"path": settings["masks_folder"], "md5": masks_md5}
+    config = EvaluateConfig(**settings)
+    side = config.side or read_json(model / "config.json")["side"]
+    write_json(folder / "protocol.json", protocol_of(config.model_copy(update={"name": config.name or "set", "side": side})))
+    chosen = config.model_dump(exclude={"batch_size", "pictures", "device"})
     write_json(
         folder / "provenance.json",
         {
@@ -141,6 +156,35 @@ def test_a_registered_model_can_be_fetched_and_is_the_same(made, client, tmp_pat
         fetch(f"models:/{NAME}@nobody", tmp_path / "none")
 
 
+@pytest.fixture
+def slow_store(client, monkeypatch):
+    """A store for artifacts that takes longer with the weights than MLflow's server may with an answer."""
+    monkeypatch.setattr(server, "_ANSWER", "1")
+    monkeypatch.setattr(server, "_TRANSFER", "20")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with slow_artifacts("model.safetensors", seconds=1.5) as place:
+        monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", client.create_experiment("slow", artifact_location=place))
+        yield
+
+
+def test_weights_may_take_longer_than_an_answer(made, slow_store, tmp_path):
+    evaluated = evaluation(tmp_path / "evaluation", made / "model1", miou=41.0, gain=10.0)
+    assert run(made / "model1", evaluated, tmp_path / "out", CONFIG)["register/champion"] == 1
+    fetched = fetch(f"models:/{NAME}@champion", tmp_path / "fetched")
+    assert (fetched / "model.safetensors").read_bytes() == (made / "model1" / "model.safetensors").read_bytes()
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "1"  # of everything else, as before
+
+
+def test_a_timeout_that_somebody_set_is_kept(made, client, slow_store, monkeypatch, tmp_path):
+    monkeypatch.setattr(server, "_ANSWER", "20")  # so 1 is somebody's
+    evaluated = evaluation(tmp_path / "evaluation", made / "model1", miou=41.0, gain=10.0)
+    with pytest.raises(ValueError, match=r"demo: refused by MLflow at sqlite:.*timed out.*MLFLOW_HTTP_REQUEST_TIMEOUT is 1 s"):
+        run(made / "model1", evaluated, tmp_path / "out", CONFIG)
+    (trained,) = client.search_runs([os.environ["MLFLOW_EXPERIMENT_ID"]])
+    assert trained.info.status == "FINISHED"  # the training did not fail
+
+
 def test_again_changes_nothing(made, client, tmp_path):
     first = run(made / "model0", made / "evaluation0", tmp_path / "out", CONFIG)  # another folder
     again = run(made / "model0", made / "evaluation0", tmp_path / "out", CONFIG)  # the same folder
@@ -167,13 +211,94 @@ def test_better_and_worse(made, client, tmp_path):
     assert versions(client) == [1, 2, 3]
 
 
-@pytest.mark.parametrize("other", [{"labelled": "l2"}, {"templates": "single"}, {"side": 64}])
-def test_another_labelled_set_or_protocol_is_not_compared(made, client, tmp_path, other):
+GIVEN = {"protocol": "masks", "masks": "given", "masks_folder": "/there/masks", "masks_md5": "m1"}
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({}, {"labelled": "l2"}),
+        ({}, {"templates": "single"}),
+        ({}, {"side": 64}),
+        (GIVEN, GIVEN | {"masks_md5": "m2"}),
+    ],
+)
+def test_another_labelled_set_or_protocol_is_not_compared(made, client, tmp_path, one, other):
     evaluated = evaluation(tmp_path / "evaluation", made / "model0", miou=90.0, gain=50.0, **other)
-    second = evaluation(tmp_path / "second", made / "model1", miou=99.0, gain=50.0, name="renamed")
+    second = evaluation(tmp_path / "second", made / "model1", miou=99.0, gain=50.0, name="renamed", **one)
     run(made / "model0", evaluated, tmp_path / "a", CONFIG)  # the champion, measured on something else
     assert run(made / "model1", second, tmp_path / "b", CONFIG)["register/champion"] == 0
     assert "another labelled set or protocol" in read_json(tmp_path / "b" / "registration.json")["reason"]
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (GIVEN, GIVEN | {"masks_folder": "s3://elsewhere/masks"}),
+        ({"stride": 100, "felzenszwalb_scale": 9, "name": "a"}, {"stride": 200, "max_bad_share": 0.5, "name": "b"}),
+        ({"side": tiny.SIDE}, {}),  # the side that the model has anyway
+    ],
+)
+def test_what_the_figures_do_not_hang_on_may_differ(made, client, tmp_path, one, other):
+    evaluated = evaluation(tmp_path / "evaluation", made / "model0", miou=40.0, gain=50.0, **other)
+    second = evaluation(tmp_path / "second", made / "model1", miou=41.0, gain=50.0, **one)
+    run(made / "model0", evaluated, tmp_path / "a", CONFIG)
+    run(made / "model1", second, tmp_path / "b", CONFIG)
+    assert "mIoU 41.00 against the champion's 40.00" in client.get_model_version(NAME, "2").tags["gate"]
+
+
+def test_a_champion_that_an_older_version_measured_is_one_line(made, client, tmp_path):
+    client.set_model_version_tag(NAME, "1", "measured_on", "0" * 32)  # of the settings as they were given
+    evaluated = evaluation(tmp_path / "evaluation", made / "model1", miou=99.0, gain=50.0)
+    assert run(made / "model1", evaluated, tmp_path / "out", CONFIG)["register/champion"] == 0
+    reason = read_json(tmp_path / "out" / "registration.json")["reason"]
+    assert "\n" not in reason and "or by an older pixelclip" in reason and "measure it on this one" in reason
+    again = evaluation(tmp_path / "again", made / "model0", miou=40.0, gain=10.0)
+    run(made / "model0", again, tmp_path / "measured", CONFIG)
+    run(made / "model1", evaluated, tmp_path / "out2", CONFIG)
+    assert aliases(client) == {"champion": "2", "previous": "1"}
+
+
+def test_figures_are_written_in_the_turn_of_their_promotion(made, client, tmp_path):
+    """A gate that runs meanwhile must not pair new figures of the champion with what the old ones were measured on."""
+    again = evaluation(tmp_path / "again", made / "model0", miou=90.0, gain=60.0, labelled="l2")
+    before = figures_of(client.get_model_version(NAME, "1"))
+    with ThreadPoolExecutor(1) as pool:
+        with _Turn(client, NAME):
+            registered = pool.submit(run, made / "model0", again, tmp_path / "out", CONFIG)
+            while num_waiting(client) < 2 and not registered.done():
+                time.sleep(0.05)
+            assert figures_of(client.get_model_version(NAME, "1")) == before
+        registered.result()
+    after = figures_of(client.get_model_version(NAME, "1"))
+    assert (after.miou, after.gain) == (90.0, 60.0) and after.measured_on != before.measured_on
+
+
+def num_waiting(client: MlflowClient) -> int:
+    """How many promotions have drawn a number."""
+    tags = client.get_registered_model(NAME).tags
+    return sum(json.loads(value)["number"] > 0 for tag, value in tags.items() if tag.startswith("promotion."))
+
+
+@pytest.mark.parametrize("killed_at", ["miou", "gain", "measured_on"])
+def test_figures_that_were_half_written_are_none(made, client, monkeypatch, tmp_path, killed_at):
+    again = evaluation(tmp_path / "again", made / "model0", miou=90.0, gain=60.0, labelled="l2")
+    write = MlflowClient.set_model_version_tag
+
+    def die(self, name, version, key, value):
+        if key == killed_at:
+            raise KeyboardInterrupt
+        write(self, name, version, key, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "set_model_version_tag", die)
+        with pytest.raises(KeyboardInterrupt):
+            run(made / "model0", again, tmp_path / "out", CONFIG)
+    other = evaluation(tmp_path / "other", made / "model1", miou=50.0, gain=50.0)
+    with pytest.raises(ValueError, match="demo version 1: has no tag measured_on; `pixelclip register` with its evaluation"):
+        run(made / "model1", other, tmp_path / "second", CONFIG)
+    run(made / "model0", again, tmp_path / "out", CONFIG)
+    assert figures_of(client.get_model_version(NAME, "1")).miou == 90.0
 
 
 def test_a_wiped_registry_is_filled_again(made, monkeypatch, tmp_path):
@@ -184,6 +309,31 @@ def test_a_wiped_registry_is_filled_again(made, monkeypatch, tmp_path):
         assert run(made / "model0", evaluated, out, CONFIG)["register/version"] == 1.0
         assert versions(client) == [1]
         assert place in read_json(out / "registration.json")["tracking_uri"]
+
+
+def unavailable(*_: object, **__: object) -> None:
+    raise MlflowException("API request failed with error code 503 != 200\nResponse body: 'busy'", TEMPORARILY_UNAVAILABLE)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_registry_that_does_not_answer_is_no_empty_one(made, client, monkeypatch, tmp_path, finished):
+    evaluated = evaluation(tmp_path / "evaluation", made / "model0", miou=40.0, gain=10.0)
+    if finished:
+        run(made / "model0", evaluated, tmp_path / "out", CONFIG)
+    before = {path: path.read_bytes() for path in (tmp_path / "out").glob("*")}
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "search_model_versions", unavailable)
+        with pytest.raises(ValueError, match=r"^demo: refused by MLflow at sqlite:.*: API request failed with .* 503 != 200$"):
+            run(made / "model0", evaluated, tmp_path / "out", CONFIG)
+    assert {path: path.read_bytes() for path in (tmp_path / "out").glob("*")} == before
+    assert versions(client) == [1]
+
+
+def test_a_registry_that_does_not_answer_is_not_said_to_lack_a_model(made, client, monkeypatch, tmp_path):
+    store = "mlflow.store.model_registry.sqlalchemy_store.SqlAlchemyStore"
+    monkeypatch.setattr(f"{store}.get_model_version_by_alias", unavailable)
+    with pytest.raises(ValueError, match=r"^models:/demo@champion: cannot be fetched from sqlite:.* 503 != 200$"):
+        fetch(f"models:/{NAME}@champion", tmp_path / "fetched")
 
 
 def test_an_evaluation_of_another_model_is_refused(made, client, tmp_path):

@@ -10,6 +10,8 @@ import services
 import tiny
 from mlflow import MlflowClient
 from mlflow.entities import Run as MlflowRun
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
 from services import Mlflow
 
 from pixelclip import tracking
@@ -104,6 +106,74 @@ def test_a_resumed_run_adds_no_step_twice(client, tmp_path):
     assert client.get_run(first.run_id).info.status == "FINISHED"
 
 
+def fail_once(patch: pytest.MonkeyPatch, method: str, times: int = 1) -> None:
+    """Lets the server fail in one of its answers."""
+    answer, left = getattr(MlflowClient, method), [times]
+
+    def unavailable(self, *words, **named):
+        if left[0]:
+            left[0] -= 1
+            raise MlflowException("API request failed with error code 503 != 200", TEMPORARILY_UNAVAILABLE)
+        return answer(self, *words, **named)
+
+    patch.setattr(MlflowClient, method, unavailable)
+
+
+@pytest.mark.parametrize("method", ["get_run", "update_run", "log_batch"])
+def test_a_training_is_resumed_in_its_run_also_when_the_server_fails_to_answer(client, monkeypatch, tmp_path, method):
+    first = start(tmp_path / "stage")
+    first.log({"loss": 1.0}, 1)
+    first.finish("FAILED")
+    fail_once(monkeypatch, method)
+    second = start(tmp_path / "stage")
+    second.log({"loss": 2.0}, 2)
+    assert second.finish() is True
+    assert second.run_id == first.run_id
+    assert [run.info.status for run in all_runs(client)] == ["FINISHED"]
+    assert curve(client, first.run_id) == [(1, 1.0), (2, 2.0)]
+
+
+def test_a_training_is_resumed_without_its_server_and_delivers_later(client, monkeypatch, tmp_path, capsys):
+    first = start(tmp_path / "stage")
+    first.log({"loss": 1.0}, 1)
+    first.finish("FAILED")
+    there = json.loads((tmp_path / "stage" / "run.json").read_text())
+    store, gone = there["tracking_uri"], f"http://127.0.0.1:{services.free_ports(1)[0]}"
+    (tmp_path / "stage" / "run.json").write_text(json.dumps(there | {"tracking_uri": gone}))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", gone)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr(tracking, "_CLOSE_SECONDS", 1.0)
+    second = start(tmp_path / "stage")
+    second.log({"loss": 2.0}, 2)
+    assert second.finish() is False
+    said = capsys.readouterr().out
+    assert f"MLflow at {gone} cannot be reached" in said and f"training goes on in MLflow run {first.run_id}" in said
+    (tmp_path / "stage" / "run.json").write_text(json.dumps(there))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    third = start(tmp_path / "stage")
+    assert third.finish() is True
+    assert [run.info.run_id for run in all_runs(client)] == [first.run_id]
+    assert curve(client, first.run_id) == [(1, 1.0), (2, 2.0)]
+
+
+def test_a_run_of_another_server_that_fails_to_answer_is_one_error(client, monkeypatch, tmp_path):
+    start(tmp_path / "stage").finish("FAILED")
+    elsewhere = tiny.mlflow_at(monkeypatch, tmp_path / "elsewhere")
+    fail_once(monkeypatch, "get_run")
+    with pytest.raises(ValueError, match=r"MLflow at sqlite:.*elsewhere.* refused the run: .* 503 != 200$"):
+        start(tmp_path / "stage")
+    assert elsewhere.get_experiment_by_name("pixelclip") is None  # nor was a second run started
+
+
+def test_an_evaluation_whose_training_cannot_be_looked_up_is_one_error(client, monkeypatch, tmp_path):
+    start(tmp_path / "model").finish()
+    (tmp_path / "evaluation").mkdir()
+    fail_once(monkeypatch, "get_run")
+    with pytest.raises(ValueError, match=r"refused the run: .* 503 != 200$"):
+        Run.attach(tmp_path / "model", tmp_path / "evaluation", PROVENANCE)
+    assert len(all_runs(client)) == 1
+
+
 def test_a_journal_line_that_a_kill_cut_short_is_repaired(client, tmp_path):
     first = start(tmp_path / "stage")
     first.log({"loss": 1.0}, 1)
@@ -159,6 +229,31 @@ def test_stages_of_one_pipeline_run_share_a_run(client, monkeypatch, tmp_path):
     other.finish()
     assert other.run_id != first.run_id
     assert len(all_runs(client)) == 3
+
+
+@pytest.mark.parametrize("known_by", [PIPELINE_RUN, "MLFLOW_RUN_ID"])
+def test_a_training_that_begins_again_in_an_empty_folder_adds_no_step_twice(client, monkeypatch, tmp_path, known_by):
+    """A retried pod without a workspace joins its run with an empty journal."""
+    monkeypatch.setenv(known_by, client.create_run(experiment_id(client)).info.run_id)
+    first = start(tmp_path / "one")
+    client.log_metric(first.run_id, "theirs", 1.0, step=10**6)  # is no step of ours
+    for step in (10, 20, 30):
+        first.log({"loss": float(step)} | ({"rate": 1.0} if step < 30 else {}), step)
+    first.finish("FAILED")
+    second = start(tmp_path / "two")
+    for step in (10, 20, 30, 40, 50):
+        second.log({"loss": step + 0.5, "rate": 2.0}, step)
+    assert second.finish() is True
+    assert second.run_id == first.run_id
+    assert curve(client, first.run_id) == [(10, 10.0), (20, 20.0), (30, 30.0), (40, 40.5), (50, 50.5)]
+    assert curve(client, first.run_id, "rate") == [(10, 1.0), (20, 1.0), (30, 2.0), (40, 2.0), (50, 2.0)]
+    # Its own journal is whole, for a server that knows nothing.
+    client.delete_run(first.run_id)
+    monkeypatch.delenv(known_by)
+    (tmp_path / "evaluation").mkdir()
+    told = Run.attach(tmp_path / "two", tmp_path / "evaluation", PROVENANCE)
+    told.finish()
+    assert curve(client, told.run_id) == [(step, step + 0.5) for step in (10, 20, 30, 40, 50)]
 
 
 def test_a_given_run_comes_before_the_one_of_an_interrupted_start(client, monkeypatch, tmp_path):

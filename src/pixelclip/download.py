@@ -79,6 +79,10 @@ class _TransferError(Exception):
         self.reached = reached
 
 
+class _ChangedError(_TransferError):
+    """What is there now is another version than the one that is asked for."""
+
+
 @dataclass(frozen=True)
 class _Reply:
     """A server's answer to HEAD or GET."""
@@ -149,7 +153,7 @@ def _fetch(uri: str, ask: _Ask, folder: Path, name: str) -> Path:
         except _TransferError as error:
             failure = error
         except OSError as error:
-            raise ValueError(f"{uri}: cannot be kept ({error}); PIXELCLIP_CACHE names another folder") from None
+            raise _unkept(uri, error) from None
         if head is None and not failure.reached and (copy := _newest(folder, name)):
             print(f"{uri}: cannot be reached ({failure}); the copy in the cache is used: {copy}", flush=True)
             return copy
@@ -173,36 +177,61 @@ def _fetch_folder(uri: str, listed: list[s3.Listed]) -> Path:
         raise ValueError(f"{uri}: cannot be a folder here, it holds the key {prefix}{bad[0]}")
     version = cache.key(" ".join(f"{one.uri} {one.etag}" for one in listed))
     folder = cache.home(uri) / version / (_file_name(uri.rstrip("/")) if prefix else bucket)
-    partial = _partial(folder)
+    partial, halves = _partial(folder), folder.with_name(f"{folder.name}.halves.partial")
     if folder.is_dir():
         return folder
-    with cache.locked(uri), s3.connected(uri) as client, ThreadPoolExecutor(_CONNECTIONS) as pool:
+    with cache.locked(uri), s3.connected(uri, attempts=1) as client, ThreadPoolExecutor(_CONNECTIONS) as pool:
         if folder.is_dir():  # another process brought it
             return folder
-        size = sum(one.size for one in listed)
-        bar = tqdm(total=size, desc=folder.name, unit="B", unit_scale=True, unit_divisor=1024)
+        shutil.rmtree(halves, ignore_errors=True)  # of an interrupted call
+        halves.mkdir(parents=True)
+        bar = tqdm(total=sum(one.size for one in listed), desc=folder.name, unit="B", unit_scale=True, unit_divisor=1024)
 
-        def bring(one: s3.Listed, name: str) -> None:
-            path = partial / name
-            if not (path.is_file() and path.stat().st_size == one.size):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                client.download_file(bucket, prefix + name, str(path))  # whole or not at all, in parts, with retries
-            bar.update(one.size)
+        def bring(number: int) -> None:
+            one, path = listed[number], partial / names[number]
+            if path.is_file() and path.stat().st_size == one.size:
+                bar.update(one.size)
+                return
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _bring(one, _ask_s3(client, one.uri), halves / str(number), bar).replace(path)
 
         with bar:
-            work = [pool.submit(bring, one, name) for one, name in zip(listed, names, strict=True)]
+            work = [pool.submit(bring, number) for number in range(len(listed))]
             try:
                 for done in work:
                     done.result()
-            except BaseException:
+            except OSError as error:
+                raise _unkept(uri, error) from None
+            finally:
                 pool.shutdown(cancel_futures=True)
-                raise
-        for one, name in zip(listed, names, strict=True):
-            if (found := (partial / name).stat().st_size) != one.size:
-                raise ValueError(f"{one.uri}: {found:,} of {one.size:,} bytes arrived; it changed meanwhile, try again")
+        shutil.rmtree(halves)
         partial.replace(folder)
     cache.trim(folder)
     return folder
+
+
+def _bring(one: s3.Listed, ask: _Ask, half: Path, bar: "tqdm[Any]") -> Path:
+    """Brings one object of a folder to `half`, of the very version that was listed."""
+    listed = _Reply(200, {"etag": f'"{one.etag}"', "content-length": str(one.size)}, None, ())
+    arrived = 0
+    for wait in (*_WAITS, None):
+        try:
+            if arrived == 0 or arrived != one.size:
+                _receive(ask, listed, half, arrived, bar)
+            return half
+        except _ChangedError:
+            raise ValueError(f"{one.uri}: changed in the store since its folder was listed; try again") from None
+        except _TransferError as error:
+            failure = error
+        arrived = half.stat().st_size if half.is_file() else 0
+        if wait is not None:
+            print(f"{one.uri}: {failure}; again in {wait:g} s", flush=True)
+            time.sleep(wait)
+    raise ValueError(f"{one.uri}: {arrived:,} of {one.size:,} bytes arrived ({failure}); the same command continues")
+
+
+def _unkept(uri: str, error: OSError) -> ValueError:
+    return ValueError(f"{uri}: cannot be kept ({error}); PIXELCLIP_CACHE names another folder")
 
 
 def _head(ask: _Ask) -> _Reply:
@@ -223,7 +252,8 @@ def _download(uri: str, ask: _Ask, head: _Reply, path: Path) -> None:
     there = partial.stat().st_size if partial.is_file() else 0
     start = there if head.validator and head.size is not None and there <= head.size else 0
     if start == 0 or start != head.size:
-        _receive(ask, head, partial, start)
+        with tqdm(total=head.size, initial=start, desc=path.name, unit="B", unit_scale=True, unit_divisor=1024) as bar:
+            _receive(ask, head, partial, start, bar)
     promised = _promised_md5(uri, head.headers)
     if promised and (found := file_md5(partial)) != promised:
         partial.unlink()
@@ -231,16 +261,15 @@ def _download(uri: str, ask: _Ask, head: _Reply, path: Path) -> None:
     partial.replace(path)
 
 
-def _receive(ask: _Ask, head: _Reply, partial: Path, start: int) -> None:
+def _receive(ask: _Ask, head: _Reply, partial: Path, start: int, bar: "tqdm[Any]") -> None:
     with closing(ask("GET", start, head.validator)) as reply:
         if reply.differs(head):
-            raise _TransferError("the file changed on the server")
+            raise _ChangedError("the file changed on the server")
         if reply.first not in (0, start):
             raise _TransferError(f"byte {start:,} was asked for, {reply.headers.get('content-range')} arrived")
-        start = reply.first
+        bar.update(reply.first - start)  # back to nothing where the server does not continue
         size = head.size if reply.size is None else reply.size
-        bar = tqdm(total=size, initial=start, desc=partial.stem, unit="B", unit_scale=True, unit_divisor=1024)
-        with bar, partial.open("ab" if start else "wb") as file:
+        with partial.open("ab" if reply.first else "wb") as file:
             while chunk := reply.read(_CHUNK):
                 file.write(chunk)
                 bar.update(len(chunk))
@@ -288,31 +317,38 @@ def _http(uri: str) -> Iterator[_Ask]:
 
 @contextmanager
 def _s3(uri: str) -> Iterator[_Ask]:
-    bucket, key = s3.split(uri)
     with s3.connected(uri, attempts=1) as client:
-        from botocore import exceptions as boto
+        yield _ask_s3(client, uri)
 
-        def ask(method: str, start: int, validator: str) -> _Reply:
-            call = client.head_object if method == "HEAD" else client.get_object
-            try:
-                answer = call(Bucket=bucket, Key=key, **({"Range": f"bytes={start}-", "IfMatch": validator} if start else {}))
-            except boto.ClientError as error:
-                status, code = error.response["ResponseMetadata"]["HTTPStatusCode"], error.response["Error"].get("Code", "")
-                reason = s3.refusal(error.response, client.meta.endpoint_url)
-                if code == "NoSuchKey":
-                    raise _NoSuchKeyError(f"{uri}: {reason}") from None
-                raise _refusal(uri, 503 if code == "RequestTimeout" else status, reason) from None
-            except (boto.ConnectionError, boto.HTTPClientError) as error:
-                raise _TransferError(error, reached=not isinstance(error, boto.ConnectionError)) from None
-            about = answer["ResponseMetadata"]
-            return _Reply(about["HTTPStatusCode"], about["HTTPHeaders"], answer.get("Body"), (boto.BotoCoreError, OSError))
 
-        yield ask
+def _ask_s3(client: Any, uri: str) -> _Ask:
+    from botocore import exceptions as boto
+
+    bucket, key = s3.split(uri)
+
+    def ask(method: str, start: int, validator: str) -> _Reply:
+        call = client.head_object if method == "HEAD" else client.get_object
+        try:
+            only = {"IfMatch": validator} if validator else {}
+            answer = call(Bucket=bucket, Key=key, **only, **({"Range": f"bytes={start}-"} if start else {}))
+        except boto.ClientError as error:
+            status, code = error.response["ResponseMetadata"]["HTTPStatusCode"], error.response["Error"].get("Code", "")
+            reason = s3.refusal(error.response, client.meta.endpoint_url)
+            if code == "NoSuchKey":
+                raise _NoSuchKeyError(f"{uri}: {reason}") from None
+            raise _refusal(uri, 503 if code == "RequestTimeout" else status, reason) from None
+        except (boto.ConnectionError, boto.HTTPClientError) as error:
+            raise _TransferError(error, reached=not isinstance(error, boto.ConnectionError)) from None
+        about = answer["ResponseMetadata"]
+        return _Reply(about["HTTPStatusCode"], about["HTTPHeaders"], answer.get("Body"), (boto.BotoCoreError, OSError))
+
+    return ask
 
 
 def _refusal(uri: str, status: int, reason: str) -> Exception:
-    # 412 is a file that changed; 501 a method that will not come
-    if status in (408, 412, 425, 429) or (status >= 500 and status != 501):
+    if status == 412:
+        return _ChangedError(reason)
+    if status in (408, 425, 429) or (status >= 500 and status != 501):  # 501: a method that will not come
         return _TransferError(reason)
     return ValueError(f"{uri}: {reason}")
 

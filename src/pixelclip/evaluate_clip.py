@@ -25,6 +25,7 @@ from pixelclip.protocol import (
     PROTOCOL,
     check_masks,
     check_sides,
+    conditions_of,
     in_words,
     inputs_of,
     label_of,
@@ -138,14 +139,13 @@ def check(made: Path, settings: EvaluateClipConfig, inputs: Mapping[str, Mapping
 def _hangs_on(
     version: str, protocol: dict[str, Any], settings: Mapping[str, Any], inputs: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """All that the figures and label maps hang on, by name; files by what they hold, wherever they stand."""
-    md5 = {f"md5 of {key}": inputs[key]["md5"] for key in ("labelled", "masks", "clip") if key in inputs}
+    """All that the figures and label maps hang on, by name."""
+    md5 = {"md5 of clip": inputs["clip"]["md5"]} if "clip" in inputs else {}
     spec = settings["clip"]
     if "clip" in inputs:  # one file does not say what it is the weights of, a folder does
         spec = spec.partition(":")[0] if inputs["clip"]["num_files"] == 1 else ""
-    shown = {key: value for key, value in protocol.items() if key != "masks_folder"}
     chosen = {"clip": spec, "residual": settings["residual"], "pictures": settings["pictures"]}
-    return {"version": version, **md5, **shown, **chosen}
+    return {"version": version, **md5, **conditions_of(protocol, inputs), **chosen}
 
 
 def load(made: Path, num_classes: int) -> tuple[Tally, Maps]:

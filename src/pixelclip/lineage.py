@@ -19,7 +19,7 @@ from pixelclip.config import SETTINGS
 from pixelclip.promote import registry
 from pixelclip.provenance import WEIGHTS, chain, inputs, source
 from pixelclip.register import EVALUATION
-from pixelclip.server import tracking_uri
+from pixelclip.server import first_line, tracking_uri, transfer
 from pixelclip.stage import METRICS, PROVENANCE
 from pixelclip.storage import read_json
 
@@ -74,9 +74,10 @@ def recorded(uri: str) -> Registered:
 def _artifact(client: MlflowClient, run_id: str, path: str) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         try:
-            return read_json(Path(client.download_artifacts(run_id, path, folder)))
-        except (MlflowException, OSError) as error:
-            raise ValueError(f"run {run_id}: its artifact {path} cannot be read: {error}") from None
+            with transfer():
+                return read_json(Path(client.download_artifacts(run_id, path, folder)))
+        except MlflowException as error:
+            raise ValueError(f"run {run_id}: its artifact {path} cannot be read: {first_line(error)}") from None
 
 
 def trace(there: Registered) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 
 from pixelclip.config import RegisterConfig, nearest
-from pixelclip.server import connect, tracking_uri
+from pixelclip.server import connect, first_line, is_missing, tracking_uri
 
 CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous", "challenger"
 GATE = "gate"
@@ -65,8 +65,8 @@ def decide(candidate: Figures, champion: Figures | None, min_gain: float) -> Dec
     if champion.measured_on != candidate.measured_on:
         return Decision(
             False,
-            "the champion was measured on another labelled set or protocol; measure it on this one: pixelclip evaluate "
-            "--model models:/NAME@champion, then pixelclip register with that evaluation",
+            "the champion was measured on another labelled set or protocol, or by an older pixelclip; measure it on this one: "
+            "pixelclip evaluate --model models:/NAME@champion, then pixelclip register with that evaluation",
         )
     versus = f"mIoU {candidate.miou:.2f} against the champion's {champion.miou:.2f}"
     return Decision(candidate.miou > champion.miou, versus)
@@ -117,7 +117,15 @@ def rollback(name: str) -> str:
     return previous
 
 
-def pass_gate(client: MlflowClient, name: str, version: str, *, force: str = "", challenge: bool = False) -> Decision:
+def pass_gate(
+    client: MlflowClient,
+    name: str,
+    version: str,
+    *,
+    force: str = "",
+    challenge: bool = False,
+    measured: Mapping[str, str] | None = None,
+) -> Decision:
     """Decides on a version and moves the aliases, in its turn.
 
     Args:
@@ -126,11 +134,14 @@ def pass_gate(client: MlflowClient, name: str, version: str, *, force: str = "",
         version: its version; its tags hold its figures.
         force: see `run`.
         challenge: a version that is refused becomes `challenger`.
+        measured: tags of a new measurement to write first, `measured_on` among them.
 
     Raises:
         ValueError: a figure is missing or not finite; nothing was changed.
     """
     with _Turn(client, name) as turn:
+        if measured:
+            _write_figures(client, name, version, measured)
         aliases = turn.aliases()
         champion = aliases.get(CHAMPION)
         if champion == version:
@@ -148,6 +159,13 @@ def pass_gate(client: MlflowClient, name: str, version: str, *, force: str = "",
             role = CHAMPION if decision.champion else CHALLENGER
             client.set_model_version_tag(name, version, GATE, f"{role}: {decision.reason}")
         return decision
+
+
+def _write_figures(client: MlflowClient, name: str, version: str, measured: Mapping[str, str]) -> None:
+    # Tags are written one by one: without this one, figures are none (`figures_of`), so half of them cannot be taken for all.
+    client.delete_model_version_tag(name, version, "measured_on")
+    for key, value in sorted(measured.items(), key=lambda tag: tag[0] == "measured_on"):
+        client.set_model_version_tag(name, version, key, value)
 
 
 def _judge(client: MlflowClient, name: str, version: str, champion: str | None, force: str) -> Decision:
@@ -194,11 +212,11 @@ def registry(name: str) -> Iterator[MlflowClient]:
     try:
         yield client
     except MlflowException as error:
-        if error.error_code == "RESOURCE_DOES_NOT_EXIST" and "Registered Model" in error.message:
+        if is_missing(error) and "Registered Model" in error.message:
             known = [model.name for model in client.search_registered_models()]
             hint = nearest(name, known) or f"; there are {', '.join(known) or 'none'}"
             raise ValueError(f"{name}: no such registered model at {tracking_uri()}{hint}") from None
-        raise ValueError(f"{name}: refused by MLflow at {tracking_uri()}: {error.message.splitlines()[0]}") from None
+        raise ValueError(f"{name}: refused by MLflow at {tracking_uri()}: {first_line(error)}") from None
 
 
 class _Turn:

@@ -1,7 +1,7 @@
 """How a labelled set is measured: what it is called, what numbers stand with, what they hang on, and what does not fit."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,17 @@ def protocol_of(config: EvaluateConfig) -> dict[str, Any]:
     always = {key: settings[key] for key in ("name", "kind", "protocol", "templates")}
     always |= {} if config.precision == "float32" else {"precision": config.precision}
     return always | {key: settings[key] if key in used else None for options in _OPTIONS.values() for key in options}
+
+
+def conditions_of(protocol: Mapping[str, Any], inputs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """What numbers hang on besides the towers, by name; files by what they hold, wherever they stand.
+
+    Args:
+        protocol: see `protocol_of`.
+        inputs: see `inputs_of`.
+    """
+    md5 = {f"md5 of {key}": inputs[key]["md5"] for key in ("labelled", "masks") if key in inputs}
+    return md5 | {key: value for key, value in protocol.items() if key != "masks_folder"}
 
 
 def label_of(protocol: dict[str, Any]) -> str:

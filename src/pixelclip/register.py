@@ -25,8 +25,9 @@ from packaging.requirements import Requirement
 from pixelclip import serve
 from pixelclip.checkpoint import CONFIG, WEIGHTS
 from pixelclip.config import RegisterConfig
-from pixelclip.promote import CHALLENGER, CHAMPION, Figures, pass_gate
-from pixelclip.server import connect, first_line, tracking_uri
+from pixelclip.promote import CHALLENGER, CHAMPION, Figures, pass_gate, registry
+from pixelclip.protocol import PROTOCOL, conditions_of
+from pixelclip.server import connect, first_line, is_missing, tracking_uri, transfer
 from pixelclip.stage import METRICS, PROVENANCE, Metrics, Stage, describe
 from pixelclip.storage import read_json, write_json
 from pixelclip.tracking import RUN, Run, lineage
@@ -56,61 +57,72 @@ def run(model: Path, evaluation: Path, out: Path, config: RegisterConfig) -> Met
         raise ValueError(f"{evaluation}: is no evaluation, stage {evaluated['stage']!r} made it")
     if evaluated["inputs"]["model"]["md5"] != provenance["output"]["md5"]:
         raise ValueError(f"{evaluation}: is the evaluation of another model than {model}")
-    figures, name = _figures(evaluation, evaluated)
-    client = connect()
+    figures, name = _figures(model, evaluation, evaluated)
     stage = Stage("register", out, {"model": describe(model), "evaluation": describe(evaluation)}, config)
-    if stage.finished:
-        if _version_of(client, config.name, provenance["output"]["md5"]) is not None:
-            return stage.reuse()
-        shutil.rmtree(stage.out)  # registered elsewhere, or in a registry that is gone
-    with stage:
-        _create_name(client, config.name)
-        version = _version_of(client, config.name, provenance["output"]["md5"])
-        if version is None:
-            version = _create_version(client, model, provenance, config.name)
-        place = f"evaluations/{figures.measured_on[:12]}-{provenance['output']['md5'][:12]}"
-        for file in (PROVENANCE, METRICS):
-            client.log_artifact(version.run_id, str(evaluation / file), place)
-        tags = {
-            "miou": repr(figures.miou),
-            "gain": repr(figures.gain),
-            "labelled.name": name,
-            "measured_on": figures.measured_on,
-            "min_gain": repr(config.min_gain),
-            EVALUATION: place,
-        }
-        for key, value in (tags | lineage(evaluated)).items():
-            client.set_model_version_tag(config.name, version.version, key, value)
-        decision = pass_gate(client, config.name, str(version.version), challenge=True)
-        role = CHAMPION if decision.champion else CHALLENGER
-        print(f"register: {config.name} version {version.version} is {role}: {decision.reason}", flush=True)
-        registration = {
-            "name": config.name,
-            "version": int(version.version),
-            "role": role,
-            "reason": decision.reason,
-            "run_id": version.run_id,
-            "model_uri": f"models:/{config.name}/{version.version}",
-            "tracking_uri": tracking_uri(),
-        }
-        write_json(stage.folder / REGISTRATION, registration)
-        metrics = {"register/version": float(version.version), "register/champion": float(decision.champion)}
-        return stage.finish(metrics, files=[REGISTRATION])
+    with registry(config.name) as client:
+        if stage.finished:
+            if _version_of(client, config.name, provenance["output"]["md5"]) is not None:
+                return stage.reuse()
+            shutil.rmtree(stage.out)  # registered elsewhere, or in a registry that is gone
+        with stage:
+            _create_name(client, config.name)
+            version = _version_of(client, config.name, provenance["output"]["md5"])
+            if version is None:
+                version = _create_version(client, model, provenance, config.name)
+            place = f"evaluations/{figures.measured_on[:12]}-{provenance['output']['md5'][:12]}"
+            with transfer():
+                for file in (PROVENANCE, METRICS):
+                    client.log_artifact(version.run_id, str(evaluation / file), place)
+            for key, value in lineage(evaluated).items():
+                client.set_model_version_tag(config.name, version.version, key, value)
+            measured = {
+                "miou": repr(figures.miou),
+                "gain": repr(figures.gain),
+                "labelled.name": name,
+                "measured_on": figures.measured_on,
+                "min_gain": repr(config.min_gain),
+                EVALUATION: place,
+            }
+            decision = pass_gate(client, config.name, str(version.version), challenge=True, measured=measured)
+            role = CHAMPION if decision.champion else CHALLENGER
+            print(f"register: {config.name} version {version.version} is {role}: {decision.reason}", flush=True)
+            registration = {
+                "name": config.name,
+                "version": int(version.version),
+                "role": role,
+                "reason": decision.reason,
+                "run_id": version.run_id,
+                "model_uri": f"models:/{config.name}/{version.version}",
+                "tracking_uri": tracking_uri(),
+            }
+            write_json(stage.folder / REGISTRATION, registration)
+            metrics = {"register/version": float(version.version), "register/champion": float(decision.champion)}
+            return stage.finish(metrics, files=[REGISTRATION])
 
 
-def _figures(evaluation: Path, evaluated: Mapping[str, Any]) -> tuple[Figures, str]:
+def _figures(model: Path, evaluation: Path, evaluated: Mapping[str, Any]) -> tuple[Figures, str]:
     metrics = read_json(evaluation / METRICS)
     names = [key.removeprefix("gain/") for key in metrics if key.startswith("gain/")]
     if len(names) != 1 or f"miou/{names[0]}" not in metrics:
         raise ValueError(f"{evaluation / METRICS}: one gain/NAME with its miou/NAME is needed, found {sorted(metrics)}")
-    protocol = {key: value for key, value in evaluated["settings"].items() if key not in ("name", "clip", "max_bad_share")}
     figures = {key: metrics[f"{key}/{names[0]}"] for key in ("miou", "gain")}
     for key, value in figures.items():
         if not math.isfinite(value):
             raise ValueError(f"{evaluation / METRICS}: the gate needs finite figures, found {key}/{names[0]} {value}")
-    identity = json.dumps([evaluated["inputs"]["labelled"]["md5"], protocol], sort_keys=True)
-    measured_on = hashlib.md5(identity.encode(), usedforsecurity=False).hexdigest()
-    return Figures(figures["miou"], figures["gain"], measured_on), names[0]
+    return Figures(figures["miou"], figures["gain"], _measured_on(model, evaluation, evaluated)), names[0]
+
+
+def _measured_on(model: Path, evaluation: Path, evaluated: Mapping[str, Any]) -> str:
+    """Identifies what two models' figures must have in common: labelled set, given masks, protocol.
+
+    What the set is called does not count, nor the side where it is the model's own: models of two sides are compared, each
+    as it was trained to see.
+    """
+    conditions = conditions_of(read_json(evaluation / PROTOCOL), evaluated["inputs"])
+    del conditions["name"]
+    if conditions["side"] == read_json(model / CONFIG)["side"]:
+        conditions["side"] = "the model's"
+    return hashlib.md5(json.dumps(conditions, sort_keys=True).encode(), usedforsecurity=False).hexdigest()
 
 
 def _create_name(client: MlflowClient, name: str) -> None:
@@ -125,8 +137,10 @@ def _version_of(client: MlflowClient, name: str, model_md5: str) -> ModelVersion
     """The registered version of these very weights, if there is one."""
     try:
         found = client.search_model_versions(f"name = '{name}'")
-    except MlflowException:
-        return None
+    except MlflowException as error:
+        if is_missing(error):
+            return None
+        raise
     same = [version for version in found if version.tags.get("model.md5") == model_md5]
     return max(same, key=lambda version: int(version.version)) if same else None
 
@@ -134,18 +148,20 @@ def _version_of(client: MlflowClient, name: str, model_md5: str) -> ModelVersion
 def _create_version(client: MlflowClient, model: Path, provenance: Mapping[str, Any], name: str) -> ModelVersion:
     run_id = Run.trained(client, model, provenance)
     before = client.get_run(run_id).info.status
-    with mlflow.start_run(run_id=run_id), tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        # The signature is stated, so no example is needed to guess it.
-        warnings.filterwarnings("ignore", ".*input example was not provided", UserWarning)
-        logged = mlflow.pyfunc.log_model(
-            name="model",
-            python_model=serve.__file__,
-            artifacts={serve.ARTIFACT: str(_weights_only(model, Path(folder)))},
-            signature=serve.SIGNATURE,
-            code_paths=[str(_code(Path(folder)))],
-            pip_requirements=_requirements(),
-        )
-    client.update_run(run_id, status=before)  # leaving `with` finished it, but it may be somebody else's
+    try:
+        with transfer(), mlflow.start_run(run_id=run_id), tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            # The signature is stated, so no example is needed to guess it.
+            warnings.filterwarnings("ignore", ".*input example was not provided", UserWarning)
+            logged = mlflow.pyfunc.log_model(
+                name="model",
+                python_model=serve.__file__,
+                artifacts={serve.ARTIFACT: str(_weights_only(model, Path(folder)))},
+                signature=serve.SIGNATURE,
+                code_paths=[str(_code(Path(folder)))],
+                pip_requirements=_requirements(),
+            )
+    finally:
+        client.update_run(run_id, status=before)  # leaving `with` ended it, as FAILED too, but it may be somebody else's
     return client.create_model_version(
         name,
         source=logged.model_uri,
@@ -189,9 +205,12 @@ def fetch(uri: str, folder: Path | None = None) -> Path:
     """
     connect()
     try:
-        root = Path(mlflow.artifacts.download_artifacts(uri, dst_path=None if folder is None else str(folder)))
+        with transfer():
+            root = Path(mlflow.artifacts.download_artifacts(uri, dst_path=None if folder is None else str(folder)))
     except MlflowException as error:
-        raise ValueError(f"{uri}: no such model at {tracking_uri()}: {error.message}") from None
+        missing = is_missing(error) or error.error_code == "INVALID_PARAMETER_VALUE"  # the latter of an alias
+        what = "no such model at" if missing else "cannot be fetched from"
+        raise ValueError(f"{uri}: {what} {tracking_uri()}: {first_line(error)}") from None
     found = list(root.rglob(WEIGHTS))
     if len(found) != 1:
         raise ValueError(f"{uri}: is no model of pixelclip ({len(found)} files {WEIGHTS} in it)")

@@ -7,6 +7,8 @@ beside it.
 import os
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import mlflow
@@ -14,6 +16,8 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 _DEFAULT_URI = "sqlite:///runs/mlflow.db"
+_TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+_ANSWER, _TRANSFER = "20", "600"  # seconds
 
 
 def tracking_uri() -> str:
@@ -30,7 +34,7 @@ def connect() -> MlflowClient:
     uri = tracking_uri()
     # A long outage is survived by the journal, so one delivery must not block for MLflow's own minutes of retries.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    os.environ.setdefault(_TIMEOUT, _ANSWER)
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     # Else a server before S3 sends its clients there, by the address that it knows itself: one that often only it can reach.
     os.environ.setdefault("MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD", "false")
@@ -59,6 +63,32 @@ def connect() -> MlflowClient:
     return client
 
 
+@contextmanager
+def transfer() -> Iterator[None]:
+    """Time for files: MLflow's server answers when its store has taken, or given, the whole of one.
+
+    A timeout that somebody set is kept. MLflow reads it from the environment for every request, in whichever thread.
+
+    Raises:
+        MlflowException: a file could not be sent or fetched, also where MLflow itself raises another kind.
+    """
+    before = os.environ.get(_TIMEOUT)
+    try:
+        if before == _ANSWER:  # by its value, since the steps of a local pipeline inherit it
+            os.environ[_TIMEOUT] = _TRANSFER
+        yield
+    except (MlflowException, OSError) as error:  # `requests` raises the latter
+        said = first_line(error)
+        if "timed out" in said:
+            raise MlflowException(f"{said}; {_TIMEOUT} is {os.environ.get(_TIMEOUT)} s") from None
+        if isinstance(error, OSError):
+            raise MlflowException(said) from None
+        raise
+    finally:
+        if before is not None:
+            os.environ[_TIMEOUT] = before
+
+
 def _check_alive(uri: str) -> None:
     try:
         with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=10):
@@ -68,6 +98,11 @@ def _check_alive(uri: str) -> None:
     except OSError as error:
         reason = getattr(error, "reason", error)
         raise ValueError(f"MLflow at {uri} cannot be reached (MLFLOW_TRACKING_URI): {reason}") from None
+
+
+def is_missing(error: MlflowException) -> bool:
+    """Whether MLflow says that something is not there; any other error leaves that open."""
+    return bool(error.error_code == "RESOURCE_DOES_NOT_EXIST")
 
 
 def first_line(error: BaseException) -> str:

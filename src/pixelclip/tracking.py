@@ -20,7 +20,7 @@ from mlflow.exceptions import MlflowException
 
 from pixelclip.provenance import data, flatten, source
 from pixelclip.provenance import tags as tags_of
-from pixelclip.server import connect, experiment_id, first_line, tracking_uri
+from pixelclip.server import connect, experiment_id, first_line, is_missing, tracking_uri
 from pixelclip.storage import read_json, write_json
 
 CURVES, RUN = "curves.jsonl", "run.json"
@@ -62,6 +62,7 @@ class Run:
         known = read_json(folder / RUN) if (folder / RUN).is_file() else {}
         same = known.get("run_id") == run_id and known.get("tracking_uri") == tracking_uri()
         self._delivered = min(int(known["delivered"]), len(self._lines)) if same else 0
+        self._told: dict[str, int] = {}  # the last step that the server has of each curve
         self._actions: list[Callable[[], None]] = []
         self._wake, self._closing, self._stop = threading.Event(), threading.Event(), threading.Event()
         self._idle = threading.Condition()
@@ -75,27 +76,27 @@ class Run:
         """Starts the run of a training, or continues the one that `folder` belongs to.
 
         The order of choice is: MLFLOW_RUN_ID (which is never ended here), the run of an interrupted start, a new run below
-        PIXELCLIP_PARENT_RUN, the run tagged with this pipeline run's id, a new run.
+        PIXELCLIP_PARENT_RUN, the run tagged with this pipeline run's id, a new run. An interrupted training continues its run
+        also while the server does not answer.
 
         Raises:
             ValueError: MLflow cannot be reached, or refuses.
         """
-        client = connect()
         given = os.environ.get("MLFLOW_RUN_ID")
         with _said(given):
-            experiment = experiment_id(client)
+            client, resumed = (connect(), None) if given else _resumed(folder)
             tags = lineage(provenance)
             if given:
                 tags.pop("mlflow.parentRunId", None)  # it stands where its maker put it
-            run_id = given or _existing(client, folder) or _of_pipeline(client, experiment, tags)
+            run_id = given or resumed or _of_pipeline(client, tags)
             if run_id is None:
-                run_id = client.create_run(experiment, run_name=name, tags=tags).info.run_id
-            elif not given:
-                client.update_run(run_id, status="RUNNING")
+                run_id = client.create_run(experiment_id(client), run_name=name, tags=tags).info.run_id
             run = cls(client, folder, run_id, owned=not given)
-            run.params(flatten(provenance))
-            run.tags(tags)
-            run.datasets(provenance, "training")
+            introduce = partial(run._introduce, provenance, tags)
+            if resumed:
+                run._do(introduce)  # its server knows most of that already, and need not be there right now
+            else:
+                introduce()
         return run
 
     @classmethod
@@ -213,8 +214,8 @@ class Run:
             points, others = len(self._lines) - self._delivered, len(self._actions)
             print(
                 f"MLflow at {tracking_uri()} is lost ({self._trouble}): run {self.run_id} misses {points} points of curves, "
-                f"which stand in {CURVES} beside the result and are delivered by the next stage, and {others} final figures "
-                "or files, which stand beside the result too but are not delivered again",
+                f"which stand in {CURVES} beside the result and are delivered by the next stage, and {others} figures, "
+                "tags or files, which stand beside the result too but are not delivered again",
                 flush=True,
             )
         elif self._owned:
@@ -223,6 +224,13 @@ class Run:
             except Exception as error:  # as in connect
                 print(f"MLflow at {tracking_uri()}: the run could not be closed: {first_line(error)}", flush=True)
         return not left
+
+    def _introduce(self, provenance: Mapping[str, Any], tags: Mapping[str, str]) -> None:
+        if self._owned:
+            self.client.update_run(self.run_id, status="RUNNING")
+        self.params(flatten(provenance))
+        self.tags(tags)
+        self.datasets(provenance, "training")
 
     def _pending(self) -> int:
         return len(self._lines) - self._delivered + len(self._actions)
@@ -266,14 +274,23 @@ class Run:
                 points += [Metric(name, value, point["time"], point["step"]) for name, value in point["metrics"].items()]
                 count += 1
             action = self._actions[0] if self._actions else None
-        if points:
-            self.client.log_batch(self.run_id, metrics=points)
+        if count:
+            if new := [point for point in points if point.step > self._last_step_of(point.key)]:
+                self.client.log_batch(self.run_id, metrics=new)
+                self._told |= {point.key: point.step for point in new}
             self._delivered += count
             self._save()
         if action is not None:
             action()
             with self._idle:
                 self._actions.pop(0)
+
+    def _last_step_of(self, curve: str) -> int:
+        """The last step that the server has: a retried pod joins its run with an empty journal and trains from the start."""
+        if curve not in self._told:
+            points = self.client.get_metric_history(self.run_id, curve)
+            self._told[curve] = max((point.step for point in points), default=-1)
+        return self._told[curve]
 
     def _save(self) -> None:
         state = {"run_id": self.run_id, "tracking_uri": tracking_uri(), "delivered": self._delivered}
@@ -292,21 +309,42 @@ def _said(given: str | None) -> Iterator[None]:
 
 
 def _existing(client: MlflowClient, folder: Path) -> str | None:
-    """The run that a folder belongs to, if this server has it."""
+    """The run that a folder belongs to; None if there is none, or the server says that it has no such run."""
     if not (folder / RUN).is_file():
         return None
     try:
         info = client.get_run(read_json(folder / RUN)["run_id"]).info
-    except MlflowException:
-        return None
+    except MlflowException as error:
+        if is_missing(error):
+            return None
+        raise
     return str(info.run_id) if info.lifecycle_stage == "active" else None  # a deleted run takes nothing any more
 
 
-def _of_pipeline(client: MlflowClient, experiment: str, tags: Mapping[str, str]) -> str | None:
+def _resumed(folder: Path) -> tuple[MlflowClient, str | None]:
+    """A client, and the run that a folder belongs to: by the journal's word where the server that it names does not answer.
+
+    Should that have lost the run meanwhile, nothing can be delivered, and the next stage tells it the whole history.
+    """
+    known = read_json(folder / RUN) if (folder / RUN).is_file() else {}
+    client = None
+    try:
+        client = connect()
+        return client, _existing(client, folder)
+    except (ValueError, MlflowException) as error:
+        uri = tracking_uri()
+        if known.get("tracking_uri") != uri or not (client or uri.startswith("http")):  # a file does not come back by itself
+            raise
+        print(f"{first_line(error)}; training goes on in MLflow run {known['run_id']}", flush=True)
+        return client or MlflowClient(uri), str(known["run_id"])
+
+
+def _of_pipeline(client: MlflowClient, tags: Mapping[str, str]) -> str | None:
     pipeline_run = tags.get("kfp.run_id")
     if pipeline_run is None or "mlflow.parentRunId" in tags:
         return None
-    found = client.search_runs([experiment], f"tags.`kfp.run_id` = '{pipeline_run}'", order_by=["attributes.start_time ASC"])
+    which = f"tags.`kfp.run_id` = '{pipeline_run}'"
+    found = client.search_runs([experiment_id(client)], which, order_by=["attributes.start_time ASC"])
     whole = [run for run in found if "mlflow.parentRunId" not in run.data.tags]
     return str(whole[0].info.run_id) if whole else None
 
