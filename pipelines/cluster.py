@@ -24,6 +24,7 @@ RUN_LABEL = "metadata.labels['pipeline/runid']"
 _HOST = r"[a-z0-9][a-z0-9._-]*(:\d+(?=/))?"
 _STRICT = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_LONGEST = 365 * _SECONDS["d"]
 
 
 def _checked_image(image: str) -> str:
@@ -77,8 +78,7 @@ class Step(BaseModel):
     timeout: Duration = Field("1h", description="The pod is ended after this time: 90s, 20m, 4h, 2d.")
     retries: int = Field(2, ge=0, description="How often a failed step is tried again.")
     backoff: Duration = Field("30s", description="Pause before the first retry.")
-    backoff_factor: float = Field(2.0, ge=1, description="Every further pause is longer by this factor.")
-    backoff_max: Duration = Field("30m", description="No pause is longer than this.")
+    backoff_factor: int = Field(2, ge=1, description="Every further pause is longer by this whole factor.")
 
     @model_validator(mode="after")
     def _fits(self) -> "Step":
@@ -86,7 +86,18 @@ class Step(BaseModel):
             asked, limit = getattr(self, name), getattr(self, f"{name}_limit")
             if parse_quantity(asked) > parse_quantity(limit):
                 raise ValueError(f"{name} {asked} is more than {name}_limit {limit}")
+        if self.lasts > _LONGEST:
+            raise ValueError(
+                f"retries {self.retries}, timeout {self.timeout}, backoff {self.backoff} and backoff_factor "
+                f"{self.backoff_factor} come to {self.lasts // _SECONDS['d']} days, allowed are {_LONGEST // _SECONDS['d']}"
+            )
         return self
+
+    @property
+    def lasts(self) -> int:
+        """The longest that all attempts and the pauses between them can take, in seconds."""
+        pauses = sum(seconds(self.backoff) * self.backoff_factor**number for number in range(self.retries))
+        return (self.retries + 1) * seconds(self.timeout) + pauses
 
 
 _GPU_NODE = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
@@ -257,7 +268,8 @@ def place_on(task: dsl.PipelineTask, cluster: Cluster, name: str, image: str) ->
     for toleration in step.tolerations:
         kubernetes.add_toleration(task, **{key: value for key, value in toleration.model_dump().items() if value})
     kubernetes.set_timeout(task, seconds(step.timeout))
-    task.set_retry(step.retries, f"{seconds(step.backoff)}s", step.backoff_factor, f"{seconds(step.backoff_max)}s")
+    # KFP's longest backoff is no cap on a pause: counted from the first attempt's start, it ends all attempts.
+    task.set_retry(step.retries, f"{seconds(step.backoff)}s", step.backoff_factor, f"{step.lasts}s")
     # A step's inputs are folders that KFP knows by their address, not by their content, and training and registering
     # are done for their effect in MLflow: a cached step would be a wrong one. The workspace reuses what is finished.
     task.set_caching_options(False)

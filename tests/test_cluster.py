@@ -44,8 +44,7 @@ steps:
     timeout: 3h
     retries: 5
     backoff: 2m
-    backoff_factor: 1.5
-    backoff_max: 1h
+    backoff_factor: 3
 """.replace("DIGEST", "ab" * 32)
 SECRET = "a-value-that-must-never-be-written"
 
@@ -214,11 +213,15 @@ def test_every_step_has_a_timeout_and_retries_with_backoff(pipeline):
     assert own["train"]["retryPolicy"] == {
         "maxRetryCount": 5,
         "backoffDuration": "120s",
-        "backoffFactor": 1.5,
-        "backoffMaxDuration": "3600s",
+        "backoffFactor": 3.0,
+        "backoffMaxDuration": f"{6 * 3 * 3600 + 120 * (1 + 3 + 9 + 27 + 81)}s",
     }
     for name, task in own.items():
-        assert task["retryPolicy"]["maxRetryCount"] >= 2 and int(task["retryPolicy"]["backoffDuration"][:-1]) > 0, name
+        retry, timeout = task["retryPolicy"], int(pods(platform)[f"exec-{name.removesuffix('-2')}"]["activeDeadlineSeconds"])
+        assert retry["maxRetryCount"] >= 2 and int(retry["backoffDuration"][:-1]) > 0, name
+        # Argo counts it from the first attempt's start and ends every later attempt there, so all of them must fit in.
+        assert int(retry["backoffMaxDuration"][:-1]) > (retry["maxRetryCount"] + 1) * timeout, name
+        assert retry["backoffFactor"] == int(retry["backoffFactor"]), f"{name}: Argo reads a whole number"
 
 
 def test_only_steps_whose_parameters_say_all_are_cached(pipeline, several_nodes):
@@ -422,6 +425,9 @@ def test_a_present_cluster_yaml_is_read_and_else_the_defaults(tmp_path, monkeypa
         ("steps: {tarin: {gpus: 2}}", "unknown step 'tarin', did you mean 'train'?"),
         ("steps: {train: {gpus: -1}}", "steps.train.gpus: Input should be greater than or equal to 0 (found -1)"),
         ("steps: {train: {timeout: 5}}", "steps.train.timeout: String should match pattern"),
+        ("steps: {train: {backoff_factor: 1.5}}", "steps.train.backoff_factor: Input should be a valid integer"),
+        ("steps: {train: {backoff_max: 1h}}", "unknown key 'steps.train.backoff_max', did you mean 'backoff"),
+        ("steps: {train: {retries: 30}}", "retries 30, timeout 2d, backoff 1m and backoff_factor 2 come to 745716 days"),
         ("steps: {train: {memory: 128Gi}}", "memory 128Gi is more than memory_limit 96Gi"),
         ("steps: {train: {cpu_limit: 500m}}", "cpu 8 is more than cpu_limit 500m"),
         ("steps: {train: {tolerations: [{kex: a}]}}", "unknown key 'steps.train.tolerations.0.kex', did you mean 'key'?"),
