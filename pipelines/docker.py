@@ -28,6 +28,7 @@ from kfp import local
 from kfp.local import docker_task_handler
 from requests import RequestException
 
+from pixelclip.stage import LOCATION
 from pixelclip.storage import read_json
 from pixelclip_components import IMAGE
 
@@ -187,9 +188,10 @@ def _missing(declared: Mapping[str, Any]) -> list[str]:
             missing.append(name)
     for name, output in declared.get("artifacts", {}).items():
         kind = output["artifacts"][0].get("type", {}).get("schemaTitle")
-        uris = [artifact["uri"] for artifact in made.get("artifacts", {}).get(name, {}).get("artifacts", [])]
-        there = all("://" in uri or kind in _NO_FILE or Path(uri).exists() for uri in uris)
-        if not (uris and there):
+        found = made.get("artifacts", {}).get(name, {}).get("artifacts", [])
+        places = [artifact.get("metadata", {}).get(LOCATION) or artifact["uri"] for artifact in found]
+        there = all("://" in place or kind in _NO_FILE or Path(place).exists() for place in places)
+        if not (places and there):
             missing.append(name)
     return missing if missing or written.is_file() else [written.name]
 

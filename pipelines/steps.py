@@ -14,11 +14,9 @@ import yaml
 
 from pixelclip import __version__
 from pixelclip.config import TrainConfig, load
-from pixelclip.stage import METRICS, PROVENANCE, Metrics, code_revision, place
-from pixelclip.storage import read_json, write_atomically
+from pixelclip.stage import LOCATION, METRICS, PROVENANCE, Metrics, code_revision, place, point
+from pixelclip.storage import read_json
 
-LOCATION = "location"
-"""Metadata of an artifact that says where its content stands, when that is not where KFP keeps the artifact."""
 _OF_TRAINING = ("train.side", "train.residual")
 """Settings of the training that an evaluation of CLIP shares."""
 _STATUS = {"SUCCEEDED": "FINISHED", "FAILED": "FAILED", "CANCELLED": "KILLED"}
@@ -89,9 +87,7 @@ def fetched(
         Metrics, and the data's version: path and md5, or a word that no other run gets for data that have no version.
     """
     if not repo:
-        # KFP refuses an artifact whose URI lies outside of the run's bucket, so the address is its metadata and its content.
-        artifact.metadata[LOCATION] = path
-        write_atomically(Path(artifact.path), f"{path}\n")
+        point(artifact, path)
         return {}, _unique()
     from pixelclip.fetch_data import about, run
 
@@ -109,9 +105,9 @@ def located(artifact: Any) -> Path | str:
     return given if given.startswith("s3://") else Path(given)
 
 
-def path_of(artifact: Any) -> Path | None:
-    """Where the content of an optional input artifact stands; None where there is none."""
-    return Path(artifact.path) if artifact else None
+def path_of(artifact: Any) -> Path | str | None:
+    """As `located`, of an optional input artifact; None where there is none."""
+    return located(artifact) if artifact else None
 
 
 @contextmanager
@@ -127,7 +123,7 @@ def gathered(masks: Any, parts: Sequence[Any] | None) -> Iterator[Path | str]:
         return
     with tempfile.TemporaryDirectory(prefix="masks-") as folder:
         for number, part in enumerate(parts):
-            Path(folder, f"{number:04d}").symlink_to(Path(part.path).absolute())
+            Path(folder, f"{number:04d}").symlink_to(Path(located(part)).absolute())
         yield Path(folder)
 
 

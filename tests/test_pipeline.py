@@ -21,6 +21,7 @@ from pixelclip_pipelines.cluster import Cluster
 from pixelclip_pipelines.docker import containers
 from pixelclip_pipelines.pixelclip import SETTING_OF, build
 from pixelclip_pipelines.run import arguments, compile_to, run_locally
+from pixelclip_pipelines.steps import located
 
 ROOT = Path(__file__).parents[1]
 
@@ -127,9 +128,9 @@ def test_a_component_is_a_plain_function_in_a_test(tmp_path):
     shards.python_func(images, output, metrics, {"shards.images_per_shard": 10.0})
     assert logged["images"] == 1
     assert (tmp_path / "shards" / "000000.tar").is_file()
-    shared = SimpleNamespace(path="unused", uri="")
+    shared = SimpleNamespace(path=str(tmp_path / "kfp" / "shards"), uri="s3://bucket/shards", metadata={})
     shards.python_func(images, shared, metrics, {}, workspace=str(tmp_path / "space"))
-    assert shared.uri == str(tmp_path / "space" / "shards")
+    assert (shared.uri, str(located(shared))) == ("s3://bucket/shards", str(tmp_path / "space" / "shards"))
     assert (tmp_path / "space" / "shards" / "000000.tar").is_file()
 
 

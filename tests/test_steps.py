@@ -215,6 +215,9 @@ def test_parts_of_masks_are_gathered_as_one_folder(tmp_path):
     assert names == [f"{number}.tar" for number in range(5)]
     assert described["num_files"] == 5 and described["provenance"]["stage"] == "masks"
     assert not folder.exists() and all(Path(each.path).is_dir() for each in made), "links go, what they point to stays"
+    elsewhere = [artifact(tmp_path / "kfp" / each.name, location=each.path) for each in made]
+    with gathered(None, elsewhere) as folder:
+        assert sorted(path.name for path in list_shards(folder)) == names, "in a workspace artifacts are pointers"
     with gathered(None, made[:2]) as folder, pytest.raises(ValueError, match="but not 3/3"):
         list_shards(folder)
 
@@ -226,11 +229,11 @@ def test_masks_of_one_step_are_taken_as_they_are(tmp_path):
 
 def test_parts_share_a_workspace(tmp_path, shards):
     def run(part: str, space: Path) -> str:
-        output = SimpleNamespace(path="unused", uri="")
+        output = artifact(tmp_path / f"step-{space.name}" / "masks")
         metrics = SimpleNamespace(log_metric=lambda *_: None)
         settings = {"masks.workers": 0.0, "masks.max_bad_share": 1.0}
         masks_component.python_func(artifact(shards), output, metrics, "given", settings, part=part, workspace=str(space))
-        return output.uri
+        return str(located(output))
 
     assert run("1/1", tmp_path / "a") == str(tmp_path / "a" / "masks" / "1-of-1")
     assert run("", tmp_path / "b") == str(tmp_path / "b" / "masks")

@@ -22,11 +22,13 @@ from pydantic import BaseModel
 from pixelclip import __version__
 from pixelclip.cache import origin
 from pixelclip.config import lasting
-from pixelclip.storage import digest, files_below, read_json, write_json
+from pixelclip.storage import digest, files_below, read_json, write_atomically, write_json
 
 Metrics = dict[str, float]
 PROVENANCE = "provenance.json"
 METRICS = "metrics.json"
+LOCATION = "location"
+"""Metadata of a KFP artifact that says where its content stands, when that is not where KFP keeps the artifact."""
 
 
 class Stage:
@@ -200,14 +202,29 @@ def place(artifact: Any, workspace: str, stage: str) -> Path:
     """Where a KFP component writes: its output artifact's own path, or `workspace/stage` where runs share a workspace.
 
     Args:
-        artifact: a KFP output artifact; it is pointed to the workspace.
+        artifact: a KFP output artifact; in a workspace it becomes a pointer to there.
         workspace: a folder that outlives the run, in which stages are reused and resumed; empty for none.
         stage: the stage's name.
     """
     if workspace:
-        artifact.uri = str(Path(workspace, stage).absolute())
-        return Path(artifact.uri)
+        folder = Path(workspace, stage).absolute()
+        point(artifact, str(folder))
+        return folder
     return Path(artifact.path)
+
+
+def point(artifact: Any, location: str) -> None:
+    """Makes a KFP output artifact say that its content stands elsewhere.
+
+    KFP's launcher fails on any artifact, read or written, whose URI is not in an object store, and on one written outside of
+    the run's bucket. So the URI stays KFP's, and the location is metadata and what KFP uploads.
+
+    Args:
+        artifact: a KFP output artifact.
+        location: a folder, or an s3:// prefix.
+    """
+    artifact.metadata[LOCATION] = location
+    write_atomically(Path(artifact.path), f"{location}\n")
 
 
 def code_revision() -> str:
