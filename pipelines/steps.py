@@ -128,10 +128,10 @@ def gathered(masks: Any, parts: Sequence[Any] | None) -> Iterator[Path | str]:
 
 
 def processes(device: str) -> int:
-    """How many processes a step starts here: one a GPU of the pod, or one."""
-    import torch
+    """How many processes a step starts here: one a GPU of the pod, or one; raises ValueError as `ranks.count_gpus`."""
+    from pixelclip.ranks import count_gpus
 
-    return max(1, torch.cuda.device_count()) if device in ("auto", "cuda") else 1
+    return max(1, count_gpus()) if device in ("auto", "cuda") else 1
 
 
 def train_by(number: int, masks: Path | str, out: Path, config: TrainConfig) -> Metrics:

@@ -179,7 +179,7 @@ def test_gpus_cpu_and_memory(pipeline):
 
 
 def test_a_cluster_without_gpus_is_asked_for_none(tmp_path):
-    none = "{gpus: 0, tolerations: []}"
+    none = "{gpus: 0}"
     spec, platform, _ = compiled(
         tmp_path, f"steps: {{{', '.join(f'{step}: {none}' for step in ('train', 'evaluate', 'evaluate_clip'))}}}"
     )
@@ -195,6 +195,16 @@ def test_tolerations_and_node_selector(pipeline):
         {"key": "team", "operator": "Equal", "value": "vision"},
     ]
     assert "nodeSelector" not in pods(pipeline[1])["exec-shards"]
+
+
+def test_a_step_that_asks_for_gpus_stands_on_their_nodes(pipeline, tmp_path):
+    taint = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
+    found = {name: pod.get("tolerations") for name, pod in pods(pipeline[1]).items()}
+    assert found.pop("exec-train") != taint, "what is given is taken"
+    assert {name for name, tolerations in found.items() if tolerations} == {"exec-masks", "exec-evaluate", "exec-evaluate-clip"}
+    assert found["exec-masks"] == found["exec-evaluate"] == taint
+    amd = Step(gpus=1, gpu_type="amd.com/gpu").stands_on
+    assert [each.key for each in amd] == ["amd.com/gpu"]
 
 
 def test_shared_memory(pipeline):
@@ -274,9 +284,13 @@ def test_secrets_and_config_maps_go_by_name(pipeline):
     assert SECRET not in path.read_text()
 
 
-def test_no_container_has_a_literal_variable(pipeline, several_nodes):
+def test_the_only_literal_variables_are_what_a_pod_cannot_see_for_itself(pipeline, several_nodes):
+    image = {"PIXELCLIP_IMAGE": f"registry.example/pixelclip@sha256:{'ab' * 32}"}
+    gpus = {"exec-train": "4", "exec-masks": "1", "exec-evaluate": "1", "exec-evaluate-clip": "1"}
     for spec, _, _ in (pipeline, several_nodes):
-        assert all(not container.get("env") for container in containers(spec).values())
+        for name, container in containers(spec).items():
+            found = {each["name"]: each["value"] for each in container["env"]}
+            assert found == image | ({"PIXELCLIP_GPUS": gpus[name]} if name in gpus else {}), name
 
 
 def test_every_step_knows_its_run_and_sees_the_volume(pipeline):
@@ -345,7 +359,12 @@ def test_the_trainjob_asks_for_what_train_would_get(several_nodes):
         "limits": {"cpu": "16", "memory": "96Gi", "nvidia.com/gpu": "4"},
     }
     assert trainer["image"] == f"registry.example/pixelclip@sha256:{'ab' * 32}"
-    assert {each["name"]: next(iter(each["valueFrom"].values()))["name"] for each in trainer["env"]} == {
+    assert [each for each in trainer["env"] if "value" in each] == [
+        {"name": "PIXELCLIP_IMAGE", "value": trainer["image"]},
+        {"name": "PIXELCLIP_GPUS", "value": "4"},
+    ]
+    named = [each for each in trainer["env"] if "valueFrom" in each]
+    assert {each["name"]: next(iter(each["valueFrom"].values()))["name"] for each in named} == {
         "AWS_ACCESS_KEY_ID": "store",
         "AWS_SECRET_ACCESS_KEY": "store",
         "MLFLOW_TRACKING_PASSWORD": "tracking",

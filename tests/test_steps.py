@@ -21,6 +21,7 @@ from pixelclip.config import MasksConfig, TrainConfig
 from pixelclip.evaluate import CONFUSION
 from pixelclip.masks import describe_shards, list_shards
 from pixelclip.masks import run as make_masks
+from pixelclip.stage import code_image
 from pixelclip.storage import write_json
 from pixelclip.tally import OTHERS, Confusion
 from pixelclip.tracking import PIPELINE_RUN
@@ -28,6 +29,7 @@ from pixelclip_components.evaluate_clip.component import evaluate_clip
 from pixelclip_components.finish.component import finish
 from pixelclip_components.masks.component import masks as masks_component
 from pixelclip_components.pin_revision.component import pin_revision
+from pixelclip_pipelines.cluster import Step, told
 from pixelclip_pipelines.steps import (
     close_run,
     fetched,
@@ -245,8 +247,15 @@ def test_parts_share_a_workspace(tmp_path, shards):
 
 
 def test_a_step_starts_one_process_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert [processes(device) for device in ("auto", "cuda", "cpu", "cuda:1")] == [4, 4, 1, 1]
+    for name, value in told(Step(gpus=5), "r/p:1").items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="CUDA finds 4 of the 5 GPUs"):
+        processes("auto")
+    assert code_image() == "r/p:1", "and lineage says the image"
+    monkeypatch.delenv("PIXELCLIP_GPUS")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert processes("auto") == 1
 
