@@ -14,7 +14,7 @@ import yaml
 
 from pixelclip import __version__
 from pixelclip.config import TrainConfig, load
-from pixelclip.stage import LOCATION, METRICS, PROVENANCE, Metrics, code_revision, place, point
+from pixelclip.stage import CHANGED, LOCATION, METRICS, PROVENANCE, UNKNOWN, Metrics, code_revision, place, point
 from pixelclip.storage import read_json
 
 _OF_TRAINING = ("train.side", "train.residual")
@@ -23,15 +23,16 @@ _STATUS = {"SUCCEEDED": "FINISHED", "FAILED": "FAILED", "CANCELLED": "KILLED"}
 _DATA_COLUMNS = "| data | md5 | revision | path |\n|---|---|---|---|\n"
 
 
-def pinned(repo: str, revision: str) -> str:
-    """The full SHA of the commit that a revision of a DVC repository is now, so that all of a run reads one commit.
+def pinned(repo: str, revision: str, workspace: str) -> tuple[str, str]:
+    """The commit that a revision of a DVC repository is now, so that all of a run reads one commit.
 
     Args:
         repo: URL or path of the repository; empty where data are no DVC data.
         revision: a branch, a tag or a commit; empty: the repository's default branch.
+        workspace: a folder that outlives the run, or empty.
 
     Returns:
-        The SHA; without a repository a word that no other run gets.
+        Its full SHA, or nothing without a repository; and by which word KFP may know a fetch again.
 
     Raises:
         ValueError: no such repository or revision.
@@ -39,10 +40,12 @@ def pinned(repo: str, revision: str) -> str:
     if not repo:
         # KFP takes a fetch of known parameters from its cache, with the version that it told then. Of data that nobody
         # versions that would be a lie once they change, so their fetches must have a parameter that no other run has.
-        return _unique()
+        return "", _unique()
     from pixelclip.fetch_data import commit_of
 
-    return commit_of(repo, revision or "HEAD")
+    commit = commit_of(repo, revision or "HEAD")
+    # KFP does not look whether a workspace still holds what was fetched into it. The stage does.
+    return commit, _unique() if workspace else commit
 
 
 def pinned_clip(clip: str, settings: Mapping[str, Any], workspace: str) -> tuple[str, dict[str, Any]]:
@@ -60,10 +63,12 @@ def pinned_clip(clip: str, settings: Mapping[str, Any], workspace: str) -> tuple
     from pixelclip.sources import clip_version
 
     chosen = {key: value for key, value in settings.items() if key.startswith("evaluate.") or key in _OF_TRAINING}
-    version = f"{clip_version(str(settings.get('evaluate.clip') or clip))} code {__version__} {code_revision()}"
+    revision = code_revision()
+    version = f"{clip_version(str(settings.get('evaluate.clip') or clip))} code {__version__} {revision}"
     # What KFP remembers of a workspace is a path, and it does not look whether anything stands there still; of given masks
-    # it would know no more. The stage looks at both.
-    return f"{version} {_unique()}" if workspace or settings.get("evaluate.masks_folder") else version, chosen
+    # it would know no more. The stage looks at both. Of changes that nobody committed a revision says nothing.
+    unversioned = revision == UNKNOWN or revision.endswith(CHANGED)
+    return f"{version} {_unique()}" if workspace or settings.get("evaluate.masks_folder") or unversioned else version, chosen
 
 
 def _unique() -> str:
@@ -79,7 +84,7 @@ def fetched(
         artifact: the output artifact; its metadata tell what it is.
         repo: URL or path of the DVC repository; empty: `path` is a folder or an s3:// prefix itself.
         path: of the data in the repository.
-        revision: what `pinned` said: the full SHA of a commit, or a word of this run alone.
+        revision: the commit that `pinned` said.
         settings: settings of all stages.
         workspace: a folder that outlives the run, or empty.
 

@@ -256,7 +256,7 @@ def test_what_kfp_knows_an_evaluation_of_clip_by(pipeline):
     }
     assert set(given["artifacts"]) == {"labelled"}
     # A fetch from the cache tells the version that it told then, so it must be the same data: by commit, or never.
-    assert tasks(pipeline[0])["fetch-data-2"]["inputs"]["parameters"]["revision"] == said_by("pin-revision", "commit")
+    assert tasks(pipeline[0])["fetch-data-2"]["inputs"]["parameters"]["fetch"] == said_by("pin-revision", "fetch")
     assert tasks(pipeline[0])["pin-revision"]["inputs"]["parameters"] == {
         name: {"componentInputParameter": f"pipelinechannel--{name}"}
         for name in ("repo", "revision", "clip", "settings", "workspace")

@@ -106,21 +106,28 @@ def test_a_revision_is_pinned_to_its_commit(repository):
         return found.stdout.strip()
 
     for name in ("main", "v1"):
-        assert pinned(str(repository), name) == sha(name)
-    assert pinned(str(repository), "") == sha("main") != sha("v1")
-    assert pinned(str(repository), sha("v1")[:10]) == sha("v1")
+        assert pinned(str(repository), name, "") == (sha(name), sha(name))
+    assert pinned(str(repository), "", "")[0] == sha("main") != sha("v1")
+    assert pinned(str(repository), sha("v1")[:10], "")[0] == sha("v1")
     full = "0123456789" * 4
-    assert pinned("nowhere", full) == full, "a full commit is not asked about"
-    first, second = (pin_revision.python_func("", "", "toy", {})[0] for _ in range(2))
-    assert first.startswith("unpinned-") and first != second, "no fetch of data without versions is known again"
-    assert pin_revision.python_func("nowhere", full, "toy", {})[0] == full
+    assert pinned("nowhere", full, "") == (full, full), "a full commit is not asked about"
+    first, second = (pin_revision.python_func("", "", "toy", {})[:2] for _ in range(2))
+    assert first[0] == second[0] == "", "there is no commit"
+    assert first[1].startswith("unpinned-") and first[1] != second[1], "no fetch of data without versions is known again"
+    assert pin_revision.python_func("nowhere", full, "toy", {})[:2] == (full, full)
     with pytest.raises(ValueError, match="there is no revision 'nope'"):
-        pinned(str(repository), "nope")
+        pinned(str(repository), "nope", "")
     with pytest.raises(ValueError, match="nothing: is no git repository"):
-        pinned(str(repository / "nothing"), "main")
+        pinned(str(repository / "nothing"), "main", "")
     with pytest.raises(ValueError, match=r"data\.git: is no git repository") as refused:
-        pinned("https://user:very-secret@127.0.0.1:9/data.git", "main")
+        pinned("https://user:very-secret@127.0.0.1:9/data.git", "main", "")
     assert "very-secret" not in str(refused.value)
+
+
+def test_a_fetch_into_a_workspace_is_not_known_again_when_that_may_be_empty(tmp_path):
+    full, given = "0123456789" * 4, {"repo": "nowhere", "clip": "toy", "settings": {}, "workspace": str(tmp_path)}
+    (commit, first, *_), (_, second, *_) = (pin_revision.python_func(revision=full, **given) for _ in range(2))
+    assert commit == full and first.startswith("unpinned-") and first != second
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -130,7 +137,7 @@ def test_what_was_fetched_at_a_commit_has_the_version_of_its_content(repository,
         for name in ("v1", "main", "more"):
             output = artifact(tmp_path / f"{name}{len(workspace)}" / "data")
             space = workspace and f"{workspace}/{name}"
-            metrics, version = fetched(output, str(repository), "a", pinned(str(repository), name), {}, space)
+            metrics, version = fetched(output, str(repository), "a", pinned(str(repository), name, "")[0], {}, space)
             assert metrics["files"] == 1
             found.append(version)
         return found
@@ -164,7 +171,15 @@ def test_the_version_of_a_clip_is_that_of_its_weights(tmp_path, monkeypatch):
     assert pinned_clip(str(folder), {}, "")[0] != changed[0]
 
 
-def test_the_settings_of_an_evaluation_of_clip_are_no_others():
+@pytest.mark.parametrize("revision", ["r1+changes", "unknown"])
+def test_code_that_nobody_committed_is_never_known_again(monkeypatch, revision):
+    monkeypatch.setenv("PIXELCLIP_REVISION", revision)
+    first, second = (pinned_clip("toy", {}, "")[0] for _ in range(2))
+    assert first != second and f"{revision} unpinned-" in first
+
+
+def test_the_settings_of_an_evaluation_of_clip_are_no_others(monkeypatch):
+    monkeypatch.setenv("PIXELCLIP_REVISION", "r1")
     of_clip = {"evaluate.templates": "single", "train.side": 96.0, "train.residual": "patch", "evaluate.pictures": 3.0}
     others = {"train.teacher_momentum": 0.9, "masks.seed": 3.0, "shards.images_per_shard": 5.0}
     assert pinned_clip("toy", {**others, **of_clip}, "") == pinned_clip("toy", of_clip, "")

@@ -27,6 +27,8 @@ from pixelclip.storage import digest, files_below, read_json, write_atomically, 
 Metrics = dict[str, float]
 PROVENANCE = "provenance.json"
 METRICS = "metrics.json"
+UNKNOWN, CHANGED = "unknown", "+changes"
+"""A revision of code that nobody knows, and the end of one whose files differ from their commit."""
 LOCATION = "location"
 """Metadata of a KFP artifact that says where its content stands, when that is not where KFP keeps the artifact."""
 
@@ -228,19 +230,19 @@ def point(artifact: Any, location: str) -> None:
 
 
 def code_revision() -> str:
-    """Git revision of this code (`+changes` when files differ from it), or PIXELCLIP_REVISION, or `unknown`."""
+    """Git revision of this code (with `CHANGED` when files differ from it), or PIXELCLIP_REVISION, or `UNKNOWN`."""
     if given := os.environ.get("PIXELCLIP_REVISION"):
         return given
     here = Path(__file__).parent
     git = shutil.which("git")
     if git is None:
-        return "unknown"
+        return UNKNOWN
     tracked = subprocess.run([git, "ls-files", "--error-unmatch", __file__], cwd=here, capture_output=True)
     if tracked.returncode:  # installed as a package below somebody else's repository, or below none
-        return "unknown"
+        return UNKNOWN
     head = subprocess.run([git, "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
     changed = subprocess.run([git, "diff", "--quiet", "HEAD", "--", "."], cwd=here, capture_output=True)
-    return head.stdout.strip() + ("+changes" if changed.returncode else "") if head.returncode == 0 else "unknown"
+    return head.stdout.strip() + (CHANGED if changed.returncode else "") if head.returncode == 0 else UNKNOWN
 
 
 def code_image() -> str:
