@@ -100,6 +100,16 @@ def test_cluster_settings_reach_run_and_experiment(kfp, run, monkeypatch):
     assert kfp.all("runs")[0]["service_account"] == "trainer"
 
 
+def test_a_pipeline_is_found_again_in_its_namespace(kfp, run):
+    for namespace in ("team-a", "team-b", "", "team-a"):
+        Path("cluster.yaml").write_text(f"namespace: '{namespace}'")
+        code, _, err = run("submit", *DATA)
+        assert (code, err) == (0, "")
+    assert [made.get("namespace", "") for made in kfp.all("pipelines")] == ["team-a", "team-b", ""]
+    used = [made["pipeline_version_reference"]["pipeline_id"] for made in kfp.all("runs")]
+    assert used[0] == used[-1] and len(set(used)) == 3 and len(kfp.all("versions")) == 3
+
+
 def test_the_endpoint_comes_from_four_places(kfp, pixelclip, monkeypatch):  # noqa: F811
     words = ("pipeline", "schedule", "list")
     code, _, err = pixelclip(*words)
