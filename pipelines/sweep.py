@@ -34,18 +34,21 @@ def build(cluster: Cluster | None = None, image: str = IMAGE) -> dsl.base_compon
         """Runs every row at every seed.
 
         Args:
-            masks: Shards with masks: a folder on a mounted volume, or the URI of such a folder in an object store.
+            masks: Shards with masks, a folder on a mounted volume or an s3:// prefix.
             labelled: Labelled set to evaluate on, a folder on a mounted volume or an s3:// prefix. Never read in training.
             name: Title of the table and the plot.
             runs: What is run, as `pixelclip pipeline compile-sweep` wrote it from a checked file: row, seed, settings of each.
         """
-        masked = dsl.importer(artifact_uri=masks, artifact_class=dsl.Dataset)
-        truth = on("fetch_data", fetch_data(repo="", path=labelled, revision="", settings={}))
+
+        def pointed(path: str) -> dsl.PipelineTask:  # KFP's importer takes no path of a volume
+            return on("fetch_data", fetch_data(repo="", path=path, revision="", settings={}))
+
+        masked, truth = pointed(masks), pointed(labelled)
         with dsl.ParallelFor(runs, name="runs") as run:
             # No run of MLflow is named here: every row at every seed has one of its own.
             everywhere = {"settings": run.settings, "workspace": run.workspace}
             trained = train(
-                masks=masked.output,
+                masks=masked.outputs["data"],
                 clip=run.clip,
                 steps=run.steps,
                 batch_size=run.batch_size,

@@ -319,6 +319,17 @@ def test_a_sweep_gets_from_the_cluster_what_the_pipeline_gets(made, tmp_path):
     assert not any("fieldPathAsEnv" in pod for pod in pods.values()), "every row and seed has an MLflow run of its own"
 
 
+def test_masks_and_labelled_set_may_stand_on_a_mounted_volume(compiled):
+    """KFP's importer refuses an address without a scheme; `fetch_data` passes it on."""
+    spec = next(yaml.safe_load_all(compiled.read_text()))
+    assert not any("importer" in executor for executor in spec["deploymentSpec"]["executors"].values())
+    tasks = spec["root"]["dag"]["tasks"]
+    paths = [tasks[name]["inputs"]["parameters"]["path"] for name in ("fetch-data", "fetch-data-2")]
+    assert paths == [{"componentInputParameter": name} for name in ("masks", "labelled")]
+    inner = next(each["dag"]["tasks"] for each in spec["components"].values() if "train" in each.get("dag", {}).get("tasks", {}))
+    assert set(inner["train"]["inputs"]["artifacts"]) == {"masks"}
+
+
 def test_the_items_of_the_loop_hold_every_run_to_the_letter(made, compiled):
     baked = next(yaml.safe_load_all(compiled.read_text()))["root"]["inputDefinitions"]["parameters"]["runs"]["defaultValue"]
     _, planned = sweep.read(made.file, made.inputs[3])
