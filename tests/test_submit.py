@@ -209,6 +209,20 @@ def test_a_wrong_schedule_is_refused_before_anything_is_sent(kfp, run, words, sa
     assert code == 2 and said in err and kfp.asked == []
 
 
+@pytest.mark.parametrize("login", ["bot:very-secret@", "very-secret@"])
+@pytest.mark.parametrize("words", [("submit",), ("schedule", "create", "s", "--every", "6h")])
+def test_a_login_in_the_address_of_the_repository_is_refused(kfp, run, words, login):
+    code, out, err = run(*words, *DATA, "--repo", f"https://{login}git.example/data.git")
+    assert code == 2 and "--repo https://git.example/data.git was given with a login" in err and "docs/cluster.md" in err
+    assert "very-secret" not in out + err and kfp.asked == []
+
+
+def test_an_address_of_a_repository_without_a_secret_is_sent(kfp, run):
+    for repo in ("ssh://git@git.example/data.git", "git@git.example:data.git", "https://git.example/a@b.git"):
+        assert run("submit", *DATA, "--repo", repo)[0] == 0
+        assert kfp.all("runs")[-1]["runtime_config"]["parameters"]["repo"] == repo
+
+
 def test_nothing_secret_is_sent(kfp, run, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "very-secret")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "even-more")
