@@ -249,6 +249,18 @@ def image_of(cluster: Cluster, given: str = "") -> str:
     return _checked_image(given or os.environ.get("PIXELCLIP_IMAGE") or cluster.image)
 
 
+def check_workspace(cluster: Cluster, workspace: str) -> None:
+    """Looks whether all steps would see the workspace.
+
+    Raises:
+        ValueError: it is on no volume, so every pod would have a folder of its own.
+    """
+    volume = cluster.volume
+    if workspace and not (volume.claim and Path(workspace).is_relative_to(volume.mount)):
+        mounted = f"{volume.claim!r} at {volume.mount}" if volume.claim else "none"
+        raise ValueError(f"--workspace {workspace}: must be a folder on the volume that steps share (volume in cluster.yaml: {mounted})")
+
+
 def told(step: Step, image: str) -> dict[str, str]:
     """What a pod cannot see for itself: its image, for the lineage, and how many GPUs it must find."""
     return {"PIXELCLIP_IMAGE": image} | ({"PIXELCLIP_GPUS": str(step.gpus)} if step.gpus else {})

@@ -14,7 +14,7 @@ import yaml
 
 from pixelclip import __version__
 from pixelclip.config import TrainConfig, load
-from pixelclip.stage import CHANGED, LOCATION, METRICS, PROVENANCE, UNKNOWN, Metrics, code_revision, place, point
+from pixelclip.stage import CHANGED, LOCATION, METRICS, PROVENANCE, UNKNOWN, Metrics, code_revision, place, point, writable
 from pixelclip.storage import read_json
 
 _OF_TRAINING = ("train.side", "train.residual")
@@ -35,8 +35,10 @@ def pinned(repo: str, revision: str, workspace: str) -> tuple[str, str]:
         Its full SHA, or nothing without a repository; and by which word KFP may know a fetch again.
 
     Raises:
-        ValueError: no such repository or revision.
+        ValueError: no such repository or revision, or a workspace in which no step could write.
     """
+    if workspace:
+        writable(workspace)  # said now, not hours later
     if not repo:
         # KFP takes a fetch of known parameters from its cache, with the version that it told then. Of data that nobody
         # versions that would be a lie once they change, so their fetches must have a parameter that no other run has.

@@ -24,7 +24,7 @@ from kfp import compiler
 from urllib3.exceptions import HTTPError
 
 from pixelclip.fetch_data import has_secret, without_login
-from pixelclip_pipelines.cluster import Cluster, image_of, read, seconds
+from pixelclip_pipelines.cluster import Cluster, check_workspace, image_of, read, seconds
 from pixelclip_pipelines.pixelclip import build
 
 ENDPOINTS = ("KFP_ENDPOINT", "KF_PIPELINES_ENDPOINT")
@@ -179,6 +179,7 @@ def _prepared(given: Mapping[str, Any], target: Target) -> Iterator[_Ready]:
         compiler.Compiler().compile(build(cluster, target.nodes, image_of(cluster, target.image)), str(path))
         spec = next(yaml.safe_load_all(path.read_text()))
         _check(given, spec, target.nodes)
+        check_workspace(cluster, given.get("workspace", ""))
         with _connected(target) as (client, _, page):
             name = spec["pipelineInfo"]["name"]
             pipeline_id, version_id = _upload(client, path, name, cluster.namespace, said)

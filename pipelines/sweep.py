@@ -13,7 +13,7 @@ from pixelclip_components.evaluate.component import evaluate
 from pixelclip_components.fetch_data.component import fetch_data
 from pixelclip_components.sweep_table.component import sweep_table
 from pixelclip_components.train.component import train
-from pixelclip_pipelines.cluster import Cluster, image_of, place_on
+from pixelclip_pipelines.cluster import Cluster, check_workspace, image_of, place_on
 from pixelclip_pipelines.cluster import read as read_cluster
 from pixelclip_pipelines.pixelclip import SETTING_OF
 
@@ -104,7 +104,7 @@ def compile_to(
         image: container image, before PIXELCLIP_IMAGE and that of the cluster.
 
     Raises:
-        ValueError: an unusable sweep or cluster, or `path` is no YAML file.
+        ValueError: an unusable sweep, cluster or workspace, or `path` is no YAML file.
     """
     name, planned = read(file, params)
     if path.suffix not in (".yaml", ".yml"):
@@ -112,6 +112,7 @@ def compile_to(
     if path.resolve() == file.resolve():
         raise ValueError(f"{path}: would overwrite the sweep")
     there = read_cluster(cluster)
+    check_workspace(there, workspace)
     built = build(there, image_of(there, image))
     path.parent.mkdir(parents=True, exist_ok=True)
     compiler.Compiler().compile(built, str(path), pipeline_parameters={"name": name, "runs": items(planned, workspace)})

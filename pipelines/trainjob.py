@@ -24,6 +24,7 @@ MANAGER = "pixelclip.io/pipeline"
 _POLL = "pixelclip.io/poll-seconds"
 _NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 _PASSED_ON = (PIPELINE_RUN, PARENT_RUN, "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_TRACKING_URI")
+_GROUP = 1000  # of the image: Kubernetes lets it write to a fresh volume, where the volume's driver can
 _PATIENCE = 40  # looks in a row that may fail before the API server counts as gone
 
 
@@ -51,6 +52,7 @@ def template(cluster: Cluster, nodes: int, image: str) -> dict[str, Any]:
         volumes.append({"name": "dshm", "emptyDir": {"medium": "Memory", "sizeLimit": step.shared_memory}})
         mounts.append({"name": "dshm", "mountPath": "/dev/shm"})
     pod = {
+        "securityContext": {"fsGroup": _GROUP},
         "volumes": volumes,
         "containers": [{"name": "node", "volumeMounts": mounts}],
         "nodeSelector": step.node_selector,

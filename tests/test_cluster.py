@@ -375,6 +375,8 @@ def test_the_trainjob_asks_for_what_train_would_get(several_nodes):
     assert pod["nodeSelector"] == {"nvidia.com/gpu.product": "H100"}
     assert pod["tolerations"][1] == {"key": "team", "operator": "Equal", "value": "vision"}
     assert pod["imagePullSecrets"] == [{"name": "registry"}]
+    assert pod["securityContext"] == {"fsGroup": 1000}, "the image's user may write to the volume"
+    assert re.search(r"^USER 1000:1000$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
     mounts = {each["name"]: each["mountPath"] for each in pod["containers"][0]["volumeMounts"]}
     assert mounts == {"workspace": "/workspace", "dshm": "/dev/shm"}
     assert {each["name"] for each in pod["volumes"]} == set(mounts)

@@ -186,6 +186,15 @@ def test_a_component_writes_to_its_artifact_or_to_the_workspace(tmp_path: Path) 
     assert (tmp_path / "kfp" / "masks").read_text() == f"{tmp_path / 'masks'}\n"
 
 
+def test_a_workspace_in_which_nobody_can_write_is_one_clear_line(tmp_path: Path) -> None:
+    artifact = SimpleNamespace(path=str(tmp_path / "kfp" / "masks"), uri="s3://bucket/masks", metadata={})
+    (tmp_path / "file").write_text("")
+    for workspace in (tmp_path / "file" / "space", Path("/proc/space")):
+        with pytest.raises(ValueError, match=rf"^workspace {workspace}: user \d+ cannot write there \(.+\); docs/cluster.md"):
+            place(artifact, str(workspace), "masks")
+    assert artifact.metadata == {}
+
+
 def test_the_revision_can_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIXELCLIP_REVISION", "abc")
     assert code_revision() == "abc"

@@ -124,6 +124,12 @@ def test_a_revision_is_pinned_to_its_commit(repository):
     assert "very-secret" not in str(refused.value)
 
 
+def test_the_first_step_refuses_a_workspace_in_which_no_step_could_write(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot write there"):
+        pin_revision.python_func("", "", "toy", {}, str(tmp_path / "file" / "space"))
+
+
 def test_a_fetch_into_a_workspace_is_not_known_again_when_that_may_be_empty(tmp_path):
     full, given = "0123456789" * 4, {"repo": "nowhere", "clip": "toy", "settings": {}, "workspace": str(tmp_path)}
     (commit, first, *_), (_, second, *_) = (pin_revision.python_func(revision=full, **given) for _ in range(2))

@@ -92,6 +92,13 @@ def test_several_nodes_need_a_workspace(kfp, run):
     assert "exec-train-job" in kfp.all("versions")[0]["pipeline_spec"]["documents"][0]["deploymentSpec"]["executors"]
 
 
+@pytest.mark.parametrize("volume", ["{}", "{claim: shared, mount: /mnt/other}"])
+def test_a_workspace_that_steps_would_not_share_is_refused(kfp, run, volume):
+    Path("cluster.yaml").write_text(f"volume: {volume}")
+    code, _, err = run("submit", *DATA, "--workspace", "/workspace/a")
+    assert code == 2 and "--workspace /workspace/a: must be a folder on the volume" in err and kfp.asked == []
+
+
 def test_cluster_settings_reach_run_and_experiment(kfp, run, monkeypatch):
     text = f"{{endpoint: {kfp.url}, experiment: nightly, service_account: trainer}}"
     Path("mine.yaml").write_text(text)

@@ -344,7 +344,8 @@ def test_the_items_of_the_loop_hold_every_run_to_the_letter(made, compiled):
 
 
 def test_the_command_compiles(made, monkeypatch, capsys, tmp_path):
-    options = ["--out", str(tmp_path / "s.yaml"), "--workspace", "/mnt/space"]
+    (tmp_path / "cluster.yaml").write_text("volume: {claim: shared, mount: /mnt}")
+    options = ["--out", str(tmp_path / "s.yaml"), "--workspace", "/mnt/space", "--cluster", str(tmp_path / "cluster.yaml")]
     monkeypatch.setattr(sys, "argv", ["pixelclip", "pipeline", "compile-sweep", str(made.file), *options])
     with pytest.raises(SystemExit, match="0"):
         cli.main()
@@ -353,6 +354,8 @@ def test_the_command_compiles(made, monkeypatch, capsys, tmp_path):
     for path, said in ((tmp_path / "s.json", "is a .yaml file"), (made.file, "would overwrite")):
         with pytest.raises(ValueError, match=said):
             pipeline.compile_to(made.file, path)
+    with pytest.raises(ValueError, match="--workspace /mnt/space: must be a folder on the volume"):
+        pipeline.compile_to(made.file, tmp_path / "t.yaml", workspace="/mnt/space")
 
 
 def test_the_component_writes_the_same_table(made, tmp_path):

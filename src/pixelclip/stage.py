@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -207,12 +208,34 @@ def place(artifact: Any, workspace: str, stage: str) -> Path:
         artifact: a KFP output artifact; in a workspace it becomes a pointer to there.
         workspace: a folder that outlives the run, in which stages are reused and resumed; empty for none.
         stage: the stage's name.
+
+    Raises:
+        ValueError: as `writable`.
     """
     if workspace:
-        folder = Path(workspace, stage).absolute()
+        folder = writable(workspace) / stage
         point(artifact, str(folder))
         return folder
     return Path(artifact.path)
+
+
+def writable(workspace: str) -> Path:
+    """The folder that a workspace is, made where it is not there.
+
+    Raises:
+        ValueError: this user cannot write there.
+    """
+    folder = Path(workspace).absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"workspace {folder}: user {os.getuid()} cannot write there ({error.strerror}); "
+            "docs/cluster.md says how its volume is prepared"
+        ) from None
+    return folder
 
 
 def point(artifact: Any, location: str) -> None:
