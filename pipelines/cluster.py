@@ -95,7 +95,7 @@ class Step(BaseModel):
 
     @property
     def stands_on(self) -> list[Toleration]:
-        """The tolerations of its pod: those given, or, where it asks for GPUs, that of the taint that GPU nodes usually have."""
+        """The tolerations of its pod: those given, or, with GPUs, that of the taint that their nodes usually have."""
         vendor = self.gpu_type.partition("/")[0]
         taint = Toleration(key=f"{vendor}/gpu", operator="Exists", effect="NoSchedule")
         return self.tolerations or ([taint] if self.gpus else [])
@@ -258,7 +258,9 @@ def check_workspace(cluster: Cluster, workspace: str) -> None:
     volume = cluster.volume
     if workspace and not (volume.claim and Path(workspace).is_relative_to(volume.mount)):
         mounted = f"{volume.claim!r} at {volume.mount}" if volume.claim else "none"
-        raise ValueError(f"--workspace {workspace}: must be a folder on the volume that steps share (volume in cluster.yaml: {mounted})")
+        raise ValueError(
+            f"--workspace {workspace}: must be a folder on the volume that steps share (volume in cluster.yaml: {mounted})"
+        )
 
 
 def told(step: Step, image: str) -> dict[str, str]:

@@ -326,8 +326,8 @@ def test_masks_and_labelled_set_may_stand_on_a_mounted_volume(compiled):
     tasks = spec["root"]["dag"]["tasks"]
     paths = [tasks[name]["inputs"]["parameters"]["path"] for name in ("fetch-data", "fetch-data-2")]
     assert paths == [{"componentInputParameter": name} for name in ("masks", "labelled")]
-    inner = next(each["dag"]["tasks"] for each in spec["components"].values() if "train" in each.get("dag", {}).get("tasks", {}))
-    assert set(inner["train"]["inputs"]["artifacts"]) == {"masks"}
+    dags = [each["dag"]["tasks"] for each in spec["components"].values() if "dag" in each]
+    assert [set(dag["train"]["inputs"]["artifacts"]) for dag in dags] == [{"masks"}]
 
 
 def test_the_items_of_the_loop_hold_every_run_to_the_letter(made, compiled):

@@ -227,5 +227,6 @@ def test_the_component_points_to_what_the_nodes_made(kubernetes, space):
     chosen = {"clip": "toy", "steps": 3, "batch_size": 4, "concepts": 5, "seed": 6}
     metrics = SimpleNamespace(log_metric=logged.__setitem__)
     train_job.python_func(model, metrics, **chosen, settings={"train.side": 32.0}, job=job(space), workspace=str(space))
-    assert model.metadata["location"] == str(space / "train") and model.uri == "s3://bucket/model" and logged == {"train/loss": 0.25}
+    assert (model.metadata["location"], model.uri) == (str(space / "train"), "s3://bucket/model")
+    assert logged == {"train/loss": 0.25}
     assert "train.side=32" in kubernetes.jobs["pixelclip-run-1"]["spec"]["trainer"]["args"]

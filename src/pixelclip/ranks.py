@@ -93,7 +93,9 @@ def count_gpus() -> int:
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     asked = int(os.environ.get("PIXELCLIP_GPUS", "0"))
     if found < asked:  # a CPU would go on, for days, and nobody would be told
-        raise ValueError(f"CUDA finds {found} of the {asked} GPUs that this pod asked for (PIXELCLIP_GPUS): see the node's driver")
+        raise ValueError(
+            f"CUDA finds {found} of the {asked} GPUs that this pod asked for (PIXELCLIP_GPUS): see the node's driver"
+        )
     return found
 
 
