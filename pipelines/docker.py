@@ -35,7 +35,7 @@ from pixelclip_components import IMAGE
 _REPLACED = "run_docker_container"
 _ITS_PARAMETERS = ["client", "image", "command", "volumes", "container_run_args"]
 _LABEL = "pixelclip.run"
-_PASSED = re.compile(r"(MLFLOW|AWS|PIXELCLIP|HF|TQDM|OMP|CUDA)_\w+|(https?|no)_proxy", re.IGNORECASE)
+_PASSED = re.compile(r"(MLFLOW|AWS|GIT_CONFIG|PIXELCLIP|HF|TQDM|OMP|CUDA)_\w+|(https?|no)_proxy", re.IGNORECASE)
 _OF_THE_IMAGE = ("PIXELCLIP_REVISION", "PIXELCLIP_IMAGE")
 _SHARED_MEMORY = "16g"  # an upper limit; Docker's own of 64 MB is too little for PyTorch's data loaders
 _NO_FILE = ("system.Metrics", "system.ClassificationMetrics", "system.SlicedClassificationMetrics")

@@ -23,7 +23,6 @@ import yaml
 from kfp import compiler
 from urllib3.exceptions import HTTPError
 
-from pixelclip.fetch_data import has_secret, without_login
 from pixelclip_pipelines.cluster import Cluster, check_workspace, image_of, read, seconds
 from pixelclip_pipelines.pixelclip import build
 
@@ -200,11 +199,6 @@ def _check(given: Mapping[str, Any], spec: Mapping[str, Any], nodes: int) -> Non
             raise ValueError(f"pipeline parameter {name} must be of type {kind}, found {value!r}")
     if missing := [name for name, entry in known.items() if not entry.get("isOptional") and name not in given]:
         raise ValueError(f"the pipeline needs {', '.join(missing)}")
-    if has_secret(repo := str(given.get("repo", ""))):
-        raise ValueError(
-            f"--repo {without_login(repo)} was given with a login, which KFP would keep and show to all; "
-            "give it without, and the login by a Secret, see docs/cluster.md"
-        )
     if nodes > 1 and not given.get("workspace"):
         raise ValueError("a training on several nodes needs --workspace: a folder on the volume that they share")
 
