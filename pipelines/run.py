@@ -51,7 +51,7 @@ def arguments(
         revision: branch, tag or commit of `repo`.
 
     Raises:
-        ValueError: an unknown parameter or setting, a value that is not allowed, a login in `repo`, or one thing said in two ways.
+        ValueError: an unknown parameter or setting, a value that is not allowed, a login in `repo`, one thing said in two ways.
     """
     for name, value in (("images", images), ("labelled", labelled)):
         if not value:
