@@ -47,7 +47,7 @@ image:  ## The container image: pixelclip:VERSION-COMMIT, also as :latest and as
 	docker image inspect --format "$$tag  {{.Size}} bytes  {{.Id}}" $$tag
 
 clean:  ## Remove the environment and everything that was made
-	rm -rf .venv runs data build src/*.egg-info
+	rm -rf .venv runs data build pixelclip.egg-info
 
 help:  ## This list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'

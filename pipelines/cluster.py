@@ -24,6 +24,7 @@ RUN_LABEL = "metadata.labels['pipeline/runid']"
 _HOST = r"[a-z0-9][a-z0-9._-]*(:\d+(?=/))?"
 _STRICT = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_LONGEST = 365 * _SECONDS["d"]
 
 
 def _checked_image(image: str) -> str:
@@ -73,12 +74,11 @@ class Step(BaseModel):
     gpu_type: str = Field("nvidia.com/gpu", description="Resource name of the GPUs.")
     shared_memory: Memory | Literal[""] = Field("", description="Size of /dev/shm (data loaders need it); empty: 64 MiB.")
     node_selector: dict[str, str] = Field({}, description="Labels that the node must have.")
-    tolerations: list[Toleration] = Field([], description="Taints that the pod may stand on.")
+    tolerations: list[Toleration] = Field([], description="Taints that the pod may stand on; none: with GPUs the GPUs' own.")
     timeout: Duration = Field("1h", description="The pod is ended after this time: 90s, 20m, 4h, 2d.")
     retries: int = Field(2, ge=0, description="How often a failed step is tried again.")
     backoff: Duration = Field("30s", description="Pause before the first retry.")
-    backoff_factor: float = Field(2.0, ge=1, description="Every further pause is longer by this factor.")
-    backoff_max: Duration = Field("30m", description="No pause is longer than this.")
+    backoff_factor: int = Field(2, ge=1, description="Every further pause is longer by this whole factor.")
 
     @model_validator(mode="after")
     def _fits(self) -> "Step":
@@ -86,13 +86,30 @@ class Step(BaseModel):
             asked, limit = getattr(self, name), getattr(self, f"{name}_limit")
             if parse_quantity(asked) > parse_quantity(limit):
                 raise ValueError(f"{name} {asked} is more than {name}_limit {limit}")
+        if self.lasts > _LONGEST:
+            raise ValueError(
+                f"retries {self.retries}, timeout {self.timeout}, backoff {self.backoff} and backoff_factor "
+                f"{self.backoff_factor} come to {self.lasts // _SECONDS['d']} days, allowed are {_LONGEST // _SECONDS['d']}"
+            )
         return self
 
+    @property
+    def stands_on(self) -> list[Toleration]:
+        """The tolerations of its pod: those given, or, with GPUs, that of the taint that their nodes usually have."""
+        vendor = self.gpu_type.partition("/")[0]
+        taint = Toleration(key=f"{vendor}/gpu", operator="Exists", effect="NoSchedule")
+        return self.tolerations or ([taint] if self.gpus else [])
 
-_GPU_NODE = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
+    @property
+    def lasts(self) -> int:
+        """The longest that all attempts and the pauses between them can take, in seconds."""
+        pauses = sum(seconds(self.backoff) * self.backoff_factor**number for number in range(self.retries))
+        return (self.retries + 1) * seconds(self.timeout) + pauses
+
+
 _EVALUATION = {
-    **{"cpu": "4", "cpu_limit": "8", "memory": "16Gi", "memory_limit": "48Gi", "gpus": 1, "tolerations": _GPU_NODE},
-    **{"shared_memory": "8Gi", "timeout": "12h"},
+    **{"cpu": "4", "cpu_limit": "8", "memory": "16Gi", "memory_limit": "48Gi"},
+    **{"gpus": 1, "shared_memory": "8Gi", "timeout": "12h"},
 }
 STEPS: dict[str, dict[str, Any]] = {
     "pin_revision": {},
@@ -100,8 +117,8 @@ STEPS: dict[str, dict[str, Any]] = {
     "shards": {"cpu": "2", "cpu_limit": "4", "memory": "2Gi", "memory_limit": "8Gi", "timeout": "12h"},
     "masks": {"cpu": "4", "cpu_limit": "8", "memory": "8Gi", "memory_limit": "32Gi", "shared_memory": "4Gi", "timeout": "24h"},
     "train": {
-        **{"cpu": "8", "cpu_limit": "16", "memory": "32Gi", "memory_limit": "96Gi", "gpus": 1, "tolerations": _GPU_NODE},
-        **{"shared_memory": "16Gi", "timeout": "2d", "retries": 3, "backoff": "1m"},
+        **{"cpu": "8", "cpu_limit": "16", "memory": "32Gi", "memory_limit": "96Gi"},
+        **{"gpus": 1, "shared_memory": "16Gi", "timeout": "2d", "retries": 3, "backoff": "1m"},
     },
     "train_job": {"cpu": "100m", "cpu_limit": "1", "memory": "512Mi", "memory_limit": "2Gi", "timeout": "3d", "retries": 3},
     "evaluate_clip": _EVALUATION,
@@ -232,6 +249,25 @@ def image_of(cluster: Cluster, given: str = "") -> str:
     return _checked_image(given or os.environ.get("PIXELCLIP_IMAGE") or cluster.image)
 
 
+def check_workspace(cluster: Cluster, workspace: str) -> None:
+    """Looks whether all steps would see the workspace.
+
+    Raises:
+        ValueError: it is on no volume, so every pod would have a folder of its own.
+    """
+    volume = cluster.volume
+    if workspace and not (volume.claim and Path(workspace).is_relative_to(volume.mount)):
+        mounted = f"{volume.claim!r} at {volume.mount}" if volume.claim else "none"
+        raise ValueError(
+            f"--workspace {workspace}: must be a folder on the volume that steps share (volume in cluster.yaml: {mounted})"
+        )
+
+
+def told(step: Step, image: str) -> dict[str, str]:
+    """What a pod cannot see for itself: its image, for the lineage, and how many GPUs it must find."""
+    return {"PIXELCLIP_IMAGE": image} | ({"PIXELCLIP_GPUS": str(step.gpus)} if step.gpus else {})
+
+
 def place_on(task: dsl.PipelineTask, cluster: Cluster, name: str, image: str) -> dsl.PipelineTask:
     """Gives a task what the cluster has for it.
 
@@ -246,6 +282,8 @@ def place_on(task: dsl.PipelineTask, cluster: Cluster, name: str, image: str) ->
     """
     step = cluster.steps[name]
     task.set_container_image(image)
+    for variable, value in told(step, image).items():
+        task.set_env_variable(variable, value)
     task.set_cpu_request(step.cpu).set_cpu_limit(step.cpu_limit)
     task.set_memory_request(step.memory).set_memory_limit(step.memory_limit)
     if step.gpus:
@@ -254,10 +292,11 @@ def place_on(task: dsl.PipelineTask, cluster: Cluster, name: str, image: str) ->
         kubernetes.empty_dir_mount(task, "dshm", "/dev/shm", medium="Memory", size_limit=step.shared_memory)
     for key, value in step.node_selector.items():
         kubernetes.add_node_selector(task, key, value)
-    for toleration in step.tolerations:
+    for toleration in step.stands_on:
         kubernetes.add_toleration(task, **{key: value for key, value in toleration.model_dump().items() if value})
     kubernetes.set_timeout(task, seconds(step.timeout))
-    task.set_retry(step.retries, f"{seconds(step.backoff)}s", step.backoff_factor, f"{seconds(step.backoff_max)}s")
+    # KFP's longest backoff is no cap on a pause: counted from the first attempt's start, it ends all attempts.
+    task.set_retry(step.retries, f"{seconds(step.backoff)}s", step.backoff_factor, f"{step.lasts}s")
     # A step's inputs are folders that KFP knows by their address, not by their content, and training and registering
     # are done for their effect in MLflow: a cached step would be a wrong one. The workspace reuses what is finished.
     task.set_caching_options(False)

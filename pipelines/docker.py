@@ -28,13 +28,14 @@ from kfp import local
 from kfp.local import docker_task_handler
 from requests import RequestException
 
+from pixelclip.stage import LOCATION
 from pixelclip.storage import read_json
 from pixelclip_components import IMAGE
 
 _REPLACED = "run_docker_container"
 _ITS_PARAMETERS = ["client", "image", "command", "volumes", "container_run_args"]
 _LABEL = "pixelclip.run"
-_PASSED = re.compile(r"(MLFLOW|AWS|PIXELCLIP|HF|TQDM|OMP|CUDA)_\w+|(https?|no)_proxy", re.IGNORECASE)
+_PASSED = re.compile(r"(MLFLOW|AWS|GIT_CONFIG|PIXELCLIP|HF|TQDM|OMP|CUDA)_\w+|(https?|no)_proxy", re.IGNORECASE)
 _OF_THE_IMAGE = ("PIXELCLIP_REVISION", "PIXELCLIP_IMAGE")
 _SHARED_MEMORY = "16g"  # an upper limit; Docker's own of 64 MB is too little for PyTorch's data loaders
 _NO_FILE = ("system.Metrics", "system.ClassificationMetrics", "system.SlicedClassificationMetrics")
@@ -187,9 +188,10 @@ def _missing(declared: Mapping[str, Any]) -> list[str]:
             missing.append(name)
     for name, output in declared.get("artifacts", {}).items():
         kind = output["artifacts"][0].get("type", {}).get("schemaTitle")
-        uris = [artifact["uri"] for artifact in made.get("artifacts", {}).get(name, {}).get("artifacts", [])]
-        there = all("://" in uri or kind in _NO_FILE or Path(uri).exists() for uri in uris)
-        if not (uris and there):
+        found = made.get("artifacts", {}).get(name, {}).get("artifacts", [])
+        places = [artifact.get("metadata", {}).get(LOCATION) or artifact["uri"] for artifact in found]
+        there = all("://" in place or kind in _NO_FILE or Path(place).exists() for place in places)
+        if not (places and there):
             missing.append(name)
     return missing if missing or written.is_file() else [written.name]
 

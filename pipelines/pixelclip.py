@@ -92,9 +92,10 @@ def build(cluster: Cluster | None = None, nodes: int = 1, image: str = IMAGE) ->
             pins = on("pin_revision", pin_revision(repo=repo, revision=revision, clip=clip, **everywhere)).outputs
 
             def fetched(path: str) -> dsl.PipelineTask:
-                task = on("fetch_data", fetch_data(repo=repo, path=path, revision=pins["commit"], **everywhere))
-                # Its parameters say all about its output: a full commit SHA never means other data tomorrow, and without
-                # a repository no other run has the same `revision`.
+                pin = {"revision": pins["commit"], "fetch": pins["fetch"]}
+                task = on("fetch_data", fetch_data(repo=repo, path=path, **pin, **everywhere))
+                # Its parameters say all about its output: a full commit SHA never means other data tomorrow, and where
+                # that does not tell all, no other run has the same `fetch`.
                 return task.set_caching_options(True)
 
             pictures, truth = fetched(images), fetched(labelled)

@@ -14,6 +14,7 @@ from typing import Any, TextIO
 from kfp import compiler, local
 
 from pixelclip.config import STAGES, load_all, nearest
+from pixelclip.fetch_data import has_secret, without_login
 from pixelclip.s3 import is_s3
 from pixelclip.server import connect, tracking_uri
 from pixelclip.stage import METRICS
@@ -50,11 +51,16 @@ def arguments(
         revision: branch, tag or commit of `repo`.
 
     Raises:
-        ValueError: an unknown parameter or setting, a value that is not allowed, or one thing said in two ways.
+        ValueError: an unknown parameter or setting, a value that is not allowed, a login in `repo`, one thing said in two ways.
     """
     for name, value in (("images", images), ("labelled", labelled)):
         if not value:
             raise ValueError(f"{name} must name a folder")
+    if has_secret(repo):
+        raise ValueError(
+            f"--repo {without_login(repo)} was given with a login, which KFP would keep and show, and its log here, too; "
+            "give it without, and the login by git's own variables, see docs/cluster.md"
+        )
     if revision and not repo:
         raise ValueError(f"revision {revision!r} without repo: only data of a DVC repository have revisions")
     chosen: dict[str, Any] = {}

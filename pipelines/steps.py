@@ -14,37 +14,40 @@ import yaml
 
 from pixelclip import __version__
 from pixelclip.config import TrainConfig, load
-from pixelclip.stage import METRICS, PROVENANCE, Metrics, code_revision, place
-from pixelclip.storage import read_json, write_atomically
+from pixelclip.stage import CHANGED, LOCATION, METRICS, PROVENANCE, UNKNOWN, Metrics, code_revision, place, point, writable
+from pixelclip.storage import read_json
 
-LOCATION = "location"
-"""Metadata of an artifact that says where its content stands, when that is not where KFP keeps the artifact."""
 _OF_TRAINING = ("train.side", "train.residual")
 """Settings of the training that an evaluation of CLIP shares."""
 _STATUS = {"SUCCEEDED": "FINISHED", "FAILED": "FAILED", "CANCELLED": "KILLED"}
 _DATA_COLUMNS = "| data | md5 | revision | path |\n|---|---|---|---|\n"
 
 
-def pinned(repo: str, revision: str) -> str:
-    """The full SHA of the commit that a revision of a DVC repository is now, so that all of a run reads one commit.
+def pinned(repo: str, revision: str, workspace: str) -> tuple[str, str]:
+    """The commit that a revision of a DVC repository is now, so that all of a run reads one commit.
 
     Args:
         repo: URL or path of the repository; empty where data are no DVC data.
         revision: a branch, a tag or a commit; empty: the repository's default branch.
+        workspace: a folder that outlives the run, or empty.
 
     Returns:
-        The SHA; without a repository a word that no other run gets.
+        Its full SHA, or nothing without a repository; and by which word KFP may know a fetch again.
 
     Raises:
-        ValueError: no such repository or revision.
+        ValueError: no such repository or revision, or a workspace in which no step could write.
     """
+    if workspace:
+        writable(workspace)  # said now, not hours later
     if not repo:
         # KFP takes a fetch of known parameters from its cache, with the version that it told then. Of data that nobody
         # versions that would be a lie once they change, so their fetches must have a parameter that no other run has.
-        return _unique()
+        return "", _unique()
     from pixelclip.fetch_data import commit_of
 
-    return commit_of(repo, revision or "HEAD")
+    commit = commit_of(repo, revision or "HEAD")
+    # KFP does not look whether a workspace still holds what was fetched into it. The stage does.
+    return commit, _unique() if workspace else commit
 
 
 def pinned_clip(clip: str, settings: Mapping[str, Any], workspace: str) -> tuple[str, dict[str, Any]]:
@@ -62,10 +65,12 @@ def pinned_clip(clip: str, settings: Mapping[str, Any], workspace: str) -> tuple
     from pixelclip.sources import clip_version
 
     chosen = {key: value for key, value in settings.items() if key.startswith("evaluate.") or key in _OF_TRAINING}
-    version = f"{clip_version(str(settings.get('evaluate.clip') or clip))} code {__version__} {code_revision()}"
+    revision = code_revision()
+    version = f"{clip_version(str(settings.get('evaluate.clip') or clip))} code {__version__} {revision}"
     # What KFP remembers of a workspace is a path, and it does not look whether anything stands there still; of given masks
-    # it would know no more. The stage looks at both.
-    return f"{version} {_unique()}" if workspace or settings.get("evaluate.masks_folder") else version, chosen
+    # it would know no more. The stage looks at both. Of changes that nobody committed a revision says nothing.
+    unversioned = revision == UNKNOWN or revision.endswith(CHANGED)
+    return f"{version} {_unique()}" if workspace or settings.get("evaluate.masks_folder") or unversioned else version, chosen
 
 
 def _unique() -> str:
@@ -81,7 +86,7 @@ def fetched(
         artifact: the output artifact; its metadata tell what it is.
         repo: URL or path of the DVC repository; empty: `path` is a folder or an s3:// prefix itself.
         path: of the data in the repository.
-        revision: what `pinned` said: the full SHA of a commit, or a word of this run alone.
+        revision: the commit that `pinned` said.
         settings: settings of all stages.
         workspace: a folder that outlives the run, or empty.
 
@@ -89,9 +94,7 @@ def fetched(
         Metrics, and the data's version: path and md5, or a word that no other run gets for data that have no version.
     """
     if not repo:
-        # KFP refuses an artifact whose URI lies outside of the run's bucket, so the address is its metadata and its content.
-        artifact.metadata[LOCATION] = path
-        write_atomically(Path(artifact.path), f"{path}\n")
+        point(artifact, path)
         return {}, _unique()
     from pixelclip.fetch_data import about, run
 
@@ -109,9 +112,9 @@ def located(artifact: Any) -> Path | str:
     return given if given.startswith("s3://") else Path(given)
 
 
-def path_of(artifact: Any) -> Path | None:
-    """Where the content of an optional input artifact stands; None where there is none."""
-    return Path(artifact.path) if artifact else None
+def path_of(artifact: Any) -> Path | str | None:
+    """As `located`, of an optional input artifact; None where there is none."""
+    return located(artifact) if artifact else None
 
 
 @contextmanager
@@ -127,15 +130,15 @@ def gathered(masks: Any, parts: Sequence[Any] | None) -> Iterator[Path | str]:
         return
     with tempfile.TemporaryDirectory(prefix="masks-") as folder:
         for number, part in enumerate(parts):
-            Path(folder, f"{number:04d}").symlink_to(Path(part.path).absolute())
+            Path(folder, f"{number:04d}").symlink_to(Path(located(part)).absolute())
         yield Path(folder)
 
 
 def processes(device: str) -> int:
-    """How many processes a step starts here: one a GPU of the pod, or one."""
-    import torch
+    """How many processes a step starts here: one a GPU of the pod, or one; raises ValueError as `ranks.count_gpus`."""
+    from pixelclip.ranks import count_gpus
 
-    return max(1, torch.cuda.device_count()) if device in ("auto", "cuda") else 1
+    return max(1, count_gpus()) if device in ("auto", "cuda") else 1
 
 
 def train_by(number: int, masks: Path | str, out: Path, config: TrainConfig) -> Metrics:

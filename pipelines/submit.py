@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import io
+import json
 import os
 import re
 import tempfile
@@ -22,7 +23,7 @@ import yaml
 from kfp import compiler
 from urllib3.exceptions import HTTPError
 
-from pixelclip_pipelines.cluster import Cluster, image_of, read, seconds
+from pixelclip_pipelines.cluster import Cluster, check_workspace, image_of, read, seconds
 from pixelclip_pipelines.pixelclip import build
 
 ENDPOINTS = ("KFP_ENDPOINT", "KF_PIPELINES_ENDPOINT")
@@ -177,6 +178,7 @@ def _prepared(given: Mapping[str, Any], target: Target) -> Iterator[_Ready]:
         compiler.Compiler().compile(build(cluster, target.nodes, image_of(cluster, target.image)), str(path))
         spec = next(yaml.safe_load_all(path.read_text()))
         _check(given, spec, target.nodes)
+        check_workspace(cluster, given.get("workspace", ""))
         with _connected(target) as (client, _, page):
             name = spec["pipelineInfo"]["name"]
             pipeline_id, version_id = _upload(client, path, name, cluster.namespace, said)
@@ -243,8 +245,8 @@ def _check_alive(endpoint: str, token: str | None) -> None:
 def _upload(client: kfp.Client, path: Path, name: str, namespace: str, said: list[str]) -> tuple[str, str]:
     """The pipeline's id and that of the version with this very content, uploaded if there is none."""
     version = f"{name} {hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
-    pipeline_id = client.get_pipeline_id(name)
-    if pipeline_id is None:
+    pipeline_id = _pipeline_id(client, name, namespace)
+    if not pipeline_id:
         new = kfp_server_api.V2beta1Pipeline(display_name=name, namespace=namespace or None)
         pipeline_id = client.pipelines.pipeline_service_create_pipeline(pipeline=new).pipeline_id
         said.append(f"pipeline {name!r} is new: {pipeline_id}")
@@ -256,6 +258,13 @@ def _upload(client: kfp.Client, path: Path, name: str, namespace: str, said: lis
     made = client.upload_pipeline_version(str(path), version, pipeline_id=pipeline_id)
     said.append(f"pipeline version {version!r} uploaded")
     return pipeline_id, made.pipeline_version_id
+
+
+def _pipeline_id(client: kfp.Client, name: str, namespace: str) -> str:
+    """The id of the pipeline of that name, or nothing; `kfp.Client.get_pipeline_id` looks into no namespace."""
+    named = json.dumps({"predicates": [{"operation": "EQUALS", "key": "display_name", "stringValue": name}]})
+    page = client.list_pipelines(filter=named, namespace=namespace or None)
+    return str(page.pipelines[0].pipeline_id) if page.pipelines else ""
 
 
 def _schedules(client: kfp.Client, experiment: str) -> list[Any]:

@@ -13,7 +13,7 @@ from pixelclip_components.evaluate.component import evaluate
 from pixelclip_components.fetch_data.component import fetch_data
 from pixelclip_components.sweep_table.component import sweep_table
 from pixelclip_components.train.component import train
-from pixelclip_pipelines.cluster import Cluster, image_of, place_on
+from pixelclip_pipelines.cluster import Cluster, check_workspace, image_of, place_on
 from pixelclip_pipelines.cluster import read as read_cluster
 from pixelclip_pipelines.pixelclip import SETTING_OF
 
@@ -34,18 +34,21 @@ def build(cluster: Cluster | None = None, image: str = IMAGE) -> dsl.base_compon
         """Runs every row at every seed.
 
         Args:
-            masks: Shards with masks: a folder on a mounted volume, or the URI of such a folder in an object store.
+            masks: Shards with masks, a folder on a mounted volume or an s3:// prefix.
             labelled: Labelled set to evaluate on, a folder on a mounted volume or an s3:// prefix. Never read in training.
             name: Title of the table and the plot.
             runs: What is run, as `pixelclip pipeline compile-sweep` wrote it from a checked file: row, seed, settings of each.
         """
-        masked = dsl.importer(artifact_uri=masks, artifact_class=dsl.Dataset)
-        truth = on("fetch_data", fetch_data(repo="", path=labelled, revision="", settings={}))
+
+        def pointed(path: str) -> dsl.PipelineTask:  # KFP's importer takes no path of a volume
+            return on("fetch_data", fetch_data(repo="", path=path, revision="", settings={}))
+
+        masked, truth = pointed(masks), pointed(labelled)
         with dsl.ParallelFor(runs, name="runs") as run:
             # No run of MLflow is named here: every row at every seed has one of its own.
             everywhere = {"settings": run.settings, "workspace": run.workspace}
             trained = train(
-                masks=masked.output,
+                masks=masked.outputs["data"],
                 clip=run.clip,
                 steps=run.steps,
                 batch_size=run.batch_size,
@@ -101,7 +104,7 @@ def compile_to(
         image: container image, before PIXELCLIP_IMAGE and that of the cluster.
 
     Raises:
-        ValueError: an unusable sweep or cluster, or `path` is no YAML file.
+        ValueError: an unusable sweep, cluster or workspace, or `path` is no YAML file.
     """
     name, planned = read(file, params)
     if path.suffix not in (".yaml", ".yml"):
@@ -109,6 +112,7 @@ def compile_to(
     if path.resolve() == file.resolve():
         raise ValueError(f"{path}: would overwrite the sweep")
     there = read_cluster(cluster)
+    check_workspace(there, workspace)
     built = build(there, image_of(there, image))
     path.parent.mkdir(parents=True, exist_ok=True)
     compiler.Compiler().compile(built, str(path), pipeline_parameters={"name": name, "runs": items(planned, workspace)})

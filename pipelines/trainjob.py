@@ -16,7 +16,7 @@ from pixelclip.config import TrainConfig
 from pixelclip.stage import METRICS, Metrics
 from pixelclip.storage import read_json
 from pixelclip.tracking import PARENT_RUN, PIPELINE_RUN
-from pixelclip_pipelines.cluster import Cluster, Source, seconds
+from pixelclip_pipelines.cluster import Cluster, Source, seconds, told
 
 GROUP, VERSION, PLURAL = "trainer.kubeflow.org", "v1alpha1", "trainjobs"
 MANAGER = "pixelclip.io/pipeline"
@@ -24,6 +24,7 @@ MANAGER = "pixelclip.io/pipeline"
 _POLL = "pixelclip.io/poll-seconds"
 _NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 _PASSED_ON = (PIPELINE_RUN, PARENT_RUN, "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_TRACKING_URI")
+_GROUP = 1000  # of the image: Kubernetes lets it write to a fresh volume, where the volume's driver can
 _PATIENCE = 40  # looks in a row that may fail before the API server counts as gone
 
 
@@ -51,15 +52,20 @@ def template(cluster: Cluster, nodes: int, image: str) -> dict[str, Any]:
         volumes.append({"name": "dshm", "emptyDir": {"medium": "Memory", "sizeLimit": step.shared_memory}})
         mounts.append({"name": "dshm", "mountPath": "/dev/shm"})
     pod = {
+        "securityContext": {"fsGroup": _GROUP},
         "volumes": volumes,
         "containers": [{"name": "node", "volumeMounts": mounts}],
         "nodeSelector": step.node_selector,
-        "tolerations": [{key: value for key, value in each.model_dump().items() if value} for each in step.tolerations],
+        "tolerations": [{key: value for key, value in each.model_dump().items() if value} for each in step.stands_on],
         "imagePullSecrets": [{"name": name} for name in cluster.pull_secrets],
     }
     node = {"name": "node", "template": {"spec": {"template": {"spec": {key: value for key, value in pod.items() if value}}}}}
     gpus = {step.gpu_type: str(step.gpus)} if step.gpus else {}
-    environment = [*_environment(cluster.secrets, "secretKeyRef"), *_environment(cluster.config_maps, "configMapKeyRef")]
+    environment = [
+        *({"name": name, "value": value} for name, value in told(step, image).items()),
+        *_environment(cluster.secrets, "secretKeyRef"),
+        *_environment(cluster.config_maps, "configMapKeyRef"),
+    ]
     return {
         "apiVersion": f"{GROUP}/{VERSION}",
         "kind": "TrainJob",

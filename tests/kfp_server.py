@@ -85,6 +85,8 @@ class _Handler(JsonHandler):
         words = url.path.removeprefix(_BELOW).split("/")
         if words == ["healthz"]:
             self.answer(200, {"multi_user": False})
+        elif method == "POST" and words == ["pipelines"] and self._same(json.loads(body)):
+            self.answer(409, {"error": "AlreadyExists", "message": "The name pixelclip already exist."})
         elif words == ["pipelines", "upload_version"]:
             self.answer(200, self._version(body, query))
         elif method == "POST" and words[-1] in _KINDS:
@@ -107,11 +109,17 @@ class _Handler(JsonHandler):
         entry = {"display_name": query["name"], "pipeline_id": query["pipelineid"], "pipeline_spec": {"documents": documents}}
         return self.fake.add("versions", entry)
 
+    def _same(self, new: dict[str, Any]) -> bool:
+        keys = [(entry["display_name"], entry.get("namespace", "")) for entry in self.fake.all("pipelines")]
+        return (new["display_name"], new.get("namespace", "")) in keys
+
     def _page(self, words: list[str], query: dict[str, str]) -> dict[str, Any]:
         kind = words[-1]
         found = self.fake.all(kind)
         if kind == "versions":
             found = [entry for entry in found if entry["pipeline_id"] == words[1]]
+        if kind == "pipelines":
+            found = [entry for entry in found if entry.get("namespace", "") == query.get("namespace", "")]
         if "experiment_id" in query:
             found = [entry for entry in found if entry["experiment_id"] == query["experiment_id"]]
         for predicate in json.loads(query.get("filter") or "{}").get("predicates", []):

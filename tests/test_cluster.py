@@ -44,8 +44,7 @@ steps:
     timeout: 3h
     retries: 5
     backoff: 2m
-    backoff_factor: 1.5
-    backoff_max: 1h
+    backoff_factor: 3
 """.replace("DIGEST", "ab" * 32)
 SECRET = "a-value-that-must-never-be-written"
 
@@ -180,7 +179,7 @@ def test_gpus_cpu_and_memory(pipeline):
 
 
 def test_a_cluster_without_gpus_is_asked_for_none(tmp_path):
-    none = "{gpus: 0, tolerations: []}"
+    none = "{gpus: 0}"
     spec, platform, _ = compiled(
         tmp_path, f"steps: {{{', '.join(f'{step}: {none}' for step in ('train', 'evaluate', 'evaluate_clip'))}}}"
     )
@@ -196,6 +195,16 @@ def test_tolerations_and_node_selector(pipeline):
         {"key": "team", "operator": "Equal", "value": "vision"},
     ]
     assert "nodeSelector" not in pods(pipeline[1])["exec-shards"]
+
+
+def test_a_step_that_asks_for_gpus_stands_on_their_nodes(pipeline, tmp_path):
+    taint = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
+    found = {name: pod.get("tolerations") for name, pod in pods(pipeline[1]).items()}
+    assert found.pop("exec-train") != taint, "what is given is taken"
+    assert {name for name, tolerations in found.items() if tolerations} == {"exec-masks", "exec-evaluate", "exec-evaluate-clip"}
+    assert found["exec-masks"] == found["exec-evaluate"] == taint
+    amd = Step(gpus=1, gpu_type="amd.com/gpu").stands_on
+    assert [each.key for each in amd] == ["amd.com/gpu"]
 
 
 def test_shared_memory(pipeline):
@@ -214,11 +223,15 @@ def test_every_step_has_a_timeout_and_retries_with_backoff(pipeline):
     assert own["train"]["retryPolicy"] == {
         "maxRetryCount": 5,
         "backoffDuration": "120s",
-        "backoffFactor": 1.5,
-        "backoffMaxDuration": "3600s",
+        "backoffFactor": 3.0,
+        "backoffMaxDuration": f"{6 * 3 * 3600 + 120 * (1 + 3 + 9 + 27 + 81)}s",
     }
     for name, task in own.items():
-        assert task["retryPolicy"]["maxRetryCount"] >= 2 and int(task["retryPolicy"]["backoffDuration"][:-1]) > 0, name
+        retry, timeout = task["retryPolicy"], int(pods(platform)[f"exec-{name.removesuffix('-2')}"]["activeDeadlineSeconds"])
+        assert retry["maxRetryCount"] >= 2 and int(retry["backoffDuration"][:-1]) > 0, name
+        # Argo counts it from the first attempt's start and ends every later attempt there, so all of them must fit in.
+        assert int(retry["backoffMaxDuration"][:-1]) > (retry["maxRetryCount"] + 1) * timeout, name
+        assert retry["backoffFactor"] == int(retry["backoffFactor"]), f"{name}: Argo reads a whole number"
 
 
 def test_only_steps_whose_parameters_say_all_are_cached(pipeline, several_nodes):
@@ -243,7 +256,7 @@ def test_what_kfp_knows_an_evaluation_of_clip_by(pipeline):
     }
     assert set(given["artifacts"]) == {"labelled"}
     # A fetch from the cache tells the version that it told then, so it must be the same data: by commit, or never.
-    assert tasks(pipeline[0])["fetch-data-2"]["inputs"]["parameters"]["revision"] == said_by("pin-revision", "commit")
+    assert tasks(pipeline[0])["fetch-data-2"]["inputs"]["parameters"]["fetch"] == said_by("pin-revision", "fetch")
     assert tasks(pipeline[0])["pin-revision"]["inputs"]["parameters"] == {
         name: {"componentInputParameter": f"pipelinechannel--{name}"}
         for name in ("repo", "revision", "clip", "settings", "workspace")
@@ -271,9 +284,13 @@ def test_secrets_and_config_maps_go_by_name(pipeline):
     assert SECRET not in path.read_text()
 
 
-def test_no_container_has_a_literal_variable(pipeline, several_nodes):
+def test_the_only_literal_variables_are_what_a_pod_cannot_see_for_itself(pipeline, several_nodes):
+    image = {"PIXELCLIP_IMAGE": f"registry.example/pixelclip@sha256:{'ab' * 32}"}
+    gpus = {"exec-train": "4", "exec-masks": "1", "exec-evaluate": "1", "exec-evaluate-clip": "1"}
     for spec, _, _ in (pipeline, several_nodes):
-        assert all(not container.get("env") for container in containers(spec).values())
+        for name, container in containers(spec).items():
+            found = {each["name"]: each["value"] for each in container["env"]}
+            assert found == image | ({"PIXELCLIP_GPUS": gpus[name]} if name in gpus else {}), name
 
 
 def test_every_step_knows_its_run_and_sees_the_volume(pipeline):
@@ -342,7 +359,12 @@ def test_the_trainjob_asks_for_what_train_would_get(several_nodes):
         "limits": {"cpu": "16", "memory": "96Gi", "nvidia.com/gpu": "4"},
     }
     assert trainer["image"] == f"registry.example/pixelclip@sha256:{'ab' * 32}"
-    assert {each["name"]: next(iter(each["valueFrom"].values()))["name"] for each in trainer["env"]} == {
+    assert [each for each in trainer["env"] if "value" in each] == [
+        {"name": "PIXELCLIP_IMAGE", "value": trainer["image"]},
+        {"name": "PIXELCLIP_GPUS", "value": "4"},
+    ]
+    named = [each for each in trainer["env"] if "valueFrom" in each]
+    assert {each["name"]: next(iter(each["valueFrom"].values()))["name"] for each in named} == {
         "AWS_ACCESS_KEY_ID": "store",
         "AWS_SECRET_ACCESS_KEY": "store",
         "MLFLOW_TRACKING_PASSWORD": "tracking",
@@ -353,6 +375,8 @@ def test_the_trainjob_asks_for_what_train_would_get(several_nodes):
     assert pod["nodeSelector"] == {"nvidia.com/gpu.product": "H100"}
     assert pod["tolerations"][1] == {"key": "team", "operator": "Equal", "value": "vision"}
     assert pod["imagePullSecrets"] == [{"name": "registry"}]
+    assert pod["securityContext"] == {"fsGroup": 1000}, "the image's user may write to the volume"
+    assert re.search(r"^USER 1000:1000$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
     mounts = {each["name"]: each["mountPath"] for each in pod["containers"][0]["volumeMounts"]}
     assert mounts == {"workspace": "/workspace", "dshm": "/dev/shm"}
     assert {each["name"] for each in pod["volumes"]} == set(mounts)
@@ -422,6 +446,9 @@ def test_a_present_cluster_yaml_is_read_and_else_the_defaults(tmp_path, monkeypa
         ("steps: {tarin: {gpus: 2}}", "unknown step 'tarin', did you mean 'train'?"),
         ("steps: {train: {gpus: -1}}", "steps.train.gpus: Input should be greater than or equal to 0 (found -1)"),
         ("steps: {train: {timeout: 5}}", "steps.train.timeout: String should match pattern"),
+        ("steps: {train: {backoff_factor: 1.5}}", "steps.train.backoff_factor: Input should be a valid integer"),
+        ("steps: {train: {backoff_max: 1h}}", "unknown key 'steps.train.backoff_max', did you mean 'backoff"),
+        ("steps: {train: {retries: 30}}", "retries 30, timeout 2d, backoff 1m and backoff_factor 2 come to 745716 days"),
         ("steps: {train: {memory: 128Gi}}", "memory 128Gi is more than memory_limit 96Gi"),
         ("steps: {train: {cpu_limit: 500m}}", "cpu 8 is more than cpu_limit 500m"),
         ("steps: {train: {tolerations: [{kex: a}]}}", "unknown key 'steps.train.tolerations.0.kex', did you mean 'key'?"),

@@ -85,8 +85,9 @@ def test_component_takes_the_same_inputs(stage):
     settings = {name for name in spec.inputs if name in SETTINGS[stage].model_fields or name == "registry_name"}
     other = {
         "train": {"parts"},  # its masks, where several steps made them
-        "evaluate_clip": {"clip_version", "data_version"},  # by which KFP knows it again
-    }
+        "fetch_data": {"fetch"},
+        "evaluate_clip": {"clip_version", "data_version"},
+    }  # by which KFP knows the two again
     assert set(spec.inputs) - settings - other.get(stage, set()) == {*named(stage), "settings", "workspace"}
     assert "metrics" in spec.outputs
 

@@ -1,17 +1,25 @@
 """Data by git revision, out of real DVC repositories: what arrives, how it is named, and every way not to get it."""
 
+import base64
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from wsgiref.simple_server import WSGIRequestHandler, make_server
 
 import pytest
 import services
 import tiny
 from conftest import write_files
+from dulwich.repo import Repo
+from dulwich.server import DictBackend
+from dulwich.web import make_wsgi_chain
 
 from pixelclip.config import FetchDataConfig
 from pixelclip.fetch_data import about, run
@@ -332,3 +340,52 @@ def test_an_s3_remote_that_refuses_is_one_clear_line(s3, remote, tmp_path, monke
     md5 = hashlib.md5(b"two").hexdigest()
     s3.client().delete_object(Bucket="dvc", Key=f"{tmp_path.name}/files/md5/{md5[:2]}/{md5[2:]}")
     assert "data/images/a/2.jpg is missing in the DVC remote" in refusal(repo, out)
+
+
+# A git server that asks who is there.
+
+
+@contextlib.contextmanager
+def git_server(repo: Path, login: str) -> Iterator[str]:
+    """Serves a repository over HTTP to whoever gives `user:password`; yields the server's address."""
+    expected = f"Basic {base64.b64encode(login.encode()).decode()}"
+
+    class Quiet(WSGIRequestHandler):
+        def log_message(self, *_: object) -> None:
+            """Says nothing."""
+
+    with contextlib.closing(Repo(str(repo))) as opened:
+        git = make_wsgi_chain(DictBackend({"/data.git": opened}))
+
+        def guarded(environ: dict, start: object) -> object:
+            if environ.get("HTTP_AUTHORIZATION") == expected:
+                return git(environ, start)
+            start("401 Unauthorized", [("WWW-Authenticate", "Basic realm=git"), ("Content-Length", "0")])
+            return [b""]
+
+        server = make_server("127.0.0.1", 0, guarded, handler_class=Quiet)
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        try:
+            yield f"127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
+            server.server_close()
+
+
+def test_a_login_comes_by_git_s_own_variables_and_stays_there(repo, tmp_path, monkeypatch):
+    """As docs/cluster.md has a Secret set them."""
+    config = FetchDataConfig(path="data/images", revision="v1")
+    with git_server(repo, "bot:very-secret") as address:
+        monkeypatch.setenv("GIT_CONFIG_COUNT", "1")
+        monkeypatch.setenv("GIT_CONFIG_KEY_0", f"url.http://bot:wrong-secret@{address}/.insteadOf")
+        monkeypatch.setenv("GIT_CONFIG_VALUE_0", f"http://{address}/")
+        with pytest.raises(ValueError, match="is no git repository that can be read") as refused:
+            run(f"http://{address}/data.git", tmp_path / "out", config)
+        assert "wrong-secret" not in str(refused.value)
+        monkeypatch.setenv("GIT_CONFIG_KEY_0", f"url.http://bot:very-secret@{address}/.insteadOf")
+        run(f"http://{address}/data.git", tmp_path / "out", config)
+    assert fetched(tmp_path / "out") == IMAGES
+    text = (tmp_path / "out" / "provenance.json").read_text()
+    assert f"http://{address}/data.git" in text and "very-secret" not in text

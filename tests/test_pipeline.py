@@ -16,11 +16,12 @@ from pixelclip import masks as stage_masks
 from pixelclip import shards as stage_shards
 from pixelclip import train as stage_train
 from pixelclip.config import load, load_all
-from pixelclip.storage import read_json
+from pixelclip.storage import read_json, write_json
 from pixelclip_pipelines.cluster import Cluster
-from pixelclip_pipelines.docker import containers
+from pixelclip_pipelines.docker import _missing, containers
 from pixelclip_pipelines.pixelclip import SETTING_OF, build
 from pixelclip_pipelines.run import arguments, compile_to, run_locally
+from pixelclip_pipelines.steps import located
 
 ROOT = Path(__file__).parents[1]
 
@@ -108,6 +109,12 @@ def test_a_wrong_parameter_is_refused_before_any_step(tmp_path, overrides, said)
     assert not out.exists()
 
 
+def test_a_login_in_the_address_of_the_repository_is_refused_before_it_reaches_the_log(tmp_path):
+    with pytest.raises(ValueError, match=r"--repo https://git\.example/data\.git was given with a login") as refused:
+        run_locally("a", "b", tmp_path / "out", None, {}, repo="https://bot:very-secret@git.example/data.git")
+    assert "very-secret" not in str(refused.value) and not (tmp_path / "out").exists()
+
+
 def test_a_missing_folder_is_refused_before_any_step(tmp_path):
     with pytest.raises(ValueError, match="no such folder"):
         run_locally(tmp_path / "nothing", ROOT, tmp_path / "out", None, {})
@@ -127,9 +134,9 @@ def test_a_component_is_a_plain_function_in_a_test(tmp_path):
     shards.python_func(images, output, metrics, {"shards.images_per_shard": 10.0})
     assert logged["images"] == 1
     assert (tmp_path / "shards" / "000000.tar").is_file()
-    shared = SimpleNamespace(path="unused", uri="")
+    shared = SimpleNamespace(path=str(tmp_path / "kfp" / "shards"), uri="s3://bucket/shards", metadata={})
     shards.python_func(images, shared, metrics, {}, workspace=str(tmp_path / "space"))
-    assert shared.uri == str(tmp_path / "space" / "shards")
+    assert (shared.uri, str(located(shared))) == ("s3://bucket/shards", str(tmp_path / "space" / "shards"))
     assert (tmp_path / "space" / "shards" / "000000.tar").is_file()
 
 
@@ -191,6 +198,16 @@ def test_a_step_that_fails_after_the_training_fails_the_mlflow_run(data, tmp_pat
 def test_an_unknown_runner_is_refused_before_any_step(tmp_path):
     with pytest.raises(ValueError, match="runner 'podman': must be one of subprocess, docker"):
         run_locally(ROOT, ROOT, tmp_path / "out", None, {}, runner="podman")
+
+
+def test_an_output_that_points_nowhere_is_missing(tmp_path):
+    pointer = {"uri": str(tmp_path / "kfp" / "model"), "metadata": {"location": str(tmp_path / "space" / "train")}}
+    conftest.write_files(tmp_path / "kfp", {"model": b"where it is"})
+    write_json(tmp_path / "made.json", {"artifacts": {"model": {"artifacts": [pointer]}}})
+    declared = {"outputFile": str(tmp_path / "made.json"), "artifacts": {"model": {"artifacts": [{}]}}}
+    assert _missing(declared) == ["model"]
+    (tmp_path / "space" / "train").mkdir(parents=True)
+    assert _missing(declared) == []
 
 
 def test_the_function_that_containers_replace_is_the_one_kfp_has(tmp_path, monkeypatch):

@@ -117,6 +117,20 @@ def test_one_process_needs_no_group():
         assert ranks.from_first(3) == 3
 
 
+def test_a_pod_that_asked_for_gpus_never_computes_on_its_cpu(monkeypatch):
+    monkeypatch.setenv("PIXELCLIP_GPUS", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)  # what the driver counts where CUDA itself does not start
+    said = "CUDA finds 0 of the 2 GPUs that this pod asked for"
+    with pytest.raises(ValueError, match=said):
+        pick_device("auto")
+    assert pick_device("cpu").type == "cpu", "who asks for a CPU gets it"
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=said), join("auto"):
+        pass
+
+
 @pytest.mark.parametrize(("device", "message"), [("cuda:1", "each needs one of its own"), ("cuda", "which has 0 GPUs")])
 def test_several_ranks_never_share_a_gpu(monkeypatch, device, message):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)

@@ -21,6 +21,7 @@ from pixelclip.config import MasksConfig, TrainConfig
 from pixelclip.evaluate import CONFUSION
 from pixelclip.masks import describe_shards, list_shards
 from pixelclip.masks import run as make_masks
+from pixelclip.stage import code_image
 from pixelclip.storage import write_json
 from pixelclip.tally import OTHERS, Confusion
 from pixelclip.tracking import PIPELINE_RUN
@@ -28,6 +29,7 @@ from pixelclip_components.evaluate_clip.component import evaluate_clip
 from pixelclip_components.finish.component import finish
 from pixelclip_components.masks.component import masks as masks_component
 from pixelclip_components.pin_revision.component import pin_revision
+from pixelclip_pipelines.cluster import Step, told
 from pixelclip_pipelines.steps import (
     close_run,
     fetched,
@@ -104,21 +106,34 @@ def test_a_revision_is_pinned_to_its_commit(repository):
         return found.stdout.strip()
 
     for name in ("main", "v1"):
-        assert pinned(str(repository), name) == sha(name)
-    assert pinned(str(repository), "") == sha("main") != sha("v1")
-    assert pinned(str(repository), sha("v1")[:10]) == sha("v1")
+        assert pinned(str(repository), name, "") == (sha(name), sha(name))
+    assert pinned(str(repository), "", "")[0] == sha("main") != sha("v1")
+    assert pinned(str(repository), sha("v1")[:10], "")[0] == sha("v1")
     full = "0123456789" * 4
-    assert pinned("nowhere", full) == full, "a full commit is not asked about"
-    first, second = (pin_revision.python_func("", "", "toy", {})[0] for _ in range(2))
-    assert first.startswith("unpinned-") and first != second, "no fetch of data without versions is known again"
-    assert pin_revision.python_func("nowhere", full, "toy", {})[0] == full
+    assert pinned("nowhere", full, "") == (full, full), "a full commit is not asked about"
+    first, second = (pin_revision.python_func("", "", "toy", {})[:2] for _ in range(2))
+    assert first[0] == second[0] == "", "there is no commit"
+    assert first[1].startswith("unpinned-") and first[1] != second[1], "no fetch of data without versions is known again"
+    assert pin_revision.python_func("nowhere", full, "toy", {})[:2] == (full, full)
     with pytest.raises(ValueError, match="there is no revision 'nope'"):
-        pinned(str(repository), "nope")
+        pinned(str(repository), "nope", "")
     with pytest.raises(ValueError, match="nothing: is no git repository"):
-        pinned(str(repository / "nothing"), "main")
+        pinned(str(repository / "nothing"), "main", "")
     with pytest.raises(ValueError, match=r"data\.git: is no git repository") as refused:
-        pinned("https://user:very-secret@127.0.0.1:9/data.git", "main")
+        pinned("https://user:very-secret@127.0.0.1:9/data.git", "main", "")
     assert "very-secret" not in str(refused.value)
+
+
+def test_the_first_step_refuses_a_workspace_in_which_no_step_could_write(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot write there"):
+        pin_revision.python_func("", "", "toy", {}, str(tmp_path / "file" / "space"))
+
+
+def test_a_fetch_into_a_workspace_is_not_known_again_when_that_may_be_empty(tmp_path):
+    full, given = "0123456789" * 4, {"repo": "nowhere", "clip": "toy", "settings": {}, "workspace": str(tmp_path)}
+    (commit, first, *_), (_, second, *_) = (pin_revision.python_func(revision=full, **given) for _ in range(2))
+    assert commit == full and first.startswith("unpinned-") and first != second
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -128,7 +143,7 @@ def test_what_was_fetched_at_a_commit_has_the_version_of_its_content(repository,
         for name in ("v1", "main", "more"):
             output = artifact(tmp_path / f"{name}{len(workspace)}" / "data")
             space = workspace and f"{workspace}/{name}"
-            metrics, version = fetched(output, str(repository), "a", pinned(str(repository), name), {}, space)
+            metrics, version = fetched(output, str(repository), "a", pinned(str(repository), name, "")[0], {}, space)
             assert metrics["files"] == 1
             found.append(version)
         return found
@@ -162,7 +177,15 @@ def test_the_version_of_a_clip_is_that_of_its_weights(tmp_path, monkeypatch):
     assert pinned_clip(str(folder), {}, "")[0] != changed[0]
 
 
-def test_the_settings_of_an_evaluation_of_clip_are_no_others():
+@pytest.mark.parametrize("revision", ["r1+changes", "unknown"])
+def test_code_that_nobody_committed_is_never_known_again(monkeypatch, revision):
+    monkeypatch.setenv("PIXELCLIP_REVISION", revision)
+    first, second = (pinned_clip("toy", {}, "")[0] for _ in range(2))
+    assert first != second and f"{revision} unpinned-" in first
+
+
+def test_the_settings_of_an_evaluation_of_clip_are_no_others(monkeypatch):
+    monkeypatch.setenv("PIXELCLIP_REVISION", "r1")
     of_clip = {"evaluate.templates": "single", "train.side": 96.0, "train.residual": "patch", "evaluate.pictures": 3.0}
     others = {"train.teacher_momentum": 0.9, "masks.seed": 3.0, "shards.images_per_shard": 5.0}
     assert pinned_clip("toy", {**others, **of_clip}, "") == pinned_clip("toy", of_clip, "")
@@ -215,6 +238,9 @@ def test_parts_of_masks_are_gathered_as_one_folder(tmp_path):
     assert names == [f"{number}.tar" for number in range(5)]
     assert described["num_files"] == 5 and described["provenance"]["stage"] == "masks"
     assert not folder.exists() and all(Path(each.path).is_dir() for each in made), "links go, what they point to stays"
+    elsewhere = [artifact(tmp_path / "kfp" / each.name, location=each.path) for each in made]
+    with gathered(None, elsewhere) as folder:
+        assert sorted(path.name for path in list_shards(folder)) == names, "in a workspace artifacts are pointers"
     with gathered(None, made[:2]) as folder, pytest.raises(ValueError, match="but not 3/3"):
         list_shards(folder)
 
@@ -226,11 +252,11 @@ def test_masks_of_one_step_are_taken_as_they_are(tmp_path):
 
 def test_parts_share_a_workspace(tmp_path, shards):
     def run(part: str, space: Path) -> str:
-        output = SimpleNamespace(path="unused", uri="")
+        output = artifact(tmp_path / f"step-{space.name}" / "masks")
         metrics = SimpleNamespace(log_metric=lambda *_: None)
         settings = {"masks.workers": 0.0, "masks.max_bad_share": 1.0}
         masks_component.python_func(artifact(shards), output, metrics, "given", settings, part=part, workspace=str(space))
-        return output.uri
+        return str(located(output))
 
     assert run("1/1", tmp_path / "a") == str(tmp_path / "a" / "masks" / "1-of-1")
     assert run("", tmp_path / "b") == str(tmp_path / "b" / "masks")
@@ -242,8 +268,15 @@ def test_parts_share_a_workspace(tmp_path, shards):
 
 
 def test_a_step_starts_one_process_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert [processes(device) for device in ("auto", "cuda", "cpu", "cuda:1")] == [4, 4, 1, 1]
+    for name, value in told(Step(gpus=5), "r/p:1").items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="CUDA finds 4 of the 5 GPUs"):
+        processes("auto")
+    assert code_image() == "r/p:1", "and lineage says the image"
+    monkeypatch.delenv("PIXELCLIP_GPUS")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert processes("auto") == 1
 

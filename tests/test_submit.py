@@ -92,12 +92,29 @@ def test_several_nodes_need_a_workspace(kfp, run):
     assert "exec-train-job" in kfp.all("versions")[0]["pipeline_spec"]["documents"][0]["deploymentSpec"]["executors"]
 
 
+@pytest.mark.parametrize("volume", ["{}", "{claim: shared, mount: /mnt/other}"])
+def test_a_workspace_that_steps_would_not_share_is_refused(kfp, run, volume):
+    Path("cluster.yaml").write_text(f"volume: {volume}")
+    code, _, err = run("submit", *DATA, "--workspace", "/workspace/a")
+    assert code == 2 and "--workspace /workspace/a: must be a folder on the volume" in err and kfp.asked == []
+
+
 def test_cluster_settings_reach_run_and_experiment(kfp, run, monkeypatch):
     text = f"{{endpoint: {kfp.url}, experiment: nightly, service_account: trainer}}"
     Path("mine.yaml").write_text(text)
     assert run("submit", *DATA, "--cluster", "mine.yaml")[0] == 0
     assert kfp.all("experiments")[0]["display_name"] == "nightly"
     assert kfp.all("runs")[0]["service_account"] == "trainer"
+
+
+def test_a_pipeline_is_found_again_in_its_namespace(kfp, run):
+    for namespace in ("team-a", "team-b", "", "team-a"):
+        Path("cluster.yaml").write_text(f"namespace: '{namespace}'")
+        code, _, err = run("submit", *DATA)
+        assert (code, err) == (0, "")
+    assert [made.get("namespace", "") for made in kfp.all("pipelines")] == ["team-a", "team-b", ""]
+    used = [made["pipeline_version_reference"]["pipeline_id"] for made in kfp.all("runs")]
+    assert used[0] == used[-1] and len(set(used)) == 3 and len(kfp.all("versions")) == 3
 
 
 def test_the_endpoint_comes_from_four_places(kfp, pixelclip, monkeypatch):  # noqa: F811
@@ -197,6 +214,20 @@ def test_schedules_are_made_listed_and_deleted(kfp, run):
 def test_a_wrong_schedule_is_refused_before_anything_is_sent(kfp, run, words, said):
     code, _, err = run("schedule", "create", "s", *DATA, *words)
     assert code == 2 and said in err and kfp.asked == []
+
+
+@pytest.mark.parametrize("login", ["bot:very-secret@", "very-secret@"])
+@pytest.mark.parametrize("words", [("submit",), ("schedule", "create", "s", "--every", "6h")])
+def test_a_login_in_the_address_of_the_repository_is_refused(kfp, run, words, login):
+    code, out, err = run(*words, *DATA, "--repo", f"https://{login}git.example/data.git")
+    assert code == 2 and "--repo https://git.example/data.git was given with a login" in err and "docs/cluster.md" in err
+    assert "very-secret" not in out + err and kfp.asked == []
+
+
+def test_an_address_of_a_repository_without_a_secret_is_sent(kfp, run):
+    for repo in ("ssh://git@git.example/data.git", "git@git.example:data.git", "https://git.example/a@b.git"):
+        assert run("submit", *DATA, "--repo", repo)[0] == 0
+        assert kfp.all("runs")[-1]["runtime_config"]["parameters"]["repo"] == repo
 
 
 def test_nothing_secret_is_sent(kfp, run, monkeypatch):

@@ -319,6 +319,17 @@ def test_a_sweep_gets_from_the_cluster_what_the_pipeline_gets(made, tmp_path):
     assert not any("fieldPathAsEnv" in pod for pod in pods.values()), "every row and seed has an MLflow run of its own"
 
 
+def test_masks_and_labelled_set_may_stand_on_a_mounted_volume(compiled):
+    """KFP's importer refuses an address without a scheme; `fetch_data` passes it on."""
+    spec = next(yaml.safe_load_all(compiled.read_text()))
+    assert not any("importer" in executor for executor in spec["deploymentSpec"]["executors"].values())
+    tasks = spec["root"]["dag"]["tasks"]
+    paths = [tasks[name]["inputs"]["parameters"]["path"] for name in ("fetch-data", "fetch-data-2")]
+    assert paths == [{"componentInputParameter": name} for name in ("masks", "labelled")]
+    dags = [each["dag"]["tasks"] for each in spec["components"].values() if "dag" in each]
+    assert [set(dag["train"]["inputs"]["artifacts"]) for dag in dags] == [{"masks"}]
+
+
 def test_the_items_of_the_loop_hold_every_run_to_the_letter(made, compiled):
     baked = next(yaml.safe_load_all(compiled.read_text()))["root"]["inputDefinitions"]["parameters"]["runs"]["defaultValue"]
     _, planned = sweep.read(made.file, made.inputs[3])
@@ -333,7 +344,8 @@ def test_the_items_of_the_loop_hold_every_run_to_the_letter(made, compiled):
 
 
 def test_the_command_compiles(made, monkeypatch, capsys, tmp_path):
-    options = ["--out", str(tmp_path / "s.yaml"), "--workspace", "/mnt/space"]
+    (tmp_path / "cluster.yaml").write_text("volume: {claim: shared, mount: /mnt}")
+    options = ["--out", str(tmp_path / "s.yaml"), "--workspace", "/mnt/space", "--cluster", str(tmp_path / "cluster.yaml")]
     monkeypatch.setattr(sys, "argv", ["pixelclip", "pipeline", "compile-sweep", str(made.file), *options])
     with pytest.raises(SystemExit, match="0"):
         cli.main()
@@ -342,6 +354,8 @@ def test_the_command_compiles(made, monkeypatch, capsys, tmp_path):
     for path, said in ((tmp_path / "s.json", "is a .yaml file"), (made.file, "would overwrite")):
         with pytest.raises(ValueError, match=said):
             pipeline.compile_to(made.file, path)
+    with pytest.raises(ValueError, match="--workspace /mnt/space: must be a folder on the volume"):
+        pipeline.compile_to(made.file, tmp_path / "t.yaml", workspace="/mnt/space")
 
 
 def test_the_component_writes_the_same_table(made, tmp_path):

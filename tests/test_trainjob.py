@@ -223,9 +223,10 @@ def test_what_the_nodes_could_not_see_is_refused(kubernetes, space, tmp_path):
 
 def test_the_component_points_to_what_the_nodes_made(kubernetes, space):
     kubernetes.fate = [ends("Complete")]
-    model, logged = SimpleNamespace(uri="", path="unused"), {}
+    model, logged = SimpleNamespace(uri="s3://bucket/model", path=str(space / "kfp" / "model"), metadata={}), {}
     chosen = {"clip": "toy", "steps": 3, "batch_size": 4, "concepts": 5, "seed": 6}
     metrics = SimpleNamespace(log_metric=logged.__setitem__)
     train_job.python_func(model, metrics, **chosen, settings={"train.side": 32.0}, job=job(space), workspace=str(space))
-    assert model.uri == str(space / "train") and logged == {"train/loss": 0.25}
+    assert (model.metadata["location"], model.uri) == (str(space / "train"), "s3://bucket/model")
+    assert logged == {"train/loss": 0.25}
     assert "train.side=32" in kubernetes.jobs["pixelclip-run-1"]["spec"]["trainer"]["args"]

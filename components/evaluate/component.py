@@ -19,7 +19,6 @@ def evaluate(
 ):
     """Measures a model and the CLIP it came from on a labelled set."""
     import shutil
-    from pathlib import Path
 
     from pixelclip.config import load
     from pixelclip.evaluate import REPORT, run
@@ -27,7 +26,7 @@ def evaluate(
     from pixelclip_pipelines.steps import located, path_of, show_confusion
 
     out, config = place(evaluation, workspace, "evaluate"), load("evaluate", overrides=settings)
-    for name, value in run(Path(model.path), located(labelled), out, config, path_of(clip_evaluation)).items():
+    for name, value in run(located(model), located(labelled), out, config, path_of(clip_evaluation)).items():
         metrics.log_metric(name, value)
     show_confusion(confusion, out)
     shutil.copyfile(out / REPORT, report.path)

@@ -15,9 +15,10 @@ def fetch_data(
     data: dsl.Output[dsl.Dataset],
     metrics: dsl.Output[dsl.Metrics],
     settings: dict,
+    fetch: str = "",
     workspace: str = "",
 ) -> NamedTuple("Fetched", [("version", str)]):
-    """Fetches data out of a DVC repository, or points to data that are there already."""
+    """Fetches data out of a DVC repository, or points to data that are there already; by `fetch` KFP knows it again."""
     from pixelclip_pipelines.steps import fetched
 
     figures, version = fetched(data, repo, path, revision, settings, workspace)

@@ -16,13 +16,12 @@ def masks(
     workspace: str = "",
 ):
     """Gives every image of the shards, or of one part of them, its nameless masks."""
-    from pathlib import Path
-
     from pixelclip.config import load
     from pixelclip.masks import run
     from pixelclip.stage import place
+    from pixelclip_pipelines.steps import located
 
     config = load("masks", overrides={**settings, "masks.generator": generator, "masks.part": part})
     out = place(masks, workspace, f"masks/{part.replace('/', '-of-')}")
-    for name, value in run(Path(shards.path), out, config).items():
+    for name, value in run(located(shards), out, config).items():
         metrics.log_metric(name, value)

@@ -14,8 +14,8 @@ def pin_revision(
     clip: str,
     settings: dict,
     workspace: str = "",
-) -> NamedTuple("Pinned", [("commit", str), ("clip_version", str), ("clip_settings", dict)]):
+) -> NamedTuple("Pinned", [("commit", str), ("fetch", str), ("clip_version", str), ("clip_settings", dict)]):
     """Says which commit a revision of a DVC repository is now, and which weights a CLIP's name means now."""
     from pixelclip_pipelines.steps import pinned, pinned_clip
 
-    return (pinned(repo, revision), *pinned_clip(clip, settings, workspace))
+    return (*pinned(repo, revision, workspace), *pinned_clip(clip, settings, workspace))

@@ -24,9 +24,10 @@ def register(
     from pixelclip.register import run
     from pixelclip.stage import place
     from pixelclip_pipelines.steps import links as page
+    from pixelclip_pipelines.steps import located
 
     chosen = {"register.name": registry_name, "register.min_gain": min_gain}
     out, config = place(registration, workspace, "register"), load("register", overrides={**settings, **chosen})
-    for name, value in run(Path(model.path), Path(evaluation.path), out, config).items():
+    for name, value in run(located(model), located(evaluation), out, config).items():
         metrics.log_metric(name, value)
-    Path(links.path).write_text(page(out, Path(evaluation.path)))
+    Path(links.path).write_text(page(out, located(evaluation)))

@@ -128,6 +128,11 @@ def without_login(url: str) -> str:
     return re.sub(r"(?<=://)[^/@]*@", "", url)
 
 
+def has_secret(url: str) -> bool:
+    """Whether a URL holds a password or a token; the user of an ssh:// address is neither."""
+    return bool(re.match(r"https?://[^/@]*@|\w+://[^/@:]*:[^/@]*@", url))
+
+
 @contextmanager
 def _opened(repo: str, public: str, revision: str) -> Iterator[tuple[Any, str]]:
     """The repository as a file system, and the commit that `revision` is."""

@@ -84,14 +84,29 @@ class Ranks:
 ALONE = Ranks()
 
 
+def count_gpus() -> int:
+    """How many GPUs this process can compute on.
+
+    Raises:
+        ValueError: fewer than PIXELCLIP_GPUS, the number that this pod asked for.
+    """
+    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    asked = int(os.environ.get("PIXELCLIP_GPUS", "0"))
+    if found < asked:  # a CPU would go on, for days, and nobody would be told
+        raise ValueError(
+            f"CUDA finds {found} of the {asked} GPUs that this pod asked for (PIXELCLIP_GPUS): see the node's driver"
+        )
+    return found
+
+
 def pick_device(name: str) -> torch.device:
     """Returns the device called `name`; `auto` is a GPU if there is one.
 
     Raises:
-        ValueError: no such device here.
+        ValueError: no such device here, or as `count_gpus`.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda" if count_gpus() else "cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -141,7 +156,7 @@ def join(device: str) -> Iterator[Ranks]:
         device: auto, cpu, cuda, cuda:1, ...; with several ranks `auto` and `cuda` mean one GPU a rank, `cuda:1` nothing.
 
     Raises:
-        ValueError: no such device here, or more ranks than GPUs.
+        ValueError: no such device here, more ranks than GPUs, or as `count_gpus`.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -150,9 +165,10 @@ def join(device: str) -> Iterator[Ranks]:
     rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
     if device.startswith("cuda:"):
         raise ValueError(f"device {device!r} with {size} processes: each needs one of its own; allowed: auto, cpu, cuda")
-    if device == "cuda" or (device == "auto" and torch.cuda.is_available()):
-        if local >= torch.cuda.device_count():
-            raise ValueError(f"rank {rank} is number {local} of its machine, which has {torch.cuda.device_count()} GPUs")
+    gpus = 0 if device == "cpu" else count_gpus()
+    if device == "cuda" or gpus:
+        if local >= gpus:
+            raise ValueError(f"rank {rank} is number {local} of its machine, which has {gpus} GPUs")
         chosen = torch.device("cuda", local)
         torch.cuda.set_device(chosen)  # before anything touches the first GPU, where every rank would leave a context
     else:

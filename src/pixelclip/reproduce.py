@@ -26,7 +26,7 @@ from pixelclip.register import fetch
 from pixelclip.s3 import is_s3
 from pixelclip.server import connect, experiment_id
 from pixelclip.sources import clip_folder, describe_shards
-from pixelclip.stage import code_image, code_revision, describe
+from pixelclip.stage import CHANGED, code_image, code_revision, describe
 from pixelclip.storage import digest, write_json
 from pixelclip.tracking import PARENT_RUN, RUN, lineage
 
@@ -138,7 +138,7 @@ def _other_code(stages: Iterable[Mapping[str, Any]]) -> list[str]:
     for stage in stages:
         then = {key: stage.get(key, "") for key in now}
         said = [f"{key} {then[key] or 'none'}, now {now[key] or 'none'}" for key in now if then[key] != now[key]]
-        if "+changes" in str(then["revision"]):
+        if CHANGED in str(then["revision"]):
             said.append("it held uncommitted changes")
         if said:
             found.setdefault("; ".join(said), []).append(stage["stage"])

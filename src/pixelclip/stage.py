@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,11 +23,15 @@ from pydantic import BaseModel
 from pixelclip import __version__
 from pixelclip.cache import origin
 from pixelclip.config import lasting
-from pixelclip.storage import digest, files_below, read_json, write_json
+from pixelclip.storage import digest, files_below, read_json, write_atomically, write_json
 
 Metrics = dict[str, float]
 PROVENANCE = "provenance.json"
 METRICS = "metrics.json"
+UNKNOWN, CHANGED = "unknown", "+changes"
+"""A revision of code that nobody knows, and the end of one whose files differ from their commit."""
+LOCATION = "location"
+"""Metadata of a KFP artifact that says where its content stands, when that is not where KFP keeps the artifact."""
 
 
 class Stage:
@@ -200,30 +205,67 @@ def place(artifact: Any, workspace: str, stage: str) -> Path:
     """Where a KFP component writes: its output artifact's own path, or `workspace/stage` where runs share a workspace.
 
     Args:
-        artifact: a KFP output artifact; it is pointed to the workspace.
+        artifact: a KFP output artifact; in a workspace it becomes a pointer to there.
         workspace: a folder that outlives the run, in which stages are reused and resumed; empty for none.
         stage: the stage's name.
+
+    Raises:
+        ValueError: as `writable`.
     """
     if workspace:
-        artifact.uri = str(Path(workspace, stage).absolute())
-        return Path(artifact.uri)
+        folder = writable(workspace) / stage
+        point(artifact, str(folder))
+        return folder
     return Path(artifact.path)
 
 
+def writable(workspace: str) -> Path:
+    """The folder that a workspace is, made where it is not there.
+
+    Raises:
+        ValueError: this user cannot write there.
+    """
+    folder = Path(workspace).absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"workspace {folder}: user {os.getuid()} cannot write there ({error.strerror}); "
+            "docs/cluster.md says how its volume is prepared"
+        ) from None
+    return folder
+
+
+def point(artifact: Any, location: str) -> None:
+    """Makes a KFP output artifact say that its content stands elsewhere.
+
+    KFP's launcher fails on any artifact, read or written, whose URI is not in an object store, and on one written outside of
+    the run's bucket. So the URI stays KFP's, and the location is metadata and what KFP uploads.
+
+    Args:
+        artifact: a KFP output artifact.
+        location: a folder, or an s3:// prefix.
+    """
+    artifact.metadata[LOCATION] = location
+    write_atomically(Path(artifact.path), f"{location}\n")
+
+
 def code_revision() -> str:
-    """Git revision of this code (`+changes` when files differ from it), or PIXELCLIP_REVISION, or `unknown`."""
+    """Git revision of this code (with `CHANGED` when files differ from it), or PIXELCLIP_REVISION, or `UNKNOWN`."""
     if given := os.environ.get("PIXELCLIP_REVISION"):
         return given
     here = Path(__file__).parent
     git = shutil.which("git")
     if git is None:
-        return "unknown"
+        return UNKNOWN
     tracked = subprocess.run([git, "ls-files", "--error-unmatch", __file__], cwd=here, capture_output=True)
     if tracked.returncode:  # installed as a package below somebody else's repository, or below none
-        return "unknown"
+        return UNKNOWN
     head = subprocess.run([git, "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
     changed = subprocess.run([git, "diff", "--quiet", "HEAD", "--", "."], cwd=here, capture_output=True)
-    return head.stdout.strip() + ("+changes" if changed.returncode else "") if head.returncode == 0 else "unknown"
+    return head.stdout.strip() + (CHANGED if changed.returncode else "") if head.returncode == 0 else UNKNOWN
 
 
 def code_image() -> str:
