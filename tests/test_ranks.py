@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import conftest
@@ -124,6 +125,19 @@ def test_several_ranks_never_share_a_gpu(monkeypatch, device, message):
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=message), join(device):
         raise AssertionError
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_rank_that_fails_says_so_and_waits_for_nobody(monkeypatch, fails):
+    """NCCL waits for the other ranks when a group is left, so the error would never be heard."""
+    left = []
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *given, **named: None)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: left.append(True))
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with suppress(ZeroDivisionError), join("cpu") as ranks:
+        assert 1 / (ranks.size - 2 * fails)
+    assert left == [True] * (not fails)
 
 
 def test_precision_is_what_was_asked_for():

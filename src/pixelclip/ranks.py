@@ -158,7 +158,6 @@ def join(device: str) -> Iterator[Ranks]:
     else:
         chosen = pick_device(device)
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=_PATIENCE)
-    try:
-        yield Ranks(rank, size, chosen)
-    finally:
-        dist.destroy_process_group()
+    yield Ranks(rank, size, chosen)
+    # Not after an error: NCCL would wait here for ranks that are still at work, and nobody would hear that this one failed.
+    dist.destroy_process_group()
