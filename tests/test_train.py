@@ -100,6 +100,14 @@ def test_a_training_makes_a_whole_model_folder(shards, config, clip, tmp_path):
         assert run.data.metrics[f"train/learning_rate_{group}"] > 0
 
 
+def test_the_gallery_is_made_where_the_training_was(shards, config, tmp_path, monkeypatch):
+    calls, to_cpu = [], PixelCLIP.cpu
+    monkeypatch.setattr(train, "gallery", lambda model, dataset, folder, device: calls.append(device))
+    monkeypatch.setattr(PixelCLIP, "cpu", lambda self: calls.append("cpu") or to_cpu(self))
+    train.run(shards, tmp_path / "model", config(device="cpu:0", steps=1))
+    assert calls == [torch.device("cpu:0"), "cpu"]
+
+
 @pytest.mark.parametrize("killed_at", [1, 3, 5])
 def test_a_killed_training_continues_to_the_very_same_losses(shards, config, tmp_path, monkeypatch, killed_at):
     undisturbed = train.run(shards, tmp_path / "whole", config())

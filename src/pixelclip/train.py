@@ -209,10 +209,10 @@ def _train(
     if ranks.first:
         bad.check(max(len(dataset), (config.steps - start) * config.batch_size))
         origin = {"spec": config.clip, "md5": stage.inputs.get("clip", {}).get("md5", "")}
+        if not dino:  # where the training was: a CPU would take hours at a large tower in bfloat16
+            gallery(model.eval(), dataset, stage.folder, ranks.device)
         model = model.cpu()  # the student's tower is clip.model.visual itself
         save_model(stage.folder, clip, model.prompts, model.decoder, side=config.side, residual=config.residual, origin=origin)
-        if not dino:
-            gallery(model.eval(), dataset, stage.folder, torch.device("cpu"))
     return {
         "train/loss": output.loss.item() if output else 0.0,
         "train/concepts_used": float(output.concepts_used()) if output else 0.0,
