@@ -6,6 +6,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import conftest
 import numpy as np
@@ -15,9 +16,9 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from pixelclip import train
+from pixelclip import ranks, train
 from pixelclip.config import TrainConfig
-from pixelclip.ranks import Ranks, join, pick_device, pick_precision
+from pixelclip.ranks import Ranks, join, later, pick_device, pick_precision
 
 clip, shards = test_train.clip, test_train.shards
 STEPS = 20
@@ -109,13 +110,13 @@ def test_shares_are_whole_and_even():
 
 
 def test_one_process_needs_no_group():
-    with join("cpu") as ranks:
-        assert (ranks.rank, ranks.size, ranks.first) == (0, 1, True)
+    with join("cpu") as alone:
+        assert (alone.rank, alone.size, alone.first) == (0, 1, True)
         rows = torch.arange(6).view(3, 2)
-        gathered, mine = ranks.gather(rows)
+        gathered, mine = alone.gather(rows)
         assert torch.equal(gathered[mine], rows)
-        assert ranks.gather_objects("a") == ["a"]
-        assert ranks.from_first(3) == 3
+        assert alone.gather_objects("a") == ["a"]
+        assert alone.from_first(3) == 3
 
 
 @pytest.mark.parametrize(("device", "message"), [("cuda:1", "each needs one of its own"), ("cuda", "which has 0 GPUs")])
@@ -127,6 +128,30 @@ def test_several_ranks_never_share_a_gpu(monkeypatch, device, message):
         raise AssertionError
 
 
+@pytest.mark.parametrize(("device", "current"), [("cuda:1", [torch.device("cuda:1")]), ("cuda", []), ("cpu", [])])
+def test_one_process_stays_on_the_gpu_that_was_asked_for(monkeypatch, device, current):
+    chosen = []
+    monkeypatch.setattr(ranks, "pick_device", torch.device)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    with join(device) as alone:
+        assert alone.device == torch.device(device)
+    assert chosen == current
+
+
+def test_numbers_are_waited_for_on_the_stream_of_their_own_gpu(monkeypatch):
+    """No GPU is here: what is asked of torch is written down."""
+    asked = []
+    event = SimpleNamespace(record=asked.append, synchronize=lambda: asked.append("waited"))
+    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    values = SimpleNamespace(device=torch.device("cuda:1"), to=lambda *given, **named: torch.tensor([1.0, 2.0]))
+    values.detach = lambda: values
+    read = later(values)
+    assert asked == ["stream of cuda:1"]
+    assert read() == [1.0, 2.0]
+    assert asked[1:] == ["waited"]
+
+
 @pytest.mark.parametrize("fails", [True, False])
 def test_a_rank_that_fails_says_so_and_waits_for_nobody(monkeypatch, fails):
     """NCCL waits for the other ranks when a group is left, so the error would never be heard."""
@@ -135,8 +160,8 @@ def test_a_rank_that_fails_says_so_and_waits_for_nobody(monkeypatch, fails):
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: left.append(True))
     for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
-    with suppress(ZeroDivisionError), join("cpu") as ranks:
-        assert 1 / (ranks.size - 2 * fails)
+    with suppress(ZeroDivisionError), join("cpu") as two:
+        assert 1 / (two.size - 2 * fails)
     assert left == [True] * (not fails)
 
 

@@ -124,7 +124,7 @@ def later(values: Tensor) -> Callable[[], list[float]]:
     if values.device.type != "cuda":
         return copied.tolist
     there = torch.cuda.Event()
-    there.record()
+    there.record(torch.cuda.current_stream(values.device))  # by itself an event means the current device
 
     def read() -> list[float]:
         there.synchronize()
@@ -145,7 +145,10 @@ def join(device: str) -> Iterator[Ranks]:
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        yield Ranks(device=pick_device(device))
+        chosen = pick_device(device)
+        if chosen.type == "cuda" and chosen.index is not None:
+            torch.cuda.set_device(chosen)  # pinned memory, streams and events are those of the current one
+        yield Ranks(device=chosen)
         return
     rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
     if device.startswith("cuda:"):
