@@ -134,6 +134,19 @@ def test_a_killed_training_continues_to_the_very_same_losses(shards, config, tmp
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_a_training_killed_as_it_finishes_continues_from_its_last_state(shards, config, tmp_path, monkeypatch, capsys):
+    def die(*given, **named):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Stage, "finish", die)
+        with pytest.raises(KeyboardInterrupt):
+            train.run(shards, tmp_path / "model", config())
+    train.run(shards, tmp_path / "model", config())
+    assert "continues after step 4" in capsys.readouterr().out
+    assert not (tmp_path / "model" / train.STATE).exists()
+
+
 @pytest.mark.slow
 def test_a_training_killed_by_the_system_continues_to_the_very_same_loss(shards, config, tmp_path):
     settings = [f"{name}={value}" for name, value in config(steps=60, checkpoint_every=5).model_dump().items() if value != ""]

@@ -88,8 +88,8 @@ def run(masks: Path | str, out: Path, config: TrainConfig) -> Metrics:
             if tracked:
                 tracked.values(metrics)
                 tracked.finish()
-                (stage.folder / STATE).unlink(missing_ok=True)
                 stage.finish(metrics, files=[WEIGHTS, CONFIG])
+                (stage.out / STATE).unlink(missing_ok=True)  # not before: killed until here, the training continues from it
             return metrics
 
 
