@@ -147,7 +147,7 @@ def _train(
             bad.stop_if_too_many(seen_once, len(dataset.bad) + num_bad)
         if num_masks == 0:
             maskless += 1
-            if maskless > max(10, _MASKLESS_SHARE * (step - start + 1)):
+            if maskless > max(10, _MASKLESS_SHARE * (step - start + 1)) or maskless == config.steps:
                 raise ValueError(
                     f"step {step + 1}: {maskless} batches had no mask at all; look at the masks or raise train.crop"
                 )
