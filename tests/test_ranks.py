@@ -71,19 +71,9 @@ def test_two_processes_train_as_one_and_only_the_first_writes(alone, shards, cli
 def test_two_processes_continue_what_one_began(alone, shards, clip, tmp_path, monkeypatch):
     tiny.mlflow_at(monkeypatch, tmp_path / "mlflow")
 
-    class Killed(BaseException):
-        pass
-
-    update, count = train.PixelCLIP.update_teacher, iter(range(100))
-
-    def update_or_die(self, momentum):
-        if next(count) == 10:
-            raise Killed
-        update(self, momentum)
-
     with monkeypatch.context() as patch:
-        patch.setattr(train.PixelCLIP, "update_teacher", update_or_die)
-        with pytest.raises(Killed):
+        test_train.kill_at(10, patch)
+        with pytest.raises(test_train.Killed):
             train.run(shards, tmp_path / "model", TrainConfig(**SETTINGS, clip=str(clip)))
     start(shards, clip, tmp_path / "model")
     torch.testing.assert_close(losses(tmp_path / "model"), losses(alone), atol=1e-5, rtol=0)

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import conftest
@@ -108,22 +109,31 @@ def test_the_gallery_is_made_where_the_training_was(shards, config, tmp_path, mo
     assert calls == [torch.device("cpu:0"), "cpu"]
 
 
+class Killed(BaseException):
+    pass
+
+
+def die(*given, **named):
+    raise Killed
+
+
+def kill_at(update: int, patch: pytest.MonkeyPatch) -> None:
+    """Kills the training at the so manieth step that is learned from, counted from 0, before its teacher moves."""
+    move, count = PixelCLIP.update_teacher, iter(range(100))
+
+    def move_or_die(self, momentum):
+        if next(count) == update:
+            raise Killed
+        move(self, momentum)
+
+    patch.setattr(PixelCLIP, "update_teacher", move_or_die)
+
+
 @pytest.mark.parametrize("killed_at", [1, 3, 5])
 def test_a_killed_training_continues_to_the_very_same_losses(shards, config, tmp_path, monkeypatch, killed_at):
     undisturbed = train.run(shards, tmp_path / "whole", config())
-
-    class Killed(BaseException):
-        pass
-
-    update, count = PixelCLIP.update_teacher, iter(range(100))
-
-    def update_or_die(self, momentum):
-        if next(count) == killed_at:
-            raise Killed
-        update(self, momentum)
-
     with monkeypatch.context() as patch:
-        patch.setattr(PixelCLIP, "update_teacher", update_or_die)
+        kill_at(killed_at, patch)
         with pytest.raises(Killed):
             train.run(shards, tmp_path / "broken", config())
     assert not (tmp_path / "broken").exists()
@@ -134,13 +144,40 @@ def test_a_killed_training_continues_to_the_very_same_losses(shards, config, tmp
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_a_training_killed_as_it_finishes_continues_from_its_last_state(shards, config, tmp_path, monkeypatch, capsys):
-    def die(*given, **named):
-        raise KeyboardInterrupt
+def flawed(folder: Path) -> Path:
+    """Three good images, one that cannot be read, and one whose mask vanishes on the grid."""
+    dot = np.zeros((1, 40, 48), bool)
+    dot[0, 3, 3] = True
+    members = {}
+    for number in range(5):
+        members[f"{number}.jpg"] = conftest.encoded(conftest.pixels(40, 48, number))[: -60 if number == 3 else None]
+        members[f"{number}.json"] = conftest.annotation(dot if number == 4 else np.ones((1, 40, 48), bool))
+    conftest.write_tar(folder / "0.tar", members)
+    return folder
 
+
+def test_a_training_killed_twice_continues_counting(config, tmp_path, monkeypatch, capsys):
+    """One image a step, so that a step may have none; nothing but such a step is left after the second kill."""
+    given = {"batch_size": 1, "steps": 9, "seed": 3, "max_bad_share": 0.5, "checkpoint_every": 1}
+    masks = flawed(tmp_path / "masks")
+    undisturbed = train.run(masks, tmp_path / "whole", config(**given))
+    assert undisturbed["train/bad_samples"] == 2
+    assert undisturbed["train/maskless_batches"] == 4
+    for kill in (partial(kill_at, 4), lambda patch: patch.setattr(train, "gallery", die)):
+        with monkeypatch.context() as patch:
+            kill(patch)
+            with pytest.raises(Killed):
+                train.run(masks, tmp_path / "broken", config(**given))
+    assert train.run(masks, tmp_path / "broken", config(**given)) == undisturbed
+    said = capsys.readouterr().out
+    assert [f"continues after step {step}" in said for step in (7, 8)] == [True, True]
+    assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
+
+
+def test_a_training_killed_as_it_finishes_continues_from_its_last_state(shards, config, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(train.Stage, "finish", die)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Killed):
             train.run(shards, tmp_path / "model", config())
     train.run(shards, tmp_path / "model", config())
     assert "continues after step 4" in capsys.readouterr().out
@@ -280,9 +317,6 @@ def test_a_killed_convnext_continues_to_the_very_same_losses(shards, config, tmp
     clip = tiny.clip_folder(tmp_path / "clip", kind="convnext", timm_drop_path=0.5)
     settings = {"clip": str(clip), "side": 64, "crop": 40, "shortest_edge": 40}
     train.run(shards, tmp_path / "whole", config(**settings))
-
-    class Killed(BaseException):
-        pass
 
     draw, count = train.training_picture, iter(range(9))
 

@@ -27,7 +27,7 @@ from pixelclip.download import local_copy
 from pixelclip.model import PixelCLIP
 from pixelclip.pictures import gallery, training_picture
 from pixelclip.ranks import Ranks, join, later, pick_precision
-from pixelclip.resume import load_state, save_state
+from pixelclip.resume import Progress, load_state, save_state
 from pixelclip.shards import BadSamples
 from pixelclip.sources import clip_folder, describe_shards, list_shards
 from pixelclip.stage import Metrics, Stage, describe
@@ -119,7 +119,8 @@ def _train(
     model = model.to(ranks.device).train()
     optimizer = make_optimizer(model, config)
     first_rates = [group["lr"] for group in optimizer.param_groups]
-    start = load_state(stage.folder / STATE, model, optimizer, ranks)
+    begun = load_state(stage.folder / STATE, model, optimizer, ranks)
+    start = begun.steps
     dino = dino and dino.to(ranks.device)
 
     # Data.
@@ -133,7 +134,7 @@ def _train(
         range(start, config.steps), desc="train", unit="step", initial=start, total=config.steps, disable=not ranks.first
     )
 
-    output, maskless, seen, since = None, 0, 0, time.monotonic()
+    output, maskless, num_bad, seen, since = None, begun.maskless, begun.bad, 0, time.monotonic()
     unread: deque[tuple[int, Callable[[], list[float]]]] = deque()
     for step in bar:
         packed = [next(loader) for _ in range(config.accumulate)]
@@ -141,13 +142,13 @@ def _train(
         # Bad samples: named, counted, and too many of them stop the training.
         bad.found += [name for batch in packed for name in batch.bad]
         mine = [len(bad.found) - len(dataset.bad), sum(len(batch.masks) for batch in packed)]
-        num_bad, num_masks = mine if ranks.size == 1 else ranks.sum(torch.tensor(mine, device=ranks.device)).tolist()
+        new_bad, num_masks = mine if ranks.size == 1 else ranks.sum(torch.tensor(mine, device=ranks.device)).tolist()
+        num_bad = begun.bad + new_bad
         if num_bad:
-            seen_once = max(len(dataset), (step - start + 1) * config.batch_size)
-            bad.stop_if_too_many(seen_once, len(dataset.bad) + num_bad)
+            bad.stop_if_too_many(max(len(dataset), (step + 1) * config.batch_size), len(dataset.bad) + num_bad)
         if num_masks == 0:
             maskless += 1
-            if maskless > max(10, _MASKLESS_SHARE * (step - start + 1)) or maskless == config.steps:
+            if maskless > max(10, _MASKLESS_SHARE * (step + 1)) or maskless == config.steps:
                 raise ValueError(
                     f"step {step + 1}: {maskless} batches had no mask at all; look at the masks or raise train.crop"
                 )
@@ -202,22 +203,23 @@ def _train(
 
         # Checkpoint.
         if ranks.first and saved and step + 1 < config.steps:
-            save_state(stage.folder / STATE, model, optimizer, step + 1)
+            done = Progress(step + 1, maskless, num_bad, output.loss.item(), output.concepts_used())
+            save_state(stage.folder / STATE, model, optimizer, done)
 
     _check_finite(unread, left=0)
     bad.found = sum(ranks.gather_objects(bad.found[len(dataset.bad) :]), list(dataset.bad))
     if ranks.first:
-        bad.check(max(len(dataset), (config.steps - start) * config.batch_size))
+        bad.check(max(len(dataset), config.steps * config.batch_size), len(dataset.bad) + num_bad)
         origin = {"spec": config.clip, "md5": stage.inputs.get("clip", {}).get("md5", "")}
         if not dino:  # where the training was: a CPU would take hours at a large tower in bfloat16
             gallery(model.eval(), dataset, stage.folder, ranks.device)
         model = model.cpu()  # the student's tower is clip.model.visual itself
         save_model(stage.folder, clip, model.prompts, model.decoder, side=config.side, residual=config.residual, origin=origin)
     return {
-        "train/loss": output.loss.item() if output else 0.0,
-        "train/concepts_used": float(output.concepts_used()) if output else 0.0,
+        "train/loss": output.loss.item() if output else begun.loss,
+        "train/concepts_used": float(output.concepts_used() if output else begun.concepts_used),
         "train/steps": float(config.steps),
-        "train/bad_samples": float(len(bad.found)),
+        "train/bad_samples": float(len(dataset.bad) + num_bad),
         "train/maskless_batches": float(maskless),
     }
 
