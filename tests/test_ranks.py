@@ -47,12 +47,13 @@ def alone(shards, clip, tmp_path_factory) -> Path:
     return folder / "model"
 
 
-def start(shards: Path, clip: Path, out: Path, **settings: object) -> None:
+def start(shards: Path, clip: Path, out: Path, **settings: object) -> str:
     words = [f"{name}={value}" for name, value in {**SETTINGS, "clip": clip, **settings}.items()]
     command = [*TWO, "train", "--masks", str(shards), "--out", str(out), *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250)
     assert found.returncode == 0, found.stderr[-3000:]
+    return found.stdout
 
 
 def test_two_processes_train_as_one_and_only_the_first_writes(alone, shards, clip, tmp_path, monkeypatch):
@@ -172,10 +173,11 @@ def test_a_rank_without_masks_neither_hangs_nor_counts(clip, tmp_path, monkeypat
     for number in range(8):
         members[f"{number}.jpg"] = conftest.encoded(conftest.pixels(40, 48, number))
         members[f"{number}.json"] = conftest.annotation(dot if number % 2 else halves)
-    conftest.write_tar(tmp_path / "masks" / "0.tar", members)
+    conftest.write_tar(tmp_path / "masks" / "0.tar", members | {"8.json": conftest.annotation(dot)})
     settings = {"batch_size": 2, "steps": 12}
     train.run(tmp_path / "masks", tmp_path / "alone", TrainConfig(**SETTINGS | settings, clip=str(clip)))
-    start(tmp_path / "masks", clip, tmp_path / "two", **settings)
+    said = start(tmp_path / "masks", clip, tmp_path / "two", **settings)
+    assert said.count("8.json: has no image") == 2  # at the start and at the end, by the first process alone
     torch.testing.assert_close(losses(tmp_path / "two"), losses(tmp_path / "alone"), atol=1e-5, rtol=0)
     assert len(losses(tmp_path / "two")) > 4
     assert client.search_experiments()

@@ -158,7 +158,7 @@ def flawed(folder: Path) -> Path:
 
 def test_a_training_killed_twice_continues_counting(config, tmp_path, monkeypatch, capsys):
     """One image a step, so that a step may have none; nothing but such a step is left after the second kill."""
-    given = {"batch_size": 1, "steps": 9, "seed": 3, "max_bad_share": 0.5, "checkpoint_every": 1}
+    given = {"batch_size": 1, "steps": 9, "seed": 3, "max_bad_share": 0.2, "checkpoint_every": 1}
     masks = flawed(tmp_path / "masks")
     undisturbed = train.run(masks, tmp_path / "whole", config(**given))
     assert undisturbed["train/bad_samples"] == 2
@@ -172,6 +172,16 @@ def test_a_training_killed_twice_continues_counting(config, tmp_path, monkeypatc
     said = capsys.readouterr().out
     assert [f"continues after step {step}" in said for step in (7, 8)] == [True, True]
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
+
+
+def test_a_share_of_bad_samples_that_is_allowed_at_the_start_is_allowed_to_the_end(config, tmp_path):
+    members = {f"{number}.jpg": conftest.encoded(conftest.pixels(40, 48, number)) for number in range(4)}
+    members |= {f"{number}.json": conftest.annotation(np.ones((1, 40, 48), bool)) for number in range(5)}
+    conftest.write_tar(tmp_path / "masks" / "0.tar", members)
+    given = {"batch_size": 1, "steps": 3}
+    train.run(tmp_path / "masks", tmp_path / "model", config(**given, max_bad_share=0.2))
+    with pytest.raises(ValueError, match=r"1 of 5 samples cannot be used:\n.*4\.json: has no image\nallowed are 19\.0%"):
+        train.run(tmp_path / "masks", tmp_path / "other", config(**given, max_bad_share=0.19))
 
 
 def test_a_training_killed_as_it_finishes_continues_from_its_last_state(shards, config, tmp_path, monkeypatch, capsys):

@@ -125,7 +125,7 @@ def _train(
 
     # Data.
     bad = BadSamples("train", config.max_bad_share, found=list(dataset.bad))
-    bad.check(len(dataset) + len(bad.found))
+    (bad.check if ranks.first else bad.stop_if_too_many)(_drawn_from(dataset, 0))
     if dataset.without_masks and ranks.first:
         print(f"train: {dataset.without_masks} samples have no masks and are left out", flush=True)
     pieces = positions(config.batch_size, ranks.share(config.batch_size), config.accumulate, start, config.steps)
@@ -145,7 +145,7 @@ def _train(
         new_bad, num_masks = mine if ranks.size == 1 else ranks.sum(torch.tensor(mine, device=ranks.device)).tolist()
         num_bad = begun.bad + new_bad
         if num_bad:
-            bad.stop_if_too_many(max(len(dataset), (step + 1) * config.batch_size), len(dataset.bad) + num_bad)
+            bad.stop_if_too_many(_drawn_from(dataset, (step + 1) * config.batch_size), len(dataset.bad) + num_bad)
         if num_masks == 0:
             maskless += 1
             if maskless > max(10, _MASKLESS_SHARE * (step + 1)) or maskless == config.steps:
@@ -208,8 +208,10 @@ def _train(
 
     _check_finite(unread, left=0)
     bad.found = sum(ranks.gather_objects(bad.found[len(dataset.bad) :]), list(dataset.bad))
+    (bad.check if ranks.first else bad.stop_if_too_many)(
+        _drawn_from(dataset, config.steps * config.batch_size), len(dataset.bad) + num_bad
+    )
     if ranks.first:
-        bad.check(max(len(dataset), config.steps * config.batch_size), len(dataset.bad) + num_bad)
         origin = {"spec": config.clip, "md5": stage.inputs.get("clip", {}).get("md5", "")}
         if not dino:  # where the training was: a CPU would take hours at a large tower in bfloat16
             gallery(model.eval(), dataset, stage.folder, ranks.device)
@@ -222,6 +224,11 @@ def _train(
         "train/bad_samples": float(len(dataset.bad) + num_bad),
         "train/maskless_batches": float(maskless),
     }
+
+
+def _drawn_from(dataset: MaskedImages, position: int) -> int:
+    """How many samples the epochs have that a position of the stream is in: bad ones may come first in an epoch."""
+    return max(1, math.ceil(position / len(dataset))) * (len(dataset) + len(dataset.bad))
 
 
 def _check_finite(unread: deque[tuple[int, Callable[[], list[float]]]], left: int) -> None:
