@@ -288,6 +288,8 @@ def test_names_may_stand_in_a_file_and_bad_ones_are_named(shards, config, tmp_pa
     (tmp_path / "names.txt").write_text("grass\nsky\n")
     train.run(shards, tmp_path / "model", config(concept_kind="names", concept_names=str(tmp_path / "names.txt")))
     assert load_model(tmp_path / "model").prompts.values.shape[0] == 2
+    many = ",".join(f"thing {number}" for number in range(40))  # longer than a name of a file may be
+    train.run(shards, tmp_path / "many", config(concept_kind="names", concept_names=many, steps=1))
     (tmp_path / "names.txt").write_text("grass\ngrass\n")
     with pytest.raises(ValueError, match=r"names\.txt: class names must differ"):
         train.run(shards, tmp_path / "other", config(concept_kind="names", concept_names=str(tmp_path / "names.txt")))

@@ -31,7 +31,7 @@ from pixelclip.resume import Progress, load_state, save_state
 from pixelclip.shards import BadSamples
 from pixelclip.sources import clip_folder, describe_shards, list_shards
 from pixelclip.stage import Metrics, Stage, describe
-from pixelclip.text import TEMPLATES, Prompts, TextTower, Vectors, classifier, names_of
+from pixelclip.text import TEMPLATES, Prompts, TextTower, Vectors, classifier, names_file, names_of
 from pixelclip.tracking import Run
 from pixelclip.views import Views
 
@@ -68,8 +68,8 @@ def run(masks: Path | str, out: Path, config: TrainConfig) -> Metrics:
             )
         dino = local_copy(config.dino) if config.dino else None
         inputs = {"masks": describe_shards(masks)} | ({"clip": describe(weights)} if weights else {})
-        if config.concept_names and Path(config.concept_names).is_file():
-            inputs["concept_names"] = describe(Path(config.concept_names))
+        if config.concept_names and (names := names_file(config.concept_names)):
+            inputs["concept_names"] = describe(names)
         if dino:
             inputs["dino"] = {**describe(dino), "path": config.dino}
         stage = Stage("train", out, inputs, config)
