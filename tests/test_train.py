@@ -4,8 +4,10 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import conftest
 import numpy as np
@@ -210,6 +212,14 @@ def test_a_training_killed_by_the_system_continues_to_the_very_same_loss(shards,
         process.wait()
     assert start(tmp_path / "broken").wait() == 0
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
+
+
+def test_only_the_first_process_identifies_the_inputs(shards, config, tmp_path, monkeypatch):
+    from_first = iter([{"masks": {"md5": "0"}}, True, {"train/loss": 1.0}])  # inputs, that they are done, and with what result
+    second = SimpleNamespace(first=False, size=2, from_first=lambda value: next(from_first))
+    monkeypatch.setattr(train, "join", lambda device: nullcontext(second))
+    monkeypatch.setattr(train, "describe_shards", die)
+    assert train.run(shards, tmp_path / "model", config()) == {"train/loss": 1.0}
 
 
 def test_a_finished_training_is_reused(shards, config, tmp_path, capsys):

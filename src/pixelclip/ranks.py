@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-_PATIENCE = timedelta(minutes=30)  # a rank may wait while another one writes a checkpoint or a report
+_PATIENCE = timedelta(hours=2)  # a rank may wait while the first one reads a terabyte of shards to identify them
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -67,11 +68,7 @@ def run(masks: Path | str, out: Path, config: TrainConfig) -> Metrics:
                 f"{config.accumulate}: every piece needs an image"
             )
         dino = local_copy(config.dino) if config.dino else None
-        inputs = {"masks": describe_shards(masks)} | ({"clip": describe(weights)} if weights else {})
-        if config.concept_names and (names := names_file(config.concept_names)):
-            inputs["concept_names"] = describe(names)
-        if dino:
-            inputs["dino"] = {**describe(dino), "path": config.dino}
+        inputs = ranks.from_first(_inputs(masks, weights, dino, config) if ranks.first else None)
         stage = Stage("train", out, inputs, config)
         if ranks.from_first(stage.finished):
             return ranks.from_first(stage.reuse() if ranks.first else {})
@@ -91,6 +88,16 @@ def run(masks: Path | str, out: Path, config: TrainConfig) -> Metrics:
                 stage.finish(metrics, files=[WEIGHTS, CONFIG])
                 (stage.out / STATE).unlink(missing_ok=True)  # not before: killed until here, the training continues from it
             return metrics
+
+
+def _inputs(masks: Path | str, clip: Path | None, dino: Path | None, config: TrainConfig) -> dict[str, dict[str, Any]]:
+    """What the training reads, identified: shards that no stage made are read whole."""
+    inputs = {"masks": describe_shards(masks)} | ({"clip": describe(clip)} if clip else {})
+    if config.concept_names and (names := names_file(config.concept_names)):
+        inputs["concept_names"] = describe(names)
+    if dino:
+        inputs["dino"] = {**describe(dino), "path": config.dino}
+    return inputs
 
 
 def _train(
