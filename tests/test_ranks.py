@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import conftest
 import numpy as np
@@ -14,9 +16,9 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
-from pixelclip import train
+from pixelclip import ranks, train
 from pixelclip.config import TrainConfig
-from pixelclip.ranks import Ranks, join, pick_device, pick_precision
+from pixelclip.ranks import Ranks, join, later, pick_device, pick_precision
 
 clip, shards = test_train.clip, test_train.shards
 STEPS = 20
@@ -45,12 +47,13 @@ def alone(shards, clip, tmp_path_factory) -> Path:
     return folder / "model"
 
 
-def start(shards: Path, clip: Path, out: Path, **settings: object) -> None:
+def start(shards: Path, clip: Path, out: Path, **settings: object) -> str:
     words = [f"{name}={value}" for name, value in {**SETTINGS, "clip": clip, **settings}.items()]
     command = [*TWO, "train", "--masks", str(shards), "--out", str(out), *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250)
     assert found.returncode == 0, found.stderr[-3000:]
+    return found.stdout
 
 
 def test_two_processes_train_as_one_and_only_the_first_writes(alone, shards, clip, tmp_path, monkeypatch):
@@ -69,19 +72,9 @@ def test_two_processes_train_as_one_and_only_the_first_writes(alone, shards, cli
 def test_two_processes_continue_what_one_began(alone, shards, clip, tmp_path, monkeypatch):
     tiny.mlflow_at(monkeypatch, tmp_path / "mlflow")
 
-    class Killed(BaseException):
-        pass
-
-    update, count = train.PixelCLIP.update_teacher, iter(range(100))
-
-    def update_or_die(self, momentum):
-        if next(count) == 10:
-            raise Killed
-        update(self, momentum)
-
     with monkeypatch.context() as patch:
-        patch.setattr(train.PixelCLIP, "update_teacher", update_or_die)
-        with pytest.raises(Killed):
+        test_train.kill_at(10, patch)
+        with pytest.raises(test_train.Killed):
             train.run(shards, tmp_path / "model", TrainConfig(**SETTINGS, clip=str(clip)))
     start(shards, clip, tmp_path / "model")
     torch.testing.assert_close(losses(tmp_path / "model"), losses(alone), atol=1e-5, rtol=0)
@@ -108,13 +101,13 @@ def test_shares_are_whole_and_even():
 
 
 def test_one_process_needs_no_group():
-    with join("cpu") as ranks:
-        assert (ranks.rank, ranks.size, ranks.first) == (0, 1, True)
+    with join("cpu") as alone:
+        assert (alone.rank, alone.size, alone.first) == (0, 1, True)
         rows = torch.arange(6).view(3, 2)
-        gathered, mine = ranks.gather(rows)
+        gathered, mine = alone.gather(rows)
         assert torch.equal(gathered[mine], rows)
-        assert ranks.gather_objects("a") == ["a"]
-        assert ranks.from_first(3) == 3
+        assert alone.gather_objects("a") == ["a"]
+        assert alone.from_first(3) == 3
 
 
 def test_a_pod_that_asked_for_gpus_never_computes_on_its_cpu(monkeypatch):
@@ -140,6 +133,43 @@ def test_several_ranks_never_share_a_gpu(monkeypatch, device, message):
         raise AssertionError
 
 
+@pytest.mark.parametrize(("device", "current"), [("cuda:1", [torch.device("cuda:1")]), ("cuda", []), ("cpu", [])])
+def test_one_process_stays_on_the_gpu_that_was_asked_for(monkeypatch, device, current):
+    chosen = []
+    monkeypatch.setattr(ranks, "pick_device", torch.device)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    with join(device) as alone:
+        assert alone.device == torch.device(device)
+    assert chosen == current
+
+
+def test_numbers_are_waited_for_on_the_stream_of_their_own_gpu(monkeypatch):
+    """No GPU is here: what is asked of torch is written down."""
+    asked = []
+    event = SimpleNamespace(record=asked.append, synchronize=lambda: asked.append("waited"))
+    monkeypatch.setattr(torch.cuda, "Event", lambda: event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
+    values = SimpleNamespace(device=torch.device("cuda:1"), to=lambda *given, **named: torch.tensor([1.0, 2.0]))
+    values.detach = lambda: values
+    read = later(values)
+    assert asked == ["stream of cuda:1"]
+    assert read() == [1.0, 2.0]
+    assert asked[1:] == ["waited"]
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_rank_that_fails_says_so_and_waits_for_nobody(monkeypatch, fails):
+    """NCCL waits for the other ranks when a group is left, so the error would never be heard."""
+    left = []
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *given, **named: None)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: left.append(True))
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with suppress(ZeroDivisionError), join("cpu") as two:
+        assert 1 / (two.size - 2 * fails)
+    assert left == [True] * (not fails)
+
+
 def test_precision_is_what_was_asked_for():
     cpu = pick_device("cpu")
     assert pick_precision("float32", cpu) is None
@@ -157,10 +187,11 @@ def test_a_rank_without_masks_neither_hangs_nor_counts(clip, tmp_path, monkeypat
     for number in range(8):
         members[f"{number}.jpg"] = conftest.encoded(conftest.pixels(40, 48, number))
         members[f"{number}.json"] = conftest.annotation(dot if number % 2 else halves)
-    conftest.write_tar(tmp_path / "masks" / "0.tar", members)
+    conftest.write_tar(tmp_path / "masks" / "0.tar", members | {"8.json": conftest.annotation(dot)})
     settings = {"batch_size": 2, "steps": 12}
     train.run(tmp_path / "masks", tmp_path / "alone", TrainConfig(**SETTINGS | settings, clip=str(clip)))
-    start(tmp_path / "masks", clip, tmp_path / "two", **settings)
+    said = start(tmp_path / "masks", clip, tmp_path / "two", **settings)
+    assert said.count("8.json: has no image") == 2  # at the start and at the end, by the first process alone
     torch.testing.assert_close(losses(tmp_path / "two"), losses(tmp_path / "alone"), atol=1e-5, rtol=0)
     assert len(losses(tmp_path / "two")) > 4
     assert client.search_experiments()

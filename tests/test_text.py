@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pixelclip.checkpoint import load_clip
-from pixelclip.text import TEMPLATES, Prompts, TextTower, check_names, classifier, parse_names
+from pixelclip.text import TEMPLATES, Prompts, TextTower, check_names, classifier, names_of, parse_names
 
 TOKENIZER = open_clip.SimpleTokenizer()
 
@@ -106,3 +106,13 @@ def test_parse_names():
 def test_parse_names_refuses(text):
     with pytest.raises(ValueError, match=r"empty|blank|twice"):
         parse_names(text)
+
+
+def test_names_may_be_longer_than_that_of_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    many = [f"thing {number}" for number in range(40)]
+    assert names_of(",".join(many)) == many
+    (tmp_path / "dog").write_text("cat\n")
+    assert names_of("dog") == ["cat"]
+    with pytest.raises(ValueError, match=r"dogs\.txt: class names, one a line, cannot be read"):
+        names_of("dogs.txt")

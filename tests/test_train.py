@@ -4,7 +4,10 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import conftest
 import numpy as np
@@ -100,22 +103,39 @@ def test_a_training_makes_a_whole_model_folder(shards, config, clip, tmp_path):
         assert run.data.metrics[f"train/learning_rate_{group}"] > 0
 
 
+def test_the_gallery_is_made_where_the_training_was(shards, config, tmp_path, monkeypatch):
+    calls, to_cpu = [], PixelCLIP.cpu
+    monkeypatch.setattr(train, "gallery", lambda model, dataset, folder, device: calls.append(device))
+    monkeypatch.setattr(PixelCLIP, "cpu", lambda self: calls.append("cpu") or to_cpu(self))
+    train.run(shards, tmp_path / "model", config(device="cpu:0", steps=1))
+    assert calls == [torch.device("cpu:0"), "cpu"]
+
+
+class Killed(BaseException):
+    pass
+
+
+def die(*given, **named):
+    raise Killed
+
+
+def kill_at(update: int, patch: pytest.MonkeyPatch) -> None:
+    """Kills the training at the so manieth step that is learned from, counted from 0, before its teacher moves."""
+    move, count = PixelCLIP.update_teacher, iter(range(100))
+
+    def move_or_die(self, momentum):
+        if next(count) == update:
+            raise Killed
+        move(self, momentum)
+
+    patch.setattr(PixelCLIP, "update_teacher", move_or_die)
+
+
 @pytest.mark.parametrize("killed_at", [1, 3, 5])
 def test_a_killed_training_continues_to_the_very_same_losses(shards, config, tmp_path, monkeypatch, killed_at):
     undisturbed = train.run(shards, tmp_path / "whole", config())
-
-    class Killed(BaseException):
-        pass
-
-    update, count = PixelCLIP.update_teacher, iter(range(100))
-
-    def update_or_die(self, momentum):
-        if next(count) == killed_at:
-            raise Killed
-        update(self, momentum)
-
     with monkeypatch.context() as patch:
-        patch.setattr(PixelCLIP, "update_teacher", update_or_die)
+        kill_at(killed_at, patch)
         with pytest.raises(Killed):
             train.run(shards, tmp_path / "broken", config())
     assert not (tmp_path / "broken").exists()
@@ -124,6 +144,56 @@ def test_a_killed_training_continues_to_the_very_same_losses(shards, config, tmp
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "broken"))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def flawed(folder: Path) -> Path:
+    """Three good images, one that cannot be read, and one whose mask vanishes on the grid."""
+    dot = np.zeros((1, 40, 48), bool)
+    dot[0, 3, 3] = True
+    members = {}
+    for number in range(5):
+        members[f"{number}.jpg"] = conftest.encoded(conftest.pixels(40, 48, number))[: -60 if number == 3 else None]
+        members[f"{number}.json"] = conftest.annotation(dot if number == 4 else np.ones((1, 40, 48), bool))
+    conftest.write_tar(folder / "0.tar", members)
+    return folder
+
+
+def test_a_training_killed_twice_continues_counting(config, tmp_path, monkeypatch, capsys):
+    """One image a step, so that a step may have none; nothing but such a step is left after the second kill."""
+    given = {"batch_size": 1, "steps": 9, "seed": 3, "max_bad_share": 0.2, "checkpoint_every": 1}
+    masks = flawed(tmp_path / "masks")
+    undisturbed = train.run(masks, tmp_path / "whole", config(**given))
+    assert undisturbed["train/bad_samples"] == 2
+    assert undisturbed["train/maskless_batches"] == 4
+    for kill in (partial(kill_at, 4), lambda patch: patch.setattr(train, "gallery", die)):
+        with monkeypatch.context() as patch:
+            kill(patch)
+            with pytest.raises(Killed):
+                train.run(masks, tmp_path / "broken", config(**given))
+    assert train.run(masks, tmp_path / "broken", config(**given)) == undisturbed
+    said = capsys.readouterr().out
+    assert [f"continues after step {step}" in said for step in (7, 8)] == [True, True]
+    assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
+
+
+def test_a_share_of_bad_samples_that_is_allowed_at_the_start_is_allowed_to_the_end(config, tmp_path):
+    members = {f"{number}.jpg": conftest.encoded(conftest.pixels(40, 48, number)) for number in range(4)}
+    members |= {f"{number}.json": conftest.annotation(np.ones((1, 40, 48), bool)) for number in range(5)}
+    conftest.write_tar(tmp_path / "masks" / "0.tar", members)
+    given = {"batch_size": 1, "steps": 3}
+    train.run(tmp_path / "masks", tmp_path / "model", config(**given, max_bad_share=0.2))
+    with pytest.raises(ValueError, match=r"1 of 5 samples cannot be used:\n.*4\.json: has no image\nallowed are 19\.0%"):
+        train.run(tmp_path / "masks", tmp_path / "other", config(**given, max_bad_share=0.19))
+
+
+def test_a_training_killed_as_it_finishes_continues_from_its_last_state(shards, config, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Stage, "finish", die)
+        with pytest.raises(Killed):
+            train.run(shards, tmp_path / "model", config())
+    train.run(shards, tmp_path / "model", config())
+    assert "continues after step 4" in capsys.readouterr().out
+    assert not (tmp_path / "model" / train.STATE).exists()
 
 
 @pytest.mark.slow
@@ -144,6 +214,14 @@ def test_a_training_killed_by_the_system_continues_to_the_very_same_loss(shards,
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
 
 
+def test_only_the_first_process_identifies_the_inputs(shards, config, tmp_path, monkeypatch):
+    from_first = iter([{"masks": {"md5": "0"}}, True, {"train/loss": 1.0}])  # inputs, that they are done, and with what result
+    second = SimpleNamespace(first=False, size=2, from_first=lambda value: next(from_first))
+    monkeypatch.setattr(train, "join", lambda device: nullcontext(second))
+    monkeypatch.setattr(train, "describe_shards", die)
+    assert train.run(shards, tmp_path / "model", config()) == {"train/loss": 1.0}
+
+
 def test_a_finished_training_is_reused(shards, config, tmp_path, capsys):
     first = train.run(shards, tmp_path / "model", config())
     written = (tmp_path / "model" / "model.safetensors").stat().st_mtime_ns
@@ -158,13 +236,14 @@ def test_a_step_that_is_not_finite_stops_before_it_is_taken(shards, config, tmp_
     assert not (tmp_path / "model").exists()
 
 
-def test_masks_that_vanish_on_the_grid_are_said(config, tmp_path):
+@pytest.mark.parametrize("steps", [3, 30])
+def test_masks_that_vanish_on_the_grid_are_said(config, tmp_path, steps):
     dots = np.zeros((1, 40, 48), bool)
     dots[0, 3, 3] = True
     members = {"a.jpg": conftest.encoded(conftest.pixels(40, 48)), "a.json": conftest.annotation(dots)}
     conftest.write_tar(tmp_path / "dots" / "0.tar", members)
-    with pytest.raises(ValueError, match="batches had no mask at all"):
-        train.run(tmp_path / "dots", tmp_path / "model", config(steps=30))
+    with pytest.raises(ValueError, match=rf"step {min(steps, 11)}: {min(steps, 11)} batches had no mask at all"):
+        train.run(tmp_path / "dots", tmp_path / "model", config(steps=steps))
 
 
 def test_an_unreachable_server_fails_before_the_work(shards, config, tmp_path, monkeypatch):
@@ -219,6 +298,8 @@ def test_names_may_stand_in_a_file_and_bad_ones_are_named(shards, config, tmp_pa
     (tmp_path / "names.txt").write_text("grass\nsky\n")
     train.run(shards, tmp_path / "model", config(concept_kind="names", concept_names=str(tmp_path / "names.txt")))
     assert load_model(tmp_path / "model").prompts.values.shape[0] == 2
+    many = ",".join(f"thing {number}" for number in range(40))  # longer than a name of a file may be
+    train.run(shards, tmp_path / "many", config(concept_kind="names", concept_names=many, steps=1))
     (tmp_path / "names.txt").write_text("grass\ngrass\n")
     with pytest.raises(ValueError, match=r"names\.txt: class names must differ"):
         train.run(shards, tmp_path / "other", config(concept_kind="names", concept_names=str(tmp_path / "names.txt")))
@@ -258,9 +339,6 @@ def test_a_killed_convnext_continues_to_the_very_same_losses(shards, config, tmp
     clip = tiny.clip_folder(tmp_path / "clip", kind="convnext", timm_drop_path=0.5)
     settings = {"clip": str(clip), "side": 64, "crop": 40, "shortest_edge": 40}
     train.run(shards, tmp_path / "whole", config(**settings))
-
-    class Killed(BaseException):
-        pass
 
     draw, count = train.training_picture, iter(range(9))
 

@@ -1,6 +1,8 @@
 """Views against torchvision's transforms and Pillow's full decoding; where crop, masks and flips lie is in test_dataset.py."""
 
+import colorsys
 import io
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,6 +36,40 @@ def test_contrast_and_saturation_mix_as_torchvision_mixes_them() -> None:
         grey = views._grey(image)
         torch.testing.assert_close(views._mix(image, grey, share), TF.adjust_saturation(image, share), atol=1e-6, rtol=0)
         torch.testing.assert_close(views._mix(image, grey.mean(), share), TF.adjust_contrast(image, share), atol=1e-6, rtol=0)
+
+
+def detectrons_jitter(pixel: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """PointRend's ColorAugSSDTransform on one pixel, literally but for the rounding to bytes."""
+
+    def sometimes(change: Callable[[], np.ndarray]) -> None:
+        nonlocal pixel
+        if generator.random() < 0.5:
+            pixel = np.clip(change(), 0, 255)
+
+    def in_hsv(change: Callable[[float, float], tuple[float, float]]) -> np.ndarray:
+        hue, saturation, value = colorsys.rgb_to_hsv(*pixel / 255)
+        hue, saturation = change(hue * 180, saturation * 255)
+        return 255 * np.array(colorsys.hsv_to_rgb(hue % 180 / 180, min(saturation, 255) / 255, value))
+
+    contrast_first = generator.random() < 0.5
+    sometimes(lambda: pixel + generator.uniform(-32, 32))
+    if contrast_first:
+        sometimes(lambda: pixel * generator.uniform(0.5, 1.5))
+    sometimes(lambda: in_hsv(lambda hue, saturation: (hue, saturation * generator.uniform(0.5, 1.5))))
+    sometimes(lambda: in_hsv(lambda hue, saturation: (hue + generator.integers(-18, 19), saturation)))
+    if not contrast_first:
+        sometimes(lambda: pixel * generator.uniform(0.5, 1.5))
+    return pixel
+
+
+@given(seed=st.integers(0, 10**6), levels=st.sampled_from([2, 5, 256]))
+def test_ssd_jitter_is_that_of_detectron2(seed: int, levels: int) -> None:
+    image = torch.randint(0, levels, (3, 4, 5), generator=torch.Generator().manual_seed(seed)) / (levels - 1)
+    found = views._ssd_jitter(image, np.random.default_rng(seed))
+    for row, column in np.ndindex(4, 5):
+        pixel = image[:, row, column].double().numpy() * 255
+        expected = detectrons_jitter(pixel, np.random.default_rng(seed)) / 255
+        np.testing.assert_allclose(found[:, row, column].numpy(), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(("radius", "sigma"), [(1, 0.05), (2, 0.6), (7, 2.0)])

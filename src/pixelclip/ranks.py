@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-_PATIENCE = timedelta(minutes=30)  # a rank may wait while another one writes a checkpoint or a report
+_PATIENCE = timedelta(hours=2)  # a rank may wait while the first one reads a terabyte of shards to identify them
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ def later(values: Tensor) -> Callable[[], list[float]]:
     if values.device.type != "cuda":
         return copied.tolist
     there = torch.cuda.Event()
-    there.record()
+    there.record(torch.cuda.current_stream(values.device))  # by itself an event means the current device
 
     def read() -> list[float]:
         there.synchronize()
@@ -160,7 +160,10 @@ def join(device: str) -> Iterator[Ranks]:
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        yield Ranks(device=pick_device(device))
+        chosen = pick_device(device)
+        if chosen.type == "cuda" and chosen.index is not None:
+            torch.cuda.set_device(chosen)  # pinned memory, streams and events are those of the current one
+        yield Ranks(device=chosen)
         return
     rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
     if device.startswith("cuda:"):
@@ -174,7 +177,6 @@ def join(device: str) -> Iterator[Ranks]:
     else:
         chosen = pick_device(device)
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=_PATIENCE)
-    try:
-        yield Ranks(rank, size, chosen)
-    finally:
-        dist.destroy_process_group()
+    yield Ranks(rank, size, chosen)
+    # Not after an error: NCCL would wait here for ranks that are still at work, and nobody would hear that this one failed.
+    dist.destroy_process_group()

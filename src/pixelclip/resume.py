@@ -1,7 +1,9 @@
 """A training's state on disk, so that a killed one continues to the very same losses."""
 
+import json
 import os
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -12,6 +14,25 @@ from torch import Tensor
 from pixelclip.checkpoint import read_tensors
 from pixelclip.model import PixelCLIP
 from pixelclip.ranks import ALONE, Ranks
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a training has done, all processes together.
+
+    Attributes:
+        steps: done.
+        maskless: of them without any mask.
+        bad: samples that were drawn and could not be used.
+        loss: of the last step that had masks.
+        concepts_used: of the same.
+    """
+
+    steps: int = 0
+    maskless: int = 0
+    bad: int = 0
+    loss: float = 0.0
+    concepts_used: int = 0
 
 
 def _state_tensors(model: PixelCLIP) -> Iterator[tuple[str, Tensor]]:
@@ -25,8 +46,8 @@ def _state_tensors(model: PixelCLIP) -> Iterator[tuple[str, Tensor]]:
             yield f"{part}.{name}", parameter
 
 
-def save_state(path: Path, model: PixelCLIP, optimizer: torch.optim.AdamW, step: int) -> None:
-    """Saves what a training needs to continue: weights, teacher, optimizer, number of steps done; atomically.
+def save_state(path: Path, model: PixelCLIP, optimizer: torch.optim.AdamW, done: Progress) -> None:
+    """Saves what a training needs to continue: weights, teacher, optimizer, what was done and counted; atomically.
 
     Schedule, data position and random state are functions of the step and the seed, so they need no saving.
     """
@@ -36,18 +57,19 @@ def save_state(path: Path, model: PixelCLIP, optimizer: torch.optim.AdamW, step:
         for key, value in state.items():
             tensors[f"optimizer.{key}.{names[id(parameter)]}"] = value.detach().cpu().contiguous()
     temporary = path.with_suffix(".partial")
-    save_file(tensors, temporary, metadata={"step": str(step)})
+    save_file(tensors, temporary, metadata={"done": json.dumps(asdict(done))})
     with temporary.open("rb+") as file:
         os.fsync(file.fileno())
     temporary.replace(path)
 
 
 @torch.no_grad()
-def load_state(path: Path, model: PixelCLIP, optimizer: torch.optim.AdamW, ranks: Ranks = ALONE) -> int:
-    """Restores what the first rank finds at `path`, for all ranks; returns the number of steps done, 0 without a file."""
-    step, tensors = ranks.from_first(_read(path) if ranks.first and path.is_file() else (0, {}))
-    if not step:
-        return 0
+def load_state(path: Path, model: PixelCLIP, optimizer: torch.optim.AdamW, ranks: Ranks = ALONE) -> Progress:
+    """Restores what the first rank finds at `path`, for all ranks; returns what was done: nothing without a file."""
+    done: Progress
+    done, tensors = ranks.from_first(_read(path) if ranks.first and path.is_file() else (Progress(), {}))
+    if not tensors:
+        return Progress()
     names = {}
     for name, tensor in _state_tensors(model):
         tensor.copy_(tensors[name])
@@ -59,11 +81,11 @@ def load_state(path: Path, model: PixelCLIP, optimizer: torch.optim.AdamW, ranks
                 state = {key: tensors[f"optimizer.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
                 optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}
     if ranks.first:
-        print(f"train: continues after step {step}", flush=True)
-    return int(step)
+        print(f"train: continues after step {done.steps}", flush=True)
+    return done
 
 
-def _read(path: Path) -> tuple[int, dict[str, Tensor]]:
+def _read(path: Path) -> tuple[Progress, dict[str, Tensor]]:
     tensors = read_tensors(path)
     with safe_open(path, framework="pt") as file:
-        return int(file.metadata()["step"]), tensors
+        return Progress(**json.loads(file.metadata()["done"])), tensors

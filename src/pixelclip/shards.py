@@ -42,23 +42,25 @@ class BadSamples:
         self.found.append(f"{name}: {reason}")
 
     def stop_if_too_many(self, total: int, found: int | None = None) -> None:
-        """Raises ValueError when more than `max_share` of `total` samples are bad; `found`: with those of other processes."""
+        """Raises ValueError when more than `max_share` of `total` samples are bad; `found`: with those noted elsewhere."""
         found = len(self.found) if found is None else found
         if found > self.max_share * total:
             limit = f"allowed are {self.max_share:.1%} ({self.stage}.max_bad_share)"
             raise ValueError(f"{self._summary(total, found)}\n{limit}")
 
-    def check(self, total: int) -> None:
+    def check(self, total: int, found: int | None = None) -> None:
         """Prints the summary at the end; raises as `stop_if_too_many`."""
-        self.stop_if_too_many(total)
-        if self.found:
-            print(self._summary(total, len(self.found)), flush=True)
+        found = len(self.found) if found is None else found
+        self.stop_if_too_many(total, found)
+        if found:
+            print(self._summary(total, found), flush=True)
 
     def _summary(self, total: int, found: int) -> str:
-        named = "\n".join(f"  {line}" for line in self.found[:_NAMED]).encode(errors="backslashreplace").decode()
-        rest = found - min(len(self.found), _NAMED)  # those of other processes are named by them
-        more = f"\n  and {rest} more" if rest else ""
-        return f"{self.stage}: {found} of {total} samples cannot be used:\n{named}{more}"
+        lines = [f"  {line}" for line in self.found[:_NAMED]]
+        if rest := found - len(lines):  # more than are named here, or found by other processes or before a resume
+            lines.append(f"  and {rest} more")
+        named = "\n".join(lines).encode(errors="backslashreplace").decode()
+        return f"{self.stage}: {found} of {total} samples cannot be used:\n{named}"
 
 
 @dataclass(frozen=True)

@@ -150,10 +150,19 @@ def parse_names(text: str) -> list[str]:
     return check_names(names)
 
 
-def names_of(given: str) -> list[str]:
-    """Class names as a person gives them: a file of them (`*.txt`, or one that is there), or one line of names."""
+def names_file(given: str) -> Path | None:
+    """The file that is meant where a person gives class names: `*.txt`, or one that is there; None for a line of names."""
     file = Path(given)
-    return read_classes(file) if file.suffix == ".txt" or file.is_file() else parse_names(given)
+    try:
+        return file if file.suffix == ".txt" or file.is_file() else None
+    except OSError:  # names may be longer than that of any file
+        return None
+
+
+def names_of(given: str) -> list[str]:
+    """Class names as a person gives them: a file of them, see `names_file`, or one line of names."""
+    file = names_file(given)
+    return parse_names(given) if file is None else read_classes(file)
 
 
 @torch.no_grad()

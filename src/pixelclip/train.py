@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,11 +28,11 @@ from pixelclip.download import local_copy
 from pixelclip.model import PixelCLIP
 from pixelclip.pictures import gallery, training_picture
 from pixelclip.ranks import Ranks, join, later, pick_precision
-from pixelclip.resume import load_state, save_state
+from pixelclip.resume import Progress, load_state, save_state
 from pixelclip.shards import BadSamples
 from pixelclip.sources import clip_folder, describe_shards, list_shards
 from pixelclip.stage import Metrics, Stage, describe
-from pixelclip.text import TEMPLATES, Prompts, TextTower, Vectors, classifier, names_of
+from pixelclip.text import TEMPLATES, Prompts, TextTower, Vectors, classifier, names_file, names_of
 from pixelclip.tracking import Run
 from pixelclip.views import Views
 
@@ -67,11 +68,7 @@ def run(masks: Path | str, out: Path, config: TrainConfig) -> Metrics:
                 f"{config.accumulate}: every piece needs an image"
             )
         dino = local_copy(config.dino) if config.dino else None
-        inputs = {"masks": describe_shards(masks)} | ({"clip": describe(weights)} if weights else {})
-        if config.concept_names and Path(config.concept_names).is_file():
-            inputs["concept_names"] = describe(Path(config.concept_names))
-        if dino:
-            inputs["dino"] = {**describe(dino), "path": config.dino}
+        inputs = ranks.from_first(_inputs(masks, weights, dino, config) if ranks.first else None)
         stage = Stage("train", out, inputs, config)
         if ranks.from_first(stage.finished):
             return ranks.from_first(stage.reuse() if ranks.first else {})
@@ -88,9 +85,19 @@ def run(masks: Path | str, out: Path, config: TrainConfig) -> Metrics:
             if tracked:
                 tracked.values(metrics)
                 tracked.finish()
-                (stage.folder / STATE).unlink(missing_ok=True)
                 stage.finish(metrics, files=[WEIGHTS, CONFIG])
+                (stage.out / STATE).unlink(missing_ok=True)  # not before: killed until here, the training continues from it
             return metrics
+
+
+def _inputs(masks: Path | str, clip: Path | None, dino: Path | None, config: TrainConfig) -> dict[str, dict[str, Any]]:
+    """What the training reads, identified: shards that no stage made are read whole."""
+    inputs = {"masks": describe_shards(masks)} | ({"clip": describe(clip)} if clip else {})
+    if config.concept_names and (names := names_file(config.concept_names)):
+        inputs["concept_names"] = describe(names)
+    if dino:
+        inputs["dino"] = {**describe(dino), "path": config.dino}
+    return inputs
 
 
 def _train(
@@ -119,12 +126,13 @@ def _train(
     model = model.to(ranks.device).train()
     optimizer = make_optimizer(model, config)
     first_rates = [group["lr"] for group in optimizer.param_groups]
-    start = load_state(stage.folder / STATE, model, optimizer, ranks)
+    begun = load_state(stage.folder / STATE, model, optimizer, ranks)
+    start = begun.steps
     dino = dino and dino.to(ranks.device)
 
     # Data.
     bad = BadSamples("train", config.max_bad_share, found=list(dataset.bad))
-    bad.check(len(dataset) + len(bad.found))
+    (bad.check if ranks.first else bad.stop_if_too_many)(_drawn_from(dataset, 0))
     if dataset.without_masks and ranks.first:
         print(f"train: {dataset.without_masks} samples have no masks and are left out", flush=True)
     pieces = positions(config.batch_size, ranks.share(config.batch_size), config.accumulate, start, config.steps)
@@ -133,7 +141,7 @@ def _train(
         range(start, config.steps), desc="train", unit="step", initial=start, total=config.steps, disable=not ranks.first
     )
 
-    output, maskless, seen, since = None, 0, 0, time.monotonic()
+    output, maskless, num_bad, seen, since = None, begun.maskless, begun.bad, 0, time.monotonic()
     unread: deque[tuple[int, Callable[[], list[float]]]] = deque()
     for step in bar:
         packed = [next(loader) for _ in range(config.accumulate)]
@@ -141,13 +149,13 @@ def _train(
         # Bad samples: named, counted, and too many of them stop the training.
         bad.found += [name for batch in packed for name in batch.bad]
         mine = [len(bad.found) - len(dataset.bad), sum(len(batch.masks) for batch in packed)]
-        num_bad, num_masks = mine if ranks.size == 1 else ranks.sum(torch.tensor(mine, device=ranks.device)).tolist()
+        new_bad, num_masks = mine if ranks.size == 1 else ranks.sum(torch.tensor(mine, device=ranks.device)).tolist()
+        num_bad = begun.bad + new_bad
         if num_bad:
-            seen_once = max(len(dataset), (step - start + 1) * config.batch_size)
-            bad.stop_if_too_many(seen_once, len(dataset.bad) + num_bad)
+            bad.stop_if_too_many(_drawn_from(dataset, (step + 1) * config.batch_size), len(dataset.bad) + num_bad)
         if num_masks == 0:
             maskless += 1
-            if maskless > max(10, _MASKLESS_SHARE * (step - start + 1)):
+            if maskless > max(10, _MASKLESS_SHARE * (step + 1)) or maskless == config.steps:
                 raise ValueError(
                     f"step {step + 1}: {maskless} batches had no mask at all; look at the masks or raise train.crop"
                 )
@@ -202,24 +210,32 @@ def _train(
 
         # Checkpoint.
         if ranks.first and saved and step + 1 < config.steps:
-            save_state(stage.folder / STATE, model, optimizer, step + 1)
+            done = Progress(step + 1, maskless, num_bad, output.loss.item(), output.concepts_used())
+            save_state(stage.folder / STATE, model, optimizer, done)
 
     _check_finite(unread, left=0)
     bad.found = sum(ranks.gather_objects(bad.found[len(dataset.bad) :]), list(dataset.bad))
+    (bad.check if ranks.first else bad.stop_if_too_many)(
+        _drawn_from(dataset, config.steps * config.batch_size), len(dataset.bad) + num_bad
+    )
     if ranks.first:
-        bad.check(max(len(dataset), (config.steps - start) * config.batch_size))
         origin = {"spec": config.clip, "md5": stage.inputs.get("clip", {}).get("md5", "")}
+        if not dino:  # where the training was: a CPU would take hours at a large tower in bfloat16
+            gallery(model.eval(), dataset, stage.folder, ranks.device)
         model = model.cpu()  # the student's tower is clip.model.visual itself
         save_model(stage.folder, clip, model.prompts, model.decoder, side=config.side, residual=config.residual, origin=origin)
-        if not dino:
-            gallery(model.eval(), dataset, stage.folder, torch.device("cpu"))
     return {
-        "train/loss": output.loss.item() if output else 0.0,
-        "train/concepts_used": float(output.concepts_used()) if output else 0.0,
+        "train/loss": output.loss.item() if output else begun.loss,
+        "train/concepts_used": float(output.concepts_used() if output else begun.concepts_used),
         "train/steps": float(config.steps),
-        "train/bad_samples": float(len(bad.found)),
+        "train/bad_samples": float(len(dataset.bad) + num_bad),
         "train/maskless_batches": float(maskless),
     }
+
+
+def _drawn_from(dataset: MaskedImages, position: int) -> int:
+    """How many samples the epochs have that a position of the stream is in: bad ones may come first in an epoch."""
+    return max(1, math.ceil(position / len(dataset))) * (len(dataset) + len(dataset.bad))
 
 
 def _check_finite(unread: deque[tuple[int, Callable[[], list[float]]]], left: int) -> None:

@@ -117,20 +117,24 @@ def _crop_size(size: tuple[int, int], views: Views) -> tuple[float, float]:
 
 
 def _ssd_jitter(pixels: Tensor, generator: np.random.Generator) -> Tensor:
-    """SSD's colour jitter: brightness, contrast, saturation and hue, each half of the time."""
+    """SSD's colour jitter as detectron2 has it: brightness, contrast, saturation, hue, each half of the time and clipped."""
+
+    def half_the_time() -> bool:
+        return bool(generator.random() < 0.5)
 
     def contrast(x: Tensor) -> Tensor:
-        return x * generator.uniform(0.5, 1.5) if generator.random() < 0.5 else x
+        return (x * generator.uniform(0.5, 1.5)).clamp_(0, 1) if half_the_time() else x
 
-    contrast_first = generator.random() < 0.5
-    if generator.random() < 0.5:
-        pixels = pixels + generator.uniform(-32, 32) / 255
-    pixels = (contrast(pixels) if contrast_first else pixels).clamp(0, 1)
-    if generator.random() < 0.5:
-        pixels = _mix(pixels, _grey(pixels), generator.uniform(0.5, 1.5))
-    if generator.random() < 0.5:
-        pixels = _turn_hue(pixels, generator.uniform(-18, 18) / 360)
-    return (pixels if contrast_first else contrast(pixels)).clamp(0, 1)
+    contrast_first = half_the_time()
+    if half_the_time():
+        pixels = (pixels + generator.uniform(-32, 32) / 255).clamp_(0, 1)
+    if contrast_first:
+        pixels = contrast(pixels)
+    if half_the_time():
+        pixels = _saturate(pixels, generator.uniform(0.5, 1.5))
+    if half_the_time():
+        pixels = _turn_hue(pixels, generator.integers(-18, 18, endpoint=True) / 180)  # OpenCV's circle has 180 steps
+    return pixels if contrast_first else contrast(pixels)
 
 
 def _strong_jitter(pixels: Tensor, generator: np.random.Generator, blur_scale: float) -> Tensor:
@@ -165,6 +169,14 @@ def _grey(pixels: Tensor) -> Tensor:
 def _mix(pixels: Tensor, other: Tensor, share: float) -> Tensor:
     """So much of one image and the rest of another; shares above 1 lead away from the other."""
     return (pixels * share).add_(other, alpha=1 - share).clamp_(0, 1)
+
+
+def _saturate(pixels: Tensor, share: float) -> Tensor:
+    """Multiplies the saturation of HSV, which ends at 1, and keeps hue and value."""
+    value = pixels.amax(dim=0)
+    chroma = value - pixels.amin(dim=0)  # saturation times value
+    lost = (value - pixels).mul_((value / chroma.clamp_min(1e-9)).clamp_(max=share))
+    return (value - lost).clamp_min_(0)  # below 0 by rounding
 
 
 def _turn_hue(pixels: Tensor, turn: float) -> Tensor:
