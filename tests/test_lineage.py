@@ -9,6 +9,8 @@ from types import SimpleNamespace
 import conftest
 import pytest
 import tiny
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
 from PIL import Image
 from test_sources import put, sources
 from test_train import SMALL
@@ -203,6 +205,18 @@ def test_other_numbers_are_told_by_how_much(made, tmp_path, capsys, monkeypatch)
     assert line.startswith("miou/labelled") and " 0.5 " in line
     assert "DIFFERENT within 0.01 points" in said
     assert reproduce.run(f"models:/{NAME}/1", tmp_path / "out", tolerance=0.6) is True
+
+
+@pytest.mark.parametrize("method", ["set_tag", "set_terminated"])
+def test_a_comparison_is_kept_when_mlflow_fails_in_the_end(made, tmp_path, capsys, monkeypatch, method):
+    def unavailable(*_, **__):
+        raise MlflowException("API request failed with error code 503 != 200")
+
+    monkeypatch.setattr(MlflowClient, method, unavailable)
+    with pytest.raises(ValueError, match=r"^demo: refused by MLflow at sqlite:.* 503 != 200$"):
+        reproduce.run(f"models:/{NAME}/1", tmp_path / "out")
+    assert read_json(tmp_path / "out" / "reproduction.json")["equal"] is True
+    assert "equal within 0.01 points" in capsys.readouterr().out
 
 
 def test_data_that_are_not_what_they_were_stop_it(made, tmp_path):

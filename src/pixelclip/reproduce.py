@@ -21,10 +21,11 @@ from pixelclip.benchmarks import open_labelled
 from pixelclip.config import STAGES, build, lasting
 from pixelclip.download import here
 from pixelclip.lineage import Registered, recorded
+from pixelclip.promote import registry
 from pixelclip.provenance import chain, flatten, source
 from pixelclip.register import fetch
 from pixelclip.s3 import is_s3
-from pixelclip.server import connect, experiment_id
+from pixelclip.server import experiment_id
 from pixelclip.sources import clip_folder, describe_shards
 from pixelclip.stage import CHANGED, code_image, code_revision, describe
 from pixelclip.storage import digest, write_json
@@ -91,14 +92,13 @@ def run(uri: str, out: Path, *, train: bool = False, tolerance: float = 0.01, ru
         config = work.config("evaluate", _named_again(there.provenance, settings, work))
         found = evaluate.run(model, labelled, out / "evaluation", config)
         equal, differences = compare(there.metrics, found, tolerance)
+        said = {"uri": uri, "equal": equal, "tolerance": tolerance, "recorded": there.metrics, "found": found}
+        write_json(out / COMPARISON, said)
+        print(f"\n{differences}\n")
+        word = "equal" if equal else "DIFFERENT"
+        print(f"reproduce: models:/{there.version.name}/{there.version.version} on {label}: {word} within {tolerance:g} points")
         client, run_id = client_and_run
         client.set_tag(run_id, "reproduction", "equal" if equal else "differs")
-    write_json(
-        out / COMPARISON, {"uri": uri, "equal": equal, "tolerance": tolerance, "recorded": there.metrics, "found": found}
-    )
-    print(f"\n{differences}\n")
-    word = "equal" if equal else "DIFFERENT"
-    print(f"reproduce: models:/{there.version.name}/{there.version.version} on {label}: {word} within {tolerance:g} points")
     return equal
 
 
@@ -148,21 +148,21 @@ def _other_code(stages: Iterable[Mapping[str, Any]]) -> list[str]:
 @contextmanager
 def _own_run(there: Registered) -> Iterator[tuple[MlflowClient, str]]:
     """A run for the stages of this process, so that nothing is added to the recorded one."""
-    client = connect()
     name = f"{there.version.name}/{there.version.version}"
     tags = lineage(there.provenance) | {"reproduces": f"models:/{name}", "reproduces.run": there.version.run_id}
     tags.pop("mlflow.parentRunId", None)
-    run_id = client.create_run(experiment_id(client), run_name=f"reproduce {name}", tags=tags).info.run_id
-    before = {variable: os.environ.pop(variable, None) for variable in ("MLFLOW_RUN_ID", PARENT_RUN)}
-    os.environ["MLFLOW_RUN_ID"] = run_id
-    status = "FAILED"
-    try:
-        yield client, run_id
-        status = "FINISHED"
-    finally:
-        del os.environ["MLFLOW_RUN_ID"]
-        os.environ.update({variable: value for variable, value in before.items() if value is not None})
-        client.set_terminated(run_id, status)
+    with registry(there.version.name) as client:
+        run_id = client.create_run(experiment_id(client), run_name=f"reproduce {name}", tags=tags).info.run_id
+        before = {variable: os.environ.pop(variable, None) for variable in ("MLFLOW_RUN_ID", PARENT_RUN)}
+        os.environ["MLFLOW_RUN_ID"] = run_id
+        status = "FAILED"
+        try:
+            yield client, run_id
+            status = "FINISHED"
+        finally:
+            del os.environ["MLFLOW_RUN_ID"]
+            os.environ.update({variable: value for variable, value in before.items() if value is not None})
+            client.set_terminated(run_id, status)
 
 
 def _fetched(there: Registered, out: Path) -> Path:
