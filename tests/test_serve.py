@@ -191,6 +191,15 @@ def test_a_bad_row_is_named(model, image, classes, message):
         model.unwrap_python_model().predict(None, frame)
 
 
+@pytest.mark.parametrize(("cell", "found"), [(None, "nothing"), (float("nan"), "nothing"), (["a"], "list"), (5, "int")])
+@pytest.mark.parametrize(("column", "needed"), [("image", "bytes or base64"), ("classes", "text")])
+def test_a_cell_of_another_kind_is_named(model, column, needed, cell, found):
+    rows = {"image": [photo(20, 20, 2)] * 2, "classes": ["a,b"] * 2}
+    rows[column][1] = cell
+    with pytest.raises(MlflowException, match=f"row 1: {column}: {needed} must stand here, found {found}"):
+        model.predict(pd.DataFrame(rows))
+
+
 @pytest.fixture(scope="module")
 def served(logged, tmp_path_factory) -> Iterator[str]:
     """The address of a real `mlflow models serve`, in whose environment a limit is set."""

@@ -98,7 +98,9 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         ]
         return pd.DataFrame(rows, columns=columns)
 
-    def _answer(self, data: bytes | str, classes: str, wanted: dict[str, Any]) -> dict[str, Any]:
+    def _answer(self, data: Any, classes: Any, wanted: dict[str, Any]) -> dict[str, Any]:
+        _check_cell("image", data, (bytes, str), "bytes or base64")
+        _check_cell("classes", classes, (str,), "text")
         _check_classes(classes, self.limits)
         names = parse_names(classes)
         image = decode_image(_bytes(data, self.limits.max_bytes), self.limits.max_pixels)
@@ -115,6 +117,13 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         if wanted.get("score_maps"):
             answer["score_maps"] = _npy(prediction)
         return answer
+
+
+def _check_cell(column: str, found: Any, kinds: tuple[type, ...], needed: str) -> None:
+    # MLflow lets any cell of JSON pass, whatever the signature says; of null it makes NaN.
+    if not isinstance(found, kinds):
+        empty = found is None or (isinstance(found, float) and np.isnan(found))
+        raise ValueError(f"{column}: {needed} must stand here, found {'nothing' if empty else type(found).__name__}")
 
 
 def _check_classes(classes: str, limits: Limits) -> None:
