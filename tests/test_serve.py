@@ -126,7 +126,7 @@ def test_a_limit_refuses(limited, limits, message, form):
 def test_names_beyond_the_limits_are_neither_parsed_nor_encoded(model, classes, monkeypatch):
     loaded = model.unwrap_python_model()
     monkeypatch.setitem(type(loaded)._answer.__globals__, "parse_names", lambda text: pytest.fail("parsed"))
-    with pytest.raises(MlflowException, match="row 0: classes: .* are allowed"):
+    with pytest.raises(MlflowException, match=r"row 0: classes: .* are allowed"):
         loaded.predict(None, pd.DataFrame({"image": [photo(20, 20, 2)], "classes": [classes]}))
 
 
