@@ -210,6 +210,22 @@ def test_overlay_is_image_and_colour_with_one_legend_entry_a_class():
     np.testing.assert_allclose(white[50, 50], 0.75 * 255 + 0.25 * left, atol=0.5)
 
 
+@pytest.mark.parametrize("size", [(1, 100_000), (100_000, 1), (40, 30)])
+def test_an_overlay_of_any_shape_and_names_is_of_a_size_that_one_can_look_at(size):
+    classes = [f"{number} {'long ' * 60}" for number in range(200)]
+    labels = (np.arange(size[0] * size[1]) % 200).astype(np.uint16).reshape(size[::-1])
+    shown = overlay(Image.new("RGB", size), Prediction(labels, np.zeros((200, 1, 1), np.float32), classes))
+    assert max(shown.size) < 23_000 and shown.width * shown.height < 3e7  # 100 rows of 64 pixels below it
+    assert shown.height > min(size[1], 16384)
+
+
+def test_a_legend_cuts_long_names_only():
+    image, scores = Image.new("RGB", (30, 20)), np.zeros((1, 1, 1), np.float32)
+    prediction = [Prediction(np.zeros((20, 30), np.uint16), scores, ["x" * length]) for length in (60, 61, 300)]
+    whole, cut, shortest = (np.asarray(overlay(image, one)) for one in prediction)
+    assert np.array_equal(cut, shortest) and not np.array_equal(whole, cut)
+
+
 @pytest.mark.parametrize(("highest", "mode"), [(255, "L"), (256, "I;16"), (65534, "I;16")])
 def test_label_image_keeps_every_value(tmp_path, highest, mode):
     labels = np.array([[0, 1, highest]], np.uint16)

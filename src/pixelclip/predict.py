@@ -25,6 +25,8 @@ from pixelclip.text import TEMPLATES, TextTower, check_names, classifier
 _CLASSES_AT_ONCE = 16
 _EPSILON = 1e-12  # of F.normalize
 MAX_CLASSES = 65535  # what a 16-bit label map can hold
+_LONGEST_EDGE = 16384  # of an overlay: beside a strip of a million pixels a legend would take gigabytes
+_LEGEND_ENTRIES, _LEGEND_CHARACTERS = 100, 60
 
 
 def class_scores(backbone: Backbone, images: Tensor, classes: Tensor, feature_grid: int = 64) -> Tensor:
@@ -198,14 +200,24 @@ def label_image(labels: NDArray[np.uint16]) -> Image.Image:
 
 
 def overlay(image: Image.Image, prediction: Prediction, opacity: float = 0.55) -> Image.Image:
-    """The image under its label colours, with a legend of the classes that occur, largest first."""
+    """The image under its label colours, with a legend of the classes that occur, largest first.
+
+    For people: an edge beyond 16,384 pixels is shrunk to that, the legend has 100 classes at most, of names 60 characters.
+    """
     photo = np.asarray(to_rgb(turn_upright(image)), dtype=np.float32)
     colours = colour_labels(prediction.labels, len(prediction.classes)).astype(np.float32)
     picture = Image.fromarray(np.round(photo * (1 - opacity) + colours * opacity).astype(np.uint8))
+    picture.thumbnail((_LONGEST_EDGE, _LONGEST_EDGE))
     counts = np.bincount(prediction.labels.ravel(), minlength=len(prediction.classes))
     present = [int(i) for i in np.argsort(-counts, kind="stable") if counts[i]]
-    entries = [(i, f"{prediction.classes[i]}  {100 * counts[i] / counts.sum():.0f} %") for i in present]
+    entries = [
+        (i, f"{_cut(prediction.classes[i])}  {100 * counts[i] / counts.sum():.0f} %") for i in present[:_LEGEND_ENTRIES]
+    ]
     return _with_legend(picture, entries, palette(len(prediction.classes)))
+
+
+def _cut(name: str) -> str:
+    return name if len(name) <= _LEGEND_CHARACTERS else f"{name[: _LEGEND_CHARACTERS - 1]}…"
 
 
 def _with_legend(picture: Image.Image, entries: list[tuple[int, str]], colours: NDArray[np.uint8]) -> Image.Image:
