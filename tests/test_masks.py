@@ -152,9 +152,16 @@ def test_a_sample_without_usable_masks_is_skipped_counted_and_named(
 def test_masks_missing_from_the_given_folder_are_named_by_their_file(tmp_path: Path) -> None:
     shards = write_tar(tmp_path / "shards" / "0.tar", {"a.jpg": JPEG}).parent
     folder = write_files(tmp_path / "given", {"b.json": b""})
-    with pytest.raises(ValueError, match=r"given/a\.json: No such file"):
+    with pytest.raises(
+        ValueError, match=r"masks\.given_folder: .*given/a\.json: No such file, nor .* of the 1 samples of .*0\.tar"
+    ):
         run(shards, tmp_path / "out", config(generator="given", given_folder=str(folder)))
-    with pytest.raises(ValueError, match="none: no such file or folder"):
+    assert not [*tmp_path.glob(".out*")]  # before any work
+    write_tar(tmp_path / "shards" / "0.tar", {"a.jpg": JPEG, "b.jpg": JPEG})
+    write_files(folder, {"b.json": annotation(STRIPES)})
+    with pytest.raises(ValueError, match=r"(?s)1 of 2 .*given/a\.json: No such file"):
+        run(shards, tmp_path / "out", config(generator="given", given_folder=str(folder)))
+    with pytest.raises(ValueError, match=r"masks\.given_folder .*none: no such folder"):
         run(shards, tmp_path / "out", config(generator="given", given_folder=str(tmp_path / "none")))
 
 
@@ -163,6 +170,33 @@ def test_too_many_bad_samples_stop_the_stage_and_leave_no_out(tmp_path: Path) ->
     with pytest.raises(ValueError, match=r"(?s)1 of 2 .*b: unreadable image.*5\.0% \(masks\.max_bad_share\)"):
         run(shards, tmp_path / "out", config())
     assert not (tmp_path / "out").exists()
+
+
+def damaged(folder: Path, bad: list[int]) -> Path:
+    """Shards of 10 samples each, of which so many are no images."""
+    for number, count in enumerate(bad):
+        members = {f"{number}-{i}.jpg": bytes(len(JPEG)) if i < count else JPEG for i in range(10)}
+        write_tar(folder / f"{number}.tar", members)
+    return folder
+
+
+def test_shards_that_are_finished_outlast_a_limit_that_was_too_low(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards, made, plain = damaged(tmp_path / "shards", [1, 3, 0, 0]), [], module._mask_shard
+    monkeypatch.setattr(module, "_mask_shard", lambda tar, *rest: made.append(tar.name) or plain(tar, *rest))
+    with pytest.raises(ValueError, match=r"(?s)masks: 4 of 20 .*allowed are 5\.0% \(masks\.max_bad_share\)"):
+        run(shards, tmp_path / "out", config())  # 4 of 40 are too many, whatever comes
+    assert made == ["0.tar", "1.tar"]
+    metrics = run(shards, tmp_path / "out", config(max_bad_share=0.1))
+    assert (metrics["images"], metrics["bad_images"]) == (36, 4)
+    assert made == ["0.tar", "1.tar", "2.tar", "3.tar"]
+    assert run(shards, tmp_path / "out", config(max_bad_share=0.2)) == metrics
+    with pytest.raises(ValueError, match=r"(?s)masks: 4 of 40 .*0-0: unreadable image.*allowed are 9\.0%"):
+        run(shards, tmp_path / "out", config(max_bad_share=0.09))
+
+
+def test_a_bad_shard_among_good_ones_stops_nothing(tmp_path: Path) -> None:
+    metrics = run(damaged(tmp_path / "shards", [2, 0, 0, 0]), tmp_path / "out", config())
+    assert metrics["bad_images"] == 2
 
 
 def test_a_shard_without_one_usable_image_is_an_error(tmp_path: Path) -> None:

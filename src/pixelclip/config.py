@@ -1,8 +1,8 @@
 """Typed settings of every stage: one class a stage, one documented line a setting.
 
 The defaults are the paper's (method.md, "Hyper-parameters"). `params.yaml` states every setting because DVC cannot see
-defaults in code. A setting marked *runtime* changes where or how fast a stage runs, never what it makes: it is left out
-of the stage's fingerprint.
+defaults in code. A setting marked *runtime* changes where, how fast or how far a stage runs, never what it makes: it is
+left out of the stage's fingerprint.
 """
 
 import difflib
@@ -86,7 +86,7 @@ class MasksConfig(BaseModel):
     dino_side: int = _setting(320, "DINO: side in pixels to which images are squashed, a multiple of the patch.", ge=16)
     seed: int = _setting(0, "Seed of DINO's k-means.", ge=0)
     max_masks: int = _setting(0, "Keep this many largest masks of an image; 0 keeps all.", ge=0)
-    max_bad_share: float = _setting(0.05, _BAD_SHARE, ge=0, le=1)
+    max_bad_share: float = _setting(0.05, _BAD_SHARE, runtime=True, ge=0, le=1)
     part: str = _setting("", "i/n makes the i-th of n parts of the shards only; the folder of all n parts is valid input.")
     workers: int = _setting(2, _WORKERS, runtime=True, ge=0)
     batch_size: int = _setting(4, "SAM and DINO: images on the device at once.", runtime=True, ge=1)

@@ -285,26 +285,24 @@ def run(shards: Path | str, out: Path, config: MasksConfig) -> Metrics:
     names = [tar.name for tar in tars]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"{shards}: masked shards keep their names, which must differ; found twice: {', '.join(twice)}")
+    if config.given_folder:
+        _check_given(Path(config.given_folder), tars[0])
     inputs = {"shards": describe_shards(shards)} | (
         {"given": describe(Path(config.given_folder))} if config.given_folder else {}
     )
     weights = local_copy(config.weights) if config.weights else None
     if weights:
         inputs["weights"] = {**describe(weights), "path": config.weights}
-    stage = Stage("masks", out, inputs, config)
+    stage, bad = Stage("masks", out, inputs, config), BadSamples("masks", config.max_bad_share)
     if stage.finished:
-        return stage.reuse()
+        metrics = stage.reuse()
+        bad.found = [line for tar in tars for line in read_json(_summary(stage.out, tar))["bad"]]
+        bad.stop_if_too_many(int(metrics["images"]) + len(bad.found))  # the limit may have been a larger one
+        return metrics
     on_device = {"sam": _sam, "dino": _dino}.get(config.generator)
     with stage, _start_pool(config.workers) as pool:
         tools = _Tools(pool, on_device(weights, config) if on_device and weights else None)
-        images, masks, bad = 0, 0, BadSamples("masks", config.max_bad_share)
-        for tar in tars:
-            summary = stage.folder / f"{tar.stem}.summary.json"
-            if not (summary.is_file() and (stage.folder / tar.name).is_file()):
-                write_json(summary, _mask_shard(tar, stage.folder / tar.name, config, tools))
-            counted = read_json(summary)
-            images, masks = images + counted["images"], masks + counted["masks"]
-            bad.found += counted["bad"]
+        images, masks = _mask_shards(tars, stage.folder, config, tools, bad)
         bad.check(images + len(bad.found))
         if not images:
             raise ValueError(f"{shards}: no image of it could be given a mask")
@@ -315,6 +313,26 @@ def run(shards: Path | str, out: Path, config: MasksConfig) -> Metrics:
             "bad_images": float(len(bad.found)),
         }
         return stage.finish(metrics, files=["*.tar"])
+
+
+def _check_given(folder: Path, tar: Shard) -> None:
+    """Refuses a folder without one mask for a shard: a wrong one is known before all its shards are read."""
+    if not folder.is_dir():
+        raise ValueError(f"masks.given_folder {folder}: no such folder")
+    members = index_shard(tar)[0]
+    if members and not any((folder / f"{member.key}.json").is_file() for member in members):
+        raise ValueError(
+            f"masks.given_folder: {folder}/{members[0].key}.json: No such file, nor one for another of the {len(members)} "
+            f"samples of {tar}"
+        )
+
+
+def _summary(folder: Path, tar: Shard) -> Path:
+    return folder / f"{tar.stem}.summary.json"
+
+
+def _num_bytes(tar: Shard) -> int:
+    return tar.stat().st_size if isinstance(tar, Path) else tar.size
 
 
 def _part_of(tars: list[Shard], part: str, shards: Path | str) -> list[Shard]:
@@ -332,6 +350,22 @@ class _Tools:
 
     pool: Executor | None
     generate: Generate | None
+
+
+def _mask_shards(tars: list[Shard], folder: Path, config: MasksConfig, tools: _Tools, bad: BadSamples) -> tuple[int, int]:
+    """Masks the shards that are not finished yet; returns the number of images and masks of all."""
+    images, masks, done, whole = 0, 0, 0, sum(map(_num_bytes, tars))
+    for tar in tars:
+        summary = _summary(folder, tar)
+        if not (summary.is_file() and (folder / tar.name).is_file()):
+            write_json(summary, _mask_shard(tar, folder / tar.name, config, tools))
+        counted = read_json(summary)
+        images, masks, done = images + counted["images"], masks + counted["masks"], done + _num_bytes(tar)
+        bad.found += counted["bad"]
+        # How many samples are to come is judged by bytes: to count them would bring every shard here twice.
+        if len(bad.found) > config.max_bad_share * (images + len(bad.found)) * whole / done:
+            bad.stop_if_too_many(images + len(bad.found))
+    return images, masks
 
 
 def _mask_shard(tar: Shard, out: Path, config: MasksConfig, tools: _Tools) -> dict[str, Any]:

@@ -210,9 +210,7 @@ def overlay(image: Image.Image, prediction: Prediction, opacity: float = 0.55) -
     picture.thumbnail((_LONGEST_EDGE, _LONGEST_EDGE))
     counts = np.bincount(prediction.labels.ravel(), minlength=len(prediction.classes))
     present = [int(i) for i in np.argsort(-counts, kind="stable") if counts[i]]
-    entries = [
-        (i, f"{_cut(prediction.classes[i])}  {100 * counts[i] / counts.sum():.0f} %") for i in present[:_LEGEND_ENTRIES]
-    ]
+    entries = [(i, f"{_cut(prediction.classes[i])}  {100 * counts[i] / counts.sum():.0f} %") for i in present[:_LEGEND_ENTRIES]]
     return _with_legend(picture, entries, palette(len(prediction.classes)))
 
 
