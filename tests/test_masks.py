@@ -2,6 +2,7 @@
 
 import io
 import json
+import tracemalloc
 import zlib
 from pathlib import Path
 from threading import Event
@@ -20,7 +21,7 @@ from skimage.segmentation import felzenszwalb as reference
 from pixelclip import masks as module
 from pixelclip.config import MasksConfig
 from pixelclip.dino import IMAGENET_MEAN, IMAGENET_STD
-from pixelclip.masks import annotate, decode_masks, felzenszwalb, run
+from pixelclip.masks import annotate, decode_masks, felzenszwalb, run, shrink
 from pixelclip.sources import describe_shards, list_shards
 
 HEIGHT, WIDTH = 24, 32
@@ -359,6 +360,22 @@ def test_given_masks_are_halved_with_their_image(tmp_path) -> None:
     settings = {"generator": "given", "given_folder": str(tmp_path / "json"), "shortest_edge": HEIGHT}
     run(tmp_path / "plain", tmp_path / "beside", config(**settings))
     assert np.array_equal(masked(tmp_path / "beside" / "0.tar", "b"), STRIPES)
+
+
+def test_masks_are_shrunk_as_pixels_are_picked_and_never_decoded_whole() -> None:
+    random = np.random.default_rng(0)
+    blocks = random.random((100, 7, 9)) < 0.3
+    masks = blocks[:, np.arange(3001) * 7 // 3001][:, :, np.arange(60) * 9 // 60]
+    sample = ("a", encoded(pixels(3001, 60)), annotation(masks))
+    tracemalloc.start()
+    _, image, document = shrink(sample, 23, 95)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < masks.nbytes / 2
+    assert Image.open(io.BytesIO(image)).size == (23, 1150)
+    rows, columns = (((np.arange(count) + 0.5) * full / count).astype(int) for count, full in ((1150, 3001), (23, 60)))
+    found = [rle.decode(entry["segmentation"]) for entry in json.loads(document)["annotations"]]
+    assert np.array_equal(np.stack(found), masks[:, rows][:, :, columns])
 
 
 def test_parts_of_different_wholes_are_named(tmp_path) -> None:

@@ -31,6 +31,7 @@ from pixelclip.shards import (
     ShardWriter,
     index_shard,
     parse_annotation,
+    parse_document,
     read_part,
 )
 from pixelclip.sources import Shard, describe_shards, list_shards
@@ -166,11 +167,10 @@ def shrink(sample: Sample, shortest_edge: int, quality: int) -> Sample:
     scale = shortest_edge / min(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     if annotation:
-        document = parse_annotation(annotation, image.size)
-        rows, columns = nearest(size[1], image.height), nearest(size[0], image.width)
-        small = decode_masks(document)[rows][:, columns] if document["annotations"] else np.zeros((*size[::-1], 0))
-        kept = [index for index in range(small.shape[2]) if small[..., index].any()]
-        fresh = annotate((small[..., index].astype(bool) for index in kept), size, key)
+        document, masks = parse_document(annotation, image.size)
+        small = masks.sample(nearest(size[1], image.height), nearest(size[0], image.width))  # [N, H, W]
+        kept = [index for index, mask in enumerate(small) if mask.any()]
+        fresh = annotate((small[index] for index in kept), size, key)
         for entry, index in zip(fresh["annotations"], kept, strict=True):
             old = document["annotations"][index]
             entry.update({name: old[name] for name in ("id", "predicted_iou", "stability_score") if name in old})
