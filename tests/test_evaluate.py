@@ -367,12 +367,13 @@ def test_every_kind_of_labelled_set_can_be_chosen():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"side": 50}, r"evaluate\.side 50 is no multiple of this CLIP's patch of 8 pixels; the nearest are 48 and 56"),
         ({"protocol": "slide", "crop": 7, "stride": 7}, r"evaluate\.crop 7 is smaller than one patch"),
         ({"protocol": "slide", "slide_side": 7}, r"evaluate\.slide_side 7 is smaller than one patch"),
         ({"protocol": "masks", "masks": "given", "masks_folder": "nowhere"}, r"masks_folder nowhere: no such folder"),
         ({"protocol": "masks", "masks": "given", "masks_folder": "."}, r"0\.json: No such file"),
     ],
-    ids=["crop", "slide_side", "masks_folder", "a file of masks"],
+    ids=["side", "crop", "slide_side", "masks_folder", "a file of masks"],
 )
 def test_settings_that_do_not_fit_model_or_files_are_refused(made, client, tmp_path, monkeypatch, settings, message):
     monkeypatch.chdir(tmp_path)

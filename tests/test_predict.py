@@ -111,6 +111,7 @@ def random_classes(count: int, width: int = 64) -> torch.Tensor:
         ((17, 90), 32, 32, 8),  # lower than a window, windows side by side
         ((24, 24), 24, 7, 4),  # one window
         ((11, 13), 24, 24, 3),  # smaller than a window
+        ((40, 56), 20, 9, 5),  # windows of two patches and a half
     ],
 )
 def test_windows_equal_a_naive_loop(folder, size, crop, stride, grid):
@@ -128,8 +129,25 @@ def test_windows_equal_a_naive_loop(folder, size, crop, stride, grid):
 def test_windows_of_a_convnext():
     backbone = Backbone(tiny.clip_of("convnext").visual).eval()
     image = torch.randn(1, 3, 70, 100, generator=torch.Generator().manual_seed(0))
-    found = torch.cat(list(slide_scores(backbone, image, random_classes(3), 64, 20, 8)), dim=1)[0]
-    torch.testing.assert_close(found, naive_slide(backbone, image, random_classes(3), 64, 20, 8), atol=1e-5, rtol=1e-4)
+    for crop in (64, 48):  # whole patches, and not
+        found = torch.cat(list(slide_scores(backbone, image, random_classes(3), crop, 20, 8)), dim=1)[0]
+        expected = naive_slide(backbone, image, random_classes(3), crop, 20, 8)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["vit", "convnext"])
+def test_features_of_part_of_a_patch_stand_where_they_are(kind):
+    """An image of 2.5 patches is seen as 3, the last padded; a tower alone leaves half a patch out and stretches the rest."""
+    backbone = Backbone(tiny.clip_of(kind).visual).eval()
+    patch = backbone.patch_size[0]
+    image = torch.randn(1, 3, 5 * patch // 2, 5 * patch // 2, generator=torch.Generator().manual_seed(0))
+    padded = torch.cat([image, image[:, :, -1:].expand(-1, -1, patch // 2, -1)], dim=2)
+    padded = torch.cat([padded, padded[..., -1:].expand(-1, -1, -1, patch // 2)], dim=3)
+    seen = torch.nn.functional.interpolate(backbone(padded), size=(6, 6), mode="bilinear", align_corners=False)
+    wanted = torch.einsum("bchw,kc->bkhw", torch.nn.functional.normalize(seen, dim=1), random_classes(3))
+    found = class_scores(backbone, image, random_classes(3), feature_grid=5)
+    torch.testing.assert_close(found, wanted[:, :, :5, :5], atol=1e-5, rtol=1e-4)  # half a patch is a cell of both grids
 
 
 def test_windows_with_gaps_are_refused():

@@ -268,7 +268,7 @@ def import_(
     checkpoint: Annotated[str, typer.Argument(help="A .pth that the reference implementation of PixelCLIP released.")],
     out: Out,
     clip: Annotated[str, typer.Option(help="open_clip's name of its CLIP, or a folder; else told by its shapes.")] = "",
-    side: Annotated[int, typer.Option(help="Side in pixels of what the CLIP sees; 0: 320 for a ViT, 640 else.")] = 0,
+    side: Annotated[int, typer.Option(help="Side in pixels of what the CLIP sees; 0: about 320 for a ViT, 640 else.")] = 0,
 ) -> None:
     """Make a model folder of a checkpoint of the reference implementation."""
     from pixelclip.config import ImportConfig

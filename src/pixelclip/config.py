@@ -119,7 +119,7 @@ class TrainConfig(BaseModel):
     residual: Literal["cls", "patch"] = _setting(
         "cls", "Residual of the last block's value path: cls (the reference) or patch (MaskCLIP)."
     )
-    side: int = _setting(320, "Side in pixels of what the CLIP sees.", ge=16)
+    side: int = _setting(320, "Side in pixels of what the CLIP sees, whole patches.", ge=16)
     shortest_edge: int = _setting(1024, "Weak view: shortest edge after the resize, in pixels.", ge=16)
     longest_edge: int = _setting(1333, "Weak view: no edge is longer than this after the resize.", ge=16)
     crop: int = _setting(640, "Weak view: side of the random crop, in pixels.", ge=16)
@@ -190,7 +190,7 @@ class EvaluateConfig(BaseModel):
     protocol: Literal["whole", "slide", "masks"] = _setting(
         "whole", "whole (the paper's: one squashed view), slide (windows), or masks (zero-shot mask classification)."
     )
-    side: int = _setting(0, "Whole and masks: side in pixels of what the CLIP sees; 0: as in training.", ge=0)
+    side: int = _setting(0, "Whole and masks: side in pixels of what the CLIP sees, whole patches; 0: as in training.", ge=0)
     feature_grid: int = _setting(64, "Whole and slide: features of a view are brought to this grid, then classified.", ge=1)
     slide_side: int = _setting(0, "Slide: the shortest edge is resized to this many pixels first; 0 keeps the size.", ge=0)
     crop: int = _setting(336, "Slide: side of a window in pixels.", ge=1)
@@ -245,7 +245,9 @@ class ImportConfig(BaseModel):
 
     model_config = _STRICT
     clip: str = _setting("", "open_clip's name of its CLIP, or a folder with open_clip_config.json; empty: told by its shapes.")
-    side: int = _setting(0, "Side in pixels of what the CLIP sees; 0: 320 for a ViT, 640 for a ConvNeXt.", ge=0)
+    side: int = _setting(
+        0, "Side in pixels of what the CLIP sees; 0: the multiple of its patch next to 320 (ViT), 640 (ConvNeXt).", ge=0
+    )
 
 
 Config = ToyConfig | ShardsConfig | MasksConfig | TrainConfig | EvaluateConfig | RegisterConfig
