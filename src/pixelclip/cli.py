@@ -87,7 +87,7 @@ def masks(
     out: Out,
     params: Params = None,
     part: Annotated[str, typer.Option(help="i/n: only the i-th of n parts of the shards, as setting masks.part.")] = "",
-    preview: Annotated[int, typer.Option(help="Write OUT/preview.jpg with the masks of this many images.", min=0)] = 0,
+    preview: Annotated[int, typer.Option(help="Write OUT/preview.jpg with the masks of this many images.", min=0, max=250)] = 0,
     settings: Settings = None,
 ) -> None:
     """Give every image of the shards its nameless masks."""
