@@ -19,6 +19,7 @@ from pycocotools import mask as rle
 from skimage.segmentation import felzenszwalb as reference
 
 from pixelclip import masks as module
+from pixelclip import ranks
 from pixelclip.config import MasksConfig
 from pixelclip.dino import IMAGENET_MEAN, IMAGENET_STD
 from pixelclip.masks import annotate, decode_masks, felzenszwalb, run, shrink
@@ -302,17 +303,21 @@ def test_the_device_works_on_while_a_batch_is_written() -> None:
 
 
 def test_dino_masks_are_its_segments_at_the_size_of_the_image(checkpoints, tmp_path) -> None:
-    shards = sources(tmp_path / "shards")
-    settings = {"weights": checkpoints["dino"], "max_bad_share": 0.5, "dino_side": 20, "dino_clusters": 3, "device": "cpu"}
+    fine = np.random.default_rng(0).integers(0, 256, (39, 44, 3), dtype=np.uint8)  # of which resizing loses most
+    shards = write_tar(tmp_path / "shards" / "0.tar", {"0b.jpg": encoded(fine, "PNG")}).parent
+    settings = {"weights": checkpoints["dino"], "dino_side": 20, "dino_clusters": 3, "device": "cpu"}
     run(shards, tmp_path / "out", config(generator="dino", **settings))
-    image = Image.open(io.BytesIO(read_tar(shards / "0.tar")["0b.jpg"]))
     dino = test_dino.load_dino(Path(checkpoints["dino"]))
-    tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+    tensor = torch.from_numpy(fine).permute(2, 0, 1) / 255
     mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
-    small = F.interpolate(((tensor - mean) / std)[None], size=(20, 20), mode="bilinear", antialias=True)
-    labels = test_dino.segment(dino, small, 3, [zlib.crc32(b"0 0b")])[0].numpy()
+
+    def labels(antialias: bool) -> np.ndarray:
+        small = F.interpolate(((tensor - mean) / std)[None], size=(20, 20), mode="bilinear", antialias=antialias)
+        return test_dino.segment(dino, small, 3, [zlib.crc32(b"0 0b")])[0].numpy()
+
+    assert not np.array_equal(labels(antialias=True), labels(antialias=False))
     found = masked(tmp_path / "out" / "0.tar", "0b")
-    wanted = np.asarray(Image.fromarray(labels.astype(np.uint8)).resize(image.size, Image.Resampling.NEAREST))
+    wanted = np.asarray(Image.fromarray(labels(antialias=False).astype(np.uint8)).resize((44, 39), Image.Resampling.NEAREST))
     assert np.array_equal(found, np.stack([wanted == number for number in np.unique(wanted)]))
 
 
@@ -325,6 +330,14 @@ def test_weights_of_the_wrong_kind_are_named_before_any_work(checkpoints, tmp_pa
     with pytest.raises(ValueError, match="sam and dino need them"):
         config(generator="sam")
     assert not (tmp_path / "out").exists()
+
+
+def test_dino_does_not_multiply_as_what_ran_before(checkpoints, tmp_path, monkeypatch) -> None:
+    asked = []
+    monkeypatch.setattr(ranks, "pick_precision", lambda name, device: asked.append((name, device.type)))
+    settings = {"weights": checkpoints["dino"], "device": "cpu", "max_bad_share": 0.5, **LOOSE}
+    run(sources(tmp_path / "shards"), tmp_path / "out", config(generator="dino", **settings))
+    assert asked == [("float32", "cpu")]
 
 
 def test_parts_are_the_whole_and_a_missing_one_is_named(tmp_path) -> None:

@@ -177,6 +177,13 @@ def test_the_order_of_the_classes_only_names_them(predictor):
     assert np.array_equal(there, 3 - back)
 
 
+def test_what_ran_before_does_not_change_how_a_predictor_multiplies(predictor, monkeypatch):
+    asked = []
+    monkeypatch.setattr("pixelclip.predict.pick_precision", lambda name, device: asked.append((name, device.type)))
+    predictor(Image.fromarray(noise(20, 20)), CLASSES)
+    assert asked == [("float32", "cpu")]
+
+
 def test_image_modes(predictor):
     rgb = noise(40, 30)
     grey = rgb[:, :, 0]

@@ -247,17 +247,17 @@ def _dino(weights: Path, config: MasksConfig) -> Generate:
     import torch
 
     from pixelclip.dino import IMAGENET_MEAN, IMAGENET_STD, load_dino, segment
-    from pixelclip.pixels import normalise, squash, to_tensor
-    from pixelclip.ranks import pick_device
+    from pixelclip.pixels import squashed
+    from pixelclip.ranks import pick_device, pick_precision
 
     device = pick_device(config.device)
+    pick_precision("float32", device)  # what ran before in this process may have left TF32 on
     dino = load_dino(weights).to(device)
     if config.dino_side % (patch := dino.patch_embed.patch_size[0]):
         raise ValueError(f"masks.dino_side {config.dino_side} is no multiple of this DINO's patch of {patch} pixels")
 
     def generate(batch: list[tuple[str, Image.Image]]) -> Iterator[dict[str, Any]]:
-        tensors = [normalise(to_tensor(image).to(device), IMAGENET_MEAN, IMAGENET_STD)[None] for _, image in batch]
-        views = [squash(tensor, config.dino_side) for tensor in tensors]
+        views = [squashed(image, config.dino_side, IMAGENET_MEAN, IMAGENET_STD, device) for _, image in batch]
         seeds = [zlib.crc32(f"{config.seed} {key}".encode()) for key, _ in batch]
         labels = segment(dino, torch.cat(views), config.dino_clusters, seeds).cpu().numpy()  # [B, h, w]
         for (key, image), small in zip(batch, labels, strict=True):

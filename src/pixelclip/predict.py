@@ -19,7 +19,7 @@ from pixelclip.checkpoint import Clip, Model, backbone_of, load_model
 from pixelclip.images import colour_labels, palette, to_rgb, turn_upright
 from pixelclip.labels import label_map
 from pixelclip.pixels import squashed
-from pixelclip.ranks import pick_device
+from pixelclip.ranks import pick_device, pick_precision
 from pixelclip.text import TEMPLATES, TextTower, check_names, classifier
 
 _CLASSES_AT_ONCE = 16
@@ -203,6 +203,7 @@ class Predictor:
         Raises:
             ValueError: an unusable list of classes.
         """
+        pick_precision("float32", self.device)  # what ran before in this process may have left TF32 on
         names = check_names(classes)
         if len(names) > MAX_CLASSES:
             raise ValueError(f"classes: at most {MAX_CLASSES} names, found {len(names)}")
