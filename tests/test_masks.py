@@ -340,6 +340,17 @@ def test_dino_does_not_multiply_as_what_ran_before(checkpoints, tmp_path, monkey
     assert asked == [("float32", "cpu")]
 
 
+@pytest.mark.parametrize(("raised", "kind"), [(ValueError, ValueError), (torch.OutOfMemoryError, RuntimeError)])
+def test_a_generator_that_fails_names_its_images(checkpoints, tmp_path, monkeypatch, raised, kind) -> None:
+    def fail(*_: object) -> None:
+        raise raised("out of luck")
+
+    monkeypatch.setattr("pixelclip.dino.segment", fail)
+    settings = {"weights": checkpoints["dino"], "device": "cpu", "max_bad_share": 0.5, **LOOSE}
+    with pytest.raises(kind, match=r"shards/0\.tar: 0a, 0b, 0c: out of luck"):
+        run(sources(tmp_path / "shards"), tmp_path / "out", config(generator="dino", **settings))
+
+
 def test_parts_are_the_whole_and_a_missing_one_is_named(tmp_path) -> None:
     shards = sources(tmp_path / "shards", 5)
     run(shards, tmp_path / "whole", config(max_bad_share=0.5))

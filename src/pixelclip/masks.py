@@ -183,11 +183,11 @@ Generate = Callable[[list[tuple[str, Image.Image]]], Iterable[dict[str, Any]]]
 
 
 def _on_device(
-    samples: Iterator[tuple[Sample, str]], generate: Generate, config: MasksConfig
+    tar: Shard, samples: Iterator[tuple[Sample, str]], generate: Generate, config: MasksConfig
 ) -> Iterator[tuple[Sample, Result]]:
     """SAM and DINO: batches of images on one device, while the next is read and the last written."""
     opened = _ahead(_open(batch) for batch in iter(lambda: list(islice(samples, config.batch_size)), []))
-    for batch, found in _ahead((batch, _generate(batch, generate)) for batch in opened):
+    for batch, found in _ahead((batch, _generate(tar, batch, generate)) for batch in opened):
         for sample, image in batch:
             try:
                 if isinstance(image, str):
@@ -210,9 +210,13 @@ def _open(batch: list[tuple[Sample, str]]) -> _Opened:
     return opened
 
 
-def _generate(batch: _Opened, generate: Generate) -> Iterator[dict[str, Any]]:
+def _generate(tar: Shard, batch: _Opened, generate: Generate) -> Iterator[dict[str, Any]]:
     good = [(key, image) for (key, _, _), image in batch if not isinstance(image, str)]
-    return iter(list(generate(good)) if good else [])
+    try:
+        return iter(list(generate(good)) if good else [])
+    except Exception as error:  # of a model and a device, whose own words name no image
+        kind = ValueError if isinstance(error, ValueError) else RuntimeError
+        raise kind(f"{tar}: {', '.join(key for key, _ in good)}: {error}") from error
 
 
 def _ahead(items: Iterator[_Found]) -> Iterator[_Found]:
@@ -390,7 +394,7 @@ def _results(tar: Shard, members: list[Member], config: MasksConfig, tools: _Too
     if tools.generate is None:
         yield from _map(partial(_mask_one, config=config), samples, tools.pool)
     else:
-        yield from _on_device(_map(partial(_prepare, config=config), samples, tools.pool), tools.generate, config)
+        yield from _on_device(tar, _map(partial(_prepare, config=config), samples, tools.pool), tools.generate, config)
 
 
 def _read(tar: Shard, member: Member) -> Sample:
