@@ -1,6 +1,8 @@
 """Labelled sets: read as they are, and every fault names the file, what was found and what is allowed."""
 
 import json
+import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,24 @@ def test_a_palette_label_map_gives_its_indices(folder: Path) -> None:
     label.putpalette([200, 10, 10] * 256)
     (folder / "labels" / "a.png").write_bytes(encoded(label, "PNG"))
     assert np.array_equal(open_folder(folder).read(0)[1], LABELS)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("colour", [0, 3], ids=["grey", "palette"])
+def test_labels_of_few_bits_are_read_as_they_are_written(folder: Path, bits: int, colour: int) -> None:
+    """Pillow writes no grey of fewer than 8 bits, and scales it where it reads it."""
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    labels = np.array([[0, 1, 2], [2, 1, 0]], np.uint8)
+    places = (labels[..., None] >> np.arange(bits)[::-1]) & 1
+    rows = b"".join(b"\0" + np.packbits(row.ravel()).tobytes() for row in places)
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 3, 2, bits, colour, 0, 0, 0))
+    colours = chunk(b"PLTE", bytes(3 * 2**bits)) if colour else b""
+    data = b"\x89PNG\r\n\x1a\n" + header + colours + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    (folder / "labels" / "a.png").write_bytes(data)
+    assert np.array_equal(open_folder(folder).read(0)[1], labels)
 
 
 def test_an_image_is_read_upright(folder: Path) -> None:

@@ -100,7 +100,7 @@ def test_runtime_settings_do_not_last() -> None:
         "accumulate", "device", "workers", "log_every", "checkpoint_every", "picture_every",
     }  # fmt: skip
     assert set(STAGES["masks"].model_fields) - set(lasting(load("masks"))) == {
-        "batch_size", "device", "sam_points_per_batch", "workers",
+        "batch_size", "device", "max_bad_share", "sam_points_per_batch", "workers",
     }  # fmt: skip
     assert lasting(load("shards"))["jpeg_quality"] == 95
 

@@ -51,7 +51,7 @@ def test_an_imported_checkpoint_is_the_reference_model(checkpoint, kind, tmp_pat
     config = ImportConfig(clip=config_folder(tmp_path / "clip", kind))
     assert convert.run(checkpoint, tmp_path / "model", config) == {"import/concepts": 6.0}
     model = load_model(tmp_path / "model")
-    assert model.side == (320 if kind == "vit" else 640)
+    assert model.side == (320 if kind == "vit" else 640)  # multiples of the patches of 8 and 32
     clip = tiny.clip_of(kind)
     x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -153,3 +153,18 @@ def test_exported_weights_load_by_name(checkpoint, kind, tmp_path):
     loaded = open_clip.create_model(f"tiny-{kind}", pretrained=weights, require_pretrained=True)
     state = loaded.state_dict()
     assert all(torch.equal(state[name], tensor) for name, tensor in tiny.clip_of(kind).state_dict().items())
+
+
+@pytest.mark.parametrize(("patch", "side"), [(14, 322), (16, 320), (32, 320), (12, 324)])
+def test_an_imported_vit_sees_whole_patches(tmp_path, patch, side):
+    vision = tiny.CLIP_CONFIG["vision_cfg"] | {"patch_size": patch, "image_size": 2 * patch}
+    config = tiny.CLIP_CONFIG | {"vision_cfg": vision}
+    clip = str(tiny.clip_config(tmp_path / "clip", config))
+    state = build_clip(config).state_dict()
+    torch.save(released(state, torch.zeros(6, 4, 32), Decoder().state_dict()), tmp_path / "released.pth")
+    convert.run(tmp_path / "released.pth", tmp_path / "model", ImportConfig(clip=clip))
+    assert load_model(tmp_path / "model").side == side
+    wrong = rf"import\.side {side + 1} is no multiple of .* patch of {patch} pixels; the nearest are {side} and {side + patch}"
+    with pytest.raises(ValueError, match=wrong):
+        convert.run(tmp_path / "released.pth", tmp_path / "other", ImportConfig(clip=clip, side=side + 1))
+    assert not (tmp_path / "other").exists()

@@ -158,7 +158,7 @@ def measured(made: Path, labelled: Path, config: EvaluateConfig, ranks: Ranks, s
     classes = classifier(TextTower(clip.model).eval(), dataset.classes)
     settings = config.model_copy(update={"side": tiny.SIDE})
     found = stage_measure(towers, clip, classes, dataset, settings, ranks, state)
-    return metrics_of(found.tally, len(dataset), masks=False), len(found.pictures)
+    return metrics_of(found.tally, len(dataset), False, Path("labelled")), len(found.pictures)
 
 
 def test_the_batch_size_changes_nothing(made, tmp_path):
@@ -203,8 +203,17 @@ def test_a_bad_image_stops_or_is_left_out_and_named(made, client, tmp_path, caps
 def test_only_ignored_pixels(made, client, tmp_path):
     labelled = tiny.labelled_set(tmp_path / "labelled", images=1)
     Image.fromarray(np.full((20, 40), 255, np.uint8)).save(labelled / "labels" / "0.png")
-    with pytest.raises(ValueError, match="no labelled pixel"):
+    with pytest.raises(ValueError, match="labelled: the label maps hold no labelled pixel"):
         run(made / "changed", labelled, tmp_path / "out", CONFIG)
+
+
+def test_masks_of_only_ignored_pixels(made, client, tmp_path):
+    labelled, ignored = tiny.labelled_set(tmp_path / "labelled", images=1), np.zeros((1, 20, 40), bool)
+    ignored[:, :3] = True
+    masks = write_files(tmp_path / "masks", {"0.json": annotation(ignored)})
+    config = with_settings(protocol="masks", masks="given", masks_folder=str(masks))
+    with pytest.raises(ValueError, match="labelled: no mask of its images holds a labelled pixel"):
+        run(made / "changed", labelled, tmp_path / "out", config)
 
 
 def test_a_tracking_store_lost_while_measuring_costs_no_result(made, client, tmp_path, monkeypatch, capsys):
@@ -367,12 +376,13 @@ def test_every_kind_of_labelled_set_can_be_chosen():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
+        ({"side": 50}, r"evaluate\.side 50 is no multiple of this CLIP's patch of 8 pixels; the nearest are 48 and 56"),
         ({"protocol": "slide", "crop": 7, "stride": 7}, r"evaluate\.crop 7 is smaller than one patch"),
         ({"protocol": "slide", "slide_side": 7}, r"evaluate\.slide_side 7 is smaller than one patch"),
         ({"protocol": "masks", "masks": "given", "masks_folder": "nowhere"}, r"masks_folder nowhere: no such folder"),
         ({"protocol": "masks", "masks": "given", "masks_folder": "."}, r"0\.json: No such file"),
     ],
-    ids=["crop", "slide_side", "masks_folder", "a file of masks"],
+    ids=["side", "crop", "slide_side", "masks_folder", "a file of masks"],
 )
 def test_settings_that_do_not_fit_model_or_files_are_refused(made, client, tmp_path, monkeypatch, settings, message):
     monkeypatch.chdir(tmp_path)

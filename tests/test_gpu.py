@@ -1,22 +1,43 @@
 """The GPU's code paths; deselected where there is no CUDA device (`pytest -m gpu`)."""
 
+import numpy as np
 import pytest
+import test_classify
+import test_dino
+import test_sam
 import test_train
 import tiny
 import torch
+from conftest import pixels
+from PIL import Image
 from test_model import batch
 
 from pixelclip import train
 from pixelclip.backbone import Backbone
+from pixelclip.classify import classify_masks
+from pixelclip.config import MasksConfig
 from pixelclip.dataset import Batch, collate
 from pixelclip.decoder import Decoder
+from pixelclip.dino import load_dino, patch_tokens, segment
 from pixelclip.labels import label_map
+from pixelclip.masks import _dino
 from pixelclip.model import PixelCLIP
+from pixelclip.predict import Predictor
+from pixelclip.ranks import pick_precision
+from pixelclip.sam import SamGenerator
+from pixelclip.tally import Confusion
 from pixelclip.text import Prompts, TextTower
 from pixelclip.views import Sample
 
 pytestmark = pytest.mark.gpu
+DEVICE = torch.device("cuda")
 clip, shards, config = test_train.clip, test_train.shards, test_train.config
+
+
+@pytest.fixture(autouse=True)
+def float32():
+    """Without being told, cuDNN multiplies in TF32."""
+    pick_precision("float32", DEVICE)
 
 
 def test_a_gpu_trains_as_the_cpu(shards, config, tmp_path):
@@ -61,3 +82,77 @@ def test_a_pinned_batch_is_the_same_on_the_device():
     assert packed.weak.is_pinned() and packed.masks.is_pinned()
     there = packed.to(torch.device("cuda"))
     assert torch.equal(there.masks.cpu(), masks) and torch.equal(there.strong.cpu(), packed.strong)
+
+
+@pytest.fixture(scope="module")
+def dino_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("dino") / "dino.pth"
+    torch.save(test_dino.weights(), path)
+    return path
+
+
+def test_dino_cuts_images_as_on_the_cpu(dino_file):
+    there, here = load_dino(dino_file).to(DEVICE), load_dino(dino_file)
+    for size in ((20, 20), (28, 36)):  # its own grid, and one that positions are resized to
+        images = test_dino.images(2, 3, *size)
+        torch.testing.assert_close(
+            patch_tokens(there, images.to(DEVICE)).cpu(), patch_tokens(here, images), atol=1e-3, rtol=1e-3
+        )
+        found = segment(there, images.to(DEVICE), 4, [0, 1]).cpu()
+        assert (found == segment(here, images, 4, [0, 1])).float().mean() > 0.95
+
+
+def test_dino_s_masks_do_not_hang_on_what_ran_before(dino_file):
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    config = MasksConfig(generator="dino", weights=str(dino_file), dino_side=20, dino_clusters=3, device=str(DEVICE))
+    (document,) = _dino(dino_file, config)([("key", Image.fromarray(pixels(30, 44)))])
+    assert sum(entry["area"] for entry in document["annotations"]) == 30 * 44
+    assert not (torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32)
+
+
+def test_a_predictor_does_not_hang_on_what_ran_before(tmp_path):
+    folder = tiny.model_folder(tmp_path / "model", tiny.clip_folder(tmp_path / "clip"))
+    image, names = Image.fromarray(pixels(40, 60)), ["dog", "grass", "sky"]
+    there, here = Predictor.load(folder, str(DEVICE)), Predictor.load(folder, "cpu")
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    found, expected = there(image, names), here(image, names)
+    np.testing.assert_allclose(found.scores, expected.scores, atol=1e-4)
+    assert (found.labels != expected.labels).mean() < 0.01
+
+
+@pytest.mark.parametrize("settings", ["loose", "crops", "clean crops"])
+def test_sam_finds_the_masks_of_the_cpu(settings):
+    images = [pixels(96, 160, 0), pixels(150, 90, 1)]
+    there, here = (test_sam.make_local(test_sam.make_sam()).to(device) for device in (DEVICE, "cpu"))
+    found, expected = (SamGenerator(sam, **test_sam.SETTINGS[settings])(images) for sam in (there, here))
+    for some, others in zip(found, expected, strict=True):
+        assert abs(len(some) - len(others)) <= 0.05 * len(others)  # one near a threshold may be lost
+        for best in (test_sam.best_ious(some, others), test_sam.best_ious(others, some)):
+            assert np.median(best) > 0.98 and best.mean() > 0.95
+
+
+def test_sam_in_bfloat16_finds_similar_masks():
+    images = [pixels(96, 160, 0), pixels(150, 90, 1)]
+    sam = test_sam.make_local(test_sam.make_sam()).to(DEVICE)
+    exact, short = (SamGenerator(sam, **test_sam.LOOSE, precision=precision)(images) for precision in (None, torch.bfloat16))
+    assert exact != short
+    for some, others in zip(short, exact, strict=True):
+        for best in (test_sam.best_ious(some, others), test_sam.best_ious(others, some)):
+            assert np.median(best) > 0.95 and best.mean() > 0.85
+
+
+def test_masks_are_classified_and_counted_as_on_the_cpu():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(2, test_classify.WIDE, 5, 6, generator=generator)  # of two towers
+    classes = torch.randn(test_classify.NUM_CLASSES, test_classify.WIDE, generator=generator)
+    masks = test_classify.entries(test_classify.some_masks())
+    size = (test_classify.HEIGHT, test_classify.WIDTH)
+    truth = torch.randint(0, test_classify.NUM_CLASSES, size, generator=generator).numpy().astype(np.uint8)
+    truth[:3] = 255
+    found, expected = (classify_masks(features.to(d), masks, classes.to(d), truth) for d in (DEVICE, "cpu"))
+    assert (found.hits, found.masks) == (expected.hits, expected.masks)
+    confusions = []
+    for labels, device in ((found.maps[0], DEVICE), (expected.maps[0], "cpu")):
+        confusions.append(Confusion.zeros(test_classify.NUM_CLASSES))
+        confusions[-1].add(truth, labels.to(device))
+    assert np.array_equal(confusions[0].counts, confusions[1].counts) and confusions[0].counts.sum() == (truth != 255).sum()

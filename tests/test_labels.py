@@ -3,6 +3,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pixelclip.labels import label_map
 
@@ -53,3 +54,25 @@ def test_a_class_that_wins_only_inside_a_cell_is_found():
 @pytest.mark.parametrize("size", [(64, 64), (3, 500), (500, 3)])
 def test_one_class_is_everywhere(size):
     assert not label_map(torch.randn(1, 1, 8, 8), size).any()
+
+
+class Largest(TorchDispatchMode):
+    """Notes the number of elements of the largest tensor that is made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **kwargs or {})
+        for tensor in made if isinstance(made, tuple | list) else [made]:
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return made
+
+
+@pytest.mark.parametrize("size", [(1, 200_000), (200_000, 1), (3, 70_000)])
+def test_a_strip_takes_no_more_than_its_pixels(size):
+    scores = torch.randn(1, 20, 64, 64, generator=torch.Generator().manual_seed(0))
+    with Largest() as largest:
+        found = label_map(scores, size)
+    assert torch.equal(found, resized(scores, size).argmax(dim=1))
+    assert largest.elements < 2 * size[0] * size[1]  # the first cell is half as long again, and no place without a pixel counts

@@ -2,6 +2,7 @@
 
 import io
 import json
+import tracemalloc
 import zlib
 from pathlib import Path
 from threading import Event
@@ -18,9 +19,10 @@ from pycocotools import mask as rle
 from skimage.segmentation import felzenszwalb as reference
 
 from pixelclip import masks as module
+from pixelclip import ranks
 from pixelclip.config import MasksConfig
 from pixelclip.dino import IMAGENET_MEAN, IMAGENET_STD
-from pixelclip.masks import annotate, decode_masks, felzenszwalb, run
+from pixelclip.masks import annotate, decode_masks, felzenszwalb, run, shrink
 from pixelclip.sources import describe_shards, list_shards
 
 HEIGHT, WIDTH = 24, 32
@@ -152,9 +154,16 @@ def test_a_sample_without_usable_masks_is_skipped_counted_and_named(
 def test_masks_missing_from_the_given_folder_are_named_by_their_file(tmp_path: Path) -> None:
     shards = write_tar(tmp_path / "shards" / "0.tar", {"a.jpg": JPEG}).parent
     folder = write_files(tmp_path / "given", {"b.json": b""})
-    with pytest.raises(ValueError, match=r"given/a\.json: No such file"):
+    with pytest.raises(
+        ValueError, match=r"masks\.given_folder: .*given/a\.json: No such file, nor .* of the 1 samples of .*0\.tar"
+    ):
         run(shards, tmp_path / "out", config(generator="given", given_folder=str(folder)))
-    with pytest.raises(ValueError, match="none: no such file or folder"):
+    assert not [*tmp_path.glob(".out*")]  # before any work
+    write_tar(tmp_path / "shards" / "0.tar", {"a.jpg": JPEG, "b.jpg": JPEG})
+    write_files(folder, {"b.json": annotation(STRIPES)})
+    with pytest.raises(ValueError, match=r"(?s)1 of 2 .*given/a\.json: No such file"):
+        run(shards, tmp_path / "out", config(generator="given", given_folder=str(folder)))
+    with pytest.raises(ValueError, match=r"masks\.given_folder .*none: no such folder"):
         run(shards, tmp_path / "out", config(generator="given", given_folder=str(tmp_path / "none")))
 
 
@@ -163,6 +172,33 @@ def test_too_many_bad_samples_stop_the_stage_and_leave_no_out(tmp_path: Path) ->
     with pytest.raises(ValueError, match=r"(?s)1 of 2 .*b: unreadable image.*5\.0% \(masks\.max_bad_share\)"):
         run(shards, tmp_path / "out", config())
     assert not (tmp_path / "out").exists()
+
+
+def damaged(folder: Path, bad: list[int]) -> Path:
+    """Shards of 10 samples each, of which so many are no images."""
+    for number, count in enumerate(bad):
+        members = {f"{number}-{i}.jpg": bytes(len(JPEG)) if i < count else JPEG for i in range(10)}
+        write_tar(folder / f"{number}.tar", members)
+    return folder
+
+
+def test_shards_that_are_finished_outlast_a_limit_that_was_too_low(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards, made, plain = damaged(tmp_path / "shards", [1, 3, 0, 0]), [], module._mask_shard
+    monkeypatch.setattr(module, "_mask_shard", lambda tar, *rest: made.append(tar.name) or plain(tar, *rest))
+    with pytest.raises(ValueError, match=r"(?s)masks: 4 of 20 .*allowed are 5\.0% \(masks\.max_bad_share\)"):
+        run(shards, tmp_path / "out", config())  # 4 of 40 are too many, whatever comes
+    assert made == ["0.tar", "1.tar"]
+    metrics = run(shards, tmp_path / "out", config(max_bad_share=0.1))
+    assert (metrics["images"], metrics["bad_images"]) == (36, 4)
+    assert made == ["0.tar", "1.tar", "2.tar", "3.tar"]
+    assert run(shards, tmp_path / "out", config(max_bad_share=0.2)) == metrics
+    with pytest.raises(ValueError, match=r"(?s)masks: 4 of 40 .*0-0: unreadable image.*allowed are 9\.0%"):
+        run(shards, tmp_path / "out", config(max_bad_share=0.09))
+
+
+def test_a_bad_shard_among_good_ones_stops_nothing(tmp_path: Path) -> None:
+    metrics = run(damaged(tmp_path / "shards", [2, 0, 0, 0]), tmp_path / "out", config())
+    assert metrics["bad_images"] == 2
 
 
 def test_a_shard_without_one_usable_image_is_an_error(tmp_path: Path) -> None:
@@ -267,17 +303,21 @@ def test_the_device_works_on_while_a_batch_is_written() -> None:
 
 
 def test_dino_masks_are_its_segments_at_the_size_of_the_image(checkpoints, tmp_path) -> None:
-    shards = sources(tmp_path / "shards")
-    settings = {"weights": checkpoints["dino"], "max_bad_share": 0.5, "dino_side": 20, "dino_clusters": 3, "device": "cpu"}
+    fine = np.random.default_rng(0).integers(0, 256, (39, 44, 3), dtype=np.uint8)  # of which resizing loses most
+    shards = write_tar(tmp_path / "shards" / "0.tar", {"0b.jpg": encoded(fine, "PNG")}).parent
+    settings = {"weights": checkpoints["dino"], "dino_side": 20, "dino_clusters": 3, "device": "cpu"}
     run(shards, tmp_path / "out", config(generator="dino", **settings))
-    image = Image.open(io.BytesIO(read_tar(shards / "0.tar")["0b.jpg"]))
     dino = test_dino.load_dino(Path(checkpoints["dino"]))
-    tensor = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+    tensor = torch.from_numpy(fine).permute(2, 0, 1) / 255
     mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
-    small = F.interpolate(((tensor - mean) / std)[None], size=(20, 20), mode="bilinear", antialias=True)
-    labels = test_dino.segment(dino, small, 3, [zlib.crc32(b"0 0b")])[0].numpy()
+
+    def labels(antialias: bool) -> np.ndarray:
+        small = F.interpolate(((tensor - mean) / std)[None], size=(20, 20), mode="bilinear", antialias=antialias)
+        return test_dino.segment(dino, small, 3, [zlib.crc32(b"0 0b")])[0].numpy()
+
+    assert not np.array_equal(labels(antialias=True), labels(antialias=False))
     found = masked(tmp_path / "out" / "0.tar", "0b")
-    wanted = np.asarray(Image.fromarray(labels.astype(np.uint8)).resize(image.size, Image.Resampling.NEAREST))
+    wanted = np.asarray(Image.fromarray(labels(antialias=False).astype(np.uint8)).resize((44, 39), Image.Resampling.NEAREST))
     assert np.array_equal(found, np.stack([wanted == number for number in np.unique(wanted)]))
 
 
@@ -290,6 +330,25 @@ def test_weights_of_the_wrong_kind_are_named_before_any_work(checkpoints, tmp_pa
     with pytest.raises(ValueError, match="sam and dino need them"):
         config(generator="sam")
     assert not (tmp_path / "out").exists()
+
+
+def test_dino_does_not_multiply_as_what_ran_before(checkpoints, tmp_path, monkeypatch) -> None:
+    asked = []
+    monkeypatch.setattr(ranks, "pick_precision", lambda name, device: asked.append((name, device.type)))
+    settings = {"weights": checkpoints["dino"], "device": "cpu", "max_bad_share": 0.5, **LOOSE}
+    run(sources(tmp_path / "shards"), tmp_path / "out", config(generator="dino", **settings))
+    assert asked == [("float32", "cpu")]
+
+
+@pytest.mark.parametrize(("raised", "kind"), [(ValueError, ValueError), (torch.OutOfMemoryError, RuntimeError)])
+def test_a_generator_that_fails_names_its_images(checkpoints, tmp_path, monkeypatch, raised, kind) -> None:
+    def fail(*_: object) -> None:
+        raise raised("out of luck")
+
+    monkeypatch.setattr("pixelclip.dino.segment", fail)
+    settings = {"weights": checkpoints["dino"], "device": "cpu", "max_bad_share": 0.5, **LOOSE}
+    with pytest.raises(kind, match=r"shards/0\.tar: 0a, 0b, 0c: out of luck"):
+        run(sources(tmp_path / "shards"), tmp_path / "out", config(generator="dino", **settings))
 
 
 def test_parts_are_the_whole_and_a_missing_one_is_named(tmp_path) -> None:
@@ -325,6 +384,22 @@ def test_given_masks_are_halved_with_their_image(tmp_path) -> None:
     settings = {"generator": "given", "given_folder": str(tmp_path / "json"), "shortest_edge": HEIGHT}
     run(tmp_path / "plain", tmp_path / "beside", config(**settings))
     assert np.array_equal(masked(tmp_path / "beside" / "0.tar", "b"), STRIPES)
+
+
+def test_masks_are_shrunk_as_pixels_are_picked_and_never_decoded_whole() -> None:
+    random = np.random.default_rng(0)
+    blocks = random.random((100, 7, 9)) < 0.3
+    masks = blocks[:, np.arange(3001) * 7 // 3001][:, :, np.arange(60) * 9 // 60]
+    sample = ("a", encoded(pixels(3001, 60)), annotation(masks))
+    tracemalloc.start()
+    _, image, document = shrink(sample, 23, 95)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < masks.nbytes / 2
+    assert Image.open(io.BytesIO(image)).size == (23, 1150)
+    rows, columns = (((np.arange(count) + 0.5) * full / count).astype(int) for count, full in ((1150, 3001), (23, 60)))
+    found = [rle.decode(entry["segmentation"]) for entry in json.loads(document)["annotations"]]
+    assert np.array_equal(np.stack(found), masks[:, rows][:, :, columns])
 
 
 def test_parts_of_different_wholes_are_named(tmp_path) -> None:

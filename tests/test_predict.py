@@ -111,6 +111,7 @@ def random_classes(count: int, width: int = 64) -> torch.Tensor:
         ((17, 90), 32, 32, 8),  # lower than a window, windows side by side
         ((24, 24), 24, 7, 4),  # one window
         ((11, 13), 24, 24, 3),  # smaller than a window
+        ((40, 56), 20, 9, 5),  # windows of two patches and a half
     ],
 )
 def test_windows_equal_a_naive_loop(folder, size, crop, stride, grid):
@@ -128,8 +129,25 @@ def test_windows_equal_a_naive_loop(folder, size, crop, stride, grid):
 def test_windows_of_a_convnext():
     backbone = Backbone(tiny.clip_of("convnext").visual).eval()
     image = torch.randn(1, 3, 70, 100, generator=torch.Generator().manual_seed(0))
-    found = torch.cat(list(slide_scores(backbone, image, random_classes(3), 64, 20, 8)), dim=1)[0]
-    torch.testing.assert_close(found, naive_slide(backbone, image, random_classes(3), 64, 20, 8), atol=1e-5, rtol=1e-4)
+    for crop in (64, 48):  # whole patches, and not
+        found = torch.cat(list(slide_scores(backbone, image, random_classes(3), crop, 20, 8)), dim=1)[0]
+        expected = naive_slide(backbone, image, random_classes(3), crop, 20, 8)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["vit", "convnext"])
+def test_features_of_part_of_a_patch_stand_where_they_are(kind):
+    """An image of 2.5 patches is seen as 3, the last padded; a tower alone leaves half a patch out and stretches the rest."""
+    backbone = Backbone(tiny.clip_of(kind).visual).eval()
+    patch = backbone.patch_size[0]
+    image = torch.randn(1, 3, 5 * patch // 2, 5 * patch // 2, generator=torch.Generator().manual_seed(0))
+    padded = torch.cat([image, image[:, :, -1:].expand(-1, -1, patch // 2, -1)], dim=2)
+    padded = torch.cat([padded, padded[..., -1:].expand(-1, -1, -1, patch // 2)], dim=3)
+    seen = torch.nn.functional.interpolate(backbone(padded), size=(6, 6), mode="bilinear", align_corners=False)
+    wanted = torch.einsum("bchw,kc->bkhw", torch.nn.functional.normalize(seen, dim=1), random_classes(3))
+    found = class_scores(backbone, image, random_classes(3), feature_grid=5)
+    torch.testing.assert_close(found, wanted[:, :, :5, :5], atol=1e-5, rtol=1e-4)  # half a patch is a cell of both grids
 
 
 def test_windows_with_gaps_are_refused():
@@ -157,6 +175,13 @@ def test_the_order_of_the_classes_only_names_them(predictor):
     image = Image.fromarray(noise(50, 40))
     there, back = predictor(image, CLASSES).labels, predictor(image, CLASSES[::-1]).labels
     assert np.array_equal(there, 3 - back)
+
+
+def test_what_ran_before_does_not_change_how_a_predictor_multiplies(predictor, monkeypatch):
+    asked = []
+    monkeypatch.setattr("pixelclip.predict.pick_precision", lambda name, device: asked.append((name, device.type)))
+    predictor(Image.fromarray(noise(20, 20)), CLASSES)
+    assert asked == [("float32", "cpu")]
 
 
 def test_image_modes(predictor):
@@ -208,6 +233,22 @@ def test_overlay_is_image_and_colour_with_one_legend_entry_a_class():
     assert {tuple(left), tuple(right)} <= legend
     white = np.asarray(overlay(Image.new("RGB", (300, 100), "white"), prediction, opacity=0.25))
     np.testing.assert_allclose(white[50, 50], 0.75 * 255 + 0.25 * left, atol=0.5)
+
+
+@pytest.mark.parametrize("size", [(1, 100_000), (100_000, 1), (40, 30)])
+def test_an_overlay_of_any_shape_and_names_is_of_a_size_that_one_can_look_at(size):
+    classes = [f"{number} {'long ' * 60}" for number in range(200)]
+    labels = (np.arange(size[0] * size[1]) % 200).astype(np.uint16).reshape(size[::-1])
+    shown = overlay(Image.new("RGB", size), Prediction(labels, np.zeros((200, 1, 1), np.float32), classes))
+    assert max(shown.size) < 23_000 and shown.width * shown.height < 3e7  # 100 rows of 64 pixels below it
+    assert shown.height > min(size[1], 16384)
+
+
+def test_a_legend_cuts_long_names_only():
+    image, scores = Image.new("RGB", (30, 20)), np.zeros((1, 1, 1), np.float32)
+    prediction = [Prediction(np.zeros((20, 30), np.uint16), scores, ["x" * length]) for length in (60, 61, 300)]
+    whole, cut, shortest = (np.asarray(overlay(image, one)) for one in prediction)
+    assert np.array_equal(cut, shortest) and not np.array_equal(whole, cut)
 
 
 @pytest.mark.parametrize(("highest", "mode"), [(255, "L"), (256, "I;16"), (65534, "I;16")])

@@ -54,9 +54,11 @@ def model(tmp_path_factory) -> Path:
     return tiny.model_folder(base / "model", tiny.clip_folder(base / "clip"))
 
 
-def report(path: Path, model: Path, words=((),)) -> Page:
-    labels = np.array([[0, 2], [255, 2]], np.uint8)
-    example = Example(Image.new("RGB", (20, 10), "red"), labels, labels, labels)
+LABELS = np.array([[0, 2], [255, 2]], np.uint8)
+EXAMPLE = Example(Image.new("RGB", (20, 10), "red"), LABELS, LABELS, LABELS)
+
+
+def report(path: Path, model: Path, words=((),), example: Example = EXAMPLE) -> Page:
     write_report(
         path,
         name="set",
@@ -95,6 +97,13 @@ def test_numbers_pictures_and_settings_are_there(model, tmp_path):
     left, right = np.asarray(truth)[40, 80], np.asarray(truth)[40, 240]
     assert np.abs(left.astype(int) - right).max() > 50  # two classes, two colours
     assert np.asarray(truth)[120, 80].max() < 20  # ignored: black
+
+
+@pytest.mark.parametrize(("size", "shown"), [((1, 60_000), (1, 1280)), ((60_000, 1), (320, 1))])
+def test_a_strip_is_shown_at_a_size_that_a_jpeg_can_have(model, tmp_path, size, shown):
+    labels = np.zeros(size[::-1], np.uint8)
+    page = report(tmp_path / "report.html", model, example=Example(Image.new("RGB", size), labels, labels, labels))
+    assert {picture.size for picture in page.pictures()} == {shown}
 
 
 def test_best_class_first_and_absent_ones_last(model, tmp_path):

@@ -108,16 +108,26 @@ def limited(logged, monkeypatch):
         ({"max_bytes": 50}, r"row 0: image: \d+ bytes; at most 50 are allowed"),
         ({"max_pixels": 1499}, r"row 0: image: 50 x 30 pixels; at most 1499 are allowed"),
         ({"max_classes": 1}, r"row 0: classes: 2 names; at most 1 are allowed"),
+        ({"max_names": 2}, r"row 0: classes: 3 names with synonyms; at most 2 are allowed"),
+        ({"max_characters": 2}, r"row 0: classes: a name of 3 characters; at most 2 are allowed"),
     ],
 )
 @pytest.mark.parametrize("form", ["bytes", "base64"])
 def test_a_limit_refuses(limited, limits, message, form):
     image = photo(50, 30, 0)
     given = image if form == "bytes" else base64.b64encode(image).decode()
-    frame = pd.DataFrame({"image": [given] * 2, "classes": ["a,b"] * 2})
+    frame = pd.DataFrame({"image": [given] * 2, "classes": ["a|one,b"] * 2})
     with pytest.raises(MlflowException, match=message):
         limited(**limits).predict(None, frame)
     assert len(limited(**dict.fromkeys(limits, 10**6)).predict(None, frame)) == 2
+
+
+@pytest.mark.parametrize("classes", [",".join(map(str, range(300_000))), "|".join(map(str, range(300_000))), "a" * 3_000_000])
+def test_names_beyond_the_limits_are_neither_parsed_nor_encoded(model, classes, monkeypatch):
+    loaded = model.unwrap_python_model()
+    monkeypatch.setitem(type(loaded)._answer.__globals__, "parse_names", lambda text: pytest.fail("parsed"))
+    with pytest.raises(MlflowException, match=r"row 0: classes: .* are allowed"):
+        loaded.predict(None, pd.DataFrame({"image": [photo(20, 20, 2)], "classes": [classes]}))
 
 
 def test_what_says_to_be_huge_is_not_decoded(model):
@@ -179,6 +189,15 @@ def test_a_bad_row_is_named(model, image, classes, message):
     frame = pd.DataFrame({"image": [good, good if image is None else image], "classes": ["a,b", classes]})
     with pytest.raises(MlflowException, match=message):
         model.unwrap_python_model().predict(None, frame)
+
+
+@pytest.mark.parametrize(("cell", "found"), [(None, "nothing"), (float("nan"), "nothing"), (["a"], "list"), (5, "int")])
+@pytest.mark.parametrize(("column", "needed"), [("image", "bytes or base64"), ("classes", "text")])
+def test_a_cell_of_another_kind_is_named(model, column, needed, cell, found):
+    rows = {"image": [photo(20, 20, 2)] * 2, "classes": ["a,b"] * 2}
+    rows[column][1] = cell
+    with pytest.raises(MlflowException, match=f"row 1: {column}: {needed} must stand here, found {found}"):
+        model.predict(pd.DataFrame(rows))
 
 
 @pytest.fixture(scope="module")

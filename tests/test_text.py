@@ -97,6 +97,11 @@ def test_unusable_class_lists_are_named(tower, names, message):
         classifier(tower, names)
 
 
+def test_many_names_are_checked_in_a_moment():
+    names = [str(number) for number in range(100_000)]  # minutes, if each was looked for among all
+    assert check_names(names) == names
+
+
 def test_parse_names():
     assert parse_names("dog|puppy, traffic light ,sky") == ["dog, puppy", "traffic light", "sky"]
     assert parse_names("dog") == ["dog"]

@@ -3,6 +3,7 @@
 B images, P patches, D width of the tower, C embedding width, h w feature grid.
 """
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -148,6 +149,16 @@ def _check_convnext(visual: Any) -> None:
 
 
 def check_side(setting: str, side: int, backbone: Backbone) -> None:
+    """Raises ValueError, in the name of `setting`, when a side in pixels is not one or more whole patches."""
+    check_patch(setting, side, backbone)
+    patch = math.lcm(*backbone.patch_size)
+    if side % patch:
+        near = side // patch * patch
+        allowed = f"{near} and {near + patch}" if near else str(patch)
+        raise ValueError(f"{setting} {side} is no multiple of this CLIP's patch of {patch} pixels; the nearest are {allowed}")
+
+
+def check_patch(setting: str, side: int, backbone: Backbone) -> None:
     """Raises ValueError, in the name of `setting`, when a side in pixels holds not even one patch."""
     patch = max(backbone.patch_size)
     if side < patch:

@@ -81,10 +81,14 @@ def _ranges(mask: NDArray[np.bool_]) -> str:
 
 
 def _read_map(path: Path) -> NDArray[np.uint8]:
-    label = decode_image(path.read_bytes())
+    data = path.read_bytes()
+    label = decode_image(data)
     if label.mode not in ("L", "P"):
         raise ValueError(f"one 8-bit channel (mode L or P) is needed, found mode {label.mode}")
-    return np.asarray(label)
+    values = np.asarray(label)
+    if label.format == "PNG" and label.mode == "L" and (bits := data[24]) < 8:  # the byte of IHDR that says it
+        values = values // np.uint8(255 // (2**bits - 1))  # Pillow spreads grey of 2 or 4 bits over 0 to 255
+    return values
 
 
 def _draw(masks: bytes, size: tuple[int, int]) -> NDArray[np.uint16]:

@@ -87,7 +87,7 @@ def masks(
     out: Out,
     params: Params = None,
     part: Annotated[str, typer.Option(help="i/n: only the i-th of n parts of the shards, as setting masks.part.")] = "",
-    preview: Annotated[int, typer.Option(help="Write OUT/preview.jpg with the masks of this many images.", min=0)] = 0,
+    preview: Annotated[int, typer.Option(help="Write OUT/preview.jpg with the masks of this many images.", min=0, max=250)] = 0,
     settings: Settings = None,
 ) -> None:
     """Give every image of the shards its nameless masks."""
@@ -268,7 +268,7 @@ def import_(
     checkpoint: Annotated[str, typer.Argument(help="A .pth that the reference implementation of PixelCLIP released.")],
     out: Out,
     clip: Annotated[str, typer.Option(help="open_clip's name of its CLIP, or a folder; else told by its shapes.")] = "",
-    side: Annotated[int, typer.Option(help="Side in pixels of what the CLIP sees; 0: 320 for a ViT, 640 else.")] = 0,
+    side: Annotated[int, typer.Option(help="Side in pixels of what the CLIP sees; 0: about 320 for a ViT, 640 else.")] = 0,
 ) -> None:
     """Make a model folder of a checkpoint of the reference implementation."""
     from pixelclip.config import ImportConfig

@@ -1,8 +1,8 @@
 """Typed settings of every stage: one class a stage, one documented line a setting.
 
 The defaults are the paper's (method.md, "Hyper-parameters"). `params.yaml` states every setting because DVC cannot see
-defaults in code. A setting marked *runtime* changes where or how fast a stage runs, never what it makes: it is left out
-of the stage's fingerprint.
+defaults in code. A setting marked *runtime* changes where, how fast or how far a stage runs, never what it makes: it is
+left out of the stage's fingerprint.
 """
 
 import difflib
@@ -86,7 +86,7 @@ class MasksConfig(BaseModel):
     dino_side: int = _setting(320, "DINO: side in pixels to which images are squashed, a multiple of the patch.", ge=16)
     seed: int = _setting(0, "Seed of DINO's k-means.", ge=0)
     max_masks: int = _setting(0, "Keep this many largest masks of an image; 0 keeps all.", ge=0)
-    max_bad_share: float = _setting(0.05, _BAD_SHARE, ge=0, le=1)
+    max_bad_share: float = _setting(0.05, _BAD_SHARE, runtime=True, ge=0, le=1)
     part: str = _setting("", "i/n makes the i-th of n parts of the shards only; the folder of all n parts is valid input.")
     workers: int = _setting(2, _WORKERS, runtime=True, ge=0)
     batch_size: int = _setting(4, "SAM and DINO: images on the device at once.", runtime=True, ge=1)
@@ -119,7 +119,7 @@ class TrainConfig(BaseModel):
     residual: Literal["cls", "patch"] = _setting(
         "cls", "Residual of the last block's value path: cls (the reference) or patch (MaskCLIP)."
     )
-    side: int = _setting(320, "Side in pixels of what the CLIP sees.", ge=16)
+    side: int = _setting(320, "Side in pixels of what the CLIP sees, whole patches.", ge=16)
     shortest_edge: int = _setting(1024, "Weak view: shortest edge after the resize, in pixels.", ge=16)
     longest_edge: int = _setting(1333, "Weak view: no edge is longer than this after the resize.", ge=16)
     crop: int = _setting(640, "Weak view: side of the random crop, in pixels.", ge=16)
@@ -190,7 +190,7 @@ class EvaluateConfig(BaseModel):
     protocol: Literal["whole", "slide", "masks"] = _setting(
         "whole", "whole (the paper's: one squashed view), slide (windows), or masks (zero-shot mask classification)."
     )
-    side: int = _setting(0, "Whole and masks: side in pixels of what the CLIP sees; 0: as in training.", ge=0)
+    side: int = _setting(0, "Whole and masks: side in pixels of what the CLIP sees, whole patches; 0: as in training.", ge=0)
     feature_grid: int = _setting(64, "Whole and slide: features of a view are brought to this grid, then classified.", ge=1)
     slide_side: int = _setting(0, "Slide: the shortest edge is resized to this many pixels first; 0 keeps the size.", ge=0)
     crop: int = _setting(336, "Slide: side of a window in pixels.", ge=1)
@@ -245,7 +245,9 @@ class ImportConfig(BaseModel):
 
     model_config = _STRICT
     clip: str = _setting("", "open_clip's name of its CLIP, or a folder with open_clip_config.json; empty: told by its shapes.")
-    side: int = _setting(0, "Side in pixels of what the CLIP sees; 0: 320 for a ViT, 640 for a ConvNeXt.", ge=0)
+    side: int = _setting(
+        0, "Side in pixels of what the CLIP sees; 0: the multiple of its patch next to 320 (ViT), 640 (ConvNeXt).", ge=0
+    )
 
 
 Config = ToyConfig | ShardsConfig | MasksConfig | TrainConfig | EvaluateConfig | RegisterConfig

@@ -7,10 +7,11 @@ from typing import Any
 
 import open_clip
 import torch
+from open_clip.timm_model import TimmModel
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pixelclip.backbone import Backbone
+from pixelclip.backbone import Backbone, check_side
 from pixelclip.checkpoint import CLIP_CONFIG, CLIP_WEIGHTS, CONFIG, WEIGHTS, Clip, build_clip, load_model, save_model
 from pixelclip.config import ImportConfig, nearest
 from pixelclip.decoder import Decoder
@@ -83,7 +84,7 @@ def run(checkpoint: Path, out: Path, config: ImportConfig) -> Metrics:
         `import/concepts`.
 
     Raises:
-        ValueError: the file is no checkpoint of the reference, or of another CLIP than the one named.
+        ValueError: the file is no checkpoint of the reference, or of another CLIP than the one named; a side does not fit.
     """
     if not checkpoint.is_file():
         raise ValueError(f"{checkpoint}: no such file")
@@ -104,15 +105,24 @@ def run(checkpoint: Path, out: Path, config: ImportConfig) -> Metrics:
         raise ValueError(f"{checkpoint}: {error}; a checkpoint of the reference implementation is expected") from None
     except KeyError as error:
         raise ValueError(f"{Path(config.clip) / CLIP_CONFIG}: entry {error} is missing") from None
+    side = _side(config.side, Backbone(model.visual))
     with stage:
         model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
         decoder.load_state_dict({name: tensor.float() for name, tensor in head.items()})
         prompts = Prompts(TextTower(model), torch.zeros(tokens.shape[:2], dtype=torch.long))
         prompts.load_state_dict({"tokens": tokens.float()})
-        side = config.side or (640 if Backbone(model.visual).patch_size[0] == 32 else 320)
         clip, origin = Clip(model, cfg, mean, std), {"spec": spec, "md5": ""}
         save_model(stage.folder, clip, prompts, decoder, side=side, residual="cls", origin=origin)
         return stage.finish({"import/concepts": float(len(tokens))}, files=[WEIGHTS, CONFIG])
+
+
+def _side(chosen: int, backbone: Backbone) -> int:
+    """The side in pixels: the chosen one, else that of the paper's tower of this kind, to the nearest whole patch."""
+    if chosen:
+        check_side("import.side", chosen, backbone)
+        return chosen
+    patch = max(backbone.patch_size)
+    return max(1, round((640 if isinstance(backbone.visual, TimmModel) else 320) / patch)) * patch
 
 
 def _find_clip(name: str) -> tuple[str, dict[str, Any], Any, Any]:

@@ -93,7 +93,7 @@ def _run(model: Path, labelled: Path, out: Path, config: EvaluateConfig, ranks: 
         protocol = protocol_of(settings)
         tracked = _attach(model, stage, protocol) if ranks.first else None
         found, words = _measure(loaded, dataset, settings, ranks, stage.folder / STATE, clip_evaluation)
-        figures = metrics_of(found.tally, len(dataset), masks=config.protocol == "masks")
+        figures = metrics_of(found.tally, len(dataset), config.protocol == "masks", labelled)
         metrics = {f"{key}/{label_of(protocol)}": value for key, value in figures.items()}
         if tracked:
             _write(stage.folder, model, dataset, protocol, metrics, found, words)

@@ -101,7 +101,7 @@ def _run(clip: str, labelled: Path, out: Path, config: EvaluateConfig, side: int
         text = TextTower(loaded.model).to(ranks.device).eval()
         classes = classifier(text, dataset.classes, TEMPLATES[settings.templates])
         found = measure({CLIP: tower}, loaded, classes, dataset, settings, ranks, stage.folder / _STATE, _STAGE)
-        figures = metrics_of(found.tally, len(dataset), masks=settings.protocol == "masks")
+        figures = metrics_of(found.tally, len(dataset), settings.protocol == "masks", labelled)
         metrics = {f"{key}/{label_of(protocol)}": value for key, value in figures.items()}
         if ranks.first:
             print(f"{_STAGE}: mIoU {figures['miou_clip']:.1f} on {label_of(protocol)}; {in_words(protocol)}", flush=True)

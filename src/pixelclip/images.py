@@ -93,6 +93,12 @@ def encode_jpeg(image: Image.Image, quality: int) -> bytes:
     return buffer.getvalue()
 
 
+def fitted(size: tuple[int, int], box: tuple[int, int]) -> tuple[int, int]:
+    """The largest (width, height) in a box with the aspect of `size`; at least one pixel each, whatever the aspect."""
+    scale = min(box[0] / size[0], box[1] / size[1])
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
+
+
 def nearest(count: int, size: int) -> NDArray[np.int64]:
     """Where `count` samples along `size` pixels are taken, one in the middle of each of `count` equal cells."""
     return ((np.arange(count) + 0.5) * size / count).astype(np.int64)

@@ -1,6 +1,7 @@
 """Label maps from scores on a small grid, without scores at full size (method.md, "Inference and evaluation").
 
-B images, K classes, h w score grid, H W image; a cell is the pixels between the same four places of the grid.
+B images, K classes, h w score grid, H W image; a cell is the pixels between the same four places of the grid. A grid may have
+places without a pixel, where an image is smaller than it: r c rows and columns of cells are those with one.
 """
 
 import torch
@@ -24,10 +25,10 @@ def label_map(scores: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _labels(scores: Tensor, size: tuple[int, int]) -> Tensor:
-    (row, of_row, down), (column, of_column, across) = (
+    (rows, row, of_row, down), (columns, column, of_column, across) = (
         _cells(length, places, scores) for length, places in zip(size, scores.shape[1:], strict=True)
     )
-    corners = _corners(scores)  # [4, K, cells]
+    corners = _corners(scores, rows, columns)  # [4, K, cells]
     possible = corners.new_ones(corners.shape[1:], dtype=torch.bool)
     for rival in (corners.sum(dim=0, keepdim=True).argmax(dim=1), *corners.argmax(dim=1, keepdim=True)):
         beaten = corners.gather(1, rival[None].expand(len(corners), 1, -1))  # [4, 1, cells]
@@ -41,18 +42,15 @@ def _labels(scores: Tensor, size: tuple[int, int]) -> Tensor:
     labels = torch.empty(len(cells), len(down[0]) * len(across[0]), dtype=torch.int32, device=scores.device)
     labels[cells] = classes[:, :1].int()
     if doubtful:
-        labels[cells[:doubtful]] = _best(
-            corners, cells[:doubtful], classes[:doubtful], having, down, across, scores.shape[2]
-        ).flatten(1)
-    blocks = labels.view(*scores.shape[1:], len(down[0]), len(across[0]))
+        labels[cells[:doubtful]] = _best(corners, cells[:doubtful], classes[:doubtful], having, down, across).flatten(1)
+    blocks = labels.view(len(rows), len(columns), len(down[0]), len(across[0]))
     return blocks[row[:, None], column, of_row[:, None], of_column].long()
 
 
-def _best(
-    corners: Tensor, cells: Tensor, classes: Tensor, having: list[int], down: Tensor, across: Tensor, columns: int
-) -> Tensor:
+def _best(corners: Tensor, cells: Tensor, classes: Tensor, having: list[int], down: Tensor, across: Tensor) -> Tensor:
     """The best class of every pixel of some cells, those with most classes first: [cells, rows, columns of a block]."""
-    down, across = down[cells // columns][:, :, None], across[cells % columns][:, None]  # [cells, n, 1], [cells, 1, m]
+    row, column = cells // len(across), cells % len(across)
+    down, across = down[row][:, :, None], across[column][:, None]  # [cells, n, 1], [cells, 1, m]
     best = labels = torch.empty(0)
     for number, having_it in enumerate(having):
         some = slice(0, min(having_it, len(cells)))
@@ -70,25 +68,26 @@ def _best(
     return labels
 
 
-def _corners(scores: Tensor) -> Tensor:
-    """Scores [K, h, w] at each cell's corners: [4, K, h * w]; the last cells end where they begin."""
-    right = torch.cat([scores[:, :, 1:], scores[:, :, -1:]], dim=2)
-    both = torch.stack([scores, right])  # [2, K, h, w]
-    below = torch.cat([both[:, :, 1:], both[:, :, -1:]], dim=2)
-    return torch.cat([both, below]).flatten(2)
+def _corners(scores: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Scores [K, h, w] at each cell's corners: [4, K, r * c]; the last cells end where they begin."""
+    width = scores.shape[2]
+    below, right = (rows + 1).clamp_max(scores.shape[1] - 1), (columns + 1).clamp_max(width - 1)
+    places = [(line[:, None] * width + place).flatten() for line in (rows, below) for place in (columns, right)]
+    return torch.stack([scores.flatten(1).index_select(1, place) for place in places])
 
 
-def _cells(length: int, places: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _cells(length: int, places: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Where pixels fall along one axis (`align_corners=False`).
 
     Returns:
-        The cell of each pixel [length], its number in the cell [length], and how far each cell's pixels are from its first
-        place to the next one [places, largest number of pixels in a cell].
+        The first places [n] of the cells that hold a pixel. Of each pixel its cell's number among those [length], and its own
+        number in the cell [length]. How far each cell's pixels are from its first place to the next one [n, largest number of
+        pixels in a cell].
     """
     at = ((torch.arange(length, device=like.device, dtype=like.dtype) + 0.5) * (places / length) - 0.5).clamp_min(0)
-    cell = at.long().clamp_max(places - 1)
-    counts = cell.bincount(minlength=places)
+    place = at.long().clamp_max(places - 1)
+    used, cell, counts = place.unique_consecutive(return_inverse=True, return_counts=True)
     number = torch.arange(length, device=like.device) - (counts.cumsum(0) - counts)[cell]
-    share = at.new_zeros(places, int(counts.max()))
-    share[cell, number] = at - cell
-    return cell, number, share
+    share = at.new_zeros(len(used), int(counts.max()))
+    share[cell, number] = at - place
+    return used, cell, number, share

@@ -31,6 +31,7 @@ from pixelclip.shards import (
     ShardWriter,
     index_shard,
     parse_annotation,
+    parse_document,
     read_part,
 )
 from pixelclip.sources import Shard, describe_shards, list_shards
@@ -166,11 +167,10 @@ def shrink(sample: Sample, shortest_edge: int, quality: int) -> Sample:
     scale = shortest_edge / min(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     if annotation:
-        document = parse_annotation(annotation, image.size)
-        rows, columns = nearest(size[1], image.height), nearest(size[0], image.width)
-        small = decode_masks(document)[rows][:, columns] if document["annotations"] else np.zeros((*size[::-1], 0))
-        kept = [index for index in range(small.shape[2]) if small[..., index].any()]
-        fresh = annotate((small[..., index].astype(bool) for index in kept), size, key)
+        document, masks = parse_document(annotation, image.size)
+        small = masks.sample(nearest(size[1], image.height), nearest(size[0], image.width))  # [N, H, W]
+        kept = [index for index, mask in enumerate(small) if mask.any()]
+        fresh = annotate((small[index] for index in kept), size, key)
         for entry, index in zip(fresh["annotations"], kept, strict=True):
             old = document["annotations"][index]
             entry.update({name: old[name] for name in ("id", "predicted_iou", "stability_score") if name in old})
@@ -183,11 +183,11 @@ Generate = Callable[[list[tuple[str, Image.Image]]], Iterable[dict[str, Any]]]
 
 
 def _on_device(
-    samples: Iterator[tuple[Sample, str]], generate: Generate, config: MasksConfig
+    tar: Shard, samples: Iterator[tuple[Sample, str]], generate: Generate, config: MasksConfig
 ) -> Iterator[tuple[Sample, Result]]:
     """SAM and DINO: batches of images on one device, while the next is read and the last written."""
     opened = _ahead(_open(batch) for batch in iter(lambda: list(islice(samples, config.batch_size)), []))
-    for batch, found in _ahead((batch, _generate(batch, generate)) for batch in opened):
+    for batch, found in _ahead((batch, _generate(tar, batch, generate)) for batch in opened):
         for sample, image in batch:
             try:
                 if isinstance(image, str):
@@ -210,9 +210,13 @@ def _open(batch: list[tuple[Sample, str]]) -> _Opened:
     return opened
 
 
-def _generate(batch: _Opened, generate: Generate) -> Iterator[dict[str, Any]]:
+def _generate(tar: Shard, batch: _Opened, generate: Generate) -> Iterator[dict[str, Any]]:
     good = [(key, image) for (key, _, _), image in batch if not isinstance(image, str)]
-    return iter(list(generate(good)) if good else [])
+    try:
+        return iter(list(generate(good)) if good else [])
+    except Exception as error:  # of a model and a device, whose own words name no image
+        kind = ValueError if isinstance(error, ValueError) else RuntimeError
+        raise kind(f"{tar}: {', '.join(key for key, _ in good)}: {error}") from error
 
 
 def _ahead(items: Iterator[_Found]) -> Iterator[_Found]:
@@ -247,17 +251,17 @@ def _dino(weights: Path, config: MasksConfig) -> Generate:
     import torch
 
     from pixelclip.dino import IMAGENET_MEAN, IMAGENET_STD, load_dino, segment
-    from pixelclip.pixels import normalise, squash, to_tensor
-    from pixelclip.ranks import pick_device
+    from pixelclip.pixels import squashed
+    from pixelclip.ranks import pick_device, pick_precision
 
     device = pick_device(config.device)
+    pick_precision("float32", device)  # what ran before in this process may have left TF32 on
     dino = load_dino(weights).to(device)
     if config.dino_side % (patch := dino.patch_embed.patch_size[0]):
         raise ValueError(f"masks.dino_side {config.dino_side} is no multiple of this DINO's patch of {patch} pixels")
 
     def generate(batch: list[tuple[str, Image.Image]]) -> Iterator[dict[str, Any]]:
-        tensors = [normalise(to_tensor(image).to(device), IMAGENET_MEAN, IMAGENET_STD)[None] for _, image in batch]
-        views = [squash(tensor, config.dino_side) for tensor in tensors]
+        views = [squashed(image, config.dino_side, IMAGENET_MEAN, IMAGENET_STD, device) for _, image in batch]
         seeds = [zlib.crc32(f"{config.seed} {key}".encode()) for key, _ in batch]
         labels = segment(dino, torch.cat(views), config.dino_clusters, seeds).cpu().numpy()  # [B, h, w]
         for (key, image), small in zip(batch, labels, strict=True):
@@ -285,26 +289,24 @@ def run(shards: Path | str, out: Path, config: MasksConfig) -> Metrics:
     names = [tar.name for tar in tars]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"{shards}: masked shards keep their names, which must differ; found twice: {', '.join(twice)}")
+    if config.given_folder:
+        _check_given(Path(config.given_folder), tars[0])
     inputs = {"shards": describe_shards(shards)} | (
         {"given": describe(Path(config.given_folder))} if config.given_folder else {}
     )
     weights = local_copy(config.weights) if config.weights else None
     if weights:
         inputs["weights"] = {**describe(weights), "path": config.weights}
-    stage = Stage("masks", out, inputs, config)
+    stage, bad = Stage("masks", out, inputs, config), BadSamples("masks", config.max_bad_share)
     if stage.finished:
-        return stage.reuse()
+        metrics = stage.reuse()
+        bad.found = [line for tar in tars for line in read_json(_summary(stage.out, tar))["bad"]]
+        bad.stop_if_too_many(int(metrics["images"]) + len(bad.found))  # the limit may have been a larger one
+        return metrics
     on_device = {"sam": _sam, "dino": _dino}.get(config.generator)
     with stage, _start_pool(config.workers) as pool:
         tools = _Tools(pool, on_device(weights, config) if on_device and weights else None)
-        images, masks, bad = 0, 0, BadSamples("masks", config.max_bad_share)
-        for tar in tars:
-            summary = stage.folder / f"{tar.stem}.summary.json"
-            if not (summary.is_file() and (stage.folder / tar.name).is_file()):
-                write_json(summary, _mask_shard(tar, stage.folder / tar.name, config, tools))
-            counted = read_json(summary)
-            images, masks = images + counted["images"], masks + counted["masks"]
-            bad.found += counted["bad"]
+        images, masks = _mask_shards(tars, stage.folder, config, tools, bad)
         bad.check(images + len(bad.found))
         if not images:
             raise ValueError(f"{shards}: no image of it could be given a mask")
@@ -315,6 +317,26 @@ def run(shards: Path | str, out: Path, config: MasksConfig) -> Metrics:
             "bad_images": float(len(bad.found)),
         }
         return stage.finish(metrics, files=["*.tar"])
+
+
+def _check_given(folder: Path, tar: Shard) -> None:
+    """Refuses a folder without one mask for a shard: a wrong one is known before all its shards are read."""
+    if not folder.is_dir():
+        raise ValueError(f"masks.given_folder {folder}: no such folder")
+    members = index_shard(tar)[0]
+    if members and not any((folder / f"{member.key}.json").is_file() for member in members):
+        raise ValueError(
+            f"masks.given_folder: {folder}/{members[0].key}.json: No such file, nor one for another of the {len(members)} "
+            f"samples of {tar}"
+        )
+
+
+def _summary(folder: Path, tar: Shard) -> Path:
+    return folder / f"{tar.stem}.summary.json"
+
+
+def _num_bytes(tar: Shard) -> int:
+    return tar.stat().st_size if isinstance(tar, Path) else tar.size
 
 
 def _part_of(tars: list[Shard], part: str, shards: Path | str) -> list[Shard]:
@@ -332,6 +354,22 @@ class _Tools:
 
     pool: Executor | None
     generate: Generate | None
+
+
+def _mask_shards(tars: list[Shard], folder: Path, config: MasksConfig, tools: _Tools, bad: BadSamples) -> tuple[int, int]:
+    """Masks the shards that are not finished yet; returns the number of images and masks of all."""
+    images, masks, done, whole = 0, 0, 0, sum(map(_num_bytes, tars))
+    for tar in tars:
+        summary = _summary(folder, tar)
+        if not (summary.is_file() and (folder / tar.name).is_file()):
+            write_json(summary, _mask_shard(tar, folder / tar.name, config, tools))
+        counted = read_json(summary)
+        images, masks, done = images + counted["images"], masks + counted["masks"], done + _num_bytes(tar)
+        bad.found += counted["bad"]
+        # How many samples are to come is judged by bytes: to count them would bring every shard here twice.
+        if len(bad.found) > config.max_bad_share * (images + len(bad.found)) * whole / done:
+            bad.stop_if_too_many(images + len(bad.found))
+    return images, masks
 
 
 def _mask_shard(tar: Shard, out: Path, config: MasksConfig, tools: _Tools) -> dict[str, Any]:
@@ -356,7 +394,7 @@ def _results(tar: Shard, members: list[Member], config: MasksConfig, tools: _Too
     if tools.generate is None:
         yield from _map(partial(_mask_one, config=config), samples, tools.pool)
     else:
-        yield from _on_device(_map(partial(_prepare, config=config), samples, tools.pool), tools.generate, config)
+        yield from _on_device(tar, _map(partial(_prepare, config=config), samples, tools.pool), tools.generate, config)
 
 
 def _read(tar: Shard, member: Member) -> Sample:

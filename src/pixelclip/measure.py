@@ -234,20 +234,21 @@ def _squashed(batch: _Batch, side: int, clip: Clip, device: torch.device) -> Ten
     return torch.cat([squashed(image, side, clip.mean, clip.std, device) for image in batch.images])
 
 
-def metrics_of(tally: Tally, num_images: int, masks: bool) -> dict[str, float]:
+def metrics_of(tally: Tally, num_images: int, masks: bool, labelled: Path) -> dict[str, float]:
     """The figures by name, without the labelled set's.
 
     Args:
         tally: of CLIP, or of both towers.
         num_images: how many the set holds.
         masks: whether masks were classified.
+        labelled: the labelled set, in messages.
 
     Raises:
         ValueError: nothing was counted.
     """
     towers = tally.confusions
     if not towers[CLIP].counts.any():
-        raise ValueError("evaluate: the label maps hold no labelled pixel at all")
+        raise ValueError(f"{labelled}: the label maps hold no labelled pixel at all")
     metrics = {f"miou{tower}": confusion.miou() for tower, confusion in towers.items()}
     if OURS in towers:
         metrics["gain"] = metrics["miou"] - metrics["miou_clip"]
@@ -255,7 +256,7 @@ def metrics_of(tally: Tally, num_images: int, masks: bool) -> dict[str, float]:
     if masks:
         *hits, counted = tally.masks.tolist()
         if not counted:
-            raise ValueError("evaluate: no mask holds a labelled pixel")
+            raise ValueError(f"{labelled}: no mask of its images holds a labelled pixel")
         metrics |= {f"mask_accuracy{tower}": 100 * hit / counted for tower, hit in zip(towers, hits, strict=True)}
     found, present = tally.recalled.tolist()
     metrics["image_recall_clip"] = found / max(present, 1)

@@ -3,7 +3,7 @@
 B images, N masks, K concepts, H W mask grid.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,17 +14,17 @@ from PIL import Image
 from torch import Tensor
 
 from pixelclip.dataset import Batch, MaskedImages
-from pixelclip.images import colour_labels, decode_image, nearest, to_rgb
-from pixelclip.masks import decode_masks
+from pixelclip.images import colour_labels, decode_image, fitted, nearest, to_rgb
 from pixelclip.model import PixelCLIP, StepOutput
 from pixelclip.pixels import normalise, squash, to_tensor
-from pixelclip.shards import index_shard, parse_annotation, read_part
-from pixelclip.sources import list_shards
+from pixelclip.rle import RunMasks
+from pixelclip.shards import Member, index_shard, parse_masks, read_part
+from pixelclip.sources import Shard, list_shards
 from pixelclip.storage import write_json
 
 GALLERY = "gallery.json"
 _GALLERY_IMAGES, _GALLERY_BEST, _THUMBNAIL = 256, 6, 96
-_PREVIEW_HEIGHT = 240
+_PREVIEW = (1200, 240)  # width and height that an image of it fits in
 
 
 def to_pixels(normalised: Tensor, mean: Sequence[float], std: Sequence[float]) -> NDArray[np.uint8]:
@@ -106,19 +106,22 @@ def preview(masks: Path | str, count: int, path: Path) -> int:
         path: of the JPEG.
 
     Returns:
-        How many images are shown.
+        How many images are shown; samples that cannot be read are named and left out.
 
     Raises:
         ValueError: no readable sample with masks.
     """
     rows: list[Image.Image] = []
-    for tar in list_shards(masks):
-        for member in index_shard(tar)[0]:
-            if len(rows) == count or not member.json_size:
-                continue
+    for tar, member in _masked(masks):
+        try:
             image = to_rgb(decode_image(read_part(tar, member.image_offset, member.image_size)))
-            found = decode_masks(parse_annotation(read_part(tar, member.json_offset, member.json_size), image.size))
-            rows.append(_preview_row(image, found))
+            found = parse_masks(read_part(tar, member.json_offset, member.json_size), image.size)
+        except ValueError as error:
+            print(f"preview: {tar}: {member.key}: {error}", flush=True)
+            continue
+        rows.append(_preview_row(image, found))
+        if len(rows) == count:
+            break
     if not rows:
         raise ValueError(f"{masks}: holds no image with masks")
     sheet = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white")
@@ -130,19 +133,25 @@ def preview(masks: Path | str, count: int, path: Path) -> int:
     return len(rows)
 
 
-def _preview_row(image: Image.Image, masks: NDArray[np.uint8]) -> Image.Image:
-    labels = np.full((image.height, image.width), -1)
-    for number in np.argsort(-masks.sum(axis=(0, 1)), kind="stable"):
-        labels[masks[..., number] == 1] = number
-    photo = np.asarray(image, np.float32)
-    painted = np.where(labels[..., None] >= 0, 0.35 * photo + 0.65 * colour_labels(labels, max(masks.shape[2], 1)), photo * 0.4)
+def _masked(masks: Path | str) -> Iterator[tuple[Shard, Member]]:
+    """The samples with masks; a shard is not opened before it is asked for."""
+    for tar in list_shards(masks):
+        yield from ((tar, member) for member in index_shard(tar)[0] if member.json_size)
+
+
+def _preview_row(image: Image.Image, masks: RunMasks) -> Image.Image:
+    width, height = fitted(image.size, _PREVIEW)
+    photo = np.asarray(image.resize((width, height)), np.float32)
+    small = masks.sample(nearest(height, image.height), nearest(width, image.width))  # [N, h, w]
+    labels = np.full((height, width), -1)
+    for number in np.argsort(-small.sum(axis=(1, 2)), kind="stable"):
+        labels[small[number]] = number
+    painted = np.where(labels[..., None] >= 0, 0.35 * photo + 0.65 * colour_labels(labels, len(small)), photo * 0.4)
     edge = np.zeros(labels.shape, bool)
     edge[1:] |= labels[1:] != labels[:-1]
     edge[:, 1:] |= labels[:, 1:] != labels[:, :-1]
     painted[edge] = 255
-    both = Image.fromarray(np.concatenate([photo, painted], axis=1).round().astype(np.uint8))
-    scale = _PREVIEW_HEIGHT / image.height
-    return both.resize((max(1, round(both.width * scale)), _PREVIEW_HEIGHT))
+    return Image.fromarray(np.concatenate([photo, painted], axis=1).round().astype(np.uint8))
 
 
 def _thumbnail(image: Image.Image, mask: NDArray[np.bool_]) -> Image.Image:
@@ -156,12 +165,7 @@ def _thumbnail(image: Image.Image, mask: NDArray[np.bool_]) -> Image.Image:
     pixels = np.asarray(image, dtype=np.float32)[top:bottom, left:right]
     inside = mask[top:bottom, left:right, None].astype(np.float32)
     shown = Image.fromarray(np.round(pixels * inside + (pixels * 0.15 + 210) * (1 - inside)).clip(0, 255).astype(np.uint8))
-    shown = shown.resize(_fit(shown.size), Image.Resampling.BILINEAR)
+    shown = shown.resize(fitted(shown.size, (_THUMBNAIL, _THUMBNAIL)), Image.Resampling.BILINEAR)
     canvas = Image.new("RGB", (_THUMBNAIL, _THUMBNAIL), "white")
     canvas.paste(shown, ((_THUMBNAIL - shown.width) // 2, (_THUMBNAIL - shown.height) // 2))
     return canvas
-
-
-def _fit(size: tuple[int, int]) -> tuple[int, int]:
-    scale = _THUMBNAIL / max(size)
-    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))

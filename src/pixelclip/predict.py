@@ -19,12 +19,14 @@ from pixelclip.checkpoint import Clip, Model, backbone_of, load_model
 from pixelclip.images import colour_labels, palette, to_rgb, turn_upright
 from pixelclip.labels import label_map
 from pixelclip.pixels import squashed
-from pixelclip.ranks import pick_device
+from pixelclip.ranks import pick_device, pick_precision
 from pixelclip.text import TEMPLATES, TextTower, check_names, classifier
 
 _CLASSES_AT_ONCE = 16
 _EPSILON = 1e-12  # of F.normalize
 MAX_CLASSES = 65535  # what a 16-bit label map can hold
+_LONGEST_EDGE = 16384  # of an overlay: beside a strip of a million pixels a legend would take gigabytes
+_LEGEND_ENTRIES, _LEGEND_CHARACTERS = 100, 60
 
 
 def class_scores(backbone: Backbone, images: Tensor, classes: Tensor, feature_grid: int = 64) -> Tensor:
@@ -32,15 +34,37 @@ def class_scores(backbone: Backbone, images: Tensor, classes: Tensor, feature_gr
 
     Args:
         backbone: dense features.
-        images: [B, 3, side, side], normalised.
+        images: [B, 3, H, W], normalised; sides that are no multiples of the patch are padded with their last pixels.
         classes: [K, C], unit length.
         feature_grid: side of the grid to which features are brought bilinearly first.
 
     Returns:
         [B, K, feature_grid, feature_grid].
     """
-    features = F.interpolate(backbone(images), size=(feature_grid, feature_grid), mode="bilinear", align_corners=False)
+    features = _to_grid(*_see(backbone, images), feature_grid)
     return torch.einsum("bchw,kc->bkhw", F.normalize(features, dim=1), classes)
+
+
+_Share = tuple[float, float]
+
+
+def _see(backbone: Backbone, images: Tensor) -> tuple[Tensor, _Share]:
+    """Dense features [B, C, h, w] of whole patches, and what share of their height and width is the image's own."""
+    height, width = images.shape[2:]
+    below, beside = (-edge % patch for edge, patch in zip((height, width), backbone.patch_size, strict=True))
+    if below or beside:  # a tower leaves the rest of a patch out, and its features would be taken for those of the whole
+        images = F.pad(images, (0, beside, 0, below), mode="replicate")
+    return backbone(images), (height / (height + below), width / (width + beside))
+
+
+def _to_grid(features: Tensor, share: _Share, grid: int) -> Tensor:
+    """Features [B, C, h, w] of which a share is the image's, at a grid over the image, bilinearly: [B, C, grid, grid]."""
+    if share == (1, 1):
+        return F.interpolate(features, size=(grid, grid), mode="bilinear", align_corners=False)
+    middle = (torch.arange(grid, device=features.device, dtype=features.dtype) + 0.5) * (2 / grid)
+    rows, columns = torch.meshgrid(*(middle * part - 1 for part in share), indexing="ij")
+    places = torch.stack([columns, rows], dim=-1).expand(len(features), -1, -1, -1)
+    return F.grid_sample(features, places, mode="bilinear", padding_mode="border", align_corners=False)
 
 
 def slide_scores(
@@ -63,9 +87,9 @@ def slide_scores(
 
     Args:
         backbone: dense features.
-        image: [1, 3, H, W], normalised; H and W at least one patch.
+        image: [1, 3, H, W], normalised.
         classes: [K, C], unit length.
-        crop: side of a window in pixels, at least one patch.
+        crop: side of a window in pixels.
         stride: pixels from one window to the next, at most `crop`.
         feature_grid: see `class_scores`; each window's.
         windows_at_once: windows in one forward pass.
@@ -81,13 +105,13 @@ def slide_scores(
     height, width = min(crop, image.shape[2]), min(crop, image.shape[3])
     corners = [(y, x) for y in _starts(image.shape[2], height, stride) for x in _starts(image.shape[3], width, stride)]
     windows = [(..., slice(y, y + height), slice(x, x + width)) for y, x in corners]
-    grid = (feature_grid, feature_grid)
     found: list[Tensor] = []
     norms: list[Tensor] = []
+    share = (1.0, 1.0)
     for first in range(0, len(windows), windows_at_once):
-        features = backbone(torch.cat([image[window] for window in windows[first : first + windows_at_once]]))
+        features, share = _see(backbone, torch.cat([image[window] for window in windows[first : first + windows_at_once]]))
         found.append(torch.einsum("bchw,kc->bkhw", features, classes))
-        features = F.interpolate(features, size=grid, mode="bilinear", align_corners=False)
+        features = _to_grid(features, share, feature_grid)
         norms += features.norm(dim=1, keepdim=True).clamp_min(_EPSILON).split(1)
     products = torch.cat(found)
     del found  # or it would be held twice
@@ -97,8 +121,8 @@ def slide_scores(
     for some in products.split(_CLASSES_AT_ONCE, dim=1):
         total = image.new_zeros(1, some.shape[1], *image.shape[2:])
         for window, product, norm in zip(windows, some.split(1), norms, strict=True):
-            # Interpolation commutes with the product, so that the features at `grid` need not be held.
-            total[window] += resize_scores(resize_scores(product, grid) / norm, (height, width))
+            # Interpolation commutes with the product, so that the features at the grid need not be held.
+            total[window] += resize_scores(_to_grid(product, share, feature_grid) / norm, (height, width))
         yield total / times_covered
 
 
@@ -179,6 +203,7 @@ class Predictor:
         Raises:
             ValueError: an unusable list of classes.
         """
+        pick_precision("float32", self.device)  # what ran before in this process may have left TF32 on
         names = check_names(classes)
         if len(names) > MAX_CLASSES:
             raise ValueError(f"classes: at most {MAX_CLASSES} names, found {len(names)}")
@@ -198,14 +223,22 @@ def label_image(labels: NDArray[np.uint16]) -> Image.Image:
 
 
 def overlay(image: Image.Image, prediction: Prediction, opacity: float = 0.55) -> Image.Image:
-    """The image under its label colours, with a legend of the classes that occur, largest first."""
+    """The image under its label colours, with a legend of the classes that occur, largest first.
+
+    For people: an edge beyond 16,384 pixels is shrunk to that, the legend has 100 classes at most, of names 60 characters.
+    """
     photo = np.asarray(to_rgb(turn_upright(image)), dtype=np.float32)
     colours = colour_labels(prediction.labels, len(prediction.classes)).astype(np.float32)
     picture = Image.fromarray(np.round(photo * (1 - opacity) + colours * opacity).astype(np.uint8))
+    picture.thumbnail((_LONGEST_EDGE, _LONGEST_EDGE))
     counts = np.bincount(prediction.labels.ravel(), minlength=len(prediction.classes))
     present = [int(i) for i in np.argsort(-counts, kind="stable") if counts[i]]
-    entries = [(i, f"{prediction.classes[i]}  {100 * counts[i] / counts.sum():.0f} %") for i in present]
+    entries = [(i, f"{_cut(prediction.classes[i])}  {100 * counts[i] / counts.sum():.0f} %") for i in present[:_LEGEND_ENTRIES]]
     return _with_legend(picture, entries, palette(len(prediction.classes)))
+
+
+def _cut(name: str) -> str:
+    return name if len(name) <= _LEGEND_CHARACTERS else f"{name[: _LEGEND_CHARACTERS - 1]}…"
 
 
 def _with_legend(picture: Image.Image, entries: list[tuple[int, str]], colours: NDArray[np.uint8]) -> Image.Image:

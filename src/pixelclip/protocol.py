@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pixelclip.backbone import Backbone, check_side
+from pixelclip.backbone import Backbone, check_patch, check_side
 from pixelclip.benchmarks import KINDS, LabelledSet
 from pixelclip.cache import origin
 from pixelclip.config import EvaluateConfig
@@ -140,10 +140,11 @@ def check_sides(backbone: Backbone, config: EvaluateConfig) -> None:
         config: settings, with the side in pixels.
 
     Raises:
-        ValueError: a side is smaller than a patch, or does not fit.
+        ValueError: a side is smaller than a patch; or, where no window is cut out of it, no multiple of one.
     """
-    check_side("evaluate.side", config.side, backbone)
-    if config.protocol == "slide":
-        check_side("evaluate.crop", config.crop, backbone)
-        if config.slide_side:
-            check_side("evaluate.slide_side", config.slide_side, backbone)
+    if config.protocol != "slide":
+        check_side("evaluate.side", config.side, backbone)
+        return
+    check_patch("evaluate.crop", config.crop, backbone)
+    if config.slide_side:
+        check_patch("evaluate.slide_side", config.slide_side, backbone)

@@ -13,14 +13,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pixelclip.images import colour_labels, palette
+from pixelclip.images import colour_labels, fitted, palette
 from pixelclip.pictures import GALLERY
 from pixelclip.provenance import flatten
 from pixelclip.stage import PROVENANCE, Metrics
 from pixelclip.storage import read_json, write_atomically
 from pixelclip.tracking import CURVES
 
-_PICTURE_WIDTH = 320
+_PICTURE = (320, 1280)  # width and height that it fits in
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,7 @@ def _data_uri(image: Image.Image) -> str:
 
 
 def _example(example: Example, classes: list[str]) -> dict[str, Any]:
-    scale = _PICTURE_WIDTH / example.image.width
-    size = (_PICTURE_WIDTH, max(1, round(example.image.height * scale)))
+    size = fitted(example.image.size, _PICTURE)
 
     def shown(labels: NDArray[np.integer]) -> str:
         colours = colour_labels(labels, len(classes))

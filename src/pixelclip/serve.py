@@ -11,6 +11,7 @@ import binascii
 import io
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,8 @@ class Limits(BaseModel):
     max_bytes: int = Field(default=20_000_000, ge=1, description="Bytes of an image file.")
     max_pixels: int = Field(default=16_000_000, ge=1, description="Pixels of an image; larger ones are not decoded.")
     max_classes: int = Field(default=1000, ge=1, description="Classes of an image, without synonyms.")
+    max_names: int = Field(default=1000, ge=1, description="Names of an image's classes, with synonyms.")
+    max_characters: int = Field(default=200, ge=1, description="Characters of a name.")
 
     @classmethod
     def load(cls, settings: dict[str, Any]) -> "Limits":
@@ -95,10 +98,11 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         ]
         return pd.DataFrame(rows, columns=columns)
 
-    def _answer(self, data: bytes | str, classes: str, wanted: dict[str, Any]) -> dict[str, Any]:
+    def _answer(self, data: Any, classes: Any, wanted: dict[str, Any]) -> dict[str, Any]:
+        _check_cell("image", data, (bytes, str), "bytes or base64")
+        _check_cell("classes", classes, (str,), "text")
+        _check_classes(classes, self.limits)
         names = parse_names(classes)
-        if len(names) > self.limits.max_classes:
-            raise ValueError(f"classes: {len(names)} names; at most {self.limits.max_classes} are allowed")
         image = decode_image(_bytes(data, self.limits.max_bytes), self.limits.max_pixels)
         prediction = self.predictor(image, names)
         counts = np.bincount(prediction.labels.ravel(), minlength=len(names))
@@ -113,6 +117,26 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         if wanted.get("score_maps"):
             answer["score_maps"] = _npy(prediction)
         return answer
+
+
+def _check_cell(column: str, found: Any, kinds: tuple[type, ...], needed: str) -> None:
+    # MLflow lets any cell of JSON pass, whatever the signature says; of null it makes NaN.
+    if not isinstance(found, kinds):
+        empty = found is None or (isinstance(found, float) and np.isnan(found))
+        raise ValueError(f"{column}: {needed} must stand here, found {'nothing' if empty else type(found).__name__}")
+
+
+def _check_classes(classes: str, limits: Limits) -> None:
+    # Every name is encoded in eight templates, and a tokenizer's time goes by the square of its length.
+    num_classes = classes.count(",") + 1
+    num_names = num_classes + classes.count("|")
+    if num_classes > limits.max_classes:
+        raise ValueError(f"classes: {num_classes} names; at most {limits.max_classes} are allowed")
+    if num_names > limits.max_names:
+        raise ValueError(f"classes: {num_names} names with synonyms; at most {limits.max_names} are allowed")
+    longest = max(map(len, re.split("[,|]", classes)))
+    if longest > limits.max_characters:
+        raise ValueError(f"classes: a name of {longest} characters; at most {limits.max_characters} are allowed")
 
 
 def _bytes(data: bytes | str, limit: int) -> bytes:

@@ -134,15 +134,16 @@ def parse_annotation(data: bytes, size: tuple[int, int], may_be_empty: bool = Fa
     Raises:
         ValueError: no JSON, no annotations, or a mask of another size than its image.
     """
-    return _parse(data, size, may_be_empty)[0]
+    return parse_document(data, size, may_be_empty)[0]
 
 
 def parse_masks(data: bytes, size: tuple[int, int]) -> RunMasks:
     """The masks alone of what `parse_annotation` parses and checks."""
-    return _parse(data, size, may_be_empty=False)[1]
+    return parse_document(data, size)[1]
 
 
-def _parse(data: bytes, size: tuple[int, int], may_be_empty: bool) -> tuple[dict[str, Any], RunMasks]:
+def parse_document(data: bytes, size: tuple[int, int], may_be_empty: bool = False) -> tuple[dict[str, Any], RunMasks]:
+    """What `parse_annotation` parses and checks, with its masks."""
     try:
         document = json.loads(data)
         codes = [annotation["segmentation"] for annotation in document["annotations"]]

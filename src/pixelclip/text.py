@@ -3,6 +3,7 @@
 B images, K concepts, L prompt tokens per concept, C embedding width, T text positions, D text width.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -119,7 +120,7 @@ def check_names(names: Sequence[str], source: str = "classes") -> list[str]:
     blanks = [str(i + 1) for i, name in enumerate(stripped) if not name.strip(", ")]
     if blanks:
         raise ValueError(f"{source}: blank class name at position {', '.join(blanks)}")
-    twice = sorted({name for name in stripped if stripped.count(name) > 1})
+    twice = sorted(name for name, times in Counter(stripped).items() if times > 1)
     if twice:
         raise ValueError(f"{source}: class names must differ, found twice: {', '.join(map(repr, twice))}")
     return stripped
