@@ -21,7 +21,7 @@ from pixelclip.text import Prompts, TextTower, Vectors
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What one forward pass gives.
+    """What one step gives.
 
     Attributes:
         loss: [].
@@ -173,25 +173,6 @@ class PixelCLIP(nn.Module):
         """How many pixels times concepts the loss of a batch averages over: []; `covered` is [B, H, W]."""
         area = covered.flatten(1).sum(dim=1)
         return area.sum() * num_concepts if self.clustering else area[batch.image_index].sum()
-
-    def forward(self, weak: Tensor, strong: Tensor, masks: Tensor, image_index: Tensor) -> StepOutput:
-        """One training step's loss, in one piece and one process, with the logits of all images.
-
-        Args:
-            weak: [B, 3, side, side], normalised images for the teacher.
-            strong: [B, 3, side, side], normalised images for the student.
-            masks: [N, H, W], bool.
-            image_index: [N], the image of each mask.
-        """
-        concepts = self.concepts()
-        features = self.mask_features(weak, masks, image_index)
-        concept_index, cosines = self.assign(features, concepts)
-        batch = Batch(weak, strong, masks, image_index, [])
-        covered = _covered(batch)
-        terms = self.count_terms(batch, covered, len(concepts))
-        loss, logits = self.loss(batch, covered, features, concepts, concept_index, terms, shown=len(strong))
-        assignment = torch.softmax(self.assignment_scale * cosines, dim=-1)
-        return StepOutput(loss, concept_index, assignment, logits, concept_index)
 
     def accumulate(self, pieces: Sequence[Batch], ranks: Ranks = ALONE, shown: int = 0) -> StepOutput:
         """Loss and gradients of one optimizer step whose images are spread over pieces and ranks.
