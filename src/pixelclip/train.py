@@ -44,7 +44,7 @@ _MASKLESS_SHARE = 0.5
 
 
 def run(masks: Path | str, out: Path, config: TrainConfig) -> Metrics:
-    """Trains a PixelCLIP; an interrupted training continues to the very same losses.
+    """Trains a PixelCLIP; an interrupted training continues: on a CPU to the very same losses, on a GPU but for rounding.
 
     Started by torchrun, all processes train one model: batch, Sinkhorn and gradients are those of one process.
 
