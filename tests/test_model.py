@@ -7,6 +7,7 @@ from pixelclip.backbone import Backbone
 from pixelclip.dataset import Batch
 from pixelclip.decoder import Decoder, mask_loss
 from pixelclip.model import PixelCLIP
+from pixelclip.ranks import Ranks
 from pixelclip.text import Prompts, TextTower
 
 
@@ -48,6 +49,13 @@ def test_a_batch_without_masks_gives_zero_loss(model):
     output = model.accumulate([Batch(weak, strong, masks[:0], index[:0], [])])
     assert output.loss.item() == 0
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_processes_exchange_the_rows_of_their_masks_once_a_step(model, monkeypatch):
+    gathered, gather = [], Ranks.gather
+    monkeypatch.setattr(Ranks, "gather", lambda self, rows: gathered.append(rows.shape) or gather(self, rows))
+    model.accumulate([Batch(*batch(), [])])
+    assert gathered == [(6, 5)]
 
 
 def test_only_attention_position_prompts_and_decoder_learn(model):

@@ -159,6 +159,24 @@ def test_numbers_are_waited_for_on_the_stream_of_their_own_gpu(monkeypatch):
     assert asked[1:] == ["waited"]
 
 
+def test_counts_go_from_cpu_to_cpu_and_rows_from_device_to_device(monkeypatch):
+    """A count that came from a GPU would be waited for."""
+    backends, devices = [], []
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, timeout: backends.append(backend))
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda values: devices.append(values.device.type))
+    monkeypatch.setattr(torch.distributed, "all_gather", lambda found, rows: devices.append(rows.device.type))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with join("cuda") as two:
+        rows, mine = two.gather(torch.zeros(3, 5, device="meta"))
+    assert backends == ["cpu:gloo,cuda:nccl"]
+    assert devices == ["cpu", "meta"]
+    assert (rows.shape, mine) == ((3, 5), slice(0, 3))
+
+
 @pytest.mark.parametrize("fails", [True, False])
 def test_a_rank_that_fails_says_so_and_waits_for_nobody(monkeypatch, fails):
     """NCCL waits for the other ranks when a group is left, so the error would never be heard."""
