@@ -4,8 +4,10 @@ import torch
 import torch.nn.functional as F
 
 from pixelclip.backbone import Backbone
+from pixelclip.dataset import Batch
 from pixelclip.decoder import Decoder, mask_loss
 from pixelclip.model import PixelCLIP
+from pixelclip.ranks import Ranks
 from pixelclip.text import Prompts, TextTower
 
 
@@ -44,14 +46,20 @@ def test_loss_without_a_covered_pixel_is_zero_with_zero_gradient():
 
 def test_a_batch_without_masks_gives_zero_loss(model):
     weak, strong, masks, index = batch()
-    output = model(weak, strong, masks[:0], index[:0])
-    output.loss.backward()
+    output = model.accumulate([Batch(weak, strong, masks[:0], index[:0], [])])
     assert output.loss.item() == 0
-    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_processes_exchange_the_rows_of_their_masks_once_a_step(model, monkeypatch):
+    gathered, gather = [], Ranks.gather
+    monkeypatch.setattr(Ranks, "gather", lambda self, rows: gathered.append(rows.shape) or gather(self, rows))
+    model.accumulate([Batch(*batch(), [])])
+    assert gathered == [(6, 5)]
 
 
 def test_only_attention_position_prompts_and_decoder_learn(model):
-    model(*batch()).loss.backward()
+    model.accumulate([Batch(*batch(), [])])
     learned = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert learned
     for name in learned:
@@ -64,7 +72,7 @@ def test_the_teacher_moves_by_the_momentum_only_when_told(model):
     with torch.no_grad():
         for parameter in model.student.parameters():
             parameter += 1
-    model(*batch()).loss.backward()
+    model.accumulate([Batch(*batch(), [])])
     assert all(torch.equal(p, before[name]) for name, p in model.teacher.named_parameters())
     model.update_teacher(0.9)
     trained = set(model.student.trained_parameters())
@@ -101,8 +109,7 @@ def test_without_clustering_every_mask_is_its_own_target():
             logits = model.decoder(torch.einsum("chw,c->hw", dense, own)[None, None])
             logits = F.interpolate(logits, size=(24, 24), mode="bilinear")[0, 0]
             terms.append(F.binary_cross_entropy_with_logits(logits[covered], mask[covered].float(), reduction="none"))
-    output = model(weak, strong, masks, index)
+    output = model.accumulate([Batch(weak, strong, masks, index, [])], shown=2)
     torch.testing.assert_close(output.loss, torch.cat(terms).mean())
     assert output.logits.shape == (2, 4, 24, 24)
-    output.loss.backward()
     assert model.prompts.tokens.grad is None

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import conftest
+import gradients
 import numpy as np
 import pytest
 import test_train
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 
 from pixelclip import ranks, train
 from pixelclip.config import TrainConfig
-from pixelclip.ranks import Ranks, join, later, pick_device, pick_precision
+from pixelclip.ranks import ALONE, Ranks, join, later, pick_device, pick_precision
 
 clip, shards = test_train.clip, test_train.shards
 STEPS = 20
@@ -30,7 +31,7 @@ SETTINGS = {
     "picture_every": 0,
     "max_bad_share": 0.2,
 }
-TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "pixelclip"]
+TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 
 
 def losses(folder: Path) -> torch.Tensor:
@@ -49,9 +50,13 @@ def alone(shards, clip, tmp_path_factory) -> Path:
 
 def start(shards: Path, clip: Path, out: Path, **settings: object) -> str:
     words = [f"{name}={value}" for name, value in {**SETTINGS, "clip": clip, **settings}.items()]
-    command = [*TWO, "train", "--masks", str(shards), "--out", str(out), *words]
+    return torchrun("-m", "pixelclip", "train", "--masks", str(shards), "--out", str(out), *words)
+
+
+def torchrun(*words: str) -> str:
+    """What two processes say."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250)
+    found = subprocess.run([*TWO, *words], env=environment, capture_output=True, text=True, timeout=250)
     assert found.returncode == 0, found.stderr[-3000:]
     return found.stdout
 
@@ -66,6 +71,17 @@ def test_two_processes_train_as_one_and_only_the_first_writes(alone, shards, cli
     assert len(client.search_runs([e.experiment_id for e in client.search_experiments()])) == 1
     metrics = [json.loads((folder / "metrics.json").read_text()) for folder in (alone, tmp_path / "model")]
     assert metrics[0]["train/concepts_used"] == metrics[1]["train/concepts_used"]
+
+
+def test_two_processes_find_the_gradients_of_one(tmp_path):
+    """Adam does not see a wrong scale of a group's gradients, so that losses do not tell it."""
+    torchrun(gradients.__file__, str(tmp_path / "two.safetensors"))
+    one, two = gradients.gradients(ALONE), load_file(tmp_path / "two.safetensors")
+    assert one.keys() == two.keys()
+    for group in ("student", "prompts", "decoder"):
+        ours, theirs = (torch.cat([of[name].flatten() for name in one if name.startswith(group)]) for of in (one, two))
+        assert ours.norm() > 1e-4
+        assert (ours - theirs).norm() < 1e-4 * ours.norm(), group
 
 
 @pytest.mark.slow
@@ -155,6 +171,24 @@ def test_numbers_are_waited_for_on_the_stream_of_their_own_gpu(monkeypatch):
     assert asked == ["stream of cuda:1"]
     assert read() == [1.0, 2.0]
     assert asked[1:] == ["waited"]
+
+
+def test_counts_go_from_cpu_to_cpu_and_rows_from_device_to_device(monkeypatch):
+    """A count that came from a GPU would be waited for."""
+    backends, devices = [], []
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, timeout: backends.append(backend))
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda values: devices.append(values.device.type))
+    monkeypatch.setattr(torch.distributed, "all_gather", lambda found, rows: devices.append(rows.device.type))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with join("cuda") as two:
+        rows, mine = two.gather(torch.zeros(3, 5, device="meta"))
+    assert backends == ["cpu:gloo,cuda:nccl"]
+    assert devices == ["cpu", "meta"]
+    assert (rows.shape, mine) == ((3, 5), slice(0, 3))
 
 
 @pytest.mark.parametrize("fails", [True, False])

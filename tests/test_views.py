@@ -155,3 +155,102 @@ def test_a_view_of_a_small_image_is_that_of_its_full_decoding(tmp_path: Path) ->
         image = np.asarray(image, np.float32)[:, :: -1 if same.random() < 0.5 else 1].transpose(2, 0, 1) / 255
         mean, std = (np.array(values, np.float32).reshape(3, 1, 1) for values in (drawn.mean, drawn.std))
         assert np.array_equal(dataset[position].weak.numpy(), (image - mean) / std)
+
+
+SEEDS = 2000
+
+
+def strength(drawn: np.ndarray, still: float, low: float, high: float) -> float:
+    """The share of draws that moved something; they fill the range from `low` to `high` and never leave it."""
+    moved = drawn[np.abs(drawn - still) > 1e-3]
+    margin = 0.03 * (high - low)
+    assert low - 1e-3 <= moved.min() <= low + margin
+    assert high - margin <= moved.max() <= high + 1e-3
+    return len(moved) / len(drawn)
+
+
+def turned(pixel: np.ndarray, degrees: float) -> float:
+    """The hue of an RGB pixel as degrees from another."""
+    return (colorsys.rgb_to_hsv(*pixel)[0] * 360 - degrees + 180) % 360 - 180
+
+
+def test_the_weak_jitter_is_as_strong_as_the_method_says() -> None:
+    """On two greys and a colour that no draw takes to the ends of the range."""
+    image = torch.tensor([[0.4, 0.4, 0.4], [0.5, 0.5, 0.5], [0.5, 0.4, 0.4]]).T[:, None].contiguous()  # [3, 1, 3 pixels]
+    found = []
+    for seed in range(SEEDS):
+        dark, light, red = views._ssd_jitter(image, np.random.default_rng(seed))[:, 0].double().numpy().T
+        contrast = (light - dark).mean() / 0.1
+        found.append((light.mean() / contrast - 0.5, contrast, (red.max() - red.min()) / contrast / 0.1, turned(red, 0)))
+    brightness, contrast, saturation, hue = np.array(found).T
+    assert strength(brightness, 0, -32 / 255, 32 / 255) == pytest.approx(0.5, abs=0.04)
+    assert strength(contrast, 1, 0.5, 1.5) == pytest.approx(0.5, abs=0.04)
+    assert strength(saturation, 1, 0.5, 1.5) == pytest.approx(0.5, abs=0.04)
+    assert strength(hue, 0, -36, 36) == pytest.approx(0.5, abs=0.04)
+
+
+def test_the_strong_jitter_is_as_strong_as_the_method_says() -> None:
+    """The same draws on two greys and on one colour, that none takes to the ends of the range."""
+    greys = torch.tensor([0.4, 0.5]).expand(3, 1, 2)
+    colour = torch.tensor([0.45, 0.4, 0.4]).view(3, 1, 1)
+    found, grey = [], 0
+    for seed in range(SEEDS):
+        dark, light = (
+            views._strong_jitter(greys, np.random.default_rng(seed), blur_scale=1.0)[:, 0].double().mean(dim=0).tolist()
+        )
+        red = views._strong_jitter(colour, np.random.default_rng(seed), blur_scale=1.0)[:, 0, 0].double().numpy()
+        brightness = (dark + light) / 0.9
+        contrast = (light - dark) / 0.1 / brightness
+        if red.max() - red.min() < 1e-6:
+            grey += 1
+        else:
+            found.append((brightness, contrast, (red.max() - red.min()) / 0.05 / brightness / contrast, turned(red, 0)))
+    assert grey / SEEDS == pytest.approx(0.2, abs=0.03)
+    brightness, contrast, saturation, hue = np.array(found).T
+    for drawn in (brightness, contrast, saturation):
+        assert strength(drawn, 1, 0.5, 1.5) == pytest.approx(0.8, abs=0.03)
+    assert strength(hue, 0, -90, 90) == pytest.approx(0.8, abs=0.03)
+
+
+def width(image: torch.Tensor) -> float:
+    """The standard deviation of a point's picture along the columns."""
+    profile = image.double().sum(dim=(0, 1)).numpy()
+    profile = profile - profile[0]
+    places = np.arange(len(profile))
+    mean = (profile * places).sum() / profile.sum()
+    return float(np.sqrt(max((profile * (places - mean) ** 2).sum() / profile.sum(), 0)))
+
+
+def test_the_blur_is_as_wide_as_the_method_says() -> None:
+    point = torch.zeros(3, 3, 33)
+    point[:, 1, 16] = 0.5
+    point = torch.nn.functional.pad(point, [0, 0, 15, 15])
+    found = np.array([width(views._strong_jitter(point, np.random.default_rng(seed), 1.0)) for seed in range(600)])
+    blurred = found[found > 0.2]  # a narrower one stays within its pixel
+    assert len(blurred) / len(found) == pytest.approx(0.5 * 1.8 / 1.9, abs=0.05)
+    assert 1.8 < blurred.max() < 2.0
+    assert blurred.min() < 0.4
+
+
+@pytest.mark.parametrize(
+    ("size", "edge", "crop", "scale"), [(64, 64, 64, 1.0), (128, 64, 64, 1.0), (64, 128, 128, 0.5), (64, 32, 32, 2.0)]
+)
+def test_the_blur_is_stated_in_pixels_of_the_methods_crop(size: int, edge: int, crop: int, scale: float) -> None:
+    """A point in the middle of an image that is cropped whole: only the method's resize and the side scale its blur."""
+    picture = np.zeros((size, size, 3), np.uint8)
+    picture[size // 2 : size // 2 + size // 64, size // 2 : size // 2 + size // 64] = 150
+    drawn = replace(PLAIN, side=64, shortest_edge=edge, crop=crop, strong_view=True, cutout_min=0.0, cutout_max=0.0)
+    masks = parse_masks(annotation(blobs(size, size)), (size, size))
+    compared = 0
+    for seed in range(40):
+        sample = views.draw(Image.fromarray(picture), masks, drawn, np.random.default_rng(seed))
+        point = torch.zeros(3, 64, 64)
+        point[:, 32, 32] = 150 / 255
+        generator = np.random.default_rng(seed)
+        generator.uniform(size=2)  # where the crop is
+        expected = width(views._strong_jitter(point, generator, 1.0))
+        if 0.8 < expected < 1.6:  # neither within a pixel nor cut off by the edges
+            found = np.sqrt(max(width(sample.strong) ** 2 - width(sample.weak) ** 2, 0))
+            assert found == pytest.approx(scale * expected, rel=0.2), seed  # a narrow one is coarse in pixels
+            compared += 1
+    assert compared > 3

@@ -21,7 +21,7 @@ from pixelclip.text import Prompts, TextTower, Vectors
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What one forward pass gives.
+    """What one step gives.
 
     Attributes:
         loss: [].
@@ -112,7 +112,7 @@ class PixelCLIP(nn.Module):
         return pooled.clone()  # a tensor of inference cannot take part in a loss
 
     @torch.no_grad()
-    def assign(self, mask_features: Tensor, concepts: Tensor, ranks: Ranks = ALONE) -> tuple[Tensor, Tensor]:
+    def assign(self, mask_features: Tensor, concepts: Tensor, ranks: Ranks = ALONE) -> tuple[Tensor, Tensor, slice]:
         """Assigns masks to concepts, with Sinkhorn over the masks of all ranks.
 
         Args:
@@ -121,12 +121,11 @@ class PixelCLIP(nn.Module):
             ranks: who takes part.
 
         Returns:
-            The concept of every one of this rank's masks [N], and the cosines [N, K] that it was chosen by.
+            Of the masks of all ranks the concept [N], the cosines [N, K] that it was chosen by, and which are this rank's.
         """
-        cosines = mask_features @ F.normalize(concepts, dim=-1).T
-        everybodys, mine = ranks.gather(cosines)
-        chosen = sinkhorn(self.assignment_scale * everybodys, self.sinkhorn_iterations).argmax(dim=-1)
-        return chosen[mine], cosines
+        cosines, mine = ranks.gather(mask_features @ F.normalize(concepts, dim=-1).T)
+        chosen = sinkhorn(self.assignment_scale * cosines, self.sinkhorn_iterations).argmax(dim=-1)
+        return chosen, cosines, mine
 
     def loss(
         self,
@@ -174,31 +173,12 @@ class PixelCLIP(nn.Module):
         area = covered.flatten(1).sum(dim=1)
         return area.sum() * num_concepts if self.clustering else area[batch.image_index].sum()
 
-    def forward(self, weak: Tensor, strong: Tensor, masks: Tensor, image_index: Tensor) -> StepOutput:
-        """One training step's loss, in one piece and one process, with the logits of all images.
-
-        Args:
-            weak: [B, 3, side, side], normalised images for the teacher.
-            strong: [B, 3, side, side], normalised images for the student.
-            masks: [N, H, W], bool.
-            image_index: [N], the image of each mask.
-        """
-        concepts = self.concepts()
-        features = self.mask_features(weak, masks, image_index)
-        concept_index, cosines = self.assign(features, concepts)
-        batch = Batch(weak, strong, masks, image_index, [])
-        covered = _covered(batch)
-        terms = self.count_terms(batch, covered, len(concepts))
-        loss, logits = self.loss(batch, covered, features, concepts, concept_index, terms, shown=len(strong))
-        assignment = torch.softmax(self.assignment_scale * cosines, dim=-1)
-        return StepOutput(loss, concept_index, assignment, logits, concept_index)
-
     def accumulate(self, pieces: Sequence[Batch], ranks: Ranks = ALONE, shown: int = 0) -> StepOutput:
         """Loss and gradients of one optimizer step whose images are spread over pieces and ranks.
 
         All masks are assigned together before the first piece is learned from, and every piece's loss is divided by what
-        all of them average over, so that the gradients are those of one large batch. Adds to `.grad`. On a GPU and in one
-        process nothing here waits for the device.
+        all of them average over, so that the gradients are those of one large batch. Adds to `.grad`. Nothing here waits
+        for a GPU; of several processes each learns once from the CPUs of the others how many masks they have.
 
         Args:
             pieces: this rank's images, in parts that fit its memory; parts without images or masks are allowed.
@@ -216,7 +196,8 @@ class PixelCLIP(nn.Module):
             covered = [_covered(piece) for piece in pieces]
             counted = [self.count_terms(*each, len(fixed)) for each in zip(pieces, covered, strict=True)]
             terms = ranks.sum(torch.stack([*counted, torch.zeros_like(fixed[0, 0], dtype=torch.long)]).sum())
-        concept_index, cosines = self.assign(torch.cat([*features, fixed.detach()[:0]]), fixed, ranks)
+        everybodys, cosines, mine = self.assign(torch.cat([*features, fixed.detach()[:0]]), fixed, ranks)
+        concept_index = everybodys[mine]
         loss, logits = fixed.new_zeros(()), fixed.new_zeros(0)
         of_pieces = concept_index.split([len(feature) for feature in features])
         for number, (piece, pixels, feature, index) in enumerate(zip(pieces, covered, features, of_pieces, strict=True)):
@@ -227,9 +208,9 @@ class PixelCLIP(nn.Module):
         if fixed.grad is not None:
             concepts.backward(fixed.grad)
         ranks.sum_gradients(self.learning())
-        softmax = torch.softmax(self.assignment_scale * ranks.gather(cosines)[0], dim=-1)
+        softmax = torch.softmax(self.assignment_scale * cosines, dim=-1)
         shown_index = concept_index[: len(features[0]) if features else 0]
-        return StepOutput(ranks.sum(loss), ranks.gather(concept_index)[0], softmax, logits, shown_index)
+        return StepOutput(ranks.sum(loss), everybodys, softmax, logits, shown_index)
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:

@@ -46,7 +46,8 @@ class Ranks:
         """
         if self.size == 1:
             return rows, slice(0, len(rows))
-        counts = [int(n) for n in self.sum(torch.eye(self.size, dtype=torch.long, device=rows.device)[self.rank] * len(rows))]
+        # Counts stay on the CPU: a GPU would have to be waited for.
+        counts: list[int] = self.sum(torch.eye(self.size, dtype=torch.long)[self.rank] * len(rows)).tolist()
         padded = rows.new_zeros(max(counts), *rows.shape[1:])
         padded[: len(rows)] = rows
         found = [torch.empty_like(padded) for _ in counts]
@@ -66,7 +67,7 @@ class Ranks:
         """The first rank's Python object, for all."""
         if self.size > 1:
             box = [value]
-            dist.broadcast_object_list(box, src=0, device=self.device if self.device.type == "cuda" else None)
+            dist.broadcast_object_list(box, src=0)
             return box[0]
         return value
 
@@ -176,7 +177,7 @@ def join(device: str) -> Iterator[Ranks]:
         torch.cuda.set_device(chosen)  # before anything touches the first GPU, where every rank would leave a context
     else:
         chosen = pick_device(device)
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=_PATIENCE)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", timeout=_PATIENCE)
     yield Ranks(rank, size, chosen)
     # Not after an error: NCCL would wait here for ranks that are still at work, and nobody would hear that this one failed.
     dist.destroy_process_group()

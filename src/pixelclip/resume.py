@@ -1,4 +1,4 @@
-"""A training's state on disk, so that a killed one continues to the very same losses."""
+"""A training's state on disk, so that a killed one continues: on a CPU to the very same losses, on a GPU but for rounding."""
 
 import json
 import os

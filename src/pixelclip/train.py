@@ -44,7 +44,7 @@ _MASKLESS_SHARE = 0.5
 
 
 def run(masks: Path | str, out: Path, config: TrainConfig) -> Metrics:
-    """Trains a PixelCLIP; an interrupted training continues to the very same losses.
+    """Trains a PixelCLIP; an interrupted training continues: on a CPU to the very same losses, on a GPU but for rounding.
 
     Started by torchrun, all processes train one model: batch, Sinkhorn and gradients are those of one process.
 
@@ -149,7 +149,7 @@ def _train(
         # Bad samples: named, counted, and too many of them stop the training.
         bad.found += [name for batch in packed for name in batch.bad]
         mine = [len(bad.found) - len(dataset.bad), sum(len(batch.masks) for batch in packed)]
-        new_bad, num_masks = mine if ranks.size == 1 else ranks.sum(torch.tensor(mine, device=ranks.device)).tolist()
+        new_bad, num_masks = ranks.sum(torch.tensor(mine)).tolist()
         num_bad = begun.bad + new_bad
         if num_bad:
             bad.stop_if_too_many(_drawn_from(dataset, (step + 1) * config.batch_size), len(dataset.bad) + num_bad)

@@ -1,0 +1,38 @@
+"""One step's gradients, for test_ranks.py: `python gradients.py OUT`, alone or started by torchrun."""
+
+import sys
+from pathlib import Path
+
+import tiny
+import torch
+from safetensors.torch import save_file
+
+from pixelclip.backbone import Backbone
+from pixelclip.dataset import Batch
+from pixelclip.model import PixelCLIP
+from pixelclip.ranks import Ranks, join
+from pixelclip.text import Prompts, TextTower
+from pixelclip.train import new_decoder
+
+
+def gradients(ranks: Ranks) -> dict[str, torch.Tensor]:
+    """By parameter, of the loss on this process's share of five images; image i has i masks."""
+    clip = tiny.clip_of()
+    text = TextTower(clip)
+    model = PixelCLIP(Backbone(clip.visual), text, Prompts(text, torch.arange(10).view(5, 2)), new_decoder(0)).train()
+    generator = torch.Generator().manual_seed(3)
+    weak, strong = torch.randn(2, 5, 3, 32, 32, generator=generator)
+    index = torch.repeat_interleave(torch.arange(5), torch.arange(5))
+    masks = torch.rand(len(index), 24, 24, generator=generator) < 0.3
+    mine = ranks.share(5)
+    images, seen = slice(mine.start, mine.stop), (index >= mine.start) & (index < mine.stop)
+    model.accumulate([Batch(weak[images], strong[images], masks[seen], index[seen] - mine.start, [])], ranks)
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    with join("cpu") as joined:
+        found = gradients(joined)
+        if joined.first:
+            save_file(found, Path(sys.argv[1]))
