@@ -173,13 +173,18 @@ def test_the_shipped_clip_loads():
     [
         ("ViT-B-61:openai", r"CLIP 'ViT-B-61:openai': .*did you mean 'ViT-B-16'"),
         ("ViT-B-16", r"CLIP 'ViT-B-16': weights are missing: write ViT-B-16:PRETRAINED or ViT-B-16:FILE"),
-        ("ViT-B-16:opanai", r"(?i)CLIP 'ViT-B-16:opanai': .*opanai"),
+        (
+            "ViT-B-16:opanai",
+            r"opanai': no file opanai and no weights of that name; the pretrained ones are openai, la",
+        ),
+        ("coca_base:nope", r"CLIP 'coca_base:nope': .*; open_clip has none pretrained, write coca_base:FILE$"),
         ("/no/such/folder", r"CLIP '/no/such/folder': no folder"),
     ],
 )
-def test_a_clip_that_is_not_there_is_named(spec, message):
+def test_a_clip_that_is_not_there_is_named(spec, message, caplog):
     with pytest.raises(ValueError, match=message):
         load_clip(spec)
+    assert not caplog.records
 
 
 def test_a_folder_without_its_config(tmp_path):

@@ -72,6 +72,8 @@ def load_clip(spec: str) -> Clip:
         ValueError: nothing of that name, or the weights do not fit.
     """
     folder = clip_folder(spec)
+    if folder is None or not folder.is_dir():
+        _check_name(spec, folder)
     try:
         if folder is not None and folder.is_dir():
             cfg = read_json(folder / CLIP_CONFIG)
@@ -79,10 +81,6 @@ def load_clip(spec: str) -> Clip:
             model = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True)
         else:
             name, _, weights = spec.partition(":")
-            if name not in open_clip.list_models():
-                raise ValueError(f"no folder and no CLIP of that name{nearest(name, open_clip.list_models())}")
-            if not weights:
-                raise ValueError(f"weights are missing: write {name}:PRETRAINED or {name}:FILE")
             model = open_clip.create_model(name, pretrained=str(folder or weights), require_pretrained=True)
             model_cfg, preprocess = dict(open_clip.get_model_config(name)), getattr(model.visual, "preprocess_cfg", {})
             model_cfg["quick_gelu"] = any(isinstance(part, QuickGELU) for part in model.modules())
@@ -95,6 +93,19 @@ def load_clip(spec: str) -> Clip:
     mean = tuple(preprocess.get("mean", open_clip.OPENAI_DATASET_MEAN))
     std = tuple(preprocess.get("std", open_clip.OPENAI_DATASET_STD))
     return Clip(model.float().eval(), model_cfg, mean, std)
+
+
+def _check_name(spec: str, file: Path | None) -> None:
+    """Raises ValueError where open_clip knows no such name or no such weights; itself it would log a raw line first."""
+    name, _, weights = spec.partition(":")
+    if name not in open_clip.list_models():
+        raise ValueError(f"CLIP {spec!r}: no folder and no CLIP of that name{nearest(name, open_clip.list_models())}")
+    if not weights:
+        raise ValueError(f"CLIP {spec!r}: weights are missing: write {name}:PRETRAINED or {name}:FILE")
+    if file is None and not open_clip.get_pretrained_cfg(name, weights):
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        known = f"the pretrained ones are {', '.join(tags)}" if tags else f"open_clip has none pretrained, write {name}:FILE"
+        raise ValueError(f"CLIP {spec!r}: no file {weights} and no weights of that name; {known}")
 
 
 def _reason(error: Exception, file: Path | None) -> str:
