@@ -8,6 +8,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -279,7 +280,7 @@ def run(shards: Path | str, out: Path, config: MasksConfig) -> Metrics:
         `{"images": ..., "masks": ..., "masks_per_image": ..., "bad_images": ...}`.
 
     Raises:
-        ValueError: no shard, or too many samples that cannot be used.
+        ValueError: no shard, too many samples that cannot be used, or a worker process was killed.
     """
     tars = _part_of(list_shards(shards), config.part, shards)
     names = [tar.name for tar in tars]
@@ -301,7 +302,13 @@ def run(shards: Path | str, out: Path, config: MasksConfig) -> Metrics:
         for tar in tars:
             summary = stage.folder / f"{tar.stem}.summary.json"
             if not (summary.is_file() and (stage.folder / tar.name).is_file()):
-                write_json(summary, _mask_shard(tar, stage.folder / tar.name, config, tools))
+                try:
+                    write_json(summary, _mask_shard(tar, stage.folder / tar.name, config, tools))
+                except BrokenProcessPool:
+                    raise ValueError(
+                        f"{tar}: a worker process died, perhaps for want of memory: set masks.workers below {config.workers}; "
+                        "the same command continues with this shard"
+                    ) from None
             counted = read_json(summary)
             images, masks = images + counted["images"], masks + counted["masks"]
             bad.found += counted["bad"]
