@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import signal
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -141,3 +142,8 @@ def _up(server: services.Server) -> None:
     if server.process is None:
         server.start()
     server.wait()
+
+
+def die(*_: object, **__: object) -> None:
+    """Ends this process as the kernel does when memory is out; here, since a worker imports this file in no time."""
+    os.kill(os.getpid(), signal.SIGKILL)

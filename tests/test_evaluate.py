@@ -18,7 +18,7 @@ from conftest import annotation, encoded, write_files
 from PIL import Image
 
 from pixelclip import evaluate as stage
-from pixelclip import tracking
+from pixelclip import evaluate_clip, tracking
 from pixelclip.backbone import Backbone
 from pixelclip.benchmarks import KINDS, LabelledSet, open_folder
 from pixelclip.checkpoint import backbone_of, load_clip, load_model
@@ -188,6 +188,28 @@ def test_a_clip_that_was_changed_since_the_training_is_refused(made, client, tmp
     # Named on purpose, another CLIP is measured.
     other = with_settings(clip=str(clip))
     assert run(model, made / "labelled", tmp_path / "out", other)["gain/set"] != 0
+
+
+def test_another_clip_is_measured_with_its_own_words_and_the_model_with_the_model_s(made, client, tmp_path, monkeypatch):
+    narrow = {"embed_dim": 48, "text_cfg": tiny.CLIP_CONFIG["text_cfg"] | {"width": 64}}  # features and words of other widths
+    monkeypatch.setitem(tiny.CLIP_CONFIGS, "narrow", tiny.CLIP_CONFIG | narrow)
+    other = tiny.clip_folder(tmp_path / "other", seed=3, kind="narrow")
+    both, config = run(made / "changed", made / "labelled", tmp_path / "both", CONFIG), with_settings(clip=str(other))
+    metrics = run(made / "changed", made / "labelled", tmp_path / "out", config)
+    alone = evaluate_clip.run("", made / "labelled", tmp_path / "clip", config, tiny.SIDE, "cls")
+    assert alone.items() <= metrics.items()
+    assert {key: metrics[key] for key in ("miou/set", "pixel_accuracy/set")}.items() <= both.items()
+    assert metrics["gain/set"] == metrics["miou/set"] - metrics["miou_clip/set"] != both["gain/set"]
+    assert run(made / "changed", made / "labelled", tmp_path / "taken", config, tmp_path / "clip") == metrics
+    assert result(tmp_path / "taken") == result(tmp_path / "out")
+
+
+def test_a_clip_that_cannot_see_the_side_is_refused_before_any_work(made, client, tmp_path, monkeypatch):
+    coarse = {"vision_cfg": tiny.CLIP_CONFIG["vision_cfg"] | {"image_size": 64, "patch_size": 64}}
+    monkeypatch.setitem(tiny.CLIP_CONFIGS, "coarse", tiny.CLIP_CONFIG | coarse)
+    other = tiny.clip_folder(tmp_path / "other", kind="coarse")
+    with pytest.raises(ValueError, match=r"evaluate\.side 48 is smaller than one patch"):
+        run(made / "changed", made / "labelled", tmp_path / "out", with_settings(clip=str(other)))
 
 
 def test_a_bad_image_stops_or_is_left_out_and_named(made, client, tmp_path, capsys):

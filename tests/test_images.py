@@ -2,6 +2,8 @@
 
 import colorsys
 import io
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -49,6 +51,28 @@ def test_a_jpeg_is_decoded_at_a_part_of_its_size_and_other_files_whole(size: tup
         assert np.abs(np.asarray(found, int) - np.asarray(image, int)[0, 0]).max() <= 3
         assert decode_image(encoded(image, "TIFF"), shrink=shrink).size == size
     assert image_size(encoded(image)) == size
+
+
+def huge(edge: int) -> bytes:
+    """A PNG whose header says that it has edge x edge pixels; it holds none of them."""
+    header = struct.pack(">IIBBBBB", edge, edge, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")]
+    data = [struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(data)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("edge", [10_000, 20_000])  # Pillow by itself warns of the first and refuses the second
+def test_images_may_be_large_but_not_larger_than_is_allowed(edge: int) -> None:
+    assert image_size(huge(edge)) == (edge, edge)
+    with pytest.raises(ValueError, match=rf"^image: {edge} x {edge} pixels; at most 16000000 are allowed$"):
+        decode_image(huge(edge), max_pixels=16_000_000)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_large_image_is_decoded() -> None:
+    large = Image.new("1", (16_000, 12_000), 1)  # a bit a pixel
+    assert decode_image(encoded(large, "PNG")).size == large.size
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

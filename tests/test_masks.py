@@ -13,7 +13,7 @@ import test_dino
 import test_sam
 import torch
 import torch.nn.functional as F
-from conftest import annotation, encoded, pixels, read_tar, write_files, write_tar
+from conftest import annotation, die, encoded, pixels, read_tar, write_files, write_tar
 from PIL import Image
 from pycocotools import mask as rle
 from skimage.segmentation import felzenszwalb as reference
@@ -85,6 +85,28 @@ def test_every_sample_gets_its_masks_and_keeps_its_bytes(tmp_path: Path) -> None
     assert (found.sum(0) == 1).all()
     assert metrics == {"images": 3.0, "masks": 3.0 * len(found), "masks_per_image": float(len(found)), "bad_images": 0.0}
     assert run(shards, tmp_path / "out", config()) == metrics
+
+
+def test_a_killed_worker_is_one_line_and_the_same_command_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = tmp_path / "in"
+    for number in range(2):
+        write_tar(shards / f"{number}.tar", {f"{number}.jpg": JPEG})
+    mask_shard = module._mask_shard
+
+    def kill_in_the_second(tar: Path, *others: object) -> dict[str, object]:
+        monkeypatch.setattr(module, "_mask_one", die if tar.name == "1.tar" else mask_one)
+        return mask_shard(tar, *others)
+
+    mask_one = module._mask_one
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "_mask_shard", kill_in_the_second)
+        with pytest.raises(ValueError, match=r"^\S+1\.tar: a worker process died, .*masks\.workers below 1; the same command"):
+            run(shards, tmp_path / "out", config(workers=1))
+    monkeypatch.setattr(module, "_mask_one", mask_one)
+    made = []
+    monkeypatch.setattr(module, "_mask_shard", lambda tar, *others: made.append(tar.name) or mask_shard(tar, *others))
+    assert run(shards, tmp_path / "out", config(workers=0))["images"] == 2
+    assert made == ["1.tar"]
 
 
 def test_two_workers_make_the_same_bytes(tmp_path: Path) -> None:

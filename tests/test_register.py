@@ -369,3 +369,27 @@ def test_a_figure_that_is_no_number_stops_before_anything_is_registered(made, cl
         run(made / "model1", evaluated, tmp_path / "out", CONFIG)
     assert aliases(client) == {"champion": "1"}
     assert versions(client) == [1]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("provenance.json", "[]", r"named entries are expected, found \[\]"),
+        ("provenance.json", "{}", "stage is missing"),
+        (
+            "provenance.json",
+            '{"stage": "evaluate", "settings": {}, "inputs": {}, "output": {"md5": "x"}}',
+            "inputs.model is missing",
+        ),
+        ("metrics.json", "[]", r"named entries are expected, found \[\]"),
+        ("metrics.json", '{"gain/toy": "x", "miou/toy": 3}', r"gain/toy: Input should be a valid number \(found x\)"),
+        ("protocol.json", "[]", r"named entries are expected, found \[\]"),
+        ("protocol.json", '{"name": "set"}', "side is missing"),
+    ],
+)
+def test_a_damaged_evaluation_is_one_line_that_names_the_file(made, client, tmp_path, name, content, message):
+    evaluated = evaluation(tmp_path / "evaluation", made / "model1", miou=40.0, gain=10.0)
+    (evaluated / name).write_text(content)
+    with pytest.raises(ValueError, match=rf"^\S+evaluation/{name}: is damaged: {message}$"):
+        run(made / "model1", evaluated, tmp_path / "out", CONFIG)
+    assert versions(client) == [1]

@@ -130,6 +130,25 @@ def test_nothing_to_pack_is_an_error(tmp_path: Path) -> None:
         run(tmp_path / "none", tmp_path / "out", ShardsConfig())
 
 
+@pytest.mark.parametrize("inside", ["", "out", "a/out", "../images/out"])
+def test_shards_inside_their_images_are_refused(tmp_path: Path, inside: str) -> None:
+    images = write_files(tmp_path / "images", {"a/1.jpg": JPEG})
+    with pytest.raises(ValueError, match=r"shards must not stand inside the folder of images .*images; give another --out$"):
+        run(images, images / inside, ShardsConfig())
+    assert [path.name for path in images.rglob("*")] == ["a", "1.jpg"]
+
+
+def test_files_of_other_kinds_are_counted_by_suffix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = {"a.jpg": JPEG, "a.json": b"{}", "lonely.json": b"{}", ".hidden": b"", "b.HEIC": b"", "c.heic": b"", "d.gif": b""}
+    pack(tmp_path / "some", files | {"photo": JPEG})
+    said = "shards: 4 files of other kinds are left out (.heic 2, .gif 1, none 1); read are .jpg, .jpeg, .png,"
+    assert said in capsys.readouterr().out
+    pack(tmp_path / "none", {"a.jpg": JPEG, "a.json": b"{}"})
+    assert "left out" not in capsys.readouterr().out
+    pack(tmp_path / "many", {"a.jpg": JPEG} | {f"{i}.x{i}": b"" for i in range(12)})
+    assert ".x7 1, and 2 more suffixes); read are" in capsys.readouterr().out
+
+
 def test_images_of_one_key_collide_and_the_later_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     members = pack(tmp_path, {"a.b.jpg": JPEG, "a_b.png": encoded(pixels(5, 5), "PNG"), "c.jpg": JPEG}, max_bad_share=0.5)
     assert members == {"a_b.jpg": JPEG, "c.jpg": JPEG}

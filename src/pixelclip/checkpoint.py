@@ -9,11 +9,12 @@ import logging
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import open_clip
 import torch
 from open_clip.transformer import QuickGELU
+from pydantic import BaseModel, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from pixelclip.sources import clip_folder
 from pixelclip.stage import PROVENANCE
 from pixelclip.storage import read_json, write_json
 from pixelclip.text import Prompts, TextTower, Vectors
-from pixelclip.weights import check_tensors, named, read_weights
+from pixelclip.weights import check_fit, check_tensors, named, read_weights
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 CLIP_WEIGHTS, CLIP_CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
@@ -71,6 +72,8 @@ def load_clip(spec: str) -> Clip:
         ValueError: nothing of that name, or the weights do not fit.
     """
     folder = clip_folder(spec)
+    if folder is None or not folder.is_dir():
+        _check_name(spec, folder)
     try:
         if folder is not None and folder.is_dir():
             cfg = read_json(folder / CLIP_CONFIG)
@@ -78,10 +81,6 @@ def load_clip(spec: str) -> Clip:
             model = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True)
         else:
             name, _, weights = spec.partition(":")
-            if name not in open_clip.list_models():
-                raise ValueError(f"no folder and no CLIP of that name{nearest(name, open_clip.list_models())}")
-            if not weights:
-                raise ValueError(f"weights are missing: write {name}:PRETRAINED or {name}:FILE")
             model = open_clip.create_model(name, pretrained=str(folder or weights), require_pretrained=True)
             model_cfg, preprocess = dict(open_clip.get_model_config(name)), getattr(model.visual, "preprocess_cfg", {})
             model_cfg["quick_gelu"] = any(isinstance(part, QuickGELU) for part in model.modules())
@@ -94,6 +93,19 @@ def load_clip(spec: str) -> Clip:
     mean = tuple(preprocess.get("mean", open_clip.OPENAI_DATASET_MEAN))
     std = tuple(preprocess.get("std", open_clip.OPENAI_DATASET_STD))
     return Clip(model.float().eval(), model_cfg, mean, std)
+
+
+def _check_name(spec: str, file: Path | None) -> None:
+    """Raises ValueError where open_clip knows no such name or no such weights; itself it would log a raw line first."""
+    name, _, weights = spec.partition(":")
+    if name not in open_clip.list_models():
+        raise ValueError(f"CLIP {spec!r}: no folder and no CLIP of that name{nearest(name, open_clip.list_models())}")
+    if not weights:
+        raise ValueError(f"CLIP {spec!r}: weights are missing: write {name}:PRETRAINED or {name}:FILE")
+    if file is None and not open_clip.get_pretrained_cfg(name, weights):
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        known = f"the pretrained ones are {', '.join(tags)}" if tags else f"open_clip has none pretrained, write {name}:FILE"
+        raise ValueError(f"CLIP {spec!r}: no file {weights} and no weights of that name; {known}")
 
 
 def _reason(error: Exception, file: Path | None) -> str:
@@ -157,30 +169,83 @@ def load_model(folder: Path) -> Model:
             f"{folder}: is not a complete model folder, {', '.join(missing)} missing; "
             f"it must hold {WEIGHTS}, {CONFIG} and {PROVENANCE}"
         )
-    config = read_json(folder / CONFIG)
-    if config.get("format") != _FORMAT:
-        raise ValueError(f"{folder / CONFIG}: format {config.get('format')!r} found, {_FORMAT} is what this version reads")
+    config = read_config(folder)
+    cfg, mean, std = config["model_cfg"], tuple(config["mean"]), tuple(config["std"])
     tensors = read_tensors(folder / WEIGHTS)
     try:
-        model = build_clip(config["model_cfg"])
-        model.load_state_dict(_below(tensors, "clip."))
+        model = build_clip(cfg)
+    except Exception as error:  # of values that fit nothing open_clip raises nearly anything
+        reason = f"entry {error} is missing" if isinstance(error, KeyError) else str(error).partition("\n")[0]
+        raise ValueError(f"{folder / CONFIG}: model_cfg: open_clip makes no CLIP of it: {reason}") from None
+    weights = _below(tensors, "clip.")
+    try:
+        check_fit(weights, model.state_dict())
+        model.load_state_dict(weights)  # before the prompts, which embed their fixed words
         prompts = _concepts_of(_below(tensors, "prompts."), TextTower(model))
-        clip = Clip(model.eval(), config["model_cfg"], tuple(config["mean"]), tuple(config["std"]))
-        return Model(clip, int(config["side"]), config["residual"], prompts.requires_grad_(False), config)
-    except KeyError as error:
-        raise ValueError(f"{folder / CONFIG}: entry {error} is missing") from None
-    except TypeError as error:
-        raise ValueError(f"{folder / CONFIG}: {error}") from None
-    except RuntimeError as error:
+    except ValueError as error:
         raise ValueError(f"{folder / WEIGHTS}: does not fit {CONFIG}: {error}") from None
+    return Model(Clip(model.eval(), cfg, mean, std), config["side"], config["residual"], prompts.requires_grad_(False), config)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The `config.json` of a model folder, checked.
+
+    Raises:
+        ValueError: missing, no JSON, of another format, or an entry that no model has; one line.
+    """
+    path = folder / CONFIG
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: must hold a model's settings, found {type(config).__name__}")
+    if config.get("format") != _FORMAT:
+        raise ValueError(f"{path}: format {config.get('format')!r} found, {_FORMAT} is what this version reads")
+    try:
+        _Config.model_validate(config)
+    except ValidationError as error:
+        fault = error.errors()[0]  # the first says enough: such a file is not edited but damaged
+        name = ".".join(str(part) for part in fault["loc"])
+        if fault["type"] == "missing":
+            raise ValueError(f"{path}: entry {name!r} is missing") from None
+        raise ValueError(f"{path}: {name}: {fault['msg']} (found {fault['input']!r})") from None
+    return config
+
+
+class _ModelConfig(BaseModel):
+    embed_dim: int = Field(ge=1)
+    vision_cfg: dict[str, Any]
+    text_cfg: dict[str, Any]
+
+
+class _Origin(BaseModel):
+    spec: str
+    md5: str
+
+
+_Three = Annotated[list[Annotated[float, Field(allow_inf_nan=False)]], Field(min_length=3, max_length=3)]
+_ThreePositive = Annotated[list[Annotated[float, Field(gt=0, allow_inf_nan=False)]], Field(min_length=3, max_length=3)]
+
+
+class _Config(BaseModel, strict=True):
+    """What `save_model` writes; the insides of `vision_cfg` and `text_cfg` are open_clip's to judge."""
+
+    model_cfg: _ModelConfig
+    mean: _Three
+    std: _ThreePositive
+    side: int = Field(ge=1)
+    residual: Residual
+    clip: _Origin
 
 
 def _concepts_of(state: dict[str, Tensor], text: TextTower) -> Prompts | Vectors:
     if "values" in state:
+        check_fit(state, {"values": torch.empty(len(state["values"]), text.embed_dim, device="meta")})
         return Vectors(state["values"], learn=False)
     if "tokens" not in state:
-        raise RuntimeError("it holds neither prompts.tokens nor prompts.values")
+        raise ValueError("it holds neither prompts.tokens nor prompts.values")
+    if state["tokens"].ndim != 3:
+        raise ValueError(f"prompts.tokens is {list(state['tokens'].shape)} instead of [concepts, tokens, {text.width}]")
     prompts = Prompts(text, torch.zeros(state["tokens"].shape[:2], dtype=torch.long))
+    check_fit(state, prompts.state_dict())
     prompts.load_state_dict(state)
     return prompts
 

@@ -1,5 +1,6 @@
 """STAGE evaluate: a PixelCLIP and the CLIP it came from on one labelled set, with one classifier (method.md, "Inference").
 
+Another CLIP (`evaluate.clip`) is measured with the classifier of its own text tower: the two speak other languages.
 Started by torchrun, the processes share the images. B images, T towers, K classes, C embedding width, H W image.
 """
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from pixelclip import evaluate_clip
 from pixelclip.backbone import Backbone
 from pixelclip.benchmarks import LabelledSet, open_labelled
-from pixelclip.checkpoint import Model, backbone_of, load_clip, load_model
+from pixelclip.checkpoint import Clip, Model, backbone_of, load_clip, load_model
 from pixelclip.config import EvaluateClipConfig, EvaluateConfig
 from pixelclip.download import here
 from pixelclip.measure import Counted, measure, metrics_of, per_class
@@ -87,12 +88,15 @@ def _run(model: Path, labelled: Path, out: Path, config: EvaluateConfig, ranks: 
             f"{clip_folder(spec)}: is not the CLIP that {model} was trained from (other md5); name it by evaluate.clip"
         )
     check_sides(backbone_of(loaded), settings)
-    if clip_evaluation:
-        evaluate_clip.check(clip_evaluation, settings, inputs)
+    of_clip: Clip | Path = clip_evaluation or load_clip(spec)
+    if isinstance(of_clip, Clip):
+        check_sides(Backbone(of_clip.model.visual, loaded.residual), settings)
+    else:
+        evaluate_clip.check(of_clip, settings, inputs)
     with stage if ranks.first else nullcontext():
         protocol = protocol_of(settings)
         tracked = _attach(model, stage, protocol) if ranks.first else None
-        found, words = _measure(loaded, dataset, settings, ranks, stage.folder / STATE, clip_evaluation)
+        found, words = _measure(loaded, of_clip, dataset, settings, ranks, stage.folder / STATE)
         figures = metrics_of(found.tally, len(dataset), config.protocol == "masks", labelled)
         metrics = {f"{key}/{label_of(protocol)}": value for key, value in figures.items()}
         if tracked:
@@ -110,27 +114,51 @@ def _run(model: Path, labelled: Path, out: Path, config: EvaluateConfig, ranks: 
 
 def _measure(
     model: Model,
+    of_clip: Clip | Path,
     dataset: LabelledSet,
     settings: EvaluateClipConfig,
     ranks: Ranks,
     state: Path,
-    clip_evaluation: Path | None,
 ) -> tuple[Counted, list[list[tuple[str, float]]]]:
-    """What was counted of both towers, and for every concept the nearest class names with their cosines."""
-    clip = load_clip(settings.clip)
-    text = TextTower(clip.model).to(ranks.device).eval()
-    classes = classifier(text, dataset.classes, TEMPLATES[settings.templates])
+    """What was counted of both towers, and for every concept the nearest class names with their cosines.
+
+    The image tower was trained towards the model's own text tower, which its prompts are for, too; no other serves them.
+    """
+    together = isinstance(of_clip, Clip) and _differ_by_images_alone(of_clip, model.clip)
+    text, classes = _classifier(model.clip, dataset, settings, ranks)
     words = _nearest_words(model, text, classes, dataset.classes)
     towers = {OURS: backbone_of(model)}
-    if clip_evaluation is None:
-        towers[CLIP] = Backbone(clip.model.visual, model.residual)
-        return measure(towers, clip, classes, dataset, settings, ranks, state), words
-    of_clip, maps = evaluate_clip.load(clip_evaluation, len(classes))
-    found = measure(towers, clip, classes, dataset, settings, ranks, state)
+    if isinstance(of_clip, Clip) and together:
+        towers[CLIP] = Backbone(of_clip.model.visual, model.residual)
+    found = measure(towers, model.clip, classes, dataset, settings, ranks, state)
+    if together:
+        return found, words
+    if isinstance(of_clip, Clip):
+        towers = {CLIP: Backbone(of_clip.model.visual, model.residual)}
+        _, classes = _classifier(of_clip, dataset, settings, ranks)
+        counted = measure(towers, of_clip, classes, dataset, settings, ranks, state / "clip")
+        return Counted(found.tally.joined(counted.tally), found.maps | counted.maps, found.pictures), words
+    tally, maps = evaluate_clip.load(of_clip, len(classes))
     try:
-        return Counted(found.tally.joined(of_clip), {**found.maps, CLIP: maps}, found.pictures), words
+        return Counted(found.tally.joined(tally), {**found.maps, CLIP: maps}, found.pictures), words
     except ValueError as error:
-        raise ValueError(f"{clip_evaluation}: {error}") from None
+        raise ValueError(f"{of_clip}: {error}") from None
+
+
+def _differ_by_images_alone(clip: Clip, other: Clip) -> bool:
+    """Whether two CLIPs give the same classifier and see images alike, so that both can be measured in one pass."""
+
+    def rest(one: Clip) -> tuple[Any, ...]:
+        return one.mean, one.std, one.side, one.model_cfg.get("text_cfg"), one.model_cfg.get("quick_gelu")
+
+    mine, others = clip.model.state_dict(), other.model.state_dict()
+    names = [name for name in mine if not name.startswith("visual.")]
+    return rest(clip) == rest(other) and all(name in others and torch.equal(mine[name], others[name]) for name in names)
+
+
+def _classifier(clip: Clip, dataset: LabelledSet, settings: EvaluateClipConfig, ranks: Ranks) -> tuple[TextTower, Tensor]:
+    text = TextTower(clip.model).to(ranks.device).eval()
+    return text, classifier(text, dataset.classes, TEMPLATES[settings.templates])
 
 
 def run_all(
@@ -180,7 +208,7 @@ def _inputs(
 
 @torch.no_grad()
 def _nearest_words(model: Model, text: TextTower, classes: Tensor, names: list[str]) -> list[list[tuple[str, float]]]:
-    """For every concept the three nearest class names. The text tower was frozen, so CLIP's own serves."""
+    """For every concept the three nearest class names."""
     concepts = F.normalize(model.prompts.to(classes.device)(text), dim=-1)
     top = (concepts @ classes.T).topk(min(3, len(names)), dim=-1)
     pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)

@@ -9,6 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+# Pillow warns above 89 megapixels and refuses above 179. A user's own scans and aerial pictures may have more; what strangers
+# send is checked by its header before it is decoded (`max_pixels`). Pillow has this for the whole process or not at all.
+Image.MAX_IMAGE_PIXELS = None
+
 
 def decode_image(data: bytes, max_pixels: int | None = None, shrink: int = 1) -> Image.Image:
     """Decodes an image wholly.

@@ -8,6 +8,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -283,7 +284,7 @@ def run(shards: Path | str, out: Path, config: MasksConfig) -> Metrics:
         `{"images": ..., "masks": ..., "masks_per_image": ..., "bad_images": ...}`.
 
     Raises:
-        ValueError: no shard, or too many samples that cannot be used.
+        ValueError: no shard, too many samples that cannot be used, or a worker process was killed.
     """
     tars = _part_of(list_shards(shards), config.part, shards)
     names = [tar.name for tar in tars]
@@ -362,7 +363,13 @@ def _mask_shards(tars: list[Shard], folder: Path, config: MasksConfig, tools: _T
     for tar in tars:
         summary = _summary(folder, tar)
         if not (summary.is_file() and (folder / tar.name).is_file()):
-            write_json(summary, _mask_shard(tar, folder / tar.name, config, tools))
+            try:
+                write_json(summary, _mask_shard(tar, folder / tar.name, config, tools))
+            except BrokenProcessPool:
+                raise ValueError(
+                    f"{tar}: a worker process died, perhaps for want of memory: set masks.workers below {config.workers}; "
+                    "the same command continues with this shard"
+                ) from None
         counted = read_json(summary)
         images, masks, done = images + counted["images"], masks + counted["masks"], done + _num_bytes(tar)
         bad.found += counted["bad"]

@@ -21,9 +21,10 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from packaging.requirements import Requirement
+from pydantic import BaseModel, RootModel, ValidationError
 
 from pixelclip import serve
-from pixelclip.checkpoint import CONFIG, WEIGHTS
+from pixelclip.checkpoint import CONFIG, WEIGHTS, read_config
 from pixelclip.config import RegisterConfig
 from pixelclip.promote import CHALLENGER, CHAMPION, Figures, pass_gate, registry
 from pixelclip.protocol import PROTOCOL, conditions_of
@@ -35,6 +36,7 @@ from pixelclip.tracking import RUN, Run, lineage
 REGISTRATION = "registration.json"
 EVALUATION = "evaluation"
 """Tag of a version: where among its run's artifacts its evaluation stands."""
+_LONGEST = 60  # characters of a damaged entry that are shown
 
 
 def run(model: Path, evaluation: Path, out: Path, config: RegisterConfig) -> Metrics:
@@ -52,9 +54,11 @@ def run(model: Path, evaluation: Path, out: Path, config: RegisterConfig) -> Met
     Raises:
         ValueError: the evaluation is of another model, a figure is missing or not finite, or MLflow is unreachable.
     """
-    provenance, evaluated = read_json(model / PROVENANCE), read_json(evaluation / PROVENANCE)
+    provenance, evaluated = (_read(folder / PROVENANCE, _Provenance) for folder in (model, evaluation))
     if evaluated["stage"] != "evaluate":
         raise ValueError(f"{evaluation}: is no evaluation, stage {evaluated['stage']!r} made it")
+    if "model" not in evaluated["inputs"]:
+        raise ValueError(f"{evaluation / PROVENANCE}: is damaged: inputs.model is missing")
     if evaluated["inputs"]["model"]["md5"] != provenance["output"]["md5"]:
         raise ValueError(f"{evaluation}: is the evaluation of another model than {model}")
     figures, name = _figures(model, evaluation, evaluated)
@@ -100,8 +104,46 @@ def run(model: Path, evaluation: Path, out: Path, config: RegisterConfig) -> Met
             return stage.finish(metrics, files=[REGISTRATION])
 
 
+class _Content(BaseModel):
+    md5: str
+
+
+class _Provenance(BaseModel):
+    """What registering reads of the provenance of a model and of its evaluation."""
+
+    stage: str
+    settings: dict[str, Any]
+    inputs: dict[str, _Content]
+    output: _Content
+
+
+class _Protocol(BaseModel):
+    name: str
+    side: int | None
+
+
+class _Metrics(RootModel[dict[str, float]]):
+    pass
+
+
+def _read(file: Path, kind: type[BaseModel]) -> dict[str, Any]:
+    """A JSON file that holds at least what `kind` says; raises ValueError that names it and its first fault."""
+    document = read_json(file)
+    if not isinstance(document, dict):
+        raise ValueError(f"{file}: is damaged: named entries are expected, found {str(document)[:_LONGEST]}")
+    try:
+        kind.model_validate(document, strict=True)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        name = ".".join(str(part) for part in fault["loc"])
+        found = f"{name} is missing" if fault["type"] == "missing" else f"{name}: {fault['msg']}"
+        shown = "" if fault["type"] == "missing" else f" (found {str(fault['input'])[:_LONGEST]})"
+        raise ValueError(f"{file}: is damaged: {found}{shown}") from None
+    return document
+
+
 def _figures(model: Path, evaluation: Path, evaluated: Mapping[str, Any]) -> tuple[Figures, str]:
-    metrics = read_json(evaluation / METRICS)
+    metrics = _read(evaluation / METRICS, _Metrics)
     names = [key.removeprefix("gain/") for key in metrics if key.startswith("gain/")]
     if len(names) != 1 or f"miou/{names[0]}" not in metrics:
         raise ValueError(f"{evaluation / METRICS}: one gain/NAME with its miou/NAME is needed, found {sorted(metrics)}")
@@ -118,9 +160,9 @@ def _measured_on(model: Path, evaluation: Path, evaluated: Mapping[str, Any]) ->
     What the set is called does not count, nor the side where it is the model's own: models of two sides are compared, each
     as it was trained to see.
     """
-    conditions = conditions_of(read_json(evaluation / PROTOCOL), evaluated["inputs"])
+    conditions = conditions_of(_read(evaluation / PROTOCOL, _Protocol), evaluated["inputs"])
     del conditions["name"]
-    if conditions["side"] == read_json(model / CONFIG)["side"]:
+    if conditions["side"] == read_config(model)["side"]:
         conditions["side"] = "the model's"
     return hashlib.md5(json.dumps(conditions, sort_keys=True).encode(), usedforsecurity=False).hexdigest()
 

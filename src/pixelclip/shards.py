@@ -8,6 +8,7 @@ still be streamed.
 import io
 import json
 import tarfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -202,12 +203,15 @@ def run(images: Path | str, out: Path, config: ShardsConfig) -> Metrics:
         `{"images": ..., "bad_images": ..., "shards": ...}`.
 
     Raises:
-        ValueError: no image found, or too many that cannot be used.
+        ValueError: no image found, too many that cannot be used, or `out` inside `images`.
     """
     images = here(images)
     if not images.is_dir():
         raise ValueError(f"{images}: no such folder of images")
-    paths = [path for path in files_below(images) if path.suffix.lower() in IMAGE_SUFFIXES]
+    if out.resolve().is_relative_to(images.resolve()):  # its tars would be other input at the next run
+        raise ValueError(f"{out}: shards must not stand inside the folder of images {images}; give another --out")
+    files = files_below(images)
+    paths = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
     if not paths:
         raise ValueError(f"{images}: holds no image ({', '.join(IMAGE_SUFFIXES)})")
     stage = Stage("shards", out, {"images": describe(images)}, config)
@@ -224,10 +228,27 @@ def run(images: Path | str, out: Path, config: ShardsConfig) -> Metrics:
                         writer.add(name, data)
             good, shards = good + len(chunk), shards + 1
         bad.check(len(paths))
+        if others := _others(files):
+            print(others, flush=True)
         if not good:
             raise ValueError(f"{images}: none of its {len(paths)} images can be used")
         metrics = {"images": float(good), "bad_images": float(len(bad.found)), "shards": float(shards)}
         return stage.finish(metrics, files=["*.tar"])
+
+
+def _others(files: list[Path]) -> str:
+    """Which files are neither images that are read nor JSON of masks, in one line; empty when there are none."""
+    suffixes = Counter(path.suffix.lower() or "none" for path in files)
+    counted = {suffix: count for suffix, count in suffixes.most_common() if suffix not in (*IMAGE_SUFFIXES, ".json")}
+    if not counted:
+        return ""
+    number, shown = sum(counted.values()), list(counted.items())[:_NAMED]
+    said = [f"{suffix} {count}" for suffix, count in shown]
+    if len(counted) > len(shown):
+        said.append(f"and {len(counted) - len(shown)} more suffixes")
+    named = ", ".join(said).encode(errors="backslashreplace").decode()
+    many = f"{number} files of other kinds are" if number > 1 else "1 file of another kind is"
+    return f"shards: {many} left out ({named}); read are {', '.join(IMAGE_SUFFIXES)}"
 
 
 def _samples(root: Path, paths: list[Path], config: ShardsConfig, bad: BadSamples) -> Iterator[list[tuple[str, bytes]]]:
