@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from PIL import Image
 
 from pixelclip import cli
 from pixelclip.config import SETTINGS, STAGES
@@ -86,6 +87,35 @@ def test_a_mistake_is_one_line_and_exit_code_2(pixelclip, monkeypatch, tmp_path,
     assert code == 2
     assert err.startswith("pixelclip: ") and message in err and err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+SMALL = ("train_scenes=1", "test_scenes=1", "side=32")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("toy", "--out", "/proc/x", *SMALL), "/proc/x: cannot be made: No such file or directory"),
+        (("toy", "--out", "file/x", *SMALL), "file/x: cannot be made: Not a directory"),
+        (("predict", "photo.png", "--classes", "a,b", "--model", "m", "--out", "file/x.png"), "file/x.png: cannot be written: "),
+        (("predict", "photo.png", "--classes", "a,b", "--model", "m", "--out", "/proc/x.png"), "/proc/x.png: cannot be written"),
+        (("predict", "photo.png", "--classes", "a,b", "--model", "m", "--out", "dir.png"), "dir.png: must be a file, found a"),
+        (("export", "--model", "m", "--out", "file"), "file/open_clip_model.safetensors: cannot be written: "),
+        (("pipeline", "compile", "--out", "/proc/x.yaml"), "/proc/x.yaml: No such file or directory"),
+    ],
+    ids=lambda words: " ".join(words[:1]) if isinstance(words, tuple) else "",
+)
+def test_a_place_where_nothing_can_be_written_is_one_line_and_exit_code_2(pixelclip, monkeypatch, tmp_path, words, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PIXELCLIP_IMAGE", "registry/pixelclip:1")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "dir.png").mkdir()
+    (tmp_path / "m").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "photo.png")
+    code, _, err = pixelclip(*words)
+    assert code == 2
+    assert err.startswith("pixelclip: ") and message in err and err.count("\n") == 1
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_an_unknown_word_or_option_is_exit_code_2(pixelclip):

@@ -245,6 +245,7 @@ def predict(
     """Segment a photo into classes that you name."""
     from pixelclip.images import open_image
     from pixelclip.predict import Predictor, label_image, overlay
+    from pixelclip.storage import check_place
     from pixelclip.text import names_of
 
     if out.suffix.lower() != ".png":
@@ -253,8 +254,8 @@ def predict(
         raise ValueError(f"{out}: would overwrite the photo")
     names = names_of(classes)
     image = open_image(photo)
+    check_place(out)
     prediction = Predictor.load(_path(model), device)(image, names)
-    out.parent.mkdir(parents=True, exist_ok=True)
     label_image(prediction.labels).save(out)
     shown = out.with_suffix(".overlay.png")
     overlay(image, prediction).save(shown)
@@ -397,4 +398,8 @@ def main() -> None:
         app()
     except ValueError as error:
         print(f"pixelclip: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # of the disk, most of all: no such folder, no permission, no space left
+        said = f"{error.filename}: {error.strerror}" if error.filename else " ".join(str(error).split())
+        print(f"pixelclip: {said}", file=sys.stderr)
         sys.exit(2)
