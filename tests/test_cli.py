@@ -97,8 +97,14 @@ SMALL = ("train_scenes=1", "test_scenes=1", "side=32")
     [
         (("toy", "--out", "/proc/x", *SMALL), "/proc/x: cannot be made: No such file or directory"),
         (("toy", "--out", "file/x", *SMALL), "file/x: cannot be made: Not a directory"),
-        (("predict", "photo.png", "--classes", "a,b", "--model", "m", "--out", "file/x.png"), "file/x.png: cannot be written: "),
-        (("predict", "photo.png", "--classes", "a,b", "--model", "m", "--out", "/proc/x.png"), "/proc/x.png: cannot be written"),
+        (
+            ("predict", "photo.png", "--classes", "a,b", "--model", "m", "--out", "file/x.png"),
+            "file/x.png: cannot be written: ",
+        ),
+        (
+            ("predict", "photo.png", "--classes", "a,b", "--model", "m", "--out", "/proc/x.png"),
+            "/proc/x.png: cannot be written",
+        ),
         (("predict", "photo.png", "--classes", "a,b", "--model", "m", "--out", "dir.png"), "dir.png: must be a file, found a"),
         (("export", "--model", "m", "--out", "file"), "file/open_clip_model.safetensors: cannot be written: "),
         (("pipeline", "compile", "--out", "/proc/x.yaml"), "/proc/x.yaml: No such file or directory"),

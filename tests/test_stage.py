@@ -161,7 +161,9 @@ def test_a_result_whose_place_was_taken_meanwhile_is_not_lost(out: Path, source:
     with stage:
         (stage.folder / "0.tar").write_bytes(b"result")
         write_files(out, {"mine.txt": b"words"})
-        with pytest.raises(ValueError, match=rf"out: cannot be put there .*; the finished result stands in \S*{stage.folder.name}: move"):
+        with pytest.raises(
+            ValueError, match=rf"out: cannot be put there .*; the finished result stands in \S*{stage.folder.name}: move"
+        ):
             stage.finish({"images": 1.0}, files=["*.tar"])
     assert (stage.folder / "0.tar").read_bytes() == b"result" and (stage.folder / "provenance.json").is_file()
     assert (out / "mine.txt").read_bytes() == b"words"

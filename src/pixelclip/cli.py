@@ -9,7 +9,7 @@ import typer
 
 from pixelclip import cli_cluster
 from pixelclip.cli_cluster import Cluster, Image, Nodes, Overrides, Params, Repo, Revision
-from pixelclip.config import as_table, build, load, parse_overrides
+from pixelclip.config import as_table, build, device_name, load, parse_overrides
 from pixelclip.s3 import is_s3
 
 _MODEL = "Model folder, s3://bucket/folder, or models:/NAME@ALIAS."
@@ -248,6 +248,7 @@ def predict(
     from pixelclip.storage import check_place
     from pixelclip.text import names_of
 
+    device_name(device)
     if out.suffix.lower() != ".png":
         raise ValueError(f"{out}: the label map is a .png file")
     if photo.resolve() in (out.resolve(), out.with_suffix(".overlay.png").resolve()):
