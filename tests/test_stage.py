@@ -171,9 +171,8 @@ def test_a_result_whose_place_was_taken_meanwhile_is_not_lost(out: Path, source:
 
 def test_a_full_disk_is_named(out: Path, source: Path) -> None:
     stage = make(out, source)
-    with pytest.raises(OSError, match="No space left") as full, stage, Path("/dev/full").open("w") as file:
-        file.write("much")
-        file.flush()
+    with pytest.raises(OSError, match="No space left") as full, stage:
+        Path("/dev/full").write_text("much")
     assert full.value.filename == str(stage.folder)
 
 
