@@ -122,12 +122,13 @@ def test_nearest_is_silent_when_nothing_is_near() -> None:
 
 def test_runtime_settings_do_not_last() -> None:
     assert set(STAGES["train"].model_fields) - set(lasting(load("train"))) == {
-        "accumulate", "device", "workers", "log_every", "checkpoint_every", "picture_every",
+        "accumulate", "device", "workers", "log_every", "checkpoint_every", "picture_every", "max_bad_share",
     }  # fmt: skip
     assert set(STAGES["masks"].model_fields) - set(lasting(load("masks"))) == {
         "batch_size", "device", "sam_points_per_batch", "workers",
     }  # fmt: skip
-    assert lasting(load("shards"))["jpeg_quality"] == 95
+    assert set(lasting(load("shards"))) == {"images_per_shard", "shortest_edge", "jpeg_quality"}
+    assert "max_bad_share" not in lasting(load("evaluate"))
 
 
 def test_params_yaml_states_every_setting_of_every_stage() -> None:

@@ -66,7 +66,7 @@ class ShardsConfig(BaseModel):
         0, "Shrink to this shortest edge in pixels (the paper: 750); 0 keeps the size.", ge=0, le=16384
     )
     jpeg_quality: int = _setting(95, "Quality of images that must be encoded anew.", ge=1, le=100)
-    max_bad_share: float = _setting(0.05, _BAD_SHARE, ge=0, le=1)
+    max_bad_share: float = _setting(0.05, _BAD_SHARE, runtime=True, ge=0, le=1)
 
 
 class MasksConfig(BaseModel):
@@ -179,7 +179,7 @@ class TrainConfig(BaseModel):
     weight_decay: float = _setting(1e-4, "AdamW's decay; norms and embeddings have none.", ge=0)
     gradient_clip: float = _setting(0.01, "Largest global L2 norm of the gradient.", gt=0)
     seed: int = _setting(0, "Seed of the prompts, the decoder, the order and the views.", ge=0)
-    max_bad_share: float = _setting(0.05, _BAD_SHARE, ge=0, le=1)
+    max_bad_share: float = _setting(0.05, _BAD_SHARE, runtime=True, ge=0, le=1)
     device: _Device = _setting("auto", _DEVICE, runtime=True)
     workers: int = _setting(4, "Loader processes; 0 loads in this process.", runtime=True, ge=0, le=1024)
     log_every: int = _setting(10, "Steps between two points of a curve.", runtime=True, ge=1)
@@ -233,7 +233,7 @@ class EvaluateConfig(BaseModel):
     )
     batch_size: int = _setting(8, "Images (slide: windows) in one forward pass.", runtime=True, ge=1)
     pictures: int = _setting(8, "Example pictures in the report.", runtime=True, ge=0)
-    max_bad_share: float = _setting(0.0, _BAD_SHARE, ge=0, le=1)
+    max_bad_share: float = _setting(0.0, _BAD_SHARE, runtime=True, ge=0, le=1)
     device: _Device = _setting("auto", _DEVICE, runtime=True)
     checkpoint_every: int = _setting(200, "Images between two checkpoints of the counts.", runtime=True, ge=1)
 
