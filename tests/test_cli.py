@@ -142,7 +142,7 @@ def test_a_place_where_nothing_can_be_written_is_one_line_and_exit_code_2(pixelc
 def test_s3_is_refused_where_it_would_become_a_local_folder(pixelclip, monkeypatch, tmp_path, words):
     monkeypatch.chdir(tmp_path)
     code, _, err = pixelclip(*words)
-    assert (code, err) == (2, "pixelclip: s3://b/x.png: must be a path on this machine here, found s3://\n")
+    assert (code, err) == (2, "pixelclip: s3://b/x.png: must be a path on this machine\n")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -20,7 +20,7 @@ _MODEL = "Model folder, s3://bucket/folder, or models:/NAME@ALIAS."
 def _here(path: Path) -> Path:
     """Refuses s3:// where only a folder or file of this machine will do: it would become a folder called `s3:`."""
     if path.parts[:1] and path.parts[0].lower() == "s3:":
-        raise ValueError(f"s3://{Path(*path.parts[1:])}: must be a path on this machine here, found s3://")
+        raise ValueError(f"s3://{Path(*path.parts[1:])}: must be a path on this machine")
     return path
 
 
