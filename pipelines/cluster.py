@@ -9,12 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from kfp import dsl, kubernetes
 from kubernetes.utils.quantity import parse_quantity
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from pixelclip.config import nearest
+from pixelclip.config import nearest, read_yaml
 from pixelclip.tracking import PIPELINE_RUN
 
 FILE = Path("cluster.yaml")
@@ -208,10 +207,7 @@ def read(path: Path | None = None) -> Cluster:
     if path is None and not FILE.is_file():
         return Cluster()
     path = path or FILE
-    try:
-        document = yaml.safe_load(path.read_text()) or {}
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read as YAML: {error}") from None
+    document = read_yaml(path) or {}
     if not isinstance(document, dict):
         raise ValueError(f"{path}: must hold keys and values, found {type(document).__name__}")
     try:

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import pytest
 import typer
+from conftest import encoded, pixels, write_tar
+from PIL import Image
 
 from pixelclip import cli
 from pixelclip.config import SETTINGS, STAGES
+from pixelclip.s3 import is_s3, list_below
 
 
 def commands() -> list[tuple[str, ...]]:
@@ -86,6 +89,73 @@ def test_a_mistake_is_one_line_and_exit_code_2(pixelclip, monkeypatch, tmp_path,
     assert code == 2
     assert err.startswith("pixelclip: ") and message in err and err.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+SMALL = ("train_scenes=1", "test_scenes=1", "side=32")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("toy", "--out", "/proc/x", *SMALL), "/proc/x: cannot be made: No such file or directory"),
+        (("toy", "--out", "file/x", *SMALL), "file/x: cannot be made: Not a directory"),
+        (
+            ("predict", "photo.png", "--classes", "a,b", "--model", "m", "--out", "file/x.png"),
+            "file/x.png: cannot be written: ",
+        ),
+        (
+            ("predict", "photo.png", "--classes", "a,b", "--model", "m", "--out", "/proc/x.png"),
+            "/proc/x.png: cannot be written",
+        ),
+        (("predict", "photo.png", "--classes", "a,b", "--model", "m", "--out", "dir.png"), "dir.png: must be a file, found a"),
+        (("export", "--model", "m", "--out", "file"), "file/open_clip_model.safetensors: cannot be written: "),
+        (("pipeline", "compile", "--out", "/proc/x.yaml"), "/proc/x.yaml: No such file or directory"),
+    ],
+    ids=lambda words: " ".join(words[:1]) if isinstance(words, tuple) else "",
+)
+def test_a_place_where_nothing_can_be_written_is_one_line_and_exit_code_2(pixelclip, monkeypatch, tmp_path, words, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PIXELCLIP_IMAGE", "registry/pixelclip:1")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "dir.png").mkdir()
+    (tmp_path / "m").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "photo.png")
+    code, _, err = pixelclip(*words)
+    assert code == 2
+    assert err.startswith("pixelclip: ") and message in err and err.count("\n") == 1
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("predict", "s3://b/x.png", "--classes", "a,b", "--model", "m", "--out", "x.png"),
+        ("predict", "x.png", "--classes", "a,b", "--model", "m", "--out", "s3://b/x.png"),
+        ("export", "--model", "m", "--out", "s3://b/x.png"),
+        ("sweep", "s.yaml", "--masks", "m", "--labelled", "l", "--out", "s3://b/x.png"),
+        ("pipeline", "run", "--images", "i", "--labelled", "l", "--out", "S3://b/x.png"),
+        ("pipeline", "compile", "--out", "s3://b/x.png"),
+        ("reproduce", "models:/a/1", "--out", "s3://b/x.png"),
+    ],
+    ids=" ".join,
+)
+def test_s3_is_refused_where_it_would_become_a_local_folder(pixelclip, monkeypatch, tmp_path, words):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = pixelclip(*words)
+    assert (code, err) == (2, "pixelclip: s3://b/x.png: must be a path on this machine\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("out", ["s3://data/masks", "masks"])
+def test_a_preview_goes_where_the_masks_go(pixelclip, bucket, monkeypatch, tmp_path, out):
+    monkeypatch.chdir(tmp_path)
+    write_tar(tmp_path / "shards" / "0.tar", {"a.jpg": encoded(pixels(40, 48))})
+    words = ("masks", "--shards", "shards", "--out", out, "--preview", 1, "workers=0", "felzenszwalb_min_size=5")
+    code, said, _ = pixelclip(*words)
+    assert code == 0 and said.endswith(f"1 images: {out}/preview.jpg\n")
+    assert not (tmp_path / "preview.jpg").exists()
+    there = [one.uri for one in list_below("s3://data/masks")] if is_s3(out) else [str(path) for path in Path(out).iterdir()]
+    assert f"{out}/preview.jpg" in there
 
 
 def test_an_unknown_word_or_option_is_exit_code_2(pixelclip):

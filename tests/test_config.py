@@ -45,13 +45,38 @@ def test_defaults_then_file_then_overrides(params) -> None:
         ("train: 3\n", ["my.yaml", "'train'", "found 3"]),
         ("train:\n  off: 3\n", ["my.yaml", "train", "False"]),  # YAML reads `off` as a truth value
         ("- train\n", ["my.yaml", "found list"]),
-        ("train: [\n", ["my.yaml", "cannot be read as YAML"]),
+        ("train: [\n", ["my.yaml", "cannot be read as YAML", "(line 2, column 1)"]),
+        ("train:\n  steps: 3\n  side: 64\n  steps: 4\n", ["my.yaml", "'steps' stands there twice (line 4, column 3)"]),
+        ("toy:\n  train_scenes: true\n", ["my.yaml", "toy: train_scenes: must be a number (found True)"]),
+        ("masks:\n  device: foo\n", ["masks: device: device 'foo' is none of auto, cpu, cuda, cuda:N, mps"]),
+        ("train:\n  mask_grid: 100000\n", ["train: mask_grid", "less than or equal to 4096", "found 100000"]),
     ],
 )
 def test_a_refusal_names_file_setting_value_and_what_is_allowed(params, text: str, words: list[str]) -> None:
     with pytest.raises(ValueError, match=r"(?s).") as refusal:
         load("train", params(text))
     assert [word for word in words if word not in str(refusal.value)] == []
+
+
+def test_what_is_no_yaml_is_one_line(params) -> None:
+    for text in ("[1", "a: b: c", "\tx: 1", "a: \x07"):
+        with pytest.raises(ValueError, match=r"^\S*my\.yaml: cannot be read as YAML: .+$"):
+            load("train", params(text))
+
+
+def test_a_fault_is_blamed_on_where_it_stands(params) -> None:
+    path = params("train:\n  steps: 5\n  shortest_edge: 900\n")
+    for overrides, said in (
+        ({"steps": 0}, r"^command line: train: steps: .*found 0\)$"),
+        ({"train.steps": 0}, r"^command line: train: steps: .*found 0\)$"),
+        ({"stpes": 1}, r"^command line: train: unknown setting 'stpes'"),
+        ({"longest_edge": 800}, r"my\.yaml: train, command line: train: shortest_edge 900 is larger than longest_edge 800$"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            load("train", path, overrides)
+    path.write_text("train:\n  steps: 0\n")
+    with pytest.raises(ValueError, match=r"my\.yaml: train: steps"):
+        load("train", path, {"side": 64})
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
@@ -97,12 +122,13 @@ def test_nearest_is_silent_when_nothing_is_near() -> None:
 
 def test_runtime_settings_do_not_last() -> None:
     assert set(STAGES["train"].model_fields) - set(lasting(load("train"))) == {
-        "accumulate", "device", "workers", "log_every", "checkpoint_every", "picture_every",
+        "accumulate", "device", "workers", "log_every", "checkpoint_every", "picture_every", "max_bad_share",
     }  # fmt: skip
     assert set(STAGES["masks"].model_fields) - set(lasting(load("masks"))) == {
         "batch_size", "device", "max_bad_share", "sam_points_per_batch", "workers",
     }  # fmt: skip
-    assert lasting(load("shards"))["jpeg_quality"] == 95
+    assert set(lasting(load("shards"))) == {"images_per_shard", "shortest_edge", "jpeg_quality"}
+    assert "max_bad_share" not in lasting(load("evaluate"))
 
 
 def test_params_yaml_states_every_setting_of_every_stage() -> None:

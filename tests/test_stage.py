@@ -138,13 +138,42 @@ def test_a_start_names_the_unfinished_work_of_other_settings_and_leaves_it(out, 
     (out.parent / ".out.mine.partial").mkdir()
     (out.parent / "other.partial").mkdir()
     capsys.readouterr()
-    with left[2]:  # somebody is at it; the others are continued by nobody
-        assert "continues" in capsys.readouterr().out
-        complete(out, source)
-        said = capsys.readouterr().out.splitlines()
-    names = ", ".join(sorted(f"deep/{left[number].folder.name}" for number in (1, 3)))
+    complete(out, source)
+    said = capsys.readouterr().out.splitlines()
+    names = ", ".join(sorted(f"deep/{left[number].folder.name}" for number in (1, 2, 3)))
     assert said[1:] == [f"masks: other inputs or settings left unfinished work, which may be removed: {names}"]
     assert all((stage.folder / "half.tar").read_bytes() == b"half" for stage in left.values())
+
+
+def test_a_start_is_refused_while_somebody_makes_the_same_folder_with_other_settings(out: Path, source: Path) -> None:
+    first, second = make(out, source, max_masks=1), make(out, source)
+    with first:
+        refused = rf"out: another process is making this with other .* right now \(.*{first.folder.name}\); wait for it, or"
+        with pytest.raises(ValueError, match=refused), second:
+            pytest.fail("entered")
+        assert [path.name for path in out.parent.iterdir()] == [first.folder.name]
+    with second:  # the first ended
+        assert second.folder.is_dir()
+
+
+def test_a_result_whose_place_was_taken_meanwhile_is_not_lost(out: Path, source: Path) -> None:
+    stage = make(out, source)
+    with stage:
+        (stage.folder / "0.tar").write_bytes(b"result")
+        write_files(out, {"mine.txt": b"words"})
+        with pytest.raises(
+            ValueError, match=rf"out: cannot be put there .*; the finished result stands in \S*{stage.folder.name}: move"
+        ):
+            stage.finish({"images": 1.0}, files=["*.tar"])
+    assert (stage.folder / "0.tar").read_bytes() == b"result" and (stage.folder / "provenance.json").is_file()
+    assert (out / "mine.txt").read_bytes() == b"words"
+
+
+def test_a_full_disk_is_named(out: Path, source: Path) -> None:
+    stage = make(out, source)
+    with pytest.raises(OSError, match="No space left") as full, stage:
+        Path("/dev/full").write_text("much")
+    assert full.value.filename == str(stage.folder)
 
 
 def test_provenance_nests_what_came_before(out: Path, source: Path, tmp_path: Path) -> None:

@@ -186,6 +186,16 @@ def test_an_added_row_that_fails_is_named_and_the_others_stay(made, monkeypatch,
     assert {run.info.status for run in runs if run.data.tags.get("sweep.row") == "broken"} == {"FAILED"}
 
 
+def test_a_row_that_fails_with_any_error_stops_no_other(made, tmp_path, monkeypatch):
+    def out_of_memory(*_: object) -> None:
+        raise RuntimeError("CUDA out of memory.\nTried to allocate 2 GiB")
+
+    monkeypatch.setattr(train, "run", out_of_memory)
+    file = write_sweep(tmp_path / "memory.yaml", rows={"a": None, "b": None}, seeds=[0])
+    with pytest.raises(ValueError, match=r"(?s)^2 of 2 runs failed.*row 'b', seed 0: RuntimeError: CUDA out of memory\.$"):
+        sweep.run(file, *made.inputs[:2], tmp_path / "out")
+
+
 def test_a_run_that_the_environment_names_is_the_parent(made, tmp_path, monkeypatch):
     given = made.client.create_run(made.client.get_experiment_by_name("pixelclip").experiment_id).info.run_id
     monkeypatch.setenv("MLFLOW_RUN_ID", given)

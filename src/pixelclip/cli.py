@@ -1,7 +1,9 @@
 """The command line: one word a stage, and predict, settings, toy-clip, pipeline. It translates and contains no logic."""
 
 import sys
-from contextlib import AbstractContextManager, nullcontext
+import tempfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,10 +11,18 @@ import typer
 
 from pixelclip import cli_cluster
 from pixelclip.cli_cluster import Cluster, Image, Nodes, Overrides, Params, Repo, Revision
-from pixelclip.config import as_table, build, load, parse_overrides
+from pixelclip.config import as_table, build, device_name, load, parse_overrides
 from pixelclip.s3 import is_s3
 
 _MODEL = "Model folder, s3://bucket/folder, or models:/NAME@ALIAS."
+
+
+def _here(path: Path) -> Path:
+    """Refuses s3:// where only a folder or file of this machine will do: it would become a folder called `s3:`."""
+    if path.parts[:1] and path.parts[0].lower() == "s3:":
+        raise ValueError(f"s3://{Path(*path.parts[1:])}: must be a path on this machine")
+    return path
+
 
 Out = Annotated[str, typer.Option(help="Folder or s3://bucket/folder to make; a finished one is reused.")]
 Labelled = Annotated[
@@ -99,8 +109,9 @@ def masks(
     if preview:
         from pixelclip.pictures import preview as show
 
-        picture = Path("preview.jpg") if is_s3(out) else Path(out, "preview.jpg")
-        print(f"{show(out, preview, picture)} images: {picture}")
+        with _made_file(f"{out.rstrip('/')}/preview.jpg") as picture:
+            shown = show(out, preview, picture)
+        print(f"{shown} images: {out.rstrip('/')}/preview.jpg")
 
 
 @app.command()
@@ -160,7 +171,9 @@ def sweep(
     file: Annotated[Path, typer.Argument(help="YAML: rows of settings, and the seeds at which each is run.")],
     masks: Annotated[str, typer.Option(help="Shards with masks.")],
     labelled: Annotated[str, typer.Option(help="Labelled set to evaluate on.")],
-    out: Annotated[Path, typer.Option(help="Folder for all runs, the table and the plot; finished runs there are reused.")],
+    out: Annotated[
+        Path, typer.Option(callback=_here, help="Folder for all runs, the table and the plot; finished runs there are reused.")
+    ],
     params: Params = None,
 ) -> None:
     """Train and evaluate many settings at several seeds: one table, one plot."""
@@ -218,7 +231,7 @@ def lineage(
 @app.command()
 def reproduce(
     model: Annotated[str, typer.Argument(help="models:/NAME@ALIAS or models:/NAME/VERSION.")],
-    out: Annotated[Path, typer.Option(help="Folder for what is restored and made; finished parts are reused.")],
+    out: Annotated[Path, typer.Option(callback=_here, help="Folder for what is restored and made; finished parts are reused.")],
     train: Annotated[bool, typer.Option("--train", help="Train anew, too, and evaluate what comes out.")] = False,
     tolerance: Annotated[
         float, typer.Option(help="Largest difference of a figure that counts as equal, in points.", min=0)
@@ -236,25 +249,29 @@ def reproduce(
 
 @app.command()
 def predict(
-    photo: Annotated[Path, typer.Argument(help="Image of any size.")],
+    photo: Annotated[Path, typer.Argument(callback=_here, help="Image of any size.")],
     classes: Annotated[str, typer.Option(help='"dog|puppy,grass,sky" (a bar between synonyms), or a .txt file, one a line.')],
     model: Annotated[str, typer.Option(help=_MODEL)],
-    out: Annotated[Path, typer.Option(help="PNG of the label map; the overlay goes beside it as *.overlay.png.")],
+    out: Annotated[
+        Path, typer.Option(callback=_here, help="PNG of the label map; the overlay goes beside it as *.overlay.png.")
+    ],
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
 ) -> None:
     """Segment a photo into classes that you name."""
     from pixelclip.images import open_image
     from pixelclip.predict import Predictor, label_image, overlay
+    from pixelclip.storage import check_place
     from pixelclip.text import names_of
 
+    device_name(device)
     if out.suffix.lower() != ".png":
         raise ValueError(f"{out}: the label map is a .png file")
     if photo.resolve() in (out.resolve(), out.with_suffix(".overlay.png").resolve()):
         raise ValueError(f"{out}: would overwrite the photo")
     names = names_of(classes)
     image = open_image(photo)
+    check_place(out)
     prediction = Predictor.load(_path(model), device)(image, names)
-    out.parent.mkdir(parents=True, exist_ok=True)
     label_image(prediction.labels).save(out)
     shown = out.with_suffix(".overlay.png")
     overlay(image, prediction).save(shown)
@@ -281,7 +298,9 @@ def import_(
 @app.command()
 def export(
     model: Annotated[str, typer.Option(help=_MODEL)],
-    out: Annotated[Path, typer.Option(help="Folder for open_clip_config.json and open_clip_model.safetensors.")],
+    out: Annotated[
+        Path, typer.Option(callback=_here, help="Folder for open_clip_config.json and open_clip_model.safetensors.")
+    ],
 ) -> None:
     """Write a model's CLIP as plain open_clip weights: open_clip.create_model("local-dir:OUT")."""
     from pixelclip.convert import export as write
@@ -312,7 +331,7 @@ def doctor(
 
 
 @app.command()
-def toy_clip(out: Annotated[Path, typer.Option(help="open_clip folder to make.")]) -> None:
+def toy_clip(out: Annotated[Path, typer.Option(callback=_here, help="open_clip folder to make.")]) -> None:
     """Remake the shipped toy CLIP: train it on the captions of painted scenes (an hour on 2 cores)."""
     from pixelclip.toy_clip import remake
 
@@ -323,7 +342,9 @@ def toy_clip(out: Annotated[Path, typer.Option(help="open_clip folder to make.")
 def pipeline_run(
     images: Annotated[str, typer.Option(help="Unlabelled images: folder, s3://, or path in --repo.")],
     labelled: Annotated[str, typer.Option(help="Labelled set, found as --images: images/, labels/, classes.txt.")],
-    out: Annotated[Path, typer.Option(help="Workspace: finished stages there are reused, interrupted ones continued.")],
+    out: Annotated[
+        Path, typer.Option(callback=_here, help="Workspace: finished stages there are reused, interrupted ones continued.")
+    ],
     repo: Repo = "",
     revision: Revision = "",
     params: Params = None,
@@ -340,7 +361,7 @@ def pipeline_run(
 
 @pipeline.command("compile")
 def pipeline_compile(
-    out: Annotated[Path, typer.Option(help="YAML file to write.")] = Path("pixelclip.yaml"),
+    out: Annotated[Path, typer.Option(callback=_here, help="YAML file to write.")] = Path("pixelclip.yaml"),
     cluster: Cluster = None,
     nodes: Nodes = 1,
     image: Image = "",
@@ -355,7 +376,7 @@ def pipeline_compile(
 @pipeline.command("compile-sweep")
 def pipeline_compile_sweep(
     file: Annotated[Path, typer.Argument(help="YAML: rows of settings, and the seeds at which each is run.")],
-    out: Annotated[Path, typer.Option(help="YAML file to write.")] = Path("pixelclip-sweep.yaml"),
+    out: Annotated[Path, typer.Option(callback=_here, help="YAML file to write.")] = Path("pixelclip-sweep.yaml"),
     params: Params = None,
     workspace: Annotated[
         str, typer.Option(help="Folder on a mounted volume where killed runs resume; empty: the run's artifact store.")
@@ -378,6 +399,19 @@ def _made(out: str) -> AbstractContextManager[Path]:
     return outbox(out)
 
 
+@contextmanager
+def _made_file(out: str) -> Iterator[Path]:
+    if not is_s3(out):
+        yield Path(out)
+        return
+    from pixelclip.upload import upload
+
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, out.rpartition("/")[2])
+        yield file
+        upload(file, out)
+
+
 def _path(spec: str) -> Path:
     """What a path, a URI or a registered model names, on this machine."""
     if not spec.startswith("models:/"):
@@ -397,4 +431,8 @@ def main() -> None:
         app()
     except ValueError as error:
         print(f"pixelclip: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # of the disk, most of all: no such folder, no permission, no space left
+        said = f"{error.filename}: {error.strerror}" if error.filename else " ".join(str(error).split())
+        print(f"pixelclip: {said}", file=sys.stderr)
         sys.exit(2)

@@ -6,12 +6,13 @@ left out of the stage's fingerprint.
 """
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 _Kind = TypeVar("_Kind", bound=BaseModel)
 _STRICT = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, coerce_numbers_to_str=True)
@@ -24,13 +25,27 @@ def _setting(default: Any, description: str, *, runtime: bool = False, **limits:
     return Field(default=default, description=description, json_schema_extra={"runtime": runtime}, **limits)
 
 
+def device_name(name: str) -> str:
+    """Returns the name of a device as it is; whether there is such a one is for those to find out who compute there.
+
+    Raises:
+        ValueError: it is the name of no kind of device that stages compute on.
+    """
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
+        raise ValueError(f"device {name!r} is none of auto, cpu, cuda, cuda:N, mps")
+    return name
+
+
+_Device = Annotated[str, AfterValidator(device_name)]
+
+
 class ToyConfig(BaseModel):
     """Painted scenes: the embedded default."""
 
     model_config = _STRICT
     train_scenes: int = _setting(2000, "Scenes without labels, to train on.", ge=1)
     test_scenes: int = _setting(200, "Scenes with labels, to evaluate on; never seen in training.", ge=1)
-    side: int = _setting(128, "Side of a scene in pixels.", ge=32)
+    side: int = _setting(128, "Side of a scene in pixels.", ge=32, le=4096)
     seed: int = _setting(0, "Seed of the scenes.", ge=0)
 
 
@@ -47,9 +62,11 @@ class ShardsConfig(BaseModel):
 
     model_config = _STRICT
     images_per_shard: int = _setting(1000, "Images in one tar.", ge=1)
-    shortest_edge: int = _setting(0, "Shrink to this shortest edge in pixels (the paper: 750); 0 keeps the size.", ge=0)
+    shortest_edge: int = _setting(
+        0, "Shrink to this shortest edge in pixels (the paper: 750); 0 keeps the size.", ge=0, le=16384
+    )
     jpeg_quality: int = _setting(95, "Quality of images that must be encoded anew.", ge=1, le=100)
-    max_bad_share: float = _setting(0.05, _BAD_SHARE, ge=0, le=1)
+    max_bad_share: float = _setting(0.05, _BAD_SHARE, runtime=True, ge=0, le=1)
 
 
 class MasksConfig(BaseModel):
@@ -60,20 +77,22 @@ class MasksConfig(BaseModel):
         "felzenszwalb",
         "felzenszwalb (graph segmentation, no weights), given (SA-1B JSON beside the images), sam, or dino (k-means).",
     )
-    shortest_edge: int = _setting(0, "Shrink images and given masks to this edge in pixels first (the paper: 750).", ge=0)
+    shortest_edge: int = _setting(
+        0, "Shrink images and given masks to this edge in pixels first (the paper: 750).", ge=0, le=16384
+    )
     jpeg_quality: int = _setting(95, "Quality of images that were shrunk.", ge=1, le=100)
     given_folder: str = _setting("", "Folder of KEY.json for generator given; empty: the JSON already in the shards.")
     felzenszwalb_scale: float = _setting(200.0, "Felzenszwalb: larger gives larger segments.", gt=0)
     felzenszwalb_sigma: float = _setting(0.8, "Felzenszwalb: Gaussian smoothing before, in pixels.", ge=0)
     felzenszwalb_min_size: int = _setting(100, "Felzenszwalb: smallest segment in pixels.", ge=1)
     weights: str = _setting("", "SAM's or DINO's checkpoint: a .pth or .safetensors by path, URL or s3://.")
-    sam_points_per_side: int = _setting(32, "SAM: the square of it asks for three masks each.", ge=1)
+    sam_points_per_side: int = _setting(32, "SAM: the square of it asks for three masks each.", ge=1, le=1024)
     sam_points_per_batch: int = _setting(256, "SAM: points decoded at once.", runtime=True, ge=1)
     sam_pred_iou_thresh: float = _setting(0.88, "SAM: least predicted IoU of a mask.", ge=0)
     sam_stability_score_thresh: float = _setting(0.95, "SAM: least stability of a mask.", gt=0, le=1)
     sam_stability_score_offset: float = _setting(1.0, "SAM: how far the stability score moves the threshold, in logits.", gt=0)
     sam_box_nms_thresh: float = _setting(0.7, "SAM: largest IoU of two masks' boxes.", ge=0, le=1)
-    sam_crop_n_layers: int = _setting(0, "SAM: layer i repeats everything on 4**i crops.", ge=0)
+    sam_crop_n_layers: int = _setting(0, "SAM: layer i repeats everything on 4**i crops.", ge=0, le=8)
     sam_crop_nms_thresh: float = _setting(0.7, "SAM: largest IoU of boxes from different crops.", ge=0, le=1)
     sam_crop_overlap_ratio: float = _setting(512 / 1500, "SAM: overlap of crops, as a share of the shorter side.", ge=0, lt=1)
     sam_crop_n_points_downscale_factor: int = _setting(1, "SAM: layer i has points_per_side / this**i.", ge=1)
@@ -83,14 +102,16 @@ class MasksConfig(BaseModel):
         "SAM: of the image encoder. In float32 the masks are the original's; auto is bfloat16 where the device is fast at it.",
     )
     dino_clusters: int = _setting(16, "DINO: k of the k-means over an image's patch tokens.", ge=2)
-    dino_side: int = _setting(320, "DINO: side in pixels to which images are squashed, a multiple of the patch.", ge=16)
+    dino_side: int = _setting(
+        320, "DINO: side in pixels to which images are squashed, a multiple of the patch.", ge=16, le=4096
+    )
     seed: int = _setting(0, "Seed of DINO's k-means.", ge=0)
     max_masks: int = _setting(0, "Keep this many largest masks of an image; 0 keeps all.", ge=0)
     max_bad_share: float = _setting(0.05, _BAD_SHARE, runtime=True, ge=0, le=1)
     part: str = _setting("", "i/n makes the i-th of n parts of the shards only; the folder of all n parts is valid input.")
-    workers: int = _setting(2, _WORKERS, runtime=True, ge=0)
+    workers: int = _setting(2, _WORKERS, runtime=True, ge=0, le=1024)
     batch_size: int = _setting(4, "SAM and DINO: images on the device at once.", runtime=True, ge=1)
-    device: str = _setting("auto", _DEVICE, runtime=True)
+    device: _Device = _setting("auto", _DEVICE, runtime=True)
 
     @model_validator(mode="after")
     def _fits(self) -> "MasksConfig":
@@ -119,10 +140,10 @@ class TrainConfig(BaseModel):
     residual: Literal["cls", "patch"] = _setting(
         "cls", "Residual of the last block's value path: cls (the reference) or patch (MaskCLIP)."
     )
-    side: int = _setting(320, "Side in pixels of what the CLIP sees, whole patches.", ge=16)
-    shortest_edge: int = _setting(1024, "Weak view: shortest edge after the resize, in pixels.", ge=16)
-    longest_edge: int = _setting(1333, "Weak view: no edge is longer than this after the resize.", ge=16)
-    crop: int = _setting(640, "Weak view: side of the random crop, in pixels.", ge=16)
+    side: int = _setting(320, "Side in pixels of what the CLIP sees, whole patches.", ge=16, le=4096)
+    shortest_edge: int = _setting(1024, "Weak view: shortest edge after the resize, in pixels.", ge=16, le=16384)
+    longest_edge: int = _setting(1333, "Weak view: no edge is longer than this after the resize.", ge=16, le=16384)
+    crop: int = _setting(640, "Weak view: side of the random crop, in pixels.", ge=16, le=16384)
     shards_at_once: int = _setting(
         0, "Shards whose samples are mixed with each other, 0 all; of s3:// ones the cache should hold twice as many.", ge=0
     )
@@ -131,7 +152,7 @@ class TrainConfig(BaseModel):
     strong_view: bool = _setting(True, "Student sees jitter, grey, blur and CutOut on top of the weak view.")
     cutout_min: float = _setting(0.1, "CutOut: smallest side as a share of the view's.", ge=0, le=1)
     cutout_max: float = _setting(0.5, "CutOut: largest side as a share of the view's; 0 switches it off.", ge=0, le=1)
-    mask_grid: int = _setting(256, "Side of the grid on which masks are pooled and predicted.", ge=16)
+    mask_grid: int = _setting(256, "Side of the grid on which masks are pooled and predicted.", ge=16, le=4096)
     steps: int = _setting(10_000, "Optimizer steps.", ge=1)
     batch_size: int = _setting(48, "Images in one optimizer step, over all processes.", ge=1)
     accumulate: int = _setting(1, "Pieces in which a process takes its images of a step, to save memory.", runtime=True, ge=1)
@@ -158,9 +179,9 @@ class TrainConfig(BaseModel):
     weight_decay: float = _setting(1e-4, "AdamW's decay; norms and embeddings have none.", ge=0)
     gradient_clip: float = _setting(0.01, "Largest global L2 norm of the gradient.", gt=0)
     seed: int = _setting(0, "Seed of the prompts, the decoder, the order and the views.", ge=0)
-    max_bad_share: float = _setting(0.05, _BAD_SHARE, ge=0, le=1)
-    device: str = _setting("auto", _DEVICE, runtime=True)
-    workers: int = _setting(4, "Loader processes; 0 loads in this process.", runtime=True, ge=0)
+    max_bad_share: float = _setting(0.05, _BAD_SHARE, runtime=True, ge=0, le=1)
+    device: _Device = _setting("auto", _DEVICE, runtime=True)
+    workers: int = _setting(4, "Loader processes; 0 loads in this process.", runtime=True, ge=0, le=1024)
     log_every: int = _setting(10, "Steps between two points of a curve.", runtime=True, ge=1)
     checkpoint_every: int = _setting(500, "Steps between two checkpoints.", runtime=True, ge=1)
     picture_every: int = _setting(1000, "Steps between two pictures of masks and concepts; 0 makes none.", runtime=True, ge=0)
@@ -190,11 +211,17 @@ class EvaluateConfig(BaseModel):
     protocol: Literal["whole", "slide", "masks"] = _setting(
         "whole", "whole (the paper's: one squashed view), slide (windows), or masks (zero-shot mask classification)."
     )
-    side: int = _setting(0, "Whole and masks: side in pixels of what the CLIP sees, whole patches; 0: as in training.", ge=0)
-    feature_grid: int = _setting(64, "Whole and slide: features of a view are brought to this grid, then classified.", ge=1)
-    slide_side: int = _setting(0, "Slide: the shortest edge is resized to this many pixels first; 0 keeps the size.", ge=0)
-    crop: int = _setting(336, "Slide: side of a window in pixels.", ge=1)
-    stride: int = _setting(112, "Slide: pixels from one window to the next.", ge=1)
+    side: int = _setting(
+        0, "Whole and masks: side in pixels of what the CLIP sees, whole patches; 0: as in training.", ge=0, le=4096
+    )
+    feature_grid: int = _setting(
+        64, "Whole and slide: features of a view are brought to this grid, then classified.", ge=1, le=4096
+    )
+    slide_side: int = _setting(
+        0, "Slide: the shortest edge is resized to this many pixels first; 0 keeps the size.", ge=0, le=16384
+    )
+    crop: int = _setting(336, "Slide: side of a window in pixels.", ge=1, le=16384)
+    stride: int = _setting(112, "Slide: pixels from one window to the next.", ge=1, le=16384)
     masks: Literal["truth", "felzenszwalb", "given"] = _setting(
         "truth", "Masks: truth (one a class of the label map), felzenszwalb, or given (of any generator)."
     )
@@ -208,8 +235,8 @@ class EvaluateConfig(BaseModel):
     )
     batch_size: int = _setting(8, "Images (slide: windows) in one forward pass.", runtime=True, ge=1)
     pictures: int = _setting(8, "Example pictures in the report.", runtime=True, ge=0)
-    max_bad_share: float = _setting(0.0, _BAD_SHARE, ge=0, le=1)
-    device: str = _setting("auto", _DEVICE, runtime=True)
+    max_bad_share: float = _setting(0.0, _BAD_SHARE, runtime=True, ge=0, le=1)
+    device: _Device = _setting("auto", _DEVICE, runtime=True)
     checkpoint_every: int = _setting(200, "Images between two checkpoints of the counts.", runtime=True, ge=1)
 
     @model_validator(mode="after")
@@ -246,7 +273,7 @@ class ImportConfig(BaseModel):
     model_config = _STRICT
     clip: str = _setting("", "open_clip's name of its CLIP, or a folder with open_clip_config.json; empty: told by its shapes.")
     side: int = _setting(
-        0, "Side in pixels of what the CLIP sees; 0: the multiple of its patch next to 320 (ViT), 640 (ConvNeXt).", ge=0
+        0, "Side in pixels of what the CLIP sees; 0: the multiple of its patch next to 320 (ViT), 640 (ConvNeXt).", ge=0, le=4096
     )
 
 
@@ -270,25 +297,39 @@ def nearest(word: str, allowed: Iterable[str]) -> str:
     return f", did you mean {close[0]!r}?" if close else ""
 
 
-def build(kind: type[_Kind], values: Mapping[str, Any], source: str) -> _Kind:
+def build(kind: type[_Kind], values: Mapping[str, Any], source: str, sources: Mapping[str, str] | None = None) -> _Kind:
     """Makes the settings of one stage.
+
+    Args:
+        kind: the stage's class.
+        values: its settings; the others have their defaults.
+        source: where they stand, for errors.
+        sources: where those stand that do not stand there.
 
     Raises:
         ValueError: one line a fault: where it was found, what was found, what is allowed, the nearest name.
     """
+    elsewhere = sources or {}
+    lines = [
+        f"{elsewhere.get(name, source)}: {name}: must be a number (found {values[name]!r})"  # pydantic takes true for 1
+        for name, field in kind.model_fields.items()
+        if field.annotation in (int, float) and isinstance(values.get(name), bool)
+    ]
     try:
-        return kind.model_validate(dict(values))
+        made = kind.model_validate(dict(values))
+        if not lines:
+            return made
     except ValidationError as error:
-        lines = []
         for fault in error.errors():
             name = ".".join(str(part) for part in fault["loc"])
+            where = elsewhere.get(name, source) if name else ", ".join(dict.fromkeys([source, *elsewhere.values()]))
             if fault["type"] == "extra_forbidden":
                 hint = nearest(name, kind.model_fields) or f"; the settings are {', '.join(kind.model_fields)}"
-                lines.append(f"{source}: unknown setting {name!r}{hint}")
+                lines.append(f"{where}: unknown setting {name!r}{hint}")
             else:
                 said = fault["msg"].removeprefix("Value error, ")
-                lines.append(f"{source}: {name}: {said} (found {fault['input']!r})" if name else f"{source}: {said}")
-        raise ValueError("\n".join(lines)) from None
+                lines.append(f"{where}: {name}: {said} (found {fault['input']!r})" if name else f"{where}: {said}")
+    raise ValueError("\n".join(lines))
 
 
 def load(stage: str, params: Path | None = None, overrides: Mapping[str, Any] | None = None) -> Any:
@@ -303,6 +344,7 @@ def load(stage: str, params: Path | None = None, overrides: Mapping[str, Any] | 
         ValueError: an unknown section or setting, or a value that is not allowed.
     """
     values: dict[str, Any] = {}
+    sources: dict[str, str] = {}
     source = "settings"
     if params is not None:
         source = str(params)
@@ -316,7 +358,9 @@ def load(stage: str, params: Path | None = None, overrides: Mapping[str, Any] | 
             raise ValueError(f"unknown stage {section!r} in setting {key!r}{nearest(section, STAGES)}")
         if section in ("", stage):
             values[name] = value
-    return build(STAGES[stage], values, f"{source}: {stage}")
+            if params is not None:
+                sources[name] = f"command line: {stage}"
+    return build(STAGES[stage], values, f"{source}: {stage}", sources)
 
 
 def load_all(params: Path | None, overrides: Mapping[str, Any]) -> dict[str, Any]:
@@ -331,11 +375,38 @@ def load_all(params: Path | None, overrides: Mapping[str, Any]) -> dict[str, Any
     return {stage: load(stage, params, overrides) for stage in STAGES}
 
 
-def _read_params(params: Path) -> dict[str, dict[str, Any]]:
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice in one mapping: YAML would drop the first one without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(None, None, f"{key.value!r} stands there twice", key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(path: Path) -> Any:
+    """What a YAML file holds.
+
+    Raises:
+        ValueError: it cannot be read, is no YAML, or says a key twice; one line with the place.
+    """
     try:
-        document: Any = yaml.safe_load(params.read_text()) or {}
+        return yaml.load(path.read_text(), _Loader)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        raise ValueError(f"{path}: cannot be read as YAML: {error.problem or error.context}{place}") from None
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{params}: cannot be read as YAML: {error}") from None
+        said = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise ValueError(f"{path}: cannot be read as YAML: {said}") from None
+
+
+def _read_params(params: Path) -> dict[str, dict[str, Any]]:
+    document = read_yaml(params) or {}
     if not isinstance(document, dict):
         raise ValueError(f"{params}: must hold one section a stage, found {type(document).__name__}")
     for name, section in document.items():

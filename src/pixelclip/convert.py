@@ -16,7 +16,7 @@ from pixelclip.checkpoint import CLIP_CONFIG, CLIP_WEIGHTS, CONFIG, WEIGHTS, Cli
 from pixelclip.config import ImportConfig, nearest
 from pixelclip.decoder import Decoder
 from pixelclip.stage import Metrics, Stage, describe
-from pixelclip.storage import read_json, write_atomically
+from pixelclip.storage import check_place, read_json, write_atomically
 from pixelclip.text import Prompts, TextTower
 from pixelclip.weights import check_fit, check_tensors, read_weights
 
@@ -151,10 +151,10 @@ def export(model: Path, out: Path) -> None:
     Raises:
         ValueError: no model folder, or `out` holds an export already.
     """
+    check_place(out / CLIP_WEIGHTS)
     loaded = load_model(model)
     if taken := [name for name in (CLIP_CONFIG, CLIP_WEIGHTS) if (out / name).exists()]:
         raise ValueError(f"{out}: holds {taken[0]} already; remove it or give another folder")
-    out.mkdir(parents=True, exist_ok=True)
     state = {name: tensor.contiguous() for name, tensor in loaded.clip.model.state_dict().items()}
     temporary = out / f".{CLIP_WEIGHTS}.partial"
     save_file(state, temporary, metadata={"format": "pt"})

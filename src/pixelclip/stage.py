@@ -4,6 +4,7 @@ Work happens in a hidden sibling of the output that is named by the stage's fing
 stage killed at any moment therefore leaves either nothing or work that the same command continues.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -80,7 +81,10 @@ class Stage:
 
     def __enter__(self) -> Self:
         resumed = self.folder.is_dir()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"{self.out}: cannot be made: {error.strerror}") from None
         self._lock = os.open(self.folder, os.O_RDONLY)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -88,13 +92,24 @@ class Stage:
             os.close(self._lock)
             self._lock = None
             raise ValueError(f"{self.out}: another process is making this right now") from None
+        siblings = self._siblings()
+        if busy := [folder for folder in siblings if _is_locked(folder)]:
+            if not resumed:
+                self.folder.rmdir()
+            self.__exit__(None, None, None)
+            raise ValueError(
+                f"{self.out}: another process is making this with other inputs or settings right now ({_short(busy[0])}); "
+                "wait for it, or give another folder"
+            )
         print(f"{self.name}: {'continues an interrupted run' if resumed else 'starts'} → {_short(self.out)}", flush=True)
-        if not resumed and (left := self._abandoned()):
-            names = ", ".join(_short(folder) for folder in left)
+        if not resumed and siblings:
+            names = ", ".join(_short(folder) for folder in siblings)
             print(f"{self.name}: other inputs or settings left unfinished work, which may be removed: {names}", flush=True)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename is None:
+            error.filename = str(self.folder)  # a write does not know its file; people need to know which disk is full
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -120,7 +135,13 @@ class Stage:
                 "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             },
         )
-        self.folder.replace(self.out)  # onto nothing or an empty folder, see _check_out
+        try:
+            self.folder.replace(self.out)  # onto nothing or an empty folder, see _check_out
+        except OSError as error:
+            raise ValueError(
+                f"{self.out}: cannot be put there any more ({error.strerror}); "
+                f"the finished result stands in {self.folder}: move that folder to where you want it"
+            ) from None
         return metrics
 
     def provenance(self) -> dict[str, Any]:
@@ -135,11 +156,10 @@ class Stage:
             "revision": code_revision(),
         } | ({"image": image} if image else {})
 
-    def _abandoned(self) -> list[Path]:
-        """Unfinished work for `out` by other fingerprints, that no process is at."""
+    def _siblings(self) -> list[Path]:
+        """Unfinished work for `out` by other fingerprints."""
         name = re.compile(rf"\.{re.escape(self.out.name)}\.[0-9a-f]{{12}}\.partial")
-        found = sorted(path for path in self.out.parent.iterdir() if name.fullmatch(path.name) and path != self.folder)
-        return [path for path in found if not _is_locked(path)]
+        return sorted(path for path in self.out.parent.iterdir() if name.fullmatch(path.name) and path != self.folder)
 
     def _check_out(self) -> None:
         if not self.out.exists():
@@ -176,8 +196,8 @@ class Stage:
 def _is_locked(folder: Path) -> bool:
     try:
         handle = os.open(folder, os.O_RDONLY)
-    except OSError:  # finished or removed just now, or not ours to read
-        return True
+    except OSError:  # finished or removed just now, or not ours to read: nobody can be seen at it
+        return False
     try:
         fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError:

@@ -28,6 +28,22 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         raise
 
 
+def check_place(file: Path) -> None:
+    """Makes the folder of a file that is written after long work, so that what stands against it is said before.
+
+    Raises:
+        ValueError: `file` is a folder, or nothing can be written beside it.
+    """
+    if file.is_dir():
+        raise ValueError(f"{file}: must be a file, found a folder")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=file.parent):
+            pass
+    except OSError as error:
+        raise ValueError(f"{file}: cannot be written: {error.strerror}") from None
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

@@ -20,14 +20,13 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Annotated, Any
 
-import yaml
 from mlflow.entities import RunTag
 from mlflow.exceptions import MlflowException
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from pixelclip import evaluate, train
 from pixelclip.benchmarks import open_labelled
-from pixelclip.config import EvaluateConfig, TrainConfig, build, load, nearest
+from pixelclip.config import EvaluateConfig, TrainConfig, build, load, nearest, read_yaml
 from pixelclip.download import here
 from pixelclip.server import connect, experiment_id
 from pixelclip.sources import list_shards
@@ -101,7 +100,7 @@ def read(file: Path, params: Path | None = None) -> tuple[str, list[Planned]]:
     Raises:
         ValueError: an unknown key or setting or a value that is not allowed, in any row.
     """
-    said = build(SweepFile, {"name": file.stem, **_read_yaml(file)}, str(file))
+    said = build(SweepFile, {"name": file.stem, **_read_rows(file)}, str(file))
     base = {stage: load(stage, params).model_dump() for stage in ("train", "evaluate")}
     shared = said.settings or {}
     _check_names(shared, f"{file}: settings")
@@ -127,22 +126,8 @@ def read(file: Path, params: Path | None = None) -> tuple[str, list[Planned]]:
     return said.name, planned
 
 
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice in one mapping: YAML would drop the first row without a word."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"{key!r} stands there twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-def _read_yaml(file: Path) -> dict[str, Any]:
-    try:
-        document = yaml.load(file.read_text(), _Loader)
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: cannot be read as YAML: {error}") from None
+def _read_rows(file: Path) -> dict[str, Any]:
+    document = read_yaml(file)
     if not isinstance(document, dict):
         raise ValueError(f"{file}: must hold rows of settings, found {type(document).__name__}")
     return {str(key): value for key, value in document.items()}
@@ -213,8 +198,9 @@ def _one(each: Planned, masks: Path | str, labelled: Path, folder: Path, parent:
     try:
         metrics |= train.run(masks, folder / "model", each.train)
         metrics |= evaluate.run(folder / "model", labelled, folder / "evaluation", each.evaluate)
-    except ValueError as error:
-        failure = str(error)
+    except Exception as error:  # of any kind, as CUDA out of memory: the other rows may well succeed
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        failure = str(error) if not kind else kind + (str(error).splitlines() or [""])[0]
         print(f"sweep: {each.row}, seed {each.seed} failed: {failure}", flush=True)
     finally:
         _name_children(each, folder, parent)
