@@ -273,7 +273,10 @@ class ImportConfig(BaseModel):
     model_config = _STRICT
     clip: str = _setting("", "open_clip's name of its CLIP, or a folder with open_clip_config.json; empty: told by its shapes.")
     side: int = _setting(
-        0, "Side in pixels of what the CLIP sees; 0: the multiple of its patch next to 320 (ViT), 640 (ConvNeXt).", ge=0, le=4096
+        0,
+        "Side in pixels of what the CLIP sees; 0: the multiple of its patch next to 320 (ViT), 640 (ConvNeXt).",
+        ge=0,
+        le=4096,
     )
 
 
