@@ -207,7 +207,7 @@ class EvaluateConfig(BaseModel):
     name: str = _setting(
         "", "Name of the labelled set in the metrics; empty: its folder's name, or the kind.", pattern=r"^[\w.-]*$"
     )
-    clip: str = _setting("", "The CLIP to compare with; empty: the one that the model was trained from.")
+    clip: str = _setting("", "The CLIP to compare with, by its own text tower; empty: the one that the model was trained from.")
     protocol: Literal["whole", "slide", "masks"] = _setting(
         "whole", "whole (the paper's: one squashed view), slide (windows), or masks (zero-shot mask classification)."
     )
