@@ -180,6 +180,7 @@ def test_counts_go_from_cpu_to_cpu_and_rows_from_device_to_device(monkeypatch):
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda values: devices.append(values.device.type))
     monkeypatch.setattr(torch.distributed, "all_gather", lambda found, rows: devices.append(rows.device.type))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():

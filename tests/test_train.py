@@ -107,7 +107,8 @@ def test_the_gallery_is_made_where_the_training_was(shards, config, tmp_path, mo
     calls, to_cpu = [], PixelCLIP.cpu
     monkeypatch.setattr(train, "gallery", lambda model, dataset, folder, device: calls.append(device))
     monkeypatch.setattr(PixelCLIP, "cpu", lambda self: calls.append("cpu") or to_cpu(self))
-    train.run(shards, tmp_path / "model", config(device="cpu:0", steps=1))
+    somewhere = config(steps=1).model_copy(update={"device": "cpu:0"})  # which no setting may say
+    train.run(shards, tmp_path / "model", somewhere)
     assert calls == [torch.device("cpu:0"), "cpu"]
 
 
