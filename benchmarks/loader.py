@@ -149,17 +149,23 @@ def _draw_from_all(image: Image.Image, codes: Sequence[dict[str, Any]], views: V
 def _ssd_jitter(x: Tensor, generator: np.random.Generator) -> Tensor:
     first = generator.random() < 0.5
     if generator.random() < 0.5:
-        x = x + generator.uniform(-32, 32) / 255
+        x = (x + generator.uniform(-32, 32) / 255).clamp(0, 1)
     if first and generator.random() < 0.5:
-        x = x * generator.uniform(0.5, 1.5)
-    x = x.clamp(0, 1)
+        x = (x * generator.uniform(0.5, 1.5)).clamp(0, 1)
     if generator.random() < 0.5:
-        x = TF.adjust_saturation(x, generator.uniform(0.5, 1.5))
+        x = _saturate(x, generator.uniform(0.5, 1.5))
     if generator.random() < 0.5:
-        x = TF.adjust_hue(x, generator.uniform(-18, 18) / 360)
+        x = TF.adjust_hue(x, generator.integers(-18, 18, endpoint=True) / 180)
     if not first and generator.random() < 0.5:
-        x = x * generator.uniform(0.5, 1.5)
-    return x.clamp(0, 1)
+        x = (x * generator.uniform(0.5, 1.5)).clamp(0, 1)
+    return x
+
+
+def _saturate(x: Tensor, share: float) -> Tensor:
+    """The saturation of HSV, which is not that of torchvision: by Pillow, in bytes as detectron2."""
+    hue, saturation, value = TF.to_pil_image(x).convert("HSV").split()
+    more = saturation.point(lambda byte: min(255, byte * share))
+    return TF.to_dtype(TF.pil_to_tensor(Image.merge("HSV", (hue, more, value)).convert("RGB")), torch.float32, scale=True)
 
 
 def _strong_jitter(x: Tensor, generator: np.random.Generator) -> Tensor:

@@ -6,11 +6,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+from benchmarks import loader  # noqa: E402
 from benchmarks.__main__ import NAMES  # noqa: E402
 from benchmarks.case import Case, compare  # noqa: E402
+from pixelclip.dataset import MaskedImages, collate  # noqa: E402
 
 
 def same(one: int, other: int) -> str:
@@ -46,6 +49,15 @@ def test_memory_counts_what_a_call_held_for_a_moment():
 @pytest.mark.parametrize("name", NAMES)
 def test_every_benchmark_can_be_made(name):
     assert callable(importlib.import_module(f"benchmarks.{name}").make)
+
+
+def test_the_loader_s_literal_side_draws_the_same_samples(tmp_path):
+    shards = loader.write_shards(tmp_path, loader.BATCH, edges=(600, 900), masks=12)
+    dataset = MaskedImages(shards, loader.paper_views(), seed=0)
+    literal = loader.DecodeAll(shards, dataset.views, dataset)
+    theirs = loader._join([literal[position] for position in range(loader.BATCH)])
+    ours = collate([dataset[position] for position in range(loader.BATCH)]).to(torch.device("cpu"))
+    assert "masks agree in 99.9" in loader._same([theirs], [ours])
 
 
 def test_an_unknown_benchmark_is_refused():
