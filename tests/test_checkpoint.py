@@ -1,7 +1,9 @@
 """Model folders and CLIP settings: what is written is read back, what is wrong is named."""
 
+import errno
 import json
 import pickle
+import resource
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -14,7 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from pixelclip.checkpoint import backbone_of, build_clip, load_clip, load_model, save_model
+from pixelclip.checkpoint import backbone_of, build_clip, load_clip, load_model, save_model, write_tensors
 from pixelclip.decoder import Decoder
 from pixelclip.text import Prompts, TextTower
 
@@ -276,3 +278,16 @@ def test_weights_may_be_downloaded(tmp_path, monkeypatch):
         server.shutdown()
     for name, tensor in tiny.clip_state().items():
         assert torch.equal(loaded.model.state_dict()[name], tensor), name
+
+
+def test_what_the_disk_refuses_names_the_file(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as error:
+            write_tensors(tmp_path / "model.safetensors", {"a": torch.zeros(1000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (error.value.errno, error.value.filename) == (errno.EFBIG, str(tmp_path / "model.safetensors"))
+    with pytest.raises(FileNotFoundError, match=r"nowhere/model\.safetensors"):
+        write_tensors(tmp_path / "nowhere" / "model.safetensors", {"a": torch.zeros(1)})

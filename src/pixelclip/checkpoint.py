@@ -6,7 +6,9 @@ A model folder holds `model.safetensors` (the CLIP under `clip.` with open_clip'
 
 import json
 import logging
+import os
 import pickle
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -141,7 +143,7 @@ def save_model(
     tensors |= {f"prompts.{name}": tensor for name, tensor in prompts.state_dict().items()}
     tensors |= {f"decoder.{name}": tensor for name, tensor in decoder.state_dict().items()}
     # A state dict may name one tensor twice; safetensors wants each to own its memory.
-    save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}, folder / WEIGHTS)
+    write_tensors(folder / WEIGHTS, {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()})
     (folder / WEIGHTS).chmod(0o644)  # safetensors leaves it readable by its owner alone
     write_json(
         folder / CONFIG,
@@ -274,6 +276,21 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path}: cannot be read as safetensors: {error}") from None
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file.
+
+    Raises:
+        OSError: the disk refuses it, as any other file; safetensors' own error names neither the file nor the reason apart.
+    """
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:
+        if number := re.search(r"\(os error (\d+)\)", str(error)):
+            code = int(number[1])
+            raise OSError(code, os.strerror(code), str(path)) from None
+        raise
 
 
 def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from pixelclip.checkpoint import read_tensors
+from pixelclip.checkpoint import read_tensors, write_tensors
 from pixelclip.model import PixelCLIP
 from pixelclip.ranks import ALONE, Ranks
 
@@ -57,7 +56,7 @@ def save_state(path: Path, model: PixelCLIP, optimizer: torch.optim.AdamW, done:
         for key, value in state.items():
             tensors[f"optimizer.{key}.{names[id(parameter)]}"] = value.detach().cpu().contiguous()
     temporary = path.with_suffix(".partial")
-    save_file(tensors, temporary, metadata={"done": json.dumps(asdict(done))})
+    write_tensors(temporary, tensors, metadata={"done": json.dumps(asdict(done))})
     with temporary.open("rb+") as file:
         os.fsync(file.fileno())
     temporary.replace(path)
