@@ -25,6 +25,7 @@ _POLL = "pixelclip.io/poll-seconds"
 _NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 _PASSED_ON = (PIPELINE_RUN, PARENT_RUN, "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_TRACKING_URI")
 _GROUP = 1000  # of the image: Kubernetes lets it write to a fresh volume, where the volume's driver can
+_ANSWER = 5.0  # seconds to wait for an answer; urllib3 asks four times, and KFP kills a step 30 s after it has told it to stop
 _PATIENCE = 40  # looks in a row that may fail before the API server counts as gone
 
 
@@ -146,8 +147,8 @@ def train_on_nodes(job: str, workspace: str, settings: TrainConfig) -> Metrics:
         raise ValueError("a training on several nodes needs the parameter `workspace`: a folder on the volume that they share")
     out = Path(workspace, "train")
     body = complete(json.loads(job), Path(workspace, "masks"), out, settings)
-    jobs = _Jobs(body["metadata"]["name"])
-    with _ended_by_signal():
+    with _told_to_stop() as signals:
+        jobs = _Jobs(body["metadata"]["name"], signals)
         try:
             jobs.start(body)
             state = jobs.wait(float(body["metadata"]["annotations"][_POLL]))
@@ -160,50 +161,54 @@ def train_on_nodes(job: str, workspace: str, settings: TrainConfig) -> Metrics:
 
 
 @contextmanager
-def _ended_by_signal() -> Iterator[None]:
-    """Makes an exception of the signal by which KFP stops a step."""
+def _told_to_stop() -> Iterator[list[int]]:
+    """The signals that came, of the kind by which KFP stops a step.
 
-    def stop(number: int, _frame: Any) -> None:
-        raise SystemExit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, stop)
+    They are looked at between requests: an exception out of the handler would leave a request's connection as it is, and be
+    lost where Python happens to be in a destructor.
+    """
+    came: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _frame: came.append(number))
     try:
-        yield
+        yield came
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
 class _Jobs:
-    """The TrainJob of one name."""
+    """The TrainJob of one name; start and wait raise SystemExit when one of `signals` came."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, signals: list[int]) -> None:
         try:
             config.load_incluster_config()
         except config.ConfigException:
             config.load_kube_config()
         self.name = name
+        self._signals = signals
         here = _NAMESPACE.read_text().strip() if _NAMESPACE.is_file() else "default"
         self._where = {"group": GROUP, "version": VERSION, "namespace": here, "plural": PLURAL}
         self._api = client.CustomObjectsApi()
 
     def start(self, body: dict[str, Any]) -> None:
         """Creates it, where it is not there already and has not failed."""
-        there = self._get()
-        if there is not None and (_ending(there) or {}).get("type") == "Failed":
-            print(
-                f"TrainJob {self.name} had failed; it is replaced, and training continues from its last checkpoint", flush=True
-            )
-            self.delete()
-            while self._get() is not None:
-                time.sleep(1)
-            there = None
-        if there is not None:
-            print(f"TrainJob {self.name} is there already", flush=True)
-            return
         try:
+            there = self._get()
+            if there is not None and (_ending(there) or {}).get("type") == "Failed":
+                print(
+                    f"TrainJob {self.name} had failed; it is replaced, and training continues from its last checkpoint",
+                    flush=True,
+                )
+                self.delete()
+                while self._get() is not None:
+                    self._rest(1.0)
+                there = None
+            if there is not None:
+                print(f"TrainJob {self.name} is there already", flush=True)
+                return
             self._api.create_namespaced_custom_object(**self._where, body=body)
-        except client.ApiException as error:
-            raise RuntimeError(f"TrainJob {self.name} cannot be created: {error.status} {_said(error)}") from None
+        except (client.ApiException, HTTPError) as error:
+            status = f"{error.status} " if isinstance(error, client.ApiException) else ""
+            raise RuntimeError(f"TrainJob {self.name} cannot be created: {status}{_said(error)}") from None
         namespace = self._where["namespace"]
         print(
             f"TrainJob {self.name} started; its logs: kubectl logs -n {namespace} -f "
@@ -223,13 +228,20 @@ class _Jobs:
                 if failures > _PATIENCE or (isinstance(error, client.ApiException) and error.status in (401, 403)):
                     raise RuntimeError(f"TrainJob {self.name} cannot be watched: {_said(error)}") from None
                 print(f"TrainJob {self.name}: Kubernetes does not answer ({_said(error)}); waiting goes on", flush=True)
-                time.sleep(pause)
+                self._rest(pause)
                 continue
             if there is None:
                 raise RuntimeError(f"TrainJob {self.name} was deleted before its end")
             if ending := _ending(there):
                 return ending
-            time.sleep(pause)
+            self._rest(pause)
+
+    def _rest(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while not self._signals and (left := until - time.monotonic()) > 0:
+            time.sleep(min(left, 1.0))  # a signal does not end a sleep
+        if self._signals:
+            raise SystemExit(128 + self._signals[0])
 
     def delete(self) -> None:
         """Deletes it and its pods, if it is there."""
@@ -241,7 +253,7 @@ class _Jobs:
 
     def _get(self) -> dict[str, Any] | None:
         try:
-            return self._api.get_namespaced_custom_object(**self._where, name=self.name)
+            return self._api.get_namespaced_custom_object(**self._where, name=self.name, _request_timeout=_ANSWER)
         except client.ApiException as error:
             if error.status == 404:
                 return None

@@ -198,6 +198,13 @@ def test_a_refused_job_says_why(kubernetes, space):
         train_on_nodes(job(space), str(space), TrainConfig())
 
 
+def test_an_api_server_that_is_not_there_says_so(kubernetes, space, tmp_path):
+    written = tmp_path / "kubeconfig"
+    written.write_text(written.read_text().replace(kubernetes.url, "http://127.0.0.1:9"))
+    with pytest.raises(RuntimeError, match=r"TrainJob pixelclip-run-1 cannot be created: .*Connection refused"):
+        train_on_nodes(job(space), str(space), TrainConfig())
+
+
 def test_a_stopped_run_stops_the_nodes(kubernetes, space):
     before = signal.getsignal(signal.SIGTERM)
 
