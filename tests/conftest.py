@@ -15,6 +15,7 @@ import boto3
 import numpy as np
 import pytest
 import services
+import two_ranks
 from moto.server import ThreadedMotoServer
 from numpy.typing import NDArray
 from PIL import Image
@@ -34,6 +35,12 @@ def shallow_stacks() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(inspect, "stack", two)
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def no_process_is_left() -> Iterator[None]:
+    yield
+    two_ranks.stop()
 
 
 def pixels(height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:

@@ -14,6 +14,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+import two_ranks
 from conftest import annotation, encoded, write_files
 from PIL import Image
 
@@ -542,17 +543,9 @@ def test_two_processes_make_what_one_makes(made, seven, client, tmp_path, reads)
     kill_at(5, reads, made / "changed", seven, tmp_path / "two", config)  # by one process, which two cannot continue
     settings = [f"{key}={value}" for key, value in config.model_dump(exclude_defaults=True).items()]
     words = ["evaluate", "--model", made / "changed", "--labelled", seven, "--out", tmp_path / "two", *settings]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "pixelclip"]
-    done = subprocess.run(
-        [*torchrun, *map(str, words)],
-        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "cannot be continued with other processes 1 → 2" in done.stdout
-    assert done.stdout.count("mIoU") == done.stdout.count("1 of 7 samples cannot be used") == 1
+    said = two_ranks.start("-m", "pixelclip", *map(str, words), threads=torch.get_num_threads())
+    assert "cannot be continued with other processes 1 → 2" in said
+    assert said.count("mIoU") == said.count("1 of 7 samples cannot be used") == 1
     assert result(tmp_path / "two") == result(tmp_path / "one")
     assert not list(tmp_path.glob(".two*"))
     (logged,) = client.search_runs([client.get_experiment_by_name("pixelclip").experiment_id])

@@ -15,6 +15,7 @@ import pytest
 import test_train
 import tiny
 import torch
+import two_ranks
 from safetensors.torch import load_file
 
 from pixelclip import ranks, train
@@ -48,22 +49,18 @@ def alone(shards, clip, tmp_path_factory) -> Path:
     return folder / "model"
 
 
-def start(shards: Path, clip: Path, out: Path, **settings: object) -> str:
+def training(shards: Path, clip: Path, out: Path, **settings: object) -> list[str]:
     words = [f"{name}={value}" for name, value in {**SETTINGS, "clip": clip, **settings}.items()]
-    return torchrun("-m", "pixelclip", "train", "--masks", str(shards), "--out", str(out), *words)
-
-
-def torchrun(*words: str) -> str:
-    """What two processes say."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    found = subprocess.run([*TWO, *words], env=environment, capture_output=True, text=True, timeout=250)
-    assert found.returncode == 0, found.stderr[-3000:]
-    return found.stdout
+    return ["-m", "pixelclip", "train", "--masks", str(shards), "--out", str(out), *words]
 
 
 def test_two_processes_train_as_one_and_only_the_first_writes(alone, shards, clip, tmp_path, monkeypatch):
     client = tiny.mlflow_at(monkeypatch, tmp_path / "mlflow")
-    start(shards, clip, tmp_path / "model")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    found = subprocess.run(
+        [*TWO, *training(shards, clip, tmp_path / "model")], env=environment, capture_output=True, timeout=250
+    )
+    assert found.returncode == 0, found.stderr[-3000:].decode()
     torch.testing.assert_close(losses(tmp_path / "model"), losses(alone), atol=1e-5, rtol=0)
     one, two = (load_file(folder / "model.safetensors") for folder in (alone, tmp_path / "model"))
     for name, tensor in one.items():
@@ -75,7 +72,7 @@ def test_two_processes_train_as_one_and_only_the_first_writes(alone, shards, cli
 
 def test_two_processes_find_the_gradients_of_one(tmp_path):
     """Adam does not see a wrong scale of a group's gradients, so that losses do not tell it."""
-    torchrun(gradients.__file__, str(tmp_path / "two.safetensors"))
+    two_ranks.start(gradients.__file__, str(tmp_path / "two.safetensors"))
     one, two = gradients.gradients(ALONE), load_file(tmp_path / "two.safetensors")
     assert one.keys() == two.keys()
     for group in ("student", "prompts", "decoder"):
@@ -92,7 +89,7 @@ def test_two_processes_continue_what_one_began(alone, shards, clip, tmp_path, mo
         test_train.kill_at(10, patch)
         with pytest.raises(test_train.Killed):
             train.run(shards, tmp_path / "model", TrainConfig(**SETTINGS, clip=str(clip)))
-    start(shards, clip, tmp_path / "model")
+    two_ranks.start(*training(shards, clip, tmp_path / "model"))
     torch.testing.assert_close(losses(tmp_path / "model"), losses(alone), atol=1e-5, rtol=0)
 
 
@@ -225,7 +222,7 @@ def test_a_rank_without_masks_neither_hangs_nor_counts(clip, tmp_path, monkeypat
     conftest.write_tar(tmp_path / "masks" / "0.tar", members | {"8.json": conftest.annotation(dot)})
     settings = {"batch_size": 2, "steps": 12}
     train.run(tmp_path / "masks", tmp_path / "alone", TrainConfig(**SETTINGS | settings, clip=str(clip)))
-    said = start(tmp_path / "masks", clip, tmp_path / "two", **settings)
+    said = two_ranks.start(*training(tmp_path / "masks", clip, tmp_path / "two", **settings))
     assert said.count("8.json: has no image") == 2  # at the start and at the end, by the first process alone
     torch.testing.assert_close(losses(tmp_path / "two"), losses(tmp_path / "alone"), atol=1e-5, rtol=0)
     assert len(losses(tmp_path / "two")) > 4

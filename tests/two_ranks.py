@@ -1,0 +1,98 @@
+"""Two processes of one job, forked from one that has imported what takes seconds: `two_ranks.start(WORDS)`.
+
+What torchrun tells its processes they are told here; torchrun itself starts some of the tests' jobs, too.
+"""
+
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import traceback
+from pathlib import Path
+from typing import Any
+
+_server: list[subprocess.Popen[str]] = []
+
+
+def start(*words: str, threads: int = 1) -> str:
+    """What two processes of `python WORDS` say; AssertionError with what went wrong where one of them fails."""
+    if not _server:
+        command, pipe = [sys.executable, "-W", "ignore", __file__], subprocess.PIPE
+        _server.append(subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True))
+    server = _server[0]
+    assert server.stdin and server.stdout
+    with tempfile.TemporaryDirectory() as folder:
+        job = {"words": words, "environment": dict(os.environ), "threads": threads, "folder": folder}
+        print(json.dumps(job), file=server.stdin, flush=True)
+        code = int(server.stdout.readline())
+        said, errors = (Path(folder, name).read_text() for name in ("out", "err"))
+    assert code == 0, errors[-3000:]
+    return said
+
+
+def stop() -> None:
+    """Ends the process that all have been forked from."""
+    while _server:
+        server = _server.pop()
+        server.communicate()
+
+
+def _serve() -> None:
+    import gradients  # noqa: F401
+
+    import pixelclip.evaluate
+    import pixelclip.train  # noqa: F401
+
+    for line in sys.stdin:
+        job = json.loads(line)
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        ranks = {_fork(rank, port, job) for rank in (0, 1)}
+        code = 0
+        while ranks:
+            pid, status = os.wait()
+            ranks.discard(pid)
+            if failed := os.waitstatus_to_exitcode(status):
+                code = code or failed
+                for other in ranks:  # it would wait for ever
+                    os.kill(other, signal.SIGTERM)
+        print(code, flush=True)
+
+
+def _fork(rank: int, port: int, job: dict[str, Any]) -> int:
+    if pid := os.fork():
+        return pid
+    import torch
+
+    signal.alarm(250)  # seconds that a job may take
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(Path(job["folder"], name), os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    os.environ.clear()
+    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update(job["environment"] | {name: str(value) for name, value in told.items()})
+    torch.set_num_threads(job["threads"])
+    module, *words = job["words"]
+    code = 0
+    try:
+        if module == "-m":
+            sys.argv = words
+            runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = [module, *words]
+            runpy.run_path(module, run_name="__main__")
+    except SystemExit as error:
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    _serve()
