@@ -223,6 +223,15 @@ def test_a_bad_image_stops_or_is_left_out_and_named(made, client, tmp_path, caps
     assert "1.png" in capsys.readouterr().out
 
 
+def test_where_no_image_can_be_measured_the_labels_are_not_blamed(made, client, tmp_path, capsys):
+    labelled = tiny.labelled_set(tmp_path / "labelled", images=2)
+    for image in (labelled / "images").iterdir():
+        image.write_bytes(b"no image")
+    with pytest.raises(ValueError, match="labelled: none of its 2 images could be measured, for the reasons above"):
+        run(made / "changed", labelled, tmp_path / "out", with_settings(max_bad_share=1.0))
+    assert "0.png" in capsys.readouterr().out
+
+
 def test_only_ignored_pixels(made, client, tmp_path):
     labelled = tiny.labelled_set(tmp_path / "labelled", images=1)
     Image.fromarray(np.full((20, 40), 255, np.uint8)).save(labelled / "labels" / "0.png")

@@ -257,6 +257,7 @@ def test_a_side_below_one_patch_is_refused(shards, config, tmp_path):
     tight = config().model_copy(update={"side": 4})
     with pytest.raises(ValueError, match=r"train\.side 4 is smaller than one patch"):
         train.run(shards, tmp_path / "model", tight)
+    assert not list(tmp_path.glob(".model*")), "nothing was begun that the next command would warn of"
 
 
 def test_every_trained_parameter_is_in_one_group_and_norms_and_embeddings_do_not_decay(config):

@@ -97,7 +97,7 @@ class MasksConfig(BaseModel):
     sam_crop_overlap_ratio: float = _setting(512 / 1500, "SAM: overlap of crops, as a share of the shorter side.", ge=0, lt=1)
     sam_crop_n_points_downscale_factor: int = _setting(1, "SAM: layer i has points_per_side / this**i.", ge=1)
     sam_min_mask_region_area: int = _setting(0, "SAM: remove holes and islands of fewer pixels.", ge=0)
-    sam_precision: Literal["auto", "float32", "tf32", "bfloat16"] = _setting(
+    sam_precision: Literal["auto", "float32", "bfloat16"] = _setting(
         "float32",
         "SAM: of the image encoder. In float32 the masks are the original's; auto is bfloat16 where the device is fast at it.",
     )

@@ -247,6 +247,8 @@ def metrics_of(tally: Tally, num_images: int, masks: bool, labelled: Path) -> di
         ValueError: nothing was counted.
     """
     towers = tally.confusions
+    if len(tally.bad) == num_images:
+        raise ValueError(f"{labelled}: none of its {num_images} images could be measured, for the reasons above")
     if not towers[CLIP].counts.any():
         raise ValueError(f"{labelled}: the label maps hold no labelled pixel at all")
     metrics = {f"miou{tower}": confusion.miou() for tower, confusion in towers.items()}

@@ -90,7 +90,8 @@ def run(uri: str, out: Path, *, train: bool = False, tolerance: float = 0.01, ru
         label = there.version.tags["labelled.name"]
         settings["name"] = settings["name"] or (kind if kind != "folder" else Path(inputs["labelled"]["path"]).name)
         config = work.config("evaluate", _named_again(there.provenance, settings, work))
-        found = evaluate.run(model, labelled, out / "evaluation", config)
+        # A model that is trained anew may be another one: its evaluation stands beside that of the recorded one.
+        found = evaluate.run(model, labelled, out / ("train_evaluation" if train else "evaluation"), config)
         equal, differences = compare(there.metrics, found, tolerance)
         said = {"uri": uri, "equal": equal, "tolerance": tolerance, "recorded": there.metrics, "found": found}
         write_json(out / COMPARISON, said)

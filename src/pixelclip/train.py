@@ -72,8 +72,9 @@ def run(masks: Path | str, out: Path, config: TrainConfig) -> Metrics:
         stage = Stage("train", out, inputs, config)
         if ranks.from_first(stage.finished):
             return ranks.from_first(stage.reuse() if ranks.first else {})
+        clip = load_clip(config.clip)
+        check_side("train.side", config.side, Backbone(clip.model.visual, config.residual))
         with stage if ranks.first else nullcontext():
-            clip = load_clip(config.clip)
             dataset = MaskedImages(shards, _views(config, clip), config.seed, dino is None, config.shards_at_once)
             tracked = Run.start(stage.folder, name=out.name, provenance=stage.provenance()) if ranks.first else None
             try:
@@ -122,7 +123,6 @@ def _train(
         config.clustering,
         precision,
     )
-    check_side("train.side", config.side, model.student)
     model = model.to(ranks.device).train()
     optimizer = make_optimizer(model, config)
     first_rates = [group["lr"] for group in optimizer.param_groups]
