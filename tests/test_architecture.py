@@ -1,18 +1,16 @@
 """The house: a module imports only from modules above it; inference needs no training extras; no pickle."""
 
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from imports import MODULES, PACKAGE, imported, imported_with_theirs
 
-ORDER = """
-    config storage cache s3 download stage upload fetch_data provenance ranks images pixels labels rle weights sources
-    shards sam_weights sam_encoder sam_decoder sam kmeans dino masks views dataset blocks text backbone clusters decoder
-    model checkpoint convert resume predict benchmarks tally classify server tracking pictures report measure protocol
-    evaluate_clip train evaluate sweep serve promote register lineage reproduce doctor toy_motifs toy toy_clip cli_cluster
-    cli __main__
-""".split()  # noqa: SIM905  (reads as the list in docs/architecture.md)
+TABLE = (Path(__file__).parents[1] / "docs" / "architecture.md").read_text().partition("| module | what it is |")[2]
+ROWS = re.findall(r"^\| (`.*?`) \|", TABLE, re.MULTILINE)
+ORDER = [*re.findall(r"`(\w+)`", " ".join(ROWS)), "__main__"]
 
 
 def test_every_module_has_its_place():
@@ -28,6 +26,7 @@ def test_a_module_imports_only_from_modules_above_it(module):
 def test_inference_needs_no_training_extra():
     code = """
 import sys
+from pathlib import Path
 for name in ("mlflow", "kfp", "dvc", "skimage", "pycocotools", "pandas"):
     sys.modules[name] = None
 import pixelclip.predict, pixelclip.benchmarks, pixelclip.cli
