@@ -8,11 +8,20 @@ from typing import Any
 import open_clip
 import torch
 from open_clip.timm_model import TimmModel
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pixelclip.backbone import Backbone, check_side
-from pixelclip.checkpoint import CLIP_CONFIG, CLIP_WEIGHTS, CONFIG, WEIGHTS, Clip, build_clip, load_model, save_model
+from pixelclip.checkpoint import (
+    CLIP_CONFIG,
+    CLIP_WEIGHTS,
+    CONFIG,
+    WEIGHTS,
+    Clip,
+    build_clip,
+    load_model,
+    save_model,
+    write_tensors,
+)
 from pixelclip.config import ImportConfig, nearest
 from pixelclip.decoder import Decoder
 from pixelclip.stage import Metrics, Stage, describe
@@ -157,7 +166,7 @@ def export(model: Path, out: Path) -> None:
         raise ValueError(f"{out}: holds {taken[0]} already; remove it or give another folder")
     state = {name: tensor.contiguous() for name, tensor in loaded.clip.model.state_dict().items()}
     temporary = out / f".{CLIP_WEIGHTS}.partial"
-    save_file(state, temporary, metadata={"format": "pt"})
+    write_tensors(temporary, state, metadata={"format": "pt"})
     temporary.chmod(0o644)
     temporary.replace(out / CLIP_WEIGHTS)
     size = loaded.clip.model_cfg["vision_cfg"].get("image_size")
