@@ -552,7 +552,7 @@ def test_two_processes_make_what_one_makes(made, seven, client, tmp_path, reads)
     kill_at(5, reads, made / "changed", seven, tmp_path / "two", config)  # by one process, which two cannot continue
     settings = [f"{key}={value}" for key, value in config.model_dump(exclude_defaults=True).items()]
     words = ["evaluate", "--model", made / "changed", "--labelled", seven, "--out", tmp_path / "two", *settings]
-    said = two_ranks.start("-m", "pixelclip", *map(str, words), threads=torch.get_num_threads())
+    said = two_ranks.start("pixelclip", *map(str, words), threads=torch.get_num_threads())
     assert "cannot be continued with other processes 1 → 2" in said
     assert said.count("mIoU") == said.count("1 of 7 samples cannot be used") == 1
     assert result(tmp_path / "two") == result(tmp_path / "one")

@@ -32,7 +32,7 @@ SETTINGS = {
     "picture_every": 0,
     "max_bad_share": 0.2,
 }
-TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
 
 
 def losses(folder: Path) -> torch.Tensor:
@@ -51,7 +51,7 @@ def alone(shards, clip, tmp_path_factory) -> Path:
 
 def training(shards: Path, clip: Path, out: Path, **settings: object) -> list[str]:
     words = [f"{name}={value}" for name, value in {**SETTINGS, "clip": clip, **settings}.items()]
-    return ["-m", "pixelclip", "train", "--masks", str(shards), "--out", str(out), *words]
+    return ["pixelclip", "train", "--masks", str(shards), "--out", str(out), *words]
 
 
 def test_two_processes_train_as_one_and_only_the_first_writes(alone, shards, clip, tmp_path, monkeypatch):
@@ -72,7 +72,7 @@ def test_two_processes_train_as_one_and_only_the_first_writes(alone, shards, cli
 
 def test_two_processes_find_the_gradients_of_one(tmp_path):
     """Adam does not see a wrong scale of a group's gradients, so that losses do not tell it."""
-    two_ranks.start(gradients.__file__, str(tmp_path / "two.safetensors"))
+    two_ranks.start("gradients", str(tmp_path / "two.safetensors"))
     one, two = gradients.gradients(ALONE), load_file(tmp_path / "two.safetensors")
     assert one.keys() == two.keys()
     for group in ("student", "prompts", "decoder"):

@@ -19,7 +19,7 @@ _server: list[subprocess.Popen[str]] = []
 
 
 def start(*words: str, threads: int = 1) -> str:
-    """What two processes of `python WORDS` say; AssertionError with what went wrong where one of them fails."""
+    """What two processes of `python -m WORDS` say; AssertionError with what went wrong where one of them fails."""
     if not _server:
         command, pipe = [sys.executable, "-W", "ignore", __file__], subprocess.PIPE
         _server.append(subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True))
@@ -75,15 +75,10 @@ def _fork(rank: int, port: int, job: dict[str, Any]) -> int:
     told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update(job["environment"] | {name: str(value) for name, value in told.items()})
     torch.set_num_threads(job["threads"])
-    module, *words = job["words"]
+    sys.argv = job["words"]
     code = 0
     try:
-        if module == "-m":
-            sys.argv = words
-            runpy.run_module(words[0], run_name="__main__", alter_sys=True)
-        else:
-            sys.argv = [module, *words]
-            runpy.run_path(module, run_name="__main__")
+        runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
     except SystemExit as error:
         code = error.code if isinstance(error.code, int) else int(error.code is not None)
     except BaseException:
