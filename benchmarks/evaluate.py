@@ -23,8 +23,8 @@ from pixelclip.benchmarks import IGNORE, open_labelled
 from pixelclip.checkpoint import Clip
 from pixelclip.config import EvaluateConfig
 from pixelclip.measure import measure
-from pixelclip.pixels import normalise, squash, to_tensor
-from pixelclip.ranks import ALONE
+from pixelclip.pixels import normalise, resize_square, to_tensor
+from pixelclip.ranks import SINGLE_PROCESS
 from pixelclip.tally import CLIP, OURS, Tally, count_recalled
 
 SIZE, CLASSES, IMAGES = (1500, 2250), 171, 4
@@ -54,14 +54,14 @@ def one_by_one(towers: dict[str, nn.Module], clip_side: int, classes: Tensor, fo
         for path in sorted((folder / "images").iterdir()):
             image = normalise(to_tensor(Image.open(path))[None], MEAN, STD)
             truth = np.asarray(Image.open(folder / "labels" / f"{path.stem}.png"))
-            features = F.interpolate(reference.dense_vit(visual, squash(image, SIDE)), size=(64, 64), mode="bilinear")
+            features = F.interpolate(reference.dense_vit(visual, resize_square(image, SIDE)), size=(64, 64), mode="bilinear")
             scores = torch.einsum("bchw,kc->bkhw", F.normalize(features, dim=1), classes)
             labels = F.interpolate(scores, size=truth.shape, mode="bilinear")[0].argmax(dim=0).numpy()
             valid = truth != IGNORE
             joint = truth[valid].astype(np.int64) * count + labels[valid]
             confusion += np.bincount(joint, minlength=count**2).reshape(count, count)
             if name == CLIP:
-                similarities = F.normalize(visual(squash(image, clip_side)), dim=-1) @ classes.T
+                similarities = F.normalize(visual(resize_square(image, clip_side)), dim=-1) @ classes.T
                 recalled += count_recalled(similarities, [np.unique(truth[valid])])
         confusions[name] = confusion
     return {"confusions": confusions, "recalled": recalled}
@@ -71,7 +71,7 @@ def ours(towers: dict[str, nn.Module], clip: Clip, classes: Tensor, folder: Path
     """As stage evaluate does it, both models in one pass."""
     with tempfile.TemporaryDirectory() as state, contextlib.redirect_stderr(io.StringIO()):  # without its progress bar
         wrapped = {name: Backbone(visual) for name, visual in towers.items()}
-        return measure(wrapped, clip, classes, open_labelled(folder, "folder"), config, ALONE, Path(state)).tally
+        return measure(wrapped, clip, classes, open_labelled(folder, "folder"), config, SINGLE_PROCESS, Path(state)).tally
 
 
 def same(share: float, theirs: dict[str, Any], tally: Tally) -> str:

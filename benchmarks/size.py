@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from pixelclip.dataset import MaskedImages, load_batches, positions
+from pixelclip.dataset import MaskedImages, load_batches, sample_indices
 from pixelclip.views import Views
 
 SIZES, PER_SHARD = (100, 1_000, 10_000, 100_000), 100
@@ -50,7 +50,7 @@ def _measure(folder: Path, samples: int) -> dict[str, Any]:
     start = time.perf_counter()
     dataset = MaskedImages(shards, VIEWS, seed=0)
     indexed = time.perf_counter()
-    loader = iter(load_batches(dataset, positions(BATCH, range(BATCH), 1, 0, WARM + STEPS), WORKERS, pin=False))
+    loader = iter(load_batches(dataset, sample_indices(BATCH, range(BATCH), 1, 0, WARM + STEPS), WORKERS, pin=False))
     first, seconds = 0.0, []
     for step in range(WARM + STEPS):
         before = time.perf_counter()

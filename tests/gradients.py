@@ -10,12 +10,12 @@ from safetensors.torch import save_file
 from pixelclip.backbone import Backbone
 from pixelclip.dataset import Batch
 from pixelclip.model import PixelCLIP
-from pixelclip.ranks import Ranks, join
+from pixelclip.ranks import ProcessGroup, join
 from pixelclip.text import Prompts, TextTower
 from pixelclip.train import new_decoder
 
 
-def gradients(ranks: Ranks) -> dict[str, torch.Tensor]:
+def gradients(ranks: ProcessGroup) -> dict[str, torch.Tensor]:
     """By parameter, of the loss on this process's share of five images; image i has i masks."""
     clip = tiny.clip_of()
     text = TextTower(clip)
@@ -34,5 +34,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     with join("cpu") as joined:
         found = gradients(joined)
-        if joined.first:
+        if joined.is_main:
             save_file(found, Path(sys.argv[1]))

@@ -10,7 +10,7 @@ from PIL import Image
 from pixelclip import classify
 from pixelclip.classify import GivenMasks, classify_masks, majority, segment_masks, truth_masks
 from pixelclip.masks import annotate, decode_masks
-from pixelclip.ranks import ALONE
+from pixelclip.ranks import SINGLE_PROCESS
 from pixelclip.tally import CLIP, OURS, Confusion, Found, Tally
 
 HEIGHT, WIDTH, NUM_CLASSES, WIDE = 23, 31, 5, 8
@@ -144,7 +144,7 @@ def test_a_tally_comes_back_as_it_was_saved(tmp_path):
     tally.save(tmp_path / "t.npz")
     again = Tally.zeros([OURS, CLIP], 2, position=0)
     again.load(tmp_path / "t.npz")
-    again.sum(ALONE)
+    again.sum(SINGLE_PROCESS)
     assert (again.position, again.bad) == (7, ["x.png: broken"])
     assert tally.masks.tolist() == [3, 0, 6]
     for name, array in tally.arrays().items():

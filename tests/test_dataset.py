@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from pixelclip.dataset import MaskedImages, PackedBatch, collate, load_batches, positions
-from pixelclip.ranks import Ranks
+from pixelclip.dataset import MaskedImages, PackedBatch, collate, load_batches, sample_indices
+from pixelclip.ranks import ProcessGroup
 from pixelclip.rle import RunMasks
 from pixelclip.shards import parse_masks
 from pixelclip.views import Sample, Views, draw
@@ -233,8 +233,8 @@ def test_collate_with_nothing_good_is_an_empty_batch() -> None:
 
 
 def test_a_resumed_loader_gives_the_batches_of_an_undisturbed_one(shards: list[Path]) -> None:
-    undisturbed = batches(shards, positions(3, range(3), 1, 0, 6))
-    resumed = batches(shards, positions(3, range(3), 1, 4, 6))
+    undisturbed = batches(shards, sample_indices(3, range(3), 1, 0, 6))
+    resumed = batches(shards, sample_indices(3, range(3), 1, 4, 6))
     assert len(resumed) == 2 and len(undisturbed) == 6
     assert all(same(a, b) for a, b in zip(resumed, undisturbed[4:], strict=True))
     assert not same(undisturbed[4], undisturbed[5])
@@ -245,7 +245,7 @@ def batches(shards: list[Path], lists: Iterable[list[int]], workers: int = 0) ->
 
 
 def test_a_worker_gives_the_same_batches(shards: list[Path]) -> None:
-    here, there = (batches(shards, positions(4, range(4), 1, 1, 4), workers) for workers in (0, 1))
+    here, there = (batches(shards, sample_indices(4, range(4), 1, 1, 4), workers) for workers in (0, 1))
     assert all(same(a, b) for a, b in zip(here, there, strict=True))
 
 
@@ -259,7 +259,7 @@ def test_a_worker_gives_the_same_batches(shards: list[Path]) -> None:
 def test_ranks_and_pieces_share_the_stream_without_overlap_or_loss(batch_size, size, pieces, start, steps):
     found = []
     for rank in range(size):
-        lists = list(positions(batch_size, Ranks(rank, size).share(batch_size), pieces, start, start + steps))
+        lists = list(sample_indices(batch_size, ProcessGroup(rank, size).share(batch_size), pieces, start, start + steps))
         assert len(lists) == steps * pieces
         for step in range(steps):
             mine = list(chain(*lists[step * pieces : (step + 1) * pieces]))

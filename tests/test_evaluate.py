@@ -28,9 +28,9 @@ from pixelclip.evaluate import run
 from pixelclip.masks import felzenszwalb
 from pixelclip.measure import measure as stage_measure
 from pixelclip.measure import metrics_of
-from pixelclip.pixels import normalise, squash, to_tensor
+from pixelclip.pixels import normalise, resize_square, to_tensor
 from pixelclip.predict import Predictor, class_scores
-from pixelclip.ranks import Ranks
+from pixelclip.ranks import ProcessGroup
 from pixelclip.storage import read_json
 from pixelclip.tally import CLIP, OURS, Confusion, count_recalled
 from pixelclip.text import TEMPLATES, TextTower, classifier
@@ -152,7 +152,9 @@ def test_an_untrained_model_gains_exactly_nothing(made, client, tmp_path):
     assert metrics["pixel_accuracy/set"] == metrics["pixel_accuracy_clip/set"]
 
 
-def measured(made: Path, labelled: Path, config: EvaluateConfig, ranks: Ranks, state: Path) -> tuple[dict[str, float], int]:
+def measured(
+    made: Path, labelled: Path, config: EvaluateConfig, ranks: ProcessGroup, state: Path
+) -> tuple[dict[str, float], int]:
     """Figures of the changed model and its CLIP, and how many pictures were kept."""
     model, clip, dataset = load_model(made / "changed"), load_clip(str(made / "clip")), open_folder(labelled)
     towers = {OURS: backbone_of(model), CLIP: Backbone(clip.model.visual)}
@@ -164,7 +166,8 @@ def measured(made: Path, labelled: Path, config: EvaluateConfig, ranks: Ranks, s
 
 def test_the_batch_size_changes_nothing(made, tmp_path):
     found = [
-        measured(made, made / "labelled", with_settings(batch_size=size), Ranks(), tmp_path / str(size))[0] for size in (1, 3)
+        measured(made, made / "labelled", with_settings(batch_size=size), ProcessGroup(), tmp_path / str(size))[0]
+        for size in (1, 3)
     ]
     assert found[0] == pytest.approx(found[1], abs=0.2)  # a pixel may fall the other way by rounding
 
@@ -335,7 +338,7 @@ def test_mask_classification_in_the_stage_equals_a_naive_loop(made, client, tmp_
         tower, classes = tower_and_classes(made / folder)
         founds, right = [], []
         for image, truth, chosen in zip(images, truths, masks, strict=True):
-            features = upsample(tower(squash(tensor(image), tiny.SIDE)), truth.shape)[0]
+            features = upsample(tower(resize_square(tensor(image), tiny.SIDE)), truth.shape)[0]
             painted = np.full(truth.shape, 3)
             for mask in sorted(chosen, key=lambda mask: -mask.sum()):
                 name = int((classes @ features[:, torch.from_numpy(mask)].mean(dim=1)).argmax())
@@ -520,16 +523,16 @@ def test_what_was_counted_otherwise_is_counted_again(made, client, tmp_path, cap
     assert result(tmp_path / "out") == result(tmp_path / "undisturbed")
 
 
-class SecondOfTwo(Ranks):
+class SecondOfTwo(ProcessGroup):
     """The other process counted nothing."""
 
-    def sum(self, values):
+    def all_reduce(self, values):
         return values
 
-    def gather_objects(self, value):
+    def all_gather_object(self, value):
         return [value]
 
-    def from_first(self, value):
+    def broadcast_object(self, value):
         return value
 
 

@@ -18,7 +18,7 @@ from pixelclip.dataset import Batch
 from pixelclip.decoder import Decoder
 from pixelclip.labels import label_map
 from pixelclip.model import PixelCLIP
-from pixelclip.pixels import normalise, squash
+from pixelclip.pixels import normalise, resize_square
 from pixelclip.predict import class_scores, resize_scores
 from pixelclip.text import Prompts, TextTower, classifier
 
@@ -54,7 +54,7 @@ def _setup(path: Path) -> SimpleNamespace:
     mean, std = np.array(inputs.PIXEL_MEAN) / 255, np.array(inputs.PIXEL_STD) / 255
 
     def view(pixels: list[torch.Tensor], side: int) -> torch.Tensor:
-        return squash(normalise(torch.stack(pixels) / 255, mean.tolist(), std.tolist()), side)
+        return resize_square(normalise(torch.stack(pixels) / 255, mean.tolist(), std.tolist()), side)
 
     stacked = torch.cat(masks)[:, None].float()
     small = torch.nn.functional.interpolate(stacked, size=(GRID, GRID), mode="nearest")[:, 0].bool()

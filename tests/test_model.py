@@ -7,7 +7,7 @@ from pixelclip.backbone import Backbone
 from pixelclip.dataset import Batch
 from pixelclip.decoder import Decoder, mask_loss
 from pixelclip.model import PixelCLIP
-from pixelclip.ranks import Ranks
+from pixelclip.ranks import ProcessGroup
 from pixelclip.text import Prompts, TextTower
 
 
@@ -52,8 +52,8 @@ def test_a_batch_without_masks_gives_zero_loss(model):
 
 
 def test_processes_exchange_the_rows_of_their_masks_once_a_step(model, monkeypatch):
-    gathered, gather = [], Ranks.gather
-    monkeypatch.setattr(Ranks, "gather", lambda self, rows: gathered.append(rows.shape) or gather(self, rows))
+    gathered, gather = [], ProcessGroup.all_gather
+    monkeypatch.setattr(ProcessGroup, "all_gather", lambda self, rows: gathered.append(rows.shape) or gather(self, rows))
     model.accumulate([Batch(*batch(), [])])
     assert gathered == [(6, 5)]
 

@@ -5,7 +5,7 @@ import torch
 from conftest import pixels
 from PIL import Image
 
-from pixelclip.pixels import normalise, squash, squashed, to_tensor
+from pixelclip.pixels import normalise, resize_square, resized_square, to_tensor
 
 
 def test_a_tensor_is_the_image_over_255() -> None:
@@ -27,8 +27,8 @@ def test_normalise_is_undone_by_its_inverse() -> None:
 def test_squash_to_half_averages_pairs() -> None:
     images = torch.rand(1, 3, 8, 8)
     naive = (images[..., ::2, ::2] + images[..., 1::2, ::2] + images[..., ::2, 1::2] + images[..., 1::2, 1::2]) / 4
-    torch.testing.assert_close(squash(images, 4), naive)
-    assert squash(torch.rand(2, 3, 5, 9), 4).shape == (2, 3, 4, 4)
+    torch.testing.assert_close(resize_square(images, 4), naive)
+    assert resize_square(torch.rand(2, 3, 5, 9), 4).shape == (2, 3, 4, 4)
 
 
 @pytest.mark.parametrize("size", [(5, 7), (40, 61), (1, 3), (200, 90)])
@@ -36,5 +36,5 @@ def test_squash_to_half_averages_pairs() -> None:
 def test_squashed_is_squash_of_the_whole_image(size: tuple[int, int], side: int) -> None:
     image = Image.fromarray(pixels(*size))
     mean, std = (0.1, 0.2, 0.3), (0.5, 0.2, 0.3)
-    wanted = squash(normalise(to_tensor(image)[None], mean, std), side)
-    torch.testing.assert_close(squashed(image, side, mean, std), wanted, atol=2e-5, rtol=0)
+    wanted = resize_square(normalise(to_tensor(image)[None], mean, std), side)
+    torch.testing.assert_close(resized_square(image, side, mean, std), wanted, atol=2e-5, rtol=0)

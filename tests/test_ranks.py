@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from pixelclip import ranks, train
 from pixelclip.config import TrainConfig
-from pixelclip.ranks import ALONE, Ranks, join, later, pick_device, pick_precision
+from pixelclip.ranks import SINGLE_PROCESS, ProcessGroup, copy_to_host_async, join, pick_device, pick_precision
 
 clip, shards = test_train.clip, test_train.shards
 STEPS = 20
@@ -73,7 +73,7 @@ def test_two_processes_train_as_one_and_only_the_first_writes(alone, shards, cli
 def test_two_processes_find_the_gradients_of_one(tmp_path):
     """Adam does not see a wrong scale of a group's gradients, so that losses do not tell it."""
     two_ranks.start("gradients", str(tmp_path / "two.safetensors"))
-    one, two = gradients.gradients(ALONE), load_file(tmp_path / "two.safetensors")
+    one, two = gradients.gradients(SINGLE_PROCESS), load_file(tmp_path / "two.safetensors")
     assert one.keys() == two.keys()
     for group in ("student", "prompts", "decoder"):
         ours, theirs = (torch.cat([of[name].flatten() for name in one if name.startswith(group)]) for of in (one, two))
@@ -108,19 +108,19 @@ def test_more_pieces_than_images_are_refused(shards, clip, tmp_path):
 def test_shares_are_whole_and_even():
     for number in (0, 1, 7, 48):
         for size in (1, 2, 3, 8):
-            shares = [Ranks(rank, size).share(number) for rank in range(size)]
+            shares = [ProcessGroup(rank, size).share(number) for rank in range(size)]
             assert [place for share in shares for place in share] == list(range(number))
             assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_one_process_needs_no_group():
     with join("cpu") as alone:
-        assert (alone.rank, alone.size, alone.first) == (0, 1, True)
+        assert (alone.rank, alone.size, alone.is_main) == (0, 1, True)
         rows = torch.arange(6).view(3, 2)
-        gathered, mine = alone.gather(rows)
+        gathered, mine = alone.all_gather(rows)
         assert torch.equal(gathered[mine], rows)
-        assert alone.gather_objects("a") == ["a"]
-        assert alone.from_first(3) == 3
+        assert alone.all_gather_object("a") == ["a"]
+        assert alone.broadcast_object(3) == 3
 
 
 def test_a_pod_that_asked_for_gpus_never_computes_on_its_cpu(monkeypatch):
@@ -164,7 +164,7 @@ def test_numbers_are_waited_for_on_the_stream_of_their_own_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"stream of {device}")
     values = SimpleNamespace(device=torch.device("cuda:1"), to=lambda *given, **named: torch.tensor([1.0, 2.0]))
     values.detach = lambda: values
-    read = later(values)
+    read = copy_to_host_async(values)
     assert asked == ["stream of cuda:1"]
     assert read() == [1.0, 2.0]
     assert asked[1:] == ["waited"]
@@ -183,7 +183,7 @@ def test_counts_go_from_cpu_to_cpu_and_rows_from_device_to_device(monkeypatch):
     for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
     with join("cuda") as two:
-        rows, mine = two.gather(torch.zeros(3, 5, device="meta"))
+        rows, mine = two.all_gather(torch.zeros(3, 5, device="meta"))
     assert backends == ["cpu:gloo,cuda:nccl"]
     assert devices == ["cpu", "meta"]
     assert (rows.shape, mine) == ((3, 5), slice(0, 3))

@@ -103,7 +103,7 @@ class MasksConfig(BaseModel):
     )
     dino_clusters: int = _setting(16, "DINO: k of the k-means over an image's patch tokens.", ge=2)
     dino_side: int = _setting(
-        320, "DINO: side in pixels to which images are squashed, a multiple of the patch.", ge=16, le=4096
+        320, "DINO: side in pixels to which images are resized_square, a multiple of the patch.", ge=16, le=4096
     )
     seed: int = _setting(0, "Seed of DINO's k-means.", ge=0)
     max_masks: int = _setting(0, "Keep this many largest masks of an image; 0 keeps all.", ge=0)

@@ -39,7 +39,7 @@ class Batch:
     masks: Tensor
     image_index: Tensor
     bad: list[str]
-    positions: list[int] = field(default_factory=list)
+    sample_indices: list[int] = field(default_factory=list)
     counts: list[int] | None = None
 
 
@@ -52,18 +52,18 @@ class PackedBatch:
     masks: Tensor
     image_index: Tensor
     bad: list[str]
-    positions: list[int]
+    sample_indices: list[int]
     counts: list[int]
 
     def pin_memory(self) -> "PackedBatch":
         """The same in memory that a GPU copies from by itself; the DataLoader calls it."""
         weak, strong, masks, index = (x.pin_memory() for x in self._tensors())
-        return PackedBatch(weak, strong, masks, index, self.bad, self.positions, self.counts)
+        return PackedBatch(weak, strong, masks, index, self.bad, self.sample_indices, self.counts)
 
     def to(self, device: torch.device) -> Batch:
         """The batch on a device, which is not waited for."""
         weak, strong, masks, index = (x.to(device, non_blocking=True) for x in self._tensors())
-        return Batch(weak, strong, unpack(masks), index, self.bad, self.positions, self.counts)
+        return Batch(weak, strong, unpack(masks), index, self.bad, self.sample_indices, self.counts)
 
     def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.weak, self.strong, self.masks, self.image_index
@@ -204,12 +204,12 @@ def collate(samples: Sequence[Sample | str]) -> PackedBatch:
         masks=torch.cat([sample.packed for sample in good]),
         image_index=torch.repeat_interleave(torch.arange(len(good)), torch.tensor(counts)),
         bad=bad,
-        positions=[sample.position for sample in good],
+        sample_indices=[sample.position for sample in good],
         counts=counts,
     )
 
 
-def positions(batch_size: int, share: range, pieces: int, start: int, stop: int) -> Iterator[list[int]]:
+def sample_indices(batch_size: int, share: range, pieces: int, start: int, stop: int) -> Iterator[list[int]]:
     """Where in the stream a process reads: for every step its share of the batch, in pieces.
 
     Args:
@@ -234,7 +234,7 @@ class _Listed(Sampler[list[int]]):
 
 
 def load_batches(dataset: MaskedImages, lists: Iterable[list[int]], workers: int, pin: bool) -> DataLoader[PackedBatch]:
-    """One batch for every list of positions, in order, whatever the number of workers."""
+    """One batch for every list of sample_indices, in order, whatever the number of workers."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["__main__", __name__])  # imported once, and in memory once, for all workers
     return DataLoader(

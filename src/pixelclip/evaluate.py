@@ -32,7 +32,7 @@ from pixelclip.protocol import (
     protocol_of,
     sets_of,
 )
-from pixelclip.ranks import Ranks, join
+from pixelclip.ranks import ProcessGroup, join
 from pixelclip.report import Example, write_report
 from pixelclip.sources import clip_folder
 from pixelclip.stage import METRICS, PROVENANCE, Metrics, Stage, describe
@@ -72,16 +72,18 @@ def run(model: Path, labelled: Path | str, out: Path, config: EvaluateConfig, cl
         return _run(model, here(labelled), out, config, ranks, clip_evaluation)
 
 
-def _run(model: Path, labelled: Path, out: Path, config: EvaluateConfig, ranks: Ranks, clip_evaluation: Path | None) -> Metrics:
+def _run(
+    model: Path, labelled: Path, out: Path, config: EvaluateConfig, ranks: ProcessGroup, clip_evaluation: Path | None
+) -> Metrics:
     loaded = load_model(model)
     spec = config.clip or loaded.config["clip"]["spec"]
     dataset = open_labelled(labelled, config.kind)
     settings = evaluate_clip.settings_of(spec, labelled, config, loaded.side, loaded.residual)
     check_masks(dataset, config)
-    inputs = ranks.from_first(_inputs(model, labelled, dataset, settings, clip_evaluation) if ranks.first else None)
+    inputs = ranks.broadcast_object(_inputs(model, labelled, dataset, settings, clip_evaluation) if ranks.is_main else None)
     stage = Stage("evaluate", out, inputs, config)
-    if ranks.from_first(stage.finished):
-        return ranks.from_first(stage.reuse() if ranks.first else {})
+    if ranks.broadcast_object(stage.finished):
+        return ranks.broadcast_object(stage.reuse() if ranks.is_main else {})
     trained_from, weights = loaded.config["clip"]["md5"], inputs.get("clip")
     if not config.clip and weights and trained_from and weights["md5"] != trained_from:
         raise ValueError(
@@ -93,9 +95,9 @@ def _run(model: Path, labelled: Path, out: Path, config: EvaluateConfig, ranks: 
         check_sides(Backbone(of_clip.model.visual, loaded.residual), settings)
     else:
         evaluate_clip.check(of_clip, settings, inputs)
-    with stage if ranks.first else nullcontext():
+    with stage if ranks.is_main else nullcontext():
         protocol = protocol_of(settings)
-        tracked = _attach(model, stage, protocol) if ranks.first else None
+        tracked = _attach(model, stage, protocol) if ranks.is_main else None
         found, words = _measure(loaded, of_clip, dataset, settings, ranks, stage.folder / STATE)
         figures = metrics_of(found.tally, len(dataset), config.protocol == "masks", labelled)
         metrics = {f"{key}/{label_of(protocol)}": value for key, value in figures.items()}
@@ -117,7 +119,7 @@ def _measure(
     of_clip: Clip | Path,
     dataset: LabelledSet,
     settings: EvaluateClipConfig,
-    ranks: Ranks,
+    ranks: ProcessGroup,
     state: Path,
 ) -> tuple[Counted, list[list[tuple[str, float]]]]:
     """What was counted of both towers, and for every concept the nearest class names with their cosines.
@@ -156,7 +158,9 @@ def _differ_by_images_alone(clip: Clip, other: Clip) -> bool:
     return rest(clip) == rest(other) and all(name in others and torch.equal(mine[name], others[name]) for name in names)
 
 
-def _classifier(clip: Clip, dataset: LabelledSet, settings: EvaluateClipConfig, ranks: Ranks) -> tuple[TextTower, Tensor]:
+def _classifier(
+    clip: Clip, dataset: LabelledSet, settings: EvaluateClipConfig, ranks: ProcessGroup
+) -> tuple[TextTower, Tensor]:
     text = TextTower(clip.model).to(ranks.device).eval()
     return text, classifier(text, dataset.classes, TEMPLATES[settings.templates])
 
@@ -187,7 +191,7 @@ def run_all(
     with join(config.device) as ranks:  # once: processes that join, leave and join again lose each other
         for name, (path, chosen) in sets.items():
             metrics |= _run(model, path, out / name, chosen, ranks, clip_evaluation and clip_evaluation / name)
-    if not ranks.first:
+    if not ranks.is_main:
         return metrics
     write_json(out / METRICS, metrics)
     lines = [

@@ -33,7 +33,7 @@ from pixelclip.protocol import (
     protocol_of,
     sets_of,
 )
-from pixelclip.ranks import Ranks, join
+from pixelclip.ranks import ProcessGroup, join
 from pixelclip.stage import METRICS, PROVENANCE, Metrics, Stage
 from pixelclip.storage import read_json, write_atomically, write_json
 from pixelclip.tally import CLIP, Tally, packed
@@ -75,7 +75,7 @@ def run_all(clip: str, labelled: Sequence[str], out: Path, config: EvaluateConfi
     with join(config.device) as ranks:
         for name, (path, chosen) in sets.items():
             metrics |= _run(clip, path, out / name if len(sets) > 1 else out, chosen, side, residual, ranks)
-    if ranks.first and len(sets) > 1:
+    if ranks.is_main and len(sets) > 1:
         write_json(out / METRICS, metrics)
     return metrics
 
@@ -86,24 +86,26 @@ def settings_of(clip: str, labelled: Path, config: EvaluateConfig, side: int, re
     return EvaluateClipConfig(**config.model_dump() | chosen, residual=residual)
 
 
-def _run(clip: str, labelled: Path, out: Path, config: EvaluateConfig, side: int, residual: Residual, ranks: Ranks) -> Metrics:
+def _run(
+    clip: str, labelled: Path, out: Path, config: EvaluateConfig, side: int, residual: Residual, ranks: ProcessGroup
+) -> Metrics:
     settings = settings_of(clip, labelled, config, side, residual)
     dataset = open_labelled(labelled, settings.kind)
     check_masks(dataset, settings)
-    inputs = ranks.from_first(inputs_of(labelled, dataset, settings.clip, settings) if ranks.first else None)
+    inputs = ranks.broadcast_object(inputs_of(labelled, dataset, settings.clip, settings) if ranks.is_main else None)
     stage = Stage(_STAGE, out, inputs, settings)
-    if ranks.from_first(stage.finished):
-        return ranks.from_first(stage.reuse() if ranks.first else {})
+    if ranks.broadcast_object(stage.finished):
+        return ranks.broadcast_object(stage.reuse() if ranks.is_main else {})
     loaded = load_clip(settings.clip)
     tower, protocol = Backbone(loaded.model.visual, residual), protocol_of(settings)
     check_sides(tower, settings)
-    with stage if ranks.first else nullcontext():
+    with stage if ranks.is_main else nullcontext():
         text = TextTower(loaded.model).to(ranks.device).eval()
         classes = classifier(text, dataset.classes, TEMPLATES[settings.templates])
         found = measure({CLIP: tower}, loaded, classes, dataset, settings, ranks, stage.folder / _STATE, _STAGE)
         figures = metrics_of(found.tally, len(dataset), settings.protocol == "masks", labelled)
         metrics = {f"{key}/{label_of(protocol)}": value for key, value in figures.items()}
-        if ranks.first:
+        if ranks.is_main:
             print(f"{_STAGE}: mIoU {figures['miou_clip']:.1f} on {label_of(protocol)}; {in_words(protocol)}", flush=True)
             found.tally.position = len(dataset)
             found.tally.save(stage.folder / COUNTS)

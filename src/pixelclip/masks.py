@@ -252,7 +252,7 @@ def _dino(weights: Path, config: MasksConfig) -> Generate:
     import torch
 
     from pixelclip.dino import IMAGENET_MEAN, IMAGENET_STD, load_dino, segment
-    from pixelclip.pixels import squashed
+    from pixelclip.pixels import resized_square
     from pixelclip.ranks import pick_device, pick_precision
 
     device = pick_device(config.device)
@@ -262,7 +262,7 @@ def _dino(weights: Path, config: MasksConfig) -> Generate:
         raise ValueError(f"masks.dino_side {config.dino_side} is no multiple of this DINO's patch of {patch} pixels")
 
     def generate(batch: list[tuple[str, Image.Image]]) -> Iterator[dict[str, Any]]:
-        views = [squashed(image, config.dino_side, IMAGENET_MEAN, IMAGENET_STD, device) for _, image in batch]
+        views = [resized_square(image, config.dino_side, IMAGENET_MEAN, IMAGENET_STD, device) for _, image in batch]
         seeds = [zlib.crc32(f"{config.seed} {key}".encode()) for key, _ in batch]
         labels = segment(dino, torch.cat(views), config.dino_clusters, seeds).cpu().numpy()  # [B, h, w]
         for (key, image), small in zip(batch, labels, strict=True):

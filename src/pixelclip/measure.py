@@ -32,8 +32,8 @@ from pixelclip.classify import (
     truth_masks,
 )
 from pixelclip.config import EvaluateConfig
-from pixelclip.pixels import normalise, squashed, to_tensor
-from pixelclip.ranks import Ranks, pick_precision
+from pixelclip.pixels import normalise, resized_square, to_tensor
+from pixelclip.ranks import ProcessGroup, pick_precision
 from pixelclip.shards import BadSamples
 from pixelclip.storage import read_json, write_atomically, write_json
 from pixelclip.tally import CLIP, OURS, Found, Tally, packed
@@ -64,7 +64,7 @@ def measure(
     classes: Tensor,
     dataset: LabelledSet,
     config: EvaluateConfig,
-    ranks: Ranks,
+    ranks: ProcessGroup,
     state: Path,
     stage: str = "evaluate",
 ) -> Counted:
@@ -91,12 +91,12 @@ def measure(
     bad = BadSamples(stage, config.max_bad_share, tally.bad)
     given = GivenMasks(config.masks_folder) if config.protocol == "masks" and config.masks == "given" else None
     saved = tally.position
-    shown = tqdm(range(saved, places.stop), stage, places.stop, unit="image", initial=saved, disable=not ranks.first)
+    shown = tqdm(range(saved, places.stop), stage, places.stop, unit="image", initial=saved, disable=not ranks.is_main)
     for batch in _batches(dataset, shown, config, given, bad):
         found = _find(batch, list(towers.values()), clip, classes, config)
         tally.add(batch.labels, found)
         if CLIP in towers:
-            native = _squashed(batch, clip.side, clip, ranks.device)
+            native = _resized_square(batch, clip.side, clip, ranks.device)
             similarities = F.normalize(towers[CLIP].image_features(native), dim=-1) @ classes.T
             tally.recall(batch.labels, similarities.cpu())
         for index, image, truth, one in zip(batch.indices, batch.images, batch.labels, found, strict=True):
@@ -113,9 +113,9 @@ def measure(
             saved = tally.position
     tally.sum(ranks)
     bad.found = tally.bad
-    (bad.check if ranks.first else bad.stop_if_too_many)(len(dataset))
+    (bad.check if ranks.is_main else bad.stop_if_too_many)(len(dataset))
     drawn = [index for index in wanted if index in places and _example(state, index).is_file()]
-    packs = chain(*ranks.gather_objects([(index, _example(state, index).read_bytes()) for index in drawn]))
+    packs = chain(*ranks.all_gather_object([(index, _example(state, index).read_bytes()) for index in drawn]))
     return _counted(tally, dict(packs))
 
 
@@ -130,11 +130,11 @@ def _counted(tally: Tally, packs: Mapping[int, bytes]) -> Counted:
 
 
 def _begin(
-    stage: str, towers: Collection[str], dataset: LabelledSet, config: EvaluateConfig, ranks: Ranks, state: Path
+    stage: str, towers: Collection[str], dataset: LabelledSet, config: EvaluateConfig, ranks: ProcessGroup, state: Path
 ) -> tuple[Tally, range]:
     """This rank's tally, continued where there is one, and its images: whole batches, the same with any number of ranks."""
     made_by = {"processes": ranks.size, "batch_size": config.batch_size, "pictures": config.pictures}
-    if ranks.first:
+    if ranks.is_main:
         about = state / "made_by.json"
         there = read_json(about) if about.is_file() else made_by
         if there != made_by:
@@ -144,18 +144,18 @@ def _begin(
             print(f"{stage}: starts again, the interrupted run cannot be continued with other {changed}", flush=True)
             shutil.rmtree(state)
         write_json(about, made_by)
-    ranks.from_first(None)  # nobody reads or writes before it is clear what stays
+    ranks.broadcast_object(None)  # nobody reads or writes before it is clear what stays
     batches = ranks.share(-(-len(dataset) // config.batch_size))
     places = range(batches.start * config.batch_size, min(batches.stop * config.batch_size, len(dataset)))
     tally = Tally.zeros(towers, len(dataset.classes), places.start)
     if _checkpoint(state, ranks).is_file():
         tally.load(_checkpoint(state, ranks))
-        if ranks.first:
+        if ranks.is_main:
             print(f"{stage}: continues after {tally.position} images", flush=True)
     return tally, places
 
 
-def _checkpoint(state: Path, ranks: Ranks) -> Path:
+def _checkpoint(state: Path, ranks: ProcessGroup) -> Path:
     return state / f"counts-{ranks.rank}-of-{ranks.size}.npz"
 
 
@@ -222,7 +222,7 @@ def _find(batch: _Batch, towers: list[Backbone], clip: Clip, classes: Tensor, co
         }
         whole = (normalise(to_tensor(image).to(classes.device), clip.mean, clip.std)[None] for image in batch.images)
         return [label_windows(towers, image, classes, **windows) for image in whole]
-    images = _squashed(batch, config.side, clip, classes.device)
+    images = _resized_square(batch, config.side, clip, classes.device)
     if config.protocol == "whole":
         return label_whole(towers, images, [label.shape for label in batch.labels], classes, config.feature_grid)
     features = torch.stack([tower(images) for tower in towers], dim=1)  # [B, T, C, h, w]
@@ -230,8 +230,8 @@ def _find(batch: _Batch, towers: list[Backbone], clip: Clip, classes: Tensor, co
     return [classify_masks(feature, masks, classes, label) for feature, masks, label in each]
 
 
-def _squashed(batch: _Batch, side: int, clip: Clip, device: torch.device) -> Tensor:
-    return torch.cat([squashed(image, side, clip.mean, clip.std, device) for image in batch.images])
+def _resized_square(batch: _Batch, side: int, clip: Clip, device: torch.device) -> Tensor:
+    return torch.cat([resized_square(image, side, clip.mean, clip.std, device) for image in batch.images])
 
 
 def metrics_of(tally: Tally, num_images: int, masks: bool, labelled: Path) -> dict[str, float]:

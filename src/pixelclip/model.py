@@ -15,7 +15,7 @@ from pixelclip.backbone import Backbone
 from pixelclip.clusters import merge_by_concept, pool_masks, sinkhorn
 from pixelclip.dataset import Batch
 from pixelclip.decoder import Decoder, decoded_loss
-from pixelclip.ranks import ALONE, Ranks
+from pixelclip.ranks import SINGLE_PROCESS, ProcessGroup
 from pixelclip.text import Prompts, TextTower, Vectors
 
 
@@ -27,8 +27,8 @@ class StepOutput:
         loss: [].
         concept_index: [N], the concept of each mask.
         assignment: [N, K], softmax of the scaled cosines, before Sinkhorn.
-        logits: [S, K, H, W] of the first S images of this process's first piece with masks, as many as were asked for.
-        shown_index: the concept of each mask of that piece.
+        logits: [S, K, H, W] of the first S images of this process's first micro_batch with masks, as many as were asked for.
+        shown_index: the concept of each mask of that micro_batch.
     """
 
     loss: Tensor
@@ -112,7 +112,9 @@ class PixelCLIP(nn.Module):
         return pooled.clone()  # a tensor of inference cannot take part in a loss
 
     @torch.no_grad()
-    def assign(self, mask_features: Tensor, concepts: Tensor, ranks: Ranks = ALONE) -> tuple[Tensor, Tensor, slice]:
+    def assign(
+        self, mask_features: Tensor, concepts: Tensor, ranks: ProcessGroup = SINGLE_PROCESS
+    ) -> tuple[Tensor, Tensor, slice]:
         """Assigns masks to concepts, with Sinkhorn over the masks of all ranks.
 
         Args:
@@ -123,7 +125,7 @@ class PixelCLIP(nn.Module):
         Returns:
             Of the masks of all ranks the concept [N], the cosines [N, K] that it was chosen by, and which are this rank's.
         """
-        cosines, mine = ranks.gather(mask_features @ F.normalize(concepts, dim=-1).T)
+        cosines, mine = ranks.all_gather(mask_features @ F.normalize(concepts, dim=-1).T)
         chosen = sinkhorn(self.assignment_scale * cosines, self.sinkhorn_iterations).argmax(dim=-1)
         return chosen, cosines, mine
 
@@ -173,44 +175,49 @@ class PixelCLIP(nn.Module):
         area = covered.flatten(1).sum(dim=1)
         return area.sum() * num_concepts if self.clustering else area[batch.image_index].sum()
 
-    def accumulate(self, pieces: Sequence[Batch], ranks: Ranks = ALONE, shown: int = 0) -> StepOutput:
-        """Loss and gradients of one optimizer step whose images are spread over pieces and ranks.
+    def accumulate(self, micro_batches: Sequence[Batch], ranks: ProcessGroup = SINGLE_PROCESS, shown: int = 0) -> StepOutput:
+        """Compute loss and gradients of one optimizer step over all micro-batches and processes.
 
-        All masks are assigned together before the first piece is learned from, and every piece's loss is divided by what
-        all of them average over, so that the gradients are those of one large batch. Adds to `.grad`. Nothing here waits
-        for a GPU; of several processes each learns once from the CPUs of the others how many masks they have.
+        All masks are assigned to concepts together, before the first student forward pass, and each micro-batch's loss is
+        divided by the number of terms of the whole batch, so the gradients equal those of one large batch. Adds to `.grad`.
+        Nothing here synchronizes with a GPU: mask counts are exchanged between the CPUs of the processes.
 
         Args:
-            pieces: this rank's images, in parts that fit its memory; parts without images or masks are allowed.
+            micro_batches: this rank's images, in parts that fit its memory; parts without images or masks are allowed.
             ranks: who takes part.
-            shown: of how many images of the first piece the logits are wanted.
+            shown: of how many images of the first micro_batch the logits are wanted.
 
         Returns:
             The loss of the whole batch; concepts and assignment of all ranks' masks; logits.
         """
-        pieces = [piece for piece in pieces if len(piece.masks)]
-        concepts = self.concepts()  # through the text tower once, for all pieces
+        micro_batches = [micro_batch for micro_batch in micro_batches if len(micro_batch.masks)]
+        concepts = self.concepts()  # through the text tower once, for all micro_batches
         fixed = concepts.detach().requires_grad_(concepts.requires_grad)
         with torch.no_grad():
-            features = [self.mask_features(piece.weak, piece.masks, piece.image_index, piece.counts) for piece in pieces]
-            covered = [_covered(piece) for piece in pieces]
-            counted = [self.count_terms(*each, len(fixed)) for each in zip(pieces, covered, strict=True)]
-            terms = ranks.sum(torch.stack([*counted, torch.zeros_like(fixed[0, 0], dtype=torch.long)]).sum())
+            features = [
+                self.mask_features(micro_batch.weak, micro_batch.masks, micro_batch.image_index, micro_batch.counts)
+                for micro_batch in micro_batches
+            ]
+            covered = [_covered(micro_batch) for micro_batch in micro_batches]
+            counted = [self.count_terms(*each, len(fixed)) for each in zip(micro_batches, covered, strict=True)]
+            terms = ranks.all_reduce(torch.stack([*counted, torch.zeros_like(fixed[0, 0], dtype=torch.long)]).sum())
         everybodys, cosines, mine = self.assign(torch.cat([*features, fixed.detach()[:0]]), fixed, ranks)
         concept_index = everybodys[mine]
         loss, logits = fixed.new_zeros(()), fixed.new_zeros(0)
         of_pieces = concept_index.split([len(feature) for feature in features])
-        for number, (piece, pixels, feature, index) in enumerate(zip(pieces, covered, features, of_pieces, strict=True)):
-            wanted = min(shown, len(piece.strong)) if number == 0 else 0
-            part, found = self.loss(piece, pixels, feature, fixed, index, terms, wanted)
+        for number, (micro_batch, pixels, feature, index) in enumerate(
+            zip(micro_batches, covered, features, of_pieces, strict=True)
+        ):
+            wanted = min(shown, len(micro_batch.strong)) if number == 0 else 0
+            part, found = self.loss(micro_batch, pixels, feature, fixed, index, terms, wanted)
             part.backward()
             loss, logits = loss + part.detach(), found if number == 0 else logits
         if fixed.grad is not None:
             concepts.backward(fixed.grad)
-        ranks.sum_gradients(self.learning())
+        ranks.all_reduce_gradients(self.learning())
         softmax = torch.softmax(self.assignment_scale * cosines, dim=-1)
         shown_index = concept_index[: len(features[0]) if features else 0]
-        return StepOutput(ranks.sum(loss), everybodys, softmax, logits, shown_index)
+        return StepOutput(ranks.all_reduce(loss), everybodys, softmax, logits, shown_index)
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from pixelclip.dataset import Batch, MaskedImages
 from pixelclip.images import colour_labels, decode_image, fitted, nearest, to_rgb
 from pixelclip.model import PixelCLIP, StepOutput
-from pixelclip.pixels import normalise, squash, to_tensor
+from pixelclip.pixels import normalise, resize_square, to_tensor
 from pixelclip.rle import RunMasks
 from pixelclip.shards import Member, index_shard, parse_masks, read_part
 from pixelclip.sources import Shard, list_shards
@@ -73,7 +73,7 @@ def gallery(model: PixelCLIP, dataset: MaskedImages, folder: Path, device: torch
             continue
         rows, columns = (nearest(views.mask_grid, edge) for edge in masks.size)
         on_grid = torch.from_numpy(masks.sample(rows, columns))  # [N, H, W]
-        pixels = squash(normalise(to_tensor(image), views.mean, views.std)[None], views.side).to(device)
+        pixels = resize_square(normalise(to_tensor(image), views.mean, views.std)[None], views.side).to(device)
         owner = torch.zeros(len(on_grid), dtype=torch.long, device=device)
         features = model.mask_features(pixels, on_grid.to(device), owner)
         cosines = features @ F.normalize(concepts, dim=-1).T

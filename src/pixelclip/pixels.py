@@ -22,10 +22,10 @@ def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     return (images - images.new_tensor(mean).view(shape)) / images.new_tensor(std).view(shape)
 
 
-def squashed(
+def resized_square(
     image: Image.Image, side: int, mean: Sequence[float], std: Sequence[float], device: torch.device | None = None
 ) -> Tensor:
-    """`squash(normalise(to_tensor(image)[None], mean, std), side)`: [1, 3, side, side].
+    """`resize_square(normalise(to_tensor(image)[None], mean, std), side)`: [1, 3, side, side].
 
     Of a photograph only the pixels between which is interpolated become numbers and reach the device.
     """
@@ -44,6 +44,6 @@ def _between(length: int, side: int) -> tuple[Tensor, Tensor, Tensor]:
     return first, (first + 1).clamp_max(length - 1), at - first
 
 
-def squash(images: Tensor, side: int) -> Tensor:
+def resize_square(images: Tensor, side: int) -> Tensor:
     """Resizes [B, 3, H, W] to [B, 3, side, side] bilinearly; like the reference, without antialiasing or keeping aspect."""
     return F.interpolate(images, size=(side, side), mode="bilinear", align_corners=False)

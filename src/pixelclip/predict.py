@@ -18,7 +18,7 @@ from pixelclip.backbone import Backbone
 from pixelclip.checkpoint import Clip, Model, backbone_of, load_model
 from pixelclip.images import colour_labels, palette, to_rgb, turn_upright
 from pixelclip.labels import label_map
-from pixelclip.pixels import squashed
+from pixelclip.pixels import resized_square
 from pixelclip.ranks import pick_device, pick_precision
 from pixelclip.text import TEMPLATES, TextTower, check_names, classifier
 
@@ -211,7 +211,7 @@ class Predictor:
         if tuple(names) not in known:
             self._classifiers = known = {tuple(names): classifier(self.text, names, TEMPLATES["ensemble"])}
         upright = turn_upright(image)
-        pixels = squashed(upright, self.side, self.clip.mean, self.clip.std, self.device)
+        pixels = resized_square(upright, self.side, self.clip.mean, self.clip.std, self.device)
         scores = class_scores(self.backbone, pixels, known[tuple(names)], self.feature_grid)
         labels = label_map(scores, (upright.height, upright.width))[0]
         return Prediction(labels.cpu().numpy().astype(np.uint16), scores[0].cpu().numpy(), names)

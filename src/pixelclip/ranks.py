@@ -15,7 +15,7 @@ _PATIENCE = timedelta(hours=2)  # a rank may wait while the first one reads a te
 
 
 @dataclass(frozen=True)
-class Ranks:
+class ProcessGroup:
     """Who this process is among `size`; every method below is called by all ranks, or by none."""
 
     rank: int = 0
@@ -23,7 +23,7 @@ class Ranks:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
-    def first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the one that writes and speaks."""
         return self.rank == 0
 
@@ -31,14 +31,14 @@ class Ranks:
         """This rank's part of `range(number)`: contiguous, without overlap or loss, sizes differ by one at most."""
         return range(number * self.rank // self.size, number * (self.rank + 1) // self.size)
 
-    def sum(self, values: Tensor) -> Tensor:
+    def all_reduce(self, values: Tensor) -> Tensor:
         """The sum of a tensor over all ranks."""
         if self.size > 1:
             values = values.clone()
             dist.all_reduce(values)
         return values
 
-    def gather(self, rows: Tensor) -> tuple[Tensor, slice]:
+    def all_gather(self, rows: Tensor) -> tuple[Tensor, slice]:
         """All ranks' rows in the order of ranks, and where this rank's are.
 
         Args:
@@ -47,7 +47,7 @@ class Ranks:
         if self.size == 1:
             return rows, slice(0, len(rows))
         # Counts stay on the CPU: a GPU would have to be waited for.
-        counts: list[int] = self.sum(torch.eye(self.size, dtype=torch.long)[self.rank] * len(rows)).tolist()
+        counts: list[int] = self.all_reduce(torch.eye(self.size, dtype=torch.long)[self.rank] * len(rows)).tolist()
         padded = rows.new_zeros(max(counts), *rows.shape[1:])
         padded[: len(rows)] = rows
         found = [torch.empty_like(padded) for _ in counts]
@@ -55,7 +55,7 @@ class Ranks:
         start = sum(counts[: self.rank])
         return torch.cat([part[:n] for part, n in zip(found, counts, strict=True)]), slice(start, start + len(rows))
 
-    def gather_objects(self, value: Any) -> list[Any]:
+    def all_gather_object(self, value: Any) -> list[Any]:
         """Every rank's small Python object, in the order of ranks."""
         if self.size == 1:
             return [value]
@@ -63,7 +63,7 @@ class Ranks:
         dist.all_gather_object(found, value)
         return found
 
-    def from_first(self, value: Any) -> Any:
+    def broadcast_object(self, value: Any) -> Any:
         """The first rank's Python object, for all."""
         if self.size > 1:
             box = [value]
@@ -71,7 +71,7 @@ class Ranks:
             return box[0]
         return value
 
-    def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+    def all_reduce_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Adds up the gradients of all ranks; a rank that has none adds zero."""
         if self.size == 1:
             return
@@ -82,7 +82,7 @@ class Ranks:
             parameter.grad = part.view_as(parameter)
 
 
-ALONE = Ranks()
+SINGLE_PROCESS = ProcessGroup()
 
 
 def count_gpus() -> int:
@@ -134,7 +134,7 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if name == "bfloat16" or (name == "auto" and fast) else None
 
 
-def later(values: Tensor) -> Callable[[], list[float]]:
+def copy_to_host_async(values: Tensor) -> Callable[[], list[float]]:
     """Sends numbers [N] on their way from the device; calling the result waits for them alone, not for what came after."""
     copied = values.detach().to("cpu", non_blocking=True)
     if values.device.type != "cuda":
@@ -150,7 +150,7 @@ def later(values: Tensor) -> Callable[[], list[float]]:
 
 
 @contextmanager
-def join(device: str) -> Iterator[Ranks]:
+def join(device: str) -> Iterator[ProcessGroup]:
     """The ranks that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK), each on a device of its own; else this process alone.
 
     Args:
@@ -164,7 +164,7 @@ def join(device: str) -> Iterator[Ranks]:
         chosen = pick_device(device)
         if chosen.type == "cuda" and chosen.index is not None:
             torch.cuda.set_device(chosen)  # pinned memory, streams and events are those of the current one
-        yield Ranks(device=chosen)
+        yield ProcessGroup(device=chosen)
         return
     rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
     if device.startswith("cuda:"):
@@ -178,6 +178,6 @@ def join(device: str) -> Iterator[Ranks]:
     else:
         chosen = pick_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", timeout=_PATIENCE)
-    yield Ranks(rank, size, chosen)
+    yield ProcessGroup(rank, size, chosen)
     # Not after an error: NCCL would wait here for ranks that are still at work, and nobody would hear that this one failed.
     dist.destroy_process_group()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pixelclip.checkpoint import read_tensors, write_tensors
 from pixelclip.model import PixelCLIP
-from pixelclip.ranks import ALONE, Ranks
+from pixelclip.ranks import SINGLE_PROCESS, ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,10 @@ def save_state(path: Path, model: PixelCLIP, optimizer: torch.optim.AdamW, done:
 
 
 @torch.no_grad()
-def load_state(path: Path, model: PixelCLIP, optimizer: torch.optim.AdamW, ranks: Ranks = ALONE) -> Progress:
+def load_state(path: Path, model: PixelCLIP, optimizer: torch.optim.AdamW, ranks: ProcessGroup = SINGLE_PROCESS) -> Progress:
     """Restores what the first rank finds at `path`, for all ranks; returns what was done: nothing without a file."""
     done: Progress
-    done, tensors = ranks.from_first(_read(path) if ranks.first and path.is_file() else (Progress(), {}))
+    done, tensors = ranks.broadcast_object(_read(path) if ranks.is_main and path.is_file() else (Progress(), {}))
     if not tensors:
         return Progress()
     names = {}
@@ -79,7 +79,7 @@ def load_state(path: Path, model: PixelCLIP, optimizer: torch.optim.AdamW, ranks
             if f"optimizer.step.{name}" in tensors:
                 state = {key: tensors[f"optimizer.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
                 optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}
-    if ranks.first:
+    if ranks.is_main:
         print(f"train: continues after step {done.steps}", flush=True)
     return done
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pixelclip.benchmarks import IGNORE
-from pixelclip.ranks import Ranks
+from pixelclip.ranks import ProcessGroup
 from pixelclip.storage import write_atomically
 
 OTHERS = "(all others)"
@@ -169,11 +169,11 @@ class Tally:
         confusions = {f"confusion{tower}": found.counts for tower, found in self.confusions.items()}
         return confusions | {"recalled": self.recalled, "masks": self.masks}
 
-    def sum(self, ranks: Ranks) -> None:
+    def sum(self, ranks: ProcessGroup) -> None:
         """Adds up the tallies of all ranks, for each of them."""
         for array in self.arrays().values():
-            array[...] = ranks.sum(torch.from_numpy(array).to(ranks.device)).cpu().numpy()
-        self.bad = list(chain(*ranks.gather_objects(self.bad)))
+            array[...] = ranks.all_reduce(torch.from_numpy(array).to(ranks.device)).cpu().numpy()
+        self.bad = list(chain(*ranks.all_gather_object(self.bad)))
 
     def save(self, path: Path) -> None:
         """Writes a checkpoint, atomically."""

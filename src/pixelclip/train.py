@@ -21,13 +21,13 @@ from tqdm import tqdm
 from pixelclip.backbone import Backbone, check_side
 from pixelclip.checkpoint import CONFIG, WEIGHTS, Clip, load_clip, save_model
 from pixelclip.config import TrainConfig
-from pixelclip.dataset import Batch, MaskedImages, load_batches, positions
+from pixelclip.dataset import Batch, MaskedImages, load_batches, sample_indices
 from pixelclip.decoder import Decoder
 from pixelclip.dino import load_dino, masks_of
 from pixelclip.download import local_copy
 from pixelclip.model import PixelCLIP
 from pixelclip.pictures import gallery, training_picture
-from pixelclip.ranks import Ranks, join, later, pick_precision
+from pixelclip.ranks import ProcessGroup, copy_to_host_async, join, pick_precision
 from pixelclip.resume import Progress, load_state, save_state
 from pixelclip.shards import BadSamples
 from pixelclip.sources import clip_folder, describe_shards, list_shards
@@ -65,18 +65,18 @@ def run(masks: Path | str, out: Path, config: TrainConfig) -> Metrics:
         if config.batch_size < ranks.size * config.accumulate:
             raise ValueError(
                 f"train.batch_size {config.batch_size} is too small for {ranks.size} processes with train.accumulate "
-                f"{config.accumulate}: every piece needs an image"
+                f"{config.accumulate}: every micro_batch needs an image"
             )
         dino = local_copy(config.dino) if config.dino else None
-        inputs = ranks.from_first(_inputs(masks, weights, dino, config) if ranks.first else None)
+        inputs = ranks.broadcast_object(_inputs(masks, weights, dino, config) if ranks.is_main else None)
         stage = Stage("train", out, inputs, config)
-        if ranks.from_first(stage.finished):
-            return ranks.from_first(stage.reuse() if ranks.first else {})
+        if ranks.broadcast_object(stage.finished):
+            return ranks.broadcast_object(stage.reuse() if ranks.is_main else {})
         clip = load_clip(config.clip)
         check_side("train.side", config.side, Backbone(clip.model.visual, config.residual))
-        with stage if ranks.first else nullcontext():
+        with stage if ranks.is_main else nullcontext():
             dataset = MaskedImages(shards, _views(config, clip), config.seed, dino is None, config.shards_at_once)
-            tracked = Run.start(stage.folder, name=out.name, provenance=stage.provenance()) if ranks.first else None
+            tracked = Run.start(stage.folder, name=out.name, provenance=stage.provenance()) if ranks.is_main else None
             try:
                 metrics = _train(stage, clip, dino and load_dino(dino), dataset, config, ranks, tracked)
             except BaseException:
@@ -107,7 +107,7 @@ def _train(
     dino: VisionTransformer | None,
     dataset: MaskedImages,
     config: TrainConfig,
-    ranks: Ranks,
+    ranks: ProcessGroup,
     tracked: Run | None,
 ) -> Metrics:
     # Model. Every rank builds the same one: its first values hang on the seed alone.
@@ -132,13 +132,13 @@ def _train(
 
     # Data.
     bad = BadSamples("train", config.max_bad_share, found=list(dataset.bad))
-    (bad.check if ranks.first else bad.stop_if_too_many)(_drawn_from(dataset, 0))
-    if dataset.without_masks and ranks.first:
+    (bad.check if ranks.is_main else bad.stop_if_too_many)(_drawn_from(dataset, 0))
+    if dataset.without_masks and ranks.is_main:
         print(f"train: {dataset.without_masks} samples have no masks and are left out", flush=True)
-    pieces = positions(config.batch_size, ranks.share(config.batch_size), config.accumulate, start, config.steps)
-    loader = iter(load_batches(dataset, pieces, config.workers, pin=ranks.device.type == "cuda"))
+    index_lists = sample_indices(config.batch_size, ranks.share(config.batch_size), config.accumulate, start, config.steps)
+    loader = iter(load_batches(dataset, index_lists, config.workers, pin=ranks.device.type == "cuda"))
     bar = tqdm(
-        range(start, config.steps), desc="train", unit="step", initial=start, total=config.steps, disable=not ranks.first
+        range(start, config.steps), desc="train", unit="step", initial=start, total=config.steps, disable=not ranks.is_main
     )
 
     output, maskless, num_bad, seen, since = None, begun.maskless, begun.bad, 0, time.monotonic()
@@ -149,7 +149,7 @@ def _train(
         # Bad samples: named, counted, and too many of them stop the training.
         bad.found += [name for batch in packed for name in batch.bad]
         mine = [len(bad.found) - len(dataset.bad), sum(len(batch.masks) for batch in packed)]
-        new_bad, num_masks = ranks.sum(torch.tensor(mine)).tolist()
+        new_bad, num_masks = ranks.all_reduce(torch.tensor(mine)).tolist()
         num_bad = begun.bad + new_bad
         if num_bad:
             bad.stop_if_too_many(_drawn_from(dataset, (step + 1) * config.batch_size), len(dataset.bad) + num_bad)
@@ -176,7 +176,7 @@ def _train(
         output = model.accumulate(batches, ranks, shown=_PICTURED if pictured else 0)
         norm = nn.utils.clip_grad_norm_(model.learning(), config.gradient_clip)
         saved = (step + 1) % config.checkpoint_every == 0
-        unread.append((step, later(torch.stack([output.loss, norm]))))
+        unread.append((step, copy_to_host_async(torch.stack([output.loss, norm]))))
         # A GPU is not waited for: it works on this step while the last one's numbers are read. What is kept is read first.
         _check_finite(unread, left=int(ranks.device.type == "cuda" and not (logged or saved)))
 
@@ -209,16 +209,16 @@ def _train(
             tracked.artifact(picture, "pictures")
 
         # Checkpoint.
-        if ranks.first and saved and step + 1 < config.steps:
+        if ranks.is_main and saved and step + 1 < config.steps:
             done = Progress(step + 1, maskless, num_bad, output.loss.item(), output.concepts_used())
             save_state(stage.folder / STATE, model, optimizer, done)
 
     _check_finite(unread, left=0)
-    bad.found = sum(ranks.gather_objects(bad.found[len(dataset.bad) :]), list(dataset.bad))
-    (bad.check if ranks.first else bad.stop_if_too_many)(
+    bad.found = sum(ranks.all_gather_object(bad.found[len(dataset.bad) :]), list(dataset.bad))
+    (bad.check if ranks.is_main else bad.stop_if_too_many)(
         _drawn_from(dataset, config.steps * config.batch_size), len(dataset.bad) + num_bad
     )
-    if ranks.first:
+    if ranks.is_main:
         origin = {"spec": config.clip, "md5": stage.inputs.get("clip", {}).get("md5", "")}
         if not dino:  # where the training was: a CPU would take hours at a large tower in bfloat16
             gallery(model.eval(), dataset, stage.folder, ranks.device)
@@ -257,7 +257,7 @@ def _find_masks(dino: VisionTransformer, batch: Batch, config: TrainConfig, clip
     mean, std = (torch.tensor(values, device=batch.weak.device).view(3, 1, 1) for values in (clip.mean, clip.std))
     visible = batch.masks.new_zeros(len(batch.weak), *batch.masks.shape[1:])
     visible[batch.image_index] = batch.masks
-    seeds = [int(np.random.SeedSequence([config.seed, 3, p]).generate_state(1)[0]) for p in batch.positions]
+    seeds = [int(np.random.SeedSequence([config.seed, 3, p]).generate_state(1)[0]) for p in batch.sample_indices]
     masks, index = masks_of(dino, batch.weak * std + mean, visible, config.dino_clusters, seeds)
     return replace(batch, masks=masks, image_index=index, counts=None)
 
