@@ -36,7 +36,7 @@ RUN uv pip install $INTO -r /pins/others.txt
 
 FROM tools AS code
 WORKDIR /source
-COPY pyproject.toml requirements.txt README.md LICENSE ./
+COPY pyproject.toml setup.py requirements.txt README.md LICENSE ./
 COPY src src
 COPY components components
 COPY pipelines pipelines

@@ -5,7 +5,7 @@ DEMO := runs/demo
 export MLFLOW_TRACKING_URI ?= sqlite:///$(CURDIR)/runs/mlflow.db
 
 # What the image is made of; its tag says `-changes` where these files differ from the commit.
-IMAGE_FILES := Dockerfile .dockerignore pyproject.toml requirements.txt README.md LICENSE src components pipelines
+IMAGE_FILES := Dockerfile .dockerignore pyproject.toml setup.py requirements.txt README.md LICENSE src components pipelines
 DOCKER_BUILD_ARGS ?= --network=host
 
 .DEFAULT_GOAL := help
@@ -56,7 +56,7 @@ requirements: .venv/installed  ## Pin the newest allowed versions anew
 	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --no-emit-index-url --no-annotate \
 		--custom-compile-command "make requirements" --upgrade -q -o requirements.txt
 
-.venv/installed: requirements.txt pyproject.toml
+.venv/installed: requirements.txt pyproject.toml setup.py
 	@echo "installing into .venv (about 6 GB, a few minutes the first time) ..."
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install -q --disable-pip-version-check uv
