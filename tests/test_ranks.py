@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from pixelclip import ranks, train
 from pixelclip.config import TrainConfig
-from pixelclip.ranks import SINGLE_PROCESS, ProcessGroup, copy_to_host_async, join, pick_device, pick_precision
+from pixelclip.ranks import SINGLE_PROCESS, ProcessGroup, copy_to_host_async, init_process_group, pick_device, pick_precision
 
 clip, shards = test_train.clip, test_train.shards
 STEPS = 20
@@ -108,13 +108,13 @@ def test_more_pieces_than_images_are_refused(shards, clip, tmp_path):
 def test_shares_are_whole_and_even():
     for number in (0, 1, 7, 48):
         for size in (1, 2, 3, 8):
-            shares = [ProcessGroup(rank, size).share(number) for rank in range(size)]
+            shares = [ProcessGroup(rank, size).local_range(number) for rank in range(size)]
             assert [place for share in shares for place in share] == list(range(number))
             assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_one_process_needs_no_group():
-    with join("cpu") as alone:
+    with init_process_group("cpu") as alone:
         assert (alone.rank, alone.size, alone.is_main) == (0, 1, True)
         rows = torch.arange(6).view(3, 2)
         gathered, mine = alone.all_gather(rows)
@@ -133,7 +133,7 @@ def test_a_pod_that_asked_for_gpus_never_computes_on_its_cpu(monkeypatch):
     assert pick_device("cpu").type == "cpu", "who asks for a CPU gets it"
     for name, value in {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match=said), join("auto"):
+    with pytest.raises(ValueError, match=said), init_process_group("auto"):
         pass
 
 
@@ -142,7 +142,7 @@ def test_several_ranks_never_share_a_gpu(monkeypatch, device, message):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match=message), join(device):
+    with pytest.raises(ValueError, match=message), init_process_group(device):
         raise AssertionError
 
 
@@ -151,7 +151,7 @@ def test_one_process_stays_on_the_gpu_that_was_asked_for(monkeypatch, device, cu
     chosen = []
     monkeypatch.setattr(ranks, "pick_device", torch.device)
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    with join(device) as alone:
+    with init_process_group(device) as alone:
         assert alone.device == torch.device(device)
     assert chosen == current
 
@@ -182,7 +182,7 @@ def test_counts_go_from_cpu_to_cpu_and_rows_from_device_to_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
-    with join("cuda") as two:
+    with init_process_group("cuda") as two:
         rows, mine = two.all_gather(torch.zeros(3, 5, device="meta"))
     assert backends == ["cpu:gloo,cuda:nccl"]
     assert devices == ["cpu", "meta"]
@@ -197,7 +197,7 @@ def test_a_rank_that_fails_says_so_and_waits_for_nobody(monkeypatch, fails):
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: left.append(True))
     for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
-    with suppress(ZeroDivisionError), join("cpu") as two:
+    with suppress(ZeroDivisionError), init_process_group("cpu") as two:
         assert 1 / (two.size - 2 * fails)
     assert left == [True] * (not fails)
 

@@ -22,8 +22,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pixelclip.backbone import Backbone, Residual
+from pixelclip.clip_sources import clip_folder
 from pixelclip.config import nearest
-from pixelclip.sources import clip_folder
 from pixelclip.stage import PROVENANCE
 from pixelclip.storage import read_json, write_json
 from pixelclip.text import Prompts, TextTower, Vectors

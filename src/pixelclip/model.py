@@ -113,19 +113,19 @@ class PixelCLIP(nn.Module):
 
     @torch.no_grad()
     def assign(
-        self, mask_features: Tensor, concepts: Tensor, ranks: ProcessGroup = SINGLE_PROCESS
+        self, mask_features: Tensor, concepts: Tensor, group: ProcessGroup = SINGLE_PROCESS
     ) -> tuple[Tensor, Tensor, slice]:
         """Assigns masks to concepts, with Sinkhorn over the masks of all ranks.
 
         Args:
             mask_features: [N, C], this rank's.
             concepts: [K, C].
-            ranks: who takes part.
+            group: the processes that take part.
 
         Returns:
             Of the masks of all ranks the concept [N], the cosines [N, K] that it was chosen by, and which are this rank's.
         """
-        cosines, mine = ranks.all_gather(mask_features @ F.normalize(concepts, dim=-1).T)
+        cosines, mine = group.all_gather(mask_features @ F.normalize(concepts, dim=-1).T)
         chosen = sinkhorn(self.assignment_scale * cosines, self.sinkhorn_iterations).argmax(dim=-1)
         return chosen, cosines, mine
 
@@ -175,7 +175,7 @@ class PixelCLIP(nn.Module):
         area = covered.flatten(1).sum(dim=1)
         return area.sum() * num_concepts if self.clustering else area[batch.image_index].sum()
 
-    def accumulate(self, micro_batches: Sequence[Batch], ranks: ProcessGroup = SINGLE_PROCESS, shown: int = 0) -> StepOutput:
+    def accumulate(self, micro_batches: Sequence[Batch], group: ProcessGroup = SINGLE_PROCESS, shown: int = 0) -> StepOutput:
         """Compute loss and gradients of one optimizer step over all micro-batches and processes.
 
         All masks are assigned to concepts together, before the first student forward pass, and each micro-batch's loss is
@@ -184,7 +184,7 @@ class PixelCLIP(nn.Module):
 
         Args:
             micro_batches: this rank's images, in parts that fit its memory; parts without images or masks are allowed.
-            ranks: who takes part.
+            group: the processes that take part.
             shown: of how many images of the first micro_batch the logits are wanted.
 
         Returns:
@@ -200,8 +200,8 @@ class PixelCLIP(nn.Module):
             ]
             covered = [_covered(micro_batch) for micro_batch in micro_batches]
             counted = [self.count_terms(*each, len(fixed)) for each in zip(micro_batches, covered, strict=True)]
-            terms = ranks.all_reduce(torch.stack([*counted, torch.zeros_like(fixed[0, 0], dtype=torch.long)]).sum())
-        everybodys, cosines, mine = self.assign(torch.cat([*features, fixed.detach()[:0]]), fixed, ranks)
+            terms = group.all_reduce(torch.stack([*counted, torch.zeros_like(fixed[0, 0], dtype=torch.long)]).sum())
+        everybodys, cosines, mine = self.assign(torch.cat([*features, fixed.detach()[:0]]), fixed, group)
         concept_index = everybodys[mine]
         loss, logits = fixed.new_zeros(()), fixed.new_zeros(0)
         of_pieces = concept_index.split([len(feature) for feature in features])
@@ -214,10 +214,10 @@ class PixelCLIP(nn.Module):
             loss, logits = loss + part.detach(), found if number == 0 else logits
         if fixed.grad is not None:
             concepts.backward(fixed.grad)
-        ranks.all_reduce_gradients(self.learning())
+        group.all_reduce_gradients(self.learning())
         softmax = torch.softmax(self.assignment_scale * cosines, dim=-1)
         shown_index = concept_index[: len(features[0]) if features else 0]
-        return StepOutput(ranks.all_reduce(loss), everybodys, softmax, logits, shown_index)
+        return StepOutput(group.all_reduce(loss), everybodys, softmax, logits, shown_index)
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:

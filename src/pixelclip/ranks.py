@@ -27,7 +27,7 @@ class ProcessGroup:
         """Whether this is the one that writes and speaks."""
         return self.rank == 0
 
-    def share(self, number: int) -> range:
+    def local_range(self, number: int) -> range:
         """This rank's part of `range(number)`: contiguous, without overlap or loss, sizes differ by one at most."""
         return range(number * self.rank // self.size, number * (self.rank + 1) // self.size)
 
@@ -150,7 +150,7 @@ def copy_to_host_async(values: Tensor) -> Callable[[], list[float]]:
 
 
 @contextmanager
-def join(device: str) -> Iterator[ProcessGroup]:
+def init_process_group(device: str) -> Iterator[ProcessGroup]:
     """The ranks that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK), each on a device of its own; else this process alone.
 
     Args:

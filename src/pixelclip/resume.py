@@ -63,23 +63,23 @@ def save_state(path: Path, model: PixelCLIP, optimizer: torch.optim.AdamW, done:
 
 
 @torch.no_grad()
-def load_state(path: Path, model: PixelCLIP, optimizer: torch.optim.AdamW, ranks: ProcessGroup = SINGLE_PROCESS) -> Progress:
+def load_state(path: Path, model: PixelCLIP, optimizer: torch.optim.AdamW, group: ProcessGroup = SINGLE_PROCESS) -> Progress:
     """Restores what the first rank finds at `path`, for all ranks; returns what was done: nothing without a file."""
     done: Progress
-    done, tensors = ranks.broadcast_object(_read(path) if ranks.is_main and path.is_file() else (Progress(), {}))
+    done, tensors = group.broadcast_object(_read(path) if group.is_main and path.is_file() else (Progress(), {}))
     if not tensors:
         return Progress()
     names = {}
     for name, tensor in _state_tensors(model):
         tensor.copy_(tensors[name])
         names[id(tensor)] = name
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
+    for param_group in optimizer.param_groups:
+        for parameter in param_group["params"]:
             name = names[id(parameter)]
             if f"optimizer.step.{name}" in tensors:
                 state = {key: tensors[f"optimizer.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
                 optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}
-    if ranks.is_main:
+    if group.is_main:
         print(f"train: continues after step {done.steps}", flush=True)
     return done
 

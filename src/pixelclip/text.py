@@ -3,9 +3,7 @@
 B images, K concepts, L prompt tokens per concept, C embedding width, T text positions, D text width.
 """
 
-from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
 import open_clip
 import torch
@@ -13,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pixelclip.blocks import run_block
+from pixelclip.class_names import check_names
 
 PROMPT_TEMPLATE = "A photo of a {} in the scene"
 TEMPLATES: dict[str, tuple[str, ...]] = {
@@ -106,64 +105,6 @@ class TextTower(nn.Module):
             end = tokens.argmax(dim=-1)  # the end-of-text token has the highest id
             features.append(self(self.embed(tokens[:, : int(end.max()) + 1]), end))
         return torch.cat(features)
-
-
-def check_names(names: Sequence[str], source: str = "classes") -> list[str]:
-    """Returns the class names stripped of outer white space.
-
-    Raises:
-        ValueError: no name, a blank one, or one that stands twice.
-    """
-    stripped = [name.strip() for name in names]
-    if not stripped:
-        raise ValueError(f"{source}: the list of class names is empty; at least one name is needed")
-    blanks = [str(i + 1) for i, name in enumerate(stripped) if not name.strip(", ")]
-    if blanks:
-        raise ValueError(f"{source}: blank class name at position {', '.join(blanks)}")
-    twice = sorted(name for name, times in Counter(stripped).items() if times > 1)
-    if twice:
-        raise ValueError(f"{source}: class names must differ, found twice: {', '.join(map(repr, twice))}")
-    return stripped
-
-
-def read_classes(path: Path) -> list[str]:
-    """Reads class names, one a line.
-
-    Raises:
-        ValueError: missing, empty, or names that are blank or stand twice; the message names the file.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: class names, one a line, cannot be read: {error}") from None
-    while lines and not lines[-1].strip():
-        lines.pop()
-    return check_names(lines, str(path))
-
-
-def parse_names(text: str) -> list[str]:
-    """Class names written in one line: `dog|puppy,grass,sky`; a bar stands between synonyms of one class.
-
-    Raises:
-        ValueError: as `check_names`.
-    """
-    names = [", ".join(word.strip() for word in name.split("|")) for name in text.split(",")] if text.strip() else []
-    return check_names(names)
-
-
-def names_file(given: str) -> Path | None:
-    """The file that is meant where a person gives class names: `*.txt`, or one that is there; None for a line of names."""
-    file = Path(given)
-    try:
-        return file if file.suffix == ".txt" or file.is_file() else None
-    except OSError:  # names may be longer than that of any file
-        return None
-
-
-def names_of(given: str) -> list[str]:
-    """Class names as a person gives them: a file of them, see `names_file`, or one line of names."""
-    file = names_file(given)
-    return parse_names(given) if file is None else read_classes(file)
 
 
 @torch.no_grad()
