@@ -30,7 +30,7 @@ def test_two_layers_as_one_give_what_both_give(decoder):
 
 @pytest.mark.parametrize("places", [1, 24, 36, 10**6])
 def test_loss_and_gradients_are_those_of_all_maps_at_once(decoder, monkeypatch, places):
-    monkeypatch.setitem(module._PLACES_AT_ONCE, "cpu", places)
+    monkeypatch.setitem(module._PIXELS_AT_ONCE, "cpu", places)
     maps, targets, covered, owner = question()
     picked = covered[owner]
     logits = decode(decoder, maps, GRID)

@@ -127,7 +127,7 @@ def test_a_pod_that_asked_for_gpus_never_computes_on_its_cpu(monkeypatch):
     monkeypatch.setenv("PIXELCLIP_GPUS", "2")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)  # what the driver counts where CUDA itself does not start
-    said = "CUDA finds 0 of the 2 GPUs that this pod asked for"
+    said = "CUDA finds 0 of the 2 GPUs that this pod requested"
     with pytest.raises(ValueError, match=said):
         pick_device("auto")
     assert pick_device("cpu").type == "cpu", "who asks for a CPU gets it"
@@ -137,7 +137,7 @@ def test_a_pod_that_asked_for_gpus_never_computes_on_its_cpu(monkeypatch):
         pass
 
 
-@pytest.mark.parametrize(("device", "message"), [("cuda:1", "each needs one of its own"), ("cuda", "which has 0 GPUs")])
+@pytest.mark.parametrize(("device", "message"), [("cuda:1", "each needs its own device"), ("cuda", "its machine has 0 GPUs")])
 def test_several_ranks_never_share_a_gpu(monkeypatch, device, message):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():

@@ -1,4 +1,4 @@
-"""The text side: tokenizer, templates, a classifier from class names, learnable prompts (PixelCLIP, section 3.2).
+"""CLIP's text tower, a classifier from class names, learnable prompts (PixelCLIP, section 3.2).
 
 B images, K concepts, L prompt tokens per concept, C embedding width, T text positions, D text width.
 """
@@ -31,13 +31,13 @@ _PLACEHOLDER = 39025  # BPE token of "{}"
 
 
 class TextTower(nn.Module):
-    """CLIP's text tower from token embeddings on: the parts are open_clip's, shared and not copied.
+    """CLIP's text tower, called with token embeddings; shares the modules of open_clip's model.
 
     Args:
-        clip: an open_clip `CLIP` (text tower inside, causal attention, pooled at the end-of-text token).
+        clip: an open_clip `CLIP` with causal attention, pooled at the end-of-text token.
 
     Raises:
-        ValueError: the CLIP's text tower is of another kind.
+        ValueError: the text tower is not supported.
     """
 
     def __init__(self, clip: nn.Module) -> None:
@@ -45,7 +45,7 @@ class TextTower(nn.Module):
         if not isinstance(clip, open_clip.CLIP) or getattr(clip, "text_pool_type", "argmax") != "argmax":
             raise ValueError(
                 f"the text tower of {type(clip).__name__} is not supported: "
-                "an open_clip CLIP with causal attention, pooled at the end-of-text token, is needed"
+                "it must be an open_clip CLIP with causal attention, pooled at the end-of-text token"
             )
         self.token_embedding = clip.token_embedding
         self.positional_embedding = clip.positional_embedding
@@ -68,17 +68,17 @@ class TextTower(nn.Module):
         return int(projection.out_features if isinstance(projection, nn.Linear) else projection.shape[1])
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
-        """Returns token ids [N, T] of the texts, cut at the context length."""
+        """Return token ids [N, T] of the texts, truncated to the context length."""
         return self.tokenizer(list(texts)).to(self.token_embedding.weight.device)
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Returns the embeddings [N, T, D] of token ids [N, T]."""
+        """Return the embeddings [N, T, D] of token ids [N, T]."""
         return self.token_embedding(tokens)
 
     def forward(self, embeddings: Tensor, end: Tensor) -> Tensor:
-        """Encodes token embeddings.
+        """Encode token embeddings.
 
-        Attention is causal and the result is read at `end`, so positions behind it may be cut off: exact.
+        Attention is causal and the output is taken at `end`, so omitting later positions does not change it.
 
         Args:
             embeddings: [N, T, D], T at most the context length.
@@ -98,7 +98,7 @@ class TextTower(nn.Module):
         return projection(x) if isinstance(projection, nn.Linear) else x @ projection
 
     def encode(self, texts: Sequence[str], batch_size: int = 256) -> Tensor:
-        """Returns the features [N, C] of texts, not normalised."""
+        """Return the features [N, C] of texts, not normalised."""
         features = []
         for start in range(0, len(texts), batch_size):
             tokens = self.tokenize(texts[start : start + batch_size])
@@ -109,18 +109,18 @@ class TextTower(nn.Module):
 
 @torch.no_grad()
 def classifier(tower: TextTower, names: Sequence[str], templates: Sequence[str] = TEMPLATES["ensemble"]) -> Tensor:
-    """Makes a classifier from class names (method.md, "Inference and evaluation").
+    """Compute a classifier from class names.
 
-    A name "a, b" means synonyms: their unit features are averaged per template and normalised again; then the mean over
-    the templates is normalised.
+    A name "a, b" lists synonyms. Their unit features are averaged per template and normalised; the mean over templates is
+    normalised again.
 
     Args:
         tower: the frozen text tower.
         names: K class names.
-        templates: texts with one `{}` each.
+        templates: texts with one `{}` each, which the name replaces.
 
     Returns:
-        [K, C], unit length.
+        [K, C] of unit length.
 
     Raises:
         ValueError: as `check_names`.
@@ -137,10 +137,10 @@ class Prompts(nn.Module):
     """K learnable concepts: "A photo of a {t1..tL} in the scene" with learnable t1..tL.
 
     Args:
-        tower: the text tower, used to embed the fixed words now; it is not kept.
-        words: [K, L] vocabulary ids whose embeddings are the learnable tokens' first values.
-        template: the fixed words around the tokens; one `{}`.
-        learn: False keeps the first words.
+        tower: text tower that embeds the fixed words; it is not stored.
+        words: [K, L], token ids whose embeddings initialise the learnable tokens.
+        template: fixed words around the tokens, with one `{}`.
+        learn: False freezes the initial tokens.
     """
 
     def __init__(self, tower: TextTower, words: Tensor, template: str = PROMPT_TEMPLATE, learn: bool = True) -> None:
@@ -150,31 +150,31 @@ class Prompts(nn.Module):
         tokens = tower.tokenize([text])[0]
         slots = (tokens == _PLACEHOLDER).nonzero()[:, 0]
         end = int(tokens.argmax())
-        if len(slots) != length or end != len(tower.tokenizer.encode(text)) + 1:  # the tokenizer cuts in silence
+        if len(slots) != length or end != len(tower.tokenizer.encode(text)) + 1:  # the tokenizer truncates silently
             raise ValueError(f"{length} prompt tokens do not fit the context length {len(tokens)} of this CLIP")
         with torch.no_grad():
             fixed = tower.embed(tokens[: end + 1]).clone()  # [T, D]
             start = tower.embed(words.to(tokens.device)).clone()  # [K, L, D]
         self.tokens = nn.Parameter(start, requires_grad=learn)
-        # Derived from the CLIP, hence not part of the state.
+        # Not part of the state dict, because both follow from the CLIP.
         self.fixed: Tensor
         self.slots: Tensor
         self.register_buffer("fixed", fixed, persistent=False)
         self.register_buffer("slots", slots, persistent=False)
 
     def forward(self, tower: TextTower) -> Tensor:
-        """Returns the concepts [K, C], not normalised."""
+        """Return the concepts [K, C], not normalised."""
         count = self.tokens.shape[0]
         embeddings = self.fixed.expand(count, -1, -1).index_copy(1, self.slots, self.tokens)  # [K, T, D]
         return tower(embeddings, torch.full((count,), embeddings.shape[1] - 1, device=embeddings.device))
 
 
 class Vectors(nn.Module):
-    """K concepts that are plain vectors, without the text tower (an ablation, or the features of fixed names).
+    """K concepts as plain vectors, without the text tower (an ablation, or the features of fixed names).
 
     Args:
         values: [K, C].
-        learn: whether they are learnable.
+        learn: whether the vectors are learnable.
     """
 
     def __init__(self, values: Tensor, learn: bool) -> None:
@@ -182,5 +182,5 @@ class Vectors(nn.Module):
         self.values = nn.Parameter(values.detach().clone(), requires_grad=learn)
 
     def forward(self, tower: TextTower) -> Tensor:
-        """Returns the concepts [K, C], not normalised; the tower is not used."""
+        """Return the concepts [K, C], not normalised; `tower` is unused."""
         return self.values
