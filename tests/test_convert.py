@@ -97,7 +97,7 @@ def test_unknown_clip_must_be_set(checkpoint, tmp_path):
         ),
         (
             lambda d: d["model"].update({"sem_seg_head.predictor.prompt_tokens": torch.zeros(6, 4, 31)}),
-            r"prompt_tokens is \[6, 4, 31\] instead of \[concepts, tokens, 32\]",
+            r"shape: tokens \[6, 4, 31\] instead of \[6, 4, 32\]",
         ),
         (lambda d: d.update(model=[1]), "found entries that are not tensors"),
     ],

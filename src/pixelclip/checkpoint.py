@@ -182,7 +182,7 @@ def load_model(folder: Path) -> Model:
     try:
         check_fit(weights, model.state_dict())
         model.load_state_dict(weights)  # before the prompts, whose fixed words it embeds
-        prompts = _load_prompts(_with_prefix(tensors, "prompts."), TextTower(model))
+        prompts = load_prompts(_with_prefix(tensors, "prompts."), TextTower(model))
     except ValueError as error:
         raise ValueError(f"{folder / WEIGHTS}: does not fit {CONFIG}: {error}") from None
     return Model(Clip(model.eval(), cfg, mean, std), config["side"], config["residual"], prompts.requires_grad_(False), config)
@@ -237,7 +237,8 @@ class _Config(BaseModel, strict=True):
     clip: _Origin
 
 
-def _load_prompts(state: dict[str, Tensor], text: TextTower) -> Prompts | Vectors:
+def load_prompts(state: dict[str, Tensor], text: TextTower) -> Prompts | Vectors:
+    """Build the concepts of a state dict; raise ValueError if it does not fit the text tower."""
     if "values" in state:
         check_fit(state, {"values": torch.empty(len(state["values"]), text.embed_dim, device="meta")})
         return Vectors(state["values"], learn=False)

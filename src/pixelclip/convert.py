@@ -19,6 +19,7 @@ from pixelclip.checkpoint import (
     Clip,
     build_clip,
     load_model,
+    load_prompts,
     save_model,
     write_tensors,
 )
@@ -26,7 +27,7 @@ from pixelclip.config import ImportConfig, nearest
 from pixelclip.decoder import Decoder
 from pixelclip.stage import Metrics, Stage, describe
 from pixelclip.storage import check_place, read_json, write_atomically
-from pixelclip.text import Prompts, TextTower
+from pixelclip.text import TextTower
 from pixelclip.weights import check_fit, check_tensors, read_weights
 
 # CLIPs trained in the paper, with open_clip's tag of the initial weights.
@@ -99,23 +100,17 @@ def run(checkpoint: Path, out: Path, config: ImportConfig) -> Metrics:
     try:
         weights, tokens, head = split_reference(read_weights(checkpoint))
         spec, cfg, mean, std = _find_clip(config.clip or identify_clip(weights))
-        model = build_clip(cfg)
-        check_fit(weights, model.state_dict())
-        decoder = Decoder()
-        check_fit(head, decoder.state_dict())
-        width = model.token_embedding.weight.shape[1]
-        if tokens.ndim != 3 or tokens.shape[2] != width:
-            raise ValueError(f"{_PROMPTS} is {list(tokens.shape)} instead of [concepts, tokens, {width}]")
+        model, decoder = build_clip(cfg), Decoder()
+        for module, state in ((model, weights), (decoder, head)):
+            check_fit(state, module.state_dict())
+            module.load_state_dict(state)
+        prompts = load_prompts({"tokens": tokens}, TextTower(model))
     except ValueError as error:
         raise ValueError(f"{checkpoint}: {error}; a checkpoint of the reference implementation is expected") from None
     except KeyError as error:
         raise ValueError(f"{Path(config.clip) / CLIP_CONFIG}: entry {error} is missing") from None
     side = _side(config.side, Backbone(model.visual))
     with stage:
-        model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
-        decoder.load_state_dict({name: tensor.float() for name, tensor in head.items()})
-        prompts = Prompts(TextTower(model), torch.zeros(tokens.shape[:2], dtype=torch.long))
-        prompts.load_state_dict({"tokens": tokens.float()})
         clip, origin = Clip(model, cfg, mean, std), {"spec": spec, "md5": ""}
         save_model(stage.folder, clip, prompts, decoder, side=side, residual="cls", origin=origin)
         return stage.finish({"import/concepts": float(len(tokens))}, files=[WEIGHTS, CONFIG])

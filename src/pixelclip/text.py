@@ -71,10 +71,6 @@ class TextTower(nn.Module):
         """Return token ids [N, T] of the texts, truncated to the context length."""
         return self.tokenizer(list(texts)).to(self.token_embedding.weight.device)
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Return the embeddings [N, T, D] of token ids [N, T]."""
-        return self.token_embedding(tokens)
-
     def forward(self, embeddings: Tensor, end: Tensor) -> Tensor:
         """Encode token embeddings.
 
@@ -103,7 +99,7 @@ class TextTower(nn.Module):
         for start in range(0, len(texts), batch_size):
             tokens = self.tokenize(texts[start : start + batch_size])
             end = tokens.argmax(dim=-1)  # the end-of-text token has the highest id
-            features.append(self(self.embed(tokens[:, : int(end.max()) + 1]), end))
+            features.append(self(self.token_embedding(tokens[:, : int(end.max()) + 1]), end))
         return torch.cat(features)
 
 
@@ -139,22 +135,21 @@ class Prompts(nn.Module):
     Args:
         tower: text tower that embeds the fixed words; it is not stored.
         words: [K, L], token ids whose embeddings initialise the learnable tokens.
-        template: fixed words around the tokens, with one `{}`.
         learn: False freezes the initial tokens.
     """
 
-    def __init__(self, tower: TextTower, words: Tensor, template: str = PROMPT_TEMPLATE, learn: bool = True) -> None:
+    def __init__(self, tower: TextTower, words: Tensor, learn: bool = True) -> None:
         super().__init__()
         length = words.shape[1]
-        text = template.replace("{}", " ".join(["{}"] * length))
+        text = PROMPT_TEMPLATE.replace("{}", " ".join(["{}"] * length))
         tokens = tower.tokenize([text])[0]
         slots = (tokens == _PLACEHOLDER).nonzero()[:, 0]
         end = int(tokens.argmax())
         if len(slots) != length or end != len(tower.tokenizer.encode(text)) + 1:  # the tokenizer truncates silently
             raise ValueError(f"{length} prompt tokens do not fit the context length {len(tokens)} of this CLIP")
         with torch.no_grad():
-            fixed = tower.embed(tokens[: end + 1]).clone()  # [T, D]
-            start = tower.embed(words.to(tokens.device)).clone()  # [K, L, D]
+            fixed = tower.token_embedding(tokens[: end + 1]).clone()  # [T, D]
+            start = tower.token_embedding(words.to(tokens.device)).clone()  # [K, L, D]
         self.tokens = nn.Parameter(start, requires_grad=learn)
         # Not part of the state dict, because both follow from the CLIP.
         self.fixed: Tensor
