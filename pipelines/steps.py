@@ -62,7 +62,7 @@ def pinned_clip(clip: str, settings: Mapping[str, Any], workspace: str) -> tuple
         What identifies the CLIP's weights and the code that measures it; and of the settings those that the evaluation
         goes by, so that a training with others does not repeat it.
     """
-    from pixelclip.sources import clip_version
+    from pixelclip.clip_sources import clip_version
 
     chosen = {key: value for key, value in settings.items() if key.startswith("evaluate.") or key in _OF_TRAINING}
     revision = code_revision()

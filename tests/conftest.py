@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as rle
 
-from pixelclip import download, sources
+from pixelclip import download, shard_sources
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -94,7 +94,7 @@ def write_files(folder: Path, files: dict[str, bytes]) -> Path:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PIXELCLIP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(download, "_WAITS", (0.0, 0.0))
-    monkeypatch.setattr(sources, "_here", {})  # copies in the folder of another test
+    monkeypatch.setattr(shard_sources, "_local_copies", {})  # copies in the folder of another test
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.delenv(name, raising=False)
     return tmp_path / "cache"

@@ -1,4 +1,4 @@
-"""One step's gradients, for test_ranks.py: `python gradients.py OUT`, alone or started by torchrun."""
+"""Write the gradients of one step, for test_ranks.py: `python -m gradients OUT`, in one process or several."""
 
 import sys
 from pathlib import Path
@@ -10,13 +10,13 @@ from safetensors.torch import save_file
 from pixelclip.backbone import Backbone
 from pixelclip.dataset import Batch
 from pixelclip.model import PixelCLIP
-from pixelclip.ranks import ProcessGroup, join
+from pixelclip.ranks import ProcessGroup, init_process_group
 from pixelclip.text import Prompts, TextTower
 from pixelclip.train import new_decoder
 
 
-def gradients(ranks: ProcessGroup) -> dict[str, torch.Tensor]:
-    """By parameter, of the loss on this process's share of five images; image i has i masks."""
+def gradients(group: ProcessGroup) -> dict[str, torch.Tensor]:
+    """Return the gradient of each parameter for a batch of five images, split over the ranks; image i has i masks."""
     clip = tiny.clip_of()
     text = TextTower(clip)
     model = PixelCLIP(Backbone(clip.visual), text, Prompts(text, torch.arange(10).view(5, 2)), new_decoder(0)).train()
@@ -24,15 +24,15 @@ def gradients(ranks: ProcessGroup) -> dict[str, torch.Tensor]:
     weak, strong = torch.randn(2, 5, 3, 32, 32, generator=generator)
     index = torch.repeat_interleave(torch.arange(5), torch.arange(5))
     masks = torch.rand(len(index), 24, 24, generator=generator) < 0.3
-    mine = ranks.share(5)
-    images, seen = slice(mine.start, mine.stop), (index >= mine.start) & (index < mine.stop)
-    model.accumulate([Batch(weak[images], strong[images], masks[seen], index[seen] - mine.start, [])], ranks)
+    local = group.local_range(5)
+    images, selected = slice(local.start, local.stop), (index >= local.start) & (index < local.stop)
+    model.accumulate([Batch(weak[images], strong[images], masks[selected], index[selected] - local.start, [])], group)
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    with join("cpu") as joined:
-        found = gradients(joined)
-        if joined.is_main:
-            save_file(found, Path(sys.argv[1]))
+    with init_process_group("cpu") as group:
+        values = gradients(group)
+        if group.is_main:
+            save_file(values, Path(sys.argv[1]))

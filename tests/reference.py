@@ -1,6 +1,6 @@
-"""The method's training step, written literally from its description and with no regard to speed; no pixelclip in here.
+"""The method's training step, implemented literally from its description, without pixelclip and without optimisation.
 
-Loops where the method says "every", full-size tensors where it says "upsampled", all text positions, boolean gathers.
+It loops over masks and concepts, upsamples to full size, uses all text positions and boolean indexing.
 B images, N masks, K concepts, L tokens, C embedding width, D tower width, h w feature grid, H W mask grid.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 @dataclass
 class Step:
-    """What the step of the method gives; `student` [B, C, h, w], `targets` [B, K, H, W], `loss` []."""
+    """Result of a step: `student` [B, C, h, w], `targets` [B, K, H, W], `loss` []."""
 
     student: Tensor
     targets: Tensor
@@ -23,26 +23,26 @@ class Step:
 
 def attention(block: nn.Module, x: Tensor, allowed: Tensor | None = None) -> Tensor:
     """Softmax attention of one block on its normalised input [B, P, D], head by head; `allowed` [P, P]."""
-    mine, heads = block.attn, block.attn.num_heads
+    module, heads = block.attn, block.attn.num_heads
     normed = block.ln_1(x)
-    query, key, value = F.linear(normed, mine.in_proj_weight, mine.in_proj_bias).chunk(3, dim=-1)
-    width, found = query.shape[-1] // heads, []
+    query, key, value = F.linear(normed, module.in_proj_weight, module.in_proj_bias).chunk(3, dim=-1)
+    width, outputs = query.shape[-1] // heads, []
     for head in range(heads):
         part = slice(head * width, (head + 1) * width)
         logits = query[..., part] @ key[..., part].transpose(1, 2) / math.sqrt(width)
         if allowed is not None:
             logits = logits.masked_fill(~allowed, float("-inf"))
-        found.append(logits.softmax(dim=-1) @ value[..., part])
-    return F.linear(torch.cat(found, dim=-1), mine.out_proj.weight, mine.out_proj.bias)
+        outputs.append(logits.softmax(dim=-1) @ value[..., part])
+    return F.linear(torch.cat(outputs, dim=-1), module.out_proj.weight, module.out_proj.bias)
 
 
 def mlp(block: nn.Module, x: Tensor) -> Tensor:
-    """The block's two layers on its normalised input."""
+    """The two linear layers of a block on its normalised input."""
     return block.mlp.c_proj(block.mlp.gelu(block.mlp.c_fc(block.ln_2(x))))
 
 
 def dense_vit(visual: nn.Module, images: Tensor) -> Tensor:
-    """All blocks but the last as they are, of the last the value path, plus the CLS token's residual: [B, C, h, w]."""
+    """All blocks but the last, then the value path of the last plus the CLS token as residual: [B, C, h, w]."""
     patches = visual.conv1(images)
     height, width = patches.shape[2:]
     position = visual.positional_embedding
@@ -74,7 +74,7 @@ def channel_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
 
 
 def dense_convnext(visual: nn.Module, images: Tensor) -> Tensor:
-    """ConvNeXt's stages, the norm of its head without pooling, the projection at every place: [B, C, h, w]."""
+    """ConvNeXt's stages, the norm of its head without pooling, the projection at every position: [B, C, h, w]."""
     trunk = visual.trunk
     x = channel_norm(trunk.stem[1], F.conv2d(images, trunk.stem[0].weight, trunk.stem[0].bias, stride=4))
     for stage in trunk.stages:
@@ -97,7 +97,7 @@ def concepts(clip: nn.Module, tokenizer, tokens: Tensor) -> Tensor:
     """Prompts "A photo of a {t1..tL} in the scene" through the whole text tower, one by one: [K, C]."""
     ids = tokenizer(["A photo of a " + " ".join(["{}"] * tokens.shape[1]) + " in the scene"])
     allowed = torch.ones(ids.shape[1], ids.shape[1]).tril().bool()
-    found = []
+    encoded = []
     for concept in tokens:
         rows = list(clip.token_embedding(ids)[0])
         for place, learned in zip((ids[0] == 39025).nonzero()[:, 0].tolist(), concept, strict=True):
@@ -106,12 +106,12 @@ def concepts(clip: nn.Module, tokenizer, tokens: Tensor) -> Tensor:
         for block in clip.transformer.resblocks:
             x = x + attention(block, x, allowed)
             x = x + mlp(block, x)
-        found.append(clip.ln_final(x)[0, ids.argmax()] @ clip.text_projection)
-    return torch.stack(found)
+        encoded.append(clip.ln_final(x)[0, ids.argmax()] @ clip.text_projection)
+    return torch.stack(encoded)
 
 
 def assign(features: Tensor, prompts: Tensor, scale: float, iterations: int) -> Tensor:
-    """Softmax of the scaled cosines, Sinkhorn by turns over rows and columns, argmax: [N]."""
+    """Softmax of the scaled cosines, Sinkhorn alternating between rows and columns, argmax: [N]."""
     cosines = F.normalize(features, dim=-1) @ F.normalize(prompts, dim=-1).T
     q = (scale * cosines).softmax(dim=-1).T  # [K, N]
     q = q / q.sum()
@@ -151,9 +151,9 @@ def step(
         dense_teacher: [B, C, h, w] of the weak view.
         prompts: [K, C].
         head: the decoder's parameters by name.
-        masks: of every image [N_b, H, W], bool.
-        scale: of the cosines.
-        iterations: of Sinkhorn.
+        masks: per image [N_b, H, W], bool.
+        scale: factor on the cosines.
+        iterations: number of Sinkhorn iterations.
     """
     size = masks[0].shape[1:]
     large = F.interpolate(dense_teacher.detach(), size=size, mode="bilinear", align_corners=False)
@@ -174,7 +174,7 @@ def step(
             similarity = F.cosine_similarity(dense_student[image], prompts[concept][:, None, None], dim=0)
             logits = decode(head, similarity)[None, None]
             logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)[0, 0]
-            wanted = targets[image, concept][covered].to(logits.dtype)
-            losses.append(F.binary_cross_entropy_with_logits(logits[covered], wanted, reduction="none"))
-    every = torch.cat(losses)
-    return Step(dense_student, targets, every.mean() if len(every) else every.sum())
+            expected = targets[image, concept][covered].to(logits.dtype)
+            losses.append(F.binary_cross_entropy_with_logits(logits[covered], expected, reduction="none"))
+    terms = torch.cat(losses)
+    return Step(dense_student, targets, terms.mean() if len(terms) else terms.sum())

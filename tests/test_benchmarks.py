@@ -15,7 +15,7 @@ from PIL import Image
 from pycocotools import mask as rle
 
 from pixelclip.benchmarks import IGNORE, KINDS, LabelledSet, open_folder, open_labelled
-from pixelclip.text import read_classes
+from pixelclip.class_names import read_classes
 
 LABELS = np.array([[0, 1, 2], [255, 2, 0]], np.uint8)
 FILES = {
@@ -77,7 +77,7 @@ def test_an_image_is_read_upright(folder: Path) -> None:
     [
         ("images", "set: is no labelled set, images/ is missing"),
         ("labels", "set: is no labelled set, labels/ is missing"),
-        ("classes.txt", r"classes\.txt: class names, one a line, cannot be read"),
+        ("classes.txt", r"classes\.txt: cannot read class names \(one per line\)"),
         ("labels/a.png", r"set: 1 images have no label map, the first is .*labels/a\.png"),
         ("images/a.jpg", "images: holds no image"),
     ],

@@ -7,26 +7,26 @@ from pixelclip.blocks import run_block
 
 
 @pytest.mark.parametrize("tower", ["visual", "text"])
-def test_a_block_gives_what_open_clips_own_gives(tower):
+def test_block_equals_open_clip(tower):
     clip = tiny.clip_of()
     transformer = clip.visual.transformer if tower == "visual" else clip.transformer
     block = transformer.resblocks[0]
     x = torch.randn(3, 7, block.attn.embed_dim, requires_grad=True)
     mask = clip.attn_mask[:7, :7] if tower == "text" else None
-    found, wanted = run_block(block, x, mask), block(x, attn_mask=mask)
-    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
-    learned = [x, *block.parameters()]
-    for ours, theirs in zip(*(torch.autograd.grad(y.square().sum(), learned) for y in (found, wanted)), strict=True):
+    actual, expected = run_block(block, x, mask), block(x, attn_mask=mask)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    inputs = [x, *block.parameters()]
+    for ours, theirs in zip(*(torch.autograd.grad(y.square().sum(), inputs) for y in (actual, expected)), strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
 
 
-def test_a_block_of_another_kind_runs_as_it_is():
+def test_other_block_class_is_called_unchanged():
     block = open_clip.transformer.CustomResidualAttentionBlock(32, 2, qk_norm=True)
     x = torch.randn(2, 5, 32)
     torch.testing.assert_close(run_block(block, x), block(x))
 
 
-def test_layer_scale_counts():
+def test_layer_scale_is_applied():
     block = open_clip.transformer.ResidualAttentionBlock(32, 2, ls_init_value=0.3)
     x = torch.randn(2, 5, 32)
     torch.testing.assert_close(run_block(block, x), block(x), atol=1e-5, rtol=1e-5)

@@ -1,4 +1,4 @@
-"""Model folders and CLIP settings: what is written is read back, what is wrong is named."""
+"""Model folders and the `clip` setting: saving, loading, and errors that name the problem."""
 
 import errno
 import json
@@ -53,7 +53,7 @@ def test_save_then_load_is_bit_equal(clip_folder, tmp_path):
     assert (loaded.side, loaded.residual, loaded.config["clip"]) == (40, "patch", {"spec": "x", "md5": "y"})
     assert (loaded.clip.mean, loaded.clip.std, loaded.clip.side) == (tiny.MEAN, tiny.STD, 32)
 
-    # The same weights must also compute the same: activation and head count are no weights.
+    # Activation and number of heads are not part of the weights, so also compare outputs.
     images, tokens = torch.rand(2, 3, 32, 32), open_clip.SimpleTokenizer()(["dog", "blue sky"])
     with torch.no_grad():
         assert torch.equal(loaded.clip.model.encode_image(images), clip.model.encode_image(images))
@@ -62,25 +62,25 @@ def test_save_then_load_is_bit_equal(clip_folder, tmp_path):
         assert backbone_of(loaded)(images).shape == (2, 64, 4, 4)
 
 
-def test_no_pickle_in_the_folder(model_folder):
+def test_model_folder_holds_no_pickle(model_folder):
     assert {path.name for path in model_folder.iterdir()} == {"model.safetensors", "config.json", "provenance.json"}
     with safe_open(model_folder / "model.safetensors", framework="pt") as file:
         assert {name.split(".")[0] for name in file.keys()} == {"clip", "prompts", "decoder"}  # noqa: SIM118
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "provenance.json"])
-def test_an_incomplete_folder_names_what_is_missing(model_folder, name):
+def test_incomplete_folder_is_rejected_with_the_missing_file(model_folder, name):
     (model_folder / name).unlink()
-    with pytest.raises(ValueError, match=rf"model: is not a complete model folder, {name} missing"):
+    with pytest.raises(ValueError, match=rf"model: is not a complete model folder: {name} missing"):
         load_model(model_folder)
 
 
-def test_no_folder_at_all(tmp_path):
+def test_missing_folder_is_rejected(tmp_path):
     with pytest.raises(ValueError, match=r"nowhere: .* model.safetensors, config.json, provenance.json missing"):
         load_model(tmp_path / "nowhere")
 
 
-def test_truncated_weights(model_folder):
+def test_truncated_weights_are_rejected(model_folder):
     weights = model_folder / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
     with pytest.raises(ValueError, match=r"model\.safetensors: cannot be read as safetensors"):
@@ -90,14 +90,14 @@ def test_truncated_weights(model_folder):
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ({"format": 7}, r"config\.json: format 7 found, 1 is what this version reads"),
+        ({"format": 7}, r"config\.json: unsupported format 7; this version reads 1"),
         ({"side": None}, r"config\.json: entry 'side' is missing"),
         ({"model_cfg": {**tiny.CLIP_CONFIG, "embed_dim": 32}}, r"model\.safetensors: does not fit config\.json"),
         ({"model_cfg": {**tiny.CLIP_CONFIG, "vision_cfg": {"colour": 3}}}, r"config\.json: .*colour"),
     ],
     ids=["format", "entry", "width", "unknown"],
 )
-def test_a_config_that_does_not_fit_is_named(model_folder, entries, message):
+def test_config_that_does_not_fit_is_rejected(model_folder, entries, message):
     change_config(model_folder, **entries)
     with pytest.raises(ValueError, match=message):
         load_model(model_folder)
@@ -108,7 +108,10 @@ def test_a_config_that_does_not_fit_is_named(model_folder, entries, message):
     [
         ({"model_cfg": []}, r"model_cfg: .* \(found \[\]\)"),
         ({"model_cfg": {**tiny.CLIP_CONFIG, "vision_cfg": 3}}, r"model_cfg\.vision_cfg: .* \(found 3\)"),
-        ({"model_cfg": {**tiny.CLIP_CONFIG, "vision_cfg": {"patch_size": 0}}}, r"model_cfg: open_clip makes no CLIP of it: .*"),
+        (
+            {"model_cfg": {**tiny.CLIP_CONFIG, "vision_cfg": {"patch_size": 0}}},
+            r"model_cfg: open_clip cannot build a CLIP from it: .*",
+        ),
         ({"side": 0}, r"side: .*greater than or equal to 1 \(found 0\)"),
         ({"side": "x"}, r"side: .*integer \(found 'x'\)"),
         ({"mean": [1]}, r"mean: .*at least 3 items.* \(found \[1\]\)"),
@@ -119,15 +122,15 @@ def test_a_config_that_does_not_fit_is_named(model_folder, entries, message):
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
-def test_a_damaged_config_is_one_line_with_entry_found_and_allowed(model_folder, entries, message):
+def test_error_of_an_invalid_config_is_one_line_with_entry_and_allowed_values(model_folder, entries, message):
     change_config(model_folder, **entries)
     with pytest.raises(ValueError, match=rf"^\S+config\.json: {message}$"):
         load_model(model_folder)
 
 
-def test_a_config_that_is_no_dictionary(model_folder):
+def test_config_that_is_not_an_object_is_rejected(model_folder):
     (model_folder / "config.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"config\.json: must hold a model's settings, found list$"):
+    with pytest.raises(ValueError, match=r"config\.json: must be an object with a model's settings, found list$"):
         load_model(model_folder)
 
 
@@ -142,14 +145,14 @@ def test_a_config_that_is_no_dictionary(model_folder):
         ("clip.extra", (3,), r"unexpected: extra"),
     ],
 )
-def test_weights_of_another_shape_are_one_line(model_folder, name, shape, message):
+def test_error_of_weights_that_do_not_fit_is_one_line(model_folder, name, shape, message):
     weights = model_folder / "model.safetensors"
     save_file(load_file(weights) | {name: torch.zeros(shape)}, weights)
     with pytest.raises(ValueError, match=rf"^\S+model\.safetensors: does not fit config\.json: {message}$"):
         load_model(model_folder)
 
 
-def test_a_tensor_too_few_is_named(model_folder):
+def test_missing_tensor_is_named(model_folder):
     weights = model_folder / "model.safetensors"
     tensors = load_file(weights)
     del tensors["clip.visual.proj"]
@@ -158,13 +161,13 @@ def test_a_tensor_too_few_is_named(model_folder):
         load_model(model_folder)
 
 
-def test_build_clip_leaves_its_config_alone():
+def test_build_clip_does_not_modify_its_config():
     before = json.dumps(tiny.CLIP_CONFIG)
     build_clip({**tiny.CLIP_CONFIG, "custom_text": False})
     assert json.dumps(tiny.CLIP_CONFIG) == before
 
 
-def test_the_shipped_clip_loads():
+def test_shipped_clip_loads():
     clip = load_clip("toy")
     assert clip.side == 96
     assert clip.mean == open_clip.OPENAI_DATASET_MEAN
@@ -174,29 +177,29 @@ def test_the_shipped_clip_loads():
     ("spec", "message"),
     [
         ("ViT-B-61:openai", r"CLIP 'ViT-B-61:openai': .*did you mean 'ViT-B-16'"),
-        ("ViT-B-16", r"CLIP 'ViT-B-16': weights are missing: write ViT-B-16:PRETRAINED or ViT-B-16:FILE"),
+        ("ViT-B-16", r"CLIP 'ViT-B-16': weights are missing: use ViT-B-16:PRETRAINED or ViT-B-16:FILE"),
         (
             "ViT-B-16:opanai",
-            r"opanai': no file opanai and no weights of that name; the pretrained ones are openai, la",
+            r"opanai': no file opanai and no weights with that name; the pretrained ones are openai, la",
         ),
-        ("coca_base:nope", r"CLIP 'coca_base:nope': .*; open_clip has none pretrained, write coca_base:FILE$"),
+        ("coca_base:nope", r"CLIP 'coca_base:nope': .*; open_clip has none pretrained, use coca_base:FILE$"),
         ("/no/such/folder", r"CLIP '/no/such/folder': no folder"),
     ],
 )
-def test_a_clip_that_is_not_there_is_named(spec, message, caplog):
+def test_unknown_clip_is_rejected_with_alternatives(spec, message, caplog):
     with pytest.raises(ValueError, match=message):
         load_clip(spec)
     assert not caplog.records
 
 
-def test_a_folder_without_its_config(tmp_path):
+def test_clip_folder_without_config_is_rejected(tmp_path):
     tiny.clip_folder(tmp_path)
     (tmp_path / "open_clip_config.json").unlink()
     with pytest.raises(ValueError, match=r"open_clip_config\.json: no such file"):
         load_clip(str(tmp_path))
 
 
-def test_a_folder_without_its_weights(tmp_path):
+def test_clip_folder_without_weights_is_rejected(tmp_path):
     tiny.clip_folder(tmp_path)
     (tmp_path / "open_clip_model.safetensors").unlink()
     with pytest.raises(ValueError, match=str(tmp_path)):
@@ -204,7 +207,7 @@ def test_a_folder_without_its_weights(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["{}", '{"model_cfg": {"embed_dim": 4}}', "[]", '{"model_cfg": {"colour": 4}}'])
-def test_a_folder_with_an_unusable_config(tmp_path, content):
+def test_clip_folder_with_an_unusable_config_is_rejected(tmp_path, content):
     tiny.clip_folder(tmp_path)
     (tmp_path / "open_clip_config.json").write_text(content)
     with pytest.raises(ValueError, match=str(tmp_path)):
@@ -213,12 +216,12 @@ def test_a_folder_with_an_unusable_config(tmp_path, content):
 
 @pytest.fixture
 def registered(monkeypatch) -> str:
-    """A small CLIP among open_clip's named ones."""
+    """Register a small CLIP under a name in open_clip."""
     monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny-pixelclip", tiny.CLIP_CONFIG)
     return "tiny-pixelclip"
 
 
-def test_name_and_file(registered, tmp_path):
+def test_clip_loads_from_name_and_file(registered, tmp_path):
     save_file(tiny.clip_state(), tmp_path / "w.safetensors")
     clip = load_clip(f"{registered}:{tmp_path / 'w.safetensors'}")
     state = clip.model.state_dict()
@@ -230,7 +233,7 @@ def test_name_and_file(registered, tmp_path):
         assert torch.equal(again.eval().encode_image(images), clip.model.encode_image(images))
 
 
-def test_name_and_file_that_does_not_fit(registered, tmp_path):
+def test_file_that_does_not_fit_the_named_clip_is_rejected(registered, tmp_path):
     save_file({"visual.proj": torch.zeros(3, 3)}, tmp_path / "w.safetensors")
     with pytest.raises(ValueError, match=r"w\.safetensors"):
         load_clip(f"{registered}:{tmp_path / 'w.safetensors'}")
@@ -244,7 +247,7 @@ class _Trap:
         return (Path.touch, (self.path,))
 
 
-def test_a_pickle_is_never_executed(registered, tmp_path):
+def test_pickle_is_never_executed(registered, tmp_path):
     torch.save({"state_dict": _Trap(tmp_path / "sprung")}, tmp_path / "w.pt")
     (tmp_path / "plain.pt").write_bytes(pickle.dumps(_Trap(tmp_path / "sprung"), protocol=2))
     for name in ("w.pt", "plain.pt"):
@@ -253,18 +256,18 @@ def test_a_pickle_is_never_executed(registered, tmp_path):
     assert not (tmp_path / "sprung").exists()
 
 
-def test_weights_of_another_kind_or_size_are_named(tmp_path):
+def test_weights_of_another_model_or_size_are_rejected(tmp_path):
     torch.save({"image_encoder.pos_embed": torch.zeros(1), "mask_decoder.x": torch.zeros(1)}, tmp_path / "sam.pth")
     with pytest.raises(ValueError, match=r"sam\.pth holds image_encoder\.pos_embed, mask_decoder\.x; a CLIP's"):
         load_clip(f"ViT-B-32:{tmp_path / 'sam.pth'}")
     small = tmp_path / "small.safetensors"
     save_file(tiny.clip_state(), small)
-    with pytest.raises(ValueError, match=r"small\.safetensors is of a CLIP of another size") as caught:
+    with pytest.raises(ValueError, match=r"small\.safetensors belongs to a CLIP of another size") as caught:
         load_clip(f"ViT-B-32:{small}")
     assert len(str(caught.value)) < 700
 
 
-def test_weights_may_be_downloaded(tmp_path, monkeypatch):
+def test_weights_are_downloaded_from_a_url(tmp_path, monkeypatch):
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "tiny-downloaded.json").write_text(json.dumps(tiny.CLIP_CONFIG))
     open_clip.add_model_config(tmp_path / "configs")
@@ -280,7 +283,7 @@ def test_weights_may_be_downloaded(tmp_path, monkeypatch):
         assert torch.equal(loaded.model.state_dict()[name], tensor), name
 
 
-def test_what_the_disk_refuses_names_the_file(tmp_path):
+def test_write_error_names_the_file(tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:

@@ -16,16 +16,16 @@ def test_pooling_equals_upsampling_and_averaging(images, height, width, rows, co
     masks[:, 0, 0] = True
     owner = torch.randint(0, images, (4,), generator=generator)
     large = F.interpolate(features, size=(rows, columns), mode="bilinear", align_corners=False)
-    wanted = torch.stack([F.normalize(large[i][:, mask].mean(dim=1), dim=0) for mask, i in zip(masks, owner, strict=True)])
-    torch.testing.assert_close(pool_masks(features, masks, owner), wanted, atol=2e-6, rtol=1e-4)
+    expected = torch.stack([F.normalize(large[i][:, mask].mean(dim=1), dim=0) for mask, i in zip(masks, owner, strict=True)])
+    torch.testing.assert_close(pool_masks(features, masks, owner), expected, atol=2e-6, rtol=1e-4)
 
 
-def test_an_empty_mask_pools_to_zero():
+def test_empty_mask_pools_to_zero():
     pooled = pool_masks(torch.randn(1, 5, 3, 3), torch.zeros(1, 8, 8, dtype=torch.bool), torch.zeros(1, dtype=torch.long))
     assert not pooled.any()
 
 
-def test_no_mask_pools_to_nothing():
+def test_no_masks_give_empty_results():
     pooled = pool_masks(torch.randn(1, 5, 3, 3), torch.zeros(0, 8, 8, dtype=torch.bool), torch.zeros(0, dtype=torch.long))
     assert pooled.shape == (0, 5)
     assert sinkhorn(torch.zeros(0, 4)).shape == (0, 4)
@@ -43,29 +43,29 @@ def test_sinkhorn_equals_a_naive_loop():
         for row in table:
             total = sum(row)
             row[:] = [value / total / 7 for value in row]
-    wanted = torch.tensor(table) * 7
-    torch.testing.assert_close(sinkhorn(logits, 3), wanted)
+    expected = torch.tensor(table) * 7
+    torch.testing.assert_close(sinkhorn(logits, 3), expected)
 
 
-def test_sinkhorn_uses_concepts_equally_where_cosines_alone_collapse():
+def test_sinkhorn_balances_concepts_where_argmax_collapses():
     logits = torch.randn(64, 8, generator=torch.Generator().manual_seed(1)) + torch.tensor([9.0, *[0.0] * 7])
     assert (logits.argmax(dim=1) == 0).all()
     assert sinkhorn(logits, 50).sum(dim=0) == pytest.approx([8.0] * 8, rel=1e-3)
 
 
-def test_sinkhorn_survives_a_concept_that_underflows():
-    found = sinkhorn(torch.tensor([[0.0, -1e4], [0.0, -1e4]]))
-    assert torch.isfinite(found).all()
+def test_sinkhorn_stays_finite_when_a_concept_underflows():
+    assignment = sinkhorn(torch.tensor([[0.0, -1e4], [0.0, -1e4]]))
+    assert torch.isfinite(assignment).all()
 
 
 def test_merging_equals_a_naive_loop():
     generator = torch.Generator().manual_seed(2)
     masks = torch.rand(9, 6, 5, generator=generator) < 0.4
     owner, concept = torch.randint(0, 3, (9,), generator=generator), torch.randint(0, 4, (9,), generator=generator)
-    found = merge_by_concept(masks, owner, concept, 3, 4)
+    merged = merge_by_concept(masks, owner, concept, 3, 4)
     for image in range(3):
         for k in range(4):
             for y in range(6):
                 for x in range(5):
-                    wanted = any(bool(masks[n, y, x]) for n in range(9) if owner[n] == image and concept[n] == k)
-                    assert bool(found[image, k, y, x]) is wanted
+                    expected = any(bool(masks[n, y, x]) for n in range(9) if owner[n] == image and concept[n] == k)
+                    assert bool(merged[image, k, y, x]) is expected

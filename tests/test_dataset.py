@@ -259,7 +259,7 @@ def test_a_worker_gives_the_same_batches(shards: list[Path]) -> None:
 def test_ranks_and_pieces_share_the_stream_without_overlap_or_loss(batch_size, size, pieces, start, steps):
     found = []
     for rank in range(size):
-        lists = list(sample_indices(batch_size, ProcessGroup(rank, size).share(batch_size), pieces, start, start + steps))
+        lists = list(sample_indices(batch_size, ProcessGroup(rank, size).local_range(batch_size), pieces, start, start + steps))
         assert len(lists) == steps * pieces
         for step in range(steps):
             mine = list(chain(*lists[step * pieces : (step + 1) * pieces]))

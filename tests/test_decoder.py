@@ -14,7 +14,7 @@ def decoder() -> Decoder:
     return Decoder().double()
 
 
-def question(maps: int = 7, images: int = 3) -> tuple[torch.Tensor, ...]:
+def inputs(maps: int = 7, images: int = 3) -> tuple[torch.Tensor, ...]:
     generator = torch.Generator().manual_seed(4)
     similarities = torch.randn(maps, 3, 4, generator=generator, dtype=torch.float64).requires_grad_()
     covered = torch.rand(images, *GRID, generator=generator) < 0.6
@@ -23,29 +23,29 @@ def question(maps: int = 7, images: int = 3) -> tuple[torch.Tensor, ...]:
     return similarities, targets, covered, owner
 
 
-def test_two_layers_as_one_give_what_both_give(decoder):
+def test_fused_layers_equal_both_layers(decoder):
     maps = torch.randn(2, 1, 3, 5, dtype=torch.float64)
     torch.testing.assert_close(decoder._first(maps), decoder.up1(decoder.conv0(maps)))
 
 
-@pytest.mark.parametrize("places", [1, 24, 36, 10**6])
-def test_loss_and_gradients_are_those_of_all_maps_at_once(decoder, monkeypatch, places):
-    monkeypatch.setitem(module._PLACES_AT_ONCE, "cpu", places)
-    maps, targets, covered, owner = question()
+@pytest.mark.parametrize("pixels", [1, 24, 36, 10**6])
+def test_loss_and_gradients_do_not_depend_on_the_chunk_size(decoder, monkeypatch, pixels):
+    monkeypatch.setitem(module._PIXELS_AT_ONCE, "cpu", pixels)
+    maps, targets, covered, owner = inputs()
     picked = covered[owner]
     logits = decode(decoder, maps, GRID)
-    wanted = F.binary_cross_entropy_with_logits(logits[picked], targets[picked].double())
+    expected = F.binary_cross_entropy_with_logits(logits[picked], targets[picked].double())
     loss, shown = decoded_loss(decoder, maps, targets, covered, owner, picked.sum(), shown=3)
-    torch.testing.assert_close(loss, wanted)
+    torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(shown, logits[:3])
-    learned = [maps, *decoder.parameters()]
-    found, expected = (torch.autograd.grad(2.5 * value, learned) for value in (loss, wanted))
-    for ours, theirs in zip(found, expected, strict=True):
+    tensors = [maps, *decoder.parameters()]
+    gradients = (torch.autograd.grad(2.5 * value, tensors) for value in (loss, expected))
+    for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs)
 
 
-def test_no_map_is_no_loss(decoder):
-    maps, targets, covered, owner = question()
+def test_no_maps_give_zero_loss(decoder):
+    maps, targets, covered, owner = inputs()
     loss, shown = decoded_loss(decoder, maps[:0], targets[:0], covered, owner[:0], torch.tensor(0), shown=2)
     loss.backward()
     assert loss.item() == 0
@@ -53,8 +53,8 @@ def test_no_map_is_no_loss(decoder):
     assert not any(parameter.grad.any() for parameter in decoder.parameters())
 
 
-def test_terms_divide_the_sum(decoder):
-    maps, targets, covered, owner = question()
+def test_loss_is_divided_by_terms(decoder):
+    maps, targets, covered, owner = inputs()
     loss, _ = decoded_loss(decoder, maps, targets, covered, owner, torch.tensor(1000))
     logits = decode(decoder, maps, GRID)
     torch.testing.assert_close(loss, mask_loss(logits[:, None], targets[:, None], covered[owner], torch.tensor(1000)))

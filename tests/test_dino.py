@@ -182,9 +182,9 @@ def test_images_of_another_shape_are_refused(vit, size):
             "found visual.class_embedding, but not cls_token, pos_embed",
         ),
         (lambda state: {f"image_encoder.{name}": t for name, t in state.items()}, "found image_encoder.*but not cls_token"),
-        (lambda state: {"model": state, "epoch": 3}, "entries that are no tensors are found"),
+        (lambda state: {"model": state, "epoch": 3}, "found entries that are not tensors"),
         (lambda state: {}, "found nothing, but not"),
-        (lambda state: [1, 2], "a list is found instead of named tensors"),
+        (lambda state: [1, 2], "expected named tensors, found a list"),
         (lambda state: state | {"head.weight": torch.zeros(10, WIDTH)}, "unexpected: head.weight"),
         (lambda state: state | {"blocks.0.ls1.gamma": torch.zeros(WIDTH)}, "unexpected: blocks.0.ls1.gamma"),
         (lambda state: {n: t for n, t in state.items() if n != "blocks.1.mlp.fc2.bias"}, "missing: blocks.1.mlp.fc2.bias"),
@@ -248,7 +248,7 @@ def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path, write):
     pickle.loads(pickle.dumps(content))
     trap.rmdir()  # the trap works
     write(tmp_path / "evil.pth", content)
-    with pytest.raises(ValueError, match=r"evil\.pth: (wants to run \S+, which is refused|not a checkpoint)"):
+    with pytest.raises(ValueError, match=r"evil\.pth: (would execute \S+, which is not allowed|not a checkpoint)"):
         load_dino(tmp_path / "evil.pth")
     assert not trap.exists()
 

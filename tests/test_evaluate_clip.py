@@ -199,7 +199,7 @@ def test_the_gate_of_a_clip_s_side_and_of_the_labels(made, tmp_path):
         of_clip(
             made, made / "labelled", tmp_path / "out", with_settings(protocol="masks", masks="given", masks_folder="nowhere")
         )
-    with pytest.raises(ValueError, match="no CLIP of that name"):
+    with pytest.raises(ValueError, match="no CLIP with that name"):
         run("VIT:openai", made / "labelled", tmp_path / "out", CONFIG, 48, "cls")
     assert not (tmp_path / "out").exists()
 

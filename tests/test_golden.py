@@ -1,4 +1,4 @@
-"""The maths against tensors recorded from the method's reference implementation (tests/golden)."""
+"""Compare with tensors recorded from the reference implementation (tests/golden)."""
 
 import os
 import re
@@ -31,7 +31,7 @@ sys.path.insert(0, str(HERE))
 import inputs  # noqa: E402
 
 
-def test_there_are_golden_files():
+def test_golden_files_exist():
     assert FILES, f"{FOLDER} holds no seed*.npz"
 
 
@@ -77,8 +77,8 @@ def case(request) -> SimpleNamespace:
     return _setup(request.param)
 
 
-def _close(found: torch.Tensor, wanted: np.ndarray, tolerance: float = 1e-4) -> None:
-    np.testing.assert_allclose(found.detach().numpy(), wanted, rtol=0, atol=tolerance)
+def _close(actual: torch.Tensor, expected: np.ndarray, tolerance: float = 1e-4) -> None:
+    np.testing.assert_allclose(actual.detach().numpy(), expected, rtol=0, atol=tolerance)
 
 
 def test_dense_features(case):
@@ -104,19 +104,19 @@ def test_targets_loss_and_gradients(case):
     model.zero_grad()
     output = model.accumulate([Batch(case.weak, case.strong, case.masks, case.index, [])])
     targets = merge_by_concept(case.masks, case.index, output.concept_index, 2, inputs.CONCEPTS)
-    wanted = np.unpackbits(case.golden["targets"])
-    assert np.mean(targets.flatten().numpy() != wanted) <= 0.005
+    expected = np.unpackbits(case.golden["targets"])
+    assert np.mean(targets.flatten().numpy() != expected) <= 0.005
     assert abs(output.loss.item() - float(case.golden["loss"])) <= 1e-5
 
-    found = {"sem_seg_head.predictor.prompt_tokens": model.prompts.tokens}
-    found |= {f"sem_seg_head.predictor.clip_model.{name}": p for name, p in model.student.named_parameters()}
-    found |= {f"head.{name}": p for name, p in model.decoder.named_parameters()}
+    parameters = {"sem_seg_head.predictor.prompt_tokens": model.prompts.tokens}
+    parameters |= {f"sem_seg_head.predictor.clip_model.{name}": p for name, p in model.student.named_parameters()}
+    parameters |= {f"head.{name}": p for name, p in model.decoder.named_parameters()}
     keys = [key for key in case.golden if key.startswith("gradnorm/")]
-    trained = {f"gradnorm/{name}" for name, p in found.items() if p.grad is not None}
+    trained = {f"gradnorm/{name}" for name, p in parameters.items() if p.grad is not None}
     assert trained == set(keys)
     for key in keys:
-        norm, wanted_norm = found[key.removeprefix("gradnorm/")].grad.norm().item(), float(case.golden[key])
-        assert norm == pytest.approx(wanted_norm, rel=0.01, abs=1e-9), key
+        norm, expected_norm = parameters[key.removeprefix("gradnorm/")].grad.norm().item(), float(case.golden[key])
+        assert norm == pytest.approx(expected_norm, rel=0.01, abs=1e-9), key
 
 
 def test_classifier_and_inference(case):

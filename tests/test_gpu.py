@@ -1,4 +1,4 @@
-"""The GPU's code paths; deselected where there is no CUDA device (`pytest -m gpu`)."""
+"""GPU code paths; deselected without a CUDA device (`pytest -m gpu`)."""
 
 import numpy as np
 import pytest
@@ -36,11 +36,11 @@ clip, shards, config = test_train.clip, test_train.shards, test_train.config
 
 @pytest.fixture(autouse=True)
 def float32():
-    """Without being told, cuDNN multiplies in TF32."""
+    """Disable TF32, which cuDNN uses by default."""
     pick_precision("float32", DEVICE)
 
 
-def test_a_gpu_trains_as_the_cpu(shards, config, tmp_path):
+def test_gpu_trains_like_the_cpu(shards, config, tmp_path):
     for name in ("cpu", "cuda"):
         train.run(shards, tmp_path / name, config(device=name, steps=10, strong_view=False))
     on_cpu, on_gpu = (torch.tensor(test_train.losses(tmp_path / name)) for name in ("cpu", "cuda"))
@@ -55,33 +55,33 @@ def test_low_precision_learns(shards, config, tmp_path, precision):
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
 
 
-def test_a_step_waits_for_nothing():
+def test_step_does_not_synchronize():
     clip = tiny.clip_of()
     text = TextTower(clip)
     model = PixelCLIP(Backbone(clip.visual), text, Prompts(text, torch.arange(10).view(5, 2)), Decoder()).train().cuda()
     weak, strong, masks, index = (tensor.cuda() for tensor in batch())
-    piece = Batch(weak, strong, masks, index, [], counts=[3, 3])
-    model.accumulate([piece])  # what is set up once may wait
+    micro_batch = Batch(weak, strong, masks, index, [], counts=[3, 3])
+    model.accumulate([micro_batch])  # one-time initialisation may synchronize
     torch.cuda.set_sync_debug_mode("error")
     try:
-        model.accumulate([piece])
+        model.accumulate([micro_batch])
         model.update_teacher(0.9)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_labels_and_counts_are_those_of_the_cpu():
+def test_label_map_equals_the_cpu():
     scores = torch.randn(2, 30, 16, 16, generator=torch.Generator().manual_seed(0))
     assert (label_map(scores.cuda(), (150, 90)).cpu() != label_map(scores, (150, 90))).float().mean() < 1e-4
 
 
-def test_a_pinned_batch_is_the_same_on_the_device():
+def test_pinned_batch_is_unchanged_on_the_device():
     masks = torch.rand(5, 16, 16) < 0.5
     bits = (masks.view(5, 2, 8, 16) * 2 ** torch.arange(8)[:, None]).sum(dim=2).byte()
     packed = collate([Sample(torch.rand(3, 8, 8), torch.rand(3, 8, 8), bits)]).pin_memory()
     assert packed.weak.is_pinned() and packed.masks.is_pinned()
-    there = packed.to(torch.device("cuda"))
-    assert torch.equal(there.masks.cpu(), masks) and torch.equal(there.strong.cpu(), packed.strong)
+    on_gpu = packed.to(torch.device("cuda"))
+    assert torch.equal(on_gpu.masks.cpu(), masks) and torch.equal(on_gpu.strong.cpu(), packed.strong)
 
 
 @pytest.fixture(scope="module")
@@ -91,18 +91,18 @@ def dino_file(tmp_path_factory):
     return path
 
 
-def test_dino_cuts_images_as_on_the_cpu(dino_file):
-    there, here = load_dino(dino_file).to(DEVICE), load_dino(dino_file)
-    for size in ((20, 20), (28, 36)):  # its own grid, and one that positions are resized to
+def test_dino_segments_like_the_cpu(dino_file):
+    on_gpu, on_cpu = load_dino(dino_file).to(DEVICE), load_dino(dino_file)
+    for size in ((20, 20), (28, 36)):  # the native grid, and one with a resized position embedding
         images = test_dino.images(2, 3, *size)
         torch.testing.assert_close(
-            patch_tokens(there, images.to(DEVICE)).cpu(), patch_tokens(here, images), atol=1e-3, rtol=1e-3
+            patch_tokens(on_gpu, images.to(DEVICE)).cpu(), patch_tokens(on_cpu, images), atol=1e-3, rtol=1e-3
         )
-        found = segment(there, images.to(DEVICE), 4, [0, 1]).cpu()
-        assert (found == segment(here, images, 4, [0, 1])).float().mean() > 0.95
+        segments = segment(on_gpu, images.to(DEVICE), 4, [0, 1]).cpu()
+        assert (segments == segment(on_cpu, images, 4, [0, 1])).float().mean() > 0.95
 
 
-def test_dino_s_masks_do_not_hang_on_what_ran_before(dino_file):
+def test_dino_resets_the_global_tf32_flags(dino_file):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     config = MasksConfig(generator="dino", weights=str(dino_file), dino_side=20, dino_clusters=3, device=str(DEVICE))
     (document,) = _dino(dino_file, config)([("key", Image.fromarray(pixels(30, 44)))])
@@ -110,23 +110,23 @@ def test_dino_s_masks_do_not_hang_on_what_ran_before(dino_file):
     assert not (torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32)
 
 
-def test_a_predictor_does_not_hang_on_what_ran_before(tmp_path):
+def test_predictor_resets_the_global_tf32_flags(tmp_path):
     folder = tiny.model_folder(tmp_path / "model", tiny.clip_folder(tmp_path / "clip"))
     image, names = Image.fromarray(pixels(40, 60)), ["dog", "grass", "sky"]
-    there, here = Predictor.load(folder, str(DEVICE)), Predictor.load(folder, "cpu")
+    on_gpu, on_cpu = Predictor.load(folder, str(DEVICE)), Predictor.load(folder, "cpu")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
-    found, expected = there(image, names), here(image, names)
-    np.testing.assert_allclose(found.scores, expected.scores, atol=1e-4)
-    assert (found.labels != expected.labels).mean() < 0.01
+    actual, expected = on_gpu(image, names), on_cpu(image, names)
+    np.testing.assert_allclose(actual.scores, expected.scores, atol=1e-4)
+    assert (actual.labels != expected.labels).mean() < 0.01
 
 
 @pytest.mark.parametrize("settings", ["loose", "crops", "clean crops"])
-def test_sam_finds_the_masks_of_the_cpu(settings):
+def test_sam_finds_the_same_masks_as_the_cpu(settings):
     images = [pixels(96, 160, 0), pixels(150, 90, 1)]
-    there, here = (test_sam.make_local(test_sam.make_sam()).to(device) for device in (DEVICE, "cpu"))
-    found, expected = (SamGenerator(sam, **test_sam.SETTINGS[settings])(images) for sam in (there, here))
-    for some, others in zip(found, expected, strict=True):
-        assert abs(len(some) - len(others)) <= 0.05 * len(others)  # one near a threshold may be lost
+    on_gpu, on_cpu = (test_sam.make_local(test_sam.make_sam()).to(device) for device in (DEVICE, "cpu"))
+    actual, expected = (SamGenerator(sam, **test_sam.SETTINGS[settings])(images) for sam in (on_gpu, on_cpu))
+    for some, others in zip(actual, expected, strict=True):
+        assert abs(len(some) - len(others)) <= 0.05 * len(others)  # a mask near a threshold may be lost
         for best in (test_sam.best_ious(some, others), test_sam.best_ious(others, some)):
             assert np.median(best) > 0.98 and best.mean() > 0.95
 
@@ -141,7 +141,7 @@ def test_sam_in_bfloat16_finds_similar_masks():
             assert np.median(best) > 0.95 and best.mean() > 0.85
 
 
-def test_masks_are_classified_and_counted_as_on_the_cpu():
+def test_mask_classification_equals_the_cpu():
     generator = torch.Generator().manual_seed(0)
     features = torch.randn(2, test_classify.WIDE, 5, 6, generator=generator)  # of two towers
     classes = torch.randn(test_classify.NUM_CLASSES, test_classify.WIDE, generator=generator)
@@ -149,10 +149,10 @@ def test_masks_are_classified_and_counted_as_on_the_cpu():
     size = (test_classify.HEIGHT, test_classify.WIDTH)
     truth = torch.randint(0, test_classify.NUM_CLASSES, size, generator=generator).numpy().astype(np.uint8)
     truth[:3] = 255
-    found, expected = (classify_masks(features.to(d), masks, classes.to(d), truth) for d in (DEVICE, "cpu"))
-    assert (found.hits, found.masks) == (expected.hits, expected.masks)
+    actual, expected = (classify_masks(features.to(d), masks, classes.to(d), truth) for d in (DEVICE, "cpu"))
+    assert (actual.hits, actual.masks) == (expected.hits, expected.masks)
     confusions = []
-    for labels, device in ((found.maps[0], DEVICE), (expected.maps[0], "cpu")):
+    for labels, device in ((actual.maps[0], DEVICE), (expected.maps[0], "cpu")):
         confusions.append(Confusion.zeros(test_classify.NUM_CLASSES))
         confusions[-1].add(truth, labels.to(device))
     assert np.array_equal(confusions[0].counts, confusions[1].counts) and confusions[0].counts.sum() == (truth != 255).sum()

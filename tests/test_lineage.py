@@ -12,7 +12,7 @@ import tiny
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from PIL import Image
-from test_sources import put, sources
+from test_shard_sources import put, sources
 from test_train import SMALL
 
 from pixelclip import cli, evaluate, evaluate_clip, lineage, masks, register, reproduce, shards, train

@@ -23,7 +23,7 @@ from pixelclip import ranks
 from pixelclip.config import MasksConfig
 from pixelclip.dino import IMAGENET_MEAN, IMAGENET_STD
 from pixelclip.masks import annotate, decode_masks, felzenszwalb, run, shrink
-from pixelclip.sources import describe_shards, list_shards
+from pixelclip.shard_sources import describe_shards, list_shards
 
 HEIGHT, WIDTH = 24, 32
 JPEG = encoded(pixels(HEIGHT, WIDTH), quality=95)

@@ -24,19 +24,19 @@ def batch() -> tuple[torch.Tensor, ...]:
     return weak, strong, torch.rand(6, 24, 24, generator=generator) < 0.3, torch.tensor([0, 0, 0, 1, 1, 1])
 
 
-def test_loss_equals_a_boolean_gather():
+def test_loss_equals_boolean_indexing():
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 3, 8, 8, generator=generator, requires_grad=True)
     targets = torch.rand(2, 3, 8, 8, generator=generator) < 0.2
     covered = targets.any(dim=1)
     picked = covered[:, None].expand_as(targets)
-    wanted = F.binary_cross_entropy_with_logits(logits[picked], targets[picked].float())
-    found = mask_loss(logits, targets, covered)
-    torch.testing.assert_close(found, wanted)
-    torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in (found, wanted)))
+    expected = F.binary_cross_entropy_with_logits(logits[picked], targets[picked].float())
+    actual = mask_loss(logits, targets, covered)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in (actual, expected)))
 
 
-def test_loss_without_a_covered_pixel_is_zero_with_zero_gradient():
+def test_loss_without_covered_pixels_is_zero_with_zero_gradient():
     logits = torch.randn(1, 2, 4, 4, requires_grad=True)
     loss = mask_loss(logits, torch.zeros(1, 2, 4, 4, dtype=torch.bool), torch.zeros(1, 4, 4, dtype=torch.bool))
     loss.backward()
@@ -44,30 +44,30 @@ def test_loss_without_a_covered_pixel_is_zero_with_zero_gradient():
     assert not logits.grad.any()
 
 
-def test_a_batch_without_masks_gives_zero_loss(model):
+def test_batch_without_masks_has_zero_loss(model):
     weak, strong, masks, index = batch()
     output = model.accumulate([Batch(weak, strong, masks[:0], index[:0], [])])
     assert output.loss.item() == 0
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_processes_exchange_the_rows_of_their_masks_once_a_step(model, monkeypatch):
+def test_processes_gather_mask_cosines_once_per_step(model, monkeypatch):
     gathered, gather = [], ProcessGroup.all_gather
     monkeypatch.setattr(ProcessGroup, "all_gather", lambda self, rows: gathered.append(rows.shape) or gather(self, rows))
     model.accumulate([Batch(*batch(), [])])
     assert gathered == [(6, 5)]
 
 
-def test_only_attention_position_prompts_and_decoder_learn(model):
+def test_only_attention_position_prompts_and_decoder_get_gradients(model):
     model.accumulate([Batch(*batch(), [])])
-    learned = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
-    assert learned
-    for name in learned:
+    with_gradient = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert with_gradient
+    for name in with_gradient:
         part = name.partition(".")[0]
         assert part in ("prompts", "decoder") or (part == "student" and (".attn." in name or "positional" in name)), name
 
 
-def test_the_teacher_moves_by_the_momentum_only_when_told(model):
+def test_teacher_changes_only_in_update_teacher(model):
     before = {name: p.clone() for name, p in model.teacher.named_parameters()}
     with torch.no_grad():
         for parameter in model.student.parameters():
@@ -77,17 +77,17 @@ def test_the_teacher_moves_by_the_momentum_only_when_told(model):
     model.update_teacher(0.9)
     trained = set(model.student.trained_parameters())
     for name, parameter in model.teacher.named_parameters():
-        wanted = before[name] + (0.1 if name in trained else 0)
-        torch.testing.assert_close(parameter, wanted, atol=1e-6, rtol=1e-5)
+        expected = before[name] + (0.1 if name in trained else 0)
+        torch.testing.assert_close(parameter, expected, atol=1e-6, rtol=1e-5)
 
 
-def test_train_mode_leaves_teacher_and_text_in_eval_mode(model):
+def test_train_mode_keeps_teacher_and_text_in_eval_mode(model):
     assert model.student.training
     assert not model.teacher.training
     assert not model.text.training
 
 
-def test_decoder_quadruples_the_grid_of_any_shape():
+def test_decoder_upsamples_fourfold():
     assert Decoder()(torch.randn(2, 1, 3, 5)).shape == (2, 1, 12, 20)
 
 

@@ -338,4 +338,4 @@ def test_an_incomplete_model_is_named(monkeypatch, capsys, photo, tmp_path):
     (tmp_path / "half" / "config.json").write_text(json.dumps({}))
     words = (photo, "--classes", "dog", "--model", tmp_path / "half", "--out", tmp_path / "o.png")
     assert command(monkeypatch, *words) == 2
-    assert "half: is not a complete model folder, model.safetensors, provenance.json missing" in capsys.readouterr().err
+    assert "half: is not a complete model folder: model.safetensors, provenance.json missing" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Our training step against the literal one of tests/reference.py, at random sizes."""
+"""Compare the training step with the literal one of tests/reference.py at random sizes."""
 
 import pytest
 import reference
@@ -28,14 +28,14 @@ SIZES = st.fixed_dictionaries(
     }
 )
 
-# In float32, rounding alone moves a bias in front of a group norm by more than 1e-5.
+# In float64: in float32 rounding alone changes the gradient of a bias before a group norm by more than 1e-5.
 CLOSE = {"atol": 1e-9, "rtol": 1e-7}
 
 
 @pytest.mark.parametrize("kind", ["vit", "convnext"])
 @settings(max_examples=8, deadline=None, derandomize=True, phases=(Phase.explicit, Phase.generate))
 @given(sizes=SIZES)
-def test_a_step_is_the_methods_own(kind, sizes):
+def test_step_equals_the_reference(kind, sizes):
     clip = tiny.clip_of(kind).double()
     generator = torch.Generator().manual_seed(sizes["seed"])
     text = TextTower(clip)
@@ -45,8 +45,8 @@ def test_a_step_is_the_methods_own(kind, sizes):
         decoder = Decoder().double()
     prompts = Prompts(text, words)
     model = PixelCLIP(Backbone(clip.visual), text, prompts, decoder, sizes["scale"], sizes["iterations"]).train()
-    model.student.eval()  # ConvNeXt's stochastic depth is chance, and chance is not compared
-    with torch.no_grad():  # a teacher that is not the student
+    model.student.eval()  # disables ConvNeXt's stochastic depth, which is random
+    with torch.no_grad():  # make the teacher differ from the student
         for parameter in model.teacher.parameters():
             parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
     stride = model.student.patch_size[0]
@@ -57,17 +57,17 @@ def test_a_step_is_the_methods_own(kind, sizes):
     index = torch.repeat_interleave(torch.arange(len(masks)), torch.tensor([len(of_image) for of_image in masks]))
 
     learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    # Two masks of the same feature tie, and a tie is broken by rounding: such sizes are no question to ask.
+    # Masks with equal features tie, and rounding breaks the tie: skip these examples.
     features = model.mask_features(weak, torch.cat(masks), index)
     with torch.no_grad():
         shares = sinkhorn(sizes["scale"] * features @ F.normalize(model.concepts(), dim=-1).T, sizes["iterations"])
     assume(bool((shares.topk(2).values.diff().abs() > 1e-4).all()))
     output = model.accumulate([Batch(weak, strong, torch.cat(masks), index, [])])
-    found = [p.grad for p in learning.values()]
+    actual = [p.grad for p in learning.values()]
 
     dense = reference.dense_vit if kind == "vit" else reference.dense_convnext
     student = dense(model.student.visual, strong)
-    wanted = reference.step(
+    expected = reference.step(
         student,
         dense(model.teacher.visual, weak),
         reference.concepts(clip, text.tokenizer, prompts.tokens),
@@ -78,9 +78,9 @@ def test_a_step_is_the_methods_own(kind, sizes):
     )
     torch.testing.assert_close(model.student(strong), student, **CLOSE)
     targets = merge_by_concept(torch.cat(masks), index, output.concept_index, len(masks), sizes["concepts"])
-    assert torch.equal(targets, wanted.targets)
-    torch.testing.assert_close(output.loss, wanted.loss, **CLOSE, check_dtype=False)
-    gradients = torch.autograd.grad(wanted.loss, list(learning.values()), allow_unused=True)
-    for name, ours, theirs in zip(learning, found, gradients, strict=True):
+    assert torch.equal(targets, expected.targets)
+    torch.testing.assert_close(output.loss, expected.loss, **CLOSE, check_dtype=False)
+    gradients = torch.autograd.grad(expected.loss, list(learning.values()), allow_unused=True)
+    for name, ours, theirs in zip(learning, actual, gradients, strict=True):
         ours, theirs = (torch.zeros(1, dtype=torch.float64) if g is None else g for g in (ours, theirs))
         torch.testing.assert_close(ours.expand_as(theirs), theirs, **CLOSE, msg=lambda m, name=name: f"{name}: {m}")

@@ -12,8 +12,8 @@ from conftest import annotation, encoded, pixels, read_tar, write_files, write_t
 from PIL import Image
 
 from pixelclip.config import ShardsConfig
+from pixelclip.shard_sources import list_shards
 from pixelclip.shards import BadSamples, ShardWriter, index_shard, parse_annotation, read_part, run
-from pixelclip.sources import list_shards
 
 JPEG = encoded(pixels(20, 30), quality=90)
 

@@ -1,4 +1,4 @@
-"""Class names, templates and prompts against open_clip's own text tower."""
+"""Classifier and prompts against open_clip's text tower."""
 
 import open_clip
 import pytest
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from pixelclip.checkpoint import load_clip
-from pixelclip.text import TEMPLATES, Prompts, TextTower, check_names, classifier, names_of, parse_names
+from pixelclip.text import TEMPLATES, Prompts, TextTower, classifier
 
 TOKENIZER = open_clip.SimpleTokenizer()
 
@@ -23,44 +23,44 @@ def tower(clip) -> TextTower:
 
 
 @torch.no_grad()
-def plain(clip: open_clip.CLIP, text: str) -> Tensor:
-    """One text through open_clip: all 77 positions, alone."""
+def encode_text(clip: open_clip.CLIP, text: str) -> Tensor:
+    """Encode one text with open_clip, without batching, at all 77 positions."""
     return clip.encode_text(TOKENIZER([text]))[0]
 
 
-def test_classifier_is_the_literal_loop_over_classes_templates_and_synonyms(clip, tower):
+def test_classifier_equals_a_loop_over_classes_templates_and_synonyms(clip, tower):
     expected = []
     for words in (["dog", "puppy", "hot dog"], ["grass"], ["sky"]):
         per_template = []
         for template in TEMPLATES["ensemble"]:
-            units = [plain(clip, template.format(word)) for word in words]
+            units = [encode_text(clip, template.format(word)) for word in words]
             mean = sum(unit / unit.norm() for unit in units) / len(words)
             per_template.append(mean / mean.norm())
         mean = sum(per_template) / len(per_template)
         expected.append(mean / mean.norm())
-    found = classifier(tower, ["dog, puppy,hot dog", "grass", " sky "])
-    torch.testing.assert_close(found, torch.stack(expected), atol=1e-5, rtol=0)
+    actual = classifier(tower, ["dog, puppy,hot dog", "grass", " sky "])
+    torch.testing.assert_close(actual, torch.stack(expected), atol=1e-5, rtol=0)
 
 
-def test_a_class_does_not_depend_on_its_neighbours(tower):
-    many = [f"thing {i}" for i in range(60)]  # more texts than one batch holds
+def test_class_embedding_does_not_depend_on_the_batch(tower):
+    many = [f"thing {i}" for i in range(60)]  # more texts than one batch
     torch.testing.assert_close(classifier(tower, many)[41:42], classifier(tower, ["thing 41"]), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("text", ["", "dog", "a {} 日本語 \n dog", "long words here " * 40])
-def test_cutting_positions_behind_the_end_is_exact(clip, tower, text):
-    torch.testing.assert_close(tower.encode([text, "x"])[0], plain(clip, text), atol=1e-5, rtol=0)
+def test_omitting_positions_after_the_end_is_exact(clip, tower, text):
+    torch.testing.assert_close(tower.encode([text, "x"])[0], encode_text(clip, text), atol=1e-5, rtol=0)
 
 
-def test_prompts_of_real_words_are_encode_text_of_these_words(clip, tower):
+def test_prompts_initialised_with_words_equal_encode_text(clip, tower):
     sentences = ["dog cat", "grass sky"]
     words = TOKENIZER(sentences)[:, 1:3]
     prompts = Prompts(tower, words)
-    expected = [plain(clip, f"A photo of a {sentence} in the scene") for sentence in sentences]
+    expected = [encode_text(clip, f"A photo of a {sentence} in the scene") for sentence in sentences]
     torch.testing.assert_close(prompts(tower), torch.stack(expected), atol=1e-5, rtol=0)
 
 
-def test_prompts_learn_and_nothing_else_is_saved(clip, tower):
+def test_prompts_learn_and_only_tokens_are_saved(clip, tower):
     prompts = Prompts(tower, torch.full((2, 4), 320))
     prompts(tower).sum().backward()
     assert prompts.tokens.grad.abs().amax(dim=-1).min() > 0  # every token of every concept
@@ -71,53 +71,18 @@ def test_prompts_learn_and_nothing_else_is_saved(clip, tower):
     assert torch.equal(clip.token_embedding.weight[320], before)
 
 
-def test_more_prompt_tokens_than_the_text_tower_has_positions(tower):
+def test_prompt_tokens_beyond_the_context_length_are_rejected(tower):
     Prompts(tower, torch.zeros(2, 68, dtype=torch.long))  # with the 7 fixed words, start and end: 77
     with pytest.raises(ValueError, match="69 prompt tokens do not fit the context length 77"):
         Prompts(tower, torch.zeros(2, 69, dtype=torch.long))
 
 
-def test_other_text_towers_are_refused():
+def test_unsupported_text_towers_are_rejected():
     with pytest.raises(ValueError, match="Linear is not supported"):
         TextTower(torch.nn.Linear(2, 2))
 
 
-@pytest.mark.parametrize(
-    ("names", "message"),
-    [
-        ([], "classes: the list of class names is empty"),
-        (["dog", "  ", "sky", " , "], "blank class name at position 2, 4"),
-        (["dog", "sky", " dog"], "found twice: 'dog'"),
-    ],
-)
-def test_unusable_class_lists_are_named(tower, names, message):
-    with pytest.raises(ValueError, match=message):
-        check_names(names)
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize("names", [[], ["dog", " , "], ["dog", " dog"]])
+def test_classifier_rejects_unusable_class_names(tower, names):
+    with pytest.raises(ValueError, match="class name"):
         classifier(tower, names)
-
-
-def test_many_names_are_checked_in_a_moment():
-    names = [str(number) for number in range(100_000)]  # minutes, if each was looked for among all
-    assert check_names(names) == names
-
-
-def test_parse_names():
-    assert parse_names("dog|puppy, traffic light ,sky") == ["dog, puppy", "traffic light", "sky"]
-    assert parse_names("dog") == ["dog"]
-
-
-@pytest.mark.parametrize("text", ["", "  ", "|", "dog,,sky", "dog,dog", "dog| puppy,dog|puppy"])
-def test_parse_names_refuses(text):
-    with pytest.raises(ValueError, match=r"empty|blank|twice"):
-        parse_names(text)
-
-
-def test_names_may_be_longer_than_that_of_a_file(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    many = [f"thing {number}" for number in range(40)]
-    assert names_of(",".join(many)) == many
-    (tmp_path / "dog").write_text("cat\n")
-    assert names_of("dog") == ["cat"]
-    with pytest.raises(ValueError, match=r"dogs\.txt: class names, one a line, cannot be read"):
-        names_of("dogs.txt")

@@ -173,7 +173,7 @@ def test_a_training_killed_twice_continues_counting(config, tmp_path, monkeypatc
                 train.run(masks, tmp_path / "broken", config(**given))
     assert train.run(masks, tmp_path / "broken", config(**given)) == undisturbed
     said = capsys.readouterr().out
-    assert [f"continues after step {step}" in said for step in (7, 8)] == [True, True]
+    assert [f"resuming after step {step}" in said for step in (7, 8)] == [True, True]
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
 
 
@@ -193,7 +193,7 @@ def test_a_training_killed_as_it_finishes_continues_from_its_last_state(shards, 
         with pytest.raises(Killed):
             train.run(shards, tmp_path / "model", config())
     train.run(shards, tmp_path / "model", config())
-    assert "continues after step 4" in capsys.readouterr().out
+    assert "resuming after step 4" in capsys.readouterr().out
     assert not (tmp_path / "model" / train.STATE).exists()
 
 

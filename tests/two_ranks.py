@@ -1,6 +1,7 @@
-"""Two processes of one job, forked from one that has imported what takes seconds: `two_ranks.start(WORDS)`.
+"""Run a module in two ranks: `two_ranks.start(WORDS)`.
 
-What torchrun tells its processes they are told here; torchrun itself starts some of the tests' jobs, too.
+Both are forked from a server process that has already imported the slow packages, with the variables that torchrun would set.
+Some tests use torchrun itself.
 """
 
 import json
@@ -19,7 +20,7 @@ _server: list[subprocess.Popen[str]] = []
 
 
 def start(*words: str, threads: int = 1) -> str:
-    """What two processes of `python -m WORDS` say; AssertionError with what went wrong where one of them fails."""
+    """Run two ranks of `python -m WORDS` and return their stdout; AssertionError with stderr if one fails."""
     if not _server:
         command, pipe = [sys.executable, "-W", "ignore", __file__], subprocess.PIPE
         _server.append(subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True))
@@ -29,13 +30,13 @@ def start(*words: str, threads: int = 1) -> str:
         job = {"words": words, "environment": dict(os.environ), "threads": threads, "folder": folder}
         print(json.dumps(job), file=server.stdin, flush=True)
         code = int(server.stdout.readline())
-        said, errors = (Path(folder, name).read_text() for name in ("out", "err"))
-    assert code == 0, errors[-3000:]
-    return said
+        stdout, stderr = (Path(folder, name).read_text() for name in ("out", "err"))
+    assert code == 0, stderr[-3000:]
+    return stdout
 
 
 def stop() -> None:
-    """Ends the process that all have been forked from."""
+    """Stop the server process."""
     while _server:
         server = _server.pop()
         server.communicate()
@@ -51,14 +52,14 @@ def _serve() -> None:
         job = json.loads(line)
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
-        ranks = {_fork(rank, port, job) for rank in (0, 1)}
+        running = {_fork(rank, port, job) for rank in (0, 1)}
         code = 0
-        while ranks:
+        while running:
             pid, status = os.wait()
-            ranks.discard(pid)
+            running.discard(pid)
             if failed := os.waitstatus_to_exitcode(status):
                 code = code or failed
-                for other in ranks:  # it would wait for ever
+                for other in running:  # it would wait for the failed rank forever
                     os.kill(other, signal.SIGTERM)
         print(code, flush=True)
 
@@ -68,12 +69,12 @@ def _fork(rank: int, port: int, job: dict[str, Any]) -> int:
         return pid
     import torch
 
-    signal.alarm(250)  # seconds that a job may take
+    signal.alarm(250)  # time limit of a job in seconds
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(Path(job["folder"], name), os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.environ.clear()
-    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update(job["environment"] | {name: str(value) for name, value in told.items()})
+    variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update(job["environment"] | {name: str(value) for name, value in variables.items()})
     torch.set_num_threads(job["threads"])
     sys.argv = job["words"]
     code = 0

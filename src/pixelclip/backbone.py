@@ -1,6 +1,6 @@
-"""CLIP's image tower as a map from images to dense features, on open_clip's modules (PixelCLIP, section 3.1).
+"""Dense features from CLIP's image tower, on the modules of open_clip (PixelCLIP, section 3.1).
 
-B images, P patches, D width of the tower, C embedding width, h w feature grid.
+B images, P patches, D tower width, C embedding width, h w feature grid.
 """
 
 import math
@@ -19,25 +19,25 @@ Residual = Literal["cls", "patch"]
 
 
 def full_precision(x: Tensor) -> Tensor:
-    """What autocast left in a short type, in float32; float64 stays."""
+    """Convert half-precision results of autocast to float32; float64 is kept."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class Backbone(nn.Module):
     """Dense features of a CLIP ViT or ConvNeXt.
 
-    ViT: all blocks but the last run as they are; of the last only the value path is used, so that a patch keeps its own
-    content instead of a mixture of all patches (MaskCLIP). ConvNeXt: the trunk's features, the norm of its head without
-    the pooling, the projection at every place.
+    ViT: all blocks but the last are unchanged; the last uses its value path only, so that a patch keeps its own content
+    instead of a mixture of all patches (MaskCLIP). ConvNeXt: features of the trunk, the norm of its head without pooling,
+    the projection at every grid position.
 
     Args:
         visual: open_clip's `VisionTransformer` pooled at the CLS token, or its `TimmModel` around a ConvNeXt.
-        residual: ViT only: what is added to the last block's value path: the CLS token, broadcast to every patch (an
-            oddity of the reference, kept), or each patch's own token (MaskCLIP).
-        precision: of autocast; features come out in the parameters' own type or float32.
+        residual: ViT only: token added to the last block's value path: the CLS token, broadcast to every patch (as in the
+            reference implementation), or each patch's own token (MaskCLIP).
+        precision: autocast's dtype; features are returned in float32 or wider.
 
     Raises:
-        ValueError: the tower is of another kind.
+        ValueError: the tower is not supported.
     """
 
     def __init__(self, visual: nn.Module, residual: Residual = "cls", precision: torch.dtype | None = None) -> None:
@@ -56,7 +56,7 @@ class Backbone(nn.Module):
 
     @property
     def patch_size(self) -> tuple[int, int]:
-        """Height and width in pixels of one place of the feature grid."""
+        """Height and width in pixels of one position of the feature grid."""
         if isinstance(self.visual, TimmModel):
             stride = int(self.visual.trunk.feature_info[-1]["reduction"])
             return stride, stride
@@ -64,7 +64,7 @@ class Backbone(nn.Module):
         return height, width
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
-        """What PixelCLIP trains: all attention and the position embedding of a ViT; the whole tower of a ConvNeXt."""
+        """Return the trainable parameters: attention and position embedding of a ViT, or the whole tower of a ConvNeXt."""
         if isinstance(self.visual, TimmModel):
             trained = dict(self.visual.named_parameters())
         else:
@@ -75,7 +75,7 @@ class Backbone(nn.Module):
         return {f"visual.{name}": parameter for name, parameter in trained.items()}
 
     def image_features(self, images: Tensor) -> Tensor:
-        """CLIP's own global features [B, C] of images [B, 3, H, W] of any size, not normalised."""
+        """Return CLIP's global features [B, C] of images [B, 3, H, W] of any size, not normalised."""
         with self._autocast(images):
             if isinstance(self.visual, TimmModel):
                 return full_precision(self.visual(images))
@@ -83,18 +83,18 @@ class Backbone(nn.Module):
             return full_precision(pooled if self.visual.proj is None else pooled @ self.visual.proj)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Dense features.
+        """Compute dense features.
 
         Args:
-            images: [B, 3, H, W], normalised; H and W at least one patch, they need not be equal.
+            images: [B, 3, H, W], normalised; H and W are at least one patch and may differ.
 
         Returns:
             [B, C, h, w] with h = H // patch, w = W // patch; not normalised.
         """
         with self._autocast(images):
             convnext = isinstance(self.visual, TimmModel)
-            found = _dense_convnext(self.visual, images) if convnext else _dense_vit(self.visual, images, self.residual)
-        return full_precision(found)
+            dense = _dense_convnext(self.visual, images) if convnext else _dense_vit(self.visual, images, self.residual)
+        return full_precision(dense)
 
     def _autocast(self, like: Tensor) -> torch.autocast:
         return torch.autocast(like.device.type, self.precision, enabled=self.precision is not None)
@@ -136,44 +136,44 @@ def _check_vit(visual: Any) -> None:
         or visual.final_ln_after_pool
         or not isinstance(visual.transformer.resblocks[-1], ResidualAttentionBlock)
     ):
-        raise ValueError("this ViT is not supported: pooling at the CLS token and plain attention blocks are needed")
+        raise ValueError("this ViT is not supported: it must pool at the CLS token and end in a plain attention block")
 
 
 def _check_convnext(visual: Any) -> None:
     trunk = visual.trunk
     if not isinstance(trunk, ConvNeXt):
-        raise ValueError(f"image tower {type(trunk).__name__} is not supported: of timm's towers ConvNeXt is")
-    norm, rest = getattr(trunk.head, "norm", None), getattr(trunk.head, "pre_logits", None)
-    if not (isinstance(norm, nn.LayerNorm) and isinstance(rest, nn.Identity) and len(visual.head)):
-        raise ValueError("this ConvNeXt is not supported: a norm in the trunk's head and open_clip's projection are needed")
+        raise ValueError(f"image tower {type(trunk).__name__} is not supported: the only supported tower of timm is ConvNeXt")
+    norm, pre_logits = getattr(trunk.head, "norm", None), getattr(trunk.head, "pre_logits", None)
+    if not (isinstance(norm, nn.LayerNorm) and isinstance(pre_logits, nn.Identity) and len(visual.head)):
+        raise ValueError("this ConvNeXt is not supported: it must have a norm in the trunk's head and open_clip's projection")
 
 
 def check_side(setting: str, side: int, backbone: Backbone) -> None:
-    """Raises ValueError, in the name of `setting`, when a side in pixels is not one or more whole patches."""
+    """Raise ValueError, naming `setting`, unless a side in pixels is a multiple of the patch size."""
     check_patch(setting, side, backbone)
     patch = math.lcm(*backbone.patch_size)
     if side % patch:
-        near = side // patch * patch
-        allowed = f"{near} and {near + patch}" if near else str(patch)
-        raise ValueError(f"{setting} {side} is no multiple of this CLIP's patch of {patch} pixels; the nearest are {allowed}")
+        below = side // patch * patch
+        nearest = f"{below} and {below + patch}" if below else str(patch)
+        raise ValueError(f"{setting} {side} is no multiple of this CLIP's patch of {patch} pixels; the nearest are {nearest}")
 
 
 def check_patch(setting: str, side: int, backbone: Backbone) -> None:
-    """Raises ValueError, in the name of `setting`, when a side in pixels holds not even one patch."""
+    """Raise ValueError, naming `setting`, if a side in pixels is smaller than one patch."""
     patch = max(backbone.patch_size)
     if side < patch:
         raise ValueError(f"{setting} {side} is smaller than one patch of this CLIP ({patch} pixels)")
 
 
 def _value_path(block: Any, x: Tensor) -> Tensor:
-    """`out_proj(v_proj(ln_1(x)))` of an attention block: x [B, P, D] -> [B, P, D]."""
+    """Apply `out_proj(v_proj(ln_1(x)))` of an attention block: [B, P, D] -> [B, P, D]."""
     attention, width = block.attn, x.shape[-1]
     weight, bias = attention.in_proj_weight[-width:], attention.in_proj_bias[-width:]
     return attention.out_proj(F.linear(block.ln_1(x), weight, bias))
 
 
 def _resize_position(visual: Any, grid: tuple[int, int]) -> Tensor:
-    """The position embedding [1 + h * w, D] for a grid (h, w), bicubic."""
+    """Resize the position embedding to a grid (h, w) bicubically: [1 + h * w, D]."""
     position, native = visual.positional_embedding, tuple(visual.grid_size)
     if grid == native:
         return position

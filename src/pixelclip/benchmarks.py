@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from pixelclip.class_names import check_names, read_classes
 from pixelclip.config import nearest
 from pixelclip.images import decode_image, open_image
 from pixelclip.shards import IMAGE_SUFFIXES, parse_annotation
 from pixelclip.storage import files_below, read_json
-from pixelclip.text import check_names, read_classes
 
 IGNORE = 255
 _REFUSED = -1

@@ -1,4 +1,4 @@
-"""A transformer block of open_clip, run on its own parts without the copies of `nn.MultiheadAttention`.
+"""Run a transformer block of open_clip without the copies that `nn.MultiheadAttention` makes.
 
 B rows, P positions, D width, E heads.
 """
@@ -11,15 +11,15 @@ from torch import Tensor
 
 
 def run_block(block: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """What `block(x, attn_mask=mask)` gives, with queries, keys and values from one product over contiguous rows.
+    """Return `block(x, attn_mask=mask)`, computing queries, keys and values in one product over contiguous rows.
 
-    `nn.MultiheadAttention` puts positions first, and a linear layer on such a view may become P products with a copy of the
-    weight each: in bfloat16 on a CPU that took 30 times as long as the product itself (docs/experiments.md).
+    `nn.MultiheadAttention` transposes positions to the front, and a linear layer on that view can become P products with a
+    copy of the weight each: in bfloat16 on a CPU this took 30 times as long as the product itself (docs/experiments.md).
 
     Args:
-        block: a block of `open_clip.transformer.Transformer`; one that is not its plain kind runs as it is.
+        block: a block of `open_clip.transformer.Transformer`; any class but its `ResidualAttentionBlock` is called unchanged.
         x: [B, P, D].
-        mask: [P, P], added to the attention's logits.
+        mask: [P, P], added to the attention logits.
 
     Returns:
         [B, P, D].
@@ -27,8 +27,8 @@ def run_block(block: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
     if type(block) is not ResidualAttentionBlock or hasattr(block, "ln_1_kv"):
         return block(x, attn_mask=mask)
     attention = block.attn
-    parts = F.linear(block.ln_1(x), attention.in_proj_weight, attention.in_proj_bias)
-    query, key, value = parts.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, E, P, D / E]
-    found = F.scaled_dot_product_attention(query, key, value, None if mask is None else mask.to(query.dtype))
-    x = x + block.ls_1(attention.out_proj(found.transpose(1, 2).flatten(2)))
+    projected = F.linear(block.ln_1(x), attention.in_proj_weight, attention.in_proj_bias)
+    query, key, value = projected.unflatten(-1, (3, attention.num_heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, E, P, D / E]
+    attended = F.scaled_dot_product_attention(query, key, value, None if mask is None else mask.to(query.dtype))
+    x = x + block.ls_1(attention.out_proj(attended.transpose(1, 2).flatten(2)))
     return x + block.ls_2(block.mlp(block.ln_2(x)))

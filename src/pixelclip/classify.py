@@ -22,8 +22,8 @@ from pixelclip.labels import label_map
 from pixelclip.masks import annotate, decode_masks, felzenszwalb
 from pixelclip.predict import best_class, class_scores, resize_shortest, slide_scores
 from pixelclip.s3 import is_s3
+from pixelclip.shard_sources import Shard, list_shards, parts
 from pixelclip.shards import Member, index_shard, parse_annotation, read_part
-from pixelclip.sources import Shard, list_shards, parts
 from pixelclip.tally import Found
 
 Annotations = list[dict[str, Any]]

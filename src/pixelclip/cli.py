@@ -258,10 +258,10 @@ def predict(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
 ) -> None:
     """Segment a photo into classes that you name."""
+    from pixelclip.class_names import names_of
     from pixelclip.images import open_image
     from pixelclip.predict import Predictor, label_image, overlay
     from pixelclip.storage import check_place
-    from pixelclip.text import names_of
 
     device_name(device)
     if out.suffix.lower() != ".png":

@@ -1,4 +1,4 @@
-"""To and from other people's checkpoints: the reference implementation's `.pth` in, plain open_clip weights out."""
+"""Import checkpoints of the reference implementation; export plain open_clip weights."""
 
 import json
 from collections.abc import Mapping
@@ -19,6 +19,7 @@ from pixelclip.checkpoint import (
     Clip,
     build_clip,
     load_model,
+    load_prompts,
     save_model,
     write_tensors,
 )
@@ -26,10 +27,10 @@ from pixelclip.config import ImportConfig, nearest
 from pixelclip.decoder import Decoder
 from pixelclip.stage import Metrics, Stage, describe
 from pixelclip.storage import check_place, read_json, write_atomically
-from pixelclip.text import Prompts, TextTower
+from pixelclip.text import TextTower
 from pixelclip.weights import check_fit, check_tensors, read_weights
 
-# The CLIPs that the paper trained, each with open_clip's name of the weights it began with.
+# CLIPs trained in the paper, with open_clip's tag of the initial weights.
 REFERENCE_CLIPS = {
     "ViT-B-16-quickgelu": "openai",
     "ViT-L-14-quickgelu": "openai",
@@ -37,63 +38,59 @@ REFERENCE_CLIPS = {
     "convnext_base_w_320": "laion_aesthetic_s13b_b82k",
     "convnext_large_d_320": "laion2b_s29b_b131k_ft",
 }
-_CLIP, _PROMPTS, _HEAD, _TEACHER = (
-    "sem_seg_head.predictor.clip_model.",
-    "sem_seg_head.predictor.prompt_tokens",
-    "head.",
-    "teacher_encoder.",
-)
+_CLIP, _PROMPTS, _HEAD = "sem_seg_head.predictor.clip_model.", "sem_seg_head.predictor.prompt_tokens", "head."
 _OPENAI_EXTRAS = {"input_resolution", "context_length", "vocab_size"}
 
 
-def reference_parts(found: Any) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
-    """Takes the reference's checkpoint apart.
+def split_reference(document: Any) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
+    """Split a checkpoint of the reference implementation into its modules.
 
     Args:
-        found: what its `.pth` holds.
+        document: content of its `.pth`.
 
     Returns:
-        The CLIP's state dict under open_clip's names, the prompt tokens [K, L, D], the decoder's state dict.
+        State dict of the CLIP under open_clip's names, prompt tokens [K, L, D], state dict of the decoder.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: the document is no such checkpoint.
     """
-    state = check_tensors(found["model"] if isinstance(found, dict) and isinstance(found.get("model"), dict) else found)
+    nested = isinstance(document, dict) and isinstance(document.get("model"), dict)
+    state = check_tensors(document["model"] if nested else document)
     clip = {name.removeprefix(_CLIP): t for name, t in state.items() if name.startswith(_CLIP)}
     clip = {name: tensor for name, tensor in clip.items() if name not in _OPENAI_EXTRAS}
     head = {name.removeprefix(_HEAD): t for name, t in state.items() if name.startswith(_HEAD)}
     if not clip or _PROMPTS not in state or not head:
-        raise ValueError(f"entries {_CLIP}*, {_PROMPTS} and {_HEAD}* are needed, found {', '.join(sorted(state)[:3])}, ...")
+        raise ValueError(f"entries {_CLIP}*, {_PROMPTS} and {_HEAD}* are required, found {', '.join(sorted(state)[:3])}, ...")
     return clip, state[_PROMPTS], head
 
 
-def recognise(clip: Mapping[str, Tensor]) -> str:
-    """The name in `REFERENCE_CLIPS` of a CLIP with these names and shapes.
+def identify_clip(clip: Mapping[str, Tensor]) -> str:
+    """Return the name in `REFERENCE_CLIPS` of the CLIP with these tensor names and shapes.
 
     Raises:
-        ValueError: none has.
+        ValueError: no CLIP matches.
     """
     for name in REFERENCE_CLIPS:
         with torch.device("meta"):
             expected = build_clip(open_clip.get_model_config(name)).state_dict()
         if {key: tensor.shape for key, tensor in expected.items()} == {key: tensor.shape for key, tensor in clip.items()}:
             return name
-    raise ValueError(f"its CLIP is none of {', '.join(REFERENCE_CLIPS)}; name it by --clip")
+    raise ValueError(f"its CLIP is none of {', '.join(REFERENCE_CLIPS)}; set --clip")
 
 
 def run(checkpoint: Path, out: Path, config: ImportConfig) -> Metrics:
-    """Turns a `.pth` of the reference implementation into a model folder; no detectron2, and no code of the file is run.
+    """Convert a `.pth` of the reference implementation to a model folder, without detectron2 or code from the file.
 
     Args:
-        checkpoint: the file.
-        out: model folder to make.
+        checkpoint: `.pth` file.
+        out: model folder to create.
         config: settings.
 
     Returns:
         `import/concepts`.
 
     Raises:
-        ValueError: the file is no checkpoint of the reference, or of another CLIP than the one named; a side does not fit.
+        ValueError: the file is not a reference checkpoint or has another CLIP than `config.clip`, or the side does not fit.
     """
     if not checkpoint.is_file():
         raise ValueError(f"{checkpoint}: no such file")
@@ -101,32 +98,26 @@ def run(checkpoint: Path, out: Path, config: ImportConfig) -> Metrics:
     if stage.finished:
         return stage.reuse()
     try:
-        weights, tokens, head = reference_parts(read_weights(checkpoint))
-        spec, cfg, mean, std = _find_clip(config.clip or recognise(weights))
-        model = build_clip(cfg)
-        check_fit(weights, model.state_dict())
-        decoder = Decoder()
-        check_fit(head, decoder.state_dict())
-        width = model.token_embedding.weight.shape[1]
-        if tokens.ndim != 3 or tokens.shape[2] != width:
-            raise ValueError(f"{_PROMPTS} is {list(tokens.shape)} instead of [concepts, tokens, {width}]")
+        weights, tokens, head = split_reference(read_weights(checkpoint))
+        spec, cfg, mean, std = _find_clip(config.clip or identify_clip(weights))
+        model, decoder = build_clip(cfg), Decoder()
+        for module, state in ((model, weights), (decoder, head)):
+            check_fit(state, module.state_dict())
+            module.load_state_dict(state)
+        prompts = load_prompts({"tokens": tokens}, TextTower(model))
     except ValueError as error:
         raise ValueError(f"{checkpoint}: {error}; a checkpoint of the reference implementation is expected") from None
     except KeyError as error:
         raise ValueError(f"{Path(config.clip) / CLIP_CONFIG}: entry {error} is missing") from None
     side = _side(config.side, Backbone(model.visual))
     with stage:
-        model.load_state_dict({name: tensor.float() for name, tensor in weights.items()})
-        decoder.load_state_dict({name: tensor.float() for name, tensor in head.items()})
-        prompts = Prompts(TextTower(model), torch.zeros(tokens.shape[:2], dtype=torch.long))
-        prompts.load_state_dict({"tokens": tokens.float()})
         clip, origin = Clip(model, cfg, mean, std), {"spec": spec, "md5": ""}
         save_model(stage.folder, clip, prompts, decoder, side=side, residual="cls", origin=origin)
         return stage.finish({"import/concepts": float(len(tokens))}, files=[WEIGHTS, CONFIG])
 
 
 def _side(chosen: int, backbone: Backbone) -> int:
-    """The side in pixels: the chosen one, else that of the paper's tower of this kind, to the nearest whole patch."""
+    """Return the chosen side in pixels, or the paper's for this kind of tower, rounded to whole patches."""
     if chosen:
         check_side("import.side", chosen, backbone)
         return chosen
@@ -135,7 +126,7 @@ def _side(chosen: int, backbone: Backbone) -> int:
 
 
 def _find_clip(name: str) -> tuple[str, dict[str, Any], Any, Any]:
-    """Spec, config, mean and std of a CLIP by open_clip's name, or of a folder with `open_clip_config.json`."""
+    """Return spec, config, mean and std of a CLIP of open_clip, or of a folder with `open_clip_config.json`."""
     if Path(name).is_dir():
         document = read_json(Path(name) / CLIP_CONFIG)
         preprocess = document.get("preprocess_cfg", {})
@@ -143,32 +134,29 @@ def _find_clip(name: str) -> tuple[str, dict[str, Any], Any, Any]:
         return name, document["model_cfg"], mean or open_clip.OPENAI_DATASET_MEAN, std or open_clip.OPENAI_DATASET_STD
     if name not in open_clip.list_models():
         raise ValueError(f"no CLIP {name!r} in open_clip{nearest(name, open_clip.list_models())}")
-    spec = f"{name}:{REFERENCE_CLIPS.get(name, '')}"  # of unknown ones evaluate asks for the weights
+    spec = f"{name}:{REFERENCE_CLIPS.get(name, '')}"  # without a tag, evaluate raises an error that asks for the weights
     return spec, dict(open_clip.get_model_config(name)), open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
 
 
 def export(model: Path, out: Path) -> None:
-    """Writes a model's CLIP, with the trained image tower, as plain open_clip weights.
+    """Export a model's CLIP, with the trained image tower, as plain open_clip weights.
 
     `open_clip.create_model("local-dir:OUT")` loads the folder, `open_clip.create_model(NAME, pretrained="OUT/..safetensors")`
-    the weights alone. Concepts and decoder are left out: inference does not use them.
+    the weights alone. Concepts and decoder are omitted, because inference does not use them.
 
     Args:
         model: model folder.
-        out: folder for `open_clip_config.json` and `open_clip_model.safetensors`; must not hold them yet.
+        out: folder for `open_clip_config.json` and `open_clip_model.safetensors`, which must not exist yet.
 
     Raises:
-        ValueError: no model folder, or `out` holds an export already.
+        ValueError: `model` is not a model folder, or `out` already holds an export.
     """
     check_place(out / CLIP_WEIGHTS)
     loaded = load_model(model)
-    if taken := [name for name in (CLIP_CONFIG, CLIP_WEIGHTS) if (out / name).exists()]:
-        raise ValueError(f"{out}: holds {taken[0]} already; remove it or give another folder")
+    if existing := [name for name in (CLIP_CONFIG, CLIP_WEIGHTS) if (out / name).exists()]:
+        raise ValueError(f"{out}: {existing[0]} already exists; remove it or choose another folder")
     state = {name: tensor.contiguous() for name, tensor in loaded.clip.model.state_dict().items()}
-    temporary = out / f".{CLIP_WEIGHTS}.partial"
-    write_tensors(temporary, state, metadata={"format": "pt"})
-    temporary.chmod(0o644)
-    temporary.replace(out / CLIP_WEIGHTS)
+    write_tensors(out / CLIP_WEIGHTS, state, metadata={"format": "pt"})
     size = loaded.clip.model_cfg["vision_cfg"].get("image_size")
     preprocess = {"size": size, "mean": loaded.clip.mean, "std": loaded.clip.std, "resize_mode": "squash"}
     config = json.dumps({"model_cfg": loaded.clip.model_cfg, "preprocess_cfg": preprocess}, indent=1)

@@ -22,8 +22,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from pixelclip.images import decode_image, to_rgb
 from pixelclip.images import image_size as header_size
 from pixelclip.rle import RunMasks
+from pixelclip.shard_sources import RemoteFile, Shard
 from pixelclip.shards import index_shard, parse_masks, read_part
-from pixelclip.sources import RemoteFile, Shard
 from pixelclip.views import Sample, Views, draw, shrink, unpack
 
 

@@ -19,6 +19,7 @@ from pixelclip import evaluate_clip
 from pixelclip.backbone import Backbone
 from pixelclip.benchmarks import LabelledSet, open_labelled
 from pixelclip.checkpoint import Clip, Model, backbone_of, load_clip, load_model
+from pixelclip.clip_sources import clip_folder
 from pixelclip.config import EvaluateClipConfig, EvaluateConfig
 from pixelclip.download import here
 from pixelclip.measure import Counted, measure, metrics_of, per_class
@@ -32,9 +33,8 @@ from pixelclip.protocol import (
     protocol_of,
     sets_of,
 )
-from pixelclip.ranks import ProcessGroup, join
+from pixelclip.ranks import ProcessGroup, init_process_group
 from pixelclip.report import Example, write_report
-from pixelclip.sources import clip_folder
 from pixelclip.stage import METRICS, PROVENANCE, Metrics, Stage, describe
 from pixelclip.storage import read_json, write_atomically, write_json
 from pixelclip.tally import CLIP, OURS
@@ -68,7 +68,7 @@ def run(model: Path, labelled: Path | str, out: Path, config: EvaluateConfig, cl
     Raises:
         ValueError: unusable model, CLIP, labelled set or masks, CLIP evaluated otherwise, or MLflow unreachable.
     """
-    with join(config.device) as ranks:
+    with init_process_group(config.device) as ranks:
         return _run(model, here(labelled), out, config, ranks, clip_evaluation)
 
 
@@ -188,7 +188,7 @@ def run_all(
         ((path, chosen),) = sets.values()
         return run(model, path, out, chosen, clip_evaluation)
     metrics: Metrics = {}
-    with join(config.device) as ranks:  # once: processes that join, leave and join again lose each other
+    with init_process_group(config.device) as ranks:  # once: processes that join, leave and join again lose each other
         for name, (path, chosen) in sets.items():
             metrics |= _run(model, path, out / name, chosen, ranks, clip_evaluation and clip_evaluation / name)
     if not ranks.is_main:

@@ -33,7 +33,7 @@ from pixelclip.protocol import (
     protocol_of,
     sets_of,
 )
-from pixelclip.ranks import ProcessGroup, join
+from pixelclip.ranks import ProcessGroup, init_process_group
 from pixelclip.stage import METRICS, PROVENANCE, Metrics, Stage
 from pixelclip.storage import read_json, write_atomically, write_json
 from pixelclip.tally import CLIP, Tally, packed
@@ -61,7 +61,7 @@ def run(clip: str, labelled: Path | str, out: Path, config: EvaluateConfig, side
     Raises:
         ValueError: unusable CLIP, labelled set or masks.
     """
-    with join(config.device) as ranks:
+    with init_process_group(config.device) as ranks:
         return _run(clip, here(labelled), out, config, side, residual, ranks)
 
 
@@ -72,7 +72,7 @@ def run_all(clip: str, labelled: Sequence[str], out: Path, config: EvaluateConfi
     """
     sets = sets_of(labelled, config)
     metrics: Metrics = {}
-    with join(config.device) as ranks:
+    with init_process_group(config.device) as ranks:
         for name, (path, chosen) in sets.items():
             metrics |= _run(clip, path, out / name if len(sets) > 1 else out, chosen, side, residual, ranks)
     if ranks.is_main and len(sets) > 1:

@@ -26,6 +26,7 @@ from tqdm import tqdm
 from pixelclip.config import MasksConfig
 from pixelclip.download import local_copy
 from pixelclip.images import decode_image, encode_jpeg, nearest, to_rgb
+from pixelclip.shard_sources import Shard, describe_shards, list_shards
 from pixelclip.shards import (
     BadSamples,
     Member,
@@ -35,7 +36,6 @@ from pixelclip.shards import (
     parse_document,
     read_part,
 )
-from pixelclip.sources import Shard, describe_shards, list_shards
 from pixelclip.stage import Metrics, Stage, describe
 from pixelclip.storage import read_json, write_json
 

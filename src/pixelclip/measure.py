@@ -145,7 +145,7 @@ def _begin(
             shutil.rmtree(state)
         write_json(about, made_by)
     ranks.broadcast_object(None)  # nobody reads or writes before it is clear what stays
-    batches = ranks.share(-(-len(dataset) // config.batch_size))
+    batches = ranks.local_range(-(-len(dataset) // config.batch_size))
     places = range(batches.start * config.batch_size, min(batches.stop * config.batch_size, len(dataset)))
     tally = Tally.zeros(towers, len(dataset.classes), places.start)
     if _checkpoint(state, ranks).is_file():

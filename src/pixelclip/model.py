@@ -21,14 +21,14 @@ from pixelclip.text import Prompts, TextTower, Vectors
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What one step gives.
+    """Result of one training step.
 
     Attributes:
         loss: [].
-        concept_index: [N], the concept of each mask.
-        assignment: [N, K], softmax of the scaled cosines, before Sinkhorn.
-        logits: [S, K, H, W] of the first S images of this process's first micro_batch with masks, as many as were asked for.
-        shown_index: the concept of each mask of that micro_batch.
+        concept_index: [N], concept of each mask.
+        assignment: [N, K], softmax of the scaled cosines before Sinkhorn.
+        logits: [S, K, H, W] of the first S images of this process's first micro-batch with masks.
+        shown_index: concept of each mask of that micro-batch.
     """
 
     loss: Tensor
@@ -38,22 +38,22 @@ class StepOutput:
     shown_index: Tensor
 
     def concepts_used(self) -> int:
-        """How many concepts have a mask."""
+        """Return the number of concepts that have a mask."""
         return int(self.concept_index.unique().numel())
 
 
 class PixelCLIP(nn.Module):
-    """The model in training.
+    """PixelCLIP in training.
 
     Args:
-        student: image tower whose `trained_parameters` learn; all others are frozen here.
+        student: image tower; all parameters but its `trained_parameters` are frozen.
         text: frozen text tower.
-        prompts: concepts, learnable or not: called with the text tower they give [K, C].
+        prompts: module that maps the text tower to concepts [K, C]; learnable or not.
         decoder: mask decoder.
-        assignment_scale: factor on cosines before the softmax of the assignment.
-        sinkhorn_iterations: Sinkhorn-Knopp iterations.
-        clustering: False makes every mask its own target instead of its concept's (an ablation that collapses).
-        precision: autocast of the decoder; a tower has its own.
+        assignment_scale: factor on the cosines before the softmax of the assignment.
+        sinkhorn_iterations: number of Sinkhorn-Knopp iterations.
+        clustering: False uses each mask as its own target instead of merging masks by concept (an ablation that collapses).
+        precision: autocast's dtype in the decoder; the towers have their own setting.
     """
 
     def __init__(
@@ -81,53 +81,53 @@ class PixelCLIP(nn.Module):
         self.precision = precision
 
     def train(self, mode: bool = True) -> "PixelCLIP":
-        """Switches student and decoder; teacher and text tower stay in eval mode."""
+        """Set the mode of student and decoder; teacher and text tower stay in eval mode."""
         super().train(mode)
         self.teacher.eval()
         self.text.eval()
         return self
 
     def learning(self) -> list[nn.Parameter]:
-        """All parameters that learn."""
+        """Return the trainable parameters."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def concepts(self) -> Tensor:
-        """Returns the concepts [K, C], not normalised."""
+        """Return the concepts [K, C], not normalised."""
         return self.prompts(self.text)
 
     def mask_features(self, weak: Tensor, masks: Tensor, image_index: Tensor, counts: Sequence[int] | None = None) -> Tensor:
-        """The teacher's features of every mask.
+        """Pool the teacher's features inside each mask.
 
         Args:
             weak: [B, 3, side, side], normalised images for the teacher.
             masks: [N, H, W], bool.
-            image_index: [N], the image of each mask.
+            image_index: [N], image of each mask.
             counts: see `pool_masks`.
 
         Returns:
-            [N, C], unit length.
+            [N, C] of unit length.
         """
         with torch.inference_mode():
             pooled = pool_masks(self.teacher(weak), masks, image_index, counts)
-        return pooled.clone()  # a tensor of inference cannot take part in a loss
+        return pooled.clone()  # an inference tensor cannot be part of a loss
 
     @torch.no_grad()
     def assign(
-        self, mask_features: Tensor, concepts: Tensor, ranks: ProcessGroup = SINGLE_PROCESS
+        self, mask_features: Tensor, concepts: Tensor, group: ProcessGroup = SINGLE_PROCESS
     ) -> tuple[Tensor, Tensor, slice]:
-        """Assigns masks to concepts, with Sinkhorn over the masks of all ranks.
+        """Assign masks to concepts by Sinkhorn over the masks of all ranks.
 
         Args:
-            mask_features: [N, C], this rank's.
+            mask_features: [N, C] of this rank's masks.
             concepts: [K, C].
-            ranks: who takes part.
+            group: the processes that take part.
 
         Returns:
-            Of the masks of all ranks the concept [N], the cosines [N, K] that it was chosen by, and which are this rank's.
+            For the masks of all ranks the concept [N] and the cosines [N, K], and the slice that holds this rank's masks.
         """
-        cosines, mine = ranks.all_gather(mask_features @ F.normalize(concepts, dim=-1).T)
+        cosines, local = group.all_gather(mask_features @ F.normalize(concepts, dim=-1).T)
         chosen = sinkhorn(self.assignment_scale * cosines, self.sinkhorn_iterations).argmax(dim=-1)
-        return chosen, cosines, mine
+        return chosen, cosines, local
 
     def loss(
         self,
@@ -139,19 +139,19 @@ class PixelCLIP(nn.Module):
         terms: Tensor,
         shown: int = 0,
     ) -> tuple[Tensor, Tensor]:
-        """The student's loss on a batch whose masks have their concepts.
+        """Compute the student's loss on a batch whose masks are assigned to concepts.
 
         Args:
-            batch: B images and their N masks; of its views only the strong one is seen.
-            covered: [B, H, W], bool: pixels inside at least one mask.
-            mask_features: [N, C], used when clustering is off.
+            batch: B images and their N masks; only the strong view is used.
+            covered: [B, H, W], bool, pixels inside at least one mask.
+            mask_features: [N, C], used without clustering.
             concepts: [K, C].
             concept_index: [N].
             terms: [], see `decoded_loss`.
-            shown: of how many images, from the first on, the logits are wanted.
+            shown: number of images, from the first on, whose logits are returned.
 
         Returns:
-            The loss, and the logits [shown, K, H, W] (without clustering K is the largest number of masks of an image).
+            The loss, and logits [shown, K, H, W] (without clustering, K is the largest number of masks of an image).
         """
         features = F.normalize(self.student(batch.strong), dim=1)
         num_images, num_concepts = len(batch.strong), len(concepts)
@@ -159,39 +159,40 @@ class PixelCLIP(nn.Module):
         if self.clustering:
             maps = torch.einsum("bchw,kc->bkhw", features, F.normalize(concepts, dim=-1)).flatten(0, 1)
             targets = merge_by_concept(batch.masks, batch.image_index, concept_index, num_images, num_concepts).flatten(0, 1)
-            owner, places = images.repeat_interleave(num_concepts), shown * num_concepts
+            map_image, num_shown = images.repeat_interleave(num_concepts), shown * num_concepts
         else:
             maps = torch.einsum("nchw,nc->nhw", features[batch.image_index], mask_features)
-            targets, owner, places = batch.masks, batch.image_index, int((batch.image_index < shown).sum()) if shown else 0
-        loss, logits = decoded_loss(self.decoder, maps, targets, covered, owner, terms, self.precision, places)
+            targets, map_image = batch.masks, batch.image_index
+            num_shown = int((map_image < shown).sum()) if shown else 0
+        loss, logits = decoded_loss(self.decoder, maps, targets, covered, map_image, terms, self.precision, num_shown)
         if self.clustering or not shown:
             return loss, logits.unflatten(0, (-1, num_concepts)) if self.clustering else logits[:, None]
-        place = _place_in_image(owner[:places])
-        nothing = logits.new_full((shown, int(place.max()) + 1 if places else 1, *targets.shape[1:]), -100.0)
-        return loss, nothing.index_put((owner[:places], place), logits)
+        position = _index_in_image(map_image[:num_shown])
+        empty = logits.new_full((shown, int(position.max()) + 1 if num_shown else 1, *targets.shape[1:]), -100.0)
+        return loss, empty.index_put((map_image[:num_shown], position), logits)
 
     def count_terms(self, batch: Batch, covered: Tensor, num_concepts: int) -> Tensor:
-        """How many pixels times concepts the loss of a batch averages over: []; `covered` is [B, H, W]."""
+        """Count the pixels times concepts that the loss of a batch averages over: []; `covered` is [B, H, W]."""
         area = covered.flatten(1).sum(dim=1)
         return area.sum() * num_concepts if self.clustering else area[batch.image_index].sum()
 
-    def accumulate(self, micro_batches: Sequence[Batch], ranks: ProcessGroup = SINGLE_PROCESS, shown: int = 0) -> StepOutput:
+    def accumulate(self, micro_batches: Sequence[Batch], group: ProcessGroup = SINGLE_PROCESS, shown: int = 0) -> StepOutput:
         """Compute loss and gradients of one optimizer step over all micro-batches and processes.
 
         All masks are assigned to concepts together, before the first student forward pass, and each micro-batch's loss is
-        divided by the number of terms of the whole batch, so the gradients equal those of one large batch. Adds to `.grad`.
-        Nothing here synchronizes with a GPU: mask counts are exchanged between the CPUs of the processes.
+        divided by the number of terms of the whole batch, so the gradients equal those of one large batch. Gradients are added
+        to `.grad`. Never synchronizes with a GPU: mask counts are exchanged between the CPUs of the processes.
 
         Args:
-            micro_batches: this rank's images, in parts that fit its memory; parts without images or masks are allowed.
-            ranks: who takes part.
-            shown: of how many images of the first micro_batch the logits are wanted.
+            micro_batches: this rank's images, split to fit its memory; micro-batches without images or masks are allowed.
+            group: the processes that take part.
+            shown: number of images of the first micro-batch whose logits are returned.
 
         Returns:
-            The loss of the whole batch; concepts and assignment of all ranks' masks; logits.
+            The loss of the whole batch, concepts and assignment of the masks of all ranks, logits.
         """
         micro_batches = [micro_batch for micro_batch in micro_batches if len(micro_batch.masks)]
-        concepts = self.concepts()  # through the text tower once, for all micro_batches
+        concepts = self.concepts()  # one pass through the text tower for all micro-batches
         fixed = concepts.detach().requires_grad_(concepts.requires_grad)
         with torch.no_grad():
             features = [
@@ -199,41 +200,41 @@ class PixelCLIP(nn.Module):
                 for micro_batch in micro_batches
             ]
             covered = [_covered(micro_batch) for micro_batch in micro_batches]
-            counted = [self.count_terms(*each, len(fixed)) for each in zip(micro_batches, covered, strict=True)]
-            terms = ranks.all_reduce(torch.stack([*counted, torch.zeros_like(fixed[0, 0], dtype=torch.long)]).sum())
-        everybodys, cosines, mine = self.assign(torch.cat([*features, fixed.detach()[:0]]), fixed, ranks)
-        concept_index = everybodys[mine]
+            counts = [self.count_terms(*pair, len(fixed)) for pair in zip(micro_batches, covered, strict=True)]
+            terms = group.all_reduce(torch.stack([*counts, torch.zeros_like(fixed[0, 0], dtype=torch.long)]).sum())
+        all_index, cosines, local = self.assign(torch.cat([*features, fixed.detach()[:0]]), fixed, group)
+        concept_index = all_index[local]
         loss, logits = fixed.new_zeros(()), fixed.new_zeros(0)
-        of_pieces = concept_index.split([len(feature) for feature in features])
+        indices = concept_index.split([len(feature) for feature in features])
         for number, (micro_batch, pixels, feature, index) in enumerate(
-            zip(micro_batches, covered, features, of_pieces, strict=True)
+            zip(micro_batches, covered, features, indices, strict=True)
         ):
-            wanted = min(shown, len(micro_batch.strong)) if number == 0 else 0
-            part, found = self.loss(micro_batch, pixels, feature, fixed, index, terms, wanted)
-            part.backward()
-            loss, logits = loss + part.detach(), found if number == 0 else logits
+            num_shown = min(shown, len(micro_batch.strong)) if number == 0 else 0
+            summand, shown_logits = self.loss(micro_batch, pixels, feature, fixed, index, terms, num_shown)
+            summand.backward()
+            loss, logits = loss + summand.detach(), shown_logits if number == 0 else logits
         if fixed.grad is not None:
             concepts.backward(fixed.grad)
-        ranks.all_reduce_gradients(self.learning())
+        group.all_reduce_gradients(self.learning())
         softmax = torch.softmax(self.assignment_scale * cosines, dim=-1)
         shown_index = concept_index[: len(features[0]) if features else 0]
-        return StepOutput(ranks.all_reduce(loss), everybodys, softmax, logits, shown_index)
+        return StepOutput(group.all_reduce(loss), all_index, softmax, logits, shown_index)
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
-        """Moves the teacher towards the student; call it once after each optimizer step."""
-        both = zip(self.teacher.parameters(), self.student.parameters(), strict=True)
-        old, new = zip(*((mean, learned) for mean, learned in both if learned.requires_grad), strict=True)
-        torch._foreach_lerp_(old, new, 1 - momentum)
+        """Update the teacher as moving average of the student; call it once after each optimizer step."""
+        pairs = zip(self.teacher.parameters(), self.student.parameters(), strict=True)
+        averages, values = zip(*((average, value) for average, value in pairs if value.requires_grad), strict=True)
+        torch._foreach_lerp_(averages, values, 1 - momentum)
 
 
 def _covered(batch: Batch) -> Tensor:
-    """Pixels inside at least one mask: [B, H, W], bool."""
-    nobody = torch.zeros_like(batch.image_index)
-    return merge_by_concept(batch.masks, batch.image_index, nobody, len(batch.strong), 1)[:, 0]
+    """Return the pixels inside at least one mask: [B, H, W], bool."""
+    one_concept = torch.zeros_like(batch.image_index)
+    return merge_by_concept(batch.masks, batch.image_index, one_concept, len(batch.strong), 1)[:, 0]
 
 
-def _place_in_image(image_index: Tensor) -> Tensor:
-    """The how manieth of its image each mask is: [N] -> [N]."""
+def _index_in_image(image_index: Tensor) -> Tensor:
+    """Return the index of each mask within its image: [N] -> [N]."""
     same = image_index[:, None] == image_index
     return same.tril(-1).sum(dim=1)

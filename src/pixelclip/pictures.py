@@ -18,8 +18,8 @@ from pixelclip.images import colour_labels, decode_image, fitted, nearest, to_rg
 from pixelclip.model import PixelCLIP, StepOutput
 from pixelclip.pixels import normalise, resize_square, to_tensor
 from pixelclip.rle import RunMasks
+from pixelclip.shard_sources import Shard, list_shards
 from pixelclip.shards import Member, index_shard, parse_masks, read_part
-from pixelclip.sources import Shard, list_shards
 from pixelclip.storage import write_json
 
 GALLERY = "gallery.json"

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from pixelclip.backbone import Backbone
 from pixelclip.checkpoint import Clip, Model, backbone_of, load_model
+from pixelclip.class_names import check_names
 from pixelclip.images import colour_labels, palette, to_rgb, turn_upright
 from pixelclip.labels import label_map
 from pixelclip.pixels import resized_square
 from pixelclip.ranks import pick_device, pick_precision
-from pixelclip.text import TEMPLATES, TextTower, check_names, classifier
+from pixelclip.text import TEMPLATES, TextTower, classifier
 
 _CLASSES_AT_ONCE = 16
 _EPSILON = 1e-12  # of F.normalize

@@ -8,10 +8,11 @@ from typing import Any
 from pixelclip.backbone import Backbone, check_patch, check_side
 from pixelclip.benchmarks import KINDS, LabelledSet
 from pixelclip.cache import origin
+from pixelclip.clip_sources import clip_folder
 from pixelclip.config import EvaluateConfig
 from pixelclip.download import here
 from pixelclip.s3 import is_s3
-from pixelclip.sources import clip_folder, describe_shards
+from pixelclip.shard_sources import describe_shards
 from pixelclip.stage import describe
 from pixelclip.storage import digest
 

@@ -1,4 +1,4 @@
-"""Processes that work on one thing together: started by torchrun, or just this one. N rows."""
+"""Process group, device and precision of a job that torchrun started, or of a single process. N rows."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -11,12 +11,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-_PATIENCE = timedelta(hours=2)  # a rank may wait while the first one reads a terabyte of shards to identify them
+_TIMEOUT = timedelta(hours=2)  # ranks wait while the main process reads a terabyte of shards to identify them
 
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """Who this process is among `size`; every method below is called by all ranks, or by none."""
+    """The rank of this process among `size`. Collective methods must be called by all ranks or by none."""
 
     rank: int = 0
     size: int = 1
@@ -24,55 +24,55 @@ class ProcessGroup:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the one that writes and speaks."""
+        """True on rank 0, which writes files and logs."""
         return self.rank == 0
 
-    def share(self, number: int) -> range:
-        """This rank's part of `range(number)`: contiguous, without overlap or loss, sizes differ by one at most."""
+    def local_range(self, number: int) -> range:
+        """Return this rank's contiguous part of `range(number)`; the sizes of all parts differ by at most one."""
         return range(number * self.rank // self.size, number * (self.rank + 1) // self.size)
 
     def all_reduce(self, values: Tensor) -> Tensor:
-        """The sum of a tensor over all ranks."""
+        """Return the sum of a tensor over all ranks."""
         if self.size > 1:
             values = values.clone()
             dist.all_reduce(values)
         return values
 
     def all_gather(self, rows: Tensor) -> tuple[Tensor, slice]:
-        """All ranks' rows in the order of ranks, and where this rank's are.
+        """Return the rows of all ranks in rank order, and the slice that holds this rank's rows.
 
         Args:
-            rows: [N, ...]; N may differ from rank to rank, and be 0.
+            rows: [N, ...]; N may differ between ranks and may be 0.
         """
         if self.size == 1:
             return rows, slice(0, len(rows))
-        # Counts stay on the CPU: a GPU would have to be waited for.
+        # Counts stay on the CPU: reading them from a GPU would synchronize with it.
         counts: list[int] = self.all_reduce(torch.eye(self.size, dtype=torch.long)[self.rank] * len(rows)).tolist()
         padded = rows.new_zeros(max(counts), *rows.shape[1:])
         padded[: len(rows)] = rows
-        found = [torch.empty_like(padded) for _ in counts]
-        dist.all_gather(found, padded)
+        gathered = [torch.empty_like(padded) for _ in counts]
+        dist.all_gather(gathered, padded)
         start = sum(counts[: self.rank])
-        return torch.cat([part[:n] for part, n in zip(found, counts, strict=True)]), slice(start, start + len(rows))
+        return torch.cat([part[:n] for part, n in zip(gathered, counts, strict=True)]), slice(start, start + len(rows))
 
     def all_gather_object(self, value: Any) -> list[Any]:
-        """Every rank's small Python object, in the order of ranks."""
+        """Return the picklable object of every rank, in rank order."""
         if self.size == 1:
             return [value]
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, value)
-        return found
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered, value)
+        return gathered
 
     def broadcast_object(self, value: Any) -> Any:
-        """The first rank's Python object, for all."""
+        """Return the main process's object on every rank."""
         if self.size > 1:
-            box = [value]
-            dist.broadcast_object_list(box, src=0)
-            return box[0]
+            values = [value]
+            dist.broadcast_object_list(values, src=0)
+            return values[0]
         return value
 
     def all_reduce_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Adds up the gradients of all ranks; a rank that has none adds zero."""
+        """Sum the gradients over all ranks in place; a missing gradient counts as zero."""
         if self.size == 1:
             return
         learning = [p for p in parameters if p.requires_grad]
@@ -86,25 +86,25 @@ SINGLE_PROCESS = ProcessGroup()
 
 
 def count_gpus() -> int:
-    """How many GPUs this process can compute on.
+    """Return the number of GPUs that CUDA can use.
 
     Raises:
-        ValueError: fewer than PIXELCLIP_GPUS, the number that this pod asked for.
+        ValueError: there are fewer than PIXELCLIP_GPUS, the number that this pod requested.
     """
-    found = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    asked = int(os.environ.get("PIXELCLIP_GPUS", "0"))
-    if found < asked:  # a CPU would go on, for days, and nobody would be told
+    available = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    requested = int(os.environ.get("PIXELCLIP_GPUS", "0"))
+    if available < requested:  # otherwise the job would run on the CPU unnoticed, for days
         raise ValueError(
-            f"CUDA finds {found} of the {asked} GPUs that this pod asked for (PIXELCLIP_GPUS): see the node's driver"
+            f"CUDA finds {available} of the {requested} GPUs that this pod requested (PIXELCLIP_GPUS): check the node's driver"
         )
-    return found
+    return available
 
 
 def pick_device(name: str) -> torch.device:
-    """Returns the device called `name`; `auto` is a GPU if there is one.
+    """Return the device called `name`; `auto` selects a GPU if one is available.
 
     Raises:
-        ValueError: no such device here, or as `count_gpus`.
+        ValueError: the device cannot be used, or as `count_gpus`.
     """
     if name == "auto":
         return torch.device("cuda" if count_gpus() else "cpu")
@@ -119,65 +119,65 @@ def pick_device(name: str) -> torch.device:
 
 
 def pick_precision(name: str, device: torch.device) -> torch.dtype | None:
-    """What autocast computes in, or None for plain float32; `tf32` also lets a GPU multiply float32 in TF32.
+    """Return autocast's dtype, or None for float32; set whether the GPU may multiply float32 in TF32.
 
     Args:
-        name: auto, float32, tf32, bfloat16; auto is bfloat16 where the device has units for it.
-        device: where to compute.
+        name: auto, float32, tf32 or bfloat16; auto selects bfloat16 on devices that support it in hardware.
+        device: the device that computes.
     """
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name == "tf32"
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+        supported = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        able = torch.cpu.get_capabilities()
-        fast = bool(able.get("avx512_bf16") or able.get("amx_bf16"))
-    return torch.bfloat16 if name == "bfloat16" or (name == "auto" and fast) else None
+        features = torch.cpu.get_capabilities()
+        supported = bool(features.get("avx512_bf16") or features.get("amx_bf16"))
+    return torch.bfloat16 if name == "bfloat16" or (name == "auto" and supported) else None
 
 
 def copy_to_host_async(values: Tensor) -> Callable[[], list[float]]:
-    """Sends numbers [N] on their way from the device; calling the result waits for them alone, not for what came after."""
+    """Start an asynchronous copy of `values` [N] to the CPU; the returned function waits for that copy only and returns it."""
     copied = values.detach().to("cpu", non_blocking=True)
     if values.device.type != "cuda":
         return copied.tolist
-    there = torch.cuda.Event()
-    there.record(torch.cuda.current_stream(values.device))  # by itself an event means the current device
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(values.device))  # without a stream it would record on the current device
 
     def read() -> list[float]:
-        there.synchronize()
+        event.synchronize()
         return copied.tolist()
 
     return read
 
 
 @contextmanager
-def join(device: str) -> Iterator[ProcessGroup]:
-    """The ranks that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK), each on a device of its own; else this process alone.
+def init_process_group(device: str) -> Iterator[ProcessGroup]:
+    """Join the process group that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK), or yield `SINGLE_PROCESS` on `device`.
 
     Args:
-        device: auto, cpu, cuda, cuda:1, ...; with several ranks `auto` and `cuda` mean one GPU a rank, `cuda:1` nothing.
+        device: auto, cpu, cuda, cuda:1, ...; with several ranks `cuda:N` is invalid, and `auto` and `cuda` assign each a GPU.
 
     Raises:
-        ValueError: no such device here, more ranks than GPUs, or as `count_gpus`.
+        ValueError: the device cannot be used, there are more ranks than GPUs, or as `count_gpus`.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         chosen = pick_device(device)
         if chosen.type == "cuda" and chosen.index is not None:
-            torch.cuda.set_device(chosen)  # pinned memory, streams and events are those of the current one
+            torch.cuda.set_device(chosen)  # pinned memory, streams and events belong to the current device
         yield ProcessGroup(device=chosen)
         return
     rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
     if device.startswith("cuda:"):
-        raise ValueError(f"device {device!r} with {size} processes: each needs one of its own; allowed: auto, cpu, cuda")
+        raise ValueError(f"device {device!r} with {size} processes: each needs its own device; allowed: auto, cpu, cuda")
     gpus = 0 if device == "cpu" else count_gpus()
     if device == "cuda" or gpus:
         if local >= gpus:
-            raise ValueError(f"rank {rank} is number {local} of its machine, which has {gpus} GPUs")
+            raise ValueError(f"rank {rank} has local rank {local}, but its machine has {gpus} GPUs")
         chosen = torch.device("cuda", local)
-        torch.cuda.set_device(chosen)  # before anything touches the first GPU, where every rank would leave a context
+        torch.cuda.set_device(chosen)  # before any CUDA call, which would create a context of every rank on the first GPU
     else:
         chosen = pick_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", timeout=_PATIENCE)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo", timeout=_TIMEOUT)
     yield ProcessGroup(rank, size, chosen)
-    # Not after an error: NCCL would wait here for ranks that are still at work, and nobody would hear that this one failed.
+    # Skipped after an error: NCCL would wait here for the other ranks, and the error would never be reported.
     dist.destroy_process_group()

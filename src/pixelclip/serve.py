@@ -24,10 +24,10 @@ from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
+from pixelclip.class_names import parse_names
 from pixelclip.config import build
 from pixelclip.images import decode_image
 from pixelclip.predict import Prediction, Predictor, label_image, overlay
-from pixelclip.text import parse_names
 
 ARTIFACT = "pixelclip"
 SIGNATURE = ModelSignature(

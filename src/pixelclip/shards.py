@@ -22,7 +22,7 @@ from pixelclip.config import ShardsConfig
 from pixelclip.download import here
 from pixelclip.images import decode_image, encode_jpeg, to_rgb, turn_upright
 from pixelclip.rle import RunMasks, read_runs
-from pixelclip.sources import Shard
+from pixelclip.shard_sources import Shard
 from pixelclip.stage import Metrics, Stage, describe
 from pixelclip.storage import files_below
 

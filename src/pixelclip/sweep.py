@@ -29,7 +29,7 @@ from pixelclip.benchmarks import open_labelled
 from pixelclip.config import EvaluateConfig, TrainConfig, build, load, nearest, read_yaml
 from pixelclip.download import here
 from pixelclip.server import connect, experiment_id
-from pixelclip.sources import list_shards
+from pixelclip.shard_sources import list_shards
 from pixelclip.storage import read_json, write_atomically
 from pixelclip.tracking import PARENT_RUN, PIPELINE_RUN, RUN, Run, lineage
 

@@ -1,11 +1,9 @@
-"""The text side: tokenizer, templates, a classifier from class names, learnable prompts (PixelCLIP, section 3.2).
+"""CLIP's text tower, a classifier from class names, learnable prompts (PixelCLIP, section 3.2).
 
 B images, K concepts, L prompt tokens per concept, C embedding width, T text positions, D text width.
 """
 
-from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
 import open_clip
 import torch
@@ -13,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pixelclip.blocks import run_block
+from pixelclip.class_names import check_names
 
 PROMPT_TEMPLATE = "A photo of a {} in the scene"
 TEMPLATES: dict[str, tuple[str, ...]] = {
@@ -32,13 +31,13 @@ _PLACEHOLDER = 39025  # BPE token of "{}"
 
 
 class TextTower(nn.Module):
-    """CLIP's text tower from token embeddings on: the parts are open_clip's, shared and not copied.
+    """CLIP's text tower, called with token embeddings; shares the modules of open_clip's model.
 
     Args:
-        clip: an open_clip `CLIP` (text tower inside, causal attention, pooled at the end-of-text token).
+        clip: an open_clip `CLIP` with causal attention, pooled at the end-of-text token.
 
     Raises:
-        ValueError: the CLIP's text tower is of another kind.
+        ValueError: the text tower is not supported.
     """
 
     def __init__(self, clip: nn.Module) -> None:
@@ -46,7 +45,7 @@ class TextTower(nn.Module):
         if not isinstance(clip, open_clip.CLIP) or getattr(clip, "text_pool_type", "argmax") != "argmax":
             raise ValueError(
                 f"the text tower of {type(clip).__name__} is not supported: "
-                "an open_clip CLIP with causal attention, pooled at the end-of-text token, is needed"
+                "it must be an open_clip CLIP with causal attention, pooled at the end-of-text token"
             )
         self.token_embedding = clip.token_embedding
         self.positional_embedding = clip.positional_embedding
@@ -69,17 +68,13 @@ class TextTower(nn.Module):
         return int(projection.out_features if isinstance(projection, nn.Linear) else projection.shape[1])
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
-        """Returns token ids [N, T] of the texts, cut at the context length."""
+        """Return token ids [N, T] of the texts, truncated to the context length."""
         return self.tokenizer(list(texts)).to(self.token_embedding.weight.device)
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Returns the embeddings [N, T, D] of token ids [N, T]."""
-        return self.token_embedding(tokens)
-
     def forward(self, embeddings: Tensor, end: Tensor) -> Tensor:
-        """Encodes token embeddings.
+        """Encode token embeddings.
 
-        Attention is causal and the result is read at `end`, so positions behind it may be cut off: exact.
+        Attention is causal and the output is taken at `end`, so omitting later positions does not change it.
 
         Args:
             embeddings: [N, T, D], T at most the context length.
@@ -99,87 +94,29 @@ class TextTower(nn.Module):
         return projection(x) if isinstance(projection, nn.Linear) else x @ projection
 
     def encode(self, texts: Sequence[str], batch_size: int = 256) -> Tensor:
-        """Returns the features [N, C] of texts, not normalised."""
+        """Return the features [N, C] of texts, not normalised."""
         features = []
         for start in range(0, len(texts), batch_size):
             tokens = self.tokenize(texts[start : start + batch_size])
             end = tokens.argmax(dim=-1)  # the end-of-text token has the highest id
-            features.append(self(self.embed(tokens[:, : int(end.max()) + 1]), end))
+            features.append(self(self.token_embedding(tokens[:, : int(end.max()) + 1]), end))
         return torch.cat(features)
-
-
-def check_names(names: Sequence[str], source: str = "classes") -> list[str]:
-    """Returns the class names stripped of outer white space.
-
-    Raises:
-        ValueError: no name, a blank one, or one that stands twice.
-    """
-    stripped = [name.strip() for name in names]
-    if not stripped:
-        raise ValueError(f"{source}: the list of class names is empty; at least one name is needed")
-    blanks = [str(i + 1) for i, name in enumerate(stripped) if not name.strip(", ")]
-    if blanks:
-        raise ValueError(f"{source}: blank class name at position {', '.join(blanks)}")
-    twice = sorted(name for name, times in Counter(stripped).items() if times > 1)
-    if twice:
-        raise ValueError(f"{source}: class names must differ, found twice: {', '.join(map(repr, twice))}")
-    return stripped
-
-
-def read_classes(path: Path) -> list[str]:
-    """Reads class names, one a line.
-
-    Raises:
-        ValueError: missing, empty, or names that are blank or stand twice; the message names the file.
-    """
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: class names, one a line, cannot be read: {error}") from None
-    while lines and not lines[-1].strip():
-        lines.pop()
-    return check_names(lines, str(path))
-
-
-def parse_names(text: str) -> list[str]:
-    """Class names written in one line: `dog|puppy,grass,sky`; a bar stands between synonyms of one class.
-
-    Raises:
-        ValueError: as `check_names`.
-    """
-    names = [", ".join(word.strip() for word in name.split("|")) for name in text.split(",")] if text.strip() else []
-    return check_names(names)
-
-
-def names_file(given: str) -> Path | None:
-    """The file that is meant where a person gives class names: `*.txt`, or one that is there; None for a line of names."""
-    file = Path(given)
-    try:
-        return file if file.suffix == ".txt" or file.is_file() else None
-    except OSError:  # names may be longer than that of any file
-        return None
-
-
-def names_of(given: str) -> list[str]:
-    """Class names as a person gives them: a file of them, see `names_file`, or one line of names."""
-    file = names_file(given)
-    return parse_names(given) if file is None else read_classes(file)
 
 
 @torch.no_grad()
 def classifier(tower: TextTower, names: Sequence[str], templates: Sequence[str] = TEMPLATES["ensemble"]) -> Tensor:
-    """Makes a classifier from class names (method.md, "Inference and evaluation").
+    """Compute a classifier from class names.
 
-    A name "a, b" means synonyms: their unit features are averaged per template and normalised again; then the mean over
-    the templates is normalised.
+    A name "a, b" lists synonyms. Their unit features are averaged per template and normalised; the mean over templates is
+    normalised again.
 
     Args:
         tower: the frozen text tower.
         names: K class names.
-        templates: texts with one `{}` each.
+        templates: texts with one `{}` each, which the name replaces.
 
     Returns:
-        [K, C], unit length.
+        [K, C] of unit length.
 
     Raises:
         ValueError: as `check_names`.
@@ -196,44 +133,43 @@ class Prompts(nn.Module):
     """K learnable concepts: "A photo of a {t1..tL} in the scene" with learnable t1..tL.
 
     Args:
-        tower: the text tower, used to embed the fixed words now; it is not kept.
-        words: [K, L] vocabulary ids whose embeddings are the learnable tokens' first values.
-        template: the fixed words around the tokens; one `{}`.
-        learn: False keeps the first words.
+        tower: text tower that embeds the fixed words; it is not stored.
+        words: [K, L], token ids whose embeddings initialise the learnable tokens.
+        learn: False freezes the initial tokens.
     """
 
-    def __init__(self, tower: TextTower, words: Tensor, template: str = PROMPT_TEMPLATE, learn: bool = True) -> None:
+    def __init__(self, tower: TextTower, words: Tensor, learn: bool = True) -> None:
         super().__init__()
         length = words.shape[1]
-        text = template.replace("{}", " ".join(["{}"] * length))
+        text = PROMPT_TEMPLATE.replace("{}", " ".join(["{}"] * length))
         tokens = tower.tokenize([text])[0]
         slots = (tokens == _PLACEHOLDER).nonzero()[:, 0]
         end = int(tokens.argmax())
-        if len(slots) != length or end != len(tower.tokenizer.encode(text)) + 1:  # the tokenizer cuts in silence
+        if len(slots) != length or end != len(tower.tokenizer.encode(text)) + 1:  # the tokenizer truncates silently
             raise ValueError(f"{length} prompt tokens do not fit the context length {len(tokens)} of this CLIP")
         with torch.no_grad():
-            fixed = tower.embed(tokens[: end + 1]).clone()  # [T, D]
-            start = tower.embed(words.to(tokens.device)).clone()  # [K, L, D]
+            fixed = tower.token_embedding(tokens[: end + 1]).clone()  # [T, D]
+            start = tower.token_embedding(words.to(tokens.device)).clone()  # [K, L, D]
         self.tokens = nn.Parameter(start, requires_grad=learn)
-        # Derived from the CLIP, hence not part of the state.
+        # Not part of the state dict, because both follow from the CLIP.
         self.fixed: Tensor
         self.slots: Tensor
         self.register_buffer("fixed", fixed, persistent=False)
         self.register_buffer("slots", slots, persistent=False)
 
     def forward(self, tower: TextTower) -> Tensor:
-        """Returns the concepts [K, C], not normalised."""
+        """Return the concepts [K, C], not normalised."""
         count = self.tokens.shape[0]
         embeddings = self.fixed.expand(count, -1, -1).index_copy(1, self.slots, self.tokens)  # [K, T, D]
         return tower(embeddings, torch.full((count,), embeddings.shape[1] - 1, device=embeddings.device))
 
 
 class Vectors(nn.Module):
-    """K concepts that are plain vectors, without the text tower (an ablation, or the features of fixed names).
+    """K concepts as plain vectors, without the text tower (an ablation, or the features of fixed names).
 
     Args:
         values: [K, C].
-        learn: whether they are learnable.
+        learn: whether the vectors are learnable.
     """
 
     def __init__(self, values: Tensor, learn: bool) -> None:
@@ -241,5 +177,5 @@ class Vectors(nn.Module):
         self.values = nn.Parameter(values.detach().clone(), requires_grad=learn)
 
     def forward(self, tower: TextTower) -> Tensor:
-        """Returns the concepts [K, C], not normalised; the tower is not used."""
+        """Return the concepts [K, C], not normalised; `tower` is unused."""
         return self.values

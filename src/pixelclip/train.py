@@ -20,6 +20,8 @@ from tqdm import tqdm
 
 from pixelclip.backbone import Backbone, check_side
 from pixelclip.checkpoint import CONFIG, WEIGHTS, Clip, load_clip, save_model
+from pixelclip.class_names import names_file, names_of
+from pixelclip.clip_sources import clip_folder
 from pixelclip.config import TrainConfig
 from pixelclip.dataset import Batch, MaskedImages, load_batches, sample_indices
 from pixelclip.decoder import Decoder
@@ -27,12 +29,12 @@ from pixelclip.dino import load_dino, masks_of
 from pixelclip.download import local_copy
 from pixelclip.model import PixelCLIP
 from pixelclip.pictures import gallery, training_picture
-from pixelclip.ranks import ProcessGroup, copy_to_host_async, join, pick_precision
+from pixelclip.ranks import ProcessGroup, copy_to_host_async, init_process_group, pick_precision
 from pixelclip.resume import Progress, load_state, save_state
+from pixelclip.shard_sources import describe_shards, list_shards
 from pixelclip.shards import BadSamples
-from pixelclip.sources import clip_folder, describe_shards, list_shards
 from pixelclip.stage import Metrics, Stage, describe
-from pixelclip.text import TEMPLATES, Prompts, TextTower, Vectors, classifier, names_file, names_of
+from pixelclip.text import TEMPLATES, Prompts, TextTower, Vectors, classifier
 from pixelclip.tracking import Run
 from pixelclip.views import Views
 
@@ -61,7 +63,7 @@ def run(masks: Path | str, out: Path, config: TrainConfig) -> Metrics:
     """
     shards = list_shards(masks)
     weights = clip_folder(config.clip)
-    with join(config.device) as ranks:
+    with init_process_group(config.device) as ranks:
         if config.batch_size < ranks.size * config.accumulate:
             raise ValueError(
                 f"train.batch_size {config.batch_size} is too small for {ranks.size} processes with train.accumulate "
@@ -135,7 +137,9 @@ def _train(
     (bad.check if ranks.is_main else bad.stop_if_too_many)(_drawn_from(dataset, 0))
     if dataset.without_masks and ranks.is_main:
         print(f"train: {dataset.without_masks} samples have no masks and are left out", flush=True)
-    index_lists = sample_indices(config.batch_size, ranks.share(config.batch_size), config.accumulate, start, config.steps)
+    index_lists = sample_indices(
+        config.batch_size, ranks.local_range(config.batch_size), config.accumulate, start, config.steps
+    )
     loader = iter(load_batches(dataset, index_lists, config.workers, pin=ranks.device.type == "cuda"))
     bar = tqdm(
         range(start, config.steps), desc="train", unit="step", initial=start, total=config.steps, disable=not ranks.is_main

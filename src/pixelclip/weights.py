@@ -1,4 +1,4 @@
-"""Published weight files, opened without running what is in them."""
+"""Read published weight files without executing any code in them."""
 
 import argparse
 import pickle
@@ -14,9 +14,9 @@ from numpy._core import multiarray  # numpy pickles by these names
 from safetensors.torch import load_file
 from torch import Tensor
 
-_CORES = ("core", "_core")  # before and since numpy 2
-# Checkpoints keep settings and counters beside their tensors, as a Namespace or numpy's numbers: plain values.
-_PLAIN: list[Any] = [
+_CORES = ("core", "_core")  # module name before and since numpy 2
+# Plain values that checkpoints store beside their tensors: settings as a Namespace, counters as numpy scalars.
+_SAFE_GLOBALS: list[Any] = [
     argparse.Namespace,
     np.ndarray,
     np.dtype,
@@ -26,55 +26,55 @@ _PLAIN: list[Any] = [
 
 
 def read_weights(path: Path) -> Any:
-    """What a `.safetensors`, or the tensors and plain values that a `.pth` or `.pt`, holds; on the CPU.
+    """Load a `.safetensors` file, or the tensors and plain values of a `.pth` or `.pt` file, on the CPU.
 
     Raises:
-        ValueError: missing, truncated, no checkpoint, or a pickle that wants to run something. The message does not name
-            the file: the caller knows what it should have been.
+        ValueError: the file is missing, truncated, no checkpoint, or a pickle that would execute code. The message does not
+            name the file; the caller adds the name and the expected content.
     """
     if not path.is_file():
         raise ValueError("no such file")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        with torch.serialization.safe_globals(_PLAIN), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of formats that it then refuses
+        with torch.serialization.safe_globals(_SAFE_GLOBALS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns about formats that it then rejects
             return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:  # torch's own words here advise to execute the pickle
-        wanted = re.search(r"GLOBAL (\S+)", str(error))
-        raise ValueError(f"wants to run {wanted[1]}, which is refused" if wanted else "not a checkpoint") from None
+    except pickle.UnpicklingError as error:  # torch's own message recommends executing the pickle
+        executed = re.search(r"GLOBAL (\S+)", str(error))
+        raise ValueError(f"would execute {executed[1]}, which is not allowed" if executed else "not a checkpoint") from None
     except OSError as error:
         raise ValueError(f"cannot be read: {error}") from None
-    except Exception as error:  # a damaged file makes the readers raise whatever comes
-        reason = re.split(r"\.\s|\n", str(error))[0]  # the sentences after it advise to execute the pickle
+    except Exception as error:  # a damaged file can raise any exception
+        reason = re.split(r"\.\s|\n", str(error))[0]  # its later sentences recommend executing the pickle
         raise ValueError(f"truncated, or not a checkpoint ({reason})") from None
 
 
-def check_tensors(found: Any) -> dict[str, Tensor]:
-    """`found`, if it is a dictionary of tensors; raises ValueError that says what it is."""
-    if not isinstance(found, dict):
-        raise ValueError(f"a {type(found).__name__} is found instead of named tensors")
-    if others := [name for name, value in found.items() if not (isinstance(name, str) and isinstance(value, Tensor))]:
-        raise ValueError(f"entries that are no tensors are found ({named(others)})")
-    return found
+def check_tensors(state: Any) -> dict[str, Tensor]:
+    """Return `state` if it is a dictionary of named tensors, else raise ValueError with its type or its other entries."""
+    if not isinstance(state, dict):
+        raise ValueError(f"expected named tensors, found a {type(state).__name__}")
+    if others := [name for name, value in state.items() if not (isinstance(name, str) and isinstance(value, Tensor))]:
+        raise ValueError(f"expected named tensors, found entries that are not tensors ({named(others)})")
+    return state
 
 
-def check_fit(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Raises ValueError that says which names and shapes of a state dict are not those of another."""
+def check_fit(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Raise ValueError with the names and shapes in which a state dict differs from the expected one."""
     problems = {
-        "missing": [name for name in expected if name not in found],
-        "unexpected": [name for name in found if name not in expected],
+        "missing": [name for name in expected if name not in state],
+        "unexpected": [name for name in state if name not in expected],
         "of another shape": [
-            f"{name} {list(found[name].shape)} instead of {list(tensor.shape)}"
+            f"{name} {list(state[name].shape)} instead of {list(tensor.shape)}"
             for name, tensor in expected.items()
-            if name in found and found[name].shape != tensor.shape
+            if name in state and state[name].shape != tensor.shape
         ],
     }
-    if said := [f"{problem}: {named(names)}" for problem, names in problems.items() if names]:
-        raise ValueError("; ".join(said))
+    if differences := [f"{problem}: {named(names)}" for problem, names in problems.items() if names]:
+        raise ValueError("; ".join(differences))
 
 
 def named(names: Iterable[Any], most: int = 3) -> str:
-    """A few of many names, for a message."""
+    """Return the first few names, and the number of the others, for a message."""
     listed = [str(name) for name in names]
     return (", ".join(listed[:most]) or "nothing") + (f" and {len(listed) - most} more" if len(listed) > most else "")

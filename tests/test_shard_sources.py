@@ -1,4 +1,4 @@
-"""Shards in a store: listed, brought when they are read, identified without being read; several at a time in training."""
+"""Shards in a folder or an object store: listing, download on first read, identity, streaming in training."""
 
 import json
 import threading
@@ -16,8 +16,8 @@ from pixelclip import evaluate, masks, shards, train
 from pixelclip.classify import GivenMasks
 from pixelclip.config import EvaluateConfig, MasksConfig, ShardsConfig, TrainConfig
 from pixelclip.dataset import MaskedImages
+from pixelclip.shard_sources import RemoteFile, describe_shards, list_shards
 from pixelclip.shards import index_shard
-from pixelclip.sources import RemoteFile, describe_shards, list_shards
 from pixelclip.storage import read_json
 
 QUARTERS = np.zeros((4, 40, 48), bool)
@@ -26,7 +26,7 @@ for _number in range(4):
 
 
 def sources(folder: Path, tars: int = 3) -> Path:
-    """Shards of two images with masks each."""
+    """Write shards of two images with masks each."""
     for tar in range(tars):
         members = {}
         for number in range(2):
@@ -42,7 +42,7 @@ def put(bucket: Any, folder: Path, prefix: str) -> None:
             bucket.put_object(Bucket="data", Key=f"{prefix}/{path.relative_to(folder)}", Body=path.read_bytes())
 
 
-def test_shards_of_a_prefix_are_brought_when_they_are_read(bucket, cache, tmp_path):
+def test_shards_of_a_prefix_are_downloaded_when_they_are_read(bucket, cache, tmp_path):
     put(bucket, sources(tmp_path / "here"), "sa1b")
     bucket.put_object(Bucket="data", Key="sa1b/README.md", Body=b"no shard")
     shards = list_shards("s3://data/sa1b/")
@@ -52,7 +52,7 @@ def test_shards_of_a_prefix_are_brought_when_they_are_read(bucket, cache, tmp_pa
     assert [path.name for path in cache.rglob("*.tar")] == ["1.tar"]
 
 
-def test_shards_in_a_store_are_identified_by_their_contents(bucket, tmp_path):
+def test_shards_in_a_store_are_identified_by_content(bucket, tmp_path):
     put(bucket, sources(tmp_path / "here"), "one")
     put(bucket, sources(tmp_path / "here"), "two")
     one, two = describe_shards("s3://data/one"), describe_shards("s3://data/two/")
@@ -62,7 +62,7 @@ def test_shards_in_a_store_are_identified_by_their_contents(bucket, tmp_path):
     assert describe_shards("s3://data/two")["md5"] != one["md5"]
 
 
-def test_a_manifest_names_shards_here_and_there(bucket, tmp_path):
+def test_manifest_lists_local_and_remote_shards(bucket, tmp_path):
     here = sources(tmp_path / "here", 2)
     put(bucket, here, "there")
     manifest = tmp_path / "shards.txt"
@@ -86,12 +86,12 @@ def test_a_manifest_names_shards_here_and_there(bucket, tmp_path):
         ("s3:/data/a", "s3:/data/a: no such folder or manifest"),
     ],
 )
-def test_unusable_uris_are_named(bucket, uri, message):
+def test_unusable_uris_are_rejected(bucket, uri, message):
     with pytest.raises(ValueError, match=message):
         list_shards(uri)
 
 
-def test_a_shard_that_changes_during_a_run_is_never_read_as_the_listed_one(bucket, tmp_path):
+def test_shard_that_changes_after_listing_is_rejected(bucket, tmp_path):
     put(bucket, sources(tmp_path / "here", 1), "changing")
     (shard,) = list_shards("s3://data/changing")
     bucket.put_object(Bucket="data", Key="changing/0.tar", Body=b"other")
@@ -99,7 +99,7 @@ def test_a_shard_that_changes_during_a_run_is_never_read_as_the_listed_one(bucke
         shard.open()
 
 
-def test_a_shard_that_the_cache_gave_up_is_brought_again(bucket, cache, tmp_path):
+def test_evicted_shard_is_downloaded_again(bucket, cache, tmp_path):
     put(bucket, sources(tmp_path / "here", 1), "evicted")
     (shard,) = list_shards("s3://data/evicted")
     before = index_shard(shard)
@@ -108,7 +108,7 @@ def test_a_shard_that_the_cache_gave_up_is_brought_again(bucket, cache, tmp_path
     assert index_shard(shard) == before
 
 
-def test_masks_and_training_read_a_store_as_they_read_a_folder(bucket, tmp_path, monkeypatch):
+def test_masks_and_training_give_equal_results_from_a_store_and_a_folder(bucket, tmp_path, monkeypatch):
     tiny.mlflow_at(monkeypatch, tmp_path / "mlflow")
     put(bucket, sources(tmp_path / "here"), "images")
     config = MasksConfig(workers=0, generator="given", shortest_edge=20)
@@ -116,8 +116,8 @@ def test_masks_and_training_read_a_store_as_they_read_a_folder(bucket, tmp_path,
     masks.run("s3://data/images", tmp_path / "remote", config)
     for name in ("0.tar", "1.tar", "2.tar"):
         assert read_tar(tmp_path / "local" / name) == read_tar(tmp_path / "remote" / name)
-    made_of = read_json(tmp_path / "remote" / "provenance.json")["inputs"]["shards"]
-    assert made_of["path"] == "s3://data/images"
+    described = read_json(tmp_path / "remote" / "provenance.json")["inputs"]["shards"]
+    assert described["path"] == "s3://data/images"
 
     put(bucket, tmp_path / "local", "masks")
     clip = tiny.clip_folder(tmp_path / "clip")
@@ -131,7 +131,7 @@ def test_masks_and_training_read_a_store_as_they_read_a_folder(bucket, tmp_path,
     assert chain["path"] == "s3://data/masks" and chain["provenance"]["stage"] == "masks"
 
 
-def test_parts_in_a_store_are_a_whole_or_nothing(bucket, tmp_path):
+def test_incomplete_mask_parts_in_a_store_are_rejected(bucket, tmp_path):
     here = sources(tmp_path / "here")
     for number in (1, 3):
         out = tmp_path / "parts" / f"part{number}"
@@ -145,19 +145,19 @@ def test_parts_in_a_store_are_a_whole_or_nothing(bucket, tmp_path):
     assert describe_shards("s3://data/parts")["provenance"]["settings"]["generator"] == "given"
 
 
-def test_training_mixes_some_shards_at_a_time(tmp_path):
+def test_training_shuffles_within_groups_of_shards(tmp_path):
     folder = sources(tmp_path / "here", 5)
     dataset = MaskedImages(list_shards(folder), FULL, seed=1, shards_at_once=2)
     for epoch in range(3):
         order = [dataset.member(epoch * 10 + place) for place in range(10)]
         assert sorted(order) == list(range(10))
-        shards = [member // 2 for member in order]  # two images a shard
+        shards = [member // 2 for member in order]  # two images per shard
         groups = [set(shards[:4]), set(shards[4:8]), set(shards[8:])]
         assert [len(group) for group in groups] == [2, 2, 1]
     assert dataset.member(3) == MaskedImages(list_shards(folder), FULL, seed=1, shards_at_once=2).member(3)
 
 
-def test_the_next_shards_come_while_these_are_read(bucket, cache, tmp_path, monkeypatch):
+def test_next_shards_are_prefetched(bucket, cache, tmp_path, monkeypatch):
     put(bucket, sources(tmp_path / "here", 4), "stream")
     dataset = MaskedImages(list_shards("s3://data/stream"), FULL, seed=1, shards_at_once=1)
     for path in cache.rglob("*.tar"):
@@ -173,14 +173,14 @@ def test_the_next_shards_come_while_these_are_read(bucket, cache, tmp_path, monk
     assert {path.name for path in cache.rglob("*.tar")} == {first, second}
 
 
-def test_masks_of_a_folder_or_of_shards_are_found_by_the_name_of_their_image(bucket, tmp_path):
+def test_given_masks_are_matched_by_image_name(bucket, tmp_path):
     write_files(tmp_path / "json", {"a.b.json": annotation(QUARTERS)})
     write_tar(tmp_path / "tars" / "0.tar", {"sub/a_b.jpg": b"x", "sub/a_b.json": annotation(QUARTERS)})
     put(bucket, tmp_path / "tars", "tars")
-    found = [
+    annotations = [
         GivenMasks(str(source)).read("a.b", (48, 40)) for source in (tmp_path / "json", tmp_path / "tars", "s3://data/tars")
     ]
-    assert found[0] == found[1] == found[2] and len(found[0]) == 4
+    assert annotations[0] == annotations[1] == annotations[2] and len(annotations[0]) == 4
     with pytest.raises(ValueError, match=r"tars: c: no masks in these shards"):
         GivenMasks(str(tmp_path / "tars")).read("c", (48, 40))
     write_tar(tmp_path / "tars" / "1.tar", {"a_b.jpg": b"x", "a_b.json": json.dumps({"annotations": []}).encode()})
@@ -190,18 +190,18 @@ def test_masks_of_a_folder_or_of_shards_are_found_by_the_name_of_their_image(buc
     assert GivenMasks(str(tmp_path / "tars")).read("a.b", (48, 40)) == []
 
 
-def test_images_and_labelled_sets_of_a_store_are_those_of_a_folder(bucket, tmp_path, monkeypatch):
+def test_images_and_labelled_sets_give_equal_results_from_a_store_and_a_folder(bucket, tmp_path, monkeypatch):
     tiny.mlflow_at(monkeypatch, tmp_path / "mlflow")
     write_files(tmp_path / "images", {f"{n}.jpg": encoded(pixels(40, 48, n)) for n in range(3)})
     put(bucket, tmp_path / "images", "images")
     assert shards.run("s3://data/images", tmp_path / "shards", ShardsConfig())["images"] == 3
     shards.run(tmp_path / "images", tmp_path / "again", ShardsConfig())
     assert (tmp_path / "shards" / "000000.tar").read_bytes() == (tmp_path / "again" / "000000.tar").read_bytes()
-    made_of = read_json(tmp_path / "shards" / "provenance.json")["inputs"]["images"]["path"]
-    assert made_of == "s3://data/images"
+    described = read_json(tmp_path / "shards" / "provenance.json")["inputs"]["images"]["path"]
+    assert described == "s3://data/images"
 
     model = tiny.model_folder(tmp_path / "model", tiny.clip_folder(tmp_path / "clip"))
     put(bucket, tiny.labelled_set(tmp_path / "set"), "set")
     config = EvaluateConfig(device="cpu", pictures=1)
-    there = evaluate.run(model, "s3://data/set", tmp_path / "there", config)
-    assert there == evaluate.run(model, tmp_path / "set", tmp_path / "here", config)
+    remote = evaluate.run(model, "s3://data/set", tmp_path / "there", config)
+    assert remote == evaluate.run(model, tmp_path / "set", tmp_path / "here", config)

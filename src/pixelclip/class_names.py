@@ -1,0 +1,63 @@
+"""Class names: check them, read them from a file, parse them from one line of text."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def check_names(names: Sequence[str], source: str = "classes") -> list[str]:
+    """Return the class names without surrounding white space.
+
+    Raises:
+        ValueError: the list is empty, or a name is blank or a duplicate.
+    """
+    stripped = [name.strip() for name in names]
+    if not stripped:
+        raise ValueError(f"{source}: the list of class names is empty; at least one name is needed")
+    blanks = [str(i + 1) for i, name in enumerate(stripped) if not name.strip(", ")]
+    if blanks:
+        raise ValueError(f"{source}: blank class name at position {', '.join(blanks)}")
+    duplicates = sorted(name for name, count in Counter(stripped).items() if count > 1)
+    if duplicates:
+        raise ValueError(f"{source}: class names must differ, found twice: {', '.join(map(repr, duplicates))}")
+    return stripped
+
+
+def read_classes(path: Path) -> list[str]:
+    """Read class names from a text file, one per line.
+
+    Raises:
+        ValueError: the file is missing or empty, or a name is blank or a duplicate; the message names the file.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot read class names (one per line): {error}") from None
+    while lines and not lines[-1].strip():
+        lines.pop()
+    return check_names(lines, str(path))
+
+
+def parse_names(text: str) -> list[str]:
+    """Parse class names from one line, `dog|puppy,grass,sky`; a bar separates synonyms of one class.
+
+    Raises:
+        ValueError: as `check_names`.
+    """
+    names = [", ".join(word.strip() for word in name.split("|")) for name in text.split(",")] if text.strip() else []
+    return check_names(names)
+
+
+def names_file(text: str) -> Path | None:
+    """Return the file that a user's class names refer to, `*.txt` or any existing file; None for a line of names."""
+    file = Path(text)
+    try:
+        return file if file.suffix == ".txt" or file.is_file() else None
+    except OSError:  # a list of names can exceed the maximum length of a file name
+        return None
+
+
+def names_of(text: str) -> list[str]:
+    """Return class names from a user's input: a file (see `names_file`) or one line of names."""
+    file = names_file(text)
+    return parse_names(text) if file is None else read_classes(file)
