@@ -1,6 +1,7 @@
 """One training sample: weak and strong view of a random crop, and its masks on the grid (method.md, step 1).
 
-N masks, H W mask grid, which is square. Torchvision's transforms are written out: every worker would wait for its import.
+N masks, H W mask grid, which is square. The colour transforms do not use torchvision: its import costs every worker several
+seconds, and here its strong jitter takes 2.4 times as long (docs/experiments.md).
 """
 
 import math
