@@ -19,7 +19,7 @@ from PIL import Image
 from pixelclip.dataset import MaskedImages, PackedBatch, collate, load_batches, sample_indices
 from pixelclip.ranks import ProcessGroup
 from pixelclip.rle import RunMasks
-from pixelclip.shards import parse_masks
+from pixelclip.shards import parse_annotation
 from pixelclip.views import Sample, Views, draw
 
 PLAIN = Views(
@@ -42,7 +42,7 @@ def blobs(height: int, width: int, count: int = 5, seed: int = 0) -> np.ndarray:
 
 
 def in_runs(masks: np.ndarray) -> RunMasks:
-    return parse_masks(annotation(masks), masks.shape[:0:-1])
+    return parse_annotation(annotation(masks), masks.shape[:0:-1])[1]
 
 
 def generator(seed: int) -> np.random.Generator:

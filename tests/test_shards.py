@@ -266,7 +266,7 @@ def document(size: object, counts: object) -> bytes:
 
 def test_an_annotation_in_sa1bs_format_is_accepted() -> None:
     masks = np.random.default_rng(0).random((5, 7, 9)) < np.array([0, 0.1, 0.5, 0.9, 1])[:, None, None]
-    assert len(parse_annotation(annotation(masks), (9, 7))["annotations"]) == 5
+    assert len(parse_annotation(annotation(masks), (9, 7))[0]["annotations"]) == 5
 
 
 @pytest.mark.parametrize(

@@ -14,11 +14,10 @@ from conftest import annotation, encoded, pixels, write_tar
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from test_dataset import FULL, PLAIN, blobs
+from test_dataset import FULL, PLAIN, blobs, in_runs
 
 from pixelclip import views
 from pixelclip.dataset import MaskedImages
-from pixelclip.shards import parse_masks
 
 
 @given(turn=st.floats(-0.5, 0.5), seed=st.integers(0, 999), levels=st.sampled_from([2, 4, 256]))
@@ -96,7 +95,7 @@ def test_flip_and_cutout_of_packed_masks_are_those_of_whole_ones(grid: int) -> N
     flips = []
     for seed in range(8):
         image = Image.new("RGB", (47, 61), (180, 190, 200))
-        sample = views.draw(image, parse_masks(annotation(masks), (47, 61)), drawn, np.random.default_rng(seed))
+        sample = views.draw(image, in_runs(masks), drawn, np.random.default_rng(seed))
         same = np.random.default_rng(seed)
         crop = 32 * 47 / 64
         left, top = same.uniform(0, 47 - crop), same.uniform(0, 61 - crop)
@@ -240,7 +239,7 @@ def test_the_blur_is_stated_in_pixels_of_the_methods_crop(size: int, edge: int, 
     picture = np.zeros((size, size, 3), np.uint8)
     picture[size // 2 : size // 2 + size // 64, size // 2 : size // 2 + size // 64] = 150
     drawn = replace(PLAIN, side=64, shortest_edge=edge, crop=crop, strong_view=True, cutout_min=0.0, cutout_max=0.0)
-    masks = parse_masks(annotation(blobs(size, size)), (size, size))
+    masks = in_runs(blobs(size, size))
     compared = 0
     for seed in range(40):
         sample = views.draw(Image.fromarray(picture), masks, drawn, np.random.default_rng(seed))

@@ -96,7 +96,7 @@ def _draw(masks: bytes, size: tuple[int, int]) -> NDArray[np.uint16]:
     from pycocotools import mask as rle  # an extra that inference does without
 
     values = np.zeros(size[::-1], np.uint16)
-    for annotation in parse_annotation(masks, size)["annotations"] if masks else []:
+    for annotation in parse_annotation(masks, size)[0]["annotations"] if masks else []:
         values[rle.decode(annotation["segmentation"]) == 1] = annotation["category_id"]
     return values
 

@@ -126,7 +126,7 @@ class GivenMasks:
         """
         where = f"{self._source}: {name}" if self._members is not None else str(Path(self._source, f"{name}.json"))
         try:
-            document = parse_annotation(self._bytes(name), size, may_be_empty=True)
+            document, _ = parse_annotation(self._bytes(name), size, may_be_empty=True)
         except OSError as error:
             raise ValueError(f"{where}: {error.strerror}") from None
         except ValueError as error:

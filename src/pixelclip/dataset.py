@@ -17,12 +17,12 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from pixelclip.images import decode_image, to_rgb
 from pixelclip.images import image_size as header_size
 from pixelclip.rle import RunMasks
-from pixelclip.shards import index_shard, parse_masks, read_part
+from pixelclip.shards import index_shard, parse_annotation, read_part
 from pixelclip.sources import RemoteFile, Shard
 from pixelclip.views import Sample, Views, draw, shrink, unpack
 
@@ -163,7 +163,7 @@ class MaskedImages(Dataset[Sample | str]):
             shrunk = by if image.size != size else 1  # only a JPEG is
             if not self.masked:
                 return image, RunMasks.whole(size[::-1]), shrunk
-            return image, parse_masks(read_part(path, json_offset, json_size), size), shrunk
+            return image, parse_annotation(read_part(path, json_offset, json_size), size)[1], shrunk
         except (OSError, ValueError) as error:
             raise ValueError(f"{path}: {_member_name(path, image_offset)}: {error}") from None
 
@@ -225,21 +225,13 @@ def sample_indices(batch_size: int, share: range, pieces: int, start: int, stop:
             yield [step * batch_size + place for place in share[first:last]]
 
 
-class _Listed(Sampler[list[int]]):
-    def __init__(self, lists: Iterable[list[int]]) -> None:
-        self._lists = lists
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return iter(self._lists)
-
-
 def load_batches(dataset: MaskedImages, lists: Iterable[list[int]], workers: int, pin: bool) -> DataLoader[PackedBatch]:
     """One batch for every list of sample_indices, in order, whatever the number of workers."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["__main__", __name__])  # imported once, and in memory once, for all workers
     return DataLoader(
         dataset,  # type: ignore[arg-type]
-        batch_sampler=_Listed(lists),
+        batch_sampler=lists,
         collate_fn=collate,
         num_workers=workers,
         multiprocessing_context=context if workers else None,

@@ -32,7 +32,6 @@ from pixelclip.shards import (
     ShardWriter,
     index_shard,
     parse_annotation,
-    parse_document,
     read_part,
 )
 from pixelclip.sources import Shard, describe_shards, list_shards
@@ -103,7 +102,7 @@ def _from_given(sample: Sample, config: MasksConfig) -> dict[str, Any]:
     _, data, annotation = sample
     if not annotation:
         raise ValueError("no JSON with masks beside the image")
-    document = parse_annotation(annotation, decode_image(data).size)
+    document, _ = parse_annotation(annotation, decode_image(data).size)
     for entry in document["annotations"]:
         if not isinstance(entry.get("area"), int | float):
             entry["area"] = int(rle.area(entry["segmentation"]))
@@ -168,7 +167,7 @@ def shrink(sample: Sample, shortest_edge: int, quality: int) -> Sample:
     scale = shortest_edge / min(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     if annotation:
-        document, masks = parse_document(annotation, image.size)
+        document, masks = parse_annotation(annotation, image.size)
         small = masks.sample(nearest(size[1], image.height), nearest(size[0], image.width))  # [N, H, W]
         kept = [index for index, mask in enumerate(small) if mask.any()]
         fresh = annotate((small[index] for index in kept), size, key)

@@ -9,8 +9,9 @@ import io
 import json
 import tarfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -124,27 +125,20 @@ def read_part(path: Shard, offset: int, size: int) -> bytes:
         return file.read(size)
 
 
-def parse_annotation(data: bytes, size: tuple[int, int], may_be_empty: bool = False) -> dict[str, Any]:
-    """Parses SA-1B's annotation JSON and checks what the pipeline relies on.
+def parse_annotation(data: bytes, size: tuple[int, int], may_be_empty: bool = False) -> tuple[dict[str, Any], RunMasks]:
+    """Parse SA-1B's annotation JSON and check what the pipeline relies on.
 
     Args:
         data: the JSON.
         size: (width, height) of its image.
-        may_be_empty: whether no mask at all is right, too.
+        may_be_empty: accept a document without masks.
+
+    Returns:
+        The document and its masks.
 
     Raises:
-        ValueError: no JSON, no annotations, or a mask of another size than its image.
+        ValueError: not JSON, no annotations, or a mask of another size than its image.
     """
-    return parse_document(data, size, may_be_empty)[0]
-
-
-def parse_masks(data: bytes, size: tuple[int, int]) -> RunMasks:
-    """The masks alone of what `parse_annotation` parses and checks."""
-    return parse_document(data, size)[1]
-
-
-def parse_document(data: bytes, size: tuple[int, int], may_be_empty: bool = False) -> tuple[dict[str, Any], RunMasks]:
-    """What `parse_annotation` parses and checks, with its masks."""
     try:
         document = json.loads(data)
         codes = [annotation["segmentation"] for annotation in document["annotations"]]
@@ -221,7 +215,7 @@ def run(images: Path | str, out: Path, config: ShardsConfig) -> Metrics:
         bad = BadSamples("shards", config.max_bad_share)
         samples = _samples(images, paths, config, bad)
         good, shards = 0, 0
-        for chunk in _chunks(samples, config.images_per_shard):
+        for chunk in iter(lambda: list(islice(samples, config.images_per_shard)), []):
             with ShardWriter(stage.folder / f"{shards:06d}.tar") as writer:
                 for members in chunk:
                     for name, data in members:
@@ -281,14 +275,3 @@ def _as_jpeg(data: bytes, config: ShardsConfig) -> bytes:
         width, height = (max(1, round(edge * shrink)) for edge in upright.size)
         upright = to_rgb(upright).resize((width, height), Image.Resampling.LANCZOS)
     return encode_jpeg(upright, config.jpeg_quality)
-
-
-def _chunks(samples: Iterable[list[tuple[str, bytes]]], size: int) -> Iterator[list[list[tuple[str, bytes]]]]:
-    chunk: list[list[tuple[str, bytes]]] = []
-    for sample in samples:
-        chunk.append(sample)
-        if len(chunk) == size:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
