@@ -16,10 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from pixelclip.annotations import parse_annotation
 from pixelclip.dataset import MaskedImages, PackedBatch, collate, load_batches, sample_indices
 from pixelclip.ranks import ProcessGroup
 from pixelclip.rle import RunMasks
-from pixelclip.shards import parse_annotation
 from pixelclip.views import Sample, Views, draw
 
 PLAIN = Views(

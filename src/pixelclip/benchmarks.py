@@ -14,9 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from pixelclip.annotations import parse_annotation
 from pixelclip.config import nearest
-from pixelclip.images import decode_image, open_image
-from pixelclip.shards import IMAGE_SUFFIXES, parse_annotation
+from pixelclip.images import IMAGE_SUFFIXES, decode_image, open_image
 from pixelclip.storage import files_below, read_json
 from pixelclip.text import check_names, read_classes
 

@@ -15,14 +15,15 @@ from PIL import Image
 from pycocotools import mask as rle
 from torch import Tensor
 
+from pixelclip.annotations import annotate, decode_masks, parse_annotation
 from pixelclip.backbone import Backbone
 from pixelclip.benchmarks import IGNORE
 from pixelclip.clusters import pool_masks
+from pixelclip.felzenszwalb import felzenszwalb
 from pixelclip.labels import label_map
-from pixelclip.masks import annotate, decode_masks, felzenszwalb
 from pixelclip.predict import best_class, class_scores, resize_shortest, slide_scores
 from pixelclip.s3 import is_s3
-from pixelclip.shards import Member, index_shard, parse_annotation, read_part
+from pixelclip.shard_format import Member, index_shard, read_part
 from pixelclip.sources import Shard, list_shards, parts
 from pixelclip.tally import Found
 

@@ -19,10 +19,11 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from pixelclip.annotations import parse_annotation
 from pixelclip.images import decode_image, to_rgb
 from pixelclip.images import image_size as header_size
 from pixelclip.rle import RunMasks
-from pixelclip.shards import index_shard, parse_annotation, read_part
+from pixelclip.shard_format import index_shard, read_part
 from pixelclip.sources import RemoteFile, Shard
 from pixelclip.views import Sample, Views, draw, shrink, unpack
 

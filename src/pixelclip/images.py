@@ -9,6 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+
 # Pillow warns above 89 megapixels and refuses above 179. A user's own scans and aerial pictures may have more; what strangers
 # send is checked by its header before it is decoded (`max_pixels`). Pillow has this for the whole process or not at all.
 Image.MAX_IMAGE_PIXELS = None

@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from pixelclip.annotations import parse_annotation
 from pixelclip.dataset import Batch, MaskedImages
 from pixelclip.images import colour_labels, decode_image, fitted, nearest, to_rgb
 from pixelclip.model import PixelCLIP, StepOutput
 from pixelclip.pixels import normalise, resize_square, to_tensor
 from pixelclip.rle import RunMasks
-from pixelclip.shards import Member, index_shard, parse_annotation, read_part
+from pixelclip.shard_format import Member, index_shard, read_part
 from pixelclip.sources import Shard, list_shards
 from pixelclip.storage import write_json
 

@@ -19,6 +19,7 @@ from torch import nn
 from tqdm import tqdm
 
 from pixelclip.backbone import Backbone, check_side
+from pixelclip.bad_samples import BadSamples
 from pixelclip.checkpoint import CONFIG, WEIGHTS, Clip, load_clip, save_model
 from pixelclip.config import TrainConfig
 from pixelclip.dataset import Batch, MaskedImages, load_batches, sample_indices
@@ -29,7 +30,6 @@ from pixelclip.model import PixelCLIP
 from pixelclip.pictures import gallery, training_picture
 from pixelclip.ranks import ProcessGroup, copy_to_host_async, join, pick_precision
 from pixelclip.resume import Progress, load_state, save_state
-from pixelclip.shards import BadSamples
 from pixelclip.sources import clip_folder, describe_shards, list_shards
 from pixelclip.stage import Metrics, Stage, describe
 from pixelclip.text import TEMPLATES, Prompts, TextTower, Vectors, classifier, names_file, names_of
