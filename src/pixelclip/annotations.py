@@ -10,14 +10,13 @@ from numpy.typing import NDArray
 from pixelclip.rle import RunMasks, read_runs
 
 
-def annotate(masks: Iterable[NDArray[np.bool_]], size: tuple[int, int], key: str, quality: float = 1.0) -> dict[str, Any]:
+def annotate(masks: Iterable[NDArray[np.bool_]], size: tuple[int, int], key: str) -> dict[str, Any]:
     """Encode masks as an annotation document.
 
     Args:
         masks: non-empty masks [H, W]; an iterator is consumed one mask at a time.
         size: (width, height) of the image.
         key: key of the sample.
-        quality: value of both predicted IoU and stability score.
     """
     from pycocotools import mask as rle  # an extra that inference does not need
 
@@ -32,8 +31,8 @@ def annotate(masks: Iterable[NDArray[np.bool_]], size: tuple[int, int], key: str
                 "segmentation": {"size": [height, width], "counts": code["counts"].decode()},
                 "area": len(rows),
                 "bbox": [float(v) for v in rle.toBbox(code)],
-                "predicted_iou": quality,
-                "stability_score": quality,
+                "predicted_iou": 1.0,
+                "stability_score": 1.0,
                 "point_coords": [[float(columns[len(columns) // 2]), float(rows[len(rows) // 2])]],
                 "crop_box": [0.0, 0.0, float(width), float(height)],
             }

@@ -4,7 +4,7 @@ B images, N masks, P points, C embedding width, H W size of an image or crop, h 
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import numpy as np
@@ -46,6 +46,7 @@ class _Crop:
     points: Tensor  # [N, 2], x y in the image
 
 
+@dataclass(eq=False)
 class SamGenerator:
     """Generate the masks of `segment_anything.SamAutomaticMaskGenerator` for batches of images.
 
@@ -71,43 +72,32 @@ class SamGenerator:
         ValueError: a crop layer has no points, or `points_per_batch` is below 1.
     """
 
-    def __init__(
-        self,
-        sam: Sam,
-        *,
-        points_per_side: int = 32,
-        points_per_batch: int = 256,
-        pred_iou_thresh: float = 0.88,
-        stability_score_thresh: float = 0.95,
-        stability_score_offset: float = 1.0,
-        box_nms_thresh: float = 0.7,
-        crop_n_layers: int = 0,
-        crop_nms_thresh: float = 0.7,
-        crop_overlap_ratio: float = 512 / 1500,
-        crop_n_points_downscale_factor: int = 1,
-        min_mask_region_area: int = 0,
-        precision: torch.dtype | None = None,
-    ) -> None:
-        if int(points_per_side / crop_n_points_downscale_factor**crop_n_layers) < 1:
+    sam: Sam
+    _: KW_ONLY
+    points_per_side: int = 32
+    points_per_batch: int = 256
+    pred_iou_thresh: float = 0.88
+    stability_score_thresh: float = 0.95
+    stability_score_offset: float = 1.0
+    box_nms_thresh: float = 0.7
+    crop_n_layers: int = 0
+    crop_nms_thresh: float = 0.7
+    crop_overlap_ratio: float = 512 / 1500
+    crop_n_points_downscale_factor: int = 1
+    min_mask_region_area: int = 0
+    precision: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        if int(self.points_per_side / self.crop_n_points_downscale_factor**self.crop_n_layers) < 1:
             raise ValueError(
-                f"points_per_side {points_per_side} leaves no point in crop layer {crop_n_layers} "
-                f"at crop_n_points_downscale_factor {crop_n_points_downscale_factor}"
+                f"points_per_side {self.points_per_side} leaves no point in crop layer {self.crop_n_layers} "
+                f"at crop_n_points_downscale_factor {self.crop_n_points_downscale_factor}"
             )
-        if points_per_batch < 1:
-            raise ValueError(f"points_per_batch is {points_per_batch}, must be at least 1")
-        self.sam = sam
-        self.points_per_batch = points_per_batch
-        self.pred_iou_thresh = pred_iou_thresh
-        self.stability_score_thresh = stability_score_thresh
-        self.stability_score_offset = stability_score_offset
-        self.box_nms_thresh = box_nms_thresh
-        self.crop_n_layers = crop_n_layers
-        self.crop_nms_thresh = crop_nms_thresh
-        self.crop_overlap_ratio = crop_overlap_ratio
-        self.min_mask_region_area = min_mask_region_area
-        self._grids = build_all_layer_point_grids(points_per_side, crop_n_layers, crop_n_points_downscale_factor)
-        self._resize = ResizeLongestSide(sam.image_encoder.img_size)
-        self._encoder = ImageEncoder(sam.image_encoder, precision)
+        if self.points_per_batch < 1:
+            raise ValueError(f"points_per_batch is {self.points_per_batch}, must be at least 1")
+        self._grids = build_all_layer_point_grids(self.points_per_side, self.crop_n_layers, self.crop_n_points_downscale_factor)
+        self._resize = ResizeLongestSide(self.sam.image_encoder.img_size)
+        self._encoder = ImageEncoder(self.sam.image_encoder, self.precision)
 
     @torch.no_grad()
     def __call__(self, images: Sequence[NDArray[np.uint8]]) -> list[list[dict[str, Any]]]:
