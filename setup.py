@@ -10,6 +10,8 @@ FOLDERS = {"pixelclip": "src/pixelclip", "pixelclip_components": "components", "
 setup(
     package_dir=FOLDERS,
     packages=[
-        name for package, folder in FOLDERS.items() for name in (package, *(f"{package}.{sub}" for sub in find_packages(folder)))
+        name
+        for package, folder in FOLDERS.items()
+        for name in (package, *(f"{package}.{sub}" for sub in find_packages(folder)))
     ],
 )

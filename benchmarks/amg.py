@@ -7,13 +7,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from segment_anything import SamAutomaticMaskGenerator
+from segment_anything.build_sam import _build_sam
 from segment_anything.modeling import Sam
 from segment_anything.utils.transforms import ResizeLongestSide
 from torch import Tensor
 
 from benchmarks.case import Case
 from pixelclip.sam import SamGenerator
-from pixelclip.sam_weights import SamShape, build_sam
 from pixelclip.toy import paint
 
 SIZE = (1000, 1500)
@@ -21,8 +21,8 @@ SETTINGS = {"points_per_side": 20, "pred_iou_thresh": 0.88, "stability_score_thr
 PASSING = 0.15  # of the proposals at 16 points: the threshold of predicted IoU; of all points' about a fifth pass
 RADII = (0.04, 0.07, 0.11)  # of the masks of a point, as shares of the image's longer side
 EMBEDDINGS = ("pos_embed", "point_embeddings", "not_a_point_embed", "no_mask_embed", "iou_token", "mask_tokens")
-SMALL = {"embed_dim": 192, "depth": 4, "num_heads": 3, "mlp_dim": 768, "global_attn_indexes": (3,)}
-VIT_B = {"embed_dim": 768, "depth": 12, "num_heads": 12, "mlp_dim": 3072, "global_attn_indexes": (2, 5, 8, 11)}
+SMALL = {"embed_dim": 192, "depth": 4, "num_heads": 3, "global_attn_indexes": (3,)}
+VIT_B = {"embed_dim": 768, "depth": 12, "num_heads": 12, "global_attn_indexes": (2, 5, 8, 11)}
 
 
 def make(encoder: dict[str, Any] = SMALL, passing: float = PASSING) -> Case:
@@ -56,23 +56,7 @@ def local_sam(image: NDArray[np.uint8], encoder: dict[str, Any], passing: float)
     Image tokens attend to a point by their distance to it, and tell it on; the last bias of each hypernetwork is fitted to
     discs, and the predicted IoU is shifted until the wanted share of it passes.
     """
-    shape = SamShape(
-        img_size=1024,
-        patch_size=16,
-        window_size=14,
-        prompt_dim=256,
-        mask_in_chans=16,
-        decoder_depth=2,
-        decoder_mlp_dim=2048,
-        num_multimask_outputs=3,
-        iou_head_depth=3,
-        iou_head_hidden_dim=256,
-        **encoder,
-    )
-    sam = build_sam(shape).to_empty(device="cpu").eval().requires_grad_(False)
-    sam.pixel_mean, sam.pixel_std = (
-        torch.tensor(v)[:, None, None] for v in ([123.675, 116.28, 103.53], [58.395, 57.12, 57.375])
-    )
+    sam = _build_sam(**{f"encoder_{name}": value for name, value in encoder.items()}).requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     for name, tensor in sam.state_dict().items():
         noise = torch.randn(tensor.shape, generator=generator)

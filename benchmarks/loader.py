@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from benchmarks.case import Case
 from pixelclip.config import TrainConfig
 from pixelclip.dataset import Batch, MaskedImages, collate
-from pixelclip.shards import ShardWriter, index_shard, read_part
+from pixelclip.shard_format import ShardWriter, index_shard, read_part
 from pixelclip.views import Views
 
 EDGES, MASKS, QUALITY = (1500, 2250), 100, 90  # of SA-1B's published images; half of them stand upright

@@ -8,8 +8,8 @@ from conftest import annotation, pixels
 from PIL import Image
 
 from pixelclip import classify
+from pixelclip.annotations import annotate, decode_masks
 from pixelclip.classify import GivenMasks, classify_masks, majority, segment_masks, truth_masks
-from pixelclip.masks import annotate, decode_masks
 from pixelclip.ranks import SINGLE_PROCESS
 from pixelclip.tally import CLIP, OURS, Confusion, Found, Tally
 

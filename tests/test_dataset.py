@@ -1,6 +1,6 @@
-"""Training samples: the same for the same seed and position, each once an epoch, image and masks aligned.
+"""Training samples depend only on seed and position, occur once per epoch, and keep image and masks aligned.
 
-Alignment is shown with an image whose colours are its coordinates: every pixel of a view says where it came from.
+Alignment is tested with an image whose colours are its coordinates.
 """
 
 from collections.abc import Iterable
@@ -16,10 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from pixelclip.annotations import parse_annotation
 from pixelclip.dataset import MaskedImages, PackedBatch, collate, load_batches, sample_indices
 from pixelclip.ranks import ProcessGroup
 from pixelclip.rle import RunMasks
-from pixelclip.shards import parse_masks
 from pixelclip.views import Sample, Views, draw
 
 PLAIN = Views(
@@ -30,19 +30,19 @@ FULL = replace(PLAIN, color_jitter=True, flip=True, strong_view=True, mean=(0.4,
 
 
 def coordinates(height: int, width: int) -> Image.Image:
-    """Red and green are four times the column and the row: at most 64 pixels a side."""
+    """Make an image whose red and green are four times the column and the row; at most 64 pixels per side."""
     rows, columns = np.mgrid[:height, :width]
     return Image.fromarray(np.stack([columns * 4, rows * 4, np.full_like(rows, 200)], axis=-1).astype(np.uint8))
 
 
 def blobs(height: int, width: int, count: int = 5, seed: int = 0) -> np.ndarray:
-    """Overlapping masks [N, H, W] of 4-pixel squares."""
+    """Make overlapping masks [N, H, W] of 4-pixel squares."""
     coarse = np.random.default_rng(seed).random((count, -(-height // 4), -(-width // 4))) < 0.5
     return coarse.repeat(4, 1).repeat(4, 2)[:, :height, :width]
 
 
 def in_runs(masks: np.ndarray) -> RunMasks:
-    return parse_masks(annotation(masks), masks.shape[:0:-1])
+    return parse_annotation(annotation(masks), masks.shape[:0:-1])[1]
 
 
 def generator(seed: int) -> np.random.Generator:
@@ -51,7 +51,7 @@ def generator(seed: int) -> np.random.Generator:
 
 @pytest.fixture
 def shards(tmp_path: Path) -> list[Path]:
-    """Two shards: seven samples, one image without masks."""
+    """Write two shards with seven samples and one image without masks."""
     samples = {}
     for i in range(7):
         height, width = 40 + 3 * i, 61 - 2 * i
@@ -78,10 +78,10 @@ def test_masks_and_image_stay_aligned_through_crop_and_flip(shortest_edge: int, 
     flips, compared = set(), 0
     for seed in range(12):
         sample = draw(coordinates(64, 64), in_runs(masks), views, generator(seed))
-        column, row = (sample.weak[:2].numpy() * 255 / 4) + 0.5  # of the centre of every cell, in pixels of the image
+        column, row = (sample.weak[:2].numpy() * 255 / 4) + 0.5  # image coordinates of every cell's centre
         flips.add(bool(column[5, 5] > column[5, 25]))
         sure = np.minimum(abs(column - column.round()), abs(row - row.round())) > 0.2
-        sure[[0, -1]] = sure[:, [0, -1]] = False  # resampling has less to average at an edge of the image
+        sure[[0, -1]] = sure[:, [0, -1]] = False  # resampling averages fewer pixels at the edges
         for y, x in zip(*np.nonzero(sure), strict=True):
             naive = masks[:, int(row[y, x]), int(column[y, x])]
             assert np.array_equal(sample.masks[:, y, x].numpy(), naive), (seed, y, x)
@@ -90,7 +90,7 @@ def test_masks_and_image_stay_aligned_through_crop_and_flip(shortest_edge: int, 
     assert compared > 1000
 
 
-def test_crops_differ_lie_inside_and_span_what_they_should() -> None:
+def test_crops_vary_within_the_image_and_have_the_right_size() -> None:
     lefts = set()
     for seed in range(20):
         sample = draw(coordinates(64, 64), in_runs(blobs(64, 64)), PLAIN, generator(seed))
@@ -101,8 +101,8 @@ def test_crops_differ_lie_inside_and_span_what_they_should() -> None:
     assert len(lefts) > 8
 
 
-def test_the_longest_edge_limits_the_scale_and_small_images_are_cropped_whole() -> None:
-    wide = coordinates(32, 64)  # 64 of 32 would be 128 wide; limited to 64 the image keeps its size
+def test_longest_edge_limits_the_scale_and_small_images_are_not_cropped() -> None:
+    wide = coordinates(32, 64)  # scaled to 64 it would be 128 wide; the limit of 64 keeps its size
     views = replace(PLAIN, longest_edge=64, crop=48)
     sample = draw(wide, in_runs(blobs(32, 64)), views, generator(0))
     column, row = sample.weak[0, 16].numpy() * 255 / 4, sample.weak[1, :, 16].numpy() * 255 / 4
@@ -119,7 +119,7 @@ def test_masks_of_at_most_one_cell_are_dropped() -> None:
     assert np.array_equal(sample.masks.numpy(), masks[2:])
 
 
-def test_the_cutout_is_black_in_the_strong_view_and_out_of_the_masks() -> None:
+def test_cutout_is_black_in_the_strong_view_and_removed_from_the_masks() -> None:
     views = replace(PLAIN, strong_view=True)
     places = set()
     for seed in range(10):
@@ -128,14 +128,14 @@ def test_the_cutout_is_black_in_the_strong_view_and_out_of_the_masks() -> None:
         assert torch.equal(sample.masks[0], ~black)
         rows, columns = np.nonzero(black.numpy())
         top, left, height, width = rows.min(), columns.min(), np.ptp(rows) + 1, np.ptp(columns) + 1
-        assert height * width == len(rows)  # one whole rectangle
+        assert height * width == len(rows)  # one rectangle
         assert 2 <= height <= 17 and 2 <= width <= 17  # a tenth to a half of 32
         assert not (sample.weak == 0).any()
         places.add((top, left))
     assert len(places) > 5
 
 
-def test_switches_switch() -> None:
+def test_switches_disable_jitter_strong_view_and_cutout() -> None:
     image, masks = Image.fromarray(pixels(64, 64)), in_runs(blobs(64, 64))
     plain = [draw(image, masks, PLAIN, generator(seed)) for seed in range(6)]
     assert all(torch.equal(sample.weak, sample.strong) for sample in plain)
@@ -157,7 +157,7 @@ def test_views_are_normalised() -> None:
     torch.testing.assert_close(undone, raw.strong, atol=1e-6, rtol=0)
 
 
-def test_seed_and_position_decide_a_sample(shards: list[Path]) -> None:
+def test_sample_depends_only_on_seed_and_position(shards: list[Path]) -> None:
     dataset, other = MaskedImages(shards, FULL, seed=3), MaskedImages(shards, FULL, seed=3)
     other[11]
     assert same(dataset[4], other[4])
@@ -167,7 +167,7 @@ def test_seed_and_position_decide_a_sample(shards: list[Path]) -> None:
         assert not any(torch.equal(sample.weak, before.weak) for before in drawn[:index])
 
 
-def test_every_epoch_visits_each_sample_once_in_another_order(shards: list[Path]) -> None:
+def test_every_epoch_visits_each_sample_once_in_a_new_order(shards: list[Path]) -> None:
     dataset = MaskedImages(shards, FULL, seed=0)
     epochs = [[dataset.member(7 * epoch + place) for place in range(7)] for epoch in range(4)]
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
@@ -181,7 +181,7 @@ def test_samples_without_masks_are_counted(shards: list[Path], tmp_path: Path) -
         MaskedImages([write_tar(tmp_path / "bare" / "0.tar", {"a.jpg": b"x"})], FULL, seed=0)
 
 
-def test_a_sample_is_read_with_its_own_masks(shards: list[Path]) -> None:
+def test_sample_is_read_with_its_own_masks(shards: list[Path]) -> None:
     dataset = MaskedImages(shards, FULL, seed=0)
     for index in range(7):
         image, masks = dataset.read(index)
@@ -200,7 +200,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_a_bad_sample_becomes_a_string_that_names_it(shards: list[Path], tmp_path: Path, kind: str) -> None:
+def test_bad_sample_becomes_a_string_that_names_it(shards: list[Path], tmp_path: Path, kind: str) -> None:
     image, masks, reason = BAD[kind]
     bad = write_tar(tmp_path / "bad.tar", {"some/folder/x y.jpg": image, "some/folder/x y.json": masks})
     dataset = MaskedImages([*shards, bad], FULL, seed=0)
@@ -209,7 +209,7 @@ def test_a_bad_sample_becomes_a_string_that_names_it(shards: list[Path], tmp_pat
     assert batch.bad[0].startswith(f"{bad}: some/folder/x y.jpg: ") and reason in batch.bad[0]
 
 
-def test_collate_joins_and_says_whose_a_mask_is() -> None:
+def test_collate_joins_samples_and_indexes_the_image_of_each_mask() -> None:
     counts = [2, 0, 3]
     masks = [torch.rand(count, 11, 11) < 0.5 for count in counts]
     packed = [torch.from_numpy(np.packbits(of_one.numpy(), axis=1, bitorder="little")) for of_one in masks]
@@ -225,14 +225,14 @@ def test_collate_joins_and_says_whose_a_mask_is() -> None:
     assert batch.bad == ["why not"]
 
 
-def test_collate_with_nothing_good_is_an_empty_batch() -> None:
+def test_collate_of_bad_samples_only_is_an_empty_batch() -> None:
     batch = collate(["one", "two"]).to(torch.device("cpu"))
     assert (len(batch.weak), len(batch.strong), len(batch.masks), len(batch.image_index)) == (0, 0, 0, 0)
     assert batch.masks.dtype == torch.bool and batch.image_index.dtype == torch.long
     assert batch.bad == ["one", "two"]
 
 
-def test_a_resumed_loader_gives_the_batches_of_an_undisturbed_one(shards: list[Path]) -> None:
+def test_resumed_loader_yields_the_same_batches(shards: list[Path]) -> None:
     undisturbed = batches(shards, sample_indices(3, range(3), 1, 0, 6))
     resumed = batches(shards, sample_indices(3, range(3), 1, 4, 6))
     assert len(resumed) == 2 and len(undisturbed) == 6
@@ -244,9 +244,9 @@ def batches(shards: list[Path], lists: Iterable[list[int]], workers: int = 0) ->
     return list(load_batches(MaskedImages(shards, FULL, 0), lists, workers=workers, pin=False))
 
 
-def test_a_worker_gives_the_same_batches(shards: list[Path]) -> None:
-    here, there = (batches(shards, sample_indices(4, range(4), 1, 1, 4), workers) for workers in (0, 1))
-    assert all(same(a, b) for a, b in zip(here, there, strict=True))
+def test_worker_process_yields_the_same_batches(shards: list[Path]) -> None:
+    alone, worker = (batches(shards, sample_indices(4, range(4), 1, 1, 4), workers) for workers in (0, 1))
+    assert all(same(a, b) for a, b in zip(alone, worker, strict=True))
 
 
 @given(
@@ -256,8 +256,8 @@ def test_a_worker_gives_the_same_batches(shards: list[Path]) -> None:
     start=st.integers(0, 9),
     steps=st.integers(0, 5),
 )
-def test_ranks_and_pieces_share_the_stream_without_overlap_or_loss(batch_size, size, pieces, start, steps):
-    found = []
+def test_ranks_and_micro_batches_partition_the_stream(batch_size, size, pieces, start, steps):
+    positions = []
     for rank in range(size):
         lists = list(sample_indices(batch_size, ProcessGroup(rank, size).local_range(batch_size), pieces, start, start + steps))
         assert len(lists) == steps * pieces
@@ -265,5 +265,5 @@ def test_ranks_and_pieces_share_the_stream_without_overlap_or_loss(batch_size, s
             mine = list(chain(*lists[step * pieces : (step + 1) * pieces]))
             assert all((start + step) * batch_size <= position < (start + step + 1) * batch_size for position in mine)
             assert abs(len(mine) - batch_size / size) < 1
-            found += mine
-    assert sorted(found) == list(range(start * batch_size, (start + steps) * batch_size))
+            positions += mine
+    assert sorted(positions) == list(range(start * batch_size, (start + steps) * batch_size))

@@ -1,3 +1,5 @@
+"""DINO's patch tokens against Meta's forward in numpy, k-means against scikit-learn, and rejected checkpoints."""
+
 import argparse
 import copy
 import math
@@ -11,13 +13,14 @@ import torch
 from safetensors.torch import save_file
 from sklearn.cluster import KMeans
 
-from pixelclip.dino import kmeans, load_dino, patch_tokens, segment
+from pixelclip.dino import load_dino, patch_tokens, segment
+from pixelclip.kmeans import kmeans
 
 PATCH, GRID, WIDTH, DEPTH = 4, 5, 128, 2
 
 
 def weights(width=WIDTH, depth=DEPTH, patch=PATCH, grid=GRID, seed=0):
-    """A random ViT under the names that timm and Meta share."""
+    """Make the state dict of a random ViT under the common names of timm and Meta."""
     generator = torch.Generator().manual_seed(seed)
     shapes = {
         "cls_token": (1, 1, width),
@@ -47,7 +50,7 @@ def saved(path, content):
 
 
 def full_checkpoint(state, **others):
-    """As Meta's training loop saves it: wrapped modules with a projection head, settings, optimizer."""
+    """Make a checkpoint like Meta's training loop: wrapped modules with a projection head, settings, optimizer."""
     head = {"head.mlp.0.weight": torch.zeros(4, WIDTH), "head.last_layer.weight_g": torch.ones(4, 1)}
     teacher = {f"backbone.{name}": tensor for name, tensor in state.items()} | head
     student = {f"module.{name}": torch.zeros_like(tensor) for name, tensor in teacher.items()}
@@ -56,7 +59,7 @@ def full_checkpoint(state, **others):
 
 
 def naive_tokens(state, image, heads):
-    """Meta's forward of one image [3, H, W] in double precision, written out: [h, w, D]."""
+    """Compute Meta's forward of one image [3, H, W] in double precision: [h, w, D]."""
     w = {name: tensor.double().numpy() for name, tensor in state.items()}
     kernel, position = w["patch_embed.proj.weight"], w["pos_embed"][0]
     width, _, patch, _ = kernel.shape
@@ -90,7 +93,7 @@ def naive_tokens(state, image, heads):
 
 
 def naive_resize(maps, rows, columns):
-    """Keys' cubic kernel (a = -0.75) with borders repeated; Meta's scale has a tenth of a patch more."""
+    """Resize with Keys' cubic kernel (a = -0.75), repeated borders and Meta's scale, which adds a tenth of a patch."""
     if maps.shape[:2] == (rows, columns):
         return maps
 
@@ -121,7 +124,7 @@ def vit(tmp_path_factory):
     return load_dino(saved(tmp_path_factory.mktemp("dino") / "dino.pth", weights()))
 
 
-def test_a_loaded_dino_is_frozen_and_costs_no_random_number(tmp_path):
+def test_loading_freezes_the_model_and_draws_no_random_numbers(tmp_path):
     before = torch.get_rng_state()
     model = load_dino(saved(tmp_path / "half.pt", {name: tensor.half() for name, tensor in weights().items()}))
     assert torch.equal(torch.get_rng_state(), before)
@@ -131,14 +134,14 @@ def test_a_loaded_dino_is_frozen_and_costs_no_random_number(tmp_path):
 
 
 @pytest.mark.parametrize(("width", "heads"), [(32, 1), (128, 2), (384, 6)])
-def test_the_state_dict_tells_the_shape(tmp_path, width, heads):
+def test_architecture_is_derived_from_the_state_dict(tmp_path, width, heads):
     model = load_dino(saved(tmp_path / "dino.pth", weights(width, depth=3, patch=2, grid=3)))
     assert (model.embed_dim, len(model.blocks), model.patch_embed.patch_size) == (width, 3, (2, 2))
     assert (model.patch_embed.grid_size, model.blocks[0].attn.num_heads) == ((3, 3), heads)
     assert {part.eps for part in model.modules() if isinstance(part, torch.nn.LayerNorm)} == {1e-6}
 
 
-def test_every_naming_gives_the_same_tokens(tmp_path, vit):
+def test_all_checkpoint_formats_give_the_same_tokens(tmp_path, vit):
     state, seen = weights(), images(2, 3, 12, 24)
     save_file(state, tmp_path / "timm.safetensors")
     full = full_checkpoint(state)
@@ -154,7 +157,7 @@ def test_every_naming_gives_the_same_tokens(tmp_path, vit):
 
 
 @pytest.mark.parametrize("size", [(20, 20), (12, 28), (20, 24), (40, 8)])
-def test_tokens_are_those_of_metas_forward(vit, size):
+def test_tokens_equal_those_of_metas_forward(vit, size):
     seen = images(2, 3, *size)
     tokens = patch_tokens(vit, seen)
     assert tokens.shape == (2, size[0] // PATCH, size[1] // PATCH, WIDTH)
@@ -162,15 +165,15 @@ def test_tokens_are_those_of_metas_forward(vit, size):
         np.testing.assert_allclose(found.numpy(), naive_tokens(weights(), image, heads=2), atol=2e-5)
 
 
-def test_timm_agrees_at_the_native_size_and_antialiases_at_others(vit):
+def test_timm_agrees_only_at_the_native_size(vit):
     native, larger = images(1, 3, 20, 20), images(1, 3, 40, 40)
     torch.testing.assert_close(patch_tokens(vit, native).flatten(1, 2), vit.forward_features(native)[:, 1:])
     assert (patch_tokens(vit, larger).flatten(1, 2) - vit.forward_features(larger)[:, 1:]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("size", [(1, 3, 20, 21), (1, 3, 0, 20), (3, 20, 20), (1, 1, 20, 20)])
-def test_images_of_another_shape_are_refused(vit, size):
-    with pytest.raises(ValueError, match=r"multiples of 4 is needed"):
+def test_images_of_another_shape_are_rejected(vit, size):
+    with pytest.raises(ValueError, match="multiples of 4"):
         patch_tokens(vit, torch.zeros(size))
 
 
@@ -189,37 +192,37 @@ def test_images_of_another_shape_are_refused(vit, size):
         (lambda state: state | {"blocks.0.ls1.gamma": torch.zeros(WIDTH)}, "unexpected: blocks.0.ls1.gamma"),
         (lambda state: {n: t for n, t in state.items() if n != "blocks.1.mlp.fc2.bias"}, "missing: blocks.1.mlp.fc2.bias"),
         (lambda state: state | {"norm.bias": torch.zeros(7)}, r"norm.bias \[7\] instead of \[128\]"),
-        (lambda state: state | {"pos_embed": torch.zeros(1, 12, WIDTH)}, "12 positions fit no ViT with a square grid"),
+        (lambda state: state | {"pos_embed": torch.zeros(1, 12, WIDTH)}, "12 positions do not fit a ViT with a square grid"),
         (lambda state: state | {"pos_embed": torch.zeros(WIDTH)}, r"pos_embed is \[128\]"),
-        (lambda state: state | {"pos_embed": torch.zeros(1, 0, WIDTH)}, "0 positions fit no ViT"),
+        (lambda state: state | {"pos_embed": torch.zeros(1, 0, WIDTH)}, "0 positions do not fit a ViT"),
         (lambda state: full_checkpoint(state, teacher={"backbone.x": torch.zeros(1)}), "found x, but not cls_token"),
     ],
 )
-def test_other_weights_are_refused(tmp_path, change, message):
+def test_other_weights_are_rejected(tmp_path, change, message):
     path = saved(tmp_path / "other.pth", change(weights()))
     with pytest.raises(ValueError, match=message) as caught:
         load_dino(path)
     assert str(caught.value).startswith(f"{path}: ")
-    assert str(caught.value).endswith("a DINO ViT is expected, as timm or Meta publishes it")
+    assert str(caught.value).endswith("expected a DINO ViT as published by timm or Meta")
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["dino.pth", "dino.safetensors"])
 @pytest.mark.parametrize("kept", [0, 1, 10, 1000, 200_000])
-def test_a_damaged_file_is_refused(tmp_path, name, kept):
+def test_damaged_file_is_rejected(tmp_path, name, kept):
     save_file(weights(), tmp_path / "dino.safetensors")
     whole = saved(tmp_path / "dino.pth", weights()) if name.endswith("pth") else tmp_path / name
     path = tmp_path / f"cut_{name}"
     path.write_bytes(whole.read_bytes()[:kept])
-    with pytest.raises(ValueError, match=r"cut_dino.*(truncated|not a checkpoint).*a DINO ViT is expected"):
+    with pytest.raises(ValueError, match=r"cut_dino.*(truncated|not a checkpoint).*expected a DINO ViT"):
         load_dino(path)
 
 
-def test_what_is_no_checkpoint_is_refused(tmp_path):
+def test_file_that_is_not_a_checkpoint_is_rejected(tmp_path):
     (tmp_path / "page.pth").write_text("<!doctype html><title>404</title>")
     with pytest.raises(ValueError, match=r"page\.pth: .*not a checkpoint"):
         load_dino(tmp_path / "page.pth")
-    with zipfile.ZipFile(tmp_path / "script.pt", "w") as archive:  # what OpenAI published CLIP as
+    with zipfile.ZipFile(tmp_path / "script.pt", "w") as archive:  # the format of OpenAI's CLIP
         archive.writestr("script/constants.pkl", b"")
         archive.writestr("script/version", "3")
     with pytest.raises(ValueError, match=r"script\.pt: truncated, or not a checkpoint \(.*TorchScript.*\);") as caught:
@@ -242,7 +245,7 @@ WRITERS = [saved, *(lambda path, content, p=p: path.write_bytes(pickle.dumps(con
 
 
 @pytest.mark.parametrize("write", WRITERS)
-def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path, write):
+def test_pickle_with_code_is_rejected_without_running_it(tmp_path, write):
     trap = tmp_path / "trap"
     content = weights() | {"x": Evil(trap)}
     pickle.loads(pickle.dumps(content))
@@ -255,7 +258,7 @@ def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path, write):
 
 @pytest.mark.parametrize("k", [2, 6, 16])
 @pytest.mark.parametrize("spread", [0, 0.5, 10])
-def test_inertia_is_that_of_scikit_learn(k, spread):
+def test_inertia_is_as_low_as_scikit_learns(k, spread):
     points = blobs(4, 150, 24, groups=6, spread=spread)
     truth = [KMeans(k, n_init=10, random_state=0).fit(image.numpy()).inertia_ for image in points]
     for first in (0, 10, 20):
@@ -263,7 +266,7 @@ def test_inertia_is_that_of_scikit_learn(k, spread):
         assert np.mean(inertia.numpy() / truth) <= 1.01
 
 
-def test_inertia_of_tokens_is_that_of_scikit_learn(vit):
+def test_inertia_of_tokens_is_as_low_as_scikit_learns(vit):
     tokens = patch_tokens(vit, images(3, 3, 40, 48)).flatten(1, 2)
     _, inertia = kmeans(tokens, 16, [0, 1, 2])
     truth = [KMeans(16, n_init=10, random_state=0).fit(image.numpy()).inertia_ for image in tokens]
@@ -271,7 +274,7 @@ def test_inertia_of_tokens_is_that_of_scikit_learn(vit):
 
 
 @pytest.mark.parametrize("offset", [0, 1e4])
-def test_every_point_is_with_its_nearest_centre(offset):
+def test_every_point_is_assigned_to_its_nearest_centre(offset):
     points = blobs(3, 60, 5, groups=4, spread=1) + offset
     labels, inertia = kmeans(points, 5, [3, 1, 2])
     assert labels.shape == (3, 60) and labels.dtype == torch.int64
@@ -282,7 +285,7 @@ def test_every_point_is_with_its_nearest_centre(offset):
         assert total == pytest.approx(np.min(squares, axis=1).sum(), rel=1e-9)
 
 
-def test_an_image_does_not_depend_on_its_batch():
+def test_labels_do_not_depend_on_the_batch():
     points = torch.cat([blobs(4, 80, 16, groups=7, spread=0.5), torch.ones(1, 80, 16)])
     seeds = [5, 0, 5, 7, 1]
     before = torch.get_rng_state()
@@ -296,34 +299,34 @@ def test_an_image_does_not_depend_on_its_batch():
 
 
 @pytest.mark.parametrize("scale", [1e-9, 1e25])
-def test_the_size_of_numbers_is_of_no_account(scale):
+def test_labels_do_not_depend_on_the_scale_of_the_points(scale):
     points = blobs(2, 90, 12, groups=4, spread=1)
     assert torch.equal(kmeans(points * scale, 6, [0, 1])[0], kmeans(points, 6, [0, 1])[0])
 
 
-def test_short_precision_decides_nothing(monkeypatch):
+def test_labels_do_not_depend_on_short_precision(monkeypatch):
     points = blobs(2, 300, 24, groups=1, spread=0)
     found = kmeans(points, 12, [0, 1])
-    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")  # all in float64 then
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")  # computes everything in float64
     for one, other in zip(found, kmeans(points, 12, [0, 1]), strict=True):
         assert torch.equal(one, other)
 
 
-def test_seeds_matter_and_more_restarts_are_never_worse():
+def test_seeds_matter_and_more_restarts_never_increase_inertia():
     points = blobs(1, 90, 12, groups=1, spread=0).expand(6, -1, -1)
     found = [kmeans(points, 10, range(6), restarts=restarts)[1] for restarts in (1, 3, 9)]
     assert len(set(found[0].tolist())) > 1
     assert (found[1] <= found[0]).all() and (found[2] <= found[1]).all()
 
 
-def test_few_iterations_still_end_with_the_final_centres():
+def test_fewer_iterations_give_a_higher_inertia():
     points = blobs(2, 90, 6, groups=1, spread=0)
     capped = kmeans(points, 9, [0, 1], iterations=1, restarts=1)[1]
     assert (kmeans(points, 9, [0, 1], restarts=1)[1] < capped).all()
 
 
 @pytest.mark.parametrize("k", [1, 3, 5, 40])
-def test_fewer_clusters_come_out_where_fewer_points_differ(k):
+def test_fewer_distinct_points_give_fewer_clusters(k):
     three = blobs(2, 3, 33, groups=1, spread=0).repeat(1, 7, 1)
     same = torch.full((1, 21, 33), 0.1)
     labels, inertia = kmeans(torch.cat([three, same]), k, [0, 1, 2])
@@ -333,7 +336,7 @@ def test_fewer_clusters_come_out_where_fewer_points_differ(k):
         assert torch.equal(labels[:, :3].repeat(1, 7), labels)
 
 
-def test_an_empty_cluster_starts_again_at_the_farthest_point(monkeypatch):
+def test_empty_cluster_restarts_at_the_farthest_point(monkeypatch):
     points = blobs(2, 40, 3, groups=4, spread=30)
     at_one_point = points[:, None, :1].double().expand(-1, 1, 4, -1)
     monkeypatch.setattr("pixelclip.kmeans._start", lambda points, norms, random: at_one_point)
@@ -346,29 +349,29 @@ def test_an_empty_cluster_starts_again_at_the_farthest_point(monkeypatch):
     [
         (torch.zeros(4, 3), {}, r"points are \[4, 3\]"),
         (torch.zeros(1, 0, 3), {}, "at least one point"),
-        (torch.full((1, 4, 3), math.nan), {}, "all finite"),
-        (torch.zeros(1, 4, 3), {"k": 0}, "at least 1 is needed"),
-        (torch.zeros(1, 4, 3), {"restarts": 0}, "at least 1 is needed"),
+        (torch.full((1, 4, 3), math.nan), {}, "expected finite"),
+        (torch.zeros(1, 4, 3), {"k": 0}, "must be at least 1"),
+        (torch.zeros(1, 4, 3), {"restarts": 0}, "must be at least 1"),
         (torch.zeros(2, 4, 3), {}, "1 seeds for 2 images"),
     ],
 )
-def test_what_cannot_be_clustered_is_refused(points, options, message):
+def test_invalid_input_of_kmeans_is_rejected(points, options, message):
     with pytest.raises(ValueError, match=message):
         kmeans(points, **({"k": 2, "seeds": [0]} | options))
 
 
-def test_no_image_has_no_labels():
+def test_empty_batch_gives_no_labels():
     labels, inertia = kmeans(torch.zeros(0, 4, 3), 2, [])
     assert labels.shape == (0, 4) and inertia.shape == (0,)
 
 
-def test_segment_finds_the_parts_of_a_picture(vit):
+def test_segment_finds_the_regions_of_an_image(vit):
     part = torch.zeros(6, 9, dtype=torch.long)
     part[:, 4:], part[3:, 4:] = 1, 2
     colours = torch.tensor([[-2.0, 0, 2], [2, 2, -2], [0, -2, 0]])
     picture = colours[part].permute(2, 0, 1).repeat_interleave(PATCH, 1).repeat_interleave(PATCH, 2)[None]
     flat = copy.deepcopy(vit)
-    flat.pos_embed.zero_()  # so that only colours are left to tell patches apart
+    flat.pos_embed.zero_()  # patches then differ only by colour
     labels = segment(flat, picture, 3, [0])
     assert labels.shape == (1, 6, 9) and labels.dtype == torch.int64
     pairs = set(zip(part.flatten().tolist(), labels.flatten().tolist(), strict=True))
@@ -376,7 +379,7 @@ def test_segment_finds_the_parts_of_a_picture(vit):
 
 
 @pytest.mark.gpu
-def test_a_gpu_gives_the_labels_of_the_cpu(vit):
+def test_gpu_labels_equal_cpu_labels(vit):
     points = blobs(4, 200, 32, groups=6, spread=1)
     labels, inertia = kmeans(points, 8, range(4))
     their_labels, their_inertia = kmeans(points.cuda(), 8, range(4))

@@ -25,7 +25,7 @@ from pixelclip.benchmarks import KINDS, LabelledSet, open_folder
 from pixelclip.checkpoint import backbone_of, load_clip, load_model
 from pixelclip.config import EvaluateConfig, build
 from pixelclip.evaluate import run
-from pixelclip.masks import felzenszwalb
+from pixelclip.felzenszwalb import felzenszwalb
 from pixelclip.measure import measure as stage_measure
 from pixelclip.measure import metrics_of
 from pixelclip.pixels import normalise, resize_square, to_tensor

@@ -14,13 +14,13 @@ from test_model import batch
 
 from pixelclip import train
 from pixelclip.backbone import Backbone
+from pixelclip.batch_generators import dino_generator
 from pixelclip.classify import classify_masks
 from pixelclip.config import MasksConfig
 from pixelclip.dataset import Batch, collate
 from pixelclip.decoder import Decoder
 from pixelclip.dino import load_dino, patch_tokens, segment
 from pixelclip.labels import label_map
-from pixelclip.masks import _dino
 from pixelclip.model import PixelCLIP
 from pixelclip.predict import Predictor
 from pixelclip.ranks import pick_precision
@@ -105,7 +105,7 @@ def test_dino_segments_like_the_cpu(dino_file):
 def test_dino_resets_the_global_tf32_flags(dino_file):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     config = MasksConfig(generator="dino", weights=str(dino_file), dino_side=20, dino_clusters=3, device=str(DEVICE))
-    (document,) = _dino(dino_file, config)([("key", Image.fromarray(pixels(30, 44)))])
+    (document,) = dino_generator(dino_file, config)([("key", Image.fromarray(pixels(30, 44)))])
     assert sum(entry["area"] for entry in document["annotations"]) == 30 * 44
     assert not (torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32)
 

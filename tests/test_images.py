@@ -1,4 +1,4 @@
-"""Images: decoding that says why not, against Pillow and numpy."""
+"""Decode, convert and colour images; compared with Pillow and numpy."""
 
 import colorsys
 import io
@@ -30,7 +30,7 @@ def with_orientation(orientation: int) -> Image.Exif:
 
 
 @pytest.mark.parametrize("data", [b"", b"no image", encoded(pixels(40, 30))[:-200], encoded(pixels(40, 30), "PNG")[:-60]])
-def test_what_cannot_be_decoded_wholly_is_refused(data: bytes, tmp_path: Path) -> None:
+def test_incomplete_or_invalid_image_is_rejected(data: bytes, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="unreadable image"):
         decode_image(data)
     with pytest.raises(ValueError, match="unreadable image"):
@@ -42,7 +42,7 @@ def test_what_cannot_be_decoded_wholly_is_refused(data: bytes, tmp_path: Path) -
 
 @pytest.mark.parametrize("size", [(8, 15), (64, 80), (65, 79)])
 @pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
-def test_a_jpeg_is_decoded_at_a_part_of_its_size_and_other_files_whole(size: tuple[int, int], mode: str) -> None:
+def test_only_jpegs_are_shrunk_while_decoding(size: tuple[int, int], mode: str) -> None:
     image = Image.new("RGB", size, (200, 100, 50)).convert(mode)
     for shrink in (1, 2, 4, 8):
         found = decode_image(encoded(image, quality=95), shrink=shrink)
@@ -54,7 +54,7 @@ def test_a_jpeg_is_decoded_at_a_part_of_its_size_and_other_files_whole(size: tup
 
 
 def huge(edge: int) -> bytes:
-    """A PNG whose header says that it has edge x edge pixels; it holds none of them."""
+    """Make a PNG whose header states edge x edge pixels, without pixel data."""
     header = struct.pack(">IIBBBBB", edge, edge, 8, 2, 0, 0, 0)
     chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")]
     data = [struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks]
@@ -62,34 +62,34 @@ def huge(edge: int) -> bytes:
 
 
 @pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("edge", [10_000, 20_000])  # Pillow by itself warns of the first and refuses the second
-def test_images_may_be_large_but_not_larger_than_is_allowed(edge: int) -> None:
+@pytest.mark.parametrize("edge", [10_000, 20_000])  # Pillow's defaults warn about the first and reject the second
+def test_oversized_image_is_rejected_before_decoding(edge: int) -> None:
     assert image_size(huge(edge)) == (edge, edge)
     with pytest.raises(ValueError, match=rf"^image: {edge} x {edge} pixels; at most 16000000 are allowed$"):
         decode_image(huge(edge), max_pixels=16_000_000)
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_large_image_is_decoded() -> None:
-    large = Image.new("1", (16_000, 12_000), 1)  # a bit a pixel
+def test_large_image_is_decoded() -> None:
+    large = Image.new("1", (16_000, 12_000), 1)  # one bit per pixel
     assert decode_image(encoded(large, "PNG")).size == large.size
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
+def test_missing_file_is_reported(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"none\.jpg: No such file"):
         open_image(tmp_path / "none.jpg")
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 @pytest.mark.parametrize(("orientation", "turns"), [(1, 0), (3, 2), (6, 3), (8, 1)])
-def test_an_image_is_opened_upright(tmp_path: Path, kind: str, orientation: int, turns: int) -> None:
+def test_open_image_applies_exif_orientation(tmp_path: Path, kind: str, orientation: int, turns: int) -> None:
     stored = pixels(8, 12)
     path = tmp_path / f"image.{kind}"
     path.write_bytes(encoded(stored, kind, exif=with_orientation(orientation)))
     assert np.array_equal(np.asarray(open_image(path)), np.rot90(stored, turns))
 
 
-def test_an_opened_image_is_rgb(tmp_path: Path) -> None:
+def test_open_image_converts_to_rgb(tmp_path: Path) -> None:
     (tmp_path / "a.png").write_bytes(encoded(np.full((4, 4), 0x8040, np.uint16), "PNG"))
     assert np.unique(np.asarray(open_image(tmp_path / "a.png"))).tolist() == [0x80]
     (tmp_path / "b.tif").write_bytes(encoded(np.ones((4, 4), np.float32), "TIFF"))
@@ -97,7 +97,7 @@ def test_an_opened_image_is_rgb(tmp_path: Path) -> None:
         open_image(tmp_path / "b.tif")
 
 
-def test_damaged_exif_is_refused_with_a_reason() -> None:
+def test_damaged_exif_is_rejected() -> None:
     exif = with_orientation(6)
     exif[0x010F] = "maker"
     good = encoded(pixels(8, 12), "WEBP", exif=exif)
@@ -106,33 +106,33 @@ def test_damaged_exif_is_refused_with_a_reason() -> None:
         turn_upright(decode_image(good[:at] + b"\xffM" + good[at + 2 :]))
 
 
-def test_16_bits_keep_their_tones() -> None:
+def test_16_bit_images_keep_their_upper_8_bits() -> None:
     tones = np.arange(0, 65536, 16, dtype=np.uint16).reshape(64, 64)
     found = np.asarray(to_rgb(decode_image(encoded(tones, "PNG"))))
     assert np.array_equal(found, np.repeat((tones // 256).astype(np.uint8)[..., None], 3, axis=2))
 
 
 @pytest.mark.parametrize("kind", [np.int32, np.float32])
-def test_32_bits_have_no_known_range(kind: type) -> None:
-    with pytest.raises(ValueError, match="8 or 16 bits a channel are needed, found 32"):
+def test_32_bit_images_are_rejected(kind: type) -> None:
+    with pytest.raises(ValueError, match="expected 8 or 16 bits per channel, found 32"):
         to_rgb(Image.fromarray(np.ones((4, 4), kind)))
 
 
 @pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "CMYK", "P", "1"])
-def test_every_mode_becomes_an_rgb_jpeg_of_the_same_picture(mode: str) -> None:
+def test_every_mode_is_encoded_as_an_rgb_jpeg(mode: str) -> None:
     source = Image.new("RGB", (16, 16), (255, 255, 255)).convert(mode)
     jpeg = Image.open(io.BytesIO(encode_jpeg(source, 95)))
     assert (jpeg.format, jpeg.mode, jpeg.size) == ("JPEG", "RGB", (16, 16))
     assert np.asarray(jpeg).min() > 250
 
 
-def test_a_palette_with_transparency_makes_no_warning() -> None:
+def test_palette_with_transparency_is_converted() -> None:
     source = Image.fromarray(pixels(8, 8)).convert("P")
     data = encoded(source, "PNG", transparency=bytes(range(256)))
     assert np.array_equal(np.asarray(to_rgb(decode_image(data))), np.asarray(source.convert("RGB")))
 
 
-def test_the_palette_is_hsv_and_its_colours_differ() -> None:
+def test_palette_colours_are_distinct() -> None:
     colours = palette(171)
     assert len(np.unique(colours, axis=0)) == 171
     assert np.array_equal(palette(5), colours[:5])
@@ -142,7 +142,7 @@ def test_the_palette_is_hsv_and_its_colours_differ() -> None:
         assert min(abs(value - 0.95), abs(value - 0.65)) < 0.01
 
 
-def test_labels_take_their_colour_and_others_are_black() -> None:
+def test_labels_are_coloured_and_others_are_black() -> None:
     labels = np.array([[0, 2, 255], [3, 1, 2]])
     painted = colour_labels(labels, 3)
     colours = palette(3)

@@ -1,4 +1,4 @@
-"""Shards into masked shards: masks against skimage and naive counting, and what cannot be used is named, not lost."""
+"""STAGE masks: masks against scikit-image and naive counting; unusable samples are reported."""
 
 import io
 import json
@@ -20,10 +20,13 @@ from skimage.segmentation import felzenszwalb as reference
 
 from pixelclip import masks as module
 from pixelclip import ranks
+from pixelclip.annotations import annotate, decode_masks
 from pixelclip.config import MasksConfig
 from pixelclip.dino import IMAGENET_MEAN, IMAGENET_STD
-from pixelclip.masks import annotate, decode_masks, felzenszwalb, run, shrink
+from pixelclip.felzenszwalb import felzenszwalb
+from pixelclip.masks import Sample, annotate, decode_masks, felzenszwalb, run, shrink
 from pixelclip.shard_sources import describe_shards, list_shards
+from pixelclip.sources import describe_shards, list_shards
 
 HEIGHT, WIDTH = 24, 32
 JPEG = encoded(pixels(HEIGHT, WIDTH), quality=95)
@@ -37,26 +40,26 @@ def config(**settings: object) -> MasksConfig:
 
 
 def masked(path: Path, key: str) -> np.ndarray:
-    """The masks of a sample, [N, H, W], decoded independently."""
+    """Decode the masks of a sample independently: [N, H, W]."""
     entries = json.loads(read_tar(path)[f"{key}.json"])["annotations"]
     return np.stack([rle.decode(entry["segmentation"]) for entry in entries]).astype(bool)
 
 
-def test_felzenszwalb_is_skimages_and_covers_the_image_without_overlap() -> None:
+def test_felzenszwalb_equals_scikit_image() -> None:
     image = pixels(HEIGHT, WIDTH, seed=3)
-    found = felzenszwalb(Image.fromarray(image), 100, 0.5, 10)
-    assert found.max() >= 3
-    assert np.array_equal(found, reference(image, scale=100, sigma=0.5, min_size=10))
+    segments = felzenszwalb(Image.fromarray(image), 100, 0.5, 10)
+    assert segments.max() >= 3
+    assert np.array_equal(segments, reference(image, scale=100, sigma=0.5, min_size=10))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 7), (7, 1)])
-def test_tiny_images_are_one_mask(size: tuple[int, int]) -> None:
-    found = felzenszwalb(Image.new("RGB", size), 200, 0.8, 100)
-    assert found.shape == (size[1], size[0])
-    assert not found.any()
+def test_tiny_image_is_one_segment(size: tuple[int, int]) -> None:
+    segments = felzenszwalb(Image.new("RGB", size), 200, 0.8, 100)
+    assert segments.shape == (size[1], size[0])
+    assert not segments.any()
 
 
-def test_an_annotation_holds_what_the_masks_are() -> None:
+def test_annotation_describes_its_masks() -> None:
     masks = np.random.default_rng(1).random((3, 5, 9)) < 0.3
     written = annotate(masks, (9, 5), "some/key")
     assert written["image"] == {"image_id": 0, "width": 9, "height": 5, "file_name": "some/key.jpg"}
@@ -71,7 +74,7 @@ def test_an_annotation_holds_what_the_masks_are() -> None:
     assert np.array_equal(decoded.transpose(2, 0, 1), masks)
 
 
-def test_every_sample_gets_its_masks_and_keeps_its_bytes(tmp_path: Path) -> None:
+def test_every_sample_gets_masks_and_keeps_its_image_bytes(tmp_path: Path) -> None:
     shards = tmp_path / "shards"
     odd = "ü b" * 40
     write_tar(shards / "0.tar", {"a.jpg": JPEG, "deep/folder/b.jpg": JPEG})
@@ -87,7 +90,9 @@ def test_every_sample_gets_its_masks_and_keeps_its_bytes(tmp_path: Path) -> None
     assert run(shards, tmp_path / "out", config()) == metrics
 
 
-def test_a_killed_worker_is_one_line_and_the_same_command_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_worker_is_a_one_line_error_and_the_same_command_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shards = tmp_path / "in"
     for number in range(2):
         write_tar(shards / f"{number}.tar", {f"{number}.jpg": JPEG})
@@ -100,7 +105,9 @@ def test_a_killed_worker_is_one_line_and_the_same_command_continues(tmp_path: Pa
     mask_one = module._mask_one
     with monkeypatch.context() as patched:
         patched.setattr(module, "_mask_shard", kill_in_the_second)
-        with pytest.raises(ValueError, match=r"^\S+1\.tar: a worker process died, .*masks\.workers below 1; the same command"):
+        with pytest.raises(
+            ValueError, match=r"^\S+1\.tar: a worker process died, .*masks\.workers below 1; the same command resumes"
+        ):
             run(shards, tmp_path / "out", config(workers=1))
     monkeypatch.setattr(module, "_mask_one", mask_one)
     made = []
@@ -109,7 +116,7 @@ def test_a_killed_worker_is_one_line_and_the_same_command_continues(tmp_path: Pa
     assert made == ["1.tar"]
 
 
-def test_two_workers_make_the_same_bytes(tmp_path: Path) -> None:
+def test_two_workers_write_the_same_bytes_as_none(tmp_path: Path) -> None:
 
     images = {f"{i}.jpg": encoded(pixels(HEIGHT, WIDTH, seed=i)) for i in range(5)} | {"bad.jpg": b"x"}
     shards = write_tar(tmp_path / "shards" / "0.tar", images).parent
@@ -120,7 +127,7 @@ def test_two_workers_make_the_same_bytes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", ["shard", "folder"])
-def test_given_masks_are_taken_as_they_are(tmp_path: Path, place: str) -> None:
+def test_given_masks_are_copied_unchanged(tmp_path: Path, place: str) -> None:
     files = {"x/a.json": annotation(STRIPES)}
     shards = write_tar(tmp_path / "shards" / "0.tar", {"./x/a.jpg": JPEG} | (files if place == "shard" else {})).parent
     folder = str(write_files(tmp_path / "given", files)) if place == "folder" else ""
@@ -160,7 +167,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_a_sample_without_usable_masks_is_skipped_counted_and_named(
+def test_sample_without_usable_masks_is_skipped_and_reported(
     tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data, reason = BAD[kind]
@@ -169,15 +176,15 @@ def test_a_sample_without_usable_masks_is_skipped_counted_and_named(
     metrics = run(shards, tmp_path / "out", config(generator="given", max_bad_share=0.5))
     assert (metrics["images"], metrics["bad_images"]) == (1, 1)
     assert list(read_tar(tmp_path / "out" / "0.tar")) == ["good.jpg", "good.json"]
-    said = capsys.readouterr().out
-    assert "1 of 2 samples cannot be used" in said and "0.tar: odd: " in said and reason in said
+    output = capsys.readouterr().out
+    assert "1 of 2 samples cannot be used" in output and "0.tar: odd: " in output and reason in output
 
 
-def test_masks_missing_from_the_given_folder_are_named_by_their_file(tmp_path: Path) -> None:
+def test_missing_files_of_the_given_folder_are_reported(tmp_path: Path) -> None:
     shards = write_tar(tmp_path / "shards" / "0.tar", {"a.jpg": JPEG}).parent
     folder = write_files(tmp_path / "given", {"b.json": b""})
     with pytest.raises(
-        ValueError, match=r"masks\.given_folder: .*given/a\.json: No such file, nor .* of the 1 samples of .*0\.tar"
+        ValueError, match=r"masks\.given_folder: .*given/a\.json: no such file, nor .* of the 1 samples of .*0\.tar"
     ):
         run(shards, tmp_path / "out", config(generator="given", given_folder=str(folder)))
     assert not [*tmp_path.glob(".out*")]  # before any work
@@ -189,7 +196,7 @@ def test_masks_missing_from_the_given_folder_are_named_by_their_file(tmp_path: P
         run(shards, tmp_path / "out", config(generator="given", given_folder=str(tmp_path / "none")))
 
 
-def test_too_many_bad_samples_stop_the_stage_and_leave_no_out(tmp_path: Path) -> None:
+def test_too_many_bad_samples_stop_the_stage_without_output(tmp_path: Path) -> None:
     shards = write_tar(tmp_path / "shards" / "0.tar", {"a.jpg": JPEG, "b.jpg": b"x"}).parent
     with pytest.raises(ValueError, match=r"(?s)1 of 2 .*b: unreadable image.*5\.0% \(masks\.max_bad_share\)"):
         run(shards, tmp_path / "out", config())
@@ -197,18 +204,18 @@ def test_too_many_bad_samples_stop_the_stage_and_leave_no_out(tmp_path: Path) ->
 
 
 def damaged(folder: Path, bad: list[int]) -> Path:
-    """Shards of 10 samples each, of which so many are no images."""
+    """Write one shard of 10 samples per entry of `bad`, the number of its samples that are not images."""
     for number, count in enumerate(bad):
         members = {f"{number}-{i}.jpg": bytes(len(JPEG)) if i < count else JPEG for i in range(10)}
         write_tar(folder / f"{number}.tar", members)
     return folder
 
 
-def test_shards_that_are_finished_outlast_a_limit_that_was_too_low(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finished_shards_are_kept_when_a_low_limit_stops_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shards, made, plain = damaged(tmp_path / "shards", [1, 3, 0, 0]), [], module._mask_shard
     monkeypatch.setattr(module, "_mask_shard", lambda tar, *rest: made.append(tar.name) or plain(tar, *rest))
     with pytest.raises(ValueError, match=r"(?s)masks: 4 of 20 .*allowed are 5\.0% \(masks\.max_bad_share\)"):
-        run(shards, tmp_path / "out", config())  # 4 of 40 are too many, whatever comes
+        run(shards, tmp_path / "out", config())  # 4 of 40 exceed the limit even if all others are good
     assert made == ["0.tar", "1.tar"]
     metrics = run(shards, tmp_path / "out", config(max_bad_share=0.1))
     assert (metrics["images"], metrics["bad_images"]) == (36, 4)
@@ -218,19 +225,19 @@ def test_shards_that_are_finished_outlast_a_limit_that_was_too_low(tmp_path: Pat
         run(shards, tmp_path / "out", config(max_bad_share=0.09))
 
 
-def test_a_bad_shard_among_good_ones_stops_nothing(tmp_path: Path) -> None:
+def test_one_bad_shard_among_good_ones_does_not_stop_the_stage(tmp_path: Path) -> None:
     metrics = run(damaged(tmp_path / "shards", [2, 0, 0, 0]), tmp_path / "out", config())
     assert metrics["bad_images"] == 2
 
 
-def test_a_shard_without_one_usable_image_is_an_error(tmp_path: Path) -> None:
+def test_no_usable_image_is_an_error(tmp_path: Path) -> None:
     shards = write_tar(tmp_path / "shards" / "0.tar", {"a.jpg": b"x"}).parent
-    with pytest.raises(ValueError, match="no image of it could be given a mask"):
+    with pytest.raises(ValueError, match="none of its images could be masked"):
         run(shards, tmp_path / "out", config(max_bad_share=1))
     assert not (tmp_path / "out").exists()
 
 
-def test_a_truncated_shard_gives_what_is_whole(tmp_path: Path) -> None:
+def test_truncated_shard_yields_its_complete_samples(tmp_path: Path) -> None:
     tar = write_tar(tmp_path / "shards" / "0.tar", {"a.jpg": JPEG, "b.jpg": JPEG})
     tar.write_bytes(tar.read_bytes()[: 512 + len(JPEG) // 512 * 512 + 512 + 600])
     metrics = run(tar.parent, tmp_path / "out", config(max_bad_share=0.9))
@@ -238,15 +245,15 @@ def test_a_truncated_shard_gives_what_is_whole(tmp_path: Path) -> None:
     assert list(read_tar(tmp_path / "out" / "0.tar")) == ["a.jpg", "a.json"]
 
 
-def test_two_shards_of_one_name_are_refused_because_one_would_be_lost(tmp_path: Path) -> None:
+def test_shards_with_the_same_name_are_rejected(tmp_path: Path) -> None:
     for name in ("one", "two"):
         write_tar(tmp_path / name / "0.tar", {f"{name}.jpg": JPEG})
     manifest = write_files(tmp_path, {"list.txt": b"one/0.tar\ntwo/0.tar\n"}) / "list.txt"
-    with pytest.raises(ValueError, match=r"list\.txt: .* found twice: 0\.tar"):
+    with pytest.raises(ValueError, match=r"list\.txt: .* duplicates: 0\.tar"):
         run(manifest, tmp_path / "out", config())
 
 
-def test_a_shard_finished_before_a_kill_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resume_keeps_the_shards_finished_before_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shards = tmp_path / "shards"
     for i in range(2):
         write_tar(shards / f"{i}.tar", {f"{i}{part}.jpg": encoded(pixels(HEIGHT, WIDTH, seed=i)) for part in "ab"})
@@ -272,7 +279,7 @@ def test_a_shard_finished_before_a_kill_is_not_made_again(tmp_path: Path, monkey
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory) -> dict[str, str]:
-    """A tiny SAM and a tiny DINO of random weights, as files."""
+    """Save a tiny SAM and a tiny DINO with random weights."""
     folder = tmp_path_factory.mktemp("weights")
     torch.save(test_sam.make_sam().state_dict(), folder / "sam.pth")
     torch.save(test_dino.weights(), folder / "dino.pth")
@@ -283,7 +290,7 @@ LOOSE = {"sam_points_per_side": 5, "sam_pred_iou_thresh": 0.0, "sam_stability_sc
 
 
 def sources(folder: Path, shards: int = 1) -> Path:
-    """Three images of several sizes a shard, one of them broken."""
+    """Write shards of three images of different sizes and a broken one."""
     for number in range(shards):
         members = {f"{number}{key}.jpg": encoded(pixels(30 + 9 * i, 44, 7 * number + i)) for i, key in enumerate("abc")}
         write_tar(folder / f"{number}.tar", members | {f"{number}x.jpg": JPEG[:-40]})
@@ -291,7 +298,7 @@ def sources(folder: Path, shards: int = 1) -> Path:
 
 
 @pytest.mark.parametrize("generator", ["sam", "dino"])
-def test_weights_make_masks_in_batches_as_one_by_one(generator, checkpoints, tmp_path) -> None:
+def test_batched_generators_agree_with_single_images(generator, checkpoints, tmp_path) -> None:
     shards = sources(tmp_path / "shards")
     settings = {"generator": generator, "weights": checkpoints[generator], "max_bad_share": 0.5, "device": "cpu", **LOOSE}
     metrics = run(shards, tmp_path / "batch", config(**settings, batch_size=3))
@@ -306,7 +313,7 @@ def test_weights_make_masks_in_batches_as_one_by_one(generator, checkpoints, tmp
             assert 2 <= len(found) <= 16
 
 
-def test_the_device_works_on_while_a_batch_is_written() -> None:
+def test_next_batch_is_computed_while_one_is_written() -> None:
     made = [Event() for _ in range(4)]
 
     def batches():
@@ -319,13 +326,13 @@ def test_the_device_works_on_while_a_batch_is_written() -> None:
     ahead = module._ahead(batches())
     for number in range(3):
         assert next(ahead) == number
-        assert made[number + 1].wait(60)  # nobody has asked for it yet
+        assert made[number + 1].wait(60)  # made before it is requested
     with pytest.raises(ValueError, match="the disk is full"):
         next(ahead)
 
 
-def test_dino_masks_are_its_segments_at_the_size_of_the_image(checkpoints, tmp_path) -> None:
-    fine = np.random.default_rng(0).integers(0, 256, (39, 44, 3), dtype=np.uint8)  # of which resizing loses most
+def test_dino_masks_are_its_segments_resized_to_the_image(checkpoints, tmp_path) -> None:
+    fine = np.random.default_rng(0).integers(0, 256, (39, 44, 3), dtype=np.uint8)  # resizing loses most of it
     shards = write_tar(tmp_path / "shards" / "0.tar", {"0b.jpg": encoded(fine, "PNG")}).parent
     settings = {"weights": checkpoints["dino"], "dino_side": 20, "dino_clusters": 3, "device": "cpu"}
     run(shards, tmp_path / "out", config(generator="dino", **settings))
@@ -343,7 +350,7 @@ def test_dino_masks_are_its_segments_at_the_size_of_the_image(checkpoints, tmp_p
     assert np.array_equal(found, np.stack([wanted == number for number in np.unique(wanted)]))
 
 
-def test_weights_of_the_wrong_kind_are_named_before_any_work(checkpoints, tmp_path) -> None:
+def test_weights_of_another_model_fail_early(checkpoints, tmp_path) -> None:
     shards = sources(tmp_path / "shards")
     with pytest.raises(ValueError, match=r"dino\.pth: .*Segment Anything"):
         run(shards, tmp_path / "out", config(generator="sam", weights=checkpoints["dino"]))
@@ -354,16 +361,16 @@ def test_weights_of_the_wrong_kind_are_named_before_any_work(checkpoints, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
-def test_dino_does_not_multiply_as_what_ran_before(checkpoints, tmp_path, monkeypatch) -> None:
-    asked = []
-    monkeypatch.setattr(ranks, "pick_precision", lambda name, device: asked.append((name, device.type)))
+def test_dino_sets_its_own_matmul_precision(checkpoints, tmp_path, monkeypatch) -> None:
+    calls = []
+    monkeypatch.setattr(ranks, "pick_precision", lambda name, device: calls.append((name, device.type)))
     settings = {"weights": checkpoints["dino"], "device": "cpu", "max_bad_share": 0.5, **LOOSE}
     run(sources(tmp_path / "shards"), tmp_path / "out", config(generator="dino", **settings))
-    assert asked == [("float32", "cpu")]
+    assert calls == [("float32", "cpu")]
 
 
 @pytest.mark.parametrize(("raised", "kind"), [(ValueError, ValueError), (torch.OutOfMemoryError, RuntimeError)])
-def test_a_generator_that_fails_names_its_images(checkpoints, tmp_path, monkeypatch, raised, kind) -> None:
+def test_failing_generator_names_its_images(checkpoints, tmp_path, monkeypatch, raised, kind) -> None:
     def fail(*_: object) -> None:
         raise raised("out of luck")
 
@@ -373,7 +380,7 @@ def test_a_generator_that_fails_names_its_images(checkpoints, tmp_path, monkeypa
         run(sources(tmp_path / "shards"), tmp_path / "out", config(generator="dino", **settings))
 
 
-def test_parts_are_the_whole_and_a_missing_one_is_named(tmp_path) -> None:
+def test_parts_equal_the_whole_and_a_missing_part_is_reported(tmp_path) -> None:
     shards = sources(tmp_path / "shards", 5)
     run(shards, tmp_path / "whole", config(max_bad_share=0.5))
     for number in (1, 3):
@@ -391,7 +398,7 @@ def test_parts_are_the_whole_and_a_missing_one_is_named(tmp_path) -> None:
             config(part=part)
 
 
-def test_given_masks_are_halved_with_their_image(tmp_path) -> None:
+def test_given_masks_are_resized_with_their_image(tmp_path) -> None:
     big = np.repeat(np.repeat(STRIPES, 2, axis=1), 2, axis=2)
     dot = np.zeros((1, *big.shape[1:]), bool)
     dot[0, 0, 0] = True  # vanishes at half size
@@ -408,11 +415,11 @@ def test_given_masks_are_halved_with_their_image(tmp_path) -> None:
     assert np.array_equal(masked(tmp_path / "beside" / "0.tar", "b"), STRIPES)
 
 
-def test_masks_are_shrunk_as_pixels_are_picked_and_never_decoded_whole() -> None:
+def test_masks_are_shrunk_to_nearest_pixels_without_decoding_them_in_full() -> None:
     random = np.random.default_rng(0)
     blocks = random.random((100, 7, 9)) < 0.3
     masks = blocks[:, np.arange(3001) * 7 // 3001][:, :, np.arange(60) * 9 // 60]
-    sample = ("a", encoded(pixels(3001, 60)), annotation(masks))
+    sample = Sample("a", encoded(pixels(3001, 60)), annotation(masks))
     tracemalloc.start()
     _, image, document = shrink(sample, 23, 95)
     peak = tracemalloc.get_traced_memory()[1]
@@ -424,7 +431,7 @@ def test_masks_are_shrunk_as_pixels_are_picked_and_never_decoded_whole() -> None
     assert np.array_equal(np.stack(found), masks[:, rows][:, :, columns])
 
 
-def test_parts_of_different_wholes_are_named(tmp_path) -> None:
+def test_parts_with_different_settings_are_rejected(tmp_path) -> None:
     shards = sources(tmp_path / "shards", 2)
     run(shards, tmp_path / "parts" / "one", config(max_bad_share=0.5, part="1/2"))
     run(shards, tmp_path / "parts" / "two", config(max_bad_share=0.5, part="2/2", max_masks=1))
@@ -432,12 +439,12 @@ def test_parts_of_different_wholes_are_named(tmp_path) -> None:
         list_shards(tmp_path / "parts")
 
 
-def test_a_side_that_does_not_fit_the_patch_is_named(checkpoints, tmp_path) -> None:
+def test_side_that_does_not_fit_the_patch_is_rejected(checkpoints, tmp_path) -> None:
     shards = sources(tmp_path / "shards")
-    with pytest.raises(ValueError, match=r"masks\.dino_side 23 is no multiple of this DINO's patch of 4 pixels"):
+    with pytest.raises(ValueError, match=r"masks\.dino_side 23 is not a multiple of this DINO's patch size 4"):
         run(shards, tmp_path / "out", config(generator="dino", weights=checkpoints["dino"], dino_side=23, device="cpu"))
 
 
-def test_a_folder_of_json_is_for_given_masks_only() -> None:
+def test_given_folder_is_rejected_for_other_generators() -> None:
     with pytest.raises(ValueError, match="only generator given reads it"):
         config(given_folder="somewhere")

@@ -1,4 +1,4 @@
-"""Runs against pycocotools' decoder and numpy's indexing."""
+"""Run-length encoded masks against pycocotools' decoder and numpy's indexing."""
 
 import numpy as np
 import pytest
@@ -22,15 +22,15 @@ def encode(masks: np.ndarray) -> RunMasks:
     seed=st.integers(0, 10_000),
     data=st.data(),
 )
-def test_samples_are_those_of_the_decoded_masks(size, number, coarse, share, seed, data):
+def test_samples_equal_those_of_decoded_masks(size, number, coarse, share, seed, data):
     random = np.random.default_rng(seed)
     small = random.random((number, -(-size[0] // coarse), -(-size[1] // coarse))) < share
     masks = small.repeat(coarse, 1).repeat(coarse, 2)[:, : size[0], : size[1]]
     rows, columns = (np.array(data.draw(st.lists(st.integers(0, edge - 1), max_size=50)), int) for edge in size)
-    found = encode(masks)
-    assert np.array_equal(found.sample(rows, columns), masks[:, rows][:, :, columns])
+    runs = encode(masks)
+    assert np.array_equal(runs.sample(rows, columns), masks[:, rows][:, :, columns])
     for index, mask in enumerate(masks):
-        assert np.array_equal(found.decode(index), mask)
+        assert np.array_equal(runs.decode(index), mask)
 
 
 @given(
@@ -38,8 +38,8 @@ def test_samples_are_those_of_the_decoded_masks(size, number, coarse, share, see
     grid=st.tuples(st.integers(1, 70), st.integers(1, 40)),
     seed=st.integers(0, 10_000),
 )
-def test_packed_samples_are_the_bits_of_the_decoded_masks(size, grid, seed):
-    """Rows in order, more or fewer than there are; columns in any order; masks of even and odd numbers of runs."""
+def test_packed_samples_equal_packed_decoded_masks(size, grid, seed):
+    """Rows ascend and may repeat, columns are in any order, masks have even and odd numbers of runs."""
     random = np.random.default_rng(seed)
     masks = random.random((5, *size)) < np.array([0, 0.1, 0.5, 0.9, 1])[:, None, None]
     rows, columns = np.sort(random.integers(0, size[0], grid[0])), random.integers(0, size[1], grid[1])
@@ -47,13 +47,13 @@ def test_packed_samples_are_the_bits_of_the_decoded_masks(size, grid, seed):
     assert np.array_equal(encode(masks).sample_packed(rows, columns), expected)
 
 
-def test_large_masks_of_many_runs():
+def test_large_masks_of_many_runs_are_sampled():
     masks = np.random.default_rng(0).random((3, 300, 500)) < 0.5
     rows, columns = np.arange(0, 300, 7), np.arange(499, 0, -3)
     assert np.array_equal(encode(masks).sample(rows, columns), masks[:, rows][:, :, columns])
 
 
-def test_no_masks_and_one_of_all_pixels():
+def test_no_masks_and_whole_mask_are_sampled():
     rows, columns = np.arange(3), np.arange(4)
     assert RunMasks(read_runs([], 30), (5, 6)).sample(rows, columns).shape == (0, 3, 4)
     assert RunMasks.whole((5, 6)).sample(rows, columns).all()
@@ -61,7 +61,7 @@ def test_no_masks_and_one_of_all_pixels():
 
 
 @pytest.mark.parametrize("counts", ["", "o", "oooooooo1", "é1", "V2I"])
-def test_damaged_codes_are_refused(counts):
+def test_damaged_codes_are_rejected(counts):
     good = rle.encode(np.asfortranarray(np.ones((7, 9), np.uint8)))["counts"].decode()
     for codes in ([counts], [good, counts], [counts, good], [good, counts, good]):
         with pytest.raises(ValueError, match="damaged RLE"):

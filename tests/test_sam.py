@@ -1,4 +1,4 @@
-"""SAM's masks: the original's own, in batches; every kind loads, and what is no SAM is named."""
+"""SAM's masks equal the original's, also in batches; every model size loads, other checkpoints are rejected."""
 
 import importlib.util
 import pickle
@@ -23,10 +23,10 @@ import pixelclip.sam
 import pixelclip.sam_encoder
 from pixelclip.sam import SamGenerator, encode_masks, remove_small_regions
 from pixelclip.sam_encoder import ImageEncoder
-from pixelclip.sam_weights import build_sam, load_sam, sam_shape
+from pixelclip.sam_weights import build_sam, load_sam
 
 WIDTH = 32
-LOOSE = {"points_per_side": 9, "points_per_batch": 64, "stability_score_thresh": 0.75}  # of random weights little is stable
+LOOSE = {"points_per_side": 9, "points_per_batch": 64, "stability_score_thresh": 0.75}  # few masks of random weights are stable
 ALL = LOOSE | {"pred_iou_thresh": 0.0, "stability_score_thresh": 0.0, "box_nms_thresh": 0.4}
 SETTINGS = {
     "loose": LOOSE,
@@ -40,8 +40,8 @@ SETTINGS = {
 }
 
 
-# Random weights give masks all over the image; discs around the point make them local, as trained weights do: features tell
-# where a pixel is, and each hypernetwork's product with them how near that is to the point.
+# Random weights give masks all over the image. Discs around the point make them local, like those of trained weights: features
+# contain the pixel's position, and their product with each hypernetwork is its proximity to the point.
 
 
 class Prompts(PromptEncoder):
@@ -126,7 +126,7 @@ def images() -> list[np.ndarray]:
 
 @pytest.fixture
 def cv2(monkeypatch):
-    """The one function of OpenCV that the original calls, where OpenCV is not installed."""
+    """Replace the only OpenCV function that the original calls, if OpenCV is not installed."""
 
     def components(mask, connectivity):
         regions, number = ndimage.label(mask, np.ones((3, 3)))
@@ -142,13 +142,13 @@ def best_ious(found: list[dict], others: list[dict]) -> np.ndarray:
 
 
 def as_written(entries: list[dict]) -> list[dict]:
-    """The original's entries with the project's id and float boxes."""
+    """Convert the original's entries to ids and float boxes as written here."""
     floats = [{name: [float(v) for v in entry[name]] for name in ("bbox", "crop_box")} for entry in entries]
     return [entry | {"id": i} | boxes for i, (entry, boxes) in enumerate(zip(entries, floats, strict=True))]
 
 
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_masks_are_the_originals(sam, images, settings, cv2):
+def test_masks_equal_the_originals(sam, images, settings, cv2):
     original = SamAutomaticMaskGenerator(sam, **settings, output_mode="coco_rle")
     ours = SamGenerator(sam, **settings)
     count = 0
@@ -159,14 +159,14 @@ def test_masks_are_the_originals(sam, images, settings, cv2):
     assert count > 20
 
 
-def test_defaults_are_the_originals():
+def test_defaults_equal_the_originals():
     ours, theirs = (signature(kind).parameters for kind in (SamGenerator, SamAutomaticMaskGenerator))
     same = ours.keys() - {"sam", "points_per_batch", "precision"}
     assert {name: ours[name].default for name in same} == {name: theirs[name].default for name in same}
     assert theirs.keys() - ours.keys() == {"model", "point_grids", "output_mode"}
 
 
-def test_a_batch_gives_what_single_images_give(sam, images):
+def test_batch_agrees_with_single_images(sam, images):
     generator, other = (SamGenerator(sam, **SETTINGS["crops"] | {"points_per_batch": points}) for points in (256, 20))
     for together, (alone,) in zip(generator(images), (other([image]) for image in images), strict=True):
         assert abs(len(together) - len(alone)) <= 0.02 * len(alone)
@@ -176,7 +176,7 @@ def test_a_batch_gives_what_single_images_give(sam, images):
 
 
 @pytest.mark.parametrize("limit", [1, 40_000, 2**40], ids=["a row of patches", "some windows", "everything"])
-def test_the_encoder_is_the_originals(plain, images, monkeypatch, limit):
+def test_encoder_equals_the_original(plain, images, monkeypatch, limit):
     monkeypatch.setattr(pixelclip.sam_encoder, "_CPU_BYTES", limit)
     seen = torch.stack([plain.preprocess(torch.rand(3, *size) * 255) for size in ((128, 128), (128, 70), (33, 128))])
     theirs = plain.image_encoder(seen)
@@ -185,23 +185,23 @@ def test_the_encoder_is_the_originals(plain, images, monkeypatch, limit):
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
-def test_attention_of_both_devices_is_one():
+def test_attention_of_both_devices_agrees():
     query, key, value = torch.randn(3, 6, 20, 8, generator=torch.Generator().manual_seed(0))
     by_row, by_column = query.new_empty(6, 4, 5, 4).normal_(), query.new_empty(6, 4, 5, 5).normal_()
     some = (query, key, value, by_row, by_column)
     torch.testing.assert_close(pixelclip.sam_encoder._on_gpu(*some), pixelclip.sam_encoder._on_cpu(*some))
 
 
-def test_bfloat16_finds_the_masks_of_float32(sam, images):
+def test_bfloat16_masks_agree_with_float32(sam, images):
     exact, short = (SamGenerator(sam, **LOOSE, precision=precision)(images) for precision in (None, torch.bfloat16))
     assert exact != short
     for found, others in zip(short, exact, strict=True):
-        for best in (best_ious(found, others), best_ious(others, found)):  # one near a threshold may be lost
+        for best in (best_ious(found, others), best_ious(others, found)):  # masks near a threshold may be lost
             assert np.median(best) > 0.98 and best.mean() > 0.9
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1), (40, 60)])
-def test_masks_are_encoded_as_by_pycocotools(size):
+def test_encode_masks_equals_pycocotools(size):
     generator = torch.Generator().manual_seed(0)
     masks = torch.rand(6, *size, generator=generator) < torch.tensor([0.0, 0.05, 0.5, 0.95, 1.0, 0.5])[:, None, None]
     masks[5] = masks[5].sort(dim=0).values  # few runs
@@ -209,14 +209,14 @@ def test_masks_are_encoded_as_by_pycocotools(size):
     assert encode_masks(masks[:0]) == []
 
 
-def test_chunks_change_nothing(sam, images, monkeypatch):
+def test_masks_do_not_depend_on_chunk_size(sam, images, monkeypatch):
     generator = SamGenerator(sam, **SETTINGS["crops"])
     whole = generator(images[:1])
     monkeypatch.setattr(pixelclip.sam, "_CHUNK_PIXELS", 7 * 160 * 128)
     assert generator(images[:1]) == whole
 
 
-def test_no_mask_and_no_room(sam, images):
+def test_images_without_masks_and_slivers_yield_empty_lists(sam, images):
     assert SamGenerator(sam, points_per_side=4, pred_iou_thresh=1e9, crop_n_layers=1)(images[:1]) == [[]]
     sliver, dot = np.zeros((1, 2000, 3), np.uint8), np.zeros((1, 1, 3), np.uint8)
     found = SamGenerator(sam, **SETTINGS["crops"])([sliver, images[0], dot])
@@ -224,23 +224,23 @@ def test_no_mask_and_no_room(sam, images):
 
 
 @pytest.mark.parametrize("image", [np.zeros((8, 8, 3)), np.zeros((8, 8), np.uint8), np.zeros((8, 8, 4), np.uint8)])
-def test_an_image_must_be_rgb(sam, image):
-    with pytest.raises(ValueError, match=r"image 0 is .*, uint8 \[H, W, 3\] is needed"):
+def test_image_that_is_not_rgb_is_rejected(sam, image):
+    with pytest.raises(ValueError, match=r"image 0 is .*, expected uint8 \[H, W, 3\]"):
         SamGenerator(sam)([image])
 
 
-def test_settings_must_leave_points(sam):
+def test_settings_without_points_are_rejected(sam):
     with pytest.raises(ValueError, match="points_per_side 3 leaves no point in crop layer 2"):
         SamGenerator(sam, points_per_side=3, crop_n_layers=2, crop_n_points_downscale_factor=2)
-    with pytest.raises(ValueError, match="points_per_batch 0"):
+    with pytest.raises(ValueError, match="points_per_batch is 0"):
         SamGenerator(sam, points_per_batch=0)
 
 
-def test_small_regions():
+def test_small_holes_and_islands_are_removed():
     mask = np.zeros((12, 12), bool)
     mask[1:8, 1:8] = True
     mask[3, 3] = mask[5, 4:7] = False  # holes of 1 and 3 pixels
-    mask[10, 10] = mask[11, 11] = True  # an island of 2 that hangs together at a corner
+    mask[10, 10] = mask[11, 11] = True  # an island of 2 pixels connected at a corner
     assert not remove_small_regions(mask, 1)[1]
     filled, changed = remove_small_regions(mask, 3)
     expected = mask.copy()
@@ -248,26 +248,18 @@ def test_small_regions():
     expected[10:, 10:] = False
     assert changed and np.array_equal(filled, expected)
     expected[5, 4:7] = True
-    assert np.array_equal(remove_small_regions(mask, 50)[0], expected)  # all islands are small: the largest stays
+    assert np.array_equal(remove_small_regions(mask, 50)[0], expected)  # all islands are small: the largest is kept
     full, changed = remove_small_regions(np.zeros((3, 3), bool), 10)
     assert changed and full.all()
 
 
-@pytest.mark.parametrize(
-    ("kind", "expected"),
-    [
-        ("vit_b", (768, 12, 12, (2, 5, 8, 11))),
-        ("vit_l", (1024, 24, 16, (5, 11, 17, 23))),
-        ("vit_h", (1280, 32, 16, (7, 15, 23, 31))),
-    ],
-)
-def test_published_kinds_are_derived(kind, expected):
+@pytest.mark.parametrize("kind", ["vit_b", "vit_l", "vit_h"])
+def test_settings_of_published_models_are_derived_from_their_shapes(kind):
     with torch.device("meta"):
         published = sam_model_registry[kind]()
-    shape = sam_shape(published.state_dict())
-    assert (shape.embed_dim, shape.depth, shape.num_heads, shape.global_attn_indexes) == expected
-    assert (shape.img_size, shape.patch_size, shape.window_size, shape.prompt_dim) == (1024, 16, 14, 256)
-    built = build_sam(shape)
+    built = build_sam(published.state_dict())
+    assert built.image_encoder.img_size == published.image_encoder.img_size
+    assert torch.equal(built.pixel_mean, Sam(None, None, None).pixel_mean)
     assert {n: t.shape for n, t in built.state_dict().items()} == {n: t.shape for n, t in published.state_dict().items()}
     assert str(built) == str(published)  # epsilons, activations, strides
     for ours, theirs in zip(built.modules(), published.modules(), strict=True):
@@ -288,7 +280,7 @@ def test_published_kinds_are_derived(kind, expected):
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_what_is_saved_loads(plain, images, tmp_path, suffix, dtype):
+def test_saved_checkpoint_loads(plain, images, tmp_path, suffix, dtype):
     state = {name: tensor.to(dtype) for name, tensor in plain.state_dict().items()}
     path = tmp_path / f"sam{suffix}"
     (torch.save if suffix == ".pth" else save_file)(state, path)
@@ -304,11 +296,11 @@ def test_what_is_saved_loads(plain, images, tmp_path, suffix, dtype):
         assert found and [found] == SamGenerator(plain, **some)(images[:1])
 
 
-def refused(path: Path, said: str) -> None:
-    with pytest.raises(ValueError, match=said) as raised:
+def assert_rejected(path: Path, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason) as raised:
         load_sam(path)
     message = str(raised.value)
-    assert message.startswith(f"{path}: ") and "the state dict of a Segment Anything model is expected" in message
+    assert message.startswith(f"{path}: ") and "expected the state dict of a Segment Anything model" in message
     assert "\n" not in message and "weights_only" not in message
 
 
@@ -332,40 +324,40 @@ WRONG = {
         lambda s: s | {NECK: torch.zeros(3)},
         rf"of another shape: {NECK} \[3\] instead of \[32, 32, 1, 1\]",
     ),
-    "rank": (lambda s: s | {PATCH: torch.zeros(3)}, rf"{PATCH} has shape \[3\], 4 dimensions are expected"),
+    "rank": (lambda s: s | {PATCH: torch.zeros(3)}, rf"{PATCH} has shape \[3\], expected 4 dimensions"),
     "heads": (lambda s: s | {"image_encoder.blocks.0.attn.rel_pos_h": torch.zeros(7, 5)}, "multiples of 5"),
 }
 
 
-@pytest.mark.parametrize(("change", "said"), WRONG.values(), ids=WRONG)
+@pytest.mark.parametrize(("change", "reason"), WRONG.values(), ids=WRONG)
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_another_models_weights_are_named(plain, tmp_path, change, said, suffix):
+def test_other_weights_are_rejected(plain, tmp_path, change, reason, suffix):
     path = tmp_path / f"sam{suffix}"
     (torch.save if suffix == ".pth" else save_file)(change(dict(plain.state_dict())), path)
-    refused(path, said)
+    assert_rejected(path, reason)
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_what_is_no_checkpoint_is_refused(plain, tmp_path, suffix):
+def test_file_that_is_not_a_checkpoint_is_rejected(plain, tmp_path, suffix):
     path = tmp_path / f"sam{suffix}"
-    refused(path, "no such file")
+    assert_rejected(path, "no such file")
     (torch.save if suffix == ".pth" else save_file)(dict(plain.state_dict()), path)
     data = path.read_bytes()
     for content in (data[: len(data) // 2], data[:50], b"", b"GIF89a" * 9, bytes(range(256)), b"\x80\x02}q\x00."):
         path.write_bytes(content)
-        refused(path, "truncated, or not a checkpoint|: not a checkpoint")
+        assert_rejected(path, "truncated, or not a checkpoint|: not a checkpoint")
 
 
 @pytest.mark.parametrize(
-    ("value", "said"),
+    ("value", "reason"),
     [
         ([torch.zeros(1)], ": a list is found"),
         ({"model": {"a": torch.zeros(1)}, "epoch": 3}, r"no tensors are found \(model, epoch\)"),
     ],
 )
-def test_a_pth_of_something_else_is_refused(tmp_path, value, said):
+def test_pth_with_other_content_is_rejected(tmp_path, value, reason):
     torch.save(value, tmp_path / "sam.pth")
-    refused(tmp_path / "sam.pth", said)
+    assert_rejected(tmp_path / "sam.pth", reason)
 
 
 class _Trap:
@@ -377,10 +369,10 @@ class _Trap:
 
 
 @pytest.mark.parametrize("write", [lambda value, path: path.write_bytes(pickle.dumps(value, protocol=2)), torch.save])
-def test_a_pickle_is_never_executed(tmp_path, write):
+def test_pickle_is_never_executed(tmp_path, write):
     write({"trap": _Trap(tmp_path / "sprung")}, tmp_path / "sam.pth")
-    refused(tmp_path / "sam.pth", ": would execute .*, which is not allowed")
+    assert_rejected(tmp_path / "sam.pth", ": would execute .*, which is not allowed")
     assert not (tmp_path / "sprung").exists()
     write({"trap": _Trap(tmp_path / "sprung")}, tmp_path / "sam.safetensors")
-    refused(tmp_path / "sam.safetensors", "truncated, or not a checkpoint")
+    assert_rejected(tmp_path / "sam.safetensors", "truncated, or not a checkpoint")
     assert not (tmp_path / "sprung").exists()

@@ -16,8 +16,10 @@ from pixelclip import evaluate, masks, shards, train
 from pixelclip.classify import GivenMasks
 from pixelclip.config import EvaluateConfig, MasksConfig, ShardsConfig, TrainConfig
 from pixelclip.dataset import MaskedImages
+from pixelclip.shard_format import index_shard
 from pixelclip.shard_sources import RemoteFile, describe_shards, list_shards
 from pixelclip.shards import index_shard
+from pixelclip.sources import RemoteFile, describe_shards, list_shards
 from pixelclip.storage import read_json
 
 QUARTERS = np.zeros((4, 40, 48), bool)

@@ -1,4 +1,4 @@
-"""Images into shards and back: what is kept, turned, shrunk or refused, read independently by tarfile and Pillow."""
+"""Pack images into shards and index them; results are read independently with tarfile and Pillow."""
 
 import io
 import json
@@ -11,15 +11,19 @@ import pytest
 from conftest import annotation, encoded, pixels, read_tar, write_files, write_tar
 from PIL import Image
 
+from pixelclip.annotations import parse_annotation
+from pixelclip.bad_samples import BadSamples
 from pixelclip.config import ShardsConfig
+from pixelclip.shard_format import ShardWriter, index_shard, read_part
 from pixelclip.shard_sources import list_shards
 from pixelclip.shards import BadSamples, ShardWriter, index_shard, parse_annotation, read_part, run
+from pixelclip.sources import list_shards
 
 JPEG = encoded(pixels(20, 30), quality=90)
 
 
 def pack(tmp_path: Path, files: dict[str, bytes], **settings: object) -> dict[str, bytes]:
-    """Packs files and returns what the first shard holds."""
+    """Pack files and return the members of the first shard."""
     run(write_files(tmp_path / "images", files), tmp_path / "out", ShardsConfig(**settings))
     return read_tar(tmp_path / "out" / "000000.tar")
 
@@ -28,7 +32,7 @@ def opened(data: bytes) -> Image.Image:
     return Image.open(io.BytesIO(data))
 
 
-def test_plain_jpegs_are_kept_byte_for_byte_and_json_goes_along(tmp_path: Path) -> None:
+def test_plain_jpegs_and_json_are_kept_byte_for_byte(tmp_path: Path) -> None:
     members = pack(tmp_path, {"b/x y.jpg": JPEG, "b/x y.json": b"{}", "ä.JPEG": JPEG, "lonely.json": b"{}", "a.txt": b""})
     assert members == {"b/x y.jpg": JPEG, "b/x y.json": b"{}", "ä.jpg": JPEG}
 
@@ -52,7 +56,7 @@ def test_shards_are_byte_for_byte_reproducible(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "L", "P", "LA"])
-def test_other_images_become_rgb_jpegs(tmp_path: Path, mode: str) -> None:
+def test_other_formats_become_rgb_jpegs(tmp_path: Path, mode: str) -> None:
     source = Image.new("RGB", (12, 8), (255, 255, 255)).convert(mode)
     image = opened(pack(tmp_path, {"a.png": encoded(source, "PNG")})["a.jpg"])
     assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (12, 8))
@@ -60,7 +64,7 @@ def test_other_images_become_rgb_jpegs(tmp_path: Path, mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["CMYK", "L"])
-def test_jpegs_that_are_not_rgb_are_encoded_anew(tmp_path: Path, mode: str) -> None:
+def test_jpegs_that_are_not_rgb_are_reencoded(tmp_path: Path, mode: str) -> None:
     assert opened(pack(tmp_path, {"a.jpg": encoded(Image.new(mode, (8, 8)))})["a.jpg"]).mode == "RGB"
 
 
@@ -78,33 +82,33 @@ def test_exif_orientation_is_applied(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("size", "expected"), [((100, 200), (50, 100)), ((201, 99), (102, 50)), ((30, 40), (30, 40)), ((50, 50), (50, 50))]
 )
-def test_the_shortest_edge_shrinks_and_never_grows(tmp_path: Path, size: tuple[int, int], expected: tuple[int, int]) -> None:
+def test_shortest_edge_shrinks_but_never_enlarges(tmp_path: Path, size: tuple[int, int], expected: tuple[int, int]) -> None:
     data = encoded(pixels(size[1], size[0]))
     packed = pack(tmp_path, {"a.jpg": data}, shortest_edge=50)["a.jpg"]
     assert opened(packed).size == expected
     assert (packed == data) == (size == expected)
 
 
-def test_unreadable_images_are_skipped_counted_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unreadable_images_are_skipped_and_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = {f"{i}.jpg": JPEG for i in range(6)} | {"zero é.jpg": b"", "cut.jpg": JPEG[:-300], "text.png": b"hello"}
     images = write_files(tmp_path / "images", files)
     (images / "gone.jpg").symlink_to("nowhere")
     metrics = run(images, tmp_path / "out", ShardsConfig(max_bad_share=0.5))
     assert metrics == {"images": 6.0, "bad_images": 4.0, "shards": 1.0}
     assert sorted(read_tar(tmp_path / "out" / "000000.tar")) == [f"{i}.jpg" for i in range(6)]
-    said = capsys.readouterr().out
-    assert "4 of 10 samples cannot be used" in said
-    assert [name for name in ("zero é.jpg", "cut.jpg", "text.png", "gone.jpg") if name not in said] == []
+    output = capsys.readouterr().out
+    assert "4 of 10 samples cannot be used" in output
+    assert [name for name in ("zero é.jpg", "cut.jpg", "text.png", "gone.jpg") if name not in output] == []
 
 
-def test_names_that_are_no_unicode_can_be_packed_and_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_file_names_that_are_not_unicode_are_packed_and_reported(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     good, bad = (os.fsdecode(name) for name in (b"g\xff.jpg", b"b\xfe.jpg"))
     members = pack(tmp_path, {good: JPEG, bad: b"x"}, max_bad_share=0.5)
     assert members == {good: JPEG}
     assert "b\\udcfe.jpg: unreadable image" in capfd.readouterr().out
 
 
-def test_too_many_bad_images_stop_the_stage_and_leave_no_out(tmp_path: Path) -> None:
+def test_too_many_bad_images_stop_the_stage_without_output(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"(?s)1 of 3 .*bad\.jpg: unreadable.*allowed are 5\.0% \(shards\.max_bad_share\)"):
         pack(tmp_path, {"a.jpg": JPEG, "b.jpg": JPEG, "bad.jpg": b"x"})
     assert not (tmp_path / "out").exists()
@@ -113,7 +117,7 @@ def test_too_many_bad_images_stop_the_stage_and_leave_no_out(tmp_path: Path) -> 
     assert not (tmp_path / "out").exists()
 
 
-def test_only_the_first_ten_bad_samples_are_named() -> None:
+def test_only_the_first_ten_bad_samples_are_listed() -> None:
     bad = BadSamples("shards", 0.0)
     for index in range(12):
         bad.add(f"image{index}", "broken")
@@ -123,39 +127,39 @@ def test_only_the_first_ten_bad_samples_are_named() -> None:
     bad.check(20)
 
 
-def test_nothing_to_pack_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="images: holds no image"):
+def test_missing_or_empty_folder_of_images_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="images: contains no image"):
         pack(tmp_path, {"readme.txt": b""})
     with pytest.raises(ValueError, match="none: no such folder of images"):
         run(tmp_path / "none", tmp_path / "out", ShardsConfig())
 
 
 @pytest.mark.parametrize("inside", ["", "out", "a/out", "../images/out"])
-def test_shards_inside_their_images_are_refused(tmp_path: Path, inside: str) -> None:
+def test_output_inside_the_folder_of_images_is_rejected(tmp_path: Path, inside: str) -> None:
     images = write_files(tmp_path / "images", {"a/1.jpg": JPEG})
-    with pytest.raises(ValueError, match=r"shards must not stand inside the folder of images .*images; give another --out$"):
+    with pytest.raises(ValueError, match=r"shards must not be inside the folder of images .*images; choose another --out$"):
         run(images, images / inside, ShardsConfig())
     assert [path.name for path in images.rglob("*")] == ["a", "1.jpg"]
 
 
-def test_files_of_other_kinds_are_counted_by_suffix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ignored_files_are_counted_by_suffix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = {"a.jpg": JPEG, "a.json": b"{}", "lonely.json": b"{}", ".hidden": b"", "b.HEIC": b"", "c.heic": b"", "d.gif": b""}
     pack(tmp_path / "some", files | {"photo": JPEG})
-    said = "shards: 4 files of other kinds are left out (.heic 2, .gif 1, none 1); read are .jpg, .jpeg, .png,"
-    assert said in capsys.readouterr().out
+    message = "shards: ignored files by suffix: .heic 2, .gif 1, none 1; image suffixes are .jpg, .jpeg, .png,"
+    assert message in capsys.readouterr().out
     pack(tmp_path / "none", {"a.jpg": JPEG, "a.json": b"{}"})
-    assert "left out" not in capsys.readouterr().out
+    assert "ignored" not in capsys.readouterr().out
     pack(tmp_path / "many", {"a.jpg": JPEG} | {f"{i}.x{i}": b"" for i in range(12)})
-    assert ".x7 1, and 2 more suffixes); read are" in capsys.readouterr().out
+    assert ".x7 1, and 2 more suffixes; image suffixes are" in capsys.readouterr().out
 
 
-def test_images_of_one_key_collide_and_the_later_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_second_image_with_the_same_key_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     members = pack(tmp_path, {"a.b.jpg": JPEG, "a_b.png": encoded(pixels(5, 5), "PNG"), "c.jpg": JPEG}, max_bad_share=0.5)
     assert members == {"a_b.jpg": JPEG, "c.jpg": JPEG}
     assert "a_b.png: another image has the same key 'a_b'" in capsys.readouterr().out
 
 
-def test_long_and_odd_names_come_back_from_the_index(tmp_path: Path) -> None:
+def test_long_and_unusual_names_round_trip_through_the_index(tmp_path: Path) -> None:
     keys = ["n" * 150, "ü" * 90, f"{'folder/' * 30}{'deep ' * 20}x", "new\nline", "quote'\""]
     pack(tmp_path, {f"{key}.jpg": JPEG for key in keys} | {f"{keys[0]}.json": b"{}"})
     members, bad = index_shard(tmp_path / "out" / "000000.tar")
@@ -165,7 +169,7 @@ def test_long_and_odd_names_come_back_from_the_index(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_the_index_finds_what_tarfile_finds(tmp_path: Path, kind: int) -> None:
+def test_index_agrees_with_tarfile(tmp_path: Path, kind: int) -> None:
     long = f"{'d' * 90}/{'n' * 90}"
     contents = {"./sa_1.jpg": b"one", "./sa_1.json": b"{1}", "sa_2.json": b"{2}", "sa_2.jpg": b"two", f"{long}.jpg": b"3"}
     path = write_tar(tmp_path / "a.tar", contents | {"notes.txt": b"skip"}, kind)
@@ -185,7 +189,7 @@ def test_the_index_finds_what_tarfile_finds(tmp_path: Path, kind: int) -> None:
     assert parts == {"sa_1": (b"one", b"{1}"), "sa_2": (b"two", b"{2}"), long: (b"3", b"")}
 
 
-def test_a_shard_has_its_name_only_when_it_is_whole(tmp_path: Path) -> None:
+def test_incomplete_shard_does_not_get_its_final_name(tmp_path: Path) -> None:
     def fail() -> None:
         with ShardWriter(tmp_path / "a.tar") as writer:
             writer.add("a.jpg", JPEG)
@@ -196,14 +200,14 @@ def test_a_shard_has_its_name_only_when_it_is_whole(tmp_path: Path) -> None:
     assert not (tmp_path / "a.tar").exists()
 
 
-def test_json_without_an_image_is_named(tmp_path: Path) -> None:
+def test_json_without_an_image_is_reported(tmp_path: Path) -> None:
     members, bad = index_shard(write_tar(tmp_path / "a.tar", {"a.json": b"{}", "b.jpg": b"b"}))
     assert [member.key for member in members] == ["b"]
     assert bad == [(f"{tmp_path}/a.tar: a.json", "has no image")]
 
 
 @pytest.mark.parametrize("lost", [1, 600, 5000])
-def test_of_a_truncated_tar_the_whole_members_are_kept_and_the_cut_is_named(tmp_path: Path, lost: int) -> None:
+def test_truncated_tar_keeps_complete_members_and_reports_the_cut(tmp_path: Path, lost: int) -> None:
     path = write_tar(tmp_path / "a.tar", {f"{i}.jpg": bytes([i]) * 4000 for i in range(4)})
     with tarfile.open(path) as tar:
         starts = [member.offset_data for member in tar]
@@ -215,7 +219,7 @@ def test_of_a_truncated_tar_the_whole_members_are_kept_and_the_cut_is_named(tmp_
 
 
 @pytest.mark.parametrize("at", [0, 3])
-def test_a_damaged_header_does_not_swallow_the_rest_in_silence(tmp_path: Path, at: int) -> None:
+def test_damaged_header_is_reported(tmp_path: Path, at: int) -> None:
     path = write_tar(tmp_path / "a.tar", {f"{i}.jpg": b"x" * 100 for i in range(6)})
     data = bytearray(path.read_bytes())
     data[at * 1024 + 150] ^= 255  # inside the header's checksum
@@ -230,13 +234,13 @@ def test_a_damaged_header_does_not_swallow_the_rest_in_silence(tmp_path: Path, a
 
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"\x1f\x8b" + bytes(700)])
-def test_what_is_no_tar_is_named(tmp_path: Path, content: bytes) -> None:
+def test_file_that_is_not_a_tar_is_rejected(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "a.tar").write_bytes(content)
     with pytest.raises(ValueError, match=r"a\.tar: cannot be read as a tar"):
         index_shard(tmp_path / "a.tar")
 
 
-def test_shards_are_a_folder_or_a_manifest(tmp_path: Path) -> None:
+def test_shards_are_listed_from_a_folder_or_a_manifest(tmp_path: Path) -> None:
     shards = [write_tar(tmp_path / "data" / f"{name}.tar", {}) for name in "ba"]
     write_files(tmp_path / "data", {"notes.txt": b""})
     assert list_shards(tmp_path / "data") == shards[::-1]
@@ -251,7 +255,7 @@ def test_shards_are_a_folder_or_a_manifest(tmp_path: Path) -> None:
         list_shards(manifest)
 
 
-def test_what_holds_no_shards_is_named(tmp_path: Path) -> None:
+def test_location_without_shards_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no shard"):
         list_shards(tmp_path)
     with pytest.raises(ValueError, match="none: no such folder or manifest"):
@@ -264,9 +268,9 @@ def document(size: object, counts: object) -> bytes:
     return json.dumps({"annotations": [{"segmentation": {"size": size, "counts": counts}}]}).encode()
 
 
-def test_an_annotation_in_sa1bs_format_is_accepted() -> None:
+def test_annotation_in_sa1b_format_is_accepted() -> None:
     masks = np.random.default_rng(0).random((5, 7, 9)) < np.array([0, 0.1, 0.5, 0.9, 1])[:, None, None]
-    assert len(parse_annotation(annotation(masks), (9, 7))["annotations"]) == 5
+    assert len(parse_annotation(annotation(masks), (9, 7))[0]["annotations"]) == 5
 
 
 @pytest.mark.parametrize(
@@ -290,12 +294,12 @@ def test_an_annotation_in_sa1bs_format_is_accepted() -> None:
         (document([7, 9], "V2I"), "damaged RLE"),  # runs of 70 and -7 pixels: 63
     ],
 )
-def test_what_is_not_in_sa1bs_format_is_refused(data: bytes, reason: str) -> None:
+def test_annotation_in_another_format_is_rejected(data: bytes, reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         parse_annotation(data, (9, 7))
 
 
-def test_a_second_run_reuses_and_one_after_a_crash_finishes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_second_run_reuses_the_output(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     images = write_files(tmp_path / "images", {"a.jpg": JPEG})
     first = run(images, tmp_path / "out", ShardsConfig())
     written = (tmp_path / "out" / "000000.tar").stat().st_mtime_ns

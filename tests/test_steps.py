@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from pixelclip import train
 from pixelclip.config import MasksConfig, TrainConfig
 from pixelclip.evaluate import CONFUSION
-from pixelclip.masks import describe_shards, list_shards
 from pixelclip.masks import run as make_masks
+from pixelclip.sources import describe_shards, list_shards
 from pixelclip.stage import code_image
 from pixelclip.storage import write_json
 from pixelclip.tally import OTHERS, Confusion

@@ -1,4 +1,4 @@
-"""Views against torchvision's transforms and Pillow's full decoding; where crop, masks and flips lie is in test_dataset.py."""
+"""Views against torchvision's transforms and Pillow's full decoding; crops, masks and flips are tested in test_dataset.py."""
 
 import colorsys
 import io
@@ -14,22 +14,21 @@ from conftest import annotation, encoded, pixels, write_tar
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
-from test_dataset import FULL, PLAIN, blobs
+from test_dataset import FULL, PLAIN, blobs, in_runs
 
 from pixelclip import views
 from pixelclip.dataset import MaskedImages
-from pixelclip.shards import parse_masks
 
 
 @given(turn=st.floats(-0.5, 0.5), seed=st.integers(0, 999), levels=st.sampled_from([2, 4, 256]))
-def test_hue_turns_as_torchvision_turns_it(turn: float, seed: int, levels: int) -> None:
-    """Few levels make grey pixels, and ties for the highest channel."""
+def test_hue_shift_equals_torchvision(turn: float, seed: int, levels: int) -> None:
+    """With few levels there are grey pixels and ties for the highest channel."""
     random = torch.Generator().manual_seed(seed)
     image = torch.randint(0, levels, (3, 9, 9), generator=random) / (levels - 1)
-    torch.testing.assert_close(views._turn_hue(image, turn), TF.adjust_hue(image, turn), atol=1e-5, rtol=0)
+    torch.testing.assert_close(views._shift_hue(image, turn), TF.adjust_hue(image, turn), atol=1e-5, rtol=0)
 
 
-def test_contrast_and_saturation_mix_as_torchvision_mixes_them() -> None:
+def test_contrast_and_saturation_equal_torchvision() -> None:
     image = torch.rand(3, 9, 12)
     torch.testing.assert_close(views._grey(image), TF.rgb_to_grayscale(image), atol=1e-6, rtol=0)
     for share in (0.5, 0.9, 1.5):
@@ -39,7 +38,7 @@ def test_contrast_and_saturation_mix_as_torchvision_mixes_them() -> None:
 
 
 def detectrons_jitter(pixel: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """PointRend's ColorAugSSDTransform on one pixel, literally but for the rounding to bytes."""
+    """Apply PointRend's ColorAugSSDTransform to one pixel, without its rounding to bytes."""
 
     def sometimes(change: Callable[[], np.ndarray]) -> None:
         nonlocal pixel
@@ -63,7 +62,7 @@ def detectrons_jitter(pixel: np.ndarray, generator: np.random.Generator) -> np.n
 
 
 @given(seed=st.integers(0, 10**6), levels=st.sampled_from([2, 5, 256]))
-def test_ssd_jitter_is_that_of_detectron2(seed: int, levels: int) -> None:
+def test_ssd_jitter_equals_detectron2(seed: int, levels: int) -> None:
     image = torch.randint(0, levels, (3, 4, 5), generator=torch.Generator().manual_seed(seed)) / (levels - 1)
     found = views._ssd_jitter(image, np.random.default_rng(seed))
     for row, column in np.ndindex(4, 5):
@@ -73,7 +72,7 @@ def test_ssd_jitter_is_that_of_detectron2(seed: int, levels: int) -> None:
 
 
 @pytest.mark.parametrize(("radius", "sigma"), [(1, 0.05), (2, 0.6), (7, 2.0)])
-def test_a_blur_is_that_of_torchvision(radius: int, sigma: float) -> None:
+def test_blur_equals_torchvision(radius: int, sigma: float) -> None:
     image = torch.rand(3, 15, 20)
     expected = TF.gaussian_blur(image, [2 * radius + 1] * 2, [sigma] * 2)
     torch.testing.assert_close(views._blur(image, radius, sigma), expected, atol=1e-6, rtol=0)
@@ -88,15 +87,15 @@ def test_packed_masks_are_unpacked_and_counted(grid: int, number: int, share: fl
 
 
 @pytest.mark.parametrize("grid", [13, 32, 53])
-def test_flip_and_cutout_of_packed_masks_are_those_of_whole_ones(grid: int) -> None:
-    """The method, step by step on whole masks, with the numbers that are drawn from the same generator."""
+def test_flip_and_cutout_of_packed_masks_equal_those_of_unpacked_masks(grid: int) -> None:
+    """Repeat the method step by step on unpacked masks with the same random numbers."""
     masks = blobs(61, 47, count=7)
     masks[3] = False
     drawn = replace(PLAIN, side=grid, mask_grid=grid, flip=True, strong_view=True)
     flips = []
     for seed in range(8):
         image = Image.new("RGB", (47, 61), (180, 190, 200))
-        sample = views.draw(image, parse_masks(annotation(masks), (47, 61)), drawn, np.random.default_rng(seed))
+        sample = views.draw(image, in_runs(masks), drawn, np.random.default_rng(seed))
         same = np.random.default_rng(seed)
         crop = 32 * 47 / 64
         left, top = same.uniform(0, 47 - crop), same.uniform(0, 61 - crop)
@@ -114,7 +113,7 @@ def test_flip_and_cutout_of_packed_masks_are_those_of_whole_ones(grid: int) -> N
     crop=st.integers(16, 900),
     edges=st.tuples(st.integers(16, 1500), st.integers(0, 500)),
 )
-def test_a_crop_is_never_decoded_smaller_than_its_view(size, side, crop, edges):
+def test_crop_is_never_decoded_smaller_than_its_view(size, side, crop, edges):
     drawn = replace(PLAIN, side=side, crop=crop, shortest_edge=edges[0], longest_edge=sum(edges))
     scale = min(edges[0] / min(size), sum(edges) / max(size))
     smallest = min(crop / scale, *size)
@@ -142,8 +141,8 @@ def test_a_view_of_a_large_image_is_near_that_of_its_full_decoding(tmp_path: Pat
         assert torch.equal(found.weak, full.weak) is (kind == "PNG")
 
 
-def test_a_view_of_a_small_image_is_that_of_its_full_decoding(tmp_path: Path) -> None:
-    """Pillow and numpy, step by step: decode, crop and resize in one, flip, normalise."""
+def test_view_of_a_small_image_equals_that_of_its_full_decoding(tmp_path: Path) -> None:
+    """Repeat with Pillow and numpy: decode, crop and resize in one step, flip, normalise."""
     data = encoded(pixels(64, 80), quality=90)
     tar = write_tar(tmp_path / "0.tar", {"a.jpg": data, "a.json": annotation(blobs(64, 80))})
     drawn = replace(FULL, color_jitter=False, strong_view=False, crop=40)
@@ -161,7 +160,7 @@ SEEDS = 2000
 
 
 def strength(drawn: np.ndarray, still: float, low: float, high: float) -> float:
-    """The share of draws that moved something; they fill the range from `low` to `high` and never leave it."""
+    """Return the share of draws that differ from `still`; assert that they fill the range from `low` to `high`."""
     moved = drawn[np.abs(drawn - still) > 1e-3]
     margin = 0.03 * (high - low)
     assert low - 1e-3 <= moved.min() <= low + margin
@@ -170,12 +169,12 @@ def strength(drawn: np.ndarray, still: float, low: float, high: float) -> float:
 
 
 def turned(pixel: np.ndarray, degrees: float) -> float:
-    """The hue of an RGB pixel as degrees from another."""
+    """Return the hue of an RGB pixel relative to another, in degrees."""
     return (colorsys.rgb_to_hsv(*pixel)[0] * 360 - degrees + 180) % 360 - 180
 
 
-def test_the_weak_jitter_is_as_strong_as_the_method_says() -> None:
-    """On two greys and a colour that no draw takes to the ends of the range."""
+def test_weak_jitter_has_the_ranges_and_probabilities_of_the_method() -> None:
+    """Use two greys and a colour that no draw clips."""
     image = torch.tensor([[0.4, 0.4, 0.4], [0.5, 0.5, 0.5], [0.5, 0.4, 0.4]]).T[:, None].contiguous()  # [3, 1, 3 pixels]
     found = []
     for seed in range(SEEDS):
@@ -189,8 +188,8 @@ def test_the_weak_jitter_is_as_strong_as_the_method_says() -> None:
     assert strength(hue, 0, -36, 36) == pytest.approx(0.5, abs=0.04)
 
 
-def test_the_strong_jitter_is_as_strong_as_the_method_says() -> None:
-    """The same draws on two greys and on one colour, that none takes to the ends of the range."""
+def test_strong_jitter_has_the_ranges_and_probabilities_of_the_method() -> None:
+    """Use the same draws on two greys and on one colour that no draw clips."""
     greys = torch.tensor([0.4, 0.5]).expand(3, 1, 2)
     colour = torch.tensor([0.45, 0.4, 0.4]).view(3, 1, 1)
     found, grey = [], 0
@@ -213,7 +212,7 @@ def test_the_strong_jitter_is_as_strong_as_the_method_says() -> None:
 
 
 def width(image: torch.Tensor) -> float:
-    """The standard deviation of a point's picture along the columns."""
+    """Return the standard deviation of a blurred point along the columns."""
     profile = image.double().sum(dim=(0, 1)).numpy()
     profile = profile - profile[0]
     places = np.arange(len(profile))
@@ -221,12 +220,12 @@ def width(image: torch.Tensor) -> float:
     return float(np.sqrt(max((profile * (places - mean) ** 2).sum() / profile.sum(), 0)))
 
 
-def test_the_blur_is_as_wide_as_the_method_says() -> None:
+def test_blur_has_the_widths_and_probability_of_the_method() -> None:
     point = torch.zeros(3, 3, 33)
     point[:, 1, 16] = 0.5
     point = torch.nn.functional.pad(point, [0, 0, 15, 15])
     found = np.array([width(views._strong_jitter(point, np.random.default_rng(seed), 1.0)) for seed in range(600)])
-    blurred = found[found > 0.2]  # a narrower one stays within its pixel
+    blurred = found[found > 0.2]  # narrower blurs stay within the pixel
     assert len(blurred) / len(found) == pytest.approx(0.5 * 1.8 / 1.9, abs=0.05)
     assert 1.8 < blurred.max() < 2.0
     assert blurred.min() < 0.4
@@ -235,12 +234,12 @@ def test_the_blur_is_as_wide_as_the_method_says() -> None:
 @pytest.mark.parametrize(
     ("size", "edge", "crop", "scale"), [(64, 64, 64, 1.0), (128, 64, 64, 1.0), (64, 128, 128, 0.5), (64, 32, 32, 2.0)]
 )
-def test_the_blur_is_stated_in_pixels_of_the_methods_crop(size: int, edge: int, crop: int, scale: float) -> None:
-    """A point in the middle of an image that is cropped whole: only the method's resize and the side scale its blur."""
+def test_blur_width_is_in_pixels_of_the_methods_crop(size: int, edge: int, crop: int, scale: float) -> None:
+    """With a crop of the whole image only the method's resize and the side scale the blur of a point."""
     picture = np.zeros((size, size, 3), np.uint8)
     picture[size // 2 : size // 2 + size // 64, size // 2 : size // 2 + size // 64] = 150
     drawn = replace(PLAIN, side=64, shortest_edge=edge, crop=crop, strong_view=True, cutout_min=0.0, cutout_max=0.0)
-    masks = parse_masks(annotation(blobs(size, size)), (size, size))
+    masks = in_runs(blobs(size, size))
     compared = 0
     for seed in range(40):
         sample = views.draw(Image.fromarray(picture), masks, drawn, np.random.default_rng(seed))
@@ -249,8 +248,8 @@ def test_the_blur_is_stated_in_pixels_of_the_methods_crop(size: int, edge: int, 
         generator = np.random.default_rng(seed)
         generator.uniform(size=2)  # where the crop is
         expected = width(views._strong_jitter(point, generator, 1.0))
-        if 0.8 < expected < 1.6:  # neither within a pixel nor cut off by the edges
+        if 0.8 < expected < 1.6:  # neither within one pixel nor cut off by the edges
             found = np.sqrt(max(width(sample.strong) ** 2 - width(sample.weak) ** 2, 0))
-            assert found == pytest.approx(scale * expected, rel=0.2), seed  # a narrow one is coarse in pixels
+            assert found == pytest.approx(scale * expected, rel=0.2), seed  # narrow blurs are coarsely sampled
             compared += 1
     assert compared > 3

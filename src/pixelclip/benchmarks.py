@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from pixelclip.annotations import parse_annotation
 from pixelclip.class_names import check_names, read_classes
 from pixelclip.config import nearest
-from pixelclip.images import decode_image, open_image
-from pixelclip.shards import IMAGE_SUFFIXES, parse_annotation
+from pixelclip.images import IMAGE_SUFFIXES, decode_image, open_image
 from pixelclip.storage import files_below, read_json
 
 IGNORE = 255
@@ -96,7 +96,7 @@ def _draw(masks: bytes, size: tuple[int, int]) -> NDArray[np.uint16]:
     from pycocotools import mask as rle  # an extra that inference does without
 
     values = np.zeros(size[::-1], np.uint16)
-    for annotation in parse_annotation(masks, size)["annotations"] if masks else []:
+    for annotation in parse_annotation(masks, size)[0]["annotations"] if masks else []:
         values[rle.decode(annotation["segmentation"]) == 1] = annotation["category_id"]
     return values
 

@@ -15,15 +15,18 @@ from PIL import Image
 from pycocotools import mask as rle
 from torch import Tensor
 
+from pixelclip.annotations import annotate, decode_masks, parse_annotation
 from pixelclip.backbone import Backbone
 from pixelclip.benchmarks import IGNORE
 from pixelclip.clusters import pool_masks
+from pixelclip.felzenszwalb import felzenszwalb
 from pixelclip.labels import label_map
-from pixelclip.masks import annotate, decode_masks, felzenszwalb
 from pixelclip.predict import best_class, class_scores, resize_shortest, slide_scores
 from pixelclip.s3 import is_s3
+from pixelclip.shard_format import Member, index_shard, read_part
 from pixelclip.shard_sources import Shard, list_shards, parts
 from pixelclip.shards import Member, index_shard, parse_annotation, read_part
+from pixelclip.sources import Shard, list_shards, parts
 from pixelclip.tally import Found
 
 Annotations = list[dict[str, Any]]
@@ -126,7 +129,7 @@ class GivenMasks:
         """
         where = f"{self._source}: {name}" if self._members is not None else str(Path(self._source, f"{name}.json"))
         try:
-            document = parse_annotation(self._bytes(name), size, may_be_empty=True)
+            document, _ = parse_annotation(self._bytes(name), size, may_be_empty=True)
         except OSError as error:
             raise ValueError(f"{where}: {error.strerror}") from None
         except ValueError as error:

@@ -1,7 +1,7 @@
-"""Training samples: masked shards -> batches of weak and strong views with their masks (method.md, step 1).
+"""Training dataset: masked shards -> batches of weak and strong views with their masks (method.md, step 1).
 
-Every sample is a pure function of (seed, position in the training run), so that a resumed run, or one with other
-workers, sees the very same data. B images, N masks, H W mask grid.
+Every sample is a pure function of (seed, position in the sample stream), so that the data of a run does not depend on resumes
+or the number of workers. B images, N masks, H W mask grid.
 """
 
 import multiprocessing
@@ -17,21 +17,24 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 
+from pixelclip.annotations import parse_annotation
 from pixelclip.images import decode_image, to_rgb
 from pixelclip.images import image_size as header_size
 from pixelclip.rle import RunMasks
+from pixelclip.shard_format import index_shard, read_part
 from pixelclip.shard_sources import RemoteFile, Shard
-from pixelclip.shards import index_shard, parse_masks, read_part
+from pixelclip.shards import index_shard, read_part
+from pixelclip.sources import RemoteFile, Shard
 from pixelclip.views import Sample, Views, draw, shrink, unpack
 
 
 @dataclass(frozen=True)
 class Batch:
-    """`weak`, `strong` [B, 3, side, side]; `masks` [N, H, W]; `image_index` [N]; `bad`: samples that were left out.
+    """`weak`, `strong` [B, 3, side, side]; `masks` [N, H, W]; `image_index` [N]; `bad`: reasons of skipped samples.
 
-    `counts`, where it is known, says how many masks each image has, and that they stand image by image.
+    `counts`, if given, is the number of masks of each image; the masks are then ordered by image.
     """
 
     weak: Tensor
@@ -45,7 +48,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """A batch on its way from a worker to the device: its masks take an eighth, [N, ceil(H / 8), W], see `unpack`."""
+    """A batch as sent from a worker to the device: its masks are packed, [N, ceil(H / 8), W], see `unpack`."""
 
     weak: Tensor
     strong: Tensor
@@ -56,12 +59,12 @@ class PackedBatch:
     counts: list[int]
 
     def pin_memory(self) -> "PackedBatch":
-        """The same in memory that a GPU copies from by itself; the DataLoader calls it."""
+        """Copy to pinned memory; called by the DataLoader."""
         weak, strong, masks, index = (x.pin_memory() for x in self._tensors())
         return PackedBatch(weak, strong, masks, index, self.bad, self.sample_indices, self.counts)
 
     def to(self, device: torch.device) -> Batch:
-        """The batch on a device, which is not waited for."""
+        """Copy to a device asynchronously and unpack the masks."""
         weak, strong, masks, index = (x.to(device, non_blocking=True) for x in self._tensors())
         return Batch(weak, strong, unpack(masks), index, self.bad, self.sample_indices, self.counts)
 
@@ -70,18 +73,18 @@ class PackedBatch:
 
 
 class MaskedImages(Dataset[Sample | str]):
-    """Masked shards, addressed by position in the endless, shuffled stream of samples.
+    """Dataset of masked shards, indexed by position in the infinite, shuffled sample stream.
 
     Args:
-        shards: tars with images and masks; samples without masks are counted in `without_masks` and left out.
-        views: how samples are drawn.
-        seed: of the order and of the views.
-        masked: False leaves masks aside: every sample is one mask of the whole image, of which CutOut leaves what is seen.
-        shards_at_once: how many shards are mixed with each other, 0 for all: those in a store pass the cache one group after
-            the other, the next one on its way while one is used.
+        shards: tars with images and masks; samples without masks are counted in `without_masks` and skipped.
+        views: parameters of the views.
+        seed: seed of the order and of the views.
+        masked: if False, masks are not read: every sample has one mask of the whole image, minus CutOut.
+        shards_at_once: number of shards shuffled together, 0 for all. Remote shards then pass through the cache group by group,
+            and the next group is prefetched.
 
     Raises:
-        ValueError: a shard is no tar, or no sample has masks.
+        ValueError: a shard is not a tar, or no sample has masks.
     """
 
     def __init__(self, shards: Sequence[Shard], views: Views, seed: int, masked: bool = True, shards_at_once: int = 0) -> None:
@@ -99,21 +102,21 @@ class MaskedImages(Dataset[Sample | str]):
             whole = [m for m in members if m.json_size or not masked]
             self.without_masks += len(members) - len(whole)
             places = [(number, m.image_offset, m.image_size, m.json_offset, m.json_size) for m in whole]
-            rows.append(np.array(places, np.int64).reshape(-1, 5))  # a shard at a time: its lists are not kept
+            rows.append(np.array(places, np.int64).reshape(-1, 5))  # one array per shard, so that its lists are freed
         if not sum(map(len, rows)):
             needed = "has masks; run the masks stage first" if masked else "is an image"
             raise ValueError(f"{str(self.shards[0]).rpartition('/')[0]}: no sample of its shards {needed}")
-        self._members = torch.from_numpy(np.concatenate(rows)).share_memory_()  # 40 bytes a sample, for all workers at once
-        self._order: tuple[int, NDArray[np.uint32]] | None = None  # 4 bytes a sample and worker
-        self._groups: list[NDArray[np.int64]] = []  # of this epoch's order: the shards that are mixed with each other
-        self._group = -1  # the one that is being read
-        self._group_of = np.zeros(0, np.int64)  # of every shard
+        self._members = torch.from_numpy(np.concatenate(rows)).share_memory_()  # 40 bytes per sample, shared by all workers
+        self._order: tuple[int, NDArray[np.uint32]] | None = None  # 4 bytes per sample and worker
+        self._groups: list[NDArray[np.int64]] = []  # shards shuffled together, in this epoch's order
+        self._group = -1  # index of the group being read
+        self._group_of = np.zeros(0, np.int64)  # index of every shard's group
 
     def __len__(self) -> int:
         return len(self._members)
 
     def member(self, position: int) -> int:
-        """The sample that stands at a position of the stream: every epoch is a new permutation."""
+        """Return the index of the sample at a stream position; every epoch is a new permutation."""
         epoch, place = divmod(position, len(self))
         if self._order is None or self._order[0] != epoch:
             self._order = (epoch, self._shuffle(np.random.default_rng([self.seed, 1, epoch])))
@@ -126,49 +129,48 @@ class MaskedImages(Dataset[Sample | str]):
         shards, size = generator.permutation(len(self.shards)), self.shards_at_once
         self._groups, self._group = [shards[first : first + size] for first in range(0, len(shards), size)], -1
         self._group_of = np.argsort(shards) // size
-        first_member = np.searchsorted(
-            self._members.numpy()[:, 0], np.arange(len(shards) + 1)
-        )  # a shard's samples stand together
+        # The samples of a shard are contiguous.
+        first_member = np.searchsorted(self._members.numpy()[:, 0], np.arange(len(shards) + 1))
         of_shard = [everything[first:last] for first, last in pairwise(first_member.tolist())]
         mixed = [np.concatenate([of_shard[shard] for shard in np.sort(group)]) for group in self._groups]
         return np.concatenate([generator.permutation(members) for members in mixed])
 
-    def _bring_next(self, shard: int) -> None:
-        """Has the next group's shards brought from their store while the group of this one is read."""
+    def _prefetch_next(self, shard: int) -> None:
+        """Download the remote shards of the next group in a thread, once per group."""
         if not self._groups or (group := int(self._group_of[shard])) == self._group:
             return
         self._group = group
-        coming = [self.shards[number] for number in chain(*self._groups[group + 1 : group + 2])]
-        if remote := [tar for tar in coming if isinstance(tar, RemoteFile)]:
-            threading.Thread(target=_bring, args=(remote,), daemon=True).start()
+        following = [self.shards[number] for number in chain(*self._groups[group + 1 : group + 2])]
+        if remote := [tar for tar in following if isinstance(tar, RemoteFile)]:
+            threading.Thread(target=_prefetch, args=(remote,), daemon=True).start()
 
     def read(self, index: int) -> tuple[Image.Image, RunMasks]:
-        """Reads sample `index`: its image and its masks.
+        """Read image and masks of sample `index`.
 
         Raises:
-            ValueError: unreadable; the message names the sample.
+            ValueError: the sample is unreadable.
         """
         return self._read(index, for_crop=False)[:2]
 
     def _read(self, index: int, for_crop: bool) -> tuple[Image.Image, RunMasks, int]:
-        """As `read`; for a crop the image may come shrunk, by the number that is returned last."""
+        """Read a sample; for a crop the image may be shrunk by the returned factor."""
         shard, image_offset, image_size, json_offset, json_size = self._members[index].tolist()
-        self._bring_next(shard)
+        self._prefetch_next(shard)
         path = self.shards[shard]
         try:
             data = read_part(path, image_offset, image_size)
             size = header_size(data)
             by = shrink(size, self.views) if for_crop else 1
             image = to_rgb(decode_image(data, shrink=by))
-            shrunk = by if image.size != size else 1  # only a JPEG is
+            shrunk = by if image.size != size else 1  # only JPEGs are shrunk
             if not self.masked:
                 return image, RunMasks.whole(size[::-1]), shrunk
-            return image, parse_masks(read_part(path, json_offset, json_size), size), shrunk
+            return image, parse_annotation(read_part(path, json_offset, json_size), size)[1], shrunk
         except (OSError, ValueError) as error:
             raise ValueError(f"{path}: {_member_name(path, image_offset)}: {error}") from None
 
     def __getitem__(self, position: int) -> Sample | str:
-        """Draws the sample at a position, or says why it cannot be used."""
+        """Draw the sample at a stream position; return the reason as a string if it is unusable."""
         try:
             image, masks, shrunk = self._read(self.member(position), for_crop=True)
         except ValueError as error:
@@ -177,8 +179,8 @@ class MaskedImages(Dataset[Sample | str]):
         return replace(draw(image, masks, self.views, generator, shrunk), position=position)
 
 
-def _bring(tars: Iterable[RemoteFile]) -> None:
-    with suppress(ValueError):  # said where the shard is read
+def _prefetch(tars: Iterable[RemoteFile]) -> None:
+    with suppress(ValueError):  # raised again when the shard is read
         for tar in tars:
             tar.open().close()
 
@@ -191,7 +193,7 @@ def _member_name(path: Shard, offset: int) -> str:
 
 
 def collate(samples: Sequence[Sample | str]) -> PackedBatch:
-    """Joins samples into a batch; those that could not be read are named in `bad`."""
+    """Join samples into a batch; `bad` holds the reasons of unusable ones."""
     good = [sample for sample in samples if isinstance(sample, Sample)]
     bad = [sample for sample in samples if isinstance(sample, str)]
     if not good:
@@ -199,7 +201,7 @@ def collate(samples: Sequence[Sample | str]) -> PackedBatch:
         return PackedBatch(empty, empty, torch.zeros(0, 0, 0, dtype=torch.uint8), empty.long(), bad, [], [])
     counts = [len(sample.packed) for sample in good]
     return PackedBatch(
-        weak=default_collate([sample.weak for sample in good]),  # which stacks in memory that workers share
+        weak=default_collate([sample.weak for sample in good]),  # stacks in shared memory
         strong=default_collate([sample.strong for sample in good]),
         masks=torch.cat([sample.packed for sample in good]),
         image_index=torch.repeat_interleave(torch.arange(len(good)), torch.tensor(counts)),
@@ -210,14 +212,14 @@ def collate(samples: Sequence[Sample | str]) -> PackedBatch:
 
 
 def sample_indices(batch_size: int, share: range, pieces: int, start: int, stop: int) -> Iterator[list[int]]:
-    """Where in the stream a process reads: for every step its share of the batch, in pieces.
+    """Yield the stream positions of every micro-batch of this process.
 
     Args:
-        batch_size: images in one optimizer step, of all processes.
+        batch_size: images per optimizer step over all processes.
         share: this process's part of `range(batch_size)`.
-        pieces: how many lists a step gives.
+        pieces: number of micro-batches per step.
         start: first step.
-        stop: the step after the last.
+        stop: step after the last.
     """
     cuts = [len(share) * piece // pieces for piece in range(pieces + 1)]
     for step in range(start, stop):
@@ -225,21 +227,13 @@ def sample_indices(batch_size: int, share: range, pieces: int, start: int, stop:
             yield [step * batch_size + place for place in share[first:last]]
 
 
-class _Listed(Sampler[list[int]]):
-    def __init__(self, lists: Iterable[list[int]]) -> None:
-        self._lists = lists
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return iter(self._lists)
-
-
 def load_batches(dataset: MaskedImages, lists: Iterable[list[int]], workers: int, pin: bool) -> DataLoader[PackedBatch]:
-    """One batch for every list of sample_indices, in order, whatever the number of workers."""
+    """Load one batch for every list of sample indices, in order for any number of workers."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", __name__])  # imported once, and in memory once, for all workers
+    context.set_forkserver_preload(["__main__", __name__])  # imported once and shared by all workers
     return DataLoader(
         dataset,  # type: ignore[arg-type]
-        batch_sampler=_Listed(lists),
+        batch_sampler=lists,
         collate_fn=collate,
         num_workers=workers,
         multiprocessing_context=context if workers else None,

@@ -1,4 +1,4 @@
-"""Images: decode with errors that say why, encode, colours for label maps. H W pixels."""
+"""Decode and encode images, and colour label maps. H W pixels."""
 
 import io
 from collections.abc import Iterator
@@ -9,19 +9,21 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-# Pillow warns above 89 megapixels and refuses above 179. A user's own scans and aerial pictures may have more; what strangers
-# send is checked by its header before it is decoded (`max_pixels`). Pillow has this for the whole process or not at all.
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+
+# Pillow warns above 89 megapixels and fails above 179, process-wide. A user's own scans and aerial images may be larger;
+# untrusted images are checked by their header before decoding (`max_pixels`).
 Image.MAX_IMAGE_PIXELS = None
 
 
 def decode_image(data: bytes, max_pixels: int | None = None, shrink: int = 1) -> Image.Image:
-    """Decodes an image wholly.
+    """Decode an image completely.
 
     Args:
-        data: of an image file.
-        max_pixels: an image that says to have more is not decoded.
-        shrink: 2, 4 or 8 decode a JPEG of at least as many pixels an edge at that part of its size, rounded up, in less
-            time; other files come whole.
+        data: an image file.
+        max_pixels: reject an image whose header states more pixels.
+        shrink: 2, 4 or 8 decode a JPEG faster at that fraction of its size, rounded up, if its edges have at least as many
+            pixels; other formats are decoded at full size.
 
     Raises:
         ValueError: the image is unreadable, truncated or too large.
@@ -38,7 +40,7 @@ def decode_image(data: bytes, max_pixels: int | None = None, shrink: int = 1) ->
 
 
 def image_size(data: bytes) -> tuple[int, int]:
-    """Width and height as the header of an image file says them; raises ValueError as `decode_image` does."""
+    """Read width and height from the header of an image file; raise ValueError like `decode_image`."""
     with _opened(data) as image:
         return image.size
 
@@ -48,21 +50,21 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
     try:
         with Image.open(io.BytesIO(data)) as image:
             yield image
-    except Exception as error:  # on damaged files Pillow's parsers raise nearly anything
-        reason = str(error).partition(" <_io.")[0]  # without the address of our own buffer
+    except Exception as error:  # Pillow's parsers raise many kinds of errors on damaged files
+        reason = str(error).partition(" <_io.")[0]  # drop the address of the buffer
         raise ValueError(f"unreadable image: {reason}") from None
 
 
 def turn_upright(image: Image.Image) -> Image.Image:
-    """Turns an image by its EXIF orientation; raises ValueError for EXIF data that cannot be read."""
+    """Rotate an image by its EXIF orientation; raise ValueError for unreadable EXIF data."""
     try:
         return ImageOps.exif_transpose(image)
-    except Exception as error:  # as above
+    except Exception as error:  # see _opened
         raise ValueError(f"unreadable EXIF data: {error}") from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An image as 8-bit RGB; of 16 bits the upper 8 are kept, where Pillow would clip everything to white.
+    """Convert an image to 8-bit RGB; 16 bits keep their upper 8, where Pillow would clip to white.
 
     Raises:
         ValueError: 32-bit pixels, whose range is unknown.
@@ -70,17 +72,17 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
-        raise ValueError(f"8 or 16 bits a channel are needed, found 32 (mode {image.mode})")
+        raise ValueError(f"expected 8 or 16 bits per channel, found 32 (mode {image.mode})")
     if image.mode == "P":
-        image = image.convert("RGBA")  # Pillow warns about a straight way for palettes with transparency
+        image = image.convert("RGBA")  # Pillow warns if a palette with transparency is converted directly
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def open_image(path: Path) -> Image.Image:
-    """Opens and decodes an image file as RGB, turned upright by its EXIF orientation.
+    """Open an image file as RGB, rotated by its EXIF orientation.
 
     Raises:
-        ValueError: missing, truncated or not an image; the message names the file.
+        ValueError: missing, truncated or not an image.
     """
     try:
         return to_rgb(turn_upright(decode_image(path.read_bytes())))
@@ -91,26 +93,26 @@ def open_image(path: Path) -> Image.Image:
 
 
 def encode_jpeg(image: Image.Image, quality: int) -> bytes:
-    """Encodes an image as a baseline RGB JPEG."""
+    """Encode an image as a baseline RGB JPEG."""
     buffer = io.BytesIO()
     to_rgb(image).save(buffer, "JPEG", quality=quality)
     return buffer.getvalue()
 
 
 def fitted(size: tuple[int, int], box: tuple[int, int]) -> tuple[int, int]:
-    """The largest (width, height) in a box with the aspect of `size`; at least one pixel each, whatever the aspect."""
+    """Return the largest (width, height) with the aspect ratio of `size` that fits a box; at least one pixel each."""
     scale = min(box[0] / size[0], box[1] / size[1])
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
 def nearest(count: int, size: int) -> NDArray[np.int64]:
-    """Where `count` samples along `size` pixels are taken, one in the middle of each of `count` equal cells."""
+    """Return the pixels at the centres of `count` equal cells along `size` pixels."""
     return ((np.arange(count) + 0.5) * size / count).astype(np.int64)
 
 
 def palette(count: int) -> NDArray[np.uint8]:
-    """[count, 3] well-spread RGB colours; the first ones do not change when more are asked for."""
-    hues = (np.arange(count) * 0.61803398875) % 1  # the golden ratio spreads any number of hues
+    """Return well-spread RGB colours [count, 3]; a longer palette starts with the same colours."""
+    hues = (np.arange(count) * 0.61803398875) % 1  # multiples of the golden ratio are spread evenly for any count
     saturation, value = 0.55 + 0.4 * ((np.arange(count) // 3) % 2), 0.95 - 0.3 * ((np.arange(count) // 2) % 2)
     sector = hues[:, None] * 6 + np.array([5.0, 3.0, 1.0])
     ramp = np.clip(np.minimum(sector % 6, 4 - sector % 6), 0, 1)
@@ -118,6 +120,6 @@ def palette(count: int) -> NDArray[np.uint8]:
 
 
 def colour_labels(labels: NDArray[np.integer], count: int) -> NDArray[np.uint8]:
-    """Paints a label map [H, W] in the palette's colours: [H, W, 3]; labels outside 0..count-1 are black."""
+    """Colour a label map [H, W] with the palette: [H, W, 3]; labels outside 0..count-1 are black."""
     table = np.concatenate([palette(count), np.zeros((1, 3), np.uint8)])
     return table[np.where((labels >= 0) & (labels < count), labels, count)]

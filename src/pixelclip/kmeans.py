@@ -1,6 +1,6 @@
-"""k-means of many images at once, on tensors alone: Lloyd from greedy k-means++, every image by itself.
+"""Batched k-means: Lloyd's algorithm from greedy k-means++, independently for every image.
 
-B images, P points, D width, K clusters, R restarts, T trials; S = B R runs of Lloyd.
+B images, P points, D width, K clusters, R restarts, T trials; S = B R runs of Lloyd's algorithm.
 """
 
 import math
@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# A squared distance below this share of the squared norms is rounding: the two are one point.
+# Squared distances below this share of the squared norms are rounding errors of identical points.
 _SAME = 1e-12
-_DOUBTFUL = 4096  # points whose distances are computed again at once
+_DOUBTFUL = 4096  # points whose distances are recomputed at once
 
 
 @torch.no_grad()
@@ -24,30 +24,30 @@ def kmeans(
     iterations: int = 100,
     restarts: int = 10,
 ) -> tuple[Tensor, Tensor]:
-    """Clusters the points of every image by themselves (Lloyd, from greedy k-means++), all images at once.
+    """Cluster the points of every image independently, all images at once.
 
-    The result of an image depends on its points and its seed, not on its batch. More restarts are never worse.
+    The result of an image depends on its points and its seed, not on its batch. More restarts never increase the inertia.
 
     Args:
         points: [B, P, D].
-        k: clusters wanted; fewer come out where fewer points differ.
-        seeds: B integers from 0.
-        iterations: at most so many updates of the centres; it ends sooner where no label changes.
-        restarts: how many starts the best is taken of.
+        k: number of clusters; fewer if there are fewer distinct points.
+        seeds: one non-negative integer per image.
+        iterations: maximum number of updates of the centres; stops early when no label changes.
+        restarts: number of initialisations; the one with the lowest inertia is returned.
 
     Returns:
-        Labels [B, P], int64: every image's run from 0 without a gap. Inertia [B], float64: the sum of squared distances of
-        the points to the centres that gave the labels.
+        Labels [B, P], int64, numbered from 0 without gaps in every image. Inertia [B], float64: sum of squared distances of
+        the points to the centres that determined the labels.
 
     Raises:
-        ValueError: no points, non-finite points, a count below 1, or another number of seeds than of images.
+        ValueError: no points, non-finite points, a count below 1, or not one seed per image.
     """
     if points.ndim != 3 or points.shape[1] == 0 or not points.isfinite().all():
-        raise ValueError(f"points are {list(points.shape)}; [B, P, D] with at least one point, all finite, is needed")
+        raise ValueError(f"points are {list(points.shape)}, expected finite [B, P, D] with at least one point")
     if min(k, iterations, restarts) < 1:
-        raise ValueError(f"k, iterations and restarts are {k}, {iterations} and {restarts}; at least 1 is needed")
+        raise ValueError(f"k, iterations and restarts are {k}, {iterations} and {restarts}, must be at least 1")
     if len(seeds) != len(points):
-        raise ValueError(f"{len(seeds)} seeds for {len(points)} images; one each is needed")
+        raise ValueError(f"{len(seeds)} seeds for {len(points)} images, expected one per image")
     if not len(points):
         return points.new_zeros(points.shape[:2], dtype=torch.long), points.new_zeros(0, dtype=torch.float64)
     k = min(k, points.shape[1])
@@ -65,19 +65,19 @@ def kmeans(
 
 
 def _distances(points: Tensor, norms: Tensor, centres: Tensor) -> Tensor:
-    """Squared distances [B, P, K] of points [B, P, D] with squared norms [B, P, 1] to centres [B, K, D]."""
+    """Compute squared distances [B, P, K] of points [B, P, D] with squared norms [B, P, 1] to centres [B, K, D]."""
     scale = norms + centres.square().sum(dim=2)[:, None]
     distances = torch.baddbmm(scale, points, centres.transpose(1, 2), alpha=-2)
     return distances.masked_fill_(distances < _SAME * scale, 0)
 
 
 def _take(points: Tensor, index: Tensor) -> Tensor:
-    """Points [B, N, D] at index [B, N]."""
+    """Gather points [B, N, D] at index [B, N]."""
     return points.gather(1, index[:, :, None].expand(-1, -1, points.shape[2]))
 
 
 def _start(points: Tensor, norms: Tensor, random: Tensor) -> Tensor:
-    """Greedy k-means++: of T points drawn by squared distance, the one that lowers the inertia most.
+    """Initialise by greedy k-means++: of T points drawn by squared distance, take the one that lowers the inertia most.
 
     Args:
         points: [B, P, D].
@@ -85,7 +85,7 @@ def _start(points: Tensor, norms: Tensor, random: Tensor) -> Tensor:
         random: [B, R, K, T], uniform in [0, 1).
 
     Returns:
-        Centres [B, R, K, D]; some coincide where fewer than K points differ.
+        Centres [B, R, K, D]; some coincide if fewer than K points are distinct.
     """
     last = points.shape[1] - 1
     first, *others = random.unbind(2)
@@ -104,31 +104,31 @@ def _start(points: Tensor, norms: Tensor, random: Tensor) -> Tensor:
 
 
 def _lloyd(points: Tensor, norms: Tensor, start: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
-    """Moves the centres of all restarts until no label changes; what a change does not reach is not computed again.
+    """Move the centres of all restarts until no label changes; only distances of moved centres are recomputed.
 
     Args:
         points: [B, P, D], float64.
         norms: [B, P, 1].
         start: [B, R, K, D].
-        iterations: at most so many updates of the centres.
+        iterations: maximum number of updates of the centres.
 
     Returns:
-        Labels [B, R, P], and inertia [B, R] at the centres that gave them.
+        Labels [B, R, P], and inertia [B, R] at the centres that determined them.
     """
     (batch, restarts, k, width), count = start.shape, points.shape[1]
-    rows = torch.arange(batch * restarts * k, device=points.device)  # the centres that moved, of S K with S = B R
+    rows = torch.arange(batch * restarts * k, device=points.device)  # moved centres among S K with S = B R
     centres, sums, sizes = start.reshape(-1, width).clone(), points.new_zeros(len(rows), width), torch.zeros_like(rows)
     labels = torch.full((batch * restarts, count), -1, device=points.device)
-    # TF32, where it is allowed, would leave nearly every label in doubt.
+    # With TF32 nearly every label would have to be recomputed.
     short = points.to(torch.float32 if torch.get_float32_matmul_precision() == "highest" else torch.float64)
-    squares = short.new_empty(len(rows), count)  # those of centres at rest stay right
+    squares = short.new_empty(len(rows), count)  # rows of unmoved centres stay valid
     for step in range(iterations + 1):
-        _measure(short, norms, centres, rows, squares)
+        _update_squares(short, norms, centres, rows, squares)
         runs = torch.unique_consecutive(rows // k)
-        found = _nearest(points, norms, centres.view(-1, k, width), squares.view(-1, k, count), runs)
-        run, point = (found != labels[runs]).nonzero().unbind(1)
-        old, new, run = labels[runs[run], point], found[run, point], runs[run]
-        labels[runs] = found
+        nearest = _nearest(points, norms, centres.view(-1, k, width), squares.view(-1, k, count), runs)
+        run, point = (nearest != labels[runs]).nonzero().unbind(1)
+        old, new, run = labels[runs[run], point], nearest[run, point], runs[run]
+        labels[runs] = nearest
         if step == iterations:
             break
         left = old >= 0
@@ -138,7 +138,7 @@ def _lloyd(points: Tensor, norms: Tensor, start: Tensor, iterations: int) -> tup
         changed, order = changed.sort(stable=True)
         moved, changes = torch.unique_consecutive(changed, return_counts=True)
         sizes.index_add_(0, changed, gain[order])
-        # In an order of its own every time, as scattering on a GPU would not be.
+        # A fixed order of summation, unlike scattering on a GPU.
         sums[moved] += F.embedding_bag(
             torch.cat([member, member[left]])[order],
             points.flatten(0, 1),
@@ -158,10 +158,10 @@ def _lloyd(points: Tensor, norms: Tensor, start: Tensor, iterations: int) -> tup
     return labels, torch.stack(inertia, dim=1)
 
 
-def _measure(short: Tensor, norms: Tensor, centres: Tensor, rows: Tensor, squares: Tensor) -> None:
-    """Writes the squared distances [S K, P] of some rows of centres [S K, D] anew, in the precision of points [B, P, D].
+def _update_squares(short: Tensor, norms: Tensor, centres: Tensor, rows: Tensor, squares: Tensor) -> None:
+    """Recompute the squared distances [S K, P] of some rows of centres [S K, D], in the precision of points [B, P, D].
 
-    The rows of an image are those of all its restarts, in one matrix product.
+    One matrix product per image covers all its restarts.
     """
     moved = centres[rows]
     lengths = moved.square().sum(dim=1, keepdim=True).to(short.dtype)
@@ -171,18 +171,18 @@ def _measure(short: Tensor, norms: Tensor, centres: Tensor, rows: Tensor, square
 
 
 def _nearest(points: Tensor, norms: Tensor, centres: Tensor, squares: Tensor, runs: Tensor) -> Tensor:
-    """The nearest of the centres [S, K, D] to every point, for some runs A of S: [A, P].
+    """Find the nearest of the centres [S, K, D] to every point, for a selection A of the S runs: [A, P].
 
-    `squares` [S, K, P] are in short precision. A label that its rounding could change is found again in float64, so that the
-    result hangs neither on the batch nor on the device.
+    `squares` [S, K, P] have short precision. Labels that rounding could change are recomputed in float64, so that the result
+    depends neither on the batch nor on the device.
     """
     mine = squares[runs]
     first, labels = mine.min(dim=1)
     second = mine.scatter_(1, labels[:, None], math.inf).amin(dim=1)
     image = runs * len(points) // len(centres)
     scale = norms[image, :, 0] + centres[runs].square().sum(dim=2).amax(dim=1, keepdim=True)
-    error = (points.shape[2] + 8) * torch.finfo(squares.dtype).eps  # of a difference, as a share of `scale`, at most
-    sure = second - first >= error * scale  # not where float32 overflowed
+    error = (points.shape[2] + 8) * torch.finfo(squares.dtype).eps  # upper bound of a difference's error, relative to `scale`
+    sure = second - first >= error * scale  # False if float32 overflowed
     for doubtful in (~sure).nonzero().split(_DOUBTFUL):
         run, point = doubtful.unbind(1)
         where = (image[run], point)
@@ -192,16 +192,17 @@ def _nearest(points: Tensor, norms: Tensor, centres: Tensor, squares: Tensor, ru
 
 
 def _refill(points: Tensor, norms: Tensor, centres: Tensor, sizes: Tensor, labels: Tensor, runs: Tensor) -> Tensor:
-    """Starts the first empty cluster of a run again at the point farthest from its centre, the second at the next.
+    """Restart the first empty cluster of a run at the point farthest from its centre, the second at the next, and so on.
 
     Args:
         points: [B, P, D], with `norms` [B, P, 1].
-        centres: [S, K, D], which gave the labels [S, P]; written to.
-        sizes: [S, K] of the clusters.
-        runs: those of S to look at.
+        centres: [S, K, D] that determined the labels; updated in place.
+        sizes: [S, K], number of points per cluster.
+        labels: [S, P].
+        runs: indices of the runs to check.
 
     Returns:
-        The centres that were set, as numbers below S K.
+        Indices of the restarted centres among S K.
     """
     rows = [runs[:0]]
     for run in runs[(sizes[runs] == 0).any(dim=1)].tolist():

@@ -20,6 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from pixelclip.backbone import Backbone
+from pixelclip.bad_samples import BadSamples
 from pixelclip.benchmarks import LabelledSet
 from pixelclip.checkpoint import Clip
 from pixelclip.classify import (
@@ -34,7 +35,6 @@ from pixelclip.classify import (
 from pixelclip.config import EvaluateConfig
 from pixelclip.pixels import normalise, resized_square, to_tensor
 from pixelclip.ranks import ProcessGroup, pick_precision
-from pixelclip.shards import BadSamples
 from pixelclip.storage import read_json, write_atomically, write_json
 from pixelclip.tally import CLIP, OURS, Found, Tally, packed
 

@@ -13,13 +13,16 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from pixelclip.annotations import parse_annotation
 from pixelclip.dataset import Batch, MaskedImages
 from pixelclip.images import colour_labels, decode_image, fitted, nearest, to_rgb
 from pixelclip.model import PixelCLIP, StepOutput
 from pixelclip.pixels import normalise, resize_square, to_tensor
 from pixelclip.rle import RunMasks
+from pixelclip.shard_format import Member, index_shard, read_part
 from pixelclip.shard_sources import Shard, list_shards
-from pixelclip.shards import Member, index_shard, parse_masks, read_part
+from pixelclip.shards import Member, index_shard, read_part
+from pixelclip.sources import Shard, list_shards
 from pixelclip.storage import write_json
 
 GALLERY = "gallery.json"
@@ -115,7 +118,7 @@ def preview(masks: Path | str, count: int, path: Path) -> int:
     for tar, member in _masked(masks):
         try:
             image = to_rgb(decode_image(read_part(tar, member.image_offset, member.image_size)))
-            found = parse_masks(read_part(tar, member.json_offset, member.json_size), image.size)
+            found = parse_annotation(read_part(tar, member.json_offset, member.json_size), image.size)[1]
         except ValueError as error:
             print(f"preview: {tar}: {member.key}: {error}", flush=True)
             continue

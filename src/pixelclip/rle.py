@@ -1,4 +1,4 @@
-"""Masks as COCO's run lengths, as SA-1B stores them: checked, and sampled without being decoded. N masks, H W image."""
+"""Validate COCO's run-length encoded masks (the format of SA-1B) and sample them without decoding. N masks, H W image."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,24 +9,24 @@ from numpy.typing import NDArray
 
 
 def read_runs(codes: Sequence[str], num_pixels: int) -> list[NDArray[np.int64]]:
-    """The runs of compressed RLEs: pixels outside and inside by turns, column after column.
+    """Decompress RLEs into run lengths, alternately outside and inside the mask, in column-major order.
 
-    A run is a signed number of 5-bit groups, lowest first; from the fourth on it is the difference to the run two before.
+    A run is a signed number in 5-bit groups, lowest first; from the fourth run on it is the difference to the run two before.
 
     Args:
-        codes: of the masks of one image, which are read all at once.
-        num_pixels: of the image.
+        codes: compressed counts of all masks of one image.
+        num_pixels: number of pixels of the image.
 
     Raises:
-        ValueError: damaged, or of another number of pixels. (pycocotools would write out of bounds.)
+        ValueError: damaged, or the runs do not cover `num_pixels`. (pycocotools would write out of bounds.)
     """
     if not codes:
         return []
     texts = [code.encode(errors="surrogatepass") for code in codes]
-    code = np.frombuffer(b"".join(texts), np.uint8) - np.uint8(48)  # what is below wraps round to a foreign character
+    code = np.frombuffer(b"".join(texts), np.uint8) - np.uint8(48)  # lower codes wrap around to invalid characters
     stop = np.cumsum([len(text) for text in texts])
     if not all(texts) or code.max() > 63 or (code[stop - 1] & 32).any():
-        raise ValueError("damaged RLE: its counts end early or hold a foreign character")
+        raise ValueError("damaged RLE: its counts end early or contain an invalid character")
     last = np.flatnonzero(code < 32)
     first = np.concatenate([[0], last[:-1] + 1])
     length = last - first + 1
@@ -43,19 +43,19 @@ def read_runs(codes: Sequence[str], num_pixels: int) -> list[NDArray[np.int64]]:
     covered = np.add.reduceat(runs, begins)
     if runs.min() < 0 or (covered != num_pixels).any():
         negative = np.minimum.reduceat(runs, begins) < 0
-        found = covered[negative | (covered != num_pixels)][0]
-        raise ValueError(f"damaged RLE: its runs cover {found} pixels, the image has {num_pixels}")
+        wrong = covered[negative | (covered != num_pixels)][0]
+        raise ValueError(f"damaged RLE: its runs cover {wrong} pixels, the image has {num_pixels}")
     return np.split(runs, ends[:-1])
 
 
 def _undo_differences(values: NDArray[np.int64], ends: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Adds to every number of a mask the one two before it, from the fourth on; `ends`: where the masks end."""
+    """Add to every value of a mask, from the fourth on, the one two before it; `ends` are the ends of the masks."""
     counts = np.diff(ends, prepend=0)
     begins = ends - counts
     sums = np.empty_like(values)
     for parity in (0, 1):
         np.cumsum(values[parity::2], out=sums[parity::2])
-    # A mask's own sums begin after its first number, and the others' before it: both are taken off again.
+    # The cumulative sums also contain the preceding masks and the mask's first value: subtract both.
     own = np.repeat(sums[begins], counts)
     before = np.repeat(np.where(begins > 0, sums[begins - 1], 0), counts)
     odd = (np.arange(len(values)) - np.repeat(begins, counts)) & 1
@@ -66,9 +66,9 @@ def _undo_differences(values: NDArray[np.int64], ends: NDArray[np.int64]) -> NDA
 
 @dataclass(frozen=True)
 class RunMasks:
-    """Masks of one image of (H, W) pixels by the runs of each.
+    """Masks of one image of (H, W) pixels as run lengths.
 
-    Memory and time of everything here go by runs and samples, not by the pixels of the image.
+    Memory and time of sampling scale with runs and samples, not with the pixels of the image.
     """
 
     runs: Sequence[NDArray[np.int64]]
@@ -76,34 +76,34 @@ class RunMasks:
 
     @classmethod
     def whole(cls, size: tuple[int, int]) -> "RunMasks":
-        """One mask of all pixels."""
+        """Return one mask that covers all pixels."""
         return cls([np.array([0, size[0] * size[1]])], size)
 
     def __len__(self) -> int:
         return len(self.runs)
 
     def sample(self, rows: NDArray[np.integer], columns: NDArray[np.integer]) -> NDArray[np.bool_]:
-        """The masks at all crossings of some rows and columns, in any order and as often as they are named: [N, h, w]."""
+        """Sample the masks at all pairs of rows and columns, in any order and with repetitions: [N, h, w]."""
         rows, row_of = np.unique(rows, return_inverse=True)
         packed = self.sample_packed(rows, columns)
         inside = np.unpackbits(packed, axis=1, count=len(rows), bitorder="little")
         return cast("NDArray[np.bool_]", inside.view(bool)[:, row_of])
 
     def sample_packed(self, rows: NDArray[np.integer], columns: NDArray[np.integer]) -> NDArray[np.uint8]:
-        """As `sample`, 8 rows a byte: [N, ceil(h / 8), w], the first row in the lowest bit, 0 beyond the last one.
+        """Sample the masks, 8 rows per byte: [N, ceil(h / 8), w], the first row in the lowest bit, 0 beyond the last.
 
         Args:
-            rows: in ascending order, as often as they are named.
-            columns: in any order.
+            rows: in ascending order, with repetitions.
+            columns: in any order, with repetitions.
         """
         (height, width), num_masks = self.size, len(self.runs)
         columns, column_of = np.unique(columns, return_inverse=True)
-        stride = -(-len(rows) // 8) * 8  # a column begins with a byte
+        stride = -(-len(rows) // 8) * 8  # every column starts at a byte
         num_columns = num_masks * len(columns)
         if not num_columns * stride:
             return np.zeros((num_masks, stride // 8, len(column_of)), np.uint8)
-        # The masks follow each other as one of N * W columns. Its samples are numbered as its pixels are, column after
-        # column, so a run of pixels is a run of samples, perhaps of none; one outside goes on into the next mask.
+        # Concatenate the masks to one of N * W columns. Samples are numbered like pixels, column after column, so a run of
+        # pixels is a run of samples, possibly empty; a run outside continues into the next mask.
         counts = np.array([len(runs) for runs in self.runs])
         ends = np.cumsum(np.concatenate(self.runs))
         ends = np.delete(ends, np.cumsum(counts)[counts % 2 == 1] - 1)
@@ -118,19 +118,19 @@ class RunMasks:
         return packed
 
     def decode(self, number: int) -> NDArray[np.bool_]:
-        """One mask at full size [H, W]."""
+        """Decode one mask at full size [H, W]."""
         runs = self.runs[number]
         inside = np.repeat(np.arange(len(runs)) % 2 == 1, runs)
         return inside.reshape(self.size[::-1]).T
 
 
 def _fill(changes: NDArray[np.int64], num_bits: int) -> NDArray[np.uint8]:
-    """Bits, lowest first, that are 0 at the start and change at places in ascending order: num_bits / 8 bytes."""
+    """Fill bits, lowest first, that start at 0 and flip at each of the ascending positions: num_bits / 8 bytes."""
     word, bit = changes >> 6, np.left_shift(np.uint64(1), (changes & 63).astype(np.uint64))
     first = np.flatnonzero(np.diff(word, prepend=-1))
     words = np.zeros(num_bits // 64 + 1, "<u8")
     words[word[first]] = np.bitwise_xor.reduceat(bit, first)
-    for shift in (1, 2, 4, 8, 16, 32):  # every bit becomes the parity of the changes up to it
+    for shift in (1, 2, 4, 8, 16, 32):  # prefix parity of the changes within a word
         words ^= words << np.uint64(shift)
     odd = np.logical_xor.accumulate(words >> np.uint64(63) == 1)
     words[1:][odd[:-1]] ^= np.uint64(0xFFFF_FFFF_FFFF_FFFF)

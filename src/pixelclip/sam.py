@@ -1,10 +1,10 @@
-"""Segment Anything's automatic masks on batches of images (Kirillov et al., 2023; the masks of PixelCLIP, section 4.1).
+"""Generate Segment Anything's automatic masks for batches of images (Kirillov et al., 2023; PixelCLIP, section 4.1).
 
-B images, N masks, P points, C width of an embedding, H W size of an image or crop, h w size of what the decoder gives.
+B images, N masks, P points, C embedding width, H W size of an image or crop, h w size of the decoder's output.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import numpy as np
@@ -30,101 +30,91 @@ from torchvision.ops.boxes import batched_nms, box_area
 from pixelclip.sam_decoder import PointDecoder
 from pixelclip.sam_encoder import ImageEncoder
 
-_CHUNK_PIXELS = 2**26  # logits at full size that are in memory at once: 256 MiB
+_CHUNK_PIXELS = 2**26  # full-size logits in memory at once: 256 MiB
 
 
 @dataclass(frozen=True)
 class _Crop:
-    """The masks of one crop that are left, best first, on the device."""
+    """Remaining masks of one crop, best first, on the device."""
 
     box: list[int]  # x0 y0 x1 y1 of the crop
-    shown: tuple[int, int]  # its H and W as the encoder saw it, without padding
-    logits: Tensor  # [N, h, w]: at full size they would not fit
+    shown: tuple[int, int]  # H and W of the encoder's input for the crop, without padding
+    logits: Tensor  # [N, h, w]; full-size logits would not fit
     quality: Tensor  # [N], predicted IoU
     stability: Tensor  # [N]
-    boxes: Tensor  # [N, 4], x0 y0 x1 y1 in the image, the last pixel included
+    boxes: Tensor  # [N, 4], x0 y0 x1 y1 in the image, inclusive
     points: Tensor  # [N, 2], x y in the image
 
 
+@dataclass(eq=False)
 class SamGenerator:
-    """The masks of `segment_anything.SamAutomaticMaskGenerator` for batches of images.
+    """Generate the masks of `segment_anything.SamAutomaticMaskGenerator` for batches of images.
 
-    The whole batch goes through the image encoder at once; nothing comes to the host before all thresholds and both
-    suppressions are passed, and masks are at full size only in chunks.
+    The image encoder processes the whole batch at once. Masks are copied to the host only after all thresholds and both
+    suppressions, and upscaled to full size only in chunks.
 
     Args:
-        sam: on the device that is to be used.
-        points_per_side: a grid of this many points squared asks for three masks each.
-        points_per_batch: points that are decoded at once; beyond rounding it changes only speed and memory.
-        pred_iou_thresh: least predicted IoU of a mask (exclusive); 0 takes all.
-        stability_score_thresh: least IoU of the mask at the threshold +- `stability_score_offset`; 0 takes all.
+        sam: model on its device.
+        points_per_side: side of the square grid of points; each point gives three candidate masks.
+        points_per_batch: number of points decoded at once; affects speed and memory, and the masks only by rounding.
+        pred_iou_thresh: minimum predicted IoU of a mask (exclusive); 0 keeps all.
+        stability_score_thresh: minimum IoU of the mask at the threshold +- `stability_score_offset`; 0 keeps all.
         stability_score_offset: in logits.
-        box_nms_thresh: largest IoU of two boxes of a crop.
-        crop_n_layers: layer i repeats everything on 4 ** i crops of the image.
-        crop_nms_thresh: largest IoU of two boxes of different crops; the smaller crop's mask stays.
+        box_nms_thresh: maximum IoU of two boxes of one crop.
+        crop_n_layers: number of extra layers; layer i runs on 4 ** i crops of the image.
+        crop_nms_thresh: maximum IoU of two boxes of different crops; the mask of the smaller crop is kept.
         crop_overlap_ratio: overlap of the first layer's crops, as a share of the image's shorter side.
-        crop_n_points_downscale_factor: layer i has the points per side divided by this factor ** i.
-        min_mask_region_area: holes and islands of fewer pixels are removed; 0 leaves all.
-        precision: of the image encoder; None for float32, in which the masks are the original's.
+        crop_n_points_downscale_factor: layer i uses the points per side divided by this factor ** i.
+        min_mask_region_area: holes and islands with fewer pixels are removed; 0 keeps all.
+        precision: autocast dtype of the image encoder; None for float32, which reproduces the original's masks.
 
     Raises:
-        ValueError: no point or no batch of points is left.
+        ValueError: a crop layer has no points, or `points_per_batch` is below 1.
     """
 
-    def __init__(
-        self,
-        sam: Sam,
-        *,
-        points_per_side: int = 32,
-        points_per_batch: int = 256,
-        pred_iou_thresh: float = 0.88,
-        stability_score_thresh: float = 0.95,
-        stability_score_offset: float = 1.0,
-        box_nms_thresh: float = 0.7,
-        crop_n_layers: int = 0,
-        crop_nms_thresh: float = 0.7,
-        crop_overlap_ratio: float = 512 / 1500,
-        crop_n_points_downscale_factor: int = 1,
-        min_mask_region_area: int = 0,
-        precision: torch.dtype | None = None,
-    ) -> None:
-        if int(points_per_side / crop_n_points_downscale_factor**crop_n_layers) < 1:
+    sam: Sam
+    _: KW_ONLY
+    points_per_side: int = 32
+    points_per_batch: int = 256
+    pred_iou_thresh: float = 0.88
+    stability_score_thresh: float = 0.95
+    stability_score_offset: float = 1.0
+    box_nms_thresh: float = 0.7
+    crop_n_layers: int = 0
+    crop_nms_thresh: float = 0.7
+    crop_overlap_ratio: float = 512 / 1500
+    crop_n_points_downscale_factor: int = 1
+    min_mask_region_area: int = 0
+    precision: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        if int(self.points_per_side / self.crop_n_points_downscale_factor**self.crop_n_layers) < 1:
             raise ValueError(
-                f"points_per_side {points_per_side} leaves no point in crop layer {crop_n_layers} "
-                f"at crop_n_points_downscale_factor {crop_n_points_downscale_factor}"
+                f"points_per_side {self.points_per_side} leaves no point in crop layer {self.crop_n_layers} "
+                f"at crop_n_points_downscale_factor {self.crop_n_points_downscale_factor}"
             )
-        if points_per_batch < 1:
-            raise ValueError(f"points_per_batch {points_per_batch} is found, at least 1 is needed")
-        self.sam = sam
-        self.points_per_batch = points_per_batch
-        self.pred_iou_thresh = pred_iou_thresh
-        self.stability_score_thresh = stability_score_thresh
-        self.stability_score_offset = stability_score_offset
-        self.box_nms_thresh = box_nms_thresh
-        self.crop_n_layers = crop_n_layers
-        self.crop_nms_thresh = crop_nms_thresh
-        self.crop_overlap_ratio = crop_overlap_ratio
-        self.min_mask_region_area = min_mask_region_area
-        self._grids = build_all_layer_point_grids(points_per_side, crop_n_layers, crop_n_points_downscale_factor)
-        self._resize = ResizeLongestSide(sam.image_encoder.img_size)
-        self._encoder = ImageEncoder(sam.image_encoder, precision)
+        if self.points_per_batch < 1:
+            raise ValueError(f"points_per_batch is {self.points_per_batch}, must be at least 1")
+        self._grids = build_all_layer_point_grids(self.points_per_side, self.crop_n_layers, self.crop_n_points_downscale_factor)
+        self._resize = ResizeLongestSide(self.sam.image_encoder.img_size)
+        self._encoder = ImageEncoder(self.sam.image_encoder, self.precision)
 
     @torch.no_grad()
     def __call__(self, images: Sequence[NDArray[np.uint8]]) -> list[list[dict[str, Any]]]:
-        """Finds the masks of every image.
+        """Generate the masks of every image.
 
         Args:
-            images: RGB [H, W, 3], of any sizes.
+            images: RGB [H, W, 3], of any size.
 
         Returns:
-            For each image its entries of an SA-1B document: compressed RLE, boxes as x y width height in pixels.
+            SA-1B annotation entries of each image: compressed RLE, boxes as x y width height in pixels.
 
         Raises:
             ValueError: an image is not uint8 [H, W, 3].
         """
         for i, image in enumerate(images):
             if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-                raise ValueError(f"image {i} is {image.dtype} {list(image.shape)}, uint8 [H, W, 3] is needed")
+                raise ValueError(f"image {i} is {image.dtype} {list(image.shape)}, expected uint8 [H, W, 3]")
         layouts = [generate_crop_boxes(image.shape[:2], self.crop_n_layers, self.crop_overlap_ratio) for image in images]
         layers = layouts[0][1] if layouts else []
         crops: list[list[_Crop]] = [[] for _ in images]
@@ -134,10 +124,10 @@ class SamGenerator:
             for (i, box), embedding, shown in zip(group, self._encode(pixels), pixels, strict=True):
                 if crop := self._mask_crop(embedding, shown.shape[:2], box, layer, images[i].shape[:2]):
                     crops[i].append(crop)
-        return [self._finish(found, image.shape[:2]) for found, image in zip(crops, images, strict=True)]
+        return [self._finish(of_image, image.shape[:2]) for of_image, image in zip(crops, images, strict=True)]
 
     def _usable(self, box: list[int]) -> bool:
-        """Whether a pixel is left of a crop at the encoder's size: of slivers it is not."""
+        """Return False for crops so thin that no pixel is left at the encoder's size."""
         width, height = box[2] - box[0], box[3] - box[1]
         side = self._resize.target_length
         return min(width, height) > 0 and min(self._resize.get_preprocess_shape(height, width, side)) > 0
@@ -151,16 +141,24 @@ class SamGenerator:
     def _mask_crop(
         self, embedding: Tensor, shown: tuple[int, int], box: list[int], layer: int, image_size: tuple[int, int]
     ) -> _Crop | None:
-        """All masks of a crop [C, h, w] but the bad, the cut and the double; None where nothing is left to look at.
+        """Decode and filter the masks of one crop.
 
-        `shown` is the crop's size without padding as the encoder saw it, `image_size` the whole image's.
+        Args:
+            embedding: [C, h, w] of the crop.
+            shown: H and W of the encoder's input for the crop, without padding.
+            box: x0 y0 x1 y1 of the crop in the image.
+            layer: crop layer, which selects the grid of points.
+            image_size: H and W of the image.
+
+        Returns:
+            Masks that pass the thresholds, are not cut off by the crop and are not duplicates; None if the decoder finds none.
         """
         x0, y0, x1, y1 = box
         size = (y1 - y0, x1 - x0)
         grid = self._grids[layer] * np.array([x1 - x0, y1 - y0])
         points = torch.as_tensor(grid, device=embedding.device)
         prompts = torch.as_tensor(self._resize.apply_coords(grid, size), device=embedding.device)
-        found: list[list[Tensor]] = []
+        chunks: list[list[Tensor]] = []
         decoder = PointDecoder(self.sam, embedding)
         for logits, quality, number in decoder(prompts, self.points_per_batch, self.pred_iou_thresh):
             source = points[number]
@@ -171,10 +169,10 @@ class SamGenerator:
                 good = ~is_box_near_crop_edge(boxes, box, [0, 0, image_size[1], image_size[0]])
                 if self.stability_score_thresh > 0:
                     good &= stability >= self.stability_score_thresh
-                found.append([tensor[good] for tensor in (logits[part], quality[part], stability, boxes, source[part])])
-        if not found:
+                chunks.append([tensor[good] for tensor in (logits[part], quality[part], stability, boxes, source[part])])
+        if not chunks:
             return None
-        logits, quality, stability, boxes, source = (torch.cat(tensors) for tensors in zip(*found, strict=True))
+        logits, quality, stability, boxes, source = (torch.cat(tensors) for tensors in zip(*chunks, strict=True))
         keep = _suppress(boxes, quality, self.box_nms_thresh)
         return _Crop(
             box=box,
@@ -187,24 +185,24 @@ class SamGenerator:
         )
 
     def _chunks(self, count: int, size: tuple[int, int]) -> Iterator[slice]:
-        """Slices of `count` masks that fit at full size; an empty one of none."""
+        """Yield slices of `count` masks that fit in memory at full size; one empty slice for no masks."""
         step = max(1, _CHUNK_PIXELS // max(size[0] * size[1], self._resize.target_length**2))
         return (slice(first, first + step) for first in range(0, max(count, 1), step))
 
     def _upscale(self, logits: Tensor, shown: tuple[int, int], size: tuple[int, int]) -> Tensor:
-        """Logits [N, h, w] at a crop's own size: [N, H, W]."""
+        """Upscale logits [N, h, w] to the size of the crop: [N, H, W]."""
         masks: Tensor = self.sam.postprocess_masks(logits[:, None], shown, size)
         return masks[:, 0]
 
     def _finish(self, crops: list[_Crop], size: tuple[int, int]) -> list[dict[str, Any]]:
-        """The entries of an image from the masks of its crops."""
+        """Build the annotation entries of an image from the masks of its crops."""
         counts = [len(crop.quality) for crop in crops]
         if not sum(counts):
             return []
         boxes, quality, stability, points = (
             torch.cat([getattr(crop, name) for crop in crops]) for name in ("boxes", "quality", "stability", "points")
         )
-        origin = torch.repeat_interleave(torch.tensor(counts))  # [N], the crop of each mask
+        origin = torch.repeat_interleave(torch.tensor(counts))  # [N], index of the crop of each mask
         keep = torch.arange(len(boxes), device=boxes.device)
         if self.crop_n_layers:
             areas = box_area(torch.tensor([crop.box for crop in crops]))
@@ -235,28 +233,28 @@ class SamGenerator:
         return [{"id": index} | entry for index, entry in enumerate(entries)]
 
     def _encode_masks(self, crop: _Crop, chosen: Tensor, size: tuple[int, int]) -> Iterator[dict[str, Any]]:
-        """The RLE of the chosen masks of a crop, in the frame of the image."""
+        """Encode the chosen masks of a crop as RLE in the frame of the image."""
         x0, y0, x1, y1 = crop.box
         logits = crop.logits[chosen]
         for part in self._chunks(len(logits), size) if len(logits) else ():
             masks = self._upscale(logits[part], crop.shown, (y1 - y0, x1 - x0)) > self.sam.mask_threshold
             masks = uncrop_masks(masks, crop.box, *size)
-            # Of columns: transposed it is in memory as pycocotools wants it, which is faster than we are where it can be used.
+            # On a CPU pycocotools is faster than encode_masks; it expects columns to be contiguous.
             yield from encode_masks(masks) if masks.is_cuda else rle.encode(masks.transpose(1, 2).contiguous().byte().numpy().T)
 
 
 def encode_masks(masks: Tensor) -> list[dict[str, Any]]:
-    """COCO's compressed RLE of masks on a GPU; only the places where they change leave it.
+    """Encode masks on a GPU as COCO's compressed RLE; only the ends of runs are copied to the host.
 
     Args:
         masks: [N, H, W], bool.
 
     Returns:
-        What `pycocotools.mask.encode` gives: `{"size": [H, W], "counts": bytes}` of each.
+        The result of `pycocotools.mask.encode`: `{"size": [H, W], "counts": bytes}` for each mask.
     """
     count, height, width = masks.shape
     columns = masks.transpose(1, 2).flatten(1)  # [N, W H]: runs go down the columns
-    ends = F.pad(columns[:, 1:] != columns[:, :-1], (0, 1), value=True)  # of a run, its last pixel
+    ends = F.pad(columns[:, 1:] != columns[:, :-1], (0, 1), value=True)  # last pixel of each run
     starts_inside, lengths = columns[:, 0].tolist(), ends.sum(dim=1).tolist()
     places = ends.nonzero()[:, 1].cpu().numpy().astype(np.int64)
     runs = [np.diff(mine, prepend=-1) for mine in np.split(places, np.cumsum(lengths)[:-1])] if count else []
@@ -268,17 +266,17 @@ def encode_masks(masks: Tensor) -> list[dict[str, Any]]:
 
 
 def _suppress(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
-    """Non-maximal suppression as the original calls it: indexes of the boxes that are left, best first."""
+    """Apply the original's non-maximum suppression; return the indices of the kept boxes, best first."""
     return batched_nms(boxes.float(), scores, torch.zeros(len(boxes), device=boxes.device), threshold)
 
 
 def _to_xywh(box: Sequence[float]) -> list[float]:
     x0, y0, x1, y1 = map(float, box)
-    return [x0, y0, x1 - x0, y1 - y0]  # of a mask one less than COCO's, as in the original
+    return [x0, y0, x1 - x0, y1 - y0]  # one less than COCO's for a mask, as in the original
 
 
 def _clean(entries: list[dict[str, Any]], min_area: int, threshold: float) -> list[dict[str, Any]]:
-    """Removes small holes and islands, and then what became double; masks that needed no change are preferred."""
+    """Remove small holes and islands, then duplicates; unchanged masks take precedence."""
     cleaned, boxes, scores = [], [], []
     for entry in entries:
         mask, changed = remove_small_regions(rle.decode(entry["segmentation"]).astype(bool), min_area)
@@ -295,10 +293,10 @@ def _clean(entries: list[dict[str, Any]], min_area: int, threshold: float) -> li
 
 
 def remove_small_regions(mask: NDArray[np.bool_], min_area: int) -> tuple[NDArray[np.bool_], bool]:
-    """Fills holes and then removes islands of fewer than `min_area` pixels; diagonal neighbours are connected.
+    """Fill holes and then remove islands with fewer than `min_area` pixels; diagonal neighbours are connected.
 
     Args:
-        mask: [H, W]; when all its islands are small, the largest stays.
+        mask: [H, W]; if all its islands are small, the largest is kept.
         min_area: in pixels.
 
     Returns:
@@ -316,6 +314,6 @@ def remove_small_regions(mask: NDArray[np.bool_], min_area: int) -> tuple[NDArra
     sizes[0] = 0
     small_islands = sizes < min_area
     small_islands[0] = False
-    changed = bool(small_holes.any() or small_islands.any())  # also where the only island is small, as in the original
+    changed = bool(small_holes.any() or small_islands.any())  # True also if the only island is small, as in the original
     small_islands[np.argmax(sizes)] = False
     return mask & ~small_islands[islands], changed

@@ -1,6 +1,6 @@
-"""SAM's mask decoder for many points of one image: what they share is computed once, what is not wanted not at all.
+"""SAM's mask decoder for many points of one image: shared terms are computed once, rejected masks are not drawn.
 
-P points, T tokens of a point, S = h w image tokens, C width of an embedding, G heads. Every number is that of
+P points, T tokens per point, S = h w image tokens, C embedding width, G heads. Results are bit-identical to those of
 `segment_anything.modeling.MaskDecoder`: sums and products are the same, in the same order.
 """
 
@@ -12,17 +12,17 @@ from segment_anything.modeling import Sam
 from segment_anything.modeling.transformer import Attention, TwoWayAttentionBlock
 from torch import Tensor
 
-# Image tokens that a CPU decodes at once, in bytes: they stay in its cache, and more would cost more to allocate than to use.
-# As published that is 4 points; of fewer or of odd numbers, matrix products are others in their last bits than of many.
+# Size of the image tokens decoded at once on a CPU, in bytes, so that they fit its cache; larger chunks are slower to allocate
+# than to compute. At the published size this is 4 points; matrix products of fewer or odd numbers differ in the last bits.
 _CPU_BYTES = 2**24
 
 
 class PointDecoder:
-    """Decodes points of one image.
+    """Decode points of one image.
 
     Args:
-        sam: whose decoder is used.
-        embedding: [C, h, w], of the image.
+        sam: model with the decoder.
+        embedding: [C, h, w] of the image.
     """
 
     def __init__(self, sam: Sam, embedding: Tensor) -> None:
@@ -38,15 +38,15 @@ class PointDecoder:
         self.first_queries = _heads(first.cross_attn_image_to_token, first.cross_attn_image_to_token.q_proj(placed))
 
     def __call__(self, points: Tensor, at_once: int, threshold: float) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """The masks whose predicted IoU is above a threshold.
+        """Decode points and yield the masks whose predicted IoU exceeds a threshold.
 
         Args:
-            points: [P, 2], x y as the encoder saw the image; each is a prompt of its own.
-            at_once: points that are decoded at once; a CPU takes fewer where their image tokens leave its cache.
-            threshold: exclusive; 0 takes all.
+            points: [P, 2], x y in the encoder's input; each point is a separate prompt.
+            at_once: number of points decoded at once; fewer on a CPU if their image tokens exceed its cache.
+            threshold: exclusive; 0 keeps all.
 
         Yields:
-            Of some points at a time: logits [N, 4h, 4w], predicted IoU [N] and number of the point [N] of each mask.
+            For a chunk of points: logits [N, 4h, 4w], predicted IoU [N] and index of the point [N] of each mask.
         """
         step = at_once if points.is_cuda else min(at_once, max(4, _CPU_BYTES // self.keys.nbytes))
         for first in range(0, len(points), step):
@@ -55,13 +55,13 @@ class PointDecoder:
             good = quality > threshold if threshold > 0 else torch.ones_like(quality, dtype=torch.bool)
             some = good.any(dim=1).nonzero()[:, 0]
             if len(some):
-                # Products of all rows first, and never of one point: they would be others in the last bits.
+                # Compute with all weights, and with at least two points: other sizes change the last bits.
                 drawn = some.expand(2) if len(some) == 1 else some
                 logits = self._draw(self._weights(tokens)[drawn], keys[drawn])[: len(some)]
                 yield logits[good[some]], quality[good], good.nonzero()[:, 0] + first
 
     def _attend(self, points: Tensor) -> tuple[Tensor, Tensor]:
-        """The transformer's tokens [P, T, C] and image tokens [P, S, C]."""
+        """Run the transformer; return tokens [P, T, C] and image tokens [P, S, C]."""
         labels = torch.ones(len(points), 1, dtype=torch.int, device=points.device)
         sparse = self.prompts._embed_points(points[:, None], labels, pad=True)
         fixed = torch.cat([self.decoder.iou_token.weight, self.decoder.mask_tokens.weight])
@@ -76,17 +76,17 @@ class PointDecoder:
             tokens = self._tokens(layer, tokens, start, _heads(cross, cross.k_proj(placed)), _heads(cross, cross.v_proj(keys)))
             keys = self._keys(layer, keys, _heads(back, back.q_proj(placed)), tokens, start)
         last = transformer.final_attn_token_to_image
-        found = _attention(
+        attended = _attention(
             last,
             _heads(last, last.q_proj(tokens + start)),
             _heads(last, last.k_proj(keys + self.place)),
             _heads(last, last.v_proj(keys)),
         )
-        return transformer.norm_final_attn(tokens + found), keys
+        return transformer.norm_final_attn(tokens + attended), keys
 
     @staticmethod
     def _tokens(layer: TwoWayAttentionBlock, tokens: Tensor, start: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """What a block makes of the tokens; keys and values are the image's."""
+        """Update the tokens by one block; keys and values come from the image."""
         if layer.skip_first_layer_pe:
             tokens = layer.self_attn(q=tokens, k=tokens, v=tokens)
         else:
@@ -99,28 +99,28 @@ class PointDecoder:
 
     @staticmethod
     def _keys(layer: TwoWayAttentionBlock, keys: Tensor, queries: Tensor, tokens: Tensor, start: Tensor) -> Tensor:
-        """What a block makes of the image tokens, whose queries are given."""
+        """Update the image tokens by one block from their precomputed queries."""
         back = layer.cross_attn_image_to_token
-        found = _attention(back, queries, _heads(back, back.k_proj(tokens + start)), _heads(back, back.v_proj(tokens)))
-        return layer.norm4(found.add_(keys))
+        attended = _attention(back, queries, _heads(back, back.k_proj(tokens + start)), _heads(back, back.v_proj(tokens)))
+        return layer.norm4(attended.add_(keys))
 
     def _weights(self, tokens: Tensor) -> Tensor:
-        """What each mask makes of the features of a pixel: [P, 4, C / 8]; the first is not wanted."""
+        """Compute the weights of each mask for pixel features, [P, 4, C / 8]; the first mask is not used."""
         networks = self.decoder.output_hypernetworks_mlps
         return torch.stack([network(tokens[:, 1 + i]) for i, network in enumerate(networks)], dim=1)
 
     def _draw(self, weights: Tensor, keys: Tensor) -> Tensor:
-        """Logits [P, 3, 4h, 4w]."""
+        """Compute logits [P, 3, 4h, 4w]."""
         features = self.decoder.output_upscaling(keys.transpose(1, 2).unflatten(2, self.grid))
         return (weights @ features.flatten(2)).unflatten(2, features.shape[2:])[:, 1:]
 
 
 def _heads(attention: Attention, x: Tensor) -> Tensor:
-    """[P, N, C] as [P, G, N, C / G]."""
+    """Split [P, N, C] into heads: [P, G, N, C / G]."""
     return x.unflatten(2, (attention.num_heads, -1)).transpose(1, 2)
 
 
 def _attention(attention: Attention, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Attention after the projections of its inputs."""
+    """Compute attention of projected inputs, and its output projection."""
     scores = (queries @ keys.transpose(2, 3)).div_(math.sqrt(queries.shape[3]))
     return attention.out_proj((scores.softmax(dim=-1) @ values).transpose(1, 2).flatten(2))

@@ -1,6 +1,6 @@
-"""SAM's image encoder, whose attention maps never stand in memory whole (Kirillov et al., 2023).
+"""SAM's image encoder with attention computed in chunks (Kirillov et al., 2023).
 
-B images or windows, H W patches of one, N = H W, G heads, C width of a head, M = B G.
+B images or windows, H W patches of each, N = H W, G heads, C width of a head, M = B G.
 """
 
 from functools import partial
@@ -12,17 +12,17 @@ from segment_anything.modeling import ImageEncoderViT
 from segment_anything.modeling.image_encoder import get_rel_pos, window_partition, window_unpartition
 from torch import Tensor
 
-# Attention's logits that a CPU holds at once, in bytes: they stay in its cache. As published, a global block has 768 MiB an
-# image of them, and the original three times as much: of logits, of those with positions and of weights.
+# Size of the attention logits computed at once on a CPU, in bytes, so that they fit its cache. All logits of a global block
+# take 768 MiB per image at the published size; the original holds three such tensors (logits, with positions, weights).
 _CPU_BYTES = 2**21
 
 
 class ImageEncoder:
-    """The features of `segment_anything`'s encoder, in float32 on a CPU to the last bit.
+    """Compute the features of `segment_anything`'s encoder; bit-identical in float32 on a CPU.
 
     Args:
-        encoder: with relative positions, on the device that is to be used.
-        precision: of the blocks' products; None for float32.
+        encoder: with relative positions, on its device.
+        precision: autocast dtype of the blocks; None for float32.
     """
 
     def __init__(self, encoder: ImageEncoderViT, precision: torch.dtype | None = None) -> None:
@@ -30,20 +30,20 @@ class ImageEncoder:
         self._positions = [self._tables(block) for block in encoder.blocks]
 
     def _tables(self, block: Any) -> tuple[Tensor, Tensor]:
-        """What patches' rows and columns add to each other, [H, H, C] and [W, W, C]; made once, as indexing waits for a GPU."""
+        """Gather a block's relative position tables, [H, H, C] and [W, W, C], once: this indexing synchronises with a GPU."""
         grid = self.encoder.img_size // self.encoder.patch_embed.proj.kernel_size[0]
         side = block.window_size or grid
         return get_rel_pos(side, side, block.attn.rel_pos_h), get_rel_pos(side, side, block.attn.rel_pos_w)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Features.
+        """Encode images.
 
         Args:
-            images: [B, 3, S, S], of `Sam.preprocess`.
+            images: [B, 3, S, S] from `Sam.preprocess`.
 
         Returns:
-            [B, C', S / patch, S / patch], float32.
+            Features [B, C', S / patch, S / patch], float32.
         """
         encoder = self.encoder
         with torch.autocast(images.device.type, self.precision, enabled=self.precision is not None):
@@ -56,7 +56,7 @@ class ImageEncoder:
 
 
 def _run_block(block: Any, x: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
-    """A block on x [B, H, W, D]."""
+    """Apply a block to x [B, H, W, D]."""
     size = x.shape[1:3]
     attend = partial(_attend, block.attn, positions=positions)
     if block.window_size > 0:
@@ -68,7 +68,7 @@ def _run_block(block: Any, x: Tensor, positions: tuple[Tensor, Tensor]) -> Tenso
 
 
 def _attend(attention: Any, x: Tensor, positions: tuple[Tensor, Tensor]) -> Tensor:
-    """Attention with decomposed relative positions on x [B, H, W, D]."""
+    """Apply attention with decomposed relative positions to x [B, H, W, D]."""
     batch, height, width, _ = x.shape
     parts = attention.qkv(x).reshape(batch, height * width, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
     query, key, value = parts.reshape(3, batch * attention.num_heads, height * width, -1).unbind(0)  # each [M, N, C]
@@ -76,14 +76,14 @@ def _attend(attention: Any, x: Tensor, positions: tuple[Tensor, Tensor]) -> Tens
     places = query.unflatten(1, (height, width))
     by_row = torch.einsum("mhwc,hkc->mhwk", places, rows)
     by_column = torch.einsum("mhwc,wkc->mhwk", places, columns)
-    found = (_on_gpu if x.is_cuda else _on_cpu)(query, key, value, by_row, by_column)
-    found = found.view(batch, attention.num_heads, height, width, -1).permute(0, 2, 3, 1, 4)
-    return attention.proj(found.reshape(batch, height, width, -1))
+    attended = (_on_gpu if x.is_cuda else _on_cpu)(query, key, value, by_row, by_column)
+    attended = attended.view(batch, attention.num_heads, height, width, -1).permute(0, 2, 3, 1, 4)
+    return attention.proj(attended.reshape(batch, height, width, -1))
 
 
 def _on_cpu(query: Tensor, key: Tensor, value: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
-    """Attention [M, N, C], some rows of patches at a time; to the logits `by_row`, `by_column` [M, H, W, H or W] are added."""
-    found = torch.empty_like(query)
+    """Compute attention [M, N, C] a few rows at a time; `by_row`, `by_column` [M, H, W, H or W] add to the logits."""
+    attended = torch.empty_like(query)
     query = query * query.shape[2] ** -0.5
     (height, width), count = by_row.shape[1:3], key.shape[1]
     at_once = max(1, _CPU_BYTES // (count * count * query.itemsize))
@@ -95,11 +95,11 @@ def _on_cpu(query: Tensor, key: Tensor, value: Tensor, by_row: Tensor, by_column
             logits = query[some, patches] @ key[some].transpose(1, 2)
             placed = logits.view(len(logits), -1, width, height, width)
             placed.add_(by_row[some, band, :, :, None]).add_(by_column[some, band, :, None, :])
-            torch.bmm(logits.softmax(dim=-1), value[some], out=found[some, patches])
-    return found
+            torch.bmm(logits.softmax(dim=-1), value[some], out=attended[some, patches])
+    return attended
 
 
 def _on_gpu(query: Tensor, key: Tensor, value: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
-    """As `_on_cpu`, by a fused kernel that takes what is added to the logits."""
+    """Compute `_on_cpu` with a fused kernel; the position terms are its attention mask."""
     placed = (by_row[..., None] + by_column[..., None, :]).flatten(3).flatten(1, 2)  # [M, N, N]
     return F.scaled_dot_product_attention(query[None], key[None], value[None], placed[None])[0]

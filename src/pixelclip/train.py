@@ -19,6 +19,7 @@ from torch import nn
 from tqdm import tqdm
 
 from pixelclip.backbone import Backbone, check_side
+from pixelclip.bad_samples import BadSamples
 from pixelclip.checkpoint import CONFIG, WEIGHTS, Clip, load_clip, save_model
 from pixelclip.class_names import names_file, names_of
 from pixelclip.clip_sources import clip_folder
@@ -33,6 +34,7 @@ from pixelclip.ranks import ProcessGroup, copy_to_host_async, init_process_group
 from pixelclip.resume import Progress, load_state, save_state
 from pixelclip.shard_sources import describe_shards, list_shards
 from pixelclip.shards import BadSamples
+from pixelclip.sources import clip_folder, describe_shards, list_shards
 from pixelclip.stage import Metrics, Stage, describe
 from pixelclip.text import TEMPLATES, Prompts, TextTower, Vectors, classifier
 from pixelclip.tracking import Run

@@ -1,6 +1,7 @@
-"""One training sample: weak and strong view of a random crop, and its masks on the grid (method.md, step 1).
+"""Draw a training sample: weak and strong view of a random crop, and its masks on the grid (method.md, step 1).
 
-N masks, H W mask grid, which is square. Torchvision's transforms are written out: every worker would wait for its import.
+N masks, H W mask grid, which is square. The colour transforms do not use torchvision: its import costs every worker several
+seconds, and here its strong jitter takes 2.4 times as long (docs/experiments.md).
 """
 
 import math
@@ -19,7 +20,7 @@ from pixelclip.rle import RunMasks
 
 @dataclass(frozen=True)
 class Views:
-    """How a training sample is drawn; lengths in pixels, see the settings of the same names."""
+    """Parameters of the views; lengths in pixels, see the settings of the same names."""
 
     side: int
     mask_grid: int
@@ -37,7 +38,7 @@ class Views:
 
 @dataclass(frozen=True)
 class Sample:
-    """`weak`, `strong` [3, side, side], normalised; `packed`: the masks, see `unpack`; `position` in the stream."""
+    """`weak`, `strong` [3, side, side], normalised; `packed` masks, see `unpack`; `position` in the sample stream."""
 
     weak: Tensor
     strong: Tensor
@@ -46,29 +47,29 @@ class Sample:
 
     @property
     def masks(self) -> Tensor:
-        """[N, H, W], bool."""
+        """Masks [N, H, W], bool."""
         return unpack(self.packed)
 
 
 def unpack(packed: Tensor) -> Tensor:
-    """Masks of 8 rows a byte, the first in the lowest bit: uint8 [N, ceil(H / 8), W] -> bool [N, H, W] on a square grid."""
+    """Unpack masks with 8 rows per byte, the first in the lowest bit: uint8 [N, ceil(H / 8), W] -> bool [N, H, W], H = W."""
     rows = torch.arange(8, dtype=torch.uint8, device=packed.device)[:, None]
     inside = (packed[:, :, None] >> rows) & 1
     return inside.flatten(1, 2)[:, : packed.shape[-1]].view(torch.bool).contiguous()
 
 
 def draw(image: Image.Image, masks: RunMasks, views: Views, generator: np.random.Generator, shrunk: int = 1) -> Sample:
-    """Draws a random crop of one image as weak and strong view, with its masks.
+    """Draw a random crop of one image as weak and strong view, with its masks.
 
-    The resize to `shortest_edge` and the crop are one resampling here instead of two; the blur, which the method states
-    in pixels of the crop, is scaled to the side.
+    The resize to `shortest_edge` and the crop are a single resampling. The method states the blur in pixels of the crop; it
+    is scaled to the side.
 
     Args:
         image: RGB.
-        masks: of it, at its full size.
+        masks: masks at the full size of the image.
         views: sizes and switches.
         generator: the only source of randomness.
-        shrunk: the image is given at 1/shrunk of its size, see `shrink`.
+        shrunk: `image` is 1/shrunk of its full size, see `shrink`.
     """
     size = masks.size[::-1]
     width, height = _crop_size(size, views)
@@ -95,19 +96,19 @@ def draw(image: Image.Image, masks: RunMasks, views: Views, generator: np.random
 
 
 def shrink(size: tuple[int, int], views: Views) -> int:
-    """By what an image of (width, height) may be shrunk while it is decoded: its crops stay at least as large as the side."""
+    """Return the largest factor for decoding an image of (width, height) such that crops are not smaller than the side."""
     needed = min(_crop_size(size, views)) / views.side
     return max([1] + [by for by in (2, 4, 8) if by <= needed])
 
 
 def _more_than_one(packed: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """Which masks have more than one pixel: [N]."""
+    """Select the masks with more than one pixel: [N]."""
     flat = packed.reshape(len(packed), packed.shape[1] * packed.shape[2])
     return ((flat != 0).sum(axis=1) > 1) | (flat & (flat - 1)).any(axis=1)
 
 
 def _scale(size: tuple[int, int], views: Views) -> float:
-    """Pixels of the image per pixel of the method's resized image."""
+    """Return pixels of the image per pixel of the method's resized image."""
     return 1 / min(views.shortest_edge / min(size), views.longest_edge / max(size))
 
 
@@ -117,28 +118,28 @@ def _crop_size(size: tuple[int, int], views: Views) -> tuple[float, float]:
 
 
 def _ssd_jitter(pixels: Tensor, generator: np.random.Generator) -> Tensor:
-    """SSD's colour jitter as detectron2 has it: brightness, contrast, saturation, hue, each half of the time and clipped."""
+    """Apply SSD's colour jitter as in detectron2: brightness, contrast, saturation, hue, each with p 0.5 and clipped."""
 
-    def half_the_time() -> bool:
+    def coin() -> bool:
         return bool(generator.random() < 0.5)
 
     def contrast(x: Tensor) -> Tensor:
-        return (x * generator.uniform(0.5, 1.5)).clamp_(0, 1) if half_the_time() else x
+        return (x * generator.uniform(0.5, 1.5)).clamp_(0, 1) if coin() else x
 
-    contrast_first = half_the_time()
-    if half_the_time():
+    contrast_first = coin()
+    if coin():
         pixels = (pixels + generator.uniform(-32, 32) / 255).clamp_(0, 1)
     if contrast_first:
         pixels = contrast(pixels)
-    if half_the_time():
+    if coin():
         pixels = _saturate(pixels, generator.uniform(0.5, 1.5))
-    if half_the_time():
-        pixels = _turn_hue(pixels, generator.integers(-18, 18, endpoint=True) / 180)  # OpenCV's circle has 180 steps
+    if coin():
+        pixels = _shift_hue(pixels, generator.integers(-18, 18, endpoint=True) / 180)  # OpenCV's hue has 180 steps
     return pixels if contrast_first else contrast(pixels)
 
 
 def _strong_jitter(pixels: Tensor, generator: np.random.Generator, blur_scale: float) -> Tensor:
-    """ColorJitter(.5, .5, .5, .25) p .8, grey p .2, Gaussian blur with sigma U(.1, 2) p .5."""
+    """Apply ColorJitter(.5, .5, .5, .25) p .8, greyscale p .2, Gaussian blur with sigma U(.1, 2) p .5."""
     if generator.random() < 0.8:
         brightness, contrast, saturation = (float(v) for v in generator.uniform(0.5, 1.5, 3))
         hue = generator.uniform(-0.25, 0.25)
@@ -150,7 +151,7 @@ def _strong_jitter(pixels: Tensor, generator: np.random.Generator, blur_scale: f
             elif index == 2:
                 pixels = _mix(pixels, _grey(pixels), saturation)
             else:
-                pixels = _turn_hue(pixels, hue)
+                pixels = _shift_hue(pixels, hue)
     if generator.random() < 0.2:
         pixels = _grey(pixels).expand(pixels.shape)
     if generator.random() < 0.5:
@@ -161,26 +162,26 @@ def _strong_jitter(pixels: Tensor, generator: np.random.Generator, blur_scale: f
 
 
 def _grey(pixels: Tensor) -> Tensor:
-    """The luma of RGB: [1, H, W]."""
+    """Compute the luma of RGB: [1, H, W]."""
     red, green, blue = pixels[:, None]
     return (red * 0.2989).add_(green, alpha=0.587).add_(blue, alpha=0.114)
 
 
 def _mix(pixels: Tensor, other: Tensor, share: float) -> Tensor:
-    """So much of one image and the rest of another; shares above 1 lead away from the other."""
+    """Blend two images; shares above 1 extrapolate away from `other`."""
     return (pixels * share).add_(other, alpha=1 - share).clamp_(0, 1)
 
 
 def _saturate(pixels: Tensor, share: float) -> Tensor:
-    """Multiplies the saturation of HSV, which ends at 1, and keeps hue and value."""
+    """Multiply the saturation of HSV, clipped at 1; hue and value are kept."""
     value = pixels.amax(dim=0)
     chroma = value - pixels.amin(dim=0)  # saturation times value
     lost = (value - pixels).mul_((value / chroma.clamp_min(1e-9)).clamp_(max=share))
-    return (value - lost).clamp_min_(0)  # below 0 by rounding
+    return (value - lost).clamp_min_(0)  # rounding may give values below 0
 
 
-def _turn_hue(pixels: Tensor, turn: float) -> Tensor:
-    """Turns the hue of RGB [3, H, W] in 0..1 by a share of the circle: torchvision's `adjust_hue` with fewer passes."""
+def _shift_hue(pixels: Tensor, shift: float) -> Tensor:
+    """Shift the hue of RGB [3, H, W] in 0..1 by a share of the circle: torchvision's `adjust_hue` with fewer passes."""
     red, green, blue = pixels
     highest, lowest = pixels.amax(dim=0), pixels.amin(dim=0)
     chroma = highest - lowest
@@ -189,17 +190,19 @@ def _turn_hue(pixels: Tensor, turn: float) -> Tensor:
         green - blue,
         torch.where(highest == green, (blue - red).add_(chroma, alpha=2), (red - green).add_(chroma, alpha=4)),
     )
-    hue = side.div_(chroma.clamp_min(1e-9)).add_(6 * turn).remainder_(6)  # one unit a side of the hexagon; grey has any
-    turned = torch.empty_like(pixels)
+    hue = (
+        side.div_(chroma.clamp_min(1e-9)).add_(6 * shift).remainder_(6)
+    )  # one unit per side of the hexagon; arbitrary for grey
+    shifted = torch.empty_like(pixels)
     for channel, (place, sign) in enumerate(((3, 1), (2, -1), (4, -1))):
-        torch.sub(hue, place, out=turned[channel]).abs_().mul_(sign).add_(0.5 - 1.5 * sign).clamp_(0, 1)
-    return turned.mul_(chroma).add_(lowest)
+        torch.sub(hue, place, out=shifted[channel]).abs_().mul_(sign).add_(0.5 - 1.5 * sign).clamp_(0, 1)
+    return shifted.mul_(chroma).add_(lowest)
 
 
 def _blur(pixels: Tensor, radius: int, sigma: float) -> Tensor:
-    """Blurs [3, H, W], mirrored at its edges, by a Gaussian: torchvision's `gaussian_blur`.
+    """Apply a Gaussian blur with reflected edges to [3, H, W]: torchvision's `gaussian_blur`.
 
-    Rows apart from columns, and by sums of shifted images: a convolution of one channel takes a CPU three times as long.
+    Separable, as sums of shifted images: a single-channel convolution takes three times as long on a CPU.
     """
     weights = np.exp(-0.5 * (np.arange(-radius, radius + 1) / sigma) ** 2)
     pixels = F.pad(pixels[None], [radius] * 4, mode="reflect")[0]
@@ -215,7 +218,7 @@ def _blur(pixels: Tensor, radius: int, sigma: float) -> Tensor:
 def _cut_out(
     pixels: Tensor, packed: NDArray[np.uint8], views: Views, generator: np.random.Generator
 ) -> tuple[Tensor, NDArray[np.uint8]]:
-    """Blackens a random rectangle and takes it out of the masks."""
+    """Erase a random rectangle from the image and the masks."""
     if views.cutout_max == 0:
         return pixels, packed
     height, width = generator.uniform(views.cutout_min, views.cutout_max, 2)

@@ -1,0 +1,50 @@
+"""Count and name unusable samples; stop a stage when their share is too large."""
+
+from dataclasses import dataclass, field
+
+_NAMED = 10  # bad samples named one by one; the rest are counted
+
+
+@dataclass
+class BadSamples:
+    """Unusable samples of one stage.
+
+    Attributes:
+        stage: name of the stage.
+        max_share: largest allowed share of bad samples.
+        found: one line per bad sample, its name and the reason.
+    """
+
+    stage: str
+    max_share: float
+    found: list[str] = field(default_factory=list)
+
+    def add(self, name: str, reason: str) -> None:
+        """Record one bad sample."""
+        self.found.append(f"{name}: {reason}")
+
+    def stop_if_too_many(self, total: int, found: int | None = None) -> None:
+        """Raise ValueError if more than `max_share` of `total` samples are bad.
+
+        Args:
+            total: number of samples, good and bad.
+            found: number of bad samples, where other processes have recorded some of them; default: `len(self.found)`.
+        """
+        found = len(self.found) if found is None else found
+        if found > self.max_share * total:
+            limit = f"allowed are {self.max_share:.1%} ({self.stage}.max_bad_share)"
+            raise ValueError(f"{self._summary(total, found)}\n{limit}")
+
+    def check(self, total: int, found: int | None = None) -> None:
+        """Print the final summary; arguments and errors are those of `stop_if_too_many`."""
+        found = len(self.found) if found is None else found
+        self.stop_if_too_many(total, found)
+        if found:
+            print(self._summary(total, found), flush=True)
+
+    def _summary(self, total: int, found: int) -> str:
+        lines = [f"  {line}" for line in self.found[:_NAMED]]
+        if rest := found - len(lines):  # not listed, or recorded by other processes or before a resume
+            lines.append(f"  and {rest} more")
+        named = "\n".join(lines).encode(errors="backslashreplace").decode()
+        return f"{self.stage}: {found} of {total} samples cannot be used:\n{named}"
