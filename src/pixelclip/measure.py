@@ -6,8 +6,8 @@ B images, T towers, K classes, C embedding width, H W image.
 import io
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from itertools import chain
+from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,14 @@ class Counted:
     pictures: dict[int, tuple[Image.Image, NDArray[np.uint16]]]
 
 
+@dataclass(frozen=True)
+class _Sample:
+    index: int
+    image: Image.Image
+    labels: NDArray[np.uint8]
+    masks: Annotations
+
+
 @torch.no_grad()
 def measure(
     towers: Mapping[str, Backbone],
@@ -92,22 +100,20 @@ def measure(
     given = GivenMasks(config.masks_folder) if config.protocol == "masks" and config.masks == "given" else None
     saved = tally.position
     shown = tqdm(range(saved, places.stop), stage, places.stop, unit="image", initial=saved, disable=not ranks.is_main)
-    for batch in _batches(dataset, shown, config, given, bad):
+    samples = _samples(dataset, shown, config, given, bad)
+    while batch := list(islice(samples, config.batch_size)):
+        labels = [sample.labels for sample in batch]
         found = _find(batch, list(towers.values()), clip, classes, config)
-        tally.add(batch.labels, found)
+        tally.add(labels, found)
         if CLIP in towers:
             native = _resized_square(batch, clip.side, clip, ranks.device)
             similarities = F.normalize(towers[CLIP].image_features(native), dim=-1) @ classes.T
-            tally.recall(batch.labels, similarities.cpu())
-        for index, image, truth, one in zip(batch.indices, batch.images, batch.labels, found, strict=True):
-            if index in wanted:
-                _save_example(
-                    _example(state, index),
-                    image,
-                    truth,
-                    {tower: labels.cpu().numpy() for tower, labels in zip(towers, one.maps, strict=True)},
-                )
-        tally.position = batch.indices[-1] + 1
+            tally.recall(labels, similarities.cpu())
+        for sample, one in zip(batch, found, strict=True):
+            if sample.index in wanted:
+                maps = {tower: labels.cpu().numpy() for tower, labels in zip(towers, one.maps, strict=True)}
+                _save_example(_example(state, sample.index), sample, maps)
+        tally.position = batch[-1].index + 1
         if tally.position - saved >= config.checkpoint_every:
             tally.save(_checkpoint(state, ranks))
             saved = tally.position
@@ -163,40 +169,23 @@ def _example(state: Path, index: int) -> Path:
     return state / f"example-{index}.npz"
 
 
-def _save_example(path: Path, image: Image.Image, truth: NDArray[np.integer], maps: Mapping[str, NDArray[np.integer]]) -> None:
-    found = {f"map{tower}": labels.astype(np.uint16) for tower, labels in maps.items()}
-    write_atomically(path, packed(image=np.asarray(image), truth=truth.astype(np.uint16), **found))
+def _save_example(path: Path, sample: _Sample, maps: Mapping[str, NDArray[np.integer]]) -> None:
+    arrays = {f"map{tower}": labels.astype(np.uint16) for tower, labels in maps.items()}
+    write_atomically(path, packed(image=np.asarray(sample.image), truth=sample.labels.astype(np.uint16), **arrays))
 
 
-@dataclass(frozen=True)
-class _Batch:
-    indices: list[int] = field(default_factory=list)
-    images: list[Image.Image] = field(default_factory=list)
-    labels: list[NDArray[np.uint8]] = field(default_factory=list)
-    masks: list[Annotations] = field(default_factory=list)
-
-
-def _batches(
-    dataset: LabelledSet, places: Iterable[int], config: EvaluateConfig, given: GivenMasks | None, bad: BadSamples
-) -> Iterator[_Batch]:
-    batch = _Batch()
-    for index in places:
+def _samples(
+    dataset: LabelledSet, indices: Iterable[int], config: EvaluateConfig, given: GivenMasks | None, bad: BadSamples
+) -> Iterator[_Sample]:
+    for index in indices:
         try:
-            image, label = dataset.read(index)
-            masks = _masks(dataset.pairs[index][0], image, label, config, given)
+            image, labels = dataset.read(index)
+            masks = _masks(dataset.pairs[index][0], image, labels, config, given)
         except ValueError as error:
             bad.found.append(str(error))
             bad.stop_if_too_many(len(dataset))
             continue
-        batch.indices.append(index)
-        batch.images.append(image)
-        batch.labels.append(label)
-        batch.masks.append(masks)
-        if len(batch.indices) == config.batch_size:
-            yield batch
-            batch = _Batch()
-    if batch.indices:
-        yield batch
+        yield _Sample(index, image, labels, masks)
 
 
 def _masks(
@@ -211,7 +200,7 @@ def _masks(
     return truth_masks(label)
 
 
-def _find(batch: _Batch, towers: list[Backbone], clip: Clip, classes: Tensor, config: EvaluateConfig) -> list[Found]:
+def _find(batch: list[_Sample], towers: list[Backbone], clip: Clip, classes: Tensor, config: EvaluateConfig) -> list[Found]:
     if config.protocol == "slide":
         windows: dict[str, int] = {
             "side": config.slide_side,
@@ -220,18 +209,19 @@ def _find(batch: _Batch, towers: list[Backbone], clip: Clip, classes: Tensor, co
             "feature_grid": config.feature_grid,
             "windows_at_once": config.batch_size,
         }
-        whole = (normalise(to_tensor(image).to(classes.device), clip.mean, clip.std)[None] for image in batch.images)
+        whole = (normalise(to_tensor(sample.image).to(classes.device), clip.mean, clip.std)[None] for sample in batch)
         return [label_windows(towers, image, classes, **windows) for image in whole]
     images = _resized_square(batch, config.side, clip, classes.device)
     if config.protocol == "whole":
-        return label_whole(towers, images, [label.shape for label in batch.labels], classes, config.feature_grid)
+        return label_whole(towers, images, [sample.labels.shape for sample in batch], classes, config.feature_grid)
     features = torch.stack([tower(images) for tower in towers], dim=1)  # [B, T, C, h, w]
-    each = zip(features, batch.masks, batch.labels, strict=True)
-    return [classify_masks(feature, masks, classes, label) for feature, masks, label in each]
+    return [
+        classify_masks(feature, sample.masks, classes, sample.labels) for feature, sample in zip(features, batch, strict=True)
+    ]
 
 
-def _resized_square(batch: _Batch, side: int, clip: Clip, device: torch.device) -> Tensor:
-    return torch.cat([resized_square(image, side, clip.mean, clip.std, device) for image in batch.images])
+def _resized_square(batch: list[_Sample], side: int, clip: Clip, device: torch.device) -> Tensor:
+    return torch.cat([resized_square(sample.image, side, clip.mean, clip.std, device) for sample in batch])
 
 
 def metrics_of(tally: Tally, num_images: int, masks: bool, labelled: Path) -> dict[str, float]:
