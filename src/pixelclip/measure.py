@@ -4,7 +4,6 @@ B images, T towers, K classes, C embedding width, H W image.
 """
 
 import io
-import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -35,7 +34,7 @@ from pixelclip.config import EvaluateConfig
 from pixelclip.pixels import normalise, resized_square, to_tensor
 from pixelclip.ranks import ProcessGroup, pick_precision
 from pixelclip.shards import BadSamples
-from pixelclip.storage import read_json, write_atomically, write_json
+from pixelclip.storage import write_atomically
 from pixelclip.tally import CLIP, OURS, Found, Tally, packed
 
 Maps = dict[int, NDArray[np.uint16]]
@@ -95,6 +94,8 @@ def measure(
     for tower in towers.values():
         tower.precision = pick_precision(config.precision, ranks.device)
     wanted = np.linspace(0, len(dataset) - 1, min(config.pictures, len(dataset))).round().astype(int).tolist()
+    # Counts of other batches or shares do not fit, and other pictures may be missing: they are kept apart.
+    state = state / f"processes-{ranks.size}_batch-{config.batch_size}_pictures-{config.pictures}"
     tally, places = _begin(stage, towers, dataset, config, ranks, state)
     bad = BadSamples(stage, config.max_bad_share, tally.bad)
     given = GivenMasks(config.masks_folder) if config.protocol == "masks" and config.masks == "given" else None
@@ -139,18 +140,6 @@ def _begin(
     stage: str, towers: Collection[str], dataset: LabelledSet, config: EvaluateConfig, ranks: ProcessGroup, state: Path
 ) -> tuple[Tally, range]:
     """This rank's tally, continued where there is one, and its images: whole batches, the same with any number of ranks."""
-    made_by = {"processes": ranks.size, "batch_size": config.batch_size, "pictures": config.pictures}
-    if ranks.is_main:
-        about = state / "made_by.json"
-        there = read_json(about) if about.is_file() else made_by
-        if there != made_by:
-            changed = ", ".join(
-                f"{key} {there.get(key)} → {value}" for key, value in made_by.items() if there.get(key) != value
-            )
-            print(f"{stage}: starts again, the interrupted run cannot be continued with other {changed}", flush=True)
-            shutil.rmtree(state)
-        write_json(about, made_by)
-    ranks.broadcast_object(None)  # nobody reads or writes before it is clear what stays
     batches = ranks.share(-(-len(dataset) // config.batch_size))
     places = range(batches.start * config.batch_size, min(batches.stop * config.batch_size, len(dataset)))
     tally = Tally.zeros(towers, len(dataset.classes), places.start)
