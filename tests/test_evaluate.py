@@ -332,12 +332,12 @@ def test_masks_protocol_equals_a_naive_loop(made, client, tmp_path, source):
     elif source == "felzenszwalb":
         settings = {"felzenszwalb_scale": 20.0, "felzenszwalb_sigma": 0.5, "felzenszwalb_min_size": 30}
         segments = [felzenszwalb(image, 20.0, 0.5, 30) for image in images]
-        masks = [[found == k for k in range(found.max() + 1)] for found in segments]
+        masks = [[labels == k for k in range(labels.max() + 1)] for labels in segments]
         assert min(map(len, masks)) > 2
     else:
         masks = [[y < 9, x < 11, x + y < 6] for y, x in (np.indices(truth.shape) for truth in truths)]
         settings = {"masks_folder": str(tmp_path)}
-        write_files(tmp_path, {f"{i}.json": annotation(np.array(found)) for i, found in enumerate(masks)})
+        write_files(tmp_path, {f"{i}.json": annotation(np.array(image_masks)) for i, image_masks in enumerate(masks)})
     config = with_settings(protocol="masks", masks=source, **settings)
     metrics = run(made / "changed", made / "labelled", tmp_path / "out", config)
 
@@ -357,7 +357,7 @@ def test_masks_protocol_equals_a_naive_loop(made, client, tmp_path, source):
         assert metrics[f"miou{suffix}/{name}"] == pytest.approx(mean_iou(truths, predictions))
         assert metrics[f"mask_accuracy{suffix}/{name}"] == pytest.approx(100 * sum(right) / len(right))
     if source == "given":
-        assert any((found == 3).any() for found in predictions)  # pixels in no mask
+        assert any((predicted == 3).any() for predicted in predictions)  # pixels in no mask
     assert "mask acc." in (tmp_path / "out" / "table.txt").read_text()
 
 
@@ -366,13 +366,13 @@ def test_metrics_report_and_run_record_the_protocol(made, client, tmp_path):
     metrics = run(made / "changed", made / "labelled", tmp_path / "out", config)
     assert {name.partition("/")[2] for name in metrics} == {"labelled.masks"}
     protocol = read_json(tmp_path / "out" / "protocol.json")
-    given = {"name": "labelled", "kind": "folder", "protocol": "masks", "templates": "single", "side": 48, "masks": "truth"}
-    assert {key: value for key, value in protocol.items() if value is not None} == given
+    expected = {"name": "labelled", "kind": "folder", "protocol": "masks", "templates": "single", "side": 48, "masks": "truth"}
+    assert {key: value for key, value in protocol.items() if value is not None} == expected
     assert {"feature_grid", "crop", "stride", "slide_side", "masks_folder", "felzenszwalb_scale"} < protocol.keys()
     settings = "kind folder, protocol masks, templates single, side 48, masks truth"
     assert (tmp_path / "out" / "table.txt").read_text().endswith(settings + "\n")
     page = (tmp_path / "out" / "report.html").read_text()
-    assert "<h1>PixelCLIP on labelled.masks</h1>" in page and f"Measured with {settings}." in page
+    assert "<h1>PixelCLIP on labelled.masks</h1>" in page and f"Protocol: {settings}." in page
     (logged,) = client.search_runs([client.get_experiment_by_name("pixelclip").experiment_id])
     assert json.loads(logged.data.tags["protocol.labelled.masks"]) == protocol
     assert [file.path for file in client.list_artifacts(logged.info.run_id)] == ["labelled.masks"]
@@ -584,7 +584,7 @@ def test_several_sets_give_the_results_of_single_runs(made, client, tmp_path, ca
     assert "PixelCLIP" in capsys.readouterr().out
     with pytest.raises(ValueError, match="two labelled sets have the name 'other'"):
         stage.run_all(made / "changed", [str(other), str(other)], tmp_path / "twice", config)
-    with pytest.raises(ValueError, match="is no voc as published"):
+    with pytest.raises(ValueError, match="is not voc as published"):
         stage.run_all(made / "changed", [f"voc:{other}"], tmp_path / "voc", config)
 
 

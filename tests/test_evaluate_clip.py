@@ -41,7 +41,7 @@ def given_masks(folder: Path, labelled: Path) -> str:
     """Write three overlapping masks per image; some pixels of the first image are in none."""
     sizes = {path.stem: np.asarray(Image.open(path)).shape for path in (labelled / "labels").iterdir()}
     masks = {name: [y < 9, x < 11, x + y < 6] for name, (y, x) in ((name, np.indices(size)) for name, size in sizes.items())}
-    write_files(folder, {f"{name}.json": annotation(np.array(found)) for name, found in masks.items()})
+    write_files(folder, {f"{name}.json": annotation(np.array(image_masks)) for name, image_masks in masks.items()})
     return str(folder)
 
 
@@ -114,10 +114,10 @@ def with_another_clip(made: Path, tmp_path: Path) -> dict[str, object]:
 
 
 def with_other_masks(made: Path, tmp_path: Path) -> dict[str, object]:
-    given = {"protocol": "masks", "masks": "given"}
+    settings = {"protocol": "masks", "masks": "given"}
     first, second = (given_masks(tmp_path / name, made / "labelled") for name in "ab")
     (tmp_path / "b" / "0.json").write_bytes(annotation(np.ones((1, 20, 40))))
-    return {"before": with_settings(**given, masks_folder=first), "config": with_settings(**given, masks_folder=second)}
+    return {"before": with_settings(**settings, masks_folder=first), "config": with_settings(**settings, masks_folder=second)}
 
 
 def of_another_version(made: Path, tmp_path: Path) -> dict[str, object]:
@@ -145,16 +145,14 @@ def of_another_version(made: Path, tmp_path: Path) -> dict[str, object]:
     ids=lambda value: value.__name__ if callable(value) else str(value)[:40],
 )
 def test_saved_clip_under_other_conditions_is_rejected_with_the_differences(made, client, tmp_path, change, differences):
-    given = change(made, tmp_path) if callable(change) else change
-    out, side, residual = tmp_path / "clip", given.get("side", tiny.SIDE), given.get("residual", "cls")
-    run(str(made / "clip"), made / "labelled", out, given.get("before", CONFIG), side, residual)
-    given.get("then", lambda _: None)(out)
+    case = change(made, tmp_path) if callable(change) else change
+    out, side, residual = tmp_path / "clip", case.get("side", tiny.SIDE), case.get("residual", "cls")
+    run(str(made / "clip"), made / "labelled", out, case.get("before", CONFIG), side, residual)
+    case.get("then", lambda _: None)(out)
     with pytest.raises(
         ValueError, match=rf"clip: this evaluation of CLIP does not match the evaluation of the model: {differences}"
     ):
-        evaluate.run(
-            made / "changed", given.get("labelled", made / "labelled"), tmp_path / "o", given.get("config", CONFIG), out
-        )
+        evaluate.run(made / "changed", case.get("labelled", made / "labelled"), tmp_path / "o", case.get("config", CONFIG), out)
     assert not (tmp_path / "o").exists()
 
 
@@ -292,14 +290,14 @@ def test_two_processes_give_the_result_of_one(made, seven, tmp_path):
     config = with_settings(max_bad_share=0.2, checkpoint_every=1, pictures=7)
     of_clip(made, seven, tmp_path / "one", config)
     options = ["--clip", made / "clip", "--side", tiny.SIDE, "--labelled", seven, "--out", tmp_path / "two"]
-    said = torchrun("evaluate_clip", *options, *settings_of(config))
-    assert said.count("mIoU") == said.count("1 of 7 samples cannot be used") == 1
+    printed = torchrun("evaluate_clip", *options, *settings_of(config))
+    assert printed.count("mIoU") == printed.count("1 of 7 samples cannot be used") == 1
     for name in (COUNTS, MAPS, "metrics.json", "protocol.json"):
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
 
 
 @pytest.mark.slow
-def test_two_processes_take_what_one_made(made, seven, client: mlflow.MlflowClient, tmp_path):
+def test_two_processes_use_the_clip_evaluation_of_one(made, seven, client: mlflow.MlflowClient, tmp_path):
     config = with_settings(max_bad_share=0.2, checkpoint_every=1, pictures=7)
     whole = evaluate.run(made / "changed", seven, tmp_path / "whole", config)
     of_clip(made, seven, tmp_path / "clip", config)
