@@ -22,10 +22,10 @@ from pixelclip.backbone import Backbone
 from pixelclip.benchmarks import IGNORE, open_labelled
 from pixelclip.checkpoint import Clip
 from pixelclip.config import EvaluateConfig
-from pixelclip.measure import measure
+from pixelclip.measure import evaluate_towers
 from pixelclip.pixels import normalise, resize_square, to_tensor
 from pixelclip.ranks import SINGLE_PROCESS
-from pixelclip.tally import CLIP, OURS, Tally, count_recalled
+from pixelclip.tally import CLIP, OURS, EvaluationCounts, count_recalled
 
 SIZE, CLASSES, IMAGES = (1500, 2250), 171, 4
 MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
@@ -67,23 +67,24 @@ def one_by_one(towers: dict[str, nn.Module], clip_side: int, classes: Tensor, fo
     return {"confusions": confusions, "recalled": recalled}
 
 
-def ours(towers: dict[str, nn.Module], clip: Clip, classes: Tensor, folder: Path, config: EvaluateConfig) -> Tally:
+def ours(towers: dict[str, nn.Module], clip: Clip, classes: Tensor, folder: Path, config: EvaluateConfig) -> EvaluationCounts:
     """As stage evaluate does it, both models in one pass."""
     with tempfile.TemporaryDirectory() as state, contextlib.redirect_stderr(io.StringIO()):  # without its progress bar
         wrapped = {name: Backbone(visual) for name, visual in towers.items()}
-        return measure(wrapped, clip, classes, open_labelled(folder, "folder"), config, SINGLE_PROCESS, Path(state)).tally
+        dataset = open_labelled(folder, "folder")
+        return evaluate_towers(wrapped, clip, classes, dataset, config, SINGLE_PROCESS, Path(state)).counts
 
 
-def same(share: float, theirs: dict[str, Any], tally: Tally) -> str:
+def same(share: float, theirs: dict[str, Any], counts: EvaluationCounts) -> str:
     """Counts of pixels; two roundings may disagree about a pixel between two classes, up to this share of all."""
     differing = pixels = 0
     for name, confusion in theirs["confusions"].items():
-        found = tally.confusions[name].counts
+        found = counts.confusions[name].counts
         assert not found[:, -1].any()
         differing += int(np.abs(found[:, :-1] - confusion).sum()) // 2
         pixels += int(confusion.sum())
     assert differing <= share * pixels, (differing, pixels)
-    assert np.abs(theirs["recalled"] - tally.recalled).max() <= share * theirs["recalled"][1]
+    assert np.abs(theirs["recalled"] - counts.recalled).max() <= share * theirs["recalled"][1]
     return f"{differing} of {pixels} pixels counted elsewhere"
 
 

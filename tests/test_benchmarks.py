@@ -1,4 +1,4 @@
-"""Labelled sets: read as they are, and every fault names the file, what was found and what is allowed."""
+"""Labelled sets are read as published; every error names the file, the value found and the allowed values."""
 
 import json
 import struct
@@ -30,7 +30,7 @@ def folder(tmp_path: Path) -> Path:
     return write_files(tmp_path / "set", FILES)
 
 
-def test_a_set_is_read_as_it_is(folder: Path) -> None:
+def test_plain_folder_is_read(folder: Path) -> None:
     write_files(folder, {"images/sub/b.PNG": encoded(pixels(2, 3).copy(), "PNG"), "labels/sub/b.png": encoded(LABELS, "PNG")})
     opened = open_folder(folder)
     assert opened.classes == ["road", "sky, heaven", "grass"]
@@ -40,7 +40,7 @@ def test_a_set_is_read_as_it_is(folder: Path) -> None:
     assert np.array_equal(labels, LABELS)
 
 
-def test_a_palette_label_map_gives_its_indices(folder: Path) -> None:
+def test_palette_label_map_gives_its_indices(folder: Path) -> None:
     label = Image.fromarray(LABELS)
     label.putpalette([200, 10, 10] * 256)
     (folder / "labels" / "a.png").write_bytes(encoded(label, "PNG"))
@@ -49,15 +49,15 @@ def test_a_palette_label_map_gives_its_indices(folder: Path) -> None:
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("colour", [0, 3], ids=["grey", "palette"])
-def test_labels_of_few_bits_are_read_as_they_are_written(folder: Path, bits: int, colour: int) -> None:
-    """Pillow writes no grey of fewer than 8 bits, and scales it where it reads it."""
+def test_labels_of_few_bits_are_not_scaled(folder: Path, bits: int, colour: int) -> None:
+    """Pillow cannot write grey below 8 bits and scales it when reading."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
     labels = np.array([[0, 1, 2], [2, 1, 0]], np.uint8)
-    places = (labels[..., None] >> np.arange(bits)[::-1]) & 1
-    rows = b"".join(b"\0" + np.packbits(row.ravel()).tobytes() for row in places)
+    bit_planes = (labels[..., None] >> np.arange(bits)[::-1]) & 1
+    rows = b"".join(b"\0" + np.packbits(row.ravel()).tobytes() for row in bit_planes)
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", 3, 2, bits, colour, 0, 0, 0))
     colours = chunk(b"PLTE", bytes(3 * 2**bits)) if colour else b""
     data = b"\x89PNG\r\n\x1a\n" + header + colours + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
@@ -65,7 +65,7 @@ def test_labels_of_few_bits_are_read_as_they_are_written(folder: Path, bits: int
     assert np.array_equal(open_folder(folder).read(0)[1], labels)
 
 
-def test_an_image_is_read_upright(folder: Path) -> None:
+def test_image_is_read_upright(folder: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     (folder / "images" / "a.jpg").write_bytes(encoded(pixels(3, 2), exif=exif))
@@ -73,34 +73,34 @@ def test_an_image_is_read_upright(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("missing", "said"),
+    ("missing", "message"),
     [
-        ("images", "set: is no labelled set, images/ is missing"),
-        ("labels", "set: is no labelled set, labels/ is missing"),
+        ("images", "set: is not a labelled set, images/ is missing"),
+        ("labels", "set: is not a labelled set, labels/ is missing"),
         ("classes.txt", r"classes\.txt: cannot read class names \(one per line\)"),
         ("labels/a.png", r"set: 1 images have no label map, the first is .*labels/a\.png"),
-        ("images/a.jpg", "images: holds no image"),
+        ("images/a.jpg", "images: contains no image"),
     ],
 )
-def test_a_missing_part_is_named(folder: Path, missing: str, said: str) -> None:
+def test_missing_part_is_reported(folder: Path, missing: str, message: str) -> None:
     (folder / missing).rename(folder / "away")
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         open_folder(folder)
 
 
 @pytest.mark.parametrize("value", [3, 100, 254])
-def test_a_label_out_of_range_names_file_value_and_what_is_allowed(folder: Path, value: int) -> None:
+def test_label_out_of_range_is_rejected(folder: Path, value: int) -> None:
     labels = LABELS.copy()
     labels[0, 0] = value
     (folder / "labels" / "a.png").write_bytes(encoded(labels, "PNG"))
-    with pytest.raises(ValueError, match=rf"labels/a\.png: label {value} found, allowed are 0 to 2 .* and {IGNORE}"):
+    with pytest.raises(ValueError, match=rf"labels/a\.png: found label {value}; allowed are 0 to 2 .* and {IGNORE}"):
         open_folder(folder).read(0)
 
 
 @pytest.mark.parametrize(
-    ("label", "said"),
+    ("label", "message"),
     [
-        (encoded(LABELS.T.copy(), "PNG"), r"label map of size \(2, 3\), its image a\.jpg has \(3, 2\)"),
+        (encoded(LABELS.T.copy(), "PNG"), r"label map has size \(2, 3\), but image a\.jpg has \(3, 2\)"),
         (encoded(pixels(2, 3), "PNG"), "mode L or P.* found mode RGB"),
         (encoded(LABELS.astype(np.uint16), "PNG"), "found mode I;16"),
         (encoded(Image.new("1", (3, 2)), "PNG"), "found mode 1"),
@@ -108,26 +108,26 @@ def test_a_label_out_of_range_names_file_value_and_what_is_allowed(folder: Path,
         (encoded(LABELS, "PNG")[:-30], "unreadable image"),
     ],
 )
-def test_an_unusable_label_map_is_named(folder: Path, label: bytes, said: str) -> None:
+def test_unusable_label_map_is_rejected(folder: Path, label: bytes, message: str) -> None:
     (folder / "labels" / "a.png").write_bytes(label)
-    with pytest.raises(ValueError, match=rf"labels/a\.png: .*{said}"):
+    with pytest.raises(ValueError, match=rf"labels/a\.png: .*{message}"):
         open_folder(folder).read(0)
 
 
-def test_an_unreadable_image_is_named(folder: Path) -> None:
+def test_unreadable_image_is_rejected(folder: Path) -> None:
     (folder / "images" / "a.jpg").write_bytes(FILES["images/a.jpg"][:-50])
     with pytest.raises(ValueError, match=r"images/a\.jpg: unreadable image"):
         open_folder(folder).read(0)
 
 
-def test_an_image_of_unknown_range_is_named(folder: Path) -> None:
+def test_image_of_unknown_range_is_rejected(folder: Path) -> None:
     (folder / "images" / "a.jpg").write_bytes(encoded(np.ones((2, 3), np.float32), "TIFF"))
     with pytest.raises(ValueError, match=r"images/a\.jpg: .*found 32"):
         open_folder(folder).read(0)
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b"", "empty"),
         (b"\n \n", "empty"),
@@ -137,18 +137,18 @@ def test_an_image_of_unknown_range_is_named(folder: Path) -> None:
         (b"stra\xdfe\n", "cannot be read"),
     ],
 )
-def test_bad_class_names_are_named(tmp_path: Path, content: bytes, said: str) -> None:
+def test_invalid_class_names_are_rejected(tmp_path: Path, content: bytes, message: str) -> None:
     path = write_files(tmp_path, {"classes.txt": content}) / "classes.txt"
-    with pytest.raises(ValueError, match=rf"classes\.txt: .*{said}"):
+    with pytest.raises(ValueError, match=rf"classes\.txt: .*{message}"):
         read_classes(path)
 
 
-def test_a_byte_order_mark_is_no_part_of_the_first_name(tmp_path: Path) -> None:
+def test_byte_order_mark_is_ignored(tmp_path: Path) -> None:
     path = write_files(tmp_path, {"classes.txt": b"\xef\xbb\xbfroad\r\nstra\xc3\x9fe\r\n"}) / "classes.txt"
     assert read_classes(path) == ["road", "straße"]
 
 
-def test_more_classes_than_8_bits_hold_are_refused(folder: Path) -> None:
+def test_more_than_255_classes_are_rejected(folder: Path) -> None:
     (folder / "classes.txt").write_text("\n".join(f"class{i}" for i in range(255)))
     assert len(open_folder(folder).classes) == 255
     (folder / "classes.txt").write_text("\n".join(f"class{i}" for i in range(256)))
@@ -156,21 +156,21 @@ def test_more_classes_than_8_bits_hold_are_refused(folder: Path) -> None:
         open_folder(folder)
 
 
-# The benchmarks, in miniature: 2x3 images in the published layout and encoding, the labels written out by hand.
+# Miniature benchmarks: 2x3 images in the published layout and encoding, with hand-written labels.
 
 Labels = list[list[int]]
 PHOTO = encoded(pixels(2, 3))
-# The first colours of VOC's palette; the indices count, the colours do not.
+# First colours of VOC's palette; only the indices matter.
 VOC_COLOURS = [0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0, 0, 0, 128, 128, 0, 128, 0, 128, 128, 128, 128, 128, 64, 0, 0]
 
 
 def grey(values: Labels) -> bytes:
-    """8-bit single-channel PNG, as COCO-Stuff, ADE20K and Cityscapes are stored."""
+    """Encode an 8-bit single-channel PNG, as in COCO-Stuff, ADE20K and Cityscapes."""
     return encoded(np.array(values, np.uint8), "PNG")
 
 
 def indexed(values: Labels) -> bytes:
-    """Palette PNG, as VOC is stored."""
+    """Encode a palette PNG, as in VOC."""
     image = Image.fromarray(np.array(values, np.uint8))
     image.putpalette(VOC_COLOURS + [200] * (768 - len(VOC_COLOURS)))
     assert image.mode == "P"
@@ -178,7 +178,7 @@ def indexed(values: Labels) -> bytes:
 
 
 def detail(images: dict[str, tuple[str, list[tuple[int, Labels]]]]) -> dict[str, Any]:
-    """The document of PASCAL in Detail for images `{file name: (phase, [(category, mask), ...])}`."""
+    """Build the document of PASCAL in Detail for images `{file name: (phase, [(category, mask), ...])}`."""
     document: dict[str, Any] = {"info": {"version": "1.0"}, "images": [], "annos_segmentation": []}
     document |= {"annos_occlusion": [], "annos_boundary": [], "annos_joints": [], "parts": []}
     document["categories"] = [
@@ -208,7 +208,7 @@ def detail(images: dict[str, tuple[str, list[tuple[int, Labels]]]]) -> dict[str,
 DETAIL = detail(
     {
         "2008_000002.jpg": ("train", [(2, [[1, 1, 1], [1, 1, 1]])]),
-        # The person stands before the wall: drawn later, it lies on top.
+        # The person is in front of the wall: it is drawn last.
         "2010_000003.jpg": ("val", [(440, [[1, 1, 1], [1, 1, 0]]), (284, [[0, 1, 0], [0, 1, 0]])]),
         "2008_000009.jpg": ("val", []),
     }
@@ -218,7 +218,7 @@ TREES: dict[str, dict[str, bytes]] = {
     "coco-stuff": {
         "val2017/000000000139.jpg": PHOTO,
         f"{COCO_MAPS}/000000000139.png": grey([[0, 10, 12], [181, 255, 91]]),
-        "train2017/000000000009.jpg": b"not looked at",
+        "train2017/000000000009.jpg": b"unused",
     },
     "ade20k": {
         "ADEChallengeData2016/images/validation/ADE_val_00000001.jpg": PHOTO,
@@ -233,8 +233,8 @@ TREES: dict[str, dict[str, bytes]] = {
     "cityscapes": {
         "leftImg8bit/val/munster/munster_000173_000019_leftImg8bit.png": encoded(pixels(2, 3), "PNG"),
         "gtFine/val/munster/munster_000173_000019_gtFine_labelIds.png": grey([[7, 26, 33], [0, 29, 11]]),
-        "gtFine/val/munster/munster_000173_000019_gtFine_color.png": b"not looked at",
-        "gtFine/val/munster/munster_000173_000019_gtFine_instanceIds.png": b"not looked at",
+        "gtFine/val/munster/munster_000173_000019_gtFine_color.png": b"unused",
+        "gtFine/val/munster/munster_000173_000019_gtFine_instanceIds.png": b"unused",
     },
     "voc": {
         "VOCdevkit/VOC2012/JPEGImages/2007_000033.jpg": PHOTO,
@@ -250,7 +250,7 @@ EXPECTED: dict[str, Labels] = {
     "cityscapes": [[0, 13, 18], [255, 255, 2]],
     "voc": [[0, 14, 19], [255, 255, 1]],
 }
-# The same PASCAL-Context as others convert it: category ids in ascending order, 0 for the background.
+# The same PASCAL-Context after common conversions: category ids in ascending order, 0 for background.
 CONVERTED = {
     "VOCdevkit/VOC2010/JPEGImages/2010_000003.jpg": PHOTO,
     "VOCdevkit/VOC2010/SegmentationClassContext/2010_000003.png": indexed([[56, 37, 56], [56, 37, 0]]),
@@ -265,7 +265,7 @@ BENCHMARKS = KINDS[1:]
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Callable[..., Path]:
-    """Writes the miniature of a kind, with some files changed, added or, by None, left out."""
+    """Return a function that writes the miniature of a kind, with files changed, added or (None) removed."""
 
     def write(kind: str, changed: dict[str, bytes | None] | None = None) -> Path:
         files = TREES[kind] | (changed or {})
@@ -282,19 +282,19 @@ def labels_of(opened: LabelledSet, index: int = -1) -> NDArray[np.uint8]:
     return labels
 
 
-def test_the_kinds() -> None:
+def test_kinds_of_labelled_sets() -> None:
     assert KINDS == ("folder", "coco-stuff", "ade20k", "pascal-context", "cityscapes", "voc")
 
 
 @pytest.mark.parametrize("kind", BENCHMARKS)
-def test_a_benchmark_is_read_as_published(tree: Callable[..., Path], kind: str) -> None:
+def test_benchmark_is_read_as_published(tree: Callable[..., Path], kind: str) -> None:
     opened = open_labelled(tree(kind), kind)
     assert len(opened) == len(opened.pairs) == (2 if kind == "pascal-context" else 1)
     assert all(path.is_file() for pair in opened.pairs for path in pair)
     assert labels_of(opened).tolist() == EXPECTED[kind]
 
 
-def test_the_default_kind_is_a_folder(folder: Path) -> None:
+def test_default_kind_is_folder(folder: Path) -> None:
     assert np.array_equal(labels_of(open_labelled(folder)), LABELS)
 
 
@@ -308,7 +308,7 @@ def test_the_default_kind_is_a_folder(folder: Path) -> None:
         ("voc", "VOCdevkit/VOC2012"),
     ],
 )
-def test_a_folder_further_down_will_do(tree: Callable[..., Path], kind: str, below: str) -> None:
+def test_subfolder_of_the_layout_is_accepted(tree: Callable[..., Path], kind: str, below: str) -> None:
     assert labels_of(open_labelled(tree(kind) / below, kind)).tolist() == EXPECTED[kind]
 
 
@@ -317,34 +317,34 @@ def test_a_folder_further_down_will_do(tree: Callable[..., Path], kind: str, bel
     "labels",
     [COCO_MAPS, "stuffthingmaps/val2017", "annotations/val2017", "annotations/stuffthingmaps_trainval2017/val2017"],
 )
-def test_coco_stuff_may_be_unpacked_in_several_ways(tmp_path: Path, images: str, labels: str) -> None:
+def test_common_layouts_of_coco_stuff_are_accepted(tmp_path: Path, images: str, labels: str) -> None:
     files = TREES["coco-stuff"]
     name = "000000000139"
     placed = {f"{images}/{name}.jpg": PHOTO, f"{labels}/{name}.png": files[f"{COCO_MAPS}/{name}.png"]}
     # mmsegmentation writes its own maps beside the published ones.
-    write_files(tmp_path, placed | {f"{labels}/{name}_labelTrainIds.png": b"not looked at"})
+    write_files(tmp_path, placed | {f"{labels}/{name}_labelTrainIds.png": b"unused"})
     assert labels_of(open_labelled(tmp_path, "coco-stuff")).tolist() == EXPECTED["coco-stuff"]
 
 
-def test_cityscapes_train_ids_serve_where_there_are_no_label_ids(tmp_path: Path) -> None:
+def test_cityscapes_train_ids_are_used_without_label_ids(tmp_path: Path) -> None:
     opened = open_labelled(write_files(tmp_path, TRAIN_IDS), "cityscapes")
     assert opened.pairs[0][1].name == "munster_000173_000019_gtFine_labelTrainIds.png"
     assert labels_of(opened).tolist() == EXPECTED["cityscapes"]
 
 
-def test_cityscapes_label_ids_go_first(tree: Callable[..., Path]) -> None:
+def test_cityscapes_label_ids_take_precedence(tree: Callable[..., Path]) -> None:
     opened = open_labelled(tree("cityscapes", TRAIN_IDS), "cityscapes")
     assert opened.pairs[0][1].name == "munster_000173_000019_gtFine_labelIds.png"
 
 
-def test_pascal_context_from_its_json(tree: Callable[..., Path]) -> None:
+def test_pascal_context_is_read_from_its_json(tree: Callable[..., Path]) -> None:
     opened = open_labelled(tree("pascal-context"), "pascal-context")
     assert [image.name for image, _ in opened.pairs] == ["2008_000009.jpg", "2010_000003.jpg"]
     assert {labels.name for _, labels in opened.pairs} == {"trainval_merged.json"}
-    assert (labels_of(opened, 0) == IGNORE).all()  # nothing drawn in it
+    assert (labels_of(opened, 0) == IGNORE).all()  # no masks
 
 
-def test_pascal_context_as_converted_goes_before_the_json(tree: Callable[..., Path]) -> None:
+def test_converted_pascal_context_takes_precedence(tree: Callable[..., Path]) -> None:
     opened = open_labelled(tree("pascal-context", CONVERTED), "pascal-context")
     assert [labels.name for _, labels in opened.pairs] == ["2010_000003.png"]
     assert labels_of(opened).tolist() == EXPECTED["pascal-context"]
@@ -394,30 +394,32 @@ def test_every_class_has_one_value_and_one_name(tree: Callable[..., Path], kind:
         ("pascal-context", 458, 58, "wood"),
     ],
 )
-def test_official_numbers_have_their_names(tree: Callable[..., Path], kind: str, value: int, label: int, name: str) -> None:
+def test_official_values_map_to_their_class_names(
+    tree: Callable[..., Path], kind: str, value: int, label: int, name: str
+) -> None:
     opened = open_labelled(tree(kind), kind)
     assert opened.table[value] == label
     assert opened.classes[label] == name
 
 
-def test_an_unknown_kind_names_the_nearest(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"'cityscape', did you mean 'cityscapes'.*; the kinds are folder, coco-stuff"):
+def test_unknown_kind_suggests_the_nearest(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"'cityscape', did you mean 'cityscapes'.*; allowed are folder, coco-stuff"):
         open_labelled(tmp_path, "cityscape")
 
 
-def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+def test_missing_folder_is_reported(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nowhere: no such folder"):
         open_labelled(tmp_path / "nowhere", "voc")
 
 
 @pytest.mark.parametrize("kind", BENCHMARKS)
-def test_an_empty_folder_is_told_the_layout(tmp_path: Path, kind: str) -> None:
-    with pytest.raises(ValueError, match=rf"is no {kind} as published, .* is missing; it needs .*\.(jpg|png)"):
+def test_error_for_an_empty_folder_describes_the_layout(tmp_path: Path, kind: str) -> None:
+    with pytest.raises(ValueError, match=rf"is not {kind} as published, .* is missing; it needs .*\.(jpg|png)"):
         open_labelled(tmp_path, kind)
 
 
 @pytest.mark.parametrize(
-    ("kind", "gone", "said"),
+    ("kind", "gone", "message"),
     [
         ("coco-stuff", COCO_MAPS, r"stuffthingmaps_trainval2017/val2017 is missing; it needs val2017/\*\.jpg"),
         ("ade20k", "annotations", r"annotations/validation is missing; it needs ADEChallengeData2016/images"),
@@ -427,13 +429,13 @@ def test_an_empty_folder_is_told_the_layout(tmp_path: Path, kind: str) -> None:
         ("voc", "ImageSets", r"ImageSets/Segmentation/val\.txt is missing; it needs VOCdevkit/VOC2012/JPEGImages"),
     ],
 )
-def test_a_missing_part_of_a_benchmark_is_named(tree: Callable[..., Path], kind: str, gone: str, said: str) -> None:
+def test_missing_part_of_a_benchmark_is_reported(tree: Callable[..., Path], kind: str, gone: str, message: str) -> None:
     folder = tree(kind, {name: None for name in TREES[kind] if gone in name})
-    with pytest.raises(ValueError, match=rf"is no {kind} as published, {said}"):
+    with pytest.raises(ValueError, match=rf"is not {kind} as published, {message}"):
         open_labelled(folder, kind)
 
 
-def test_converted_pascal_context_needs_its_list(tree: Callable[..., Path]) -> None:
+def test_converted_pascal_context_requires_its_image_list(tree: Callable[..., Path]) -> None:
     changed = CONVERTED | {"VOCdevkit/VOC2010/ImageSets/SegmentationContext/val.txt": None}
     with pytest.raises(ValueError, match=r"ImageSets/SegmentationContext/val\.txt is missing; it needs"):
         open_labelled(tree("pascal-context", changed), "pascal-context")
@@ -455,13 +457,13 @@ def test_converted_pascal_context_needs_its_list(tree: Callable[..., Path]) -> N
         ),
     ],
 )
-def test_an_image_without_label_map_is_named(tree: Callable[..., Path], kind: str, image: str, label: str) -> None:
+def test_image_without_label_map_is_reported(tree: Callable[..., Path], kind: str, image: str, label: str) -> None:
     with pytest.raises(ValueError, match=rf"1 images have no label map, the first is .*{label}$"):
         open_labelled(tree(kind, {image: PHOTO}), kind)
 
 
 @pytest.mark.parametrize(
-    ("kind", "changed", "said"),
+    ("kind", "changed", "message"),
     [
         ("voc", {"ImageSets/Segmentation/val.txt": b"2007_000061"}, r"val\.txt: 2 of .*JPEGImages/2007_000061\.jpg"),
         ("voc", {"JPEGImages/2007_000033.jpg": None}, r"val\.txt: 1 of .*JPEGImages/2007_000033\.jpg"),
@@ -469,34 +471,34 @@ def test_an_image_without_label_map_is_named(tree: Callable[..., Path], kind: st
         ("pascal-context", {"JPEGImages/2010_000003.jpg": None}, r"merged\.json: 1 of .*JPEGImages/2010_000003\.jpg"),
     ],
 )
-def test_a_list_that_names_a_missing_file_is_named(
-    tree: Callable[..., Path], kind: str, changed: dict[str, bytes | None], said: str
+def test_missing_listed_file_is_reported(
+    tree: Callable[..., Path], kind: str, changed: dict[str, bytes | None], message: str
 ) -> None:
     year = "VOC2012" if kind == "voc" else "VOC2010"
     folder = tree(kind, {f"VOCdevkit/{year}/{name}": data for name, data in changed.items()})
-    with pytest.raises(ValueError, match=said.replace("of ", "of the files that it names are missing, the first is ")):
+    with pytest.raises(ValueError, match=message.replace("of ", "listed files are missing, the first is ")):
         open_labelled(folder, kind)
 
 
 @pytest.mark.parametrize(
-    ("kind", "name", "content", "said"),
+    ("kind", "name", "content", "message"),
     [
-        ("coco-stuff", "val2017/000000000139.jpg", None, r"val2017: holds no \*\.jpg"),
-        ("cityscapes", "leftImg8bit/val/munster/munster_000173_000019_leftImg8bit.png", None, "holds no .*_leftImg8bit"),
-        ("voc", "VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt", b"\n \n", r"val\.txt: names no image"),
+        ("coco-stuff", "val2017/000000000139.jpg", None, r"val2017: contains no \*\.jpg"),
+        ("cityscapes", "leftImg8bit/val/munster/munster_000173_000019_leftImg8bit.png", None, "contains no .*_leftImg8bit"),
+        ("voc", "VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt", b"\n \n", r"val\.txt: lists no image"),
         ("voc", "VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt", b"\xff", r"val\.txt: .* cannot be read"),
         (
             "pascal-context",
             "VOCdevkit/VOC2010/trainval_merged.json",
             json.dumps(detail({"2008_000002.jpg": ("train", [])})).encode(),
-            r"trainval_merged\.json: holds no image of phase 'val'",
+            r"trainval_merged\.json: contains no image of phase 'val'",
         ),
     ],
 )
-def test_an_empty_split_is_named(tree: Callable[..., Path], kind: str, name: str, content: bytes | None, said: str) -> None:
+def test_empty_split_is_reported(tree: Callable[..., Path], kind: str, name: str, content: bytes | None, message: str) -> None:
     folder = tree(kind, {name: content})
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=message):
         open_labelled(folder, kind)
 
 
@@ -519,23 +521,23 @@ MAPS = {
         ("voc", 21, r"1 to 20 \(classes\) and 0, 255 \(ignore\)"),
     ],
 )
-def test_an_unknown_value_names_file_value_and_what_is_allowed(
-    tree: Callable[..., Path], kind: str, value: int, allowed: str
-) -> None:
+def test_unknown_label_value_is_rejected(tree: Callable[..., Path], kind: str, value: int, allowed: str) -> None:
     opened = open_labelled(tree(kind, {MAPS[kind]: grey([[value, 1, 7], [1, 7, 7]])}), kind)
-    with pytest.raises(ValueError, match=rf"{Path(MAPS[kind]).name}: label {value} found, allowed are .*{allowed}"):
+    with pytest.raises(ValueError, match=rf"{Path(MAPS[kind]).name}: found label {value}; allowed are .*{allowed}"):
         opened.read(0)
 
 
 @pytest.mark.parametrize("kind", MAPS)
 @pytest.mark.parametrize(
-    ("content", "said"),
-    [(grey([[7, 7], [7, 7], [7, 7]]), r"label map of size \(2, 3\), its image .* has \(3, 2\)"), (b"GIF", "unreadable")],
+    ("content", "message"),
+    [(grey([[7, 7], [7, 7], [7, 7]]), r"label map has size \(2, 3\), but image .* has \(3, 2\)"), (b"GIF", "unreadable")],
     ids=["turned", "damaged"],
 )
-def test_an_unusable_map_of_a_benchmark_is_named(tree: Callable[..., Path], kind: str, content: bytes, said: str) -> None:
+def test_unusable_label_map_of_a_benchmark_is_rejected(
+    tree: Callable[..., Path], kind: str, content: bytes, message: str
+) -> None:
     opened = open_labelled(tree(kind, {MAPS[kind]: content}), kind)
-    with pytest.raises(ValueError, match=rf"{Path(MAPS[kind]).name}: {said}"):
+    with pytest.raises(ValueError, match=rf"{Path(MAPS[kind]).name}: {message}"):
         opened.read(0)
 
 
@@ -545,39 +547,39 @@ def with_json(tree: Callable[..., Path], document: Any) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("document", "said"),
+    ("document", "message"),
     [
         (b'{"images": [', "cannot be read as JSON"),
-        ([], "is no trainval_merged.json of PASCAL in Detail"),
+        ([], "is not a trainval_merged.json of PASCAL in Detail"),
         ({"images": []}, "KeyError 'annos_segmentation'.*; it needs images .image_id, file_name, phase"),
         (DETAIL | {"images": [{"image_id": 1, "file_name": "a.jpg"}]}, "KeyError 'phase'"),
         (DETAIL | {"annos_segmentation": [{"image_id": 2008000009, "category_id": 1 << 16}]}, "category_id 65536"),
         (DETAIL | {"annos_segmentation": [{"image_id": 2008000009, "category_id": 2}]}, "KeyError 'segmentation'"),
     ],
 )
-def test_an_unusable_json_is_named(tree: Callable[..., Path], document: Any, said: str) -> None:
-    with pytest.raises(ValueError, match=rf"trainval_merged\.json: .*{said}"):
+def test_unusable_json_is_rejected(tree: Callable[..., Path], document: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=rf"trainval_merged\.json: .*{message}"):
         open_labelled(with_json(tree, document), "pascal-context")
 
 
 @pytest.mark.parametrize(
-    ("category", "mask", "said"),
+    ("category", "mask", "message"),
     [
-        (3, [[0, 1, 0], [0, 0, 0]], r"label 3 found, allowed are 2, 9, 18 to 19, .* 454, 458 \(classes\) and 0 \(ignore\)"),
-        (459, [[0, 1, 0], [0, 0, 0]], "label 459 found"),
+        (3, [[0, 1, 0], [0, 0, 0]], r"found label 3; allowed are 2, 9, 18 to 19, .* 454, 458 \(classes\) and 0 \(ignore\)"),
+        (459, [[0, 1, 0], [0, 0, 0]], "found label 459"),
         (284, [[0, 1], [0, 0], [0, 0]], "mask of size 2x3, its image is 3x2"),
     ],
 )
-def test_an_unusable_mask_is_named(tree: Callable[..., Path], category: int, mask: Labels, said: str) -> None:
+def test_unusable_mask_is_rejected(tree: Callable[..., Path], category: int, mask: Labels, message: str) -> None:
     document = detail({"2008_000009.jpg": ("val", [(category, mask)])})
-    with pytest.raises(ValueError, match=rf"trainval_merged\.json: 2008_000009\.jpg: {said}"):
+    with pytest.raises(ValueError, match=rf"trainval_merged\.json: 2008_000009\.jpg: {message}"):
         open_labelled(with_json(tree, document), "pascal-context").read(0)
 
 
 @pytest.mark.parametrize(
     "segmentation", [[[0, 0, 1, 1, 2, 0]], {"size": [2, 3], "counts": [2, 2, 2]}, {"size": [2, 3], "counts": "9"}]
 )
-def test_a_mask_that_is_no_compressed_rle_is_named(tree: Callable[..., Path], segmentation: Any) -> None:
+def test_mask_without_compressed_rle_is_rejected(tree: Callable[..., Path], segmentation: Any) -> None:
     document = detail({"2008_000009.jpg": ("val", [(2, [[0, 1, 0], [0, 0, 0]])])})
     document["annos_segmentation"][0]["segmentation"] = segmentation
     with pytest.raises(ValueError, match=r"trainval_merged\.json: 2008_000009\.jpg: .*(annotation format|damaged RLE)"):

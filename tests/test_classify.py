@@ -1,4 +1,4 @@
-"""Mask classification on hand-made features against naive loops; masks from label maps, segments and files."""
+"""Mask classification on hand-made features loadedst naive loops; masks from label maps, segments and files."""
 
 import numpy as np
 import pytest
@@ -11,13 +11,13 @@ from pixelclip import classify
 from pixelclip.annotations import annotate, decode_masks
 from pixelclip.classify import GivenMasks, classify_masks, majority, segment_masks, truth_masks
 from pixelclip.ranks import SINGLE_PROCESS
-from pixelclip.tally import CLIP, OURS, Confusion, Found, Tally
+from pixelclip.tally import CLIP, OURS, ConfusionMatrix, EvaluationCounts, Predictions
 
 HEIGHT, WIDTH, NUM_CLASSES, WIDE = 23, 31, 5, 8
 
 
 def some_masks(count: int = 9, seed: int = 0) -> np.ndarray:
-    """Overlapping boxes and spots, [N, H, W], of sizes that all differ."""
+    """Overlapping boxes and spots, [N, H, W], all of different sizes."""
     random = np.random.default_rng(seed)
     masks = np.zeros((count, HEIGHT, WIDTH), bool)
     for index, mask in enumerate(masks):
@@ -41,7 +41,7 @@ def naive(
     classes: torch.Tensor,
     truth: np.ndarray,
 ) -> tuple[np.ndarray, int, int]:
-    """One tower, mask by mask and pixel by pixel: painted map, hits, masks with a labelled pixel."""
+    """Return painted map, correct masks and labelled masks of one tower, computed mask by mask and pixel by pixel."""
     large = F.interpolate(features[None], (HEIGHT, WIDTH), mode="bilinear", align_corners=False)[0]
     names, hits, counted = [], 0, 0
     for mask in masks:
@@ -68,49 +68,49 @@ def test_mask_classification_equals_a_naive_loop(monkeypatch, pixels_at_once):
     classes = F.normalize(torch.randn(NUM_CLASSES, WIDE, generator=generator), dim=1)
     truth = np.random.default_rng(1).choice([0, 1, 2, 4, 255], (HEIGHT, WIDTH)).astype(np.uint8)
     masks = some_masks()
-    assert len(set(masks.sum(axis=(1, 2)).tolist())) == len(masks)  # no tie in what lies on top
+    assert len(set(masks.sum(axis=(1, 2)).tolist())) == len(masks)  # the painting order is unique
     truth[masks[0]] = 255
-    found = classify_masks(features, entries(masks), classes, truth)
+    predictions = classify_masks(features, entries(masks), classes, truth)
     for tower in range(2):
         painted, hits, counted = naive(features[tower], masks, classes, truth)
-        assert np.array_equal(found.maps[tower], painted)
-        assert (found.hits[tower], found.masks) == (hits, counted)
-    assert found.masks == len(masks) - 1
-    assert (found.maps[0] == NUM_CLASSES).any()
+        assert np.array_equal(predictions.label_maps[tower], painted)
+        assert (predictions.correct_masks[tower], predictions.num_masks) == (hits, counted)
+    assert predictions.num_masks == len(masks) - 1
+    assert (predictions.label_maps[0] == NUM_CLASSES).any()
 
 
-def test_an_image_without_masks_is_nothing_everywhere():
-    found = classify_masks(torch.randn(1, WIDE, 4, 6), [], torch.randn(NUM_CLASSES, WIDE), np.zeros((3, 4), np.uint8))
-    assert (found.maps[0] == NUM_CLASSES).all()
-    assert (found.hits, found.masks) == ([0], 0)
+def test_image_without_masks_has_no_prediction():
+    predictions = classify_masks(torch.randn(1, WIDE, 4, 6), [], torch.randn(NUM_CLASSES, WIDE), np.zeros((3, 4), np.uint8))
+    assert (predictions.label_maps[0] == NUM_CLASSES).all()
+    assert (predictions.correct_masks, predictions.num_masks) == ([0], 0)
 
 
 def test_pixels_without_a_mask_count_as_wrong():
-    confusion = Confusion.zeros(2)
+    confusion = ConfusionMatrix.zeros(2)
     confusion.add(np.array([[0, 0, 1, 1, 255]]), np.array([[0, 2, 1, 2, 2]]))  # 2 is no prediction
     np.testing.assert_allclose(confusion.iou(), [1 / 2, 1 / 2])
     assert confusion.miou() == confusion.pixel_accuracy() == 50
 
 
-def test_the_majority_by_hand():
+def test_majority_equals_hand_computed_classes():
     truth = np.array([[0, 1, 1, 255, 255, 255]], np.uint8)
     masks = np.array([[[1, 1, 1, 1, 1, 1]], [[1, 1, 0, 0, 0, 0]], [[0, 0, 0, 1, 1, 0]], [[0, 0, 0, 0, 0, 0]]], bool)
-    assert majority(masks, truth).tolist() == [1, 0, 255, 255]  # of equally many the first class
+    assert majority(masks, truth).tolist() == [1, 0, 255, 255]  # the lowest class on a tie
 
 
-def test_masks_of_a_label_map():
+def test_truth_masks_are_one_per_class():
     labels = np.array([[3, 3, 255], [1, 3, 255]], np.uint8)
     assert np.array_equal(decoded(truth_masks(labels)), [labels == 1, labels == 3])
     assert truth_masks(np.full((2, 2), 255, np.uint8)) == []
 
 
-def test_segments_are_a_partition():
+def test_segments_partition_the_image():
     masks = decoded(segment_masks(Image.fromarray(pixels(40, 60)), 50.0, 0.5, 20))
     assert len(masks) >= 4
     assert (masks.sum(axis=0) == 1).all()
 
 
-def test_masks_from_a_file(tmp_path):
+def test_given_masks_are_read_without_empty_ones(tmp_path):
     masks = some_masks()
     masks[4] = False
     (tmp_path / "a.json").write_bytes(annotation(masks))
@@ -126,27 +126,27 @@ def test_masks_from_a_file(tmp_path):
     ],
     ids=["missing", "no JSON", "another size"],
 )
-def test_an_unusable_file_of_masks_is_named(tmp_path, content, message):
+def test_unusable_mask_file_is_rejected_with_its_name(tmp_path, content, message):
     if content is not None:
         (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         GivenMasks(str(tmp_path)).read("a", (WIDTH, HEIGHT))
 
 
-def test_a_tally_comes_back_as_it_was_saved(tmp_path):
+def test_counts_survive_save_and_load(tmp_path):
     random = np.random.default_rng(0)
     truths = [random.choice([0, 1, 255], (4, 5)).astype(np.uint8) for _ in range(3)]
-    found = [Found([random.integers(0, 3, (4, 5)) for _ in range(2)], [1, 0], 2) for _ in truths]
-    tally = Tally.zeros([OURS, CLIP], 2, position=7)
-    tally.add(truths, found)
-    tally.recall(truths, torch.rand(3, 2))
-    tally.bad.append("x.png: broken")
-    tally.save(tmp_path / "t.npz")
-    again = Tally.zeros([OURS, CLIP], 2, position=0)
-    again.load(tmp_path / "t.npz")
-    again.sum(SINGLE_PROCESS)
-    assert (again.position, again.bad) == (7, ["x.png: broken"])
-    assert tally.masks.tolist() == [3, 0, 6]
-    for name, array in tally.arrays().items():
+    predictions = [Predictions([random.integers(0, 3, (4, 5)) for _ in range(2)], [1, 0], 2) for _ in truths]
+    counts = EvaluationCounts.zeros([OURS, CLIP], 2, next_index=7)
+    counts.add(truths, predictions)
+    counts.add_recalled(truths, torch.rand(3, 2))
+    counts.bad_samples.append("x.png: broken")
+    counts.save(tmp_path / "t.npz")
+    loaded = EvaluationCounts.zeros([OURS, CLIP], 2, next_index=0)
+    loaded.load(tmp_path / "t.npz")
+    loaded.all_reduce(SINGLE_PROCESS)
+    assert (loaded.next_index, loaded.bad_samples) == (7, ["x.png: broken"])
+    assert counts.masks.tolist() == [3, 0, 6]
+    for name, array in counts.arrays().items():
         assert array.any()
-        assert np.array_equal(array, again.arrays()[name])
+        assert np.array_equal(array, loaded.arrays()[name])

@@ -1,4 +1,4 @@
-"""CLIP by itself against the Predictor; a model's evaluation that takes it against the one that measures both towers."""
+"""Evaluation of CLIP against the Predictor; its reuse by `evaluate` against an evaluation of both towers."""
 
 import os
 import subprocess
@@ -17,8 +17,10 @@ from test_evaluate import CONFIG, KilledError, Reads, naive_iou, result, with_se
 
 from pixelclip import evaluate, evaluate_clip
 from pixelclip.benchmarks import LabelledSet
+from pixelclip.clip_baseline import COUNTS, MAPS
 from pixelclip.config import EvaluateClipConfig, EvaluateConfig, lasting
-from pixelclip.evaluate_clip import COUNTS, MAPS, run
+from pixelclip.evaluate_clip import run
+from pixelclip.measure import evaluate_towers
 from pixelclip.predict import Predictor
 from pixelclip.storage import read_json, write_json
 
@@ -36,10 +38,10 @@ def of_clip(made: Path, labelled: Path, out: Path, config: EvaluateConfig = CONF
 
 
 def given_masks(folder: Path, labelled: Path) -> str:
-    """Three overlapping masks for every image; the first image of three has a pixel in none."""
+    """Write three overlapping masks per image; some pixels of the first image are in none."""
     sizes = {path.stem: np.asarray(Image.open(path)).shape for path in (labelled / "labels").iterdir()}
     masks = {name: [y < 9, x < 11, x + y < 6] for name, (y, x) in ((name, np.indices(size)) for name, size in sizes.items())}
-    write_files(folder, {f"{name}.json": annotation(np.array(found)) for name, found in masks.items()})
+    write_files(folder, {f"{name}.json": annotation(np.array(image_masks)) for name, image_masks in masks.items()})
     return str(folder)
 
 
@@ -48,19 +50,19 @@ def config_of(protocol: str, masks: Path, labelled: Path, **settings) -> Evaluat
     return with_settings(**chosen | ({"masks_folder": given_masks(masks, labelled)} if protocol == "masks-given" else {}))
 
 
-def test_clip_alone_agrees_with_the_predictor(made, tmp_path, capsys):
+def test_evaluation_of_clip_agrees_with_the_predictor(made, tmp_path, capsys):
     metrics = of_clip(made, made / "labelled", tmp_path / "out")
     predictor = Predictor.load(made / "untrained", "cpu")
     truths = [np.asarray(Image.open(path)) for path in sorted((made / "labelled" / "labels").iterdir())]
     images = [Image.open(path) for path in sorted((made / "labelled" / "images").iterdir())]
-    founds = [predictor(image, tiny.CLASSES).labels for image in images]
-    dog, grass, _ = naive_iou(truths, founds, 3)
+    predictions = [predictor(image, tiny.CLASSES).labels for image in images]
+    dog, grass, _ = naive_iou(truths, predictions, 3)
     assert metrics["miou_clip/set"] == pytest.approx(100 * (dog + grass) / 2)
     names = ("miou_clip", "pixel_accuracy_clip", "image_recall_clip", "images")
     assert list(metrics) == [f"{name}/set" for name in names]
     assert read_json(tmp_path / "out" / "metrics.json") == metrics
     with np.load(tmp_path / "out" / MAPS) as maps:  # of the first and the last picture, which a report shows
-        assert {name: (maps[name] == founds[int(name)]).all() for name in maps.files} == {"0": True, "2": True}
+        assert {name: (maps[name] == predictions[int(name)]).all() for name in maps.files} == {"0": True, "2": True}
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         *("metrics.json", "provenance.json", "protocol.json", COUNTS, MAPS)
     }
@@ -70,7 +72,7 @@ def test_clip_alone_agrees_with_the_predictor(made, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_an_evaluation_that_takes_it_is_the_same_to_the_letter(made, seven, client, tmp_path, monkeypatch, protocol):
+def test_evaluation_with_saved_clip_gives_identical_files(made, seven, client, tmp_path, monkeypatch, protocol):
     config = config_of(protocol, tmp_path / "masks", made / "seven", max_bad_share=0.2, pictures=7)
     whole = evaluate.run(made / "changed", seven, tmp_path / "whole", config)
     assert whole["images/" + next(iter(whole)).partition("/")[2]] == 6  # the second image cannot be read
@@ -79,20 +81,20 @@ def test_an_evaluation_that_takes_it_is_the_same_to_the_letter(made, seven, clie
     assert alone.items() <= whole.items() and "gain" not in str(alone)
     assert ("mask_accuracy_clip" in str(alone)) == protocol.startswith("masks")
 
-    monkeypatch.setattr(evaluate, "Backbone", None)  # what CLIP's tower would be made by
-    seen = []
+    monkeypatch.setattr(evaluate, "Backbone", None)  # building CLIP's tower would fail
+    evaluated = []
     monkeypatch.setattr(
-        evaluate, "measure", lambda towers, *others: seen.append(list(towers)) or test_evaluate.stage_measure(towers, *others)
+        evaluate, "evaluate_towers", lambda towers, *others: evaluated.append(list(towers)) or evaluate_towers(towers, *others)
     )
     assert evaluate.run(made / "changed", seven, tmp_path / "out", config, tmp_path / "clip") == whole
-    assert seen == [[""]]
+    assert evaluated == [[""]]
     assert result(tmp_path / "out") == result(tmp_path / "whole")
     inputs = read_json(tmp_path / "out" / "provenance.json")["inputs"]
     assert inputs["clip_evaluation"]["provenance"]["stage"] == "evaluate_clip"
     assert set(inputs) == {"model", "labelled", "clip", "clip_evaluation"} | ({"masks"} if protocol == "masks-given" else set())
 
 
-def test_a_folder_s_name_that_the_setting_could_not_be(made, client, tmp_path):
+def test_folder_name_that_is_no_valid_setting_is_accepted(made, client, tmp_path):
     labelled = tiny.labelled_set(tmp_path / "my set", images=1)
     config = with_settings(name="")
     assert "miou_clip/my set" in of_clip(made, labelled, tmp_path / "clip", config)
@@ -100,7 +102,7 @@ def test_a_folder_s_name_that_the_setting_could_not_be(made, client, tmp_path):
     assert metrics["gain/my set"] == metrics["miou/my set"] - metrics["miou_clip/my set"]
 
 
-# What does not fit.
+# Mismatches.
 
 
 def with_another_class(made: Path, tmp_path: Path) -> dict[str, object]:
@@ -112,10 +114,10 @@ def with_another_clip(made: Path, tmp_path: Path) -> dict[str, object]:
 
 
 def with_other_masks(made: Path, tmp_path: Path) -> dict[str, object]:
-    given = {"protocol": "masks", "masks": "given"}
+    settings = {"protocol": "masks", "masks": "given"}
     first, second = (given_masks(tmp_path / name, made / "labelled") for name in "ab")
     (tmp_path / "b" / "0.json").write_bytes(annotation(np.ones((1, 20, 40))))
-    return {"before": with_settings(**given, masks_folder=first), "config": with_settings(**given, masks_folder=second)}
+    return {"before": with_settings(**settings, masks_folder=first), "config": with_settings(**settings, masks_folder=second)}
 
 
 def of_another_version(made: Path, tmp_path: Path) -> dict[str, object]:
@@ -126,43 +128,43 @@ def of_another_version(made: Path, tmp_path: Path) -> dict[str, object]:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "differences"),
     [
-        ({"config": with_settings(side=56)}, r"side 48 there, 56 here$"),
-        ({"config": with_settings(feature_grid=9, templates="single")}, r"templates .*; feature_grid 64 there, 9 here$"),
-        ({"config": with_settings(name="b")}, r"name 'set' there, 'b' here$"),
-        ({"config": with_settings(pictures=3)}, r"pictures 2 there, 3 here$"),
-        ({"config": with_settings(protocol="masks")}, r"protocol 'whole' there, 'masks' here; feature_grid .*; masks None"),
-        ({"residual": "patch"}, r"residual 'patch' there, 'cls' here$"),
-        ({"side": 40}, r"side 40 there, 48 here$"),
-        (with_another_class, r"md5 of labelled '\w{32}' there, '\w{32}' here$"),
-        (with_another_clip, r"md5 of clip '\w{32}' there, '\w{32}' here$"),
-        (with_other_masks, r"md5 of masks '\w{32}' there, '\w{32}' here$"),
-        (of_another_version, r"version '0\.0\.1' there, '\d\.\d\.\d' here$"),
+        ({"config": with_settings(side=56)}, r"side is 48, expected 56$"),
+        ({"config": with_settings(feature_grid=9, templates="single")}, r"templates .*; feature_grid is 64, expected 9$"),
+        ({"config": with_settings(name="b")}, r"name is 'set', expected 'b'$"),
+        ({"config": with_settings(pictures=3)}, r"pictures is 2, expected 3$"),
+        ({"config": with_settings(protocol="masks")}, r"protocol is 'whole', expected 'masks'; feature_grid .*; masks is None"),
+        ({"residual": "patch"}, r"residual is 'patch', expected 'cls'$"),
+        ({"side": 40}, r"side is 40, expected 48$"),
+        (with_another_class, r"md5 of labelled is '\w{32}', expected '\w{32}'$"),
+        (with_another_clip, r"md5 of clip is '\w{32}', expected '\w{32}'$"),
+        (with_other_masks, r"md5 of masks is '\w{32}', expected '\w{32}'$"),
+        (of_another_version, r"version is '0\.0\.1', expected '\d\.\d\.\d'$"),
     ],
     ids=lambda value: value.__name__ if callable(value) else str(value)[:40],
 )
-def test_clip_evaluated_otherwise_is_refused_by_what_differs(made, client, tmp_path, change, said):
-    given = change(made, tmp_path) if callable(change) else change
-    out, side, residual = tmp_path / "clip", given.get("side", tiny.SIDE), given.get("residual", "cls")
-    run(str(made / "clip"), made / "labelled", out, given.get("before", CONFIG), side, residual)
-    given.get("then", lambda _: None)(out)
-    with pytest.raises(ValueError, match=rf"clip: CLIP was evaluated otherwise than this model is: {said}"):
-        evaluate.run(
-            made / "changed", given.get("labelled", made / "labelled"), tmp_path / "o", given.get("config", CONFIG), out
-        )
+def test_saved_clip_under_other_conditions_is_rejected_with_the_differences(made, client, tmp_path, change, differences):
+    case = change(made, tmp_path) if callable(change) else change
+    out, side, residual = tmp_path / "clip", case.get("side", tiny.SIDE), case.get("residual", "cls")
+    run(str(made / "clip"), made / "labelled", out, case.get("before", CONFIG), side, residual)
+    case.get("then", lambda _: None)(out)
+    with pytest.raises(
+        ValueError, match=rf"clip: this evaluation of CLIP does not match the evaluation of the model: {differences}"
+    ):
+        evaluate.run(made / "changed", case.get("labelled", made / "labelled"), tmp_path / "o", case.get("config", CONFIG), out)
     assert not (tmp_path / "o").exists()
 
 
-def test_the_same_clip_by_another_path_is_the_same(made, client, tmp_path):
+def test_path_of_the_clip_does_not_matter(made, client, tmp_path):
     (tmp_path / "linked").symlink_to(made / "clip")
     run(str(tmp_path / "linked"), made / "labelled", tmp_path / "clip", CONFIG, tiny.SIDE, "cls")
     assert evaluate.run(made / "untrained", made / "labelled", tmp_path / "out", CONFIG, tmp_path / "clip")["gain/set"] == 0
 
 
-def test_what_is_no_evaluation_of_clip(made, client, tmp_path):
+def test_other_or_damaged_folder_is_rejected(made, client, tmp_path):
     arguments = (made / "changed", made / "labelled", tmp_path / "out", CONFIG)
-    with pytest.raises(ValueError, match=r"changed: is no evaluation of CLIP, stage 'train' made it"):
+    with pytest.raises(ValueError, match=r"changed: is not an evaluation of CLIP, it was made by stage 'train'"):
         evaluate.run(*arguments, made / "changed")
     with pytest.raises(ValueError, match=r"nothing: no such file or folder"):
         evaluate.run(*arguments, tmp_path / "nothing")
@@ -176,23 +178,23 @@ def test_what_is_no_evaluation_of_clip(made, client, tmp_path):
     assert evaluate.run(*arguments, tmp_path / "clip")["images/set"] == 3
 
 
-def test_an_image_that_only_one_of_them_could_read(made, client, tmp_path, monkeypatch):
+def test_image_read_by_only_one_evaluation_is_rejected(made, client, tmp_path, monkeypatch):
     config = with_settings(max_bad_share=0.5)
     of_clip(made, made / "labelled", tmp_path / "clip", config)
     read = LabelledSet.read
 
     def fail_once(self, index):
         if index == 1:
-            raise ValueError("1.png: the disk had a bad day")
+            raise ValueError("1.png: read error")
         return read(self, index)
 
     monkeypatch.setattr(LabelledSet, "read", fail_once)
-    said = r"clip: other pixels or masks were counted there .*there: none, here: 1\.png: the disk had a bad day"
-    with pytest.raises(ValueError, match=said):
+    message = r"clip: covers other pixels or masks .*bad samples: none; in this evaluation: 1\.png: read error"
+    with pytest.raises(ValueError, match=message):
         evaluate.run(made / "changed", made / "labelled", tmp_path / "out", config, tmp_path / "clip")
 
 
-def test_the_gate_of_a_clip_s_side_and_of_the_labels(made, tmp_path):
+def test_invalid_side_masks_or_clip_is_rejected(made, tmp_path):
     with pytest.raises(ValueError, match=r"evaluate\.side 7 is smaller than one patch"):
         run(str(made / "clip"), made / "labelled", tmp_path / "out", CONFIG, 7, "cls")
     with pytest.raises(ValueError, match="masks_folder nowhere: no such folder"):
@@ -204,27 +206,27 @@ def test_the_gate_of_a_clip_s_side_and_of_the_labels(made, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_what_it_makes_hangs_on_side_residual_and_pictures(made, tmp_path):
+def test_fingerprint_depends_on_side_residual_and_pictures(made, tmp_path):
     assert lasting(EvaluateClipConfig()).keys() - lasting(EvaluateConfig()).keys() == {"residual", "pictures"}
     of_clip(made, made / "labelled", tmp_path / "out")
-    for side, residual, config, said in (
+    for side, residual, config, message in (
         (40, "cls", CONFIG, "evaluate_clip.side 48 → 40"),
         (48, "patch", CONFIG, "evaluate_clip.residual 'cls' → 'patch'"),
         (48, "cls", with_settings(pictures=1), "evaluate_clip.pictures 2 → 1"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             run(str(made / "clip"), made / "labelled", tmp_path / "out", config, side, residual)
-    # evaluate.side goes before the training's, which then does not matter.
+    # evaluate.side takes precedence over the side of the training.
     first, second = (
         run(str(made / "clip"), made / "labelled", tmp_path / "own", with_settings(side=56), side, "cls") for side in (48, 40)
     )
     assert first == second
 
 
-# Killed and continued; several sets; several processes.
+# Resume; several sets; several processes.
 
 
-def test_a_killed_run_continues(made, seven, tmp_path, reads: Reads, capsys):
+def test_interrupted_run_resumes(made, seven, tmp_path, reads: Reads, capsys):
     config = with_settings(max_bad_share=0.2, pictures=7, checkpoint_every=1)
     of_clip(made, seven, tmp_path / "undisturbed", config)
     reads.kill_at = 6
@@ -235,13 +237,13 @@ def test_a_killed_run_continues(made, seven, tmp_path, reads: Reads, capsys):
     capsys.readouterr()
     of_clip(made, seven, tmp_path / "out", config)
     assert reads.seen == [5, 6]
-    said = capsys.readouterr().out
-    assert "evaluate_clip: continues after 5 images" in said and "evaluate_clip: 1 of 7 samples cannot be used" in said
+    printed = capsys.readouterr().out
+    assert "evaluate_clip: resumes after 5 images" in printed and "evaluate_clip: 1 of 7 samples cannot be used" in printed
     for name in (COUNTS, MAPS, "metrics.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
 
 
-def test_a_killed_evaluation_that_takes_it_continues(made, seven, client, tmp_path, reads: Reads):
+def test_interrupted_evaluation_with_saved_clip_resumes(made, seven, client, tmp_path, reads: Reads):
     config = with_settings(max_bad_share=0.2, pictures=7, checkpoint_every=1)
     whole = evaluate.run(made / "changed", seven, tmp_path / "whole", config)
     of_clip(made, seven, tmp_path / "clip", config)
@@ -254,7 +256,7 @@ def test_a_killed_evaluation_that_takes_it_continues(made, seven, client, tmp_pa
     assert result(tmp_path / "out") == result(tmp_path / "whole")
 
 
-def test_several_sets_each_take_their_own(made, client, tmp_path):
+def test_several_sets_each_use_their_own_saved_clip(made, client, tmp_path):
     sets = [str(made / "labelled"), str(tiny.labelled_set(tmp_path / "other", images=2, seed=5))]
     config = with_settings(name="")
     metrics = evaluate_clip.run_all(str(made / "clip"), sets, tmp_path / "clip", config, tiny.SIDE, "cls")
@@ -267,7 +269,7 @@ def test_several_sets_each_take_their_own(made, client, tmp_path):
         assert result(tmp_path / "out" / name) == result(tmp_path / "both" / name)
     alone = evaluate_clip.run_all(str(made / "clip"), sets[1:], tmp_path / "one", config, tiny.SIDE, "cls")
     assert alone.items() <= metrics.items() and (tmp_path / "one" / COUNTS).is_file()
-    with pytest.raises(ValueError, match="two labelled sets are called 'other'"):
+    with pytest.raises(ValueError, match="two labelled sets have the name 'other'"):
         evaluate_clip.run_all(str(made / "clip"), [sets[1]] * 2, tmp_path / "twice", config, tiny.SIDE, "cls")
 
 
@@ -284,18 +286,18 @@ def torchrun(*words: object) -> str:
 
 
 @pytest.mark.slow
-def test_two_processes_make_what_one_makes(made, seven, tmp_path):
+def test_two_processes_give_the_result_of_one(made, seven, tmp_path):
     config = with_settings(max_bad_share=0.2, checkpoint_every=1, pictures=7)
     of_clip(made, seven, tmp_path / "one", config)
     options = ["--clip", made / "clip", "--side", tiny.SIDE, "--labelled", seven, "--out", tmp_path / "two"]
-    said = torchrun("evaluate_clip", *options, *settings_of(config))
-    assert said.count("mIoU") == said.count("1 of 7 samples cannot be used") == 1
+    printed = torchrun("evaluate_clip", *options, *settings_of(config))
+    assert printed.count("mIoU") == printed.count("1 of 7 samples cannot be used") == 1
     for name in (COUNTS, MAPS, "metrics.json", "protocol.json"):
         assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
 
 
 @pytest.mark.slow
-def test_two_processes_take_what_one_made(made, seven, client: mlflow.MlflowClient, tmp_path):
+def test_two_processes_use_the_clip_evaluation_of_one(made, seven, client: mlflow.MlflowClient, tmp_path):
     config = with_settings(max_bad_share=0.2, checkpoint_every=1, pictures=7)
     whole = evaluate.run(made / "changed", seven, tmp_path / "whole", config)
     of_clip(made, seven, tmp_path / "clip", config)

@@ -25,7 +25,7 @@ from pixelclip.model import PixelCLIP
 from pixelclip.predict import Predictor
 from pixelclip.ranks import pick_precision
 from pixelclip.sam import SamGenerator
-from pixelclip.tally import Confusion
+from pixelclip.tally import ConfusionMatrix
 from pixelclip.text import Prompts, TextTower
 from pixelclip.views import Sample
 
@@ -149,10 +149,10 @@ def test_mask_classification_equals_the_cpu():
     size = (test_classify.HEIGHT, test_classify.WIDTH)
     truth = torch.randint(0, test_classify.NUM_CLASSES, size, generator=generator).numpy().astype(np.uint8)
     truth[:3] = 255
-    actual, expected = (classify_masks(features.to(d), masks, classes.to(d), truth) for d in (DEVICE, "cpu"))
-    assert (actual.hits, actual.masks) == (expected.hits, expected.masks)
+    found, expected = (classify_masks(features.to(d), masks, classes.to(d), truth) for d in (DEVICE, "cpu"))
+    assert (found.correct_masks, found.num_masks) == (expected.correct_masks, expected.num_masks)
     confusions = []
-    for labels, device in ((actual.maps[0], DEVICE), (expected.maps[0], "cpu")):
-        confusions.append(Confusion.zeros(test_classify.NUM_CLASSES))
+    for labels, device in ((found.label_maps[0], DEVICE), (expected.label_maps[0], "cpu")):
+        confusions.append(ConfusionMatrix.zeros(test_classify.NUM_CLASSES))
         confusions[-1].add(truth, labels.to(device))
     assert np.array_equal(confusions[0].counts, confusions[1].counts) and confusions[0].counts.sum() == (truth != 255).sum()

@@ -24,9 +24,8 @@ from pixelclip.annotations import annotate, decode_masks
 from pixelclip.config import MasksConfig
 from pixelclip.dino import IMAGENET_MEAN, IMAGENET_STD
 from pixelclip.felzenszwalb import felzenszwalb
-from pixelclip.masks import Sample, annotate, decode_masks, felzenszwalb, run, shrink
+from pixelclip.masks import Sample, run, shrink
 from pixelclip.shard_sources import describe_shards, list_shards
-from pixelclip.sources import describe_shards, list_shards
 
 HEIGHT, WIDTH = 24, 32
 JPEG = encoded(pixels(HEIGHT, WIDTH), quality=95)

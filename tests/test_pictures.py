@@ -1,4 +1,4 @@
-"""The preview of masks: what it shows, what it leaves out, and that every shape of image has one."""
+"""Preview of masked shards: painted masks, skipped samples, images of extreme shapes."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ def shard(path: Path, **samples: dict[str, bytes]) -> Path:
     return write_tar(path, {f"{key}.{kind}": data for key, parts in samples.items() for kind, data in parts.items()})
 
 
-def test_masks_are_painted_in_colours_beside_their_image(tmp_path):
+def test_preview_shows_image_and_coloured_masks(tmp_path):
     shard(tmp_path / "masks" / "0.tar", a=GOOD, without={"jpg": JPEG})
     assert preview(tmp_path / "masks", 5, tmp_path / "preview.jpg") == 1
     with Image.open(tmp_path / "preview.jpg") as image:
@@ -31,7 +31,7 @@ def test_masks_are_painted_in_colours_beside_their_image(tmp_path):
     assert shown[60, 480].min() > 200  # the border between the two
 
 
-def test_no_shard_is_opened_after_enough(tmp_path, monkeypatch):
+def test_no_more_shards_are_opened_than_needed(tmp_path, monkeypatch):
     shard(tmp_path / "masks" / "0.tar", a=GOOD, b=GOOD)
     write_files(tmp_path / "masks", {"1.tar": b"no tar"})
     assert preview(tmp_path / "masks", 2, tmp_path / "preview.jpg") == 2
@@ -44,18 +44,18 @@ def test_no_shard_is_opened_after_enough(tmp_path, monkeypatch):
     [({"jpg": b"x"}, "unreadable image"), ({"json": b"{"}, "unreadable JSON"), ({"json": annotation(HALVES[:, 1:])}, "32x23")],
     ids=["image", "JSON", "size"],
 )
-def test_a_bad_sample_is_named_and_left_out(tmp_path, capsys, bad, reason):
+def test_bad_sample_is_reported_and_skipped(tmp_path, capsys, bad, reason):
     shard(tmp_path / "masks" / "0.tar", odd=GOOD | bad, good=GOOD)
     assert preview(tmp_path / "masks", 5, tmp_path / "preview.jpg") == 1
-    said = capsys.readouterr().out
-    assert said.startswith("preview: ") and "0.tar: odd: " in said and reason in said
+    printed = capsys.readouterr().out
+    assert printed.startswith("preview: ") and "0.tar: odd: " in printed and reason in printed
     shard(tmp_path / "masks" / "0.tar", odd=GOOD | bad)
-    with pytest.raises(ValueError, match="masks: holds no image with masks"):
+    with pytest.raises(ValueError, match="masks: contains no readable image with masks"):
         preview(tmp_path / "masks", 5, tmp_path / "preview.jpg")
 
 
 @pytest.mark.parametrize("size", [(1, 60_000), (60_000, 1)])
-def test_a_strip_has_a_preview(tmp_path, size):
+def test_preview_of_a_strip_is_bounded(tmp_path, size):
     image, mask = encoded(Image.new("RGB", size), "PNG"), np.ones((1, *size[::-1]), bool)
     shard(tmp_path / "masks" / "0.tar", strip={"jpg": image, "json": annotation(mask)})
     preview(tmp_path / "masks", 1, tmp_path / "preview.jpg")
@@ -64,5 +64,5 @@ def test_a_strip_has_a_preview(tmp_path, size):
 
 
 @pytest.mark.parametrize("size", [(1, 60_000), (60_000, 1)])
-def test_a_strip_has_a_thumbnail(size):
+def test_thumbnail_of_a_strip_has_the_usual_size(size):
     assert pictures._thumbnail(Image.new("RGB", size), np.ones(size[::-1], bool)).size == (96, 96)

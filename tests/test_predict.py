@@ -1,4 +1,4 @@
-"""Prediction on images of every shape and mode, and the command line around it."""
+"""Prediction on images of every shape and mode, and the command `pixelclip predict`."""
 
 import json
 import sys
@@ -13,18 +13,18 @@ from PIL import Image
 from pixelclip import cli
 from pixelclip.backbone import Backbone
 from pixelclip.checkpoint import backbone_of, load_model
+from pixelclip.labels import label_map
 from pixelclip.predict import (
     Prediction,
     Predictor,
     best_class,
     class_scores,
     label_image,
-    label_map,
     overlay,
-    pick_device,
     resize_shortest,
     slide_scores,
 )
+from pixelclip.ranks import pick_device
 
 CLASSES = ["dog, puppy", "grass", "sky", "traffic light"]
 
@@ -46,44 +46,44 @@ def noise(width: int, height: int, channels: int = 3) -> np.ndarray:
 
 
 def naive(scores: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """All scores at full size at once."""
+    """Argmax of scores resized to full size."""
     return torch.nn.functional.interpolate(torch.from_numpy(scores)[None], size, mode="bilinear")[0].argmax(dim=0).numpy()
 
 
 @pytest.mark.parametrize(("width", "height"), [(1, 1), (7, 300), (300, 7), (640, 480)])
-def test_any_size_and_aspect(predictor, width, height):
+def test_images_of_any_size_and_aspect_are_segmented(predictor, width, height):
     image = Image.fromarray(noise(width, height))
-    found = predictor(image, CLASSES)
-    assert found.labels.shape == (height, width)
-    assert found.scores.shape == (4, 64, 64)
-    assert np.array_equal(found.labels, naive(found.scores, (height, width)))
-    assert overlay(image, found).width >= width
+    prediction = predictor(image, CLASSES)
+    assert prediction.labels.shape == (height, width)
+    assert prediction.scores.shape == (4, 64, 64)
+    assert np.array_equal(prediction.labels, naive(prediction.scores, (height, width)))
+    assert overlay(image, prediction).width >= width
 
 
-def test_a_picture_is_not_one_class_only(predictor):
+def test_prediction_has_several_classes(predictor):
     assert len(np.unique(predictor(Image.fromarray(noise(64, 64)), CLASSES).labels)) > 1
 
 
 def test_label_map_is_the_argmax_at_full_size():
     scores = torch.randn(2, 37, 5, 6, generator=torch.Generator().manual_seed(0))
-    expected = torch.stack([torch.from_numpy(naive(one.numpy(), (23, 31))) for one in scores])
+    expected = torch.stack([torch.from_numpy(naive(image_scores.numpy(), (23, 31))) for image_scores in scores])
     assert torch.equal(label_map(scores, (23, 31)), expected)
 
 
-def test_a_tie_goes_to_the_first_class():
+def test_first_class_wins_a_tie():
     assert label_map(torch.zeros(1, 40, 2, 2), (3, 3)).unique().tolist() == [0]
 
 
 def naive_slide(backbone, image, classes, crop, stride, grid) -> torch.Tensor:
-    """Window by window, everything at full size: [K, H, W]."""
+    """Average the scores of all windows at full size: [K, H, W]."""
     _, _, height, width = image.shape
 
     def starts(length: int) -> list[int]:
-        found, start = [], 0
+        offsets, start = [], 0
         while start + crop < length:
-            found.append(start)
+            offsets.append(start)
             start += stride
-        return [*found, max(length - crop, 0)]
+        return [*offsets, max(length - crop, 0)]
 
     total, times = torch.zeros(len(classes), height, width), torch.zeros(height, width)
     for y in starts(height):
@@ -107,14 +107,14 @@ def random_classes(count: int, width: int = 64) -> torch.Tensor:
     ("size", "crop", "stride", "grid"),
     [
         ((40, 56), 24, 8, 6),
-        ((37, 61), 24, 9, 5),  # windows at no multiple of the patch, the last one moved back
-        ((17, 90), 32, 32, 8),  # lower than a window, windows side by side
+        ((37, 61), 24, 9, 5),  # offsets that are no multiple of the patch, last window moved back
+        ((17, 90), 32, 32, 8),  # lower than a window, windows without overlap
         ((24, 24), 24, 7, 4),  # one window
         ((11, 13), 24, 24, 3),  # smaller than a window
         ((40, 56), 20, 9, 5),  # windows of two patches and a half
     ],
 )
-def test_windows_equal_a_naive_loop(folder, size, crop, stride, grid):
+def test_slide_scores_equal_a_naive_loop(folder, size, crop, stride, grid):
     backbone = backbone_of(load_model(folder)).eval()
     image = torch.randn(1, 3, *size, generator=torch.Generator().manual_seed(0))
     classes = random_classes(37)
@@ -126,65 +126,65 @@ def test_windows_equal_a_naive_loop(folder, size, crop, stride, grid):
 
 
 @torch.no_grad()
-def test_windows_of_a_convnext():
+def test_slide_scores_of_a_convnext_equal_a_naive_loop():
     backbone = Backbone(tiny.clip_of("convnext").visual).eval()
     image = torch.randn(1, 3, 70, 100, generator=torch.Generator().manual_seed(0))
-    for crop in (64, 48):  # whole patches, and not
-        found = torch.cat(list(slide_scores(backbone, image, random_classes(3), crop, 20, 8)), dim=1)[0]
+    for crop in (64, 48):  # with and without whole patches
+        scores = torch.cat(list(slide_scores(backbone, image, random_classes(3), crop, 20, 8)), dim=1)[0]
         expected = naive_slide(backbone, image, random_classes(3), crop, 20, 8)
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(scores, expected, atol=1e-5, rtol=1e-4)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["vit", "convnext"])
-def test_features_of_part_of_a_patch_stand_where_they_are(kind):
-    """An image of 2.5 patches is seen as 3, the last padded; a tower alone leaves half a patch out and stretches the rest."""
+def test_features_of_partial_patches_are_at_the_right_position(kind):
+    """An image of 2.5 patches is padded to 3; without padding the tower drops half a patch and stretches the rest."""
     backbone = Backbone(tiny.clip_of(kind).visual).eval()
     patch = backbone.patch_size[0]
     image = torch.randn(1, 3, 5 * patch // 2, 5 * patch // 2, generator=torch.Generator().manual_seed(0))
     padded = torch.cat([image, image[:, :, -1:].expand(-1, -1, patch // 2, -1)], dim=2)
     padded = torch.cat([padded, padded[..., -1:].expand(-1, -1, -1, patch // 2)], dim=3)
-    seen = torch.nn.functional.interpolate(backbone(padded), size=(6, 6), mode="bilinear", align_corners=False)
-    wanted = torch.einsum("bchw,kc->bkhw", torch.nn.functional.normalize(seen, dim=1), random_classes(3))
-    found = class_scores(backbone, image, random_classes(3), feature_grid=5)
-    torch.testing.assert_close(found, wanted[:, :, :5, :5], atol=1e-5, rtol=1e-4)  # half a patch is a cell of both grids
+    features = torch.nn.functional.interpolate(backbone(padded), size=(6, 6), mode="bilinear", align_corners=False)
+    expected = torch.einsum("bchw,kc->bkhw", torch.nn.functional.normalize(features, dim=1), random_classes(3))
+    scores = class_scores(backbone, image, random_classes(3), feature_grid=5)
+    torch.testing.assert_close(scores, expected[:, :, :5, :5], atol=1e-5, rtol=1e-4)  # both grids have cells of half a patch
 
 
-def test_windows_with_gaps_are_refused():
-    with pytest.raises(ValueError, match="windows of 8 pixels every 9 pixels leave gaps: 0 < stride <= crop is"):
+def test_windows_with_gaps_are_rejected():
+    with pytest.raises(ValueError, match="windows of 8 pixels every 9 pixels leave gaps; 0 < stride <= crop is"):
         next(slide_scores(None, torch.zeros(1, 3, 20, 20), random_classes(2), 8, 9))
 
 
 @pytest.mark.parametrize(
-    ("size", "side", "wanted"),
+    ("size", "side", "expected"),
     [
         ((30, 40), 15, (15, 20)),
         ((70, 31), 62, (140, 62)),
         ((9, 9), 9, (9, 9)),
     ],
 )
-def test_resizing_keeps_the_aspect(size, side, wanted):
+def test_resizing_keeps_the_aspect(size, side, expected):
     image = torch.rand(1, 3, *size, generator=torch.Generator().manual_seed(0))
-    found = resize_shortest(image, side)
-    assert found.shape[2:] == wanted
-    if size == wanted:
-        assert torch.equal(found, image)
+    resized = resize_shortest(image, side)
+    assert resized.shape[2:] == expected
+    if size == expected:
+        assert torch.equal(resized, image)
 
 
-def test_the_order_of_the_classes_only_names_them(predictor):
+def test_order_of_classes_only_permutes_labels(predictor):
     image = Image.fromarray(noise(50, 40))
-    there, back = predictor(image, CLASSES).labels, predictor(image, CLASSES[::-1]).labels
-    assert np.array_equal(there, 3 - back)
+    forward, backward = predictor(image, CLASSES).labels, predictor(image, CLASSES[::-1]).labels
+    assert np.array_equal(forward, 3 - backward)
 
 
-def test_what_ran_before_does_not_change_how_a_predictor_multiplies(predictor, monkeypatch):
-    asked = []
-    monkeypatch.setattr("pixelclip.predict.pick_precision", lambda name, device: asked.append((name, device.type)))
+def test_predictor_always_sets_float32(predictor, monkeypatch):
+    calls = []
+    monkeypatch.setattr("pixelclip.predict.pick_precision", lambda name, device: calls.append((name, device.type)))
     predictor(Image.fromarray(noise(20, 20)), CLASSES)
-    assert asked == [("float32", "cpu")]
+    assert calls == [("float32", "cpu")]
 
 
-def test_image_modes(predictor):
+def test_every_image_mode_is_read_as_rgb(predictor):
     rgb = noise(40, 30)
     grey = rgb[:, :, 0]
     indices = (np.arange(30)[:, None] + np.arange(40)) % 200
@@ -210,18 +210,18 @@ def test_image_modes(predictor):
 def test_exif_orientation_is_applied(predictor, tmp_path):
     pixels = noise(60, 40)
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned clockwise by a quarter
+    exif[0x0112] = 6  # rotate clockwise by 90 degrees
     Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
     with Image.open(tmp_path / "a.png") as image:
-        turned = predictor(image, CLASSES)
-        shown = overlay(image, turned)
+        prediction = predictor(image, CLASSES)
+        shown = overlay(image, prediction)
     upright = Image.fromarray(np.rot90(pixels, -1).copy())
-    assert turned.labels.shape == (60, 40)
-    assert np.array_equal(turned.labels, predictor(upright, CLASSES).labels)
-    assert np.array_equal(np.asarray(shown), np.asarray(overlay(upright, turned)))
+    assert prediction.labels.shape == (60, 40)
+    assert np.array_equal(prediction.labels, predictor(upright, CLASSES).labels)
+    assert np.array_equal(np.asarray(shown), np.asarray(overlay(upright, prediction)))
 
 
-def test_overlay_is_image_and_colour_with_one_legend_entry_a_class():
+def test_overlay_blends_colours_and_has_one_legend_entry_per_class():
     labels = np.zeros((100, 300), np.uint16)
     labels[:, :100] = 2
     prediction = Prediction(labels, np.zeros((3, 1, 1), np.float32), ["a", "b", "c"])
@@ -236,18 +236,18 @@ def test_overlay_is_image_and_colour_with_one_legend_entry_a_class():
 
 
 @pytest.mark.parametrize("size", [(1, 100_000), (100_000, 1), (40, 30)])
-def test_an_overlay_of_any_shape_and_names_is_of_a_size_that_one_can_look_at(size):
+def test_overlay_size_is_bounded_for_any_shape_and_names(size):
     classes = [f"{number} {'long ' * 60}" for number in range(200)]
     labels = (np.arange(size[0] * size[1]) % 200).astype(np.uint16).reshape(size[::-1])
     shown = overlay(Image.new("RGB", size), Prediction(labels, np.zeros((200, 1, 1), np.float32), classes))
-    assert max(shown.size) < 23_000 and shown.width * shown.height < 3e7  # 100 rows of 64 pixels below it
+    assert max(shown.size) < 23_000 and shown.width * shown.height < 3e7  # with 100 legend rows of 64 pixels
     assert shown.height > min(size[1], 16384)
 
 
-def test_a_legend_cuts_long_names_only():
+def test_legend_shortens_only_long_names():
     image, scores = Image.new("RGB", (30, 20)), np.zeros((1, 1, 1), np.float32)
-    prediction = [Prediction(np.zeros((20, 30), np.uint16), scores, ["x" * length]) for length in (60, 61, 300)]
-    whole, cut, shortest = (np.asarray(overlay(image, one)) for one in prediction)
+    predictions = [Prediction(np.zeros((20, 30), np.uint16), scores, ["x" * length]) for length in (60, 61, 300)]
+    whole, cut, shortest = (np.asarray(overlay(image, prediction)) for prediction in predictions)
     assert np.array_equal(cut, shortest) and not np.array_equal(whole, cut)
 
 
@@ -260,13 +260,13 @@ def test_label_image_keeps_every_value(tmp_path, highest, mode):
         assert np.asarray(image).tolist() == labels.tolist()
 
 
-def test_an_unknown_device_is_named():
+def test_unknown_device_is_rejected_with_its_name():
     with pytest.raises(ValueError, match=r"device 'gpu0' cannot be used: .*allowed: auto, cpu, cuda, cuda:N"):
         pick_device("gpu0")
     assert pick_device("cpu").type == "cpu"
 
 
-# The command line: pixelclip predict.
+# Command line: pixelclip predict.
 
 
 @pytest.fixture
@@ -282,7 +282,7 @@ def command(monkeypatch, *words: object) -> int:
     return ended.value.code or 0
 
 
-def test_the_command_writes_label_map_and_overlay(monkeypatch, capsys, predictor, folder, photo, tmp_path):
+def test_command_writes_label_map_and_overlay(monkeypatch, capsys, predictor, folder, photo, tmp_path):
     out = tmp_path / "new" / "labels.png"
     words = ("--classes", "dog|puppy,grass,sky,traffic light", "--model", folder, "--out", out, "--device", "cpu")
     assert command(monkeypatch, photo, *words) == 0
@@ -297,16 +297,16 @@ def test_the_command_writes_label_map_and_overlay(monkeypatch, capsys, predictor
     assert str(out) in printed
 
 
-def test_more_than_256_classes_from_a_file(monkeypatch, predictor, folder, photo, tmp_path):
+def test_more_than_256_classes_give_a_16_bit_label_map(monkeypatch, predictor, folder, photo, tmp_path):
     names = [f"thing {i}" for i in range(260)]
-    found = predictor(Image.fromarray(noise(60, 40)), names).labels.astype(int)
-    turn = found.min() + 1  # names behind the first one found go first, so that it becomes class 259
+    labels_before = predictor(Image.fromarray(noise(60, 40)), names).labels.astype(int)
+    turn = labels_before.min() + 1  # rotate the names so that the lowest predicted class becomes class 259
     (tmp_path / "classes.txt").write_text("\n".join(names[turn:] + names[:turn]) + "\n")
     out = tmp_path / "labels.png"
     assert command(monkeypatch, photo, "--classes", tmp_path / "classes.txt", "--model", folder, "--out", out) == 0
     with Image.open(out) as labels:
         assert labels.mode == "I;16"
-        assert np.array_equal(np.asarray(labels), (found - turn) % 260)
+        assert np.array_equal(np.asarray(labels), (labels_before - turn) % 260)
 
 
 @pytest.mark.parametrize(
@@ -322,18 +322,18 @@ def test_more_than_256_classes_from_a_file(monkeypatch, predictor, folder, photo
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-def test_a_mistake_is_one_line_and_exit_code_2(monkeypatch, capsys, folder, photo, tmp_path, change, message):
+def test_invalid_input_prints_one_line_and_exits_with_2(monkeypatch, capsys, folder, photo, tmp_path, change, message):
     (tmp_path / "text.jpg").write_text("no image")
     monkeypatch.chdir(tmp_path)
     options = {"--classes": "dog,sky", "--model": folder, "--out": "labels.png", "--device": "cpu"} | change
     first = options.pop("photo", photo)
     assert command(monkeypatch, first, *[word for pair in options.items() for word in pair]) == 2
-    said = capsys.readouterr().err
-    assert said.startswith("pixelclip: ") and message in said and said.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert printed.startswith("pixelclip: ") and message in printed and printed.count("\n") == 1
     assert not (tmp_path / "labels.png").exists()
 
 
-def test_an_incomplete_model_is_named(monkeypatch, capsys, photo, tmp_path):
+def test_incomplete_model_folder_is_rejected(monkeypatch, capsys, photo, tmp_path):
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "config.json").write_text(json.dumps({}))
     words = (photo, "--classes", "dog", "--model", tmp_path / "half", "--out", tmp_path / "o.png")

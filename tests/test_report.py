@@ -1,4 +1,4 @@
-"""report.html: complete, self-contained, and safe against any class name."""
+"""report.html is complete, self-contained, and escapes class names."""
 
 import base64
 import io
@@ -27,7 +27,7 @@ METRICS = {
 
 
 class Page(HTMLParser):
-    """What a browser would see: the tags with their attributes, and the text."""
+    """Parsed page: tags with their attributes, and the text."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ def report(path: Path, model: Path, words=((),), example: Example = EXAMPLE) -> 
     return Page(path)
 
 
-def test_nothing_is_loaded_from_elsewhere(model, tmp_path):
+def test_report_loads_no_external_resource(model, tmp_path):
     page = report(tmp_path / "report.html", model)
     for tag, attributes in page.tags:
         assert tag not in ("script", "link", "iframe", "object")
@@ -82,13 +82,13 @@ def test_nothing_is_loaded_from_elsewhere(model, tmp_path):
     assert not re.search(r"url\(|@import|https?://", page.source)
 
 
-def test_class_names_are_text_and_never_markup(model, tmp_path):
+def test_class_names_are_escaped(model, tmp_path):
     page = report(tmp_path / "report.html", model)
     assert "<b>&" not in page.source and "&lt;b&gt;&amp;" in page.source
     assert all(name in page.text for name in CLASSES)
 
 
-def test_numbers_pictures_and_settings_are_there(model, tmp_path):
+def test_report_contains_metrics_pictures_and_settings(model, tmp_path):
     page = report(tmp_path / "report.html", model)
     assert all(text in page.text for text in ("50.0", "+15.0", "20.0 → 40.0", "not in this set", "train.steps", "given"))
     image, clip, ours, truth = page.pictures()
@@ -100,18 +100,18 @@ def test_numbers_pictures_and_settings_are_there(model, tmp_path):
 
 
 @pytest.mark.parametrize(("size", "shown"), [((1, 60_000), (1, 1280)), ((60_000, 1), (320, 1))])
-def test_a_strip_is_shown_at_a_size_that_a_jpeg_can_have(model, tmp_path, size, shown):
+def test_pictures_of_a_strip_fit_into_a_jpeg(model, tmp_path, size, shown):
     labels = np.zeros(size[::-1], np.uint8)
     page = report(tmp_path / "report.html", model, example=Example(Image.new("RGB", size), labels, labels, labels))
     assert {picture.size for picture in page.pictures()} == {shown}
 
 
-def test_best_class_first_and_absent_ones_last(model, tmp_path):
+def test_classes_are_sorted_by_iou_with_absent_ones_last(model, tmp_path):
     text = report(tmp_path / "report.html", model).text
     assert text.index("50.0 → 60.0") < text.index("20.0 → 40.0") < text.index("not in this set")
 
 
-def test_curve_and_gallery_are_shown_where_the_model_has_them(tmp_path):
+def test_curve_and_gallery_are_shown_if_the_model_has_them(tmp_path):
     model = tiny.model_folder(tmp_path / "model", tiny.clip_folder(tmp_path / "clip"))
     plain = report(tmp_path / "plain.html", model)
     assert "polyline" not in [tag for tag, _ in plain.tags] and "Training loss" not in plain.text

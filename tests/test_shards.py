@@ -16,8 +16,7 @@ from pixelclip.bad_samples import BadSamples
 from pixelclip.config import ShardsConfig
 from pixelclip.shard_format import ShardWriter, index_shard, read_part
 from pixelclip.shard_sources import list_shards
-from pixelclip.shards import BadSamples, ShardWriter, index_shard, parse_annotation, read_part, run
-from pixelclip.sources import list_shards
+from pixelclip.shards import run
 
 JPEG = encoded(pixels(20, 30), quality=90)
 

@@ -20,10 +20,10 @@ from pixelclip import train
 from pixelclip.config import MasksConfig, TrainConfig
 from pixelclip.evaluate import CONFUSION
 from pixelclip.masks import run as make_masks
-from pixelclip.sources import describe_shards, list_shards
+from pixelclip.shard_sources import describe_shards, list_shards
 from pixelclip.stage import code_image
 from pixelclip.storage import write_json
-from pixelclip.tally import OTHERS, Confusion
+from pixelclip.tally import OTHERS, ConfusionMatrix
 from pixelclip.tracking import PIPELINE_RUN
 from pixelclip_components.evaluate_clip.component import evaluate_clip
 from pixelclip_components.finish.component import finish
@@ -396,7 +396,7 @@ def test_the_page_links_run_version_and_data(tmp_path, uri):
 
 def test_the_confusion_of_the_most_frequent_classes_by_hand():
     counts = np.array([[5, 1, 0, 0, 2], [0, 30, 4, 0, 0], [0, 0, 0, 0, 0], [3, 0, 0, 9, 0]])  # the last column: nothing found
-    confusion = Confusion(counts)
+    confusion = ConfusionMatrix(counts)
     names = ["cat", "sky", "ghost", "sea"]
     assert confusion.largest(names, 2) == {
         "classes": ["sky", "sea", OTHERS],
@@ -406,7 +406,7 @@ def test_the_confusion_of_the_most_frequent_classes_by_hand():
         "classes": ["sky", "sea", "cat", OTHERS],
         "counts": [[30, 0, 0, 4], [0, 9, 3, 0], [1, 0, 5, 2], [0, 0, 0, 0]],
     }
-    small = Confusion(np.array([[2, 1, 0], [0, 3, 0]]))
+    small = ConfusionMatrix(np.array([[2, 1, 0], [0, 3, 0]]))
     assert small.largest(["a", "b"], 10) == {"classes": ["a", "b"], "counts": [[2, 1], [0, 3]]}
 
 

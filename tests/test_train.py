@@ -44,7 +44,7 @@ SMALL = {
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory) -> Path:
-    """Twelve images of four quarters, each quarter a mask."""
+    """Write twelve images with one mask per quarter."""
     folder, members = tmp_path_factory.mktemp("masks"), {}
     quarters = np.zeros((4, 40, 48), bool)
     for number, (rows, columns) in enumerate(((slice(0, 20), slice(0, 24)), (slice(0, 20), slice(24, 48)))):
@@ -75,7 +75,7 @@ def losses(folder: Path) -> list[float]:
     return [json.loads(line)["metrics"]["train/loss"] for line in (folder / "curves.jsonl").read_text().splitlines()]
 
 
-def test_a_training_makes_a_whole_model_folder(shards, config, clip, tmp_path):
+def test_training_writes_a_complete_model_folder(shards, config, clip, tmp_path):
     out = tmp_path / "model"
     metrics = train.run(shards, out, config())
     assert metrics["train/loss"] == losses(out)[-1]
@@ -103,11 +103,11 @@ def test_a_training_makes_a_whole_model_folder(shards, config, clip, tmp_path):
         assert run.data.metrics[f"train/learning_rate_{group}"] > 0
 
 
-def test_the_gallery_is_made_where_the_training_was(shards, config, tmp_path, monkeypatch):
+def test_gallery_is_computed_on_the_training_device(shards, config, tmp_path, monkeypatch):
     calls, to_cpu = [], PixelCLIP.cpu
     monkeypatch.setattr(train, "gallery", lambda model, dataset, folder, device: calls.append(device))
     monkeypatch.setattr(PixelCLIP, "cpu", lambda self: calls.append("cpu") or to_cpu(self))
-    somewhere = config(steps=1).model_copy(update={"device": "cpu:0"})  # which no setting may say
+    somewhere = config(steps=1).model_copy(update={"device": "cpu:0"})  # not allowed in settings, but distinct from "cpu"
     train.run(shards, tmp_path / "model", somewhere)
     assert calls == [torch.device("cpu:0"), "cpu"]
 
@@ -116,12 +116,12 @@ class Killed(BaseException):
     pass
 
 
-def die(*given, **named):
+def die(*args, **kwargs):
     raise Killed
 
 
 def kill_at(update: int, patch: pytest.MonkeyPatch) -> None:
-    """Kills the training at the so manieth step that is learned from, counted from 0, before its teacher moves."""
+    """Kill the training before the teacher update with this index; steps without masks have none."""
     move, count = PixelCLIP.update_teacher, iter(range(100))
 
     def move_or_die(self, momentum):
@@ -133,7 +133,7 @@ def kill_at(update: int, patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("killed_at", [1, 3, 5])
-def test_a_killed_training_continues_to_the_very_same_losses(shards, config, tmp_path, monkeypatch, killed_at):
+def test_killed_training_resumes_with_identical_losses(shards, config, tmp_path, monkeypatch, killed_at):
     undisturbed = train.run(shards, tmp_path / "whole", config())
     with monkeypatch.context() as patch:
         kill_at(killed_at, patch)
@@ -148,7 +148,7 @@ def test_a_killed_training_continues_to_the_very_same_losses(shards, config, tmp
 
 
 def flawed(folder: Path) -> Path:
-    """Three good images, one that cannot be read, and one whose mask vanishes on the grid."""
+    """Write three good images, an unreadable one, and one whose mask vanishes on the mask grid."""
     dot = np.zeros((1, 40, 48), bool)
     dot[0, 3, 3] = True
     members = {}
@@ -159,46 +159,46 @@ def flawed(folder: Path) -> Path:
     return folder
 
 
-def test_a_training_killed_twice_continues_counting(config, tmp_path, monkeypatch, capsys):
-    """One image a step, so that a step may have none; nothing but such a step is left after the second kill."""
-    given = {"batch_size": 1, "steps": 9, "seed": 3, "max_bad_share": 0.2, "checkpoint_every": 1}
+def test_counters_survive_two_interruptions(config, tmp_path, monkeypatch, capsys):
+    """With one image per step some steps have no mask; after the second kill only such a step remains."""
+    settings = {"batch_size": 1, "steps": 9, "seed": 3, "max_bad_share": 0.2, "checkpoint_every": 1}
     masks = flawed(tmp_path / "masks")
-    undisturbed = train.run(masks, tmp_path / "whole", config(**given))
+    undisturbed = train.run(masks, tmp_path / "whole", config(**settings))
     assert undisturbed["train/bad_samples"] == 2
     assert undisturbed["train/maskless_batches"] == 4
     for kill in (partial(kill_at, 4), lambda patch: patch.setattr(train, "gallery", die)):
         with monkeypatch.context() as patch:
             kill(patch)
             with pytest.raises(Killed):
-                train.run(masks, tmp_path / "broken", config(**given))
-    assert train.run(masks, tmp_path / "broken", config(**given)) == undisturbed
-    said = capsys.readouterr().out
-    assert [f"resuming after step {step}" in said for step in (7, 8)] == [True, True]
+                train.run(masks, tmp_path / "broken", config(**settings))
+    assert train.run(masks, tmp_path / "broken", config(**settings)) == undisturbed
+    printed = capsys.readouterr().out
+    assert [f"after step {step}" in printed for step in (7, 8)] == [True, True]
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
 
 
-def test_a_share_of_bad_samples_that_is_allowed_at_the_start_is_allowed_to_the_end(config, tmp_path):
+def test_share_of_bad_samples_is_judged_alike_at_the_start_and_the_end(config, tmp_path):
     members = {f"{number}.jpg": conftest.encoded(conftest.pixels(40, 48, number)) for number in range(4)}
     members |= {f"{number}.json": conftest.annotation(np.ones((1, 40, 48), bool)) for number in range(5)}
     conftest.write_tar(tmp_path / "masks" / "0.tar", members)
-    given = {"batch_size": 1, "steps": 3}
-    train.run(tmp_path / "masks", tmp_path / "model", config(**given, max_bad_share=0.2))
+    settings = {"batch_size": 1, "steps": 3}
+    train.run(tmp_path / "masks", tmp_path / "model", config(**settings, max_bad_share=0.2))
     with pytest.raises(ValueError, match=r"1 of 5 samples cannot be used:\n.*4\.json: has no image\nallowed are 19\.0%"):
-        train.run(tmp_path / "masks", tmp_path / "other", config(**given, max_bad_share=0.19))
+        train.run(tmp_path / "masks", tmp_path / "other", config(**settings, max_bad_share=0.19))
 
 
-def test_a_training_killed_as_it_finishes_continues_from_its_last_state(shards, config, tmp_path, monkeypatch, capsys):
+def test_training_killed_while_finishing_resumes_from_its_last_checkpoint(shards, config, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         patch.setattr(train.Stage, "finish", die)
         with pytest.raises(Killed):
             train.run(shards, tmp_path / "model", config())
     train.run(shards, tmp_path / "model", config())
-    assert "resuming after step 4" in capsys.readouterr().out
+    assert "after step 4" in capsys.readouterr().out
     assert not (tmp_path / "model" / train.STATE).exists()
 
 
 @pytest.mark.slow
-def test_a_training_killed_by_the_system_continues_to_the_very_same_loss(shards, config, tmp_path):
+def test_training_killed_by_sigkill_resumes_with_identical_losses(shards, config, tmp_path):
     settings = [f"{name}={value}" for name, value in config(steps=60, checkpoint_every=5).model_dump().items() if value != ""]
 
     def start(out: Path) -> subprocess.Popen[bytes]:
@@ -215,15 +215,15 @@ def test_a_training_killed_by_the_system_continues_to_the_very_same_loss(shards,
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
 
 
-def test_only_the_first_process_identifies_the_inputs(shards, config, tmp_path, monkeypatch):
-    from_first = iter([{"masks": {"md5": "0"}}, True, {"train/loss": 1.0}])  # inputs, that they are done, and with what result
-    second = SimpleNamespace(first=False, size=2, from_first=lambda value: next(from_first))
+def test_only_the_main_process_identifies_the_inputs(shards, config, tmp_path, monkeypatch):
+    broadcasts = iter([{"masks": {"md5": "0"}}, True, {"train/loss": 1.0}])  # inputs, finished, metrics
+    second = SimpleNamespace(is_main=False, size=2, broadcast_object=lambda value: next(broadcasts))
     monkeypatch.setattr(train, "join", lambda device: nullcontext(second))
     monkeypatch.setattr(train, "describe_shards", die)
     assert train.run(shards, tmp_path / "model", config()) == {"train/loss": 1.0}
 
 
-def test_a_finished_training_is_reused(shards, config, tmp_path, capsys):
+def test_finished_training_is_reused(shards, config, tmp_path, capsys):
     first = train.run(shards, tmp_path / "model", config())
     written = (tmp_path / "model" / "model.safetensors").stat().st_mtime_ns
     assert train.run(shards, tmp_path / "model", config(workers=1, log_every=5)) == first
@@ -231,36 +231,36 @@ def test_a_finished_training_is_reused(shards, config, tmp_path, capsys):
     assert (tmp_path / "model" / "model.safetensors").stat().st_mtime_ns == written
 
 
-def test_a_step_that_is_not_finite_stops_before_it_is_taken(shards, config, tmp_path):
+def test_non_finite_loss_stops_before_the_optimizer_step(shards, config, tmp_path):
     with pytest.raises(ValueError, match=r"step 2: loss .*nan|step 2: loss .*inf"):
         train.run(shards, tmp_path / "model", config(learning_rate_decoder=1e30))
     assert not (tmp_path / "model").exists()
 
 
 @pytest.mark.parametrize("steps", [3, 30])
-def test_masks_that_vanish_on_the_grid_are_said(config, tmp_path, steps):
+def test_masks_that_vanish_on_the_grid_are_an_error(config, tmp_path, steps):
     dots = np.zeros((1, 40, 48), bool)
     dots[0, 3, 3] = True
     members = {"a.jpg": conftest.encoded(conftest.pixels(40, 48)), "a.json": conftest.annotation(dots)}
     conftest.write_tar(tmp_path / "dots" / "0.tar", members)
-    with pytest.raises(ValueError, match=rf"step {min(steps, 11)}: {min(steps, 11)} batches had no mask at all"):
+    with pytest.raises(ValueError, match=rf"step {min(steps, 11)}: {min(steps, 11)} batches contained no mask"):
         train.run(tmp_path / "dots", tmp_path / "model", config(steps=steps))
 
 
-def test_an_unreachable_server_fails_before_the_work(shards, config, tmp_path, monkeypatch):
+def test_unreachable_server_fails_before_training(shards, config, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     with pytest.raises(ValueError, match="cannot be reached"):
         train.run(shards, tmp_path / "model", config())
 
 
-def test_a_side_below_one_patch_is_refused(shards, config, tmp_path):
+def test_side_below_one_patch_is_rejected(shards, config, tmp_path):
     tight = config().model_copy(update={"side": 4})
     with pytest.raises(ValueError, match=r"train\.side 4 is smaller than one patch"):
         train.run(shards, tmp_path / "model", tight)
-    assert not list(tmp_path.glob(".model*")), "nothing was begun that the next command would warn of"
+    assert not list(tmp_path.glob(".model*")), "no unfinished folder is left"
 
 
-def test_every_trained_parameter_is_in_one_group_and_norms_and_embeddings_do_not_decay(config):
+def test_optimizer_groups_cover_all_parameters_and_exempt_norms_from_decay(config):
     clip_model = load_clip(config().clip)
     text = train.TextTower(clip_model.model)
     prompts = train.Prompts(text, torch.zeros(4, 2, dtype=torch.long))
@@ -276,14 +276,14 @@ def test_every_trained_parameter_is_in_one_group_and_norms_and_embeddings_do_not
             assert (id(parameter) in decayed) is (plain and not embedding), name
 
 
-def test_schedule_is_a_cosine_from_one_to_the_share():
+def test_schedule_is_a_cosine_to_the_final_share():
     assert train.cosine_share(0, 100, 0.5) == 1
     assert train.cosine_share(50, 100, 0.5) == pytest.approx(0.75)
     assert train.cosine_share(100, 100, 0.5) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("kind", ["fixed_prompts", "vectors", "names"])
-def test_concepts_may_be_of_other_kinds(shards, config, clip, tmp_path, kind):
+def test_other_kinds_of_concepts_can_be_trained(shards, config, clip, tmp_path, kind):
     names = {"concept_names": "dog|puppy,grass,sky"} if kind == "names" else {}
     train.run(shards, tmp_path / "model", config(concept_kind=kind, learning_rate_prompts=0.1, **names))
     model = load_model(tmp_path / "model")
@@ -296,11 +296,11 @@ def test_concepts_may_be_of_other_kinds(shards, config, clip, tmp_path, kind):
         assert torch.allclose(after[0], classifier(text, ["dog, puppy"], TEMPLATES["single"])[0], atol=1e-6)
 
 
-def test_names_may_stand_in_a_file_and_bad_ones_are_named(shards, config, tmp_path):
+def test_concept_names_from_a_file_are_validated(shards, config, tmp_path):
     (tmp_path / "names.txt").write_text("grass\nsky\n")
     train.run(shards, tmp_path / "model", config(concept_kind="names", concept_names=str(tmp_path / "names.txt")))
     assert load_model(tmp_path / "model").prompts.values.shape[0] == 2
-    many = ",".join(f"thing {number}" for number in range(40))  # longer than a name of a file may be
+    many = ",".join(f"thing {number}" for number in range(40))  # longer than a file name may be
     train.run(shards, tmp_path / "many", config(concept_kind="names", concept_names=many, steps=1))
     (tmp_path / "names.txt").write_text("grass\ngrass\n")
     with pytest.raises(ValueError, match=r"names\.txt: class names must differ"):
@@ -309,16 +309,16 @@ def test_names_may_stand_in_a_file_and_bad_ones_are_named(shards, config, tmp_pa
         config(concept_names="dog")
 
 
-def test_masks_may_come_from_dino_while_training(config, tmp_path):
+def test_dino_masks_during_training_do_not_depend_on_accumulation(config, tmp_path):
     members = {f"{number}.jpg": conftest.encoded(conftest.pixels(40, 48, number)) for number in range(8)}
     conftest.write_tar(tmp_path / "images" / "0.tar", members)
     torch.save(test_dino.weights(), tmp_path / "dino.pth")
     settings = {"dino": str(tmp_path / "dino.pth"), "dino_clusters": 3, "strong_view": True}
-    for name, accumulate in (("one", 1), ("two", 1), ("pieces", 4)):
+    for name, accumulate in (("one", 1), ("two", 1), ("accumulated", 4)):
         train.run(tmp_path / "images", tmp_path / name, config(**settings, accumulate=accumulate))
     assert losses(tmp_path / "one") == losses(tmp_path / "two")
-    assert losses(tmp_path / "pieces") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
-    members["9.jpg"] = members["0.jpg"][:-60]  # a piece of this image alone has no image at all
+    assert losses(tmp_path / "accumulated") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
+    members["9.jpg"] = members["0.jpg"][:-60]  # a micro-batch with only this image has no image
     conftest.write_tar(tmp_path / "broken" / "0.tar", members)
     metrics = train.run(tmp_path / "broken", tmp_path / "four", config(**settings, accumulate=4, max_bad_share=0.5))
     assert metrics["train/bad_samples"] > 0
@@ -327,7 +327,7 @@ def test_masks_may_come_from_dino_while_training(config, tmp_path):
         train.run(tmp_path / "images", tmp_path / "three", config())
 
 
-def test_a_convnext_is_trained_whole(shards, config, tmp_path):
+def test_all_parameters_of_a_convnext_are_trained(shards, config, tmp_path):
     clip = tiny.clip_folder(tmp_path / "clip", kind="convnext")
     start = tiny.clip_state(kind="convnext")
     settings = {"clip": str(clip), "side": 64, "crop": 40, "shortest_edge": 40, "assignment_scale": 1.0}
@@ -336,18 +336,18 @@ def test_a_convnext_is_trained_whole(shards, config, tmp_path):
         assert torch.equal(tensor, start[name]) is not name.startswith("visual."), name
 
 
-def test_a_killed_convnext_continues_to_the_very_same_losses(shards, config, tmp_path, monkeypatch):
-    """Its stochastic depth is chance that hangs on the step."""
+def test_killed_convnext_training_resumes_with_identical_losses(shards, config, tmp_path, monkeypatch):
+    """Stochastic depth is seeded per step."""
     clip = tiny.clip_folder(tmp_path / "clip", kind="convnext", timm_drop_path=0.5)
     settings = {"clip": str(clip), "side": 64, "crop": 40, "shortest_edge": 40}
     train.run(shards, tmp_path / "whole", config(**settings))
 
     draw, count = train.training_picture, iter(range(9))
 
-    def draw_or_die(*given):
-        if next(count) == 1:  # the second picture is that of step 3, after the checkpoint of step 2
+    def draw_or_die(*args):
+        if next(count) == 1:  # step 3, after the checkpoint of step 2
             raise Killed
-        return draw(*given)
+        return draw(*args)
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "training_picture", draw_or_die)

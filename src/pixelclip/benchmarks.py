@@ -1,6 +1,6 @@
-"""Labelled sets, for evaluation only, read as they are published: the benchmarks of section 4, or a folder of one's own.
+"""Labelled sets for evaluation: five benchmarks in their published layouts, or a plain folder.
 
-A folder of one's own holds `images/`, `labels/` (PNG, 255 = ignore) and `classes.txt`. H W image.
+A plain folder holds `images/`, `labels/` (PNG, 255 = ignore) and `classes.txt`. H W image.
 """
 
 import json
@@ -21,22 +21,22 @@ from pixelclip.images import IMAGE_SUFFIXES, decode_image, open_image
 from pixelclip.storage import files_below, read_json
 
 IGNORE = 255
-_REFUSED = -1
-_NUM_VALUES = 1 << 16  # PASCAL-Context counts 459 categories, more than 8 bits hold
+_INVALID = -1
+_NUM_VALUES = 1 << 16  # PASCAL-Context has 459 categories, more than 8 bits hold
 
 Pairs = list[tuple[Path, Path]]
 
 
 @dataclass(frozen=True)
 class LabelledSet:
-    """Images with label maps; labels index into `classes`, `IGNORE` is left out.
+    """Images with label maps; labels index into `classes` or are `IGNORE`.
 
     Args:
         classes: names in the order of the labels; "a, b" are synonyms.
         pairs: image file and label file of each sample; several samples may share one label file.
-        table: [65536], the label of every value that a label file may hold, -1 for a value that it must not hold.
-        masks: for label files without pixel maps: each sample's masks as SA-1B's annotation JSON with a `category_id` each,
-            empty for a sample without any.
+        table: [65536], maps each value of a label file to its label, or to -1 if the value is not allowed.
+        masks: for sets without pixel maps: the masks of each sample as SA-1B annotation JSON with a `category_id` per mask,
+            empty for a sample without masks.
     """
 
     classes: list[str]
@@ -48,10 +48,10 @@ class LabelledSet:
         return len(self.pairs)
 
     def read(self, index: int) -> tuple[Image.Image, NDArray[np.uint8]]:
-        """Reads one image (RGB, upright) and its label map [H, W].
+        """Read one image (RGB, upright) and its label map [H, W].
 
         Raises:
-            ValueError: unreadable, of two sizes, or a value outside the table; the message names the file.
+            ValueError: unreadable file, different sizes, or a value that is not allowed; the message names the file.
         """
         image_path, label_path = self.pairs[index]
         image = open_image(image_path)
@@ -62,16 +62,16 @@ class LabelledSet:
             raise ValueError(f"{where}: {error}") from None
         if values.shape != image.size[::-1]:
             size = values.shape[::-1]
-            raise ValueError(f"{where}: label map of size {size}, its image {image_path.name} has {image.size}")
+            raise ValueError(f"{where}: label map has size {size}, but image {image_path.name} has {image.size}")
         labels = self.table[values]
-        outside = np.unique(values[labels == _REFUSED])
-        if len(outside):
-            raise ValueError(f"{where}: label {', '.join(map(str, outside[:5]))} found, allowed are {self._allowed()}")
+        invalid = np.unique(values[labels == _INVALID])
+        if len(invalid):
+            raise ValueError(f"{where}: found label {', '.join(map(str, invalid[:5]))}; allowed are {self._allowed()}")
         return image, labels.astype(np.uint8)
 
     def _allowed(self) -> str:
         ignored = self.table == IGNORE
-        return f"{_ranges(~ignored & (self.table != _REFUSED))} (classes) and {_ranges(ignored)} (ignore)"
+        return f"{_ranges(~ignored & (self.table != _INVALID))} (classes) and {_ranges(ignored)} (ignore)"
 
 
 def _ranges(mask: NDArray[np.bool_]) -> str:
@@ -84,16 +84,16 @@ def _read_map(path: Path) -> NDArray[np.uint8]:
     data = path.read_bytes()
     label = decode_image(data)
     if label.mode not in ("L", "P"):
-        raise ValueError(f"one 8-bit channel (mode L or P) is needed, found mode {label.mode}")
+        raise ValueError(f"must have one 8-bit channel (mode L or P), found mode {label.mode}")
     values = np.asarray(label)
-    if label.format == "PNG" and label.mode == "L" and (bits := data[24]) < 8:  # the byte of IHDR that says it
-        values = values // np.uint8(255 // (2**bits - 1))  # Pillow spreads grey of 2 or 4 bits over 0 to 255
+    if label.format == "PNG" and label.mode == "L" and (bits := data[24]) < 8:  # bit depth in IHDR
+        values = values // np.uint8(255 // (2**bits - 1))  # Pillow scales 2- and 4-bit grey to 0 to 255
     return values
 
 
 def _draw(masks: bytes, size: tuple[int, int]) -> NDArray[np.uint16]:
-    """Category ids [H, W], 0 where no mask is; the Detail API's `getMask` too draws in the file's order, last on top."""
-    from pycocotools import mask as rle  # an extra that inference does without
+    """Draw category ids [H, W], 0 outside all masks, in file order like the Detail API's `getMask`: the last one is on top."""
+    from pycocotools import mask as rle  # an optional dependency that inference does not need
 
     values = np.zeros(size[::-1], np.uint16)
     for annotation in parse_annotation(masks, size)[0]["annotations"] if masks else []:
@@ -102,37 +102,37 @@ def _draw(masks: bytes, size: tuple[int, int]) -> NDArray[np.uint16]:
 
 
 def open_labelled(folder: Path, kind: str = "folder") -> LabelledSet:
-    """Opens the validation split of a benchmark in its published layout, or a folder of one's own.
+    """Open the validation split of a benchmark in its published layout, or a plain folder.
 
     Args:
-        folder: where the layout begins; for ADE20K and PASCAL a folder above will do.
+        folder: root of the layout; for ADE20K and PASCAL also a parent folder.
         kind: one of `KINDS`.
 
     Raises:
-        ValueError: unknown kind, or a part of the layout is missing, unreadable or empty.
+        ValueError: unknown kind, or part of the layout is missing, unreadable or empty.
     """
     if kind not in _OPENERS:
-        raise ValueError(f"unknown kind of labelled set {kind!r}{nearest(kind, KINDS)}; the kinds are {', '.join(KINDS)}")
+        raise ValueError(f"unknown kind of labelled set {kind!r}{nearest(kind, KINDS)}; allowed are {', '.join(KINDS)}")
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
     return _OPENERS[kind](folder)
 
 
 def open_folder(folder: Path) -> LabelledSet:
-    """Opens a folder of labels.
+    """Open a folder with `images/`, `labels/` and `classes.txt`.
 
     Raises:
-        ValueError: a part is missing or empty, or an image has no label map.
+        ValueError: part of it is missing or empty, or an image has no label map.
     """
     for part in ("images", "labels"):
         if not (folder / part).is_dir():
-            raise ValueError(f"{folder}: is no labelled set, {part}/ is missing; it needs images/, labels/ and classes.txt")
+            raise ValueError(f"{folder}: is not a labelled set, {part}/ is missing; it needs images/, labels/ and classes.txt")
     classes = read_classes(folder / "classes.txt")
     if len(classes) > IGNORE:
         raise ValueError(f"{folder / 'classes.txt'}: {len(classes)} classes, 8-bit label maps hold at most {IGNORE}")
     images = [path for path in files_below(folder / "images") if path.suffix.lower() in IMAGE_SUFFIXES]
     if not images:
-        raise ValueError(f"{folder / 'images'}: holds no image")
+        raise ValueError(f"{folder / 'images'}: contains no image")
     labels = [folder / "labels" / path.relative_to(folder / "images").with_suffix(".png") for path in images]
     pairs = _complete(folder, list(zip(images, labels, strict=True)), "images have no label map")
     return LabelledSet(classes, pairs, _table({label: label for label in [*range(len(classes)), IGNORE]}))
@@ -148,11 +148,11 @@ _LAYOUTS = {
     "voc": "VOCdevkit/VOC2012/JPEGImages/*.jpg and beside it SegmentationClass/*.png and ImageSets/Segmentation/val.txt",
 }
 
-# Values of COCO-Stuff's maps (id - 1) that no image has: things that COCO named and never outlined.
+# Values of COCO-Stuff's maps (id - 1) that never occur: thing categories without annotations in COCO.
 _COCO_UNUSED = {11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90}
-# labelIds of cityscapesScripts' labels.py in the order of their trainIds; the other ids up to 33 are not evaluated.
+# labelIds in cityscapesScripts' labels.py, ordered by trainId; the other ids up to 33 are ignored in evaluation.
 _CITYSCAPES = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
-# The 59 of the 459 categories, in ascending order, as all who convert trainval_merged.json number them.
+# The 59 evaluated categories of 459, in ascending order, which is how all converters of trainval_merged.json number them.
 _CONTEXT = (
     *(2, 9, 18, 19, 22, 23, 25, 31, 33, 34, 44, 45, 46, 59, 65, 68, 72, 80, 85, 98, 104, 105, 113, 115, 144, 158, 159, 162),
     *(187, 189, 207, 220, 232, 258, 259, 260, 284, 295, 296, 308, 324, 326, 347, 349, 354, 355, 360, 366, 368, 397, 415),
@@ -197,12 +197,12 @@ def _open_pascal_context(folder: Path) -> LabelledSet:
         return _benchmark("pascal-context", pairs, _numbered(range(1, 60)) | {0: IGNORE})
     path = _part("pascal-context", root, "trainval_merged.json")
     masks = _read_detail(path)
-    pairs = _complete(path, [(images / name, path) for name in masks], "of the files that it names are missing")
+    pairs = _complete(path, [(images / name, path) for name in masks], "listed files are missing")
     return _benchmark("pascal-context", pairs, _numbered(_CONTEXT) | {0: IGNORE}, list(masks.values()))
 
 
 def _read_detail(path: Path) -> dict[str, bytes]:
-    """The masks of PASCAL in Detail's validation images, by file name, as `LabelledSet.masks` holds them."""
+    """Read the masks of PASCAL in Detail's validation images, by file name, in the format of `LabelledSet.masks`."""
     document = read_json(path)
     try:
         names = {image["image_id"]: str(image["file_name"]) for image in document["images"] if image["phase"] == "val"}
@@ -216,12 +216,12 @@ def _read_detail(path: Path) -> dict[str, bytes]:
                 masks[names[annotation["image_id"]]].append(mask)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{path}: is no trainval_merged.json of PASCAL in Detail ({type(error).__name__} {error}); it needs "
+            f"{path}: is not a trainval_merged.json of PASCAL in Detail ({type(error).__name__} {error}); it needs "
             "images (image_id, file_name, phase) and annos_segmentation (image_id, category_id, segmentation)"
         ) from None
     if not masks:
-        raise ValueError(f"{path}: holds no image of phase 'val'")
-    return {name: json.dumps({"annotations": found}).encode() if found else b"" for name, found in masks.items()}
+        raise ValueError(f"{path}: contains no image of phase 'val'")
+    return {name: json.dumps({"annotations": entries}).encode() if entries else b"" for name, entries in masks.items()}
 
 
 _OPENERS: dict[str, Callable[[Path], LabelledSet]] = {
@@ -236,9 +236,9 @@ KINDS = tuple(_OPENERS)
 
 
 def _benchmark(kind: str, pairs: Pairs, values: Mapping[int, int], masks: list[bytes] | None = None) -> LabelledSet:
-    # Official names, made readable: of COCO-Stuff's the endings -other and -stuff go, a material stands first ("wall-brick"
-    # is "brick wall"), other hyphens are blanks ("wall panel", "window blind"), "structural" is "structure"; words written
-    # as one are parted ("potted plant").
+    # Official names, made readable. COCO-Stuff: the endings -other and -stuff are dropped, materials come first ("wall-brick"
+    # becomes "brick wall"), other hyphens become blanks ("wall panel", "window blind"), "structural" becomes "structure".
+    # Compounds are split ("potted plant").
     names = resources.files("pixelclip").joinpath(f"assets/classes/{kind}.txt").read_text(encoding="utf-8")
     return LabelledSet(check_names(names.splitlines(), kind), pairs, _table(values), masks)
 
@@ -248,24 +248,24 @@ def _numbered(values: Iterable[int]) -> dict[int, int]:
 
 
 def _table(labels: Mapping[int, int]) -> NDArray[np.int16]:
-    table = np.full(_NUM_VALUES, _REFUSED, np.int16)
+    table = np.full(_NUM_VALUES, _INVALID, np.int16)
     table[list(labels)] = list(labels.values())
     return table
 
 
-def _part(kind: str, folder: Path, *places: str) -> Path:
-    for place in places:
-        if (folder / place).exists():
-            return folder / place
-    raise ValueError(f"{folder}: is no {kind} as published, {places[0]} is missing; it needs {_LAYOUTS[kind]}")
+def _part(kind: str, folder: Path, *candidates: str) -> Path:
+    for candidate in candidates:
+        if (folder / candidate).exists():
+            return folder / candidate
+    raise ValueError(f"{folder}: is not {kind} as published, {candidates[0]} is missing; it needs {_LAYOUTS[kind]}")
 
 
 def _below(images: Path, image_ending: str, labels: Path, label_ending: str) -> Pairs:
-    found = [path for path in files_below(images) if path.name.endswith(image_ending)]
-    if not found:
-        raise ValueError(f"{images}: holds no *{image_ending}")
-    stems = [path.relative_to(images).as_posix().removesuffix(image_ending) for path in found]
-    pairs = [(path, labels / f"{stem}{label_ending}") for path, stem in zip(found, stems, strict=True)]
+    paths = [path for path in files_below(images) if path.name.endswith(image_ending)]
+    if not paths:
+        raise ValueError(f"{images}: contains no *{image_ending}")
+    stems = [path.relative_to(images).as_posix().removesuffix(image_ending) for path in paths]
+    pairs = [(path, labels / f"{stem}{label_ending}") for path, stem in zip(paths, stems, strict=True)]
     return _complete(images, pairs, "images have no label map")
 
 
@@ -276,13 +276,13 @@ def _listed(kind: str, root: Path, labels: str, split: str) -> Pairs:
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: the list of images cannot be read: {error}") from None
     if not names:
-        raise ValueError(f"{path}: names no image")
+        raise ValueError(f"{path}: lists no image")
     pairs = [(root / "JPEGImages" / f"{name}.jpg", folder / f"{name}.png") for name in names]
-    return _complete(path, pairs, "of the files that it names are missing")
+    return _complete(path, pairs, "listed files are missing")
 
 
-def _complete(source: Path, pairs: Pairs, said: str) -> Pairs:
+def _complete(source: Path, pairs: Pairs, problem: str) -> Pairs:
     missing = list(dict.fromkeys(path for pair in pairs for path in pair if not path.is_file()))
     if missing:
-        raise ValueError(f"{source}: {len(missing)} {said}, the first is {missing[0]}")
+        raise ValueError(f"{source}: {len(missing)} {problem}, the first is {missing[0]}")
     return pairs

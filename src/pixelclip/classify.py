@@ -1,6 +1,6 @@
-"""What the pixels of an image are taken for, by one squashed view, by windows or by given masks, and how right that is.
+"""Predict label maps from one resized view, from windows, or from given masks, and count correctly classified masks.
 
-By given masks: zero-shot mask classification (method.md). Dense features are pooled in each mask, classified, painted.
+Masks are classified zero-shot (method.md): dense features are pooled inside each mask, classified and painted.
 B images, T towers, N masks, K classes, C embedding width, h w features, H W image, masks and label map.
 """
 
@@ -25,19 +25,17 @@ from pixelclip.predict import best_class, class_scores, resize_shortest, slide_s
 from pixelclip.s3 import is_s3
 from pixelclip.shard_format import Member, index_shard, read_part
 from pixelclip.shard_sources import Shard, list_shards, parts
-from pixelclip.shards import Member, index_shard, parse_annotation, read_part
-from pixelclip.sources import Shard, list_shards, parts
-from pixelclip.tally import Found
+from pixelclip.tally import Predictions
 
 Annotations = list[dict[str, Any]]
 """Masks of one image as entries of SA-1B's annotation document: RLE takes little memory."""
 _PIXELS_AT_ONCE = 1 << 25
 
 
-def label_whole(
+def predict_whole(
     towers: Sequence[Backbone], images: Tensor, sizes: Sequence[tuple[int, int]], classes: Tensor, feature_grid: int
-) -> list[Found]:
-    """Labels images in one squashed view each.
+) -> list[Predictions]:
+    """Predict label maps from one resized view of each image.
 
     Args:
         towers: dense features.
@@ -46,14 +44,14 @@ def label_whole(
         classes: [K, C], unit length.
         feature_grid: see `class_scores`.
     """
-    of_towers = []
+    label_maps = []
     for tower in towers:
         scores = class_scores(tower, images, classes, feature_grid)
-        of_towers.append([label_map(one[None], size)[0] for one, size in zip(scores, sizes, strict=True)])
-    return [Found(list(maps), [0] * len(towers), 0) for maps in zip(*of_towers, strict=True)]
+        label_maps.append([label_map(image_scores[None], size)[0] for image_scores, size in zip(scores, sizes, strict=True)])
+    return [Predictions(list(maps), [0] * len(towers), 0) for maps in zip(*label_maps, strict=True)]
 
 
-def label_windows(
+def predict_windows(
     towers: Sequence[Backbone],
     image: Tensor,
     classes: Tensor,
@@ -62,14 +60,14 @@ def label_windows(
     stride: int,
     feature_grid: int,
     windows_at_once: int,
-) -> Found:
-    """Labels one image by overlapping windows, see `slide_scores`.
+) -> Predictions:
+    """Predict the label map of one image from overlapping windows, see `slide_scores`.
 
     Args:
         towers: dense features.
         image: [1, 3, H, W], normalised.
         classes: [K, C], unit length.
-        side: its shortest edge is resized to this many pixels first; 0 keeps it, if it is not smaller than a patch.
+        side: shortest edge in pixels after resizing; 0 keeps the size, but not below one patch.
         crop, stride, feature_grid, windows_at_once: see `slide_scores`.
     """
     size, maps = (image.shape[2], image.shape[3]), []
@@ -77,29 +75,29 @@ def label_windows(
         resized = resize_shortest(image, side or max(*tower.patch_size, min(size)))
         scores = slide_scores(tower, resized, classes, crop, stride, feature_grid, windows_at_once)
         maps.append(best_class(scores, size)[0])
-    return Found(maps, [0] * len(towers), 0)
+    return Predictions(maps, [0] * len(towers), 0)
 
 
 def truth_masks(labels: NDArray[np.integer]) -> Annotations:
-    """One mask for every class in a label map [H, W]; ignored pixels are in none."""
-    return _parts(labels, np.setdiff1d(labels, [IGNORE]))
+    """Return one mask per class of a label map [H, W], without ignored pixels."""
+    return _masks_of_values(labels, np.setdiff1d(labels, [IGNORE]))
 
 
 def segment_masks(image: Image.Image, scale: float, sigma: float, min_size: int) -> Annotations:
-    """Felzenszwalb's segments of an image at its full size."""
+    """Return the Felzenszwalb segments of an image at full size."""
     segments = felzenszwalb(image, scale, sigma, min_size)
-    return _parts(segments, np.unique(segments))
+    return _masks_of_values(segments, np.unique(segments))
 
 
 class GivenMasks:
-    """Masks that stand somewhere, by the name of their image.
+    """Existing masks, looked up by the name of their image.
 
     Args:
-        source: a folder with a `NAME.json` for every image `NAME.*`, or Shards with masks (a folder of tars, a manifest,
-            `s3://bucket/folder`), as the masks stage makes them of these images.
+        source: a folder with `NAME.json` for each image `NAME.*`, or Shards with masks of these images (a folder of tars, a
+            manifest, `s3://bucket/folder`).
 
     Raises:
-        ValueError: unusable Shards, or two samples of one name.
+        ValueError: unusable Shards, or two samples of the same name.
     """
 
     def __init__(self, source: str) -> None:
@@ -112,16 +110,16 @@ class GivenMasks:
                     name = member.key.rpartition("/")[2]
                     if other := self._members.get(name):
                         raise ValueError(
-                            f"{source}: masks are found by the name of the image, but {name} is in it twice: "
+                            f"{source}: masks are matched by image name, but there are two samples named {name}: "
                             f"{other[1].key} in {other[0]}, {member.key} in {shard}"
                         )
                     self._members[name] = (shard, member)
 
     def read(self, name: str, size: tuple[int, int]) -> Annotations:
-        """The masks of an image; empty ones are left out, and there may be none.
+        """Read the masks of an image, possibly none; empty masks are dropped.
 
         Args:
-            name: of the image's file, without its suffix.
+            name: file name of the image without its suffix.
             size: (width, height) of the image.
 
         Raises:
@@ -129,14 +127,14 @@ class GivenMasks:
         """
         where = f"{self._source}: {name}" if self._members is not None else str(Path(self._source, f"{name}.json"))
         try:
-            document, _ = parse_annotation(self._bytes(name), size, may_be_empty=True)
+            document, _ = parse_annotation(self._read_bytes(name), size, may_be_empty=True)
         except OSError as error:
             raise ValueError(f"{where}: {error.strerror}") from None
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
         return [entry for entry in document["annotations"] if _area(entry)]
 
-    def _bytes(self, name: str) -> bytes:
+    def _read_bytes(self, name: str) -> bytes:
         if self._members is None:
             return Path(self._source, f"{name}.json").read_bytes()
         shard, member = self._members.get(name.replace(".", "_"), (None, None))
@@ -145,8 +143,8 @@ class GivenMasks:
         return read_part(shard, member.json_offset, member.json_size)
 
 
-def _parts(values: NDArray[np.integer], chosen: NDArray[np.integer]) -> Annotations:
-    document = annotate((values == value for value in chosen), values.shape[::-1], key="")
+def _masks_of_values(values: NDArray[np.integer], selected: NDArray[np.integer]) -> Annotations:
+    document = annotate((values == value for value in selected), values.shape[::-1], key="")
     return list(document["annotations"])
 
 
@@ -154,41 +152,41 @@ def _area(entry: dict[str, Any]) -> int:
     return int(rle.area(entry["segmentation"]))
 
 
-def classify_masks(features: Tensor, annotations: Annotations, classes: Tensor, truth: NDArray[np.integer]) -> Found:
-    """Classifies the masks of one image and paints them; where masks overlap, the smaller is on top.
+def classify_masks(features: Tensor, annotations: Annotations, classes: Tensor, truth: NDArray[np.integer]) -> Predictions:
+    """Classify the masks of one image and paint them into label maps, smaller masks on top.
 
-    Features are averaged as if upsampled bilinearly to the masks' full size; masks are decoded a few at a time.
+    Features are averaged as if upsampled bilinearly to the full size of the masks; masks are decoded in chunks.
 
     Args:
-        features: [T, C, h, w] of the same image from every tower, not normalised.
-        annotations: its masks, none of them empty; there may be none.
+        features: [T, C, h, w] of the image from every tower, not normalised.
+        annotations: its masks, none of them empty; the list may be empty.
         classes: [K, C], unit length.
         truth: label map [H, W].
     """
     maps = [np.full(truth.shape, len(classes), np.int64) for _ in features]
-    hits, counted = [0] * len(features), 0
+    correct, num_masks = [0] * len(features), 0
     for masks in _decode(sorted(annotations, key=_area, reverse=True), truth.size):
         true = majority(masks, truth)
-        counted += int((true != IGNORE).sum())
+        num_masks += int((true != IGNORE).sum())
         on_device = torch.from_numpy(masks).to(features.device)
         image_index = torch.zeros(len(masks), dtype=torch.long, device=features.device)
         for tower, painted in enumerate(maps):
             pooled = pool_masks(features[tower : tower + 1], on_device, image_index)
             predicted = (pooled @ classes.T).argmax(dim=1).cpu().numpy()
-            hits[tower] += int(((true != IGNORE) & (predicted == true)).sum())
+            correct[tower] += int(((true != IGNORE) & (predicted == true)).sum())
             for mask, label in zip(masks, predicted, strict=True):
                 painted[mask] = label
-    return Found([torch.from_numpy(painted) for painted in maps], hits, counted)
+    return Predictions([torch.from_numpy(painted) for painted in maps], correct, num_masks)
 
 
 def majority(masks: NDArray[np.bool_], truth: NDArray[np.integer]) -> NDArray[np.int64]:
-    """The most frequent true class in each mask [N, H, W], the first of several; `IGNORE` without a labelled pixel."""
+    """Return the most frequent true class in each mask [N, H, W], the lowest on a tie; `IGNORE` without labelled pixels."""
     inside = [truth[mask & (truth != IGNORE)] for mask in masks]
     return np.array([np.bincount(values).argmax() if len(values) else IGNORE for values in inside], np.int64)
 
 
 def _decode(annotations: Annotations, num_pixels: int) -> Iterator[NDArray[np.bool_]]:
-    """The masks in order as [N, H, W], as many at once as memory should hold."""
+    """Decode masks in order into chunks [N, H, W] of bounded memory."""
     size = max(1, _PIXELS_AT_ONCE // num_pixels)
     for start in range(0, len(annotations), size):
         masks = decode_masks({"annotations": annotations[start : start + size]})  # [H, W, N]

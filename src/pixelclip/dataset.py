@@ -25,8 +25,6 @@ from pixelclip.images import image_size as header_size
 from pixelclip.rle import RunMasks
 from pixelclip.shard_format import index_shard, read_part
 from pixelclip.shard_sources import RemoteFile, Shard
-from pixelclip.shards import index_shard, read_part
-from pixelclip.sources import RemoteFile, Shard
 from pixelclip.views import Sample, Views, draw, shrink, unpack
 
 

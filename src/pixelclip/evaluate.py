@@ -1,7 +1,8 @@
-"""STAGE evaluate: a PixelCLIP and the CLIP it came from on one labelled set, with one classifier (method.md, "Inference").
+"""STAGE evaluate: compare a PixelCLIP with the CLIP it was trained from on a labelled set, with the same classifier.
 
-Another CLIP (`evaluate.clip`) is measured with the classifier of its own text tower: the two speak other languages.
-Started by torchrun, the processes share the images. B images, T towers, K classes, C embedding width, H W image.
+A different CLIP (`evaluate.clip`) is evaluated with the classifier of its own text tower, because the embedding spaces differ.
+Under torchrun the processes share the images. Method: method.md, "Inference and evaluation".
+B images, T towers, K classes, C embedding width, H W image.
 """
 
 import json
@@ -15,23 +16,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pixelclip import evaluate_clip
 from pixelclip.backbone import Backbone
 from pixelclip.benchmarks import LabelledSet, open_labelled
 from pixelclip.checkpoint import Clip, Model, backbone_of, load_clip, load_model
+from pixelclip.clip_baseline import check_baseline, load_baseline, resolve_config
 from pixelclip.clip_sources import clip_folder
 from pixelclip.config import EvaluateClipConfig, EvaluateConfig
 from pixelclip.download import here
-from pixelclip.measure import Counted, measure, metrics_of, per_class
+from pixelclip.measure import STATE, TowerEvaluation, compute_metrics, evaluate_towers, per_class_iou
 from pixelclip.protocol import (
     PROTOCOL,
     check_masks,
     check_sides,
-    in_words,
-    inputs_of,
-    label_of,
+    describe_inputs,
+    describe_protocol,
+    metric_label,
+    parse_labelled_sets,
     protocol_of,
-    sets_of,
 )
 from pixelclip.ranks import ProcessGroup, init_process_group
 from pixelclip.report import Example, write_report
@@ -43,69 +44,69 @@ from pixelclip.tracking import Run
 
 REPORT, PER_CLASS, TABLE = "report.html", "per_class.json", "table.txt"
 CONFUSION = "confusion.json"
-STATE = "state"
-"""Folder in the unfinished result: counts and examples, from which a killed run continues."""
-_SHOWN_CLASSES = 10  # of a confusion matrix that one can still read
+_CONFUSION_CLASSES = 10  # more rows are unreadable in the KFP dashboard
 
 
 def run(model: Path, labelled: Path | str, out: Path, config: EvaluateConfig, clip_evaluation: Path | None = None) -> Metrics:
-    """Measures a model and its CLIP on a labelled set and writes the report; an interrupted run continues.
+    """Evaluate a model and its CLIP on a labelled set and write the report; an interrupted run resumes.
 
-    Started by torchrun, all processes count one result, and only the first writes it.
+    Under torchrun all processes evaluate one result, and the main process writes it.
 
     Args:
         model: model folder.
         labelled: labelled set, a folder or `s3://bucket/folder`.
-        out: folder to make: metrics, `table.txt`, `per_class.json`, `confusion.json`, `protocol.json`, `report.html`.
+        out: output folder: metrics, `table.txt`, `per_class.json`, `confusion.json`, `protocol.json`, `report.html`.
         config: settings.
-        clip_evaluation: what `evaluate_clip` made of the model's CLIP and this set; without it CLIP is measured here, too.
+        clip_evaluation: output of `evaluate_clip` for the model's CLIP and this set; without it CLIP is evaluated too.
 
     Returns:
         `miou/NAME`, `miou_clip/NAME`, `gain/NAME`, `pixel_accuracy/NAME`, ... in points; `image_recall_clip/NAME` in 0..1;
-        for protocol masks `mask_accuracy/NAME` too. NAME ends with what is not the paper's: `.slide`, `.masks`,
-        `.masks-given`, ...
+        for protocol masks also `mask_accuracy/NAME`. NAME ends with any deviation from the paper's protocol: `.slide`,
+        `.masks`, `.masks-given`, ...
 
     Raises:
-        ValueError: unusable model, CLIP, labelled set or masks, CLIP evaluated otherwise, or MLflow unreachable.
+        ValueError: unusable model, CLIP, labelled set or masks, an evaluation of CLIP under other conditions, or MLflow
+            unreachable.
     """
-    with init_process_group(config.device) as ranks:
-        return _run(model, here(labelled), out, config, ranks, clip_evaluation)
+    with init_process_group(config.device) as group:
+        return _run(model, here(labelled), out, config, group, clip_evaluation)
 
 
 def _run(
-    model: Path, labelled: Path, out: Path, config: EvaluateConfig, ranks: ProcessGroup, clip_evaluation: Path | None
+    model: Path, labelled: Path, out: Path, config: EvaluateConfig, group: ProcessGroup, clip_evaluation: Path | None
 ) -> Metrics:
     loaded = load_model(model)
     spec = config.clip or loaded.config["clip"]["spec"]
     dataset = open_labelled(labelled, config.kind)
-    settings = evaluate_clip.settings_of(spec, labelled, config, loaded.side, loaded.residual)
+    resolved = resolve_config(spec, labelled, config, loaded.side, loaded.residual)
     check_masks(dataset, config)
-    inputs = ranks.broadcast_object(_inputs(model, labelled, dataset, settings, clip_evaluation) if ranks.is_main else None)
+    inputs = group.broadcast_object(_inputs(model, labelled, dataset, resolved, clip_evaluation) if group.is_main else None)
     stage = Stage("evaluate", out, inputs, config)
-    if ranks.broadcast_object(stage.finished):
-        return ranks.broadcast_object(stage.reuse() if ranks.is_main else {})
+    if group.broadcast_object(stage.finished):
+        return group.broadcast_object(stage.reuse() if group.is_main else {})
     trained_from, weights = loaded.config["clip"]["md5"], inputs.get("clip")
     if not config.clip and weights and trained_from and weights["md5"] != trained_from:
         raise ValueError(
-            f"{clip_folder(spec)}: is not the CLIP that {model} was trained from (other md5); name it by evaluate.clip"
+            f"{clip_folder(spec)}: is not the CLIP that {model} was trained from (the md5 differs); "
+            "to compare with it anyway, set evaluate.clip"
         )
-    check_sides(backbone_of(loaded), settings)
-    of_clip: Clip | Path = clip_evaluation or load_clip(spec)
-    if isinstance(of_clip, Clip):
-        check_sides(Backbone(of_clip.model.visual, loaded.residual), settings)
+    check_sides(backbone_of(loaded), resolved)
+    clip: Clip | Path = clip_evaluation or load_clip(spec)
+    if isinstance(clip, Clip):
+        check_sides(Backbone(clip.model.visual, loaded.residual), resolved)
     else:
-        evaluate_clip.check(of_clip, settings, inputs)
-    with stage if ranks.is_main else nullcontext():
-        protocol = protocol_of(settings)
-        tracked = _attach(model, stage, protocol) if ranks.is_main else None
-        found, words = _measure(loaded, of_clip, dataset, settings, ranks, stage.folder / STATE)
-        figures = metrics_of(found.tally, len(dataset), config.protocol == "masks", labelled)
-        metrics = {f"{key}/{label_of(protocol)}": value for key, value in figures.items()}
+        check_baseline(clip, resolved, inputs)
+    with stage if group.is_main else nullcontext():
+        protocol = protocol_of(resolved)
+        tracked = _attach(model, stage, protocol) if group.is_main else None
+        evaluation, words = _evaluate(loaded, clip, dataset, resolved, group, stage.folder / STATE)
+        values = compute_metrics(evaluation.counts, len(dataset), config.protocol == "masks", labelled)
+        metrics = {f"{key}/{metric_label(protocol)}": value for key, value in values.items()}
         if tracked:
-            _write(stage.folder, model, dataset, protocol, metrics, found, words)
+            _write(stage.folder, model, dataset, protocol, metrics, evaluation, words)
             tracked.values(metrics)
-            # Of the benchmarks and the other protocols none must replace another's files in the one run.
-            below = None if (config.kind, label_of(protocol)) == ("folder", settings.name) else label_of(protocol)
+            # Benchmarks and other protocols share the run, so their files go into a folder each.
+            below = None if (config.kind, metric_label(protocol)) == ("folder", resolved.name) else metric_label(protocol)
             for file in (REPORT, PER_CLASS, PROTOCOL, CONFUSION):
                 tracked.artifact(stage.folder / file, below)
             tracked.finish()
@@ -114,84 +115,86 @@ def _run(
         return metrics
 
 
-def _measure(
+def _evaluate(
     model: Model,
-    of_clip: Clip | Path,
+    clip: Clip | Path,
     dataset: LabelledSet,
-    settings: EvaluateClipConfig,
-    ranks: ProcessGroup,
+    config: EvaluateClipConfig,
+    group: ProcessGroup,
     state: Path,
-) -> tuple[Counted, list[list[tuple[str, float]]]]:
-    """What was counted of both towers, and for every concept the nearest class names with their cosines.
+) -> tuple[TowerEvaluation, list[list[tuple[str, float]]]]:
+    """Evaluate both towers, and find the nearest class names of every concept with their cosines.
 
-    The image tower was trained towards the model's own text tower, which its prompts are for, too; no other serves them.
+    The model is always evaluated with its own text tower: its image tower and its prompts were trained with that one.
     """
-    together = isinstance(of_clip, Clip) and _differ_by_images_alone(of_clip, model.clip)
-    text, classes = _classifier(model.clip, dataset, settings, ranks)
+    one_pass = isinstance(clip, Clip) and _differ_by_image_tower_only(clip, model.clip)
+    text, classes = _classifier(model.clip, dataset, config, group)
     words = _nearest_words(model, text, classes, dataset.classes)
     towers = {OURS: backbone_of(model)}
-    if isinstance(of_clip, Clip) and together:
-        towers[CLIP] = Backbone(of_clip.model.visual, model.residual)
-    found = measure(towers, model.clip, classes, dataset, settings, ranks, state)
-    if together:
-        return found, words
-    if isinstance(of_clip, Clip):
-        towers = {CLIP: Backbone(of_clip.model.visual, model.residual)}
-        _, classes = _classifier(of_clip, dataset, settings, ranks)
-        counted = measure(towers, of_clip, classes, dataset, settings, ranks, state / "clip")
-        return Counted(found.tally.joined(counted.tally), found.maps | counted.maps, found.pictures), words
-    tally, maps = evaluate_clip.load(of_clip, len(classes))
+    if isinstance(clip, Clip) and one_pass:
+        towers[CLIP] = Backbone(clip.model.visual, model.residual)
+    evaluation = evaluate_towers(towers, model.clip, classes, dataset, config, group, state)
+    if one_pass:
+        return evaluation, words
+    if isinstance(clip, Clip):
+        towers = {CLIP: Backbone(clip.model.visual, model.residual)}
+        _, classes = _classifier(clip, dataset, config, group)
+        other = evaluate_towers(towers, clip, classes, dataset, config, group, state / "clip")
+        counts, maps = other.counts, other.label_maps[CLIP]
+    else:
+        counts, maps = load_baseline(clip, len(classes))
     try:
-        return Counted(found.tally.joined(tally), {**found.maps, CLIP: maps}, found.pictures), words
+        merged = evaluation.counts.merge(counts)
     except ValueError as error:
-        raise ValueError(f"{of_clip}: {error}") from None
+        raise ValueError(f"{clip if isinstance(clip, Path) else config.clip}: {error}") from None
+    return TowerEvaluation(merged, {**evaluation.label_maps, CLIP: maps}, evaluation.examples), words
 
 
-def _differ_by_images_alone(clip: Clip, other: Clip) -> bool:
-    """Whether two CLIPs give the same classifier and see images alike, so that both can be measured in one pass."""
+def _differ_by_image_tower_only(clip: Clip, other: Clip) -> bool:
+    """Whether two CLIPs have the same classifier and preprocessing, so that one pass can evaluate both."""
 
-    def rest(one: Clip) -> tuple[Any, ...]:
-        return one.mean, one.std, one.side, one.model_cfg.get("text_cfg"), one.model_cfg.get("quick_gelu")
+    def preprocessing_and_text(clip: Clip) -> tuple[Any, ...]:
+        return clip.mean, clip.std, clip.side, clip.model_cfg.get("text_cfg"), clip.model_cfg.get("quick_gelu")
 
-    mine, others = clip.model.state_dict(), other.model.state_dict()
-    names = [name for name in mine if not name.startswith("visual.")]
-    return rest(clip) == rest(other) and all(name in others and torch.equal(mine[name], others[name]) for name in names)
+    tensors, others = clip.model.state_dict(), other.model.state_dict()
+    names = [name for name in tensors if not name.startswith("visual.")]
+    return preprocessing_and_text(clip) == preprocessing_and_text(other) and all(
+        name in others and torch.equal(tensors[name], others[name]) for name in names
+    )
 
 
-def _classifier(
-    clip: Clip, dataset: LabelledSet, settings: EvaluateClipConfig, ranks: ProcessGroup
-) -> tuple[TextTower, Tensor]:
-    text = TextTower(clip.model).to(ranks.device).eval()
-    return text, classifier(text, dataset.classes, TEMPLATES[settings.templates])
+def _classifier(clip: Clip, dataset: LabelledSet, config: EvaluateClipConfig, group: ProcessGroup) -> tuple[TextTower, Tensor]:
+    text = TextTower(clip.model).to(group.device).eval()
+    return text, classifier(text, dataset.classes, TEMPLATES[config.templates])
 
 
 def run_all(
     model: Path, labelled: Sequence[str], out: Path, config: EvaluateConfig, clip_evaluation: Path | None = None
 ) -> Metrics:
-    """Evaluates on several labelled sets, each into a folder of its own below `out`; one alone goes into `out` itself.
+    """Evaluate on several labelled sets, each into its own folder below `out`; a single one is written to `out` itself.
 
     Args:
         model: model folder.
-        labelled: see `sets_of`.
-        out: folder to make.
-        config: settings of all of them.
-        clip_evaluation: what `evaluate_clip.run_all` made of the same sets.
+        labelled: see `parse_labelled_sets`.
+        out: output folder.
+        config: settings shared by all sets.
+        clip_evaluation: output of `evaluate_clip.run_all` for the same sets.
 
     Returns:
-        The metrics of all sets, which `out/metrics.json` holds, too.
+        The metrics of all sets, which are also written to `out/metrics.json`.
 
     Raises:
-        ValueError: as `run`; or two sets have one name, or several one given name.
+        ValueError: as `run`; or two sets have the same name.
     """
-    sets = sets_of(labelled, config)
+    sets = parse_labelled_sets(labelled, config)
     if len(sets) == 1:
-        ((path, chosen),) = sets.values()
-        return run(model, path, out, chosen, clip_evaluation)
+        ((path, set_config),) = sets.values()
+        return run(model, path, out, set_config, clip_evaluation)
     metrics: Metrics = {}
-    with init_process_group(config.device) as ranks:  # once: processes that join, leave and join again lose each other
-        for name, (path, chosen) in sets.items():
-            metrics |= _run(model, path, out / name, chosen, ranks, clip_evaluation and clip_evaluation / name)
-    if not ranks.is_main:
+    with init_process_group(config.device) as group:  # once: a process group cannot be left and joined again reliably
+        for name, (path, set_config) in sets.items():
+            metrics |= _run(model, path, out / name, set_config, group, clip_evaluation and clip_evaluation / name)
+    if not group.is_main:
         return metrics
     write_json(out / METRICS, metrics)
     lines = [
@@ -204,15 +207,15 @@ def run_all(
 
 
 def _inputs(
-    model: Path, labelled: Path, dataset: LabelledSet, settings: EvaluateClipConfig, clip_evaluation: Path | None
+    model: Path, labelled: Path, dataset: LabelledSet, config: EvaluateClipConfig, clip_evaluation: Path | None
 ) -> dict[str, dict[str, Any]]:
-    inputs = {"model": describe(model), **inputs_of(labelled, dataset, settings.clip, settings)}
+    inputs = {"model": describe(model), **describe_inputs(labelled, dataset, config.clip, config)}
     return inputs | ({"clip_evaluation": describe(clip_evaluation)} if clip_evaluation else {})
 
 
 @torch.no_grad()
 def _nearest_words(model: Model, text: TextTower, classes: Tensor, names: list[str]) -> list[list[tuple[str, float]]]:
-    """For every concept the three nearest class names."""
+    """Return the three nearest class names of every concept, with their cosines."""
     concepts = F.normalize(model.prompts.to(classes.device)(text), dim=-1)
     top = (concepts @ classes.T).topk(min(3, len(names)), dim=-1)
     pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
@@ -221,17 +224,17 @@ def _nearest_words(model: Model, text: TextTower, classes: Tensor, names: list[s
 
 def _attach(model: Path, stage: Stage, protocol: dict[str, Any]) -> Run:
     tracked = Run.attach(model, stage.folder, read_json(model / PROVENANCE))
-    # These need MLflow at once, so they stand before the long work and not between it and its result.
+    # These calls fail if MLflow is unreachable, so they come before the long computation.
     tracked.params({f"evaluate.{key}": value for key, value in stage.settings.items()})
-    # MLflow keeps the first value of a parameter; the tag tells the protocol of every number in the run.
+    # MLflow keeps the first value of a parameter; the tag records the protocol of every metric in the run.
     md5 = {f"labelled.{protocol['name']}.md5": stage.inputs["labelled"]["md5"]}
-    tracked.tags(md5 | {f"protocol.{label_of(protocol)}": json.dumps(protocol)})
+    tracked.tags(md5 | {f"protocol.{metric_label(protocol)}": json.dumps(protocol)})
     tracked.datasets({"inputs": {"labelled": stage.inputs["labelled"]}}, "evaluation")
     return tracked
 
 
 def table(per_class: list[dict[str, Any]], metrics: Metrics, name: str) -> str:
-    """The result as text: IoU per class of CLIP and PixelCLIP, then the means."""
+    """Format the result as text: IoU per class of CLIP and PixelCLIP, then the means."""
 
     def cell(value: float | None) -> str:
         return f"{'-' if value is None else format(value, '.1f'):>9}"
@@ -256,24 +259,24 @@ def _write(
     dataset: LabelledSet,
     protocol: dict[str, Any],
     metrics: Metrics,
-    found: Counted,
+    evaluation: TowerEvaluation,
     words: list[list[tuple[str, float]]],
 ) -> None:
-    rows = per_class(dataset.classes, found.tally)
-    shown = f"{table(rows, metrics, label_of(protocol))}\n{in_words(protocol)}"
-    print(shown, flush=True)
-    write_atomically(folder / TABLE, shown + "\n")
+    rows = per_class_iou(dataset.classes, evaluation.counts)
+    text = f"{table(rows, metrics, metric_label(protocol))}\n{describe_protocol(protocol)}"
+    print(text, flush=True)
+    write_atomically(folder / TABLE, text + "\n")
     write_json(folder / PER_CLASS, rows)
     write_json(folder / PROTOCOL, protocol)
-    write_json(folder / CONFUSION, found.tally.confusions[OURS].largest(dataset.classes, _SHOWN_CLASSES))
-    ours, clip = found.maps[OURS], found.maps[CLIP]
+    write_json(folder / CONFUSION, evaluation.counts.confusions[OURS].largest(dataset.classes, _CONFUSION_CLASSES))
+    ours, clip = evaluation.label_maps[OURS], evaluation.label_maps[CLIP]
     write_report(
         folder / REPORT,
-        name=label_of(protocol),
-        protocol=in_words(protocol),
+        name=metric_label(protocol),
+        protocol=describe_protocol(protocol),
         metrics=metrics,
         per_class=rows,
-        examples=[Example(image, clip[index], ours[index], truth) for index, (image, truth) in found.pictures.items()],
+        examples=[Example(image, clip[index], ours[index], truth) for index, (image, truth) in evaluation.examples.items()],
         classes=dataset.classes,
         model=model,
         words=words,

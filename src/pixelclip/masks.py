@@ -29,15 +29,6 @@ from pixelclip.felzenszwalb import felzenszwalb
 from pixelclip.images import decode_image, encode_jpeg, nearest, to_rgb
 from pixelclip.shard_format import Member, ShardWriter, index_shard, read_part
 from pixelclip.shard_sources import Shard, describe_shards, list_shards
-from pixelclip.shards import (
-    BadSamples,
-    Member,
-    ShardWriter,
-    index_shard,
-    parse_annotation,
-    read_part,
-)
-from pixelclip.sources import Shard, describe_shards, list_shards
 from pixelclip.stage import Metrics, Stage, describe
 from pixelclip.storage import read_json, write_json
 

@@ -1,13 +1,12 @@
-"""Image towers over one labelled set: counts of every process, with checkpoints (method.md, "Inference").
+"""Evaluate image towers on a labelled set, in one or several processes, with checkpoints (method.md, "Inference").
 
 B images, T towers, K classes, C embedding width, H W image.
 """
 
 import io
-import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from itertools import chain
+from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -27,180 +26,165 @@ from pixelclip.classify import (
     Annotations,
     GivenMasks,
     classify_masks,
-    label_whole,
-    label_windows,
+    predict_whole,
+    predict_windows,
     segment_masks,
     truth_masks,
 )
 from pixelclip.config import EvaluateConfig
 from pixelclip.pixels import normalise, resized_square, to_tensor
 from pixelclip.ranks import ProcessGroup, pick_precision
-from pixelclip.storage import read_json, write_atomically, write_json
-from pixelclip.tally import CLIP, OURS, Found, Tally, packed
+from pixelclip.storage import write_atomically
+from pixelclip.tally import CLIP, OURS, EvaluationCounts, Predictions, to_npz
 
-Maps = dict[int, NDArray[np.uint16]]
-"""Label maps by the number of their image in the labelled set."""
+STATE = "state"
+"""Folder in the unfinished output of a stage: counts and examples from which an interrupted evaluation resumes."""
+LabelMaps = dict[int, NDArray[np.uint16]]
+"""Label maps by sample index."""
 
 
 @dataclass(frozen=True)
-class Counted:
-    """What `measure` found.
+class TowerEvaluation:
+    """Result of `evaluate_towers`.
 
     Args:
-        tally: the sums over all images.
-        maps: of every tower the label maps of the pictures.
-        pictures: by number in the labelled set, image and truth [H, W] of those that a report shows.
+        counts: summed over all images.
+        label_maps: for each tower the label maps of the examples.
+        examples: image and truth [H, W] of the report's pictures, by sample index.
     """
 
-    tally: Tally
-    maps: dict[str, Maps]
-    pictures: dict[int, tuple[Image.Image, NDArray[np.uint16]]]
+    counts: EvaluationCounts
+    label_maps: dict[str, LabelMaps]
+    examples: dict[int, tuple[Image.Image, NDArray[np.uint16]]]
+
+
+@dataclass(frozen=True)
+class _Sample:
+    index: int
+    image: Image.Image
+    labels: NDArray[np.uint8]
+    masks: Annotations
 
 
 @torch.no_grad()
-def measure(
+def evaluate_towers(
     towers: Mapping[str, Backbone],
     clip: Clip,
     classes: Tensor,
     dataset: LabelledSet,
     config: EvaluateConfig,
-    ranks: ProcessGroup,
+    group: ProcessGroup,
     state: Path,
     stage: str = "evaluate",
-) -> Counted:
-    """Evaluates towers with the very same images, classifier and protocol; what one gives does not hang on the others.
+) -> TowerEvaluation:
+    """Evaluate towers on the same images with the same classifier and protocol; their results are independent.
 
     Args:
-        towers: `OURS`, `CLIP` or both; they get the settings' precision.
-        clip: the CLIP that the towers are of.
+        towers: `OURS`, `CLIP` or both; their precision is set from the settings.
+        clip: the CLIP that the towers belong to.
         classes: [K, C], its classifier.
-        dataset: the labelled set; every rank takes its share of the batches.
+        dataset: labelled set; every process evaluates its share of the batches.
         config: settings, with the side in pixels.
-        ranks: the processes; each of them returns the result of all.
-        state: folder of counts and examples of an unfinished measurement, which continues.
-        stage: whose work it is, in messages.
+        group: process group; every process returns the full result.
+        state: folder for checkpoints and examples; an interrupted evaluation resumes from it.
+        stage: name of the stage in messages.
 
     Raises:
         ValueError: too many unreadable samples.
     """
-    towers = {name: tower.to(ranks.device).eval() for name, tower in towers.items()}
+    towers = {name: tower.to(group.device).eval() for name, tower in towers.items()}
     for tower in towers.values():
-        tower.precision = pick_precision(config.precision, ranks.device)
-    wanted = np.linspace(0, len(dataset) - 1, min(config.pictures, len(dataset))).round().astype(int).tolist()
-    tally, places = _begin(stage, towers, dataset, config, ranks, state)
-    bad = BadSamples(stage, config.max_bad_share, tally.bad)
+        tower.precision = pick_precision(config.precision, group.device)
+    example_indices = np.linspace(0, len(dataset) - 1, min(config.pictures, len(dataset))).round().astype(int).tolist()
+    # A checkpoint fits only the same batches, shares and examples, so others have their own folder.
+    state = state / f"processes-{group.size}_batch-{config.batch_size}_pictures-{config.pictures}"
+    checkpoint = state / f"counts-{group.rank}-of-{group.size}.npz"
+    counts, indices = _start_or_resume(stage, towers, dataset, config, group, checkpoint)
+    bad = BadSamples(stage, config.max_bad_share, counts.bad_samples)
     given = GivenMasks(config.masks_folder) if config.protocol == "masks" and config.masks == "given" else None
-    saved = tally.position
-    shown = tqdm(range(saved, places.stop), stage, places.stop, unit="image", initial=saved, disable=not ranks.is_main)
-    for batch in _batches(dataset, shown, config, given, bad):
-        found = _find(batch, list(towers.values()), clip, classes, config)
-        tally.add(batch.labels, found)
+    saved_index = counts.next_index
+    bar = tqdm(
+        range(saved_index, indices.stop), stage, indices.stop, unit="image", initial=saved_index, disable=not group.is_main
+    )
+    samples = _read_samples(dataset, bar, config, given, bad)
+    while batch := list(islice(samples, config.batch_size)):
+        truths = [sample.labels for sample in batch]
+        predictions = _predict(batch, list(towers.values()), clip, classes, config)
+        counts.add(truths, predictions)
         if CLIP in towers:
-            native = _resized_square(batch, clip.side, clip, ranks.device)
-            similarities = F.normalize(towers[CLIP].image_features(native), dim=-1) @ classes.T
-            tally.recall(batch.labels, similarities.cpu())
-        for index, image, truth, one in zip(batch.indices, batch.images, batch.labels, found, strict=True):
-            if index in wanted:
-                _save_example(
-                    _example(state, index),
-                    image,
-                    truth,
-                    {tower: labels.cpu().numpy() for tower, labels in zip(towers, one.maps, strict=True)},
-                )
-        tally.position = batch.indices[-1] + 1
-        if tally.position - saved >= config.checkpoint_every:
-            tally.save(_checkpoint(state, ranks))
-            saved = tally.position
-    tally.sum(ranks)
-    bad.found = tally.bad
-    (bad.check if ranks.is_main else bad.stop_if_too_many)(len(dataset))
-    drawn = [index for index in wanted if index in places and _example(state, index).is_file()]
-    packs = chain(*ranks.all_gather_object([(index, _example(state, index).read_bytes()) for index in drawn]))
-    return _counted(tally, dict(packs))
+            whole_images = _resize_batch(batch, clip.side, clip, group.device)
+            similarities = F.normalize(towers[CLIP].image_features(whole_images), dim=-1) @ classes.T
+            counts.add_recalled(truths, similarities.cpu())
+        for sample, predicted in zip(batch, predictions, strict=True):
+            if sample.index in example_indices:
+                maps = {tower: labels.cpu().numpy() for tower, labels in zip(towers, predicted.label_maps, strict=True)}
+                _save_example(_example_file(state, sample.index), sample, maps)
+        counts.next_index = batch[-1].index + 1
+        if counts.next_index - saved_index >= config.checkpoint_every:
+            counts.save(checkpoint)
+            saved_index = counts.next_index
+    counts.all_reduce(group)
+    bad.found = counts.bad_samples
+    (bad.check if group.is_main else bad.stop_if_too_many)(len(dataset))
+    mine = [index for index in example_indices if index in indices and _example_file(state, index).is_file()]
+    files = chain(*group.all_gather_object([(index, _example_file(state, index).read_bytes()) for index in mine]))
+    return _with_examples(counts, dict(files))
 
 
-def _counted(tally: Tally, packs: Mapping[int, bytes]) -> Counted:
-    counted = Counted(tally, {tower: {} for tower in tally.confusions}, {})
-    for index, data in packs.items():
+def _with_examples(counts: EvaluationCounts, files: Mapping[int, bytes]) -> TowerEvaluation:
+    evaluation = TowerEvaluation(counts, {tower: {} for tower in counts.confusions}, {})
+    for index, data in files.items():
         with np.load(io.BytesIO(data), allow_pickle=False) as saved:
-            counted.pictures[index] = Image.fromarray(saved["image"]), saved["truth"]
-            for tower, maps in counted.maps.items():
+            evaluation.examples[index] = Image.fromarray(saved["image"]), saved["truth"]
+            for tower, maps in evaluation.label_maps.items():
                 maps[index] = saved[f"map{tower}"]
-    return counted
+    return evaluation
 
 
-def _begin(
-    stage: str, towers: Collection[str], dataset: LabelledSet, config: EvaluateConfig, ranks: ProcessGroup, state: Path
-) -> tuple[Tally, range]:
-    """This rank's tally, continued where there is one, and its images: whole batches, the same with any number of ranks."""
-    made_by = {"processes": ranks.size, "batch_size": config.batch_size, "pictures": config.pictures}
-    if ranks.is_main:
-        about = state / "made_by.json"
-        there = read_json(about) if about.is_file() else made_by
-        if there != made_by:
-            changed = ", ".join(
-                f"{key} {there.get(key)} → {value}" for key, value in made_by.items() if there.get(key) != value
-            )
-            print(f"{stage}: starts again, the interrupted run cannot be continued with other {changed}", flush=True)
-            shutil.rmtree(state)
-        write_json(about, made_by)
-    ranks.broadcast_object(None)  # nobody reads or writes before it is clear what stays
-    batches = ranks.local_range(-(-len(dataset) // config.batch_size))
-    places = range(batches.start * config.batch_size, min(batches.stop * config.batch_size, len(dataset)))
-    tally = Tally.zeros(towers, len(dataset.classes), places.start)
-    if _checkpoint(state, ranks).is_file():
-        tally.load(_checkpoint(state, ranks))
-        if ranks.is_main:
-            print(f"{stage}: continues after {tally.position} images", flush=True)
-    return tally, places
+def _start_or_resume(
+    stage: str,
+    towers: Collection[str],
+    dataset: LabelledSet,
+    config: EvaluateConfig,
+    group: ProcessGroup,
+    checkpoint: Path,
+) -> tuple[EvaluationCounts, range]:
+    """Return this process's counts and sample indices: whole batches, the same for any number of processes."""
+    batches = group.local_range(-(-len(dataset) // config.batch_size))
+    indices = range(batches.start * config.batch_size, min(batches.stop * config.batch_size, len(dataset)))
+    counts = EvaluationCounts.zeros(towers, len(dataset.classes), indices.start)
+    if checkpoint.is_file():
+        counts.load(checkpoint)
+        if group.is_main:
+            print(f"{stage}: resumes after {counts.next_index} images", flush=True)
+    return counts, indices
 
 
-def _checkpoint(state: Path, ranks: ProcessGroup) -> Path:
-    return state / f"counts-{ranks.rank}-of-{ranks.size}.npz"
-
-
-def _example(state: Path, index: int) -> Path:
+def _example_file(state: Path, index: int) -> Path:
     return state / f"example-{index}.npz"
 
 
-def _save_example(path: Path, image: Image.Image, truth: NDArray[np.integer], maps: Mapping[str, NDArray[np.integer]]) -> None:
-    found = {f"map{tower}": labels.astype(np.uint16) for tower, labels in maps.items()}
-    write_atomically(path, packed(image=np.asarray(image), truth=truth.astype(np.uint16), **found))
+def _save_example(path: Path, sample: _Sample, maps: Mapping[str, NDArray[np.integer]]) -> None:
+    arrays = {f"map{tower}": labels.astype(np.uint16) for tower, labels in maps.items()}
+    write_atomically(path, to_npz(image=np.asarray(sample.image), truth=sample.labels.astype(np.uint16), **arrays))
 
 
-@dataclass(frozen=True)
-class _Batch:
-    indices: list[int] = field(default_factory=list)
-    images: list[Image.Image] = field(default_factory=list)
-    labels: list[NDArray[np.uint8]] = field(default_factory=list)
-    masks: list[Annotations] = field(default_factory=list)
-
-
-def _batches(
-    dataset: LabelledSet, places: Iterable[int], config: EvaluateConfig, given: GivenMasks | None, bad: BadSamples
-) -> Iterator[_Batch]:
-    batch = _Batch()
-    for index in places:
+def _read_samples(
+    dataset: LabelledSet, indices: Iterable[int], config: EvaluateConfig, given: GivenMasks | None, bad: BadSamples
+) -> Iterator[_Sample]:
+    for index in indices:
         try:
-            image, label = dataset.read(index)
-            masks = _masks(dataset.pairs[index][0], image, label, config, given)
+            image, labels = dataset.read(index)
+            masks = _masks(dataset.pairs[index][0], image, labels, config, given)
         except ValueError as error:
             bad.found.append(str(error))
             bad.stop_if_too_many(len(dataset))
             continue
-        batch.indices.append(index)
-        batch.images.append(image)
-        batch.labels.append(label)
-        batch.masks.append(masks)
-        if len(batch.indices) == config.batch_size:
-            yield batch
-            batch = _Batch()
-    if batch.indices:
-        yield batch
+        yield _Sample(index, image, labels, masks)
 
 
 def _masks(
-    path: Path, image: Image.Image, label: NDArray[np.uint8], config: EvaluateConfig, given: GivenMasks | None
+    path: Path, image: Image.Image, labels: NDArray[np.uint8], config: EvaluateConfig, given: GivenMasks | None
 ) -> Annotations:
     if config.protocol != "masks":
         return []
@@ -208,10 +192,12 @@ def _masks(
         return given.read(path.stem, image.size)
     if config.masks == "felzenszwalb":
         return segment_masks(image, config.felzenszwalb_scale, config.felzenszwalb_sigma, config.felzenszwalb_min_size)
-    return truth_masks(label)
+    return truth_masks(labels)
 
 
-def _find(batch: _Batch, towers: list[Backbone], clip: Clip, classes: Tensor, config: EvaluateConfig) -> list[Found]:
+def _predict(
+    batch: list[_Sample], towers: list[Backbone], clip: Clip, classes: Tensor, config: EvaluateConfig
+) -> list[Predictions]:
     if config.protocol == "slide":
         windows: dict[str, int] = {
             "side": config.slide_side,
@@ -220,58 +206,59 @@ def _find(batch: _Batch, towers: list[Backbone], clip: Clip, classes: Tensor, co
             "feature_grid": config.feature_grid,
             "windows_at_once": config.batch_size,
         }
-        whole = (normalise(to_tensor(image).to(classes.device), clip.mean, clip.std)[None] for image in batch.images)
-        return [label_windows(towers, image, classes, **windows) for image in whole]
-    images = _resized_square(batch, config.side, clip, classes.device)
+        full_size = (normalise(to_tensor(sample.image).to(classes.device), clip.mean, clip.std)[None] for sample in batch)
+        return [predict_windows(towers, image, classes, **windows) for image in full_size]
+    images = _resize_batch(batch, config.side, clip, classes.device)
     if config.protocol == "whole":
-        return label_whole(towers, images, [label.shape for label in batch.labels], classes, config.feature_grid)
+        return predict_whole(towers, images, [sample.labels.shape for sample in batch], classes, config.feature_grid)
     features = torch.stack([tower(images) for tower in towers], dim=1)  # [B, T, C, h, w]
-    each = zip(features, batch.masks, batch.labels, strict=True)
-    return [classify_masks(feature, masks, classes, label) for feature, masks, label in each]
+    return [
+        classify_masks(feature, sample.masks, classes, sample.labels) for feature, sample in zip(features, batch, strict=True)
+    ]
 
 
-def _resized_square(batch: _Batch, side: int, clip: Clip, device: torch.device) -> Tensor:
-    return torch.cat([resized_square(image, side, clip.mean, clip.std, device) for image in batch.images])
+def _resize_batch(batch: list[_Sample], side: int, clip: Clip, device: torch.device) -> Tensor:
+    return torch.cat([resized_square(sample.image, side, clip.mean, clip.std, device) for sample in batch])
 
 
-def metrics_of(tally: Tally, num_images: int, masks: bool, labelled: Path) -> dict[str, float]:
-    """The figures by name, without the labelled set's.
+def compute_metrics(counts: EvaluationCounts, num_images: int, masks: bool, labelled: Path) -> dict[str, float]:
+    """Compute the metrics, keyed by name without the set's label.
 
     Args:
-        tally: of CLIP, or of both towers.
-        num_images: how many the set holds.
+        counts: of CLIP, or of both towers.
+        num_images: number of images in the labelled set.
         masks: whether masks were classified.
-        labelled: the labelled set, in messages.
+        labelled: labelled set, for messages.
 
     Raises:
-        ValueError: nothing was counted.
+        ValueError: no image, no labelled pixel or no labelled mask was evaluated.
     """
-    towers = tally.confusions
-    if len(tally.bad) == num_images:
-        raise ValueError(f"{labelled}: none of its {num_images} images could be measured, for the reasons above")
-    if not towers[CLIP].counts.any():
-        raise ValueError(f"{labelled}: the label maps hold no labelled pixel at all")
-    metrics = {f"miou{tower}": confusion.miou() for tower, confusion in towers.items()}
-    if OURS in towers:
+    confusions = counts.confusions
+    if len(counts.bad_samples) == num_images:
+        raise ValueError(f"{labelled}: none of the {num_images} images could be evaluated, for the reasons above")
+    if not confusions[CLIP].counts.any():
+        raise ValueError(f"{labelled}: the label maps contain no labelled pixel")
+    metrics = {f"miou{tower}": confusion.miou() for tower, confusion in confusions.items()}
+    if OURS in confusions:
         metrics["gain"] = metrics["miou"] - metrics["miou_clip"]
-    metrics |= {f"pixel_accuracy{tower}": confusion.pixel_accuracy() for tower, confusion in towers.items()}
+    metrics |= {f"pixel_accuracy{tower}": confusion.pixel_accuracy() for tower, confusion in confusions.items()}
     if masks:
-        *hits, counted = tally.masks.tolist()
-        if not counted:
-            raise ValueError(f"{labelled}: no mask of its images holds a labelled pixel")
-        metrics |= {f"mask_accuracy{tower}": 100 * hit / counted for tower, hit in zip(towers, hits, strict=True)}
-    found, present = tally.recalled.tolist()
-    metrics["image_recall_clip"] = found / max(present, 1)
-    metrics["images"] = float(num_images - len(tally.bad))
+        *correct, num_masks = counts.masks.tolist()
+        if not num_masks:
+            raise ValueError(f"{labelled}: no mask covers a labelled pixel")
+        metrics |= {f"mask_accuracy{tower}": 100 * hits / num_masks for tower, hits in zip(confusions, correct, strict=True)}
+    recalled, present = counts.recalled.tolist()
+    metrics["image_recall_clip"] = recalled / max(present, 1)
+    metrics["images"] = float(num_images - len(counts.bad_samples))
     return metrics
 
 
-def per_class(names: list[str], tally: Tally) -> list[dict[str, Any]]:
-    """One row a class: IoU of both towers in points (None when the truth does not hold the class), pixels of truth."""
+def per_class_iou(names: list[str], counts: EvaluationCounts) -> list[dict[str, Any]]:
+    """Return one row per class: IoU of both towers in points (None without labelled pixels), number of labelled pixels."""
 
     def points(value: float) -> float | None:
         return None if np.isnan(value) else round(100 * float(value), 4)
 
-    ours, clip = tally.confusions[OURS], tally.confusions[CLIP]
-    both = zip(names, ours.iou(), clip.iou(), ours.counts.sum(axis=1), strict=True)
-    return [{"class": name, "iou": points(a), "iou_clip": points(b), "pixels": int(n)} for name, a, b, n in both]
+    ours, clip = counts.confusions[OURS], counts.confusions[CLIP]
+    columns = zip(names, ours.iou(), clip.iou(), ours.counts.sum(axis=1), strict=True)
+    return [{"class": name, "iou": points(a), "iou_clip": points(b), "pixels": int(n)} for name, a, b, n in columns]

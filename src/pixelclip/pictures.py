@@ -1,4 +1,4 @@
-"""Pictures for people: what the model sees in training, and what each concept found.
+"""Pictures of training views and concept maps, a gallery of each concept's nearest masks, and previews of masked shards.
 
 B images, N masks, K concepts, H W mask grid.
 """
@@ -21,31 +21,31 @@ from pixelclip.pixels import normalise, resize_square, to_tensor
 from pixelclip.rle import RunMasks
 from pixelclip.shard_format import Member, index_shard, read_part
 from pixelclip.shard_sources import Shard, list_shards
-from pixelclip.shards import Member, index_shard, read_part
-from pixelclip.sources import Shard, list_shards
 from pixelclip.storage import write_json
 
 GALLERY = "gallery.json"
 _GALLERY_IMAGES, _GALLERY_BEST, _THUMBNAIL = 256, 6, 96
-_PREVIEW = (1200, 240)  # width and height that an image of it fits in
+_PREVIEW = (1200, 240)  # largest width and height of an image in a preview
 
 
 def to_pixels(normalised: Tensor, mean: Sequence[float], std: Sequence[float]) -> NDArray[np.uint8]:
-    """Undoes `normalise`: [3, H, W] -> [H, W, 3], uint8."""
+    """Invert `normalise`: [3, H, W] to [H, W, 3], uint8."""
     image = normalised.cpu() * torch.tensor(std).view(3, 1, 1) + torch.tensor(mean).view(3, 1, 1)
     return np.round(image.clamp(0, 1).permute(1, 2, 0).numpy() * 255).astype(np.uint8)
 
 
-def training_picture(pieces: Sequence[Batch], output: StepOutput, mean: Sequence[float], std: Sequence[float]) -> Image.Image:
-    """One row an image: student's view | its masks in the colours of their concepts | the student's concept maps."""
+def training_picture(
+    micro_batches: Sequence[Batch], output: StepOutput, mean: Sequence[float], std: Sequence[float]
+) -> Image.Image:
+    """Draw one row per image: student view, masks coloured by concept, and the student's concept maps."""
     rows = []
-    batch = next(piece for piece in pieces if len(piece.masks))  # the one whose logits the output has
+    batch = next(batch for batch in micro_batches if len(batch.masks))  # `output.logits` belongs to this one
     concepts = output.logits.shape[1]
     side = batch.masks.shape[-1]
     for image in range(len(output.logits)):
-        mine = (batch.image_index == image).cpu()
+        of_image = (batch.image_index == image).cpu()
         labels = np.full(batch.masks.shape[1:], -1)
-        for mask, concept in zip(batch.masks.cpu()[mine], output.shown_index.cpu()[mine].tolist(), strict=True):
+        for mask, concept in zip(batch.masks.cpu()[of_image], output.shown_index.cpu()[of_image].tolist(), strict=True):
             labels[mask.numpy()] = concept
         logits, predicted = output.logits[image].max(dim=0)
         predicted = torch.where(logits > 0, predicted, -1).cpu()
@@ -60,10 +60,10 @@ def training_picture(pieces: Sequence[Batch], output: StepOutput, mean: Sequence
 
 @torch.no_grad()
 def gallery(model: PixelCLIP, dataset: MaskedImages, folder: Path, device: torch.device) -> None:
-    """Writes what each concept found: its nearest masks among some training images.
+    """Write a gallery of the masks nearest to each concept, from a sample of training images.
 
-    Writes `gallery.json` (`[{"concept", "masks", "best": [{"file", "cosine"}]}]`, most used concept first) and a thumbnail a
-    mask below `gallery/`. Samples that cannot be read are left out.
+    It consists of `gallery.json` (`[{"concept", "masks", "best": [{"file", "cosine"}]}]`, most used concept first) and one
+    thumbnail per mask below `gallery/`. Unreadable samples are skipped.
     """
     views = dataset.views
     concepts = model.concepts()
@@ -77,11 +77,13 @@ def gallery(model: PixelCLIP, dataset: MaskedImages, folder: Path, device: torch
         rows, columns = (nearest(views.mask_grid, edge) for edge in masks.size)
         on_grid = torch.from_numpy(masks.sample(rows, columns))  # [N, H, W]
         pixels = resize_square(normalise(to_tensor(image), views.mean, views.std)[None], views.side).to(device)
-        owner = torch.zeros(len(on_grid), dtype=torch.long, device=device)
-        features = model.mask_features(pixels, on_grid.to(device), owner)
+        image_index = torch.zeros(len(on_grid), dtype=torch.long, device=device)
+        features = model.mask_features(pixels, on_grid.to(device), image_index)
         cosines = features @ F.normalize(concepts, dim=-1).T
-        closest = cosines.max(dim=-1)
-        for number, (cosine, concept) in enumerate(zip(closest.values.tolist(), closest.indices.tolist(), strict=True)):
+        nearest_concept = cosines.max(dim=-1)
+        for number, (cosine, concept) in enumerate(
+            zip(nearest_concept.values.tolist(), nearest_concept.indices.tolist(), strict=True)
+        ):
             counts[concept] += 1
             kept = best[concept]
             if len(kept) < _GALLERY_BEST or cosine > kept[-1][0]:
@@ -92,8 +94,8 @@ def gallery(model: PixelCLIP, dataset: MaskedImages, folder: Path, device: torch
     entries = []
     for concept in sorted(range(len(best)), key=lambda c: -counts[c]):
         files = []
-        for place, (cosine, thumbnail) in enumerate(best[concept]):
-            name = f"gallery/{concept:03d}-{place}.jpg"
+        for rank, (cosine, thumbnail) in enumerate(best[concept]):
+            name = f"gallery/{concept:03d}-{rank}.jpg"
             thumbnail.save(folder / name, quality=85)
             files.append({"file": name, "cosine": round(cosine, 4)})
         entries.append({"concept": concept, "masks": counts[concept], "best": files})
@@ -101,15 +103,15 @@ def gallery(model: PixelCLIP, dataset: MaskedImages, folder: Path, device: torch
 
 
 def preview(masks: Path | str, count: int, path: Path) -> int:
-    """Writes one picture of the first images of masked shards: image | its masks in colours, the smaller on top.
+    """Write a preview of masked shards: one row per image with its masks in colours, smaller ones on top.
 
     Args:
         masks: Shards with masks.
-        count: how many images at most.
-        path: of the JPEG.
+        count: maximum number of images.
+        path: JPEG file to write.
 
     Returns:
-        How many images are shown; samples that cannot be read are named and left out.
+        Number of images shown; unreadable samples are reported and skipped.
 
     Raises:
         ValueError: no readable sample with masks.
@@ -118,15 +120,15 @@ def preview(masks: Path | str, count: int, path: Path) -> int:
     for tar, member in _masked(masks):
         try:
             image = to_rgb(decode_image(read_part(tar, member.image_offset, member.image_size)))
-            found = parse_annotation(read_part(tar, member.json_offset, member.json_size), image.size)[1]
+            _, runs = parse_annotation(read_part(tar, member.json_offset, member.json_size), image.size)
         except ValueError as error:
             print(f"preview: {tar}: {member.key}: {error}", flush=True)
             continue
-        rows.append(_preview_row(image, found))
+        rows.append(_preview_row(image, runs))
         if len(rows) == count:
             break
     if not rows:
-        raise ValueError(f"{masks}: holds no image with masks")
+        raise ValueError(f"{masks}: contains no readable image with masks")
     sheet = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white")
     top = 0
     for row in rows:
@@ -137,7 +139,7 @@ def preview(masks: Path | str, count: int, path: Path) -> int:
 
 
 def _masked(masks: Path | str) -> Iterator[tuple[Shard, Member]]:
-    """The samples with masks; a shard is not opened before it is asked for."""
+    """Yield the samples with masks; shards are opened lazily."""
     for tar in list_shards(masks):
         yield from ((tar, member) for member in index_shard(tar)[0] if member.json_size)
 
@@ -158,7 +160,7 @@ def _preview_row(image: Image.Image, masks: RunMasks) -> Image.Image:
 
 
 def _thumbnail(image: Image.Image, mask: NDArray[np.bool_]) -> Image.Image:
-    """The mask in its surroundings: outside it the picture is faded."""
+    """Crop the image around a mask and fade the pixels outside it."""
     rows, columns = np.nonzero(mask)
     if len(rows) == 0:
         return Image.new("RGB", (_THUMBNAIL, _THUMBNAIL), "white")

@@ -1,4 +1,4 @@
-"""How a labelled set is measured: what it is called, what numbers stand with, what they hang on, and what does not fit."""
+"""Evaluation protocol: names of labelled sets, labels of metrics, the settings that determine a metric, and validation."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -24,50 +24,50 @@ _OPTIONS = {
     "given": ("masks_folder",),
     "felzenszwalb": ("felzenszwalb_scale", "felzenszwalb_sigma", "felzenszwalb_min_size"),
 }
-"""The settings that a protocol, or a kind of its masks, goes by."""
+"""Settings that a protocol, or a source of its masks, depends on."""
 
 
-def sets_of(labelled: Sequence[str], config: EvaluateConfig) -> dict[str, tuple[Path, EvaluateConfig]]:
-    """Labelled sets by name, each with its settings.
+def parse_labelled_sets(labelled: Sequence[str], config: EvaluateConfig) -> dict[str, tuple[Path, EvaluateConfig]]:
+    """Map the name of each labelled set to its folder and settings.
 
     Args:
-        labelled: `FOLDER`, of the kind that the settings say, or `KIND:FOLDER`; a folder may be `s3://bucket/folder`.
-        config: settings of all of them.
+        labelled: `FOLDER` of the kind in the settings, or `KIND:FOLDER`; a folder may be `s3://bucket/folder`.
+        config: settings shared by all sets.
 
     Raises:
-        ValueError: two have one name, or one has a name that no metric can have.
+        ValueError: two sets have the same name, or a name is not valid in a metric.
     """
     sets: dict[str, tuple[Path, EvaluateConfig]] = {}
     for word in labelled:
         kind, _, folder = word.partition(":")
-        chosen = config if kind not in KINDS else config.model_copy(update={"kind": kind})
+        set_config = config if kind not in KINDS else config.model_copy(update={"kind": kind})
         path = here(folder if kind in KINDS else word)
-        name = name_of(path, chosen)
+        name = metric_name(path, set_config)
         if name in sets:
-            raise ValueError(f"two labelled sets are called {name!r}: {sets[name][0]} and {path}; evaluate them one by one")
-        sets[name] = (path, chosen)
+            raise ValueError(f"two labelled sets have the name {name!r}: {sets[name][0]} and {path}; evaluate them one by one")
+        sets[name] = (path, set_config)
     return sets
 
 
-def name_of(labelled: Path, config: EvaluateConfig) -> str:
-    """What a labelled set is called in metrics.
+def metric_name(labelled: Path, config: EvaluateConfig) -> str:
+    """Return the name of a labelled set in metrics.
 
     Raises:
-        ValueError: MLflow knows no metric of that name.
+        ValueError: MLflow allows no metric with that name.
     """
     name = config.name or (labelled.resolve().name if config.kind == "folder" else config.kind)
     if not re.fullmatch(r"[\w.\- :]+", name):
         raise ValueError(
-            f"{labelled}: a metric cannot be called {name!r} in MLflow (letters, digits, _ - . :); set evaluate.name"
+            f"{labelled}: MLflow allows no metric named {name!r} (only letters, digits, _ - . : and blanks); set evaluate.name"
         )
     return name
 
 
 def protocol_of(config: EvaluateConfig) -> dict[str, Any]:
-    """How numbers come about, as `protocol.json` says it; None for what the protocol does not go by.
+    """Return the content of `protocol.json`; settings that the protocol does not use are None.
 
     Args:
-        config: settings as they apply: with the set's name, and the side in pixels.
+        config: resolved settings, with the set's name and the side in pixels.
     """
     used = {*_OPTIONS[config.protocol], *(_OPTIONS.get(config.masks, ()) if config.protocol == "masks" else ())}
     settings = config.model_dump()
@@ -77,39 +77,39 @@ def protocol_of(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def conditions_of(protocol: Mapping[str, Any], inputs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """What numbers hang on besides the towers, by name; files by what they hold, wherever they stand.
+    """Everything besides the model that determines the metrics; files are identified by content, not by path.
 
     Args:
         protocol: see `protocol_of`.
-        inputs: see `inputs_of`.
+        inputs: see `describe_inputs`.
     """
     md5 = {f"md5 of {key}": inputs[key]["md5"] for key in ("labelled", "masks") if key in inputs}
     return md5 | {key: value for key, value in protocol.items() if key != "masks_folder"}
 
 
-def label_of(protocol: dict[str, Any]) -> str:
-    """What stands behind the slash of a metric: the set's name, and what is not the paper's protocol.
+def metric_label(protocol: dict[str, Any]) -> str:
+    """Return the part of a metric's name after the slash: the set's name, plus any deviation from the paper's protocol.
 
-    Sizes and templates are not in it, so that runs of a sweep compare by one name; the tag `protocol.NAME` tells them.
+    Sizes and templates are not part of it, so that all runs of a sweep share one name. The tag `protocol.NAME` records them.
     """
     masks = f"-{protocol['masks']}" if protocol["masks"] not in (None, "truth") else ""
-    other = "" if protocol["protocol"] == "whole" else f".{protocol['protocol']}{masks}"
-    return protocol["name"] + other
+    deviation = "" if protocol["protocol"] == "whole" else f".{protocol['protocol']}{masks}"
+    return protocol["name"] + deviation
 
 
-def in_words(protocol: dict[str, Any]) -> str:
-    """A protocol as one line of text, without the set's name."""
+def describe_protocol(protocol: dict[str, Any]) -> str:
+    """Format a protocol as one line of text, without the set's name."""
     return ", ".join(f"{key} {value}" for key, value in protocol.items() if key != "name" and value is not None)
 
 
-def inputs_of(labelled: Path, dataset: LabelledSet, spec: str, config: EvaluateConfig) -> dict[str, dict[str, Any]]:
-    """What is read besides a model, as `describe` says it: `labelled`; `clip` and `masks` where they are files."""
+def describe_inputs(labelled: Path, dataset: LabelledSet, spec: str, config: EvaluateConfig) -> dict[str, dict[str, Any]]:
+    """Identify all inputs besides the model, as `describe` does: `labelled`; `clip` and `masks` if they are files."""
     if config.kind == "folder":
-        described = describe(labelled)
-    else:  # as published a benchmark holds its training images too, which are not read
-        read = {file for pair in dataset.pairs for file in pair}
-        described = {"path": origin(labelled), **digest(labelled, read)}
-    inputs = {"labelled": described}
+        description = describe(labelled)
+    else:  # a published benchmark also holds training images, which are not read
+        files = {file for pair in dataset.pairs for file in pair}
+        description = {"path": origin(labelled), **digest(labelled, files)}
+    inputs = {"labelled": description}
     if weights := clip_folder(spec):
         inputs["clip"] = describe(weights)
     if config.protocol == "masks" and config.masks == "given":
@@ -118,10 +118,10 @@ def inputs_of(labelled: Path, dataset: LabelledSet, spec: str, config: EvaluateC
 
 
 def check_masks(dataset: LabelledSet, config: EvaluateConfig) -> None:
-    """Checks that given masks are there and can be told by the image's name.
+    """Check that given masks exist and that image names identify them uniquely.
 
     Raises:
-        ValueError: they are not.
+        ValueError: the folder is missing, or two images have the same name.
     """
     if config.protocol != "masks" or config.masks != "given":
         return
@@ -130,18 +130,18 @@ def check_masks(dataset: LabelledSet, config: EvaluateConfig) -> None:
     stems: dict[str, Path] = {}
     for image, _ in dataset.pairs:
         if (other := stems.setdefault(image.stem, image)) != image:
-            raise ValueError(f"masks are found by the image's name, but two are called {image.stem}: {other} and {image}")
+            raise ValueError(f"masks are matched by image name, but two images are named {image.stem}: {other} and {image}")
 
 
 def check_sides(backbone: Backbone, config: EvaluateConfig) -> None:
-    """Checks that an image tower can see what the settings show it.
+    """Check that the input sizes in the settings fit the patches of an image tower.
 
     Args:
         backbone: the tower.
         config: settings, with the side in pixels.
 
     Raises:
-        ValueError: a side is smaller than a patch; or, where no window is cut out of it, no multiple of one.
+        ValueError: a side is smaller than a patch or, unless windows are cropped from it, not a multiple of the patch.
     """
     if config.protocol != "slide":
         check_side("evaluate.side", config.side, backbone)

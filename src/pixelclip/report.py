@@ -1,4 +1,4 @@
-"""report.html: image | CLIP | PixelCLIP | truth, IoU per class, the loss curve, what each concept found. Self-contained."""
+"""Self-contained report.html: image, CLIP, PixelCLIP and truth side by side, IoU per class, loss curve, concept gallery."""
 
 import base64
 import io
@@ -20,12 +20,12 @@ from pixelclip.stage import PROVENANCE, Metrics
 from pixelclip.storage import read_json, write_atomically
 from pixelclip.tracking import CURVES
 
-_PICTURE = (320, 1280)  # width and height that it fits in
+_PICTURE = (320, 1280)  # largest width and height
 
 
 @dataclass(frozen=True)
 class Example:
-    """One picture row: image, and the label maps [H, W] of CLIP, PixelCLIP and the truth."""
+    """An image with the label maps [H, W] of CLIP, PixelCLIP and the truth."""
 
     image: Image.Image
     clip: NDArray[np.integer]
@@ -45,18 +45,18 @@ def write_report(
     model: Path,
     words: list[list[tuple[str, float]]],
 ) -> None:
-    """Writes the report.
+    """Write the report.
 
     Args:
-        path: the HTML file.
-        name: of the labelled set.
-        protocol: in words, how it was measured.
-        metrics: as `evaluate` writes them.
+        path: HTML file.
+        name: label of the labelled set in metrics.
+        protocol: one-line description of the evaluation protocol.
+        metrics: as in `metrics.json`.
         per_class: rows of `per_class.json`.
-        examples: picture rows.
+        examples: rows of pictures.
         classes: class names.
-        model: the model folder, for its curves, gallery and provenance; parts that are not there are left out.
-        words: for every concept the nearest class names with their cosines.
+        model: model folder, for its provenance and, if present, its curves and gallery.
+        words: nearest class names of every concept, with their cosines.
     """
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     source = resources.files("pixelclip").joinpath("assets/report.html.j2").read_text(encoding="utf-8")
@@ -86,22 +86,22 @@ def _data_uri(image: Image.Image) -> str:
 def _example(example: Example, classes: list[str]) -> dict[str, Any]:
     size = fitted(example.image.size, _PICTURE)
 
-    def shown(labels: NDArray[np.integer]) -> str:
+    def label_uri(labels: NDArray[np.integer]) -> str:
         colours = colour_labels(labels, len(classes))
         return _data_uri(Image.fromarray(colours).resize(size, Image.Resampling.NEAREST))
 
-    occurring = np.unique(np.concatenate([m.ravel() for m in (example.truth, example.ours, example.clip)]))
+    present = np.unique(np.concatenate([m.ravel() for m in (example.truth, example.ours, example.clip)]))
     return {
         "image": _data_uri(example.image.resize(size)),
-        "clip": shown(example.clip),
-        "ours": shown(example.ours),
-        "truth": shown(example.truth),
-        "legend": [(int(i), classes[i]) for i in occurring if i < len(classes)],
+        "clip": label_uri(example.clip),
+        "ours": label_uri(example.ours),
+        "truth": label_uri(example.truth),
+        "legend": [(int(i), classes[i]) for i in present if i < len(classes)],
     }
 
 
 def _curve(path: Path) -> dict[str, Any] | None:
-    """The loss as points of a 600 x 180 drawing."""
+    """Scale the loss curve to the points of a 600 x 180 drawing."""
     if not path.is_file():
         return None
     lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -111,16 +111,16 @@ def _curve(path: Path) -> dict[str, Any] | None:
     steps, losses = zip(*points, strict=True)
     low, high = min(losses), max(losses)
     scaled = [(600 * s / steps[-1], 180 - 180 * (v - low) / ((high - low) or 1)) for s, v in points]
-    drawn = " ".join(f"{x:.1f},{y:.1f}" for x, y in scaled)
-    return {"points": drawn, "low": low, "high": high, "last": losses[-1], "steps": steps[-1]}
+    polyline = " ".join(f"{x:.1f},{y:.1f}" for x, y in scaled)
+    return {"points": polyline, "low": low, "high": high, "last": losses[-1], "steps": steps[-1]}
 
 
 def _gallery(model: Path, words: list[list[tuple[str, float]]]) -> list[dict[str, Any]]:
     if not (model / GALLERY).is_file():
         return []
-    shown = []
+    concepts = []
     for entry in read_json(model / GALLERY):
         pictures = [(model / best["file"], best["cosine"]) for best in entry["best"]]
         embedded = [(_data_uri(Image.open(path)), cosine) for path, cosine in pictures if path.is_file()]
-        shown.append({**entry, "pictures": embedded, "words": words[entry["concept"]]})
-    return shown
+        concepts.append({**entry, "pictures": embedded, "words": words[entry["concept"]]})
+    return concepts

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Self
 
 from pixelclip.images import IMAGE_SUFFIXES
-from pixelclip.sources import Shard
+from pixelclip.shard_sources import Shard
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""STAGE train: masked shards and a CLIP -> a PixelCLIP, the whole loop in one function (PixelCLIP, section 3; method.md).
+"""STAGE train: train a PixelCLIP from a CLIP on masked shards (PixelCLIP, section 3; method.md). The loop is one function.
 
 B images, N masks, K concepts, C embedding width.
 """
@@ -33,56 +33,54 @@ from pixelclip.pictures import gallery, training_picture
 from pixelclip.ranks import ProcessGroup, copy_to_host_async, init_process_group, pick_precision
 from pixelclip.resume import Progress, load_state, save_state
 from pixelclip.shard_sources import describe_shards, list_shards
-from pixelclip.shards import BadSamples
-from pixelclip.sources import clip_folder, describe_shards, list_shards
 from pixelclip.stage import Metrics, Stage, describe
 from pixelclip.text import TEMPLATES, Prompts, TextTower, Vectors, classifier
 from pixelclip.tracking import Run
 from pixelclip.views import Views
 
 STATE = "state.safetensors"
-_PICTURED = 4
-"""Images of a training picture."""
+_PICTURE_IMAGES = 4
+"""Images in a training picture."""
 _MASKLESS_SHARE = 0.5
-"""More steps than this without any mask mean that the masks are unusable."""
+"""Share of steps without any mask above which the masks are considered unusable."""
 
 
 def run(masks: Path | str, out: Path, config: TrainConfig) -> Metrics:
-    """Trains a PixelCLIP; an interrupted training continues: on a CPU to the very same losses, on a GPU but for rounding.
+    """Train a PixelCLIP; an interrupted run resumes: on a CPU with bit-identical losses, on a GPU up to rounding.
 
-    Started by torchrun, all processes train one model: batch, Sinkhorn and gradients are those of one process.
+    Under torchrun all processes train one model; batch, Sinkhorn assignment and gradients equal those of one process.
 
     Args:
         masks: Shards with masks.
-        out: model folder to make: weights, config, provenance, curves, pictures, gallery. Only the first process writes.
+        out: model folder: weights, config, provenance, curves, pictures, gallery. Only the main process writes it.
         config: settings.
 
     Returns:
         `train/loss` and `train/concepts_used` of the last step, `train/bad_samples`, `train/maskless_batches`, ...
 
     Raises:
-        ValueError: unusable input or settings, MLflow unreachable at the start, a loss that is not finite.
+        ValueError: unusable input or settings, MLflow unreachable at the start, or a loss that is not finite.
     """
     shards = list_shards(masks)
     weights = clip_folder(config.clip)
-    with init_process_group(config.device) as ranks:
-        if config.batch_size < ranks.size * config.accumulate:
+    with init_process_group(config.device) as group:
+        if config.batch_size < group.size * config.accumulate:
             raise ValueError(
-                f"train.batch_size {config.batch_size} is too small for {ranks.size} processes with train.accumulate "
-                f"{config.accumulate}: every micro_batch needs an image"
+                f"train.batch_size {config.batch_size} is too small for {group.size} processes with train.accumulate "
+                f"{config.accumulate}: every micro-batch needs at least one image"
             )
         dino = local_copy(config.dino) if config.dino else None
-        inputs = ranks.broadcast_object(_inputs(masks, weights, dino, config) if ranks.is_main else None)
+        inputs = group.broadcast_object(_inputs(masks, weights, dino, config) if group.is_main else None)
         stage = Stage("train", out, inputs, config)
-        if ranks.broadcast_object(stage.finished):
-            return ranks.broadcast_object(stage.reuse() if ranks.is_main else {})
+        if group.broadcast_object(stage.finished):
+            return group.broadcast_object(stage.reuse() if group.is_main else {})
         clip = load_clip(config.clip)
         check_side("train.side", config.side, Backbone(clip.model.visual, config.residual))
-        with stage if ranks.is_main else nullcontext():
+        with stage if group.is_main else nullcontext():
             dataset = MaskedImages(shards, _views(config, clip), config.seed, dino is None, config.shards_at_once)
-            tracked = Run.start(stage.folder, name=out.name, provenance=stage.provenance()) if ranks.is_main else None
+            tracked = Run.start(stage.folder, name=out.name, provenance=stage.provenance()) if group.is_main else None
             try:
-                metrics = _train(stage, clip, dino and load_dino(dino), dataset, config, ranks, tracked)
+                metrics = _train(stage, clip, dino and load_dino(dino), dataset, config, group, tracked)
             except BaseException:
                 if tracked:
                     tracked.finish("FAILED")
@@ -91,12 +89,12 @@ def run(masks: Path | str, out: Path, config: TrainConfig) -> Metrics:
                 tracked.values(metrics)
                 tracked.finish()
                 stage.finish(metrics, files=[WEIGHTS, CONFIG])
-                (stage.out / STATE).unlink(missing_ok=True)  # not before: killed until here, the training continues from it
+                (stage.out / STATE).unlink(missing_ok=True)  # not earlier: until here an interrupted run resumes from it
             return metrics
 
 
 def _inputs(masks: Path | str, clip: Path | None, dino: Path | None, config: TrainConfig) -> dict[str, dict[str, Any]]:
-    """What the training reads, identified: shards that no stage made are read whole."""
+    """Identify all inputs; shards without provenance are read completely."""
     inputs = {"masks": describe_shards(masks)} | ({"clip": describe(clip)} if clip else {})
     if config.concept_names and (names := names_file(config.concept_names)):
         inputs["concept_names"] = describe(names)
@@ -111,12 +109,12 @@ def _train(
     dino: VisionTransformer | None,
     dataset: MaskedImages,
     config: TrainConfig,
-    ranks: ProcessGroup,
+    group: ProcessGroup,
     tracked: Run | None,
 ) -> Metrics:
-    # Model. Every rank builds the same one: its first values hang on the seed alone.
+    # Model. Every process builds the same one: its initial values depend only on the seed.
     text = TextTower(clip.model)
-    precision = pick_precision(config.precision, ranks.device)
+    precision = pick_precision(config.precision, group.device)
     model = PixelCLIP(
         Backbone(clip.model.visual, config.residual, precision),
         text,
@@ -127,64 +125,64 @@ def _train(
         config.clustering,
         precision,
     )
-    model = model.to(ranks.device).train()
+    model = model.to(group.device).train()
     optimizer = make_optimizer(model, config)
-    first_rates = [group["lr"] for group in optimizer.param_groups]
-    begun = load_state(stage.folder / STATE, model, optimizer, ranks)
-    start = begun.steps
-    dino = dino and dino.to(ranks.device)
+    initial_rates = [parameters["lr"] for parameters in optimizer.param_groups]
+    resumed = load_state(stage.folder / STATE, model, optimizer, group)
+    start = resumed.steps
+    dino = dino and dino.to(group.device)
 
     # Data.
     bad = BadSamples("train", config.max_bad_share, found=list(dataset.bad))
-    (bad.check if ranks.is_main else bad.stop_if_too_many)(_drawn_from(dataset, 0))
-    if dataset.without_masks and ranks.is_main:
-        print(f"train: {dataset.without_masks} samples have no masks and are left out", flush=True)
+    (bad.check if group.is_main else bad.stop_if_too_many)(_drawn_from(dataset, 0))
+    if dataset.without_masks and group.is_main:
+        print(f"train: {dataset.without_masks} samples have no masks and are skipped", flush=True)
     index_lists = sample_indices(
-        config.batch_size, ranks.local_range(config.batch_size), config.accumulate, start, config.steps
+        config.batch_size, group.local_range(config.batch_size), config.accumulate, start, config.steps
     )
-    loader = iter(load_batches(dataset, index_lists, config.workers, pin=ranks.device.type == "cuda"))
+    loader = iter(load_batches(dataset, index_lists, config.workers, pin=group.device.type == "cuda"))
     bar = tqdm(
-        range(start, config.steps), desc="train", unit="step", initial=start, total=config.steps, disable=not ranks.is_main
+        range(start, config.steps), desc="train", unit="step", initial=start, total=config.steps, disable=not group.is_main
     )
 
-    output, maskless, num_bad, seen, since = None, begun.maskless, begun.bad, 0, time.monotonic()
-    unread: deque[tuple[int, Callable[[], list[float]]]] = deque()
+    output, maskless, num_bad, seen, since = None, resumed.maskless, resumed.bad, 0, time.monotonic()
+    pending: deque[tuple[int, Callable[[], list[float]]]] = deque()
     for step in bar:
-        packed = [next(loader) for _ in range(config.accumulate)]
+        micro_batches = [next(loader) for _ in range(config.accumulate)]
 
-        # Bad samples: named, counted, and too many of them stop the training.
-        bad.found += [name for batch in packed for name in batch.bad]
-        mine = [len(bad.found) - len(dataset.bad), sum(len(batch.masks) for batch in packed)]
-        new_bad, num_masks = ranks.all_reduce(torch.tensor(mine)).tolist()
-        num_bad = begun.bad + new_bad
+        # Bad samples: reported, counted; too many stop the training.
+        bad.found += [name for batch in micro_batches for name in batch.bad]
+        local = [len(bad.found) - len(dataset.bad), sum(len(batch.masks) for batch in micro_batches)]
+        new_bad, num_masks = group.all_reduce(torch.tensor(local)).tolist()
+        num_bad = resumed.bad + new_bad
         if num_bad:
             bad.stop_if_too_many(_drawn_from(dataset, (step + 1) * config.batch_size), len(dataset.bad) + num_bad)
         if num_masks == 0:
             maskless += 1
             if maskless > max(10, _MASKLESS_SHARE * (step + 1)) or maskless == config.steps:
                 raise ValueError(
-                    f"step {step + 1}: {maskless} batches had no mask at all; look at the masks or raise train.crop"
+                    f"step {step + 1}: {maskless} batches contained no mask; check the masks or increase train.crop"
                 )
             continue
-        batches = [batch.to(ranks.device) for batch in packed]
+        batches = [batch.to(group.device) for batch in micro_batches]
         if dino:
             batches = [_find_masks(dino, batch, config, clip) for batch in batches]
 
         # Schedule.
-        for group, rate in zip(optimizer.param_groups, first_rates, strict=True):
-            group["lr"] = rate * cosine_share(step, config.steps, config.final_learning_rate_share)
+        for parameters, rate in zip(optimizer.param_groups, initial_rates, strict=True):
+            parameters["lr"] = rate * cosine_share(step, config.steps, config.final_learning_rate_share)
 
-        # Forward, loss, backward, clip. What is random inside the student hangs on the step, not on what came before.
-        torch.manual_seed(config.seed * 1_000_003 + step * ranks.size + ranks.rank)
+        # Forward, loss, backward, clip. Seed per step, so that a resumed run draws the same stochastic depth.
+        torch.manual_seed(config.seed * 1_000_003 + step * group.size + group.rank)
         optimizer.zero_grad(set_to_none=True)
         logged = (step + 1) % config.log_every == 0 or step + 1 == config.steps
         pictured = tracked and config.picture_every and ((step + 1) % config.picture_every == 0 or step == 0)
-        output = model.accumulate(batches, ranks, shown=_PICTURED if pictured else 0)
+        output = model.accumulate(batches, group, shown=_PICTURE_IMAGES if pictured else 0)
         norm = nn.utils.clip_grad_norm_(model.learning(), config.gradient_clip)
         saved = (step + 1) % config.checkpoint_every == 0
-        unread.append((step, copy_to_host_async(torch.stack([output.loss, norm]))))
-        # A GPU is not waited for: it works on this step while the last one's numbers are read. What is kept is read first.
-        _check_finite(unread, left=int(ranks.device.type == "cuda" and not (logged or saved)))
+        pending.append((step, copy_to_host_async(torch.stack([output.loss, norm]))))
+        # On a GPU check one step late, so that the host does not wait. Before a log or a checkpoint check at once.
+        _check_finite(pending, keep=int(group.device.type == "cuda" and not (logged or saved)))
 
         # Step, teacher.
         optimizer.step()
@@ -196,7 +194,7 @@ def _train(
             speed, seen, since = seen / (time.monotonic() - since), 0, time.monotonic()
             bar.set_postfix(loss=f"{output.loss.item():.4f}", images_s=f"{speed:.1f}", refresh=False)
             entropy = -(output.assignment * output.assignment.clamp_min(1e-12).log()).sum(dim=-1).mean().item()
-            rates = {group["name"]: group["lr"] for group in optimizer.param_groups}
+            rates = {parameters["name"]: parameters["lr"] for parameters in optimizer.param_groups}
             tracked.log(
                 {
                     "train/loss": output.loss.item(),
@@ -215,24 +213,24 @@ def _train(
             tracked.artifact(picture, "pictures")
 
         # Checkpoint.
-        if ranks.is_main and saved and step + 1 < config.steps:
-            done = Progress(step + 1, maskless, num_bad, output.loss.item(), output.concepts_used())
-            save_state(stage.folder / STATE, model, optimizer, done)
+        if group.is_main and saved and step + 1 < config.steps:
+            progress = Progress(step + 1, maskless, num_bad, output.loss.item(), output.concepts_used())
+            save_state(stage.folder / STATE, model, optimizer, progress)
 
-    _check_finite(unread, left=0)
-    bad.found = sum(ranks.all_gather_object(bad.found[len(dataset.bad) :]), list(dataset.bad))
-    (bad.check if ranks.is_main else bad.stop_if_too_many)(
+    _check_finite(pending, keep=0)
+    bad.found = sum(group.all_gather_object(bad.found[len(dataset.bad) :]), list(dataset.bad))
+    (bad.check if group.is_main else bad.stop_if_too_many)(
         _drawn_from(dataset, config.steps * config.batch_size), len(dataset.bad) + num_bad
     )
-    if ranks.is_main:
+    if group.is_main:
         origin = {"spec": config.clip, "md5": stage.inputs.get("clip", {}).get("md5", "")}
-        if not dino:  # where the training was: a CPU would take hours at a large tower in bfloat16
-            gallery(model.eval(), dataset, stage.folder, ranks.device)
+        if not dino:  # on the training device: a CPU would take hours for a large tower in bfloat16
+            gallery(model.eval(), dataset, stage.folder, group.device)
         model = model.cpu()  # the student's tower is clip.model.visual itself
         save_model(stage.folder, clip, model.prompts, model.decoder, side=config.side, residual=config.residual, origin=origin)
     return {
-        "train/loss": output.loss.item() if output else begun.loss,
-        "train/concepts_used": float(output.concepts_used() if output else begun.concepts_used),
+        "train/loss": output.loss.item() if output else resumed.loss,
+        "train/concepts_used": float(output.concepts_used() if output else resumed.concepts_used),
         "train/steps": float(config.steps),
         "train/bad_samples": float(len(dataset.bad) + num_bad),
         "train/maskless_batches": float(maskless),
@@ -240,25 +238,25 @@ def _train(
 
 
 def _drawn_from(dataset: MaskedImages, position: int) -> int:
-    """How many samples the epochs have that a position of the stream is in: bad ones may come first in an epoch."""
+    """Return the number of samples in all epochs begun at a stream position; bad samples may come first in an epoch."""
     return max(1, math.ceil(position / len(dataset))) * (len(dataset) + len(dataset.bad))
 
 
-def _check_finite(unread: deque[tuple[int, Callable[[], list[float]]]], left: int) -> None:
-    """Reads loss and gradient norm of steps until `left` of them are unread."""
-    while len(unread) > left:
-        step, read = unread.popleft()
+def _check_finite(pending: deque[tuple[int, Callable[[], list[float]]]], keep: int) -> None:
+    """Check loss and gradient norm of pending steps, oldest first, until `keep` are left."""
+    while len(pending) > keep:
+        step, read = pending.popleft()
         loss, norm = read()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise ValueError(
-                f"step {step + 1}: loss {loss}, gradient norm {norm}: training stops, and nothing of this step is kept; "
-                "lower the learning rates (train.learning_rate_*) or look at the images and masks"
+                f"step {step + 1}: loss {loss}, gradient norm {norm}: not finite, the step is discarded; "
+                "lower the learning rates (train.learning_rate_*) or check the images and masks"
             )
 
 
 def _find_masks(dino: VisionTransformer, batch: Batch, config: TrainConfig, clip: Clip) -> Batch:
-    """The batch with masks that DINO finds in its weak views; its own say what is visible."""
-    if not len(batch.masks):  # no image could be read
+    """Replace the masks of a batch by DINO's masks of its weak views; the old masks mark the visible pixels."""
+    if not len(batch.masks):  # no readable image
         return batch
     mean, std = (torch.tensor(values, device=batch.weak.device).view(3, 1, 1) for values in (clip.mean, clip.std))
     visible = batch.masks.new_zeros(len(batch.weak), *batch.masks.shape[1:])
@@ -269,10 +267,10 @@ def _find_masks(dino: VisionTransformer, batch: Batch, config: TrainConfig, clip
 
 
 def new_concepts(text: TextTower, config: TrainConfig) -> Prompts | Vectors:
-    """The concepts before the first step; random ones hang on the seed alone.
+    """Initialize the concepts; random ones depend only on the seed.
 
     Raises:
-        ValueError: unusable class names.
+        ValueError: invalid class names.
     """
     generator = torch.Generator().manual_seed(config.seed)
     if config.concept_kind == "names":
@@ -301,19 +299,19 @@ def _views(config: TrainConfig, clip: Clip) -> Views:
 
 
 def new_decoder(seed: int) -> Decoder:
-    """A decoder whose first values hang on the seed alone; the global random state is left as it was."""
+    """Initialize a decoder from the seed without changing the global random state."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Decoder()
 
 
 def cosine_share(step: int, steps: int, final: float) -> float:
-    """The share of the first learning rate at a step: a cosine from 1 to `final`."""
+    """Return the learning rate at a step relative to the initial one: a cosine from 1 to `final`."""
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def make_optimizer(model: PixelCLIP, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over image tower, prompts and decoder; norms and embeddings are not decayed."""
+    """Build AdamW over image tower, prompts and decoder, without weight decay on norms and embeddings."""
     backbone = model.student.trained_parameters()
     norms = {id(p) for part in model.modules() if isinstance(part, nn.GroupNorm | nn.LayerNorm) for p in part.parameters()}
     groups: dict[str, tuple[float, float, list[nn.Parameter]]] = {
@@ -324,8 +322,8 @@ def make_optimizer(model: PixelCLIP, config: TrainConfig) -> torch.optim.AdamW:
         "decoder_no_decay": (config.learning_rate_decoder, 0.0, []),
     }
     for name, parameter in backbone.items():
-        whole = id(parameter) in norms or name.endswith("positional_embedding")
-        groups["backbone_no_decay" if whole else "backbone"][2].append(parameter)
+        no_decay = id(parameter) in norms or name.endswith("positional_embedding")
+        groups["backbone_no_decay" if no_decay else "backbone"][2].append(parameter)
     for parameter in model.decoder.parameters():
         groups["decoder_no_decay" if id(parameter) in norms else "decoder"][2].append(parameter)
     return torch.optim.AdamW(
