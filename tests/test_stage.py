@@ -9,8 +9,9 @@ from types import SimpleNamespace
 import pytest
 from conftest import write_files
 
+from pixelclip.code_version import code_revision
 from pixelclip.config import MasksConfig
-from pixelclip.stage import Stage, code_revision, describe, place
+from pixelclip.stage import Stage, describe, place
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ from mlflow import MlflowClient
 
 from pixelclip import __version__, evaluate, masks, shards, train
 from pixelclip.benchmarks import open_labelled
+from pixelclip.code_version import CHANGED, code_image, code_revision
 from pixelclip.config import STAGES, build, lasting
 from pixelclip.download import here
 from pixelclip.lineage import Registered, recorded
@@ -27,7 +28,7 @@ from pixelclip.register import fetch
 from pixelclip.s3 import is_s3
 from pixelclip.server import experiment_id
 from pixelclip.sources import clip_folder, describe_shards
-from pixelclip.stage import CHANGED, code_image, code_revision, describe
+from pixelclip.stage import describe
 from pixelclip.storage import digest, write_json
 from pixelclip.tracking import PARENT_RUN, RUN, lineage
 

@@ -10,8 +10,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
-import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -23,14 +21,13 @@ from pydantic import BaseModel
 
 from pixelclip import __version__
 from pixelclip.cache import origin
+from pixelclip.code_version import code_image, code_revision
 from pixelclip.config import lasting
 from pixelclip.storage import digest, files_below, read_json, write_atomically, write_json
 
 Metrics = dict[str, float]
 PROVENANCE = "provenance.json"
 METRICS = "metrics.json"
-UNKNOWN, CHANGED = "unknown", "+changes"
-"""A revision of code that nobody knows, and the end of one whose files differ from their commit."""
 LOCATION = "location"
 """Metadata of a KFP artifact that says where its content stands, when that is not where KFP keeps the artifact."""
 
@@ -270,27 +267,6 @@ def point(artifact: Any, location: str) -> None:
     """
     artifact.metadata[LOCATION] = location
     write_atomically(Path(artifact.path), f"{location}\n")
-
-
-def code_revision() -> str:
-    """Git revision of this code (with `CHANGED` when files differ from it), or PIXELCLIP_REVISION, or `UNKNOWN`."""
-    if given := os.environ.get("PIXELCLIP_REVISION"):
-        return given
-    here = Path(__file__).parent
-    git = shutil.which("git")
-    if git is None:
-        return UNKNOWN
-    tracked = subprocess.run([git, "ls-files", "--error-unmatch", __file__], cwd=here, capture_output=True)
-    if tracked.returncode:  # installed as a package below somebody else's repository, or below none
-        return UNKNOWN
-    head = subprocess.run([git, "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
-    changed = subprocess.run([git, "diff", "--quiet", "HEAD", "--", "."], cwd=here, capture_output=True)
-    return head.stdout.strip() + (CHANGED if changed.returncode else "") if head.returncode == 0 else UNKNOWN
-
-
-def code_image() -> str:
-    """The container image that this process runs in, by tag or digest (PIXELCLIP_IMAGE); empty outside of one."""
-    return os.environ.get("PIXELCLIP_IMAGE", "")
 
 
 def _short(path: Path) -> str:
