@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 from conftest import write_files
 
+from pixelclip import stage as stage_module
 from pixelclip.code_version import code_revision
 from pixelclip.config import MasksConfig
 from pixelclip.stage import Stage, describe, place
@@ -47,6 +48,57 @@ def test_a_finished_stage_is_reused_and_says_so(out: Path, source: Path, capsys:
     capsys.readouterr()
     assert again.reuse() == {"images": 1.0}
     assert "masks: reused" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("version", "revision", "message"),
+    [
+        ("0.1.0", "abc", "(same inputs and settings)"),
+        ("0.1.0", "def", "(made by version 0.1.0, revision abc; this is version 0.1.0, revision def)"),
+        ("0.2.0", "abc", "(made by version 0.1.0, revision abc; this is version 0.2.0, revision abc)"),
+    ],
+)
+def test_result_of_other_code_is_reused_and_both_revisions_are_printed(
+    out, source, tmp_path, monkeypatch, capsys, version, revision, message
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(stage_module, "__version__", "0.1.0")
+    monkeypatch.setenv("PIXELCLIP_REVISION", "abc")
+    complete(out, source)
+    before = (out / "provenance.json").read_bytes()
+    monkeypatch.setattr(stage_module, "__version__", version)
+    monkeypatch.setenv("PIXELCLIP_REVISION", revision)
+    again = make(out, source)
+    assert again.finished
+    capsys.readouterr()
+    assert again.reuse() == {"images": 1.0}
+    assert capsys.readouterr().out == f"masks: reused deep/out {message}\n"
+    assert (out / "provenance.json").read_bytes() == before
+
+
+def test_interrupted_work_is_not_resumed_by_another_version(out, source, monkeypatch):
+    interrupted = make(out, source)
+    with interrupted:
+        (interrupted.folder / "half.tar").write_bytes(b"half")
+    monkeypatch.setattr(stage_module, "__version__", "0.2.0")
+    with make(out, source) as stage:
+        assert list(stage.folder.iterdir()) == []
+    assert (interrupted.folder / "half.tar").read_bytes() == b"half"
+
+
+def test_result_with_a_setting_that_no_longer_exists_is_rejected(out, source):
+    complete(out, source)
+    provenance = json.loads((out / "provenance.json").read_text())
+    provenance["settings"]["old_setting"] = 7
+    (out / "provenance.json").write_text(json.dumps(provenance))
+    with pytest.raises(ValueError, match=r"masks\.old_setting 7 → none"):
+        make(out, source)
+
+
+def test_result_of_another_stage_is_rejected(out, source):
+    complete(out, source)
+    with pytest.raises(ValueError, match=r"finished result of stage 'masks'.*stage masks → shards"):
+        Stage("shards", out, {"shards": describe(source)}, MasksConfig())
 
 
 def test_an_empty_folder_may_be_given(out: Path, source: Path) -> None:
@@ -100,7 +152,7 @@ def test_a_finished_result_of_other_settings_is_refused_and_the_setting_named(ou
 
 def test_a_foreign_folder_is_refused_and_untouched(tmp_path: Path, source: Path) -> None:
     foreign = write_files(tmp_path / "thesis", {"chapter.txt": b"words"})
-    with pytest.raises(ValueError, match="thesis: holds files that no stage"):
+    with pytest.raises(ValueError, match="thesis: contains files that pixelclip did not create"):
         make(foreign, source)
     with pytest.raises(ValueError, match=r"chapter\.txt: must be a folder"):
         make(foreign / "chapter.txt", source)
@@ -121,7 +173,7 @@ def test_a_second_process_is_refused_until_the_first_ends(out: Path, source: Pat
         [sys.executable, "-c", hold, str(stage.folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as other:
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(ValueError, match="out: another process is making this right now"), stage:
+        with pytest.raises(ValueError, match="out: another process is writing this folder"), stage:
             pytest.fail("entered")
         other.communicate("\n")
     with stage:
@@ -142,14 +194,14 @@ def test_a_start_names_the_unfinished_work_of_other_settings_and_leaves_it(out, 
     complete(out, source)
     said = capsys.readouterr().out.splitlines()
     names = ", ".join(sorted(f"deep/{left[number].folder.name}" for number in (1, 2, 3)))
-    assert said[1:] == [f"masks: other inputs or settings left unfinished work, which may be removed: {names}"]
+    assert said[1:] == [f"masks: unfinished work of other inputs, settings or versions can be removed: {names}"]
     assert all((stage.folder / "half.tar").read_bytes() == b"half" for stage in left.values())
 
 
 def test_a_start_is_refused_while_somebody_makes_the_same_folder_with_other_settings(out: Path, source: Path) -> None:
     first, second = make(out, source, max_masks=1), make(out, source)
     with first:
-        refused = rf"out: another process is making this with other .* right now \(.*{first.folder.name}\); wait for it, or"
+        refused = rf"out: another process is writing this folder with other .* \(.*{first.folder.name}\); wait for it or"
         with pytest.raises(ValueError, match=refused), second:
             pytest.fail("entered")
         assert [path.name for path in out.parent.iterdir()] == [first.folder.name]
@@ -163,7 +215,7 @@ def test_a_result_whose_place_was_taken_meanwhile_is_not_lost(out: Path, source:
         (stage.folder / "0.tar").write_bytes(b"result")
         write_files(out, {"mine.txt": b"words"})
         with pytest.raises(
-            ValueError, match=rf"out: cannot be put there .*; the finished result stands in \S*{stage.folder.name}: move"
+            ValueError, match=rf"out: cannot be replaced .*; the finished result is in \S*{stage.folder.name}: move"
         ):
             stage.finish({"images": 1.0}, files=["*.tar"])
     assert (stage.folder / "0.tar").read_bytes() == b"result" and (stage.folder / "provenance.json").is_file()
