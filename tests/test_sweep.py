@@ -200,7 +200,7 @@ def test_a_run_that_the_environment_names_is_the_parent(made, tmp_path, monkeypa
     given = made.client.create_run(made.client.get_experiment_by_name("pixelclip").experiment_id).info.run_id
     monkeypatch.setenv("MLFLOW_RUN_ID", given)
     monkeypatch.setenv(PARENT_RUN, "above")
-    parent = sweep._parent("any", tmp_path / "out")
+    parent = sweep._start_parent("any", tmp_path / "out")
     parent.finish()
     assert parent.run_id == given
     with sweep._children_of(given):
@@ -215,11 +215,11 @@ def test_a_run_that_the_environment_names_is_the_parent(made, tmp_path, monkeypa
         ("rows: {a: {}, K 8: {train.concepts: 1}}", "row 'K 8': train: concepts: Input should be greater than"),
         ("rows: {a: {evaluate.stride: 999}}", "row 'a': evaluate: stride 999 is larger than crop"),
         ("rows: {a: {concepts: 8}}", "row 'a': unknown setting 'concepts', did you mean 'train.concepts'?"),
-        ("rows: {a: {train.seed: 8}}", "row 'a': train.seed is not set here, seeds stand in `seeds`"),
+        ("rows: {a: {train.seed: 8}}", "row 'a': train.seed is set by the key `seeds`"),
         ("rows: {a: {register.name: x}}", "row 'a': unknown setting 'register.name'"),
         ("rows: {a: }\nsettings: {train.stepz: 3}", "settings: unknown setting 'train.stepz', did you mean 'train.steps'?"),
         ("rows: {a: }\nseed: [1]", "unknown setting 'seed', did you mean 'seeds'?"),
-        ("rows: {a: }\nseeds: [1, 1]", "seeds [1, 1]: one stands there twice"),
+        ("rows: {a: }\nseeds: [1, 1]", "seeds [1, 1]: a seed occurs twice"),
         ("rows: {a: }\nseeds: [-1]", "seeds.0: Input should be greater than or equal to 0"),
         ("rows: {a: }\nseeds: [1.5]", "seeds.0: Input should be a valid integer"),
         ("rows: {a: }\nseeds: []", "seeds: List should have at least 1 item"),
@@ -376,7 +376,7 @@ def test_the_component_writes_the_same_table(made, tmp_path):
     sweep_table.python_func("tiny ablations", pipeline.items(planned), found, table, plot)
     assert (tmp_path / "table").read_text() == sweep.table("tiny ablations", made.rows)
     assert (tmp_path / "plot").read_text() == sweep.page("tiny ablations", made.rows)
-    with pytest.raises(ValueError, match="4 runs, but metrics of 3"):
+    with pytest.raises(ValueError, match="shorter"):
         sweep.gather(pipeline.items(planned), [each.metadata for each in found[:3]])
     readme = (Path(__file__).parents[1] / "components" / "sweep_table" / "README.md").read_text()
     assert all(f"`{name}`" in readme for name in (*sweep_table.component_spec.inputs, *sweep_table.component_spec.outputs))
