@@ -1,4 +1,4 @@
-"""A Stage: killed at any moment it leaves nothing or work to continue; it never mixes, repeats or overwrites results."""
+"""Stage: interruption, resuming, reuse, locking and provenance."""
 
 import json
 import subprocess
@@ -38,7 +38,7 @@ def complete(out: Path, source: Path, **settings: object) -> Stage:
     return stage
 
 
-def test_a_finished_stage_is_reused_and_says_so(out: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_finished_stage_is_reused(out: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert not make(out, source).finished
     complete(out, source)
     assert sorted(path.name for path in out.iterdir()) == ["0.tar", "metrics.json", "notes.txt", "provenance.json"]
@@ -101,22 +101,22 @@ def test_result_of_another_stage_is_rejected(out, source):
         Stage("shards", out, {"shards": describe(source)}, MasksConfig())
 
 
-def test_an_empty_folder_may_be_given(out: Path, source: Path) -> None:
+def test_output_may_be_an_empty_folder(out: Path, source: Path) -> None:
     out.mkdir(parents=True)
     complete(out, source)
     assert (out / "0.tar").read_bytes() == b"result"
 
 
-def test_a_killed_stage_leaves_no_out_and_is_continued(out: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_interrupted_stage_leaves_no_output_and_is_resumed(out: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     killed = make(out, source)
 
-    def half() -> None:
+    def interrupt() -> None:
         with killed:
             (killed.folder / "half.tar").write_bytes(b"half")
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        half()
+        interrupt()
     assert not out.exists()
     assert "masks: starts" in capsys.readouterr().out
     again = make(out, source)
@@ -126,7 +126,7 @@ def test_a_killed_stage_leaves_no_out_and_is_continued(out: Path, source: Path, 
     assert "continues an interrupted run" in capsys.readouterr().out
 
 
-def test_other_settings_or_inputs_work_in_another_folder(out: Path, source: Path) -> None:
+def test_other_settings_or_inputs_use_another_partial_folder(out: Path, source: Path) -> None:
     first = make(out, source)
     other_settings = make(out, source, max_masks=3)
     (source / "a.bin").write_bytes(b"2")
@@ -134,13 +134,13 @@ def test_other_settings_or_inputs_work_in_another_folder(out: Path, source: Path
     assert len({stage.folder for stage in (first, other_settings, other_inputs)}) == 3
 
 
-def test_runtime_settings_and_the_place_of_the_inputs_do_not_change_the_fingerprint(out: Path, source: Path) -> None:
+def test_fingerprint_ignores_runtime_settings_and_input_paths(out: Path, source: Path) -> None:
     first = make(out, source, workers=2)
     moved = source.rename(source.with_name("moved"))
     assert make(out, moved, workers=0).fingerprint == first.fingerprint
 
 
-def test_a_finished_result_of_other_settings_is_refused_and_the_setting_named(out: Path, source: Path) -> None:
+def test_finished_result_of_other_settings_is_an_error_naming_the_setting(out: Path, source: Path) -> None:
     complete(out, source)
     with pytest.raises(ValueError, match=r"out: holds a finished result .*masks\.max_masks 0 → 3\); remove it"):
         make(out, source, max_masks=3)
@@ -150,7 +150,7 @@ def test_a_finished_result_of_other_settings_is_refused_and_the_setting_named(ou
     assert (out / "0.tar").read_bytes() == b"result"
 
 
-def test_a_foreign_folder_is_refused_and_untouched(tmp_path: Path, source: Path) -> None:
+def test_foreign_folder_is_rejected_and_unchanged(tmp_path: Path, source: Path) -> None:
     foreign = write_files(tmp_path / "thesis", {"chapter.txt": b"words"})
     with pytest.raises(ValueError, match="thesis: contains files that pixelclip did not create"):
         make(foreign, source)
@@ -160,12 +160,12 @@ def test_a_foreign_folder_is_refused_and_untouched(tmp_path: Path, source: Path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "thesis"]
 
 
-def test_a_missing_input_is_named(out: Path, tmp_path: Path) -> None:
+def test_missing_input_is_named(out: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="none: no such file or folder"):
         make(out, tmp_path / "none")
 
 
-def test_a_second_process_is_refused_until_the_first_ends(out: Path, source: Path) -> None:
+def test_second_process_is_rejected_until_the_first_ends(out: Path, source: Path) -> None:
     stage = make(out, source)
     stage.folder.mkdir(parents=True)
     hold = "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], 0), fcntl.LOCK_EX); print('held', flush=True); input()"
@@ -180,7 +180,7 @@ def test_a_second_process_is_refused_until_the_first_ends(out: Path, source: Pat
         assert stage.folder.is_dir()
 
 
-def test_a_start_names_the_unfinished_work_of_other_settings_and_leaves_it(out, source, tmp_path, capsys, monkeypatch):
+def test_start_lists_unfinished_work_of_other_settings_and_leaves_it(out, source, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     left = {}
     for number in (1, 2, 3):
@@ -198,7 +198,7 @@ def test_a_start_names_the_unfinished_work_of_other_settings_and_leaves_it(out, 
     assert all((stage.folder / "half.tar").read_bytes() == b"half" for stage in left.values())
 
 
-def test_a_start_is_refused_while_somebody_makes_the_same_folder_with_other_settings(out: Path, source: Path) -> None:
+def test_start_is_rejected_while_the_folder_is_written_with_other_settings(out: Path, source: Path) -> None:
     first, second = make(out, source, max_masks=1), make(out, source)
     with first:
         refused = rf"out: another process is writing this folder with other .* \(.*{first.folder.name}\); wait for it or"
@@ -209,7 +209,7 @@ def test_a_start_is_refused_while_somebody_makes_the_same_folder_with_other_sett
         assert second.folder.is_dir()
 
 
-def test_a_result_whose_place_was_taken_meanwhile_is_not_lost(out: Path, source: Path) -> None:
+def test_result_is_kept_if_the_output_folder_was_filled_meanwhile(out: Path, source: Path) -> None:
     stage = make(out, source)
     with stage:
         (stage.folder / "0.tar").write_bytes(b"result")
@@ -222,14 +222,14 @@ def test_a_result_whose_place_was_taken_meanwhile_is_not_lost(out: Path, source:
     assert (out / "mine.txt").read_bytes() == b"words"
 
 
-def test_a_full_disk_is_named(out: Path, source: Path) -> None:
+def test_full_disk_error_names_the_folder(out: Path, source: Path) -> None:
     stage = make(out, source)
     with pytest.raises(OSError, match="No space left") as full, stage:
         Path("/dev/full").write_text("much")
     assert full.value.filename == str(stage.folder)
 
 
-def test_provenance_nests_what_came_before(out: Path, source: Path, tmp_path: Path) -> None:
+def test_provenance_contains_that_of_the_inputs(out: Path, source: Path, tmp_path: Path) -> None:
     first = complete(out, source, max_masks=7)
     complete(tmp_path / "second", out)
     written = json.loads((tmp_path / "second" / "provenance.json").read_text())
@@ -240,7 +240,7 @@ def test_provenance_nests_what_came_before(out: Path, source: Path, tmp_path: Pa
     assert "provenance" not in upstream["inputs"]["shards"]
 
 
-def test_only_the_chosen_files_identify_a_result(out: Path, source: Path) -> None:
+def test_only_selected_files_identify_a_result(out: Path, source: Path) -> None:
     complete(out, source)
     before = describe(out)
     assert (before["num_files"], before["size"]) == (1, len(b"result"))
@@ -248,7 +248,7 @@ def test_only_the_chosen_files_identify_a_result(out: Path, source: Path) -> Non
     assert describe(out)["md5"] == before["md5"]
 
 
-def test_metrics_that_are_no_numbers_leave_no_out(out: Path, source: Path) -> None:
+def test_non_finite_metrics_leave_no_output(out: Path, source: Path) -> None:
     stage = make(out, source)
     with pytest.raises(ValueError, match="JSON compliant"), stage:
         stage.finish({"loss": float("nan")}, files=["*.tar"])
@@ -277,6 +277,6 @@ def test_a_workspace_in_which_nobody_can_write_is_one_clear_line(tmp_path: Path)
     assert artifact.metadata == {}
 
 
-def test_the_revision_can_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_revision_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIXELCLIP_REVISION", "abc")
     assert code_revision() == "abc"
