@@ -112,11 +112,11 @@ def test_exit_code_is_1_if_a_check_failed(monkeypatch, capsys, closed, words):
         with pytest.raises(SystemExit) as ended:
             cli.main()
         assert int(ended.value.code or 0) == code
-        said = capsys.readouterr().out
+        message = capsys.readouterr().out
         if words:
-            assert [entry["what"] for entry in json.loads(said) if entry["state"] == "failed"] == ["KFP"] * code
+            assert [entry["what"] for entry in json.loads(message) if entry["state"] == "failed"] == ["KFP"] * code
         else:
-            assert said.count("\n") == 8
+            assert message.count("\n") == 8
 
 
 def test_hanging_or_broken_check_does_not_hide_others(monkeypatch):
@@ -140,26 +140,28 @@ def test_small_shared_memory_and_full_disk_fail(monkeypatch, tmp_path):
     assert doctor.shared_memory().state == doctor.disk().state == "ok"
 
 
-@pytest.mark.parametrize(("code", "said"), [(0, "H100, but torch cannot use it"), (9, "has failed")])
-def test_broken_driver_fails(monkeypatch, tmp_path, code, said):
+@pytest.mark.parametrize(("code", "message"), [(0, "H100, but torch cannot use it"), (9, "has failed")])
+def test_broken_driver_fails(monkeypatch, tmp_path, code, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     program = tmp_path / "nvidia-smi"
     program.write_text(f"#!/bin/sh\necho '{'H100' if code == 0 else 'NVIDIA-SMI has failed'}'\nexit {code}\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    found = doctor.gpu()
-    assert found.state == "failed" and said in found.said and found.advice
+    finding = doctor.gpu()
+    assert finding.state == "failed" and message in finding.said and finding.advice
 
 
 def test_unreachable_s3_fails(monkeypatch, closed):
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{closed}")
-    found = doctor.storage("s3://data/images")
-    assert found.state == "failed" and "Unable to locate credentials" in found.said and "AWS_ACCESS_KEY_ID" in found.advice
+    finding = doctor.storage("s3://data/images")
+    assert (
+        finding.state == "failed" and "Unable to locate credentials" in finding.said and "AWS_ACCESS_KEY_ID" in finding.advice
+    )
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "somebody")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    found = doctor.storage("s3://data/images")
-    assert found.state == "failed" and closed in found.said and "AWS_ENDPOINT_URL" in found.advice
+    finding = doctor.storage("s3://data/images")
+    assert finding.state == "failed" and closed in finding.said and "AWS_ENDPOINT_URL" in finding.advice
 
 
 @pytest.mark.services
@@ -167,12 +169,12 @@ def test_s3_checks_keys_bucket_and_prefix(s3, monkeypatch):
     s3.client().put_object(Bucket="data", Key="doctor/a", Body=b"a")
     assert doctor.storage("").state == doctor.storage("s3://data").state == doctor.storage("s3://data/doctor").state == "ok"
     assert "data, dvc, mlflow" in doctor.storage("").said
-    for uri, said in (("s3://nowhere", "status 404"), ("s3://data/nothing/", "nothing below nothing/")):
-        assert doctor.storage(uri).state == "failed" and said in doctor.storage(uri).said
+    for uri, message in (("s3://nowhere", "status 404"), ("s3://data/nothing/", "nothing below nothing/")):
+        assert doctor.storage(uri).state == "failed" and message in doctor.storage(uri).said
     for name in ("AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID"):
         monkeypatch.setenv(name, "wrong")
-        found = doctor.storage("s3://data")
-        assert found.state == "failed" and f"wrong credentials, see {name}" in found.said
+        finding = doctor.storage("s3://data")
+        assert finding.state == "failed" and f"wrong credentials, see {name}" in finding.said
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "reader")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3.reader)
     assert doctor.storage("s3://data").state == "ok"
@@ -182,26 +184,26 @@ def test_s3_checks_keys_bucket_and_prefix(s3, monkeypatch):
 def test_mlflow_reachable_and_unreachable(monkeypatch, tmp_path, closed):
     client = tiny.mlflow_at(monkeypatch, tmp_path / "mlflow")
     client.create_registered_model("one")
-    found = doctor.mlflow()
-    assert found.state == "ok" and "its registry holds 1 models" in found.said
+    finding = doctor.mlflow()
+    assert finding.state == "ok" and "its registry holds 1 models" in finding.said
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:geheim@{closed}")
-    found = doctor.mlflow(5)
-    assert found.state == "failed" and closed in found.said and "geheim" not in found.said and found.advice
+    finding = doctor.mlflow(5)
+    assert finding.state == "failed" and closed in finding.said and "geheim" not in finding.said and finding.advice
 
 
 def test_mlflow_that_rejects_the_host_fails(monkeypatch, web):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://{web.host}")
     web.answers["/health"] = Answer(200, {}, b"OK")
     web.answers["/api/2.0/mlflow/experiments/search"] = Answer(403, {}, b"Invalid Host header")
-    found = doctor.mlflow(5)
-    assert found.state == "failed" and "403" in found.said and "--allowed-hosts" in found.advice
+    finding = doctor.mlflow(5)
+    assert finding.state == "failed" and "403" in finding.said and "--allowed-hosts" in finding.advice
 
 
 @pytest.mark.services
 def test_mlflow_server_version_and_registry(mlflow_server):
-    found = doctor.mlflow()
-    assert found.state == "ok"
-    assert found.said.startswith(f"{mlflow_server.uri}: server 3.") and "its registry holds" in found.said
+    finding = doctor.mlflow()
+    assert finding.state == "ok"
+    assert finding.said.startswith(f"{mlflow_server.uri}: server 3.") and "its registry holds" in finding.said
 
 
 def test_dvc_remote_in_a_local_folder(monkeypatch, tmp_path):
@@ -214,8 +216,8 @@ def test_dvc_remote_in_a_local_folder(monkeypatch, tmp_path):
     (tmp_path / "repo" / ".dvc" / "config").write_text("")
     tiny.git(tmp_path / "repo", "commit", "-qam", "no remote")
     assert doctor.dvc_remote("").state == "not configured"
-    found = doctor.dvc_remote(str(tmp_path / "none"))
-    assert found.state == "failed" and "is no git repository" in found.said
+    finding = doctor.dvc_remote(str(tmp_path / "none"))
+    assert finding.state == "failed" and "is no git repository" in finding.said
 
 
 @pytest.mark.services
@@ -223,12 +225,12 @@ def test_dvc_remote_on_s3(s3, tmp_path, monkeypatch):
     tiny.dvc_repository(tmp_path / "repo", "s3://dvc/doctor", {"data": {"a": b"a"}}, {})
     assert doctor.dvc_remote(str(tmp_path / "repo")) == Finding("DVC remote", "ok", "s3://dvc/doctor can be read")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    found = doctor.dvc_remote(str(tmp_path / "repo"))
-    assert found.state == "failed" and "SignatureDoesNotMatch" in found.said and "AWS_" in found.advice
+    finding = doctor.dvc_remote(str(tmp_path / "repo"))
+    assert finding.state == "failed" and "SignatureDoesNotMatch" in finding.said and "AWS_" in finding.advice
 
 
 @pytest.mark.parametrize(
-    ("answer", "state", "said"),
+    ("answer", "state", "message"),
     [
         (Answer(200, {}, b'{"tag_name": "2.17.0", "multi_user": false}'), "ok", "KFP 2.17.0, SDK 2."),
         (Answer(200, {}, b'{"multi_user": false}'), "ok", "KFP of unknown version"),
@@ -239,17 +241,17 @@ def test_dvc_remote_on_s3(s3, tmp_path, monkeypatch):
         (Answer(200, {}, b"{"), "failed", "JSONDecodeError"),
     ],
 )
-def test_kubeflow_pipelines_health_and_version(monkeypatch, web, answer, state, said):
+def test_kubeflow_pipelines_health_and_version(monkeypatch, web, answer, state, message):
     monkeypatch.setenv("KFP_TOKEN", "secret")
     web.answers["/apis/v2beta1/healthz"] = answer
-    (found,) = [finding for finding in run(kfp=f"http://{web.host}/") if finding.what == "KFP"]
-    assert found.state == state and said in found.said
+    (finding,) = [entry for entry in run(kfp=f"http://{web.host}/") if entry.what == "KFP"]
+    assert finding.state == state and message in finding.said
     assert ("GET", "/apis/v2beta1/healthz", "Bearer secret") in web.asked
 
 
 def test_unreachable_kubeflow_pipelines_fails(closed):
-    found = doctor.pipelines(f"http://{closed}", 5)
-    assert found.state == "failed" and closed in found.said and "KFP_ENDPOINT" in found.advice
+    finding = doctor.pipelines(f"http://{closed}", 5)
+    assert finding.state == "failed" and closed in finding.said and "KFP_ENDPOINT" in finding.advice
     assert doctor.pipelines("no address", 5).state == "failed"
 
 

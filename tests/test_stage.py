@@ -192,9 +192,9 @@ def test_start_lists_unfinished_work_of_other_settings_and_leaves_it(out, source
     (out.parent / "other.partial").mkdir()
     capsys.readouterr()
     complete(out, source)
-    said = capsys.readouterr().out.splitlines()
+    lines = capsys.readouterr().out.splitlines()
     names = ", ".join(sorted(f"deep/{left[number].folder.name}" for number in (1, 2, 3)))
-    assert said[1:] == [f"masks: unfinished work of other inputs, settings or versions can be removed: {names}"]
+    assert lines[1:] == [f"masks: unfinished work of other inputs, settings or versions can be removed: {names}"]
     assert all((stage.folder / "half.tar").read_bytes() == b"half" for stage in left.values())
 
 

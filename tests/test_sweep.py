@@ -174,8 +174,8 @@ def test_failing_added_row_is_named_and_leaves_the_others(made, monkeypatch, cap
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 2
-    said = capsys.readouterr().err
-    assert "\npixelclip: 2 of 6 runs failed" in said and "row 'broken', seed 3: step 2: loss" in said
+    message = capsys.readouterr().err
+    assert "\npixelclip: 2 of 6 runs failed" in message and "row 'broken', seed 3: step 2: loss" in message
     head, broken, *others = cells((made.out / "table.md").read_text())
     assert broken[0] == "broken" and broken[2:7] == ["–", "–", "–", "–", "0 of 2"]
     assert head[7] == "error" and broken[7].startswith("seed 0: step 2: loss")
@@ -209,7 +209,7 @@ def test_run_id_from_the_environment_is_the_parent(made, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("rows: {K 8: {train.conceptz: 8}}", "row 'K 8': unknown setting 'train.conceptz', did you mean 'train.concepts'?"),
         ("rows: {a: {}, K 8: {train.concepts: 1}}", "row 'K 8': train: concepts: Input should be greater than"),
@@ -232,16 +232,16 @@ def test_run_id_from_the_environment_is_the_parent(made, tmp_path, monkeypatch):
         ("rows: {", "cannot be read as YAML"),
     ],
 )
-def test_invalid_file_is_rejected_before_the_first_run(made, tmp_path, text, said):
+def test_invalid_file_is_rejected_before_the_first_run(made, tmp_path, text, message):
     file = tmp_path / "bad.yaml"
     file.write_text(text)
     for start in (
         lambda: sweep.run(file, *made.inputs[:2], tmp_path / "out"),
         lambda: pipeline.compile_to(file, tmp_path / "compiled.yaml"),
     ):
-        with pytest.raises(ValueError, match=re.escape(said)) as refused:
+        with pytest.raises(ValueError, match=re.escape(message)) as error:
             start()
-        assert str(refused.value).startswith(str(file))
+        assert str(error.value).startswith(str(file))
     assert list(tmp_path.iterdir()) == [file]
 
 
@@ -326,7 +326,7 @@ def test_cluster_settings_apply_to_the_sweep(made, tmp_path):
     pods = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
     assert set(pods) == set(containers) and pods["exec-train"]["emptyDirMounts"][0]["sizeLimit"] == "9Gi"
     assert all(pod["secretAsEnv"][0]["secretName"] == "s3" for pod in pods.values())
-    assert not any("fieldPathAsEnv" in pod for pod in pods.values()), "every row and seed has an MLflow run of its own"
+    assert not any("fieldPathAsEnv" in pod for pod in pods.values()), "every row and seed has its own MLflow run"
 
 
 def test_masks_and_labelled_set_may_be_on_a_mounted_volume(compiled):
@@ -361,8 +361,8 @@ def test_command_compiles(made, monkeypatch, capsys, tmp_path):
         cli.main()
     assert capsys.readouterr().out.strip() == str(tmp_path / "s.yaml")
     assert "/mnt/space/own-targets/seed-3" in (tmp_path / "s.yaml").read_text()
-    for path, said in ((tmp_path / "s.json", "is a .yaml file"), (made.file, "would overwrite")):
-        with pytest.raises(ValueError, match=said):
+    for path, message in ((tmp_path / "s.json", "is a .yaml file"), (made.file, "would overwrite")):
+        with pytest.raises(ValueError, match=message):
             pipeline.compile_to(made.file, path)
     with pytest.raises(ValueError, match="--workspace /mnt/space: must be a folder on the volume"):
         pipeline.compile_to(made.file, tmp_path / "t.yaml", workspace="/mnt/space")
