@@ -13,8 +13,9 @@ from typing import Any
 import yaml
 
 from pixelclip import __version__
+from pixelclip.code_version import CHANGED, UNKNOWN, code_revision
 from pixelclip.config import TrainConfig, load
-from pixelclip.stage import CHANGED, LOCATION, METRICS, PROVENANCE, UNKNOWN, Metrics, code_revision, place, point, writable
+from pixelclip.stage import LOCATION, METRICS, PROVENANCE, Metrics, place, point, writable
 from pixelclip.storage import read_json
 
 _OF_TRAINING = ("train.side", "train.residual")

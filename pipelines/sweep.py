@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from kfp import compiler, dsl
+from pydantic import BaseModel
 
 from pixelclip.config import EvaluateConfig, TrainConfig
-from pixelclip.sweep import Planned, read
+from pixelclip.sweep import SweepRun, read
 from pixelclip_components import IMAGE
 from pixelclip_components.evaluate.component import evaluate
 from pixelclip_components.fetch_data.component import fetch_data
@@ -19,10 +20,10 @@ from pixelclip_pipelines.pixelclip import SETTING_OF
 
 
 def build(cluster: Cluster | None = None, image: str = IMAGE) -> dsl.base_component.BaseComponent:
-    """The sweep for a cluster, or, without one, as it runs on one machine.
+    """Build the sweep for a cluster or, without one, for one machine.
 
     Args:
-        cluster: what each step's pod gets.
+        cluster: resources of the steps' pods.
         image: container image of all steps.
     """
 
@@ -31,21 +32,21 @@ def build(cluster: Cluster | None = None, image: str = IMAGE) -> dsl.base_compon
 
     @dsl.pipeline(name="pixelclip-sweep", description="Settings, each trained and evaluated at several seeds, in one table.")
     def sweep(masks: str, labelled: str, name: str = "sweep", runs: list = []):  # noqa: B006  (as in pixelclip.py)
-        """Runs every row at every seed.
+        """Run every row at every seed.
 
         Args:
-            masks: Shards with masks, a folder on a mounted volume or an s3:// prefix.
-            labelled: Labelled set to evaluate on, a folder on a mounted volume or an s3:// prefix. Never read in training.
+            masks: Shards with masks: a folder on a mounted volume or an s3:// prefix.
+            labelled: Labelled set for evaluation: a folder on a mounted volume or an s3:// prefix. Never read in training.
             name: Title of the table and the plot.
-            runs: What is run, as `pixelclip pipeline compile-sweep` wrote it from a checked file: row, seed, settings of each.
+            runs: Runs written by `pixelclip pipeline compile-sweep` from a checked file: row, seed and settings of each.
         """
 
-        def pointed(path: str) -> dsl.PipelineTask:  # KFP's importer takes no path of a volume
+        def pointed(path: str) -> dsl.PipelineTask:  # KFP's importer rejects paths on a volume
             return on("fetch_data", fetch_data(repo="", path=path, revision="", settings={}))
 
         masked, truth = pointed(masks), pointed(labelled)
         with dsl.ParallelFor(runs, name="runs") as run:
-            # No run of MLflow is named here: every row at every seed has one of its own.
+            # Without an MLflow run id, every row and seed gets its own run.
             everywhere = {"settings": run.settings, "workspace": run.workspace}
             trained = train(
                 masks=masked.outputs["data"],
@@ -64,55 +65,55 @@ def build(cluster: Cluster | None = None, image: str = IMAGE) -> dsl.base_compon
 
 
 sweep = build()
-"""As it runs on one machine."""
+"""The sweep for one machine."""
 
 
-def items(planned: Sequence[Planned], workspace: str = "") -> list[dict[str, Any]]:
-    """The runs as items of the pipeline's loop.
+def items(runs: Sequence[SweepRun], workspace: str = "") -> list[dict[str, Any]]:
+    """Return the runs as items of the pipeline's loop.
 
     Args:
-        planned: the runs, see `pixelclip.sweep.read`.
-        workspace: a folder that outlives the pipeline's run, where stages are reused and resumed; empty for none.
+        runs: from `pixelclip.sweep.read`.
+        workspace: folder that outlives the pipeline run, where stages are reused and resumed; empty for none.
     """
-    defaults = _values(TrainConfig(), EvaluateConfig())
-    found = []
-    for each in planned:
-        values = _values(each.train, each.evaluate)
-        named = {name: values[setting] for name, setting in SETTING_OF.items() if setting in values}
-        others = {key: v for key, v in values.items() if key not in SETTING_OF.values() and v != defaults[key]}
-        place = str(Path(workspace, each.place)) if workspace else ""
-        found.append({**named, "row": each.row, "differs": each.settings, "settings": others, "workspace": place})
-    return found
 
+    def flat(*configs: BaseModel) -> dict[str, Any]:
+        sections = zip(("train", "evaluate"), configs, strict=True)
+        return {f"{stage}.{name}": value for stage, config in sections for name, value in config.model_dump().items()}
 
-def _values(train_config: TrainConfig, evaluate_config: EvaluateConfig) -> dict[str, Any]:
-    sections = {"train": train_config, "evaluate": evaluate_config}
-    return {f"{stage}.{name}": value for stage, config in sections.items() for name, value in config.model_dump().items()}
+    defaults, loop = flat(TrainConfig(), EvaluateConfig()), []
+    for run in runs:
+        values = flat(run.train, run.evaluate)
+        item = {name: values.pop(setting) for name, setting in SETTING_OF.items() if setting in values}
+        settings = {name: value for name, value in values.items() if value != defaults[name]}
+        folder = str(Path(workspace, run.folder)) if workspace else ""
+        loop.append({**item, "row": run.row, "differs": run.settings, "settings": settings, "workspace": folder})
+    return loop
 
 
 def compile_to(
     file: Path, path: Path, params: Path | None = None, workspace: str = "", cluster: Path | None = None, image: str = ""
 ) -> None:
-    """Writes a sweep as a pipeline for a cluster; its runs are the default of parameter `runs`.
+    """Compile a sweep to a pipeline for a cluster; its runs are the default of parameter `runs`.
 
     Args:
         file: the sweep, checked before anything is written; see `pixelclip.sweep.read`.
         path: YAML file to write.
-        params: YAML with one section a stage, below the file's own settings.
+        params: YAML with one section per stage; the file's own settings override it.
         workspace: see `items`.
         cluster: settings of the cluster; see `cluster.read`.
-        image: container image, before PIXELCLIP_IMAGE and that of the cluster.
+        image: container image; overrides PIXELCLIP_IMAGE and that of the cluster.
 
     Raises:
-        ValueError: an unusable sweep, cluster or workspace, or `path` is no YAML file.
+        ValueError: an unusable sweep, cluster or workspace, or `path` is not a YAML file.
     """
-    name, planned = read(file, params)
+    name, runs = read(file, params)
     if path.suffix not in (".yaml", ".yml"):
         raise ValueError(f"{path}: the compiled pipeline is a .yaml file")
     if path.resolve() == file.resolve():
         raise ValueError(f"{path}: would overwrite the sweep")
-    there = read_cluster(cluster)
-    check_workspace(there, workspace)
-    built = build(there, image_of(there, image))
+    config = read_cluster(cluster)
+    check_workspace(config, workspace)
     path.parent.mkdir(parents=True, exist_ok=True)
-    compiler.Compiler().compile(built, str(path), pipeline_parameters={"name": name, "runs": items(planned, workspace)})
+    compiler.Compiler().compile(
+        build(config, image_of(config, image)), str(path), pipeline_parameters={"name": name, "runs": items(runs, workspace)}
+    )

@@ -1,6 +1,5 @@
-"""The doctor: every check against a real thing, or its real absence."""
+"""Doctor: every check against a real service or its real absence."""
 
-import base64
 import json
 import os
 import sys
@@ -23,9 +22,8 @@ Answer = namedtuple("Answer", "status headers body")
 
 
 @pytest.fixture(autouse=True)
-def nothing_configured(monkeypatch, tmp_path) -> None:
-    """A machine on which nothing is set up, and an empty folder to stand in."""
-
+def unconfigured(monkeypatch, tmp_path) -> None:
+    """A machine without any configuration, in an empty folder."""
     for name in list(os.environ):
         if name.startswith(("AWS_", "MLFLOW_", "KFP_", "KF_", "PIXELCLIP_", "DOCKER_")) or name.lower().endswith("_proxy"):
             monkeypatch.delenv(name)
@@ -37,12 +35,12 @@ def nothing_configured(monkeypatch, tmp_path) -> None:
 
 @pytest.fixture
 def closed() -> str:
-    """A port at which nobody listens."""
+    """A port without a server."""
     return f"127.0.0.1:{services.free_ports(1)[0]}"
 
 
 class Web:
-    """A server that answers as it is told; by path."""
+    """An HTTP server with a fixed answer per path."""
 
     def __init__(self) -> None:
         self.answers: dict[str, Answer] = {}
@@ -53,8 +51,7 @@ class Web:
             def do_GET(self) -> None:
                 web.asked.append((self.command, self.path, self.headers.get("Authorization", "")))
                 path = self.path.split("?")[0]
-                answer = web.answers.get(f"{path} {self.headers.get('Authorization')}") or web.answers.get(path)
-                status, headers, body = answer or Answer(404, {}, b"")
+                status, headers, body = web.answers.get(path, Answer(404, {}, b""))
                 self.send_response(status)
                 for name, value in headers.items():
                     self.send_header(name, value)
@@ -83,17 +80,17 @@ def web() -> Iterator[Web]:
     made.server.server_close()
 
 
-def test_where_nothing_is_configured_nothing_fails(monkeypatch):
-    there = {finding.what: finding for finding in run()}
-    assert list(there) == ["GPU", "shared memory", "disk", "S3", "MLflow", "DVC remote", "KFP", "image"]
+def test_nothing_fails_where_nothing_is_configured(monkeypatch):
+    findings = {finding.what: finding for finding in run()}
+    assert list(findings) == ["GPU", "shared memory", "disk", "S3", "MLflow", "DVC remote", "KFP", "image"]
     for what in ("S3", "MLflow", "DVC remote", "KFP", "image"):
-        assert there[what].state == "not configured", there[what]
-        assert there[what].advice
-    assert there["GPU"].state == ("ok" if torch.cuda.is_available() else "missing")
+        assert findings[what].state == "not configured", findings[what]
+        assert findings[what].advice
+    assert findings["GPU"].state == ("ok" if torch.cuda.is_available() else "missing")
     assert list(Path.cwd().iterdir()) == []
 
 
-def test_lines_and_json_say_the_same():
+def test_text_and_json_hold_the_same_findings():
     findings = [Finding("GPU", "missing", "none", "buy one"), Finding("shared memory", "ok", "8 GiB")]
     assert as_text(findings).splitlines() == [
         "GPU            missing         none; buy one",
@@ -103,7 +100,7 @@ def test_lines_and_json_say_the_same():
 
 
 @pytest.mark.parametrize("words", [[], ["--json"]])
-def test_the_exit_code_tells_whether_something_failed(monkeypatch, capsys, closed, words):
+def test_exit_code_is_1_if_a_check_failed(monkeypatch, capsys, closed, words):
 
     from pixelclip import cli
 
@@ -115,25 +112,25 @@ def test_the_exit_code_tells_whether_something_failed(monkeypatch, capsys, close
         with pytest.raises(SystemExit) as ended:
             cli.main()
         assert int(ended.value.code or 0) == code
-        said = capsys.readouterr().out
+        message = capsys.readouterr().out
         if words:
-            assert [entry["what"] for entry in json.loads(said) if entry["state"] == "failed"] == ["KFP"] * code
+            assert [entry["what"] for entry in json.loads(message) if entry["state"] == "failed"] == ["KFP"] * code
         else:
-            assert said.count("\n") == 8
+            assert message.count("\n") == 8
 
 
-def test_a_check_that_hangs_or_breaks_hides_no_other(monkeypatch):
+def test_hanging_or_broken_check_does_not_hide_others(monkeypatch):
     forever = threading.Event()
-    monkeypatch.setattr(doctor, "disk", forever.wait)
-    monkeypatch.setattr(doctor, "shared_memory", lambda: 1 / 0)
-    there = {finding.what: finding for finding in run(seconds=3)}
+    monkeypatch.setattr(doctor, "shared_memory", forever.wait)
+    monkeypatch.setattr(doctor, "cache_folder", lambda: 1 / 0)
+    findings = {finding.what: finding for finding in run(seconds=3)}
     forever.set()
-    assert (there["disk"].state, there["disk"].said) == ("failed", "no answer within 3 s")
-    assert (there["shared memory"].state, there["shared memory"].said) == ("failed", "ZeroDivisionError: division by zero")
-    assert there["KFP"].state == "not configured"
+    assert (findings["shared memory"].state, findings["shared memory"].said) == ("failed", "no answer within 3 s")
+    assert (findings["disk"].state, findings["disk"].said) == ("failed", "ZeroDivisionError: division by zero")
+    assert findings["KFP"].state == "not configured"
 
 
-def test_memory_and_disk_that_do_not_suffice(monkeypatch, tmp_path):
+def test_small_shared_memory_and_full_disk_fail(monkeypatch, tmp_path):
     small = namedtuple("usage", "total used free")(64 << 20, 0, 64 << 20)
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: small)
     assert doctor.shared_memory().state == doctor.disk().state == "failed"
@@ -143,71 +140,73 @@ def test_memory_and_disk_that_do_not_suffice(monkeypatch, tmp_path):
     assert doctor.shared_memory().state == doctor.disk().state == "ok"
 
 
-@pytest.mark.parametrize(("code", "said"), [(0, "H100, but torch cannot use it"), (9, "has failed")])
-def test_a_driver_that_does_not_work(monkeypatch, tmp_path, code, said):
+@pytest.mark.parametrize(("code", "message"), [(0, "H100, but torch cannot use it"), (9, "has failed")])
+def test_broken_driver_fails(monkeypatch, tmp_path, code, message):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     program = tmp_path / "nvidia-smi"
     program.write_text(f"#!/bin/sh\necho '{'H100' if code == 0 else 'NVIDIA-SMI has failed'}'\nexit {code}\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
-    found = doctor.gpu()
-    assert found.state == "failed" and said in found.said and found.advice
+    finding = doctor.gpu()
+    assert finding.state == "failed" and message in finding.said and finding.advice
 
 
-def test_s3_that_is_not_there(monkeypatch, closed):
+def test_unreachable_s3_fails(monkeypatch, closed):
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{closed}")
-    found = doctor.storage("s3://data/images", 5)
-    assert found.state == "failed" and "Unable to locate credentials" in found.said and "AWS_ACCESS_KEY_ID" in found.advice
+    finding = doctor.storage("s3://data/images")
+    assert (
+        finding.state == "failed" and "Unable to locate credentials" in finding.said and "AWS_ACCESS_KEY_ID" in finding.advice
+    )
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "somebody")
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    found = doctor.storage("s3://data/images", 5)
-    assert found.state == "failed" and closed in found.said and "AWS_ENDPOINT_URL" in found.advice
+    finding = doctor.storage("s3://data/images")
+    assert finding.state == "failed" and closed in finding.said and "AWS_ENDPOINT_URL" in finding.advice
 
 
 @pytest.mark.services
-def test_s3_by_its_keys_and_buckets(s3, monkeypatch):
+def test_s3_checks_keys_bucket_and_prefix(s3, monkeypatch):
     s3.client().put_object(Bucket="data", Key="doctor/a", Body=b"a")
     assert doctor.storage("").state == doctor.storage("s3://data").state == doctor.storage("s3://data/doctor").state == "ok"
     assert "data, dvc, mlflow" in doctor.storage("").said
-    for uri, said in (("s3://nowhere", "there is no such bucket"), ("s3://data/nothing/", "nothing below nothing/")):
-        assert doctor.storage(uri).state == "failed" and said in doctor.storage(uri).said
+    for uri, message in (("s3://nowhere", "status 404"), ("s3://data/nothing/", "nothing below nothing/")):
+        assert doctor.storage(uri).state == "failed" and message in doctor.storage(uri).said
     for name in ("AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID"):
         monkeypatch.setenv(name, "wrong")
-        found = doctor.storage("s3://data")
-        assert found.state == "failed" and f"wrong credentials, see {name}" in found.said
+        finding = doctor.storage("s3://data")
+        assert finding.state == "failed" and f"wrong credentials, see {name}" in finding.said
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "reader")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3.reader)
     assert doctor.storage("s3://data").state == "ok"
-    assert "bucket mlflow: these credentials may not do that" in doctor.storage("s3://mlflow").said
+    assert "s3://mlflow: these credentials may not do that" in doctor.storage("s3://mlflow").said
 
 
-def test_mlflow_here_and_not_there(monkeypatch, tmp_path, closed):
+def test_mlflow_reachable_and_unreachable(monkeypatch, tmp_path, closed):
     client = tiny.mlflow_at(monkeypatch, tmp_path / "mlflow")
     client.create_registered_model("one")
-    found = doctor.mlflow()
-    assert found.state == "ok" and "its registry holds 1 models" in found.said
+    finding = doctor.mlflow()
+    assert finding.state == "ok" and "its registry holds 1 models" in finding.said
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:geheim@{closed}")
-    found = doctor.mlflow(5)
-    assert found.state == "failed" and closed in found.said and "geheim" not in found.said and found.advice
+    finding = doctor.mlflow(5)
+    assert finding.state == "failed" and closed in finding.said and "geheim" not in finding.said and finding.advice
 
 
-def test_mlflow_that_refuses(monkeypatch, web):
+def test_mlflow_that_rejects_the_host_fails(monkeypatch, web):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://{web.host}")
     web.answers["/health"] = Answer(200, {}, b"OK")
     web.answers["/api/2.0/mlflow/experiments/search"] = Answer(403, {}, b"Invalid Host header")
-    found = doctor.mlflow(5)
-    assert found.state == "failed" and "403" in found.said and "--allowed-hosts" in found.advice
+    finding = doctor.mlflow(5)
+    assert finding.state == "failed" and "403" in finding.said and "--allowed-hosts" in finding.advice
 
 
 @pytest.mark.services
-def test_mlflow_on_a_server(mlflow_server):
-    found = doctor.mlflow()
-    assert found.state == "ok"
-    assert found.said.startswith(f"{mlflow_server.uri}: server 3.") and "its registry holds" in found.said
+def test_mlflow_server_version_and_registry(mlflow_server):
+    finding = doctor.mlflow()
+    assert finding.state == "ok"
+    assert finding.said.startswith(f"{mlflow_server.uri}: server 3.") and "its registry holds" in finding.said
 
 
-def test_a_dvc_remote_on_this_machine(monkeypatch, tmp_path):
+def test_dvc_remote_in_a_local_folder(monkeypatch, tmp_path):
     tiny.dvc_repository(tmp_path / "repo", str(tmp_path / "remote"), {"data": {"a": b"a"}}, {})
     assert doctor.dvc_remote(str(tmp_path / "repo")) == Finding("DVC remote", "ok", f"{tmp_path}/remote can be read")
     monkeypatch.chdir(tmp_path / "repo")
@@ -217,21 +216,21 @@ def test_a_dvc_remote_on_this_machine(monkeypatch, tmp_path):
     (tmp_path / "repo" / ".dvc" / "config").write_text("")
     tiny.git(tmp_path / "repo", "commit", "-qam", "no remote")
     assert doctor.dvc_remote("").state == "not configured"
-    found = doctor.dvc_remote(str(tmp_path / "none"))
-    assert found.state == "failed" and "is no git repository" in found.said
+    finding = doctor.dvc_remote(str(tmp_path / "none"))
+    assert finding.state == "failed" and "is no git repository" in finding.said
 
 
 @pytest.mark.services
-def test_a_dvc_remote_on_s3(s3, tmp_path, monkeypatch):
+def test_dvc_remote_on_s3(s3, tmp_path, monkeypatch):
     tiny.dvc_repository(tmp_path / "repo", "s3://dvc/doctor", {"data": {"a": b"a"}}, {})
     assert doctor.dvc_remote(str(tmp_path / "repo")) == Finding("DVC remote", "ok", "s3://dvc/doctor can be read")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
-    found = doctor.dvc_remote(str(tmp_path / "repo"))
-    assert found.state == "failed" and "SignatureDoesNotMatch" in found.said and "AWS_" in found.advice
+    finding = doctor.dvc_remote(str(tmp_path / "repo"))
+    assert finding.state == "failed" and "SignatureDoesNotMatch" in finding.said and "AWS_" in finding.advice
 
 
 @pytest.mark.parametrize(
-    ("answer", "state", "said"),
+    ("answer", "state", "message"),
     [
         (Answer(200, {}, b'{"tag_name": "2.17.0", "multi_user": false}'), "ok", "KFP 2.17.0, SDK 2."),
         (Answer(200, {}, b'{"multi_user": false}'), "ok", "KFP of unknown version"),
@@ -242,51 +241,48 @@ def test_a_dvc_remote_on_s3(s3, tmp_path, monkeypatch):
         (Answer(200, {}, b"{"), "failed", "JSONDecodeError"),
     ],
 )
-def test_kubeflow_pipelines(monkeypatch, web, answer, state, said):
+def test_kubeflow_pipelines_health_and_version(monkeypatch, web, answer, state, message):
     monkeypatch.setenv("KFP_TOKEN", "secret")
     web.answers["/apis/v2beta1/healthz"] = answer
-    (found,) = [finding for finding in run(kfp=f"http://{web.host}/") if finding.what == "KFP"]
-    assert found.state == state and said in found.said
+    (finding,) = [entry for entry in run(kfp=f"http://{web.host}/") if entry.what == "KFP"]
+    assert finding.state == state and message in finding.said
     assert ("GET", "/apis/v2beta1/healthz", "Bearer secret") in web.asked
 
 
-def test_kubeflow_pipelines_that_is_not_there(closed):
-    found = doctor.pipelines(f"http://{closed}", 5)
-    assert found.state == "failed" and closed in found.said and "KFP_ENDPOINT" in found.advice
+def test_unreachable_kubeflow_pipelines_fails(closed):
+    finding = doctor.pipelines(f"http://{closed}", 5)
+    assert finding.state == "failed" and closed in finding.said and "KFP_ENDPOINT" in finding.advice
     assert doctor.pipelines("no address", 5).state == "failed"
 
 
-def manifest(web: Web, name: str) -> None:
-    web.answers[f"/v2/{name}"] = Answer(200, {"Docker-Content-Digest": DIGEST}, b"")
+def fake_docker(monkeypatch, folder: Path, *found: str) -> None:
+    """A docker program that finds an image in the places `found`: manifest (its registry), image (the local engine)."""
+    folder.mkdir()
+    program = folder / "docker"
+    cases = "".join(f"{word}) exit 0;;\n" for word in found)
+    program.write_text(f'#!/bin/sh\ncase "$1" in\n{cases}esac\necho "no such $1: $3" >&2\nexit 1\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
 
 
-def test_an_image_in_a_registry(web):
-    manifest(web, "team/pixelclip/manifests/v1")
-    manifest(web, f"team/pixelclip/manifests/{DIGEST}")
-    found = doctor.container_image(f"{web.host}/team/pixelclip:v1")
-    assert found.state == "ok" and f"{web.host}/team/pixelclip@{DIGEST}" in found.advice
-    assert doctor.container_image(f"{web.host}/team/pixelclip@{DIGEST}").advice == ""
-    found = doctor.container_image(f"{web.host}/team/pixelclip:v2")
-    assert found.state == "failed" and "status 404" in found.said
-    assert {method for method, _, _ in web.asked} == {"HEAD"}
+@pytest.mark.parametrize(
+    ("found", "state", "message"),
+    [
+        (("manifest", "image"), "ok", "r.example/pixelclip:v1 can be pulled"),
+        (("manifest",), "ok", "r.example/pixelclip:v1 can be pulled"),
+        (("image",), "ok", "r.example/pixelclip:v1 is in the local engine; its registry: no such manifest"),
+        ((), "failed", "r.example/pixelclip:v1: no such manifest: r.example/pixelclip:v1"),
+    ],
+)
+def test_image_in_registry_or_local_engine(monkeypatch, tmp_path, found, state, message):
+    fake_docker(monkeypatch, tmp_path / "bin", *found)
+    finding = doctor.container_image("r.example/pixelclip:v1")
+    assert finding.state == state and finding.said.startswith(message) and finding.advice
+    if "manifest" in found:
+        assert "digest" in finding.advice and doctor.container_image(f"r.example/pixelclip@{DIGEST}").advice == ""
 
 
-def test_an_image_in_a_registry_that_asks_for_a_token(web, monkeypatch, tmp_path):
-    realm = f'Bearer realm="http://{web.host}/token",service="registry",scope="repository:pixelclip:pull"'
-    web.answers["/v2/pixelclip/manifests/v1"] = Answer(401, {"WWW-Authenticate": realm}, b"")
-    web.answers["/v2/pixelclip/manifests/v1 Bearer t"] = Answer(200, {"Docker-Content-Digest": DIGEST}, b"")
-    found = doctor.container_image(f"{web.host}/pixelclip:v1")
-    assert found.state == "failed" and "401" in found.said and f"docker login {web.host}" in found.advice
-    login = base64.b64encode(b"me:geheim").decode()
-    web.answers[f"/token Basic {login}"] = Answer(200, {}, b'{"token": "t"}')
-    (tmp_path / ".docker").mkdir()
-    (tmp_path / ".docker" / "config.json").write_text(json.dumps({"auths": {web.host: {"auth": login}}}))
-    found = doctor.container_image(f"{web.host}/pixelclip:v1")
-    assert found.state == "ok" and "geheim" not in as_text([found])
-    assert ("GET", "/token?service=registry&scope=repository%3Apixelclip%3Apull", f"Basic {login}") in web.asked
-
-
-def test_an_image_that_cannot_be(closed):
-    assert "is no name of an image" in doctor.container_image("Pixel Clip").said
-    found = doctor.container_image(f"{closed}/pixelclip:v1", 5)
-    assert found.state == "failed" and closed in found.said
+def test_image_is_not_checked_without_docker(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    finding = doctor.container_image("r.example/pixelclip:v1")
+    assert finding.state == "missing" and "there is no docker program" in finding.said

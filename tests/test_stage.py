@@ -1,4 +1,4 @@
-"""A Stage: killed at any moment it leaves nothing or work to continue; it never mixes, repeats or overwrites results."""
+"""Stage: interruption, resuming, reuse, locking and provenance."""
 
 import json
 import subprocess
@@ -9,8 +9,10 @@ from types import SimpleNamespace
 import pytest
 from conftest import write_files
 
+from pixelclip import stage as stage_module
+from pixelclip.code_version import code_revision
 from pixelclip.config import MasksConfig
-from pixelclip.stage import Stage, code_revision, describe, place
+from pixelclip.stage import Stage, describe, place
 
 
 @pytest.fixture
@@ -36,7 +38,7 @@ def complete(out: Path, source: Path, **settings: object) -> Stage:
     return stage
 
 
-def test_a_finished_stage_is_reused_and_says_so(out: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_finished_stage_is_reused(out: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert not make(out, source).finished
     complete(out, source)
     assert sorted(path.name for path in out.iterdir()) == ["0.tar", "metrics.json", "notes.txt", "provenance.json"]
@@ -48,22 +50,73 @@ def test_a_finished_stage_is_reused_and_says_so(out: Path, source: Path, capsys:
     assert "masks: reused" in capsys.readouterr().out
 
 
-def test_an_empty_folder_may_be_given(out: Path, source: Path) -> None:
+@pytest.mark.parametrize(
+    ("version", "revision", "message"),
+    [
+        ("0.1.0", "abc", "(same inputs and settings)"),
+        ("0.1.0", "def", "(made by version 0.1.0, revision abc; this is version 0.1.0, revision def)"),
+        ("0.2.0", "abc", "(made by version 0.1.0, revision abc; this is version 0.2.0, revision abc)"),
+    ],
+)
+def test_result_of_other_code_is_reused_and_both_revisions_are_printed(
+    out, source, tmp_path, monkeypatch, capsys, version, revision, message
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(stage_module, "__version__", "0.1.0")
+    monkeypatch.setenv("PIXELCLIP_REVISION", "abc")
+    complete(out, source)
+    before = (out / "provenance.json").read_bytes()
+    monkeypatch.setattr(stage_module, "__version__", version)
+    monkeypatch.setenv("PIXELCLIP_REVISION", revision)
+    again = make(out, source)
+    assert again.finished
+    capsys.readouterr()
+    assert again.reuse() == {"images": 1.0}
+    assert capsys.readouterr().out == f"masks: reused deep/out {message}\n"
+    assert (out / "provenance.json").read_bytes() == before
+
+
+def test_interrupted_work_is_not_resumed_by_another_version(out, source, monkeypatch):
+    interrupted = make(out, source)
+    with interrupted:
+        (interrupted.folder / "half.tar").write_bytes(b"half")
+    monkeypatch.setattr(stage_module, "__version__", "0.2.0")
+    with make(out, source) as stage:
+        assert list(stage.folder.iterdir()) == []
+    assert (interrupted.folder / "half.tar").read_bytes() == b"half"
+
+
+def test_result_with_a_setting_that_no_longer_exists_is_rejected(out, source):
+    complete(out, source)
+    provenance = json.loads((out / "provenance.json").read_text())
+    provenance["settings"]["old_setting"] = 7
+    (out / "provenance.json").write_text(json.dumps(provenance))
+    with pytest.raises(ValueError, match=r"masks\.old_setting 7 → none"):
+        make(out, source)
+
+
+def test_result_of_another_stage_is_rejected(out, source):
+    complete(out, source)
+    with pytest.raises(ValueError, match=r"finished result of stage 'masks'.*stage masks → shards"):
+        Stage("shards", out, {"shards": describe(source)}, MasksConfig())
+
+
+def test_output_may_be_an_empty_folder(out: Path, source: Path) -> None:
     out.mkdir(parents=True)
     complete(out, source)
     assert (out / "0.tar").read_bytes() == b"result"
 
 
-def test_a_killed_stage_leaves_no_out_and_is_continued(out: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_interrupted_stage_leaves_no_output_and_is_resumed(out: Path, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     killed = make(out, source)
 
-    def half() -> None:
+    def interrupt() -> None:
         with killed:
             (killed.folder / "half.tar").write_bytes(b"half")
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        half()
+        interrupt()
     assert not out.exists()
     assert "masks: starts" in capsys.readouterr().out
     again = make(out, source)
@@ -73,7 +126,7 @@ def test_a_killed_stage_leaves_no_out_and_is_continued(out: Path, source: Path, 
     assert "continues an interrupted run" in capsys.readouterr().out
 
 
-def test_other_settings_or_inputs_work_in_another_folder(out: Path, source: Path) -> None:
+def test_other_settings_or_inputs_use_another_partial_folder(out: Path, source: Path) -> None:
     first = make(out, source)
     other_settings = make(out, source, max_masks=3)
     (source / "a.bin").write_bytes(b"2")
@@ -81,13 +134,13 @@ def test_other_settings_or_inputs_work_in_another_folder(out: Path, source: Path
     assert len({stage.folder for stage in (first, other_settings, other_inputs)}) == 3
 
 
-def test_runtime_settings_and_the_place_of_the_inputs_do_not_change_the_fingerprint(out: Path, source: Path) -> None:
+def test_fingerprint_ignores_runtime_settings_and_input_paths(out: Path, source: Path) -> None:
     first = make(out, source, workers=2)
     moved = source.rename(source.with_name("moved"))
     assert make(out, moved, workers=0).fingerprint == first.fingerprint
 
 
-def test_a_finished_result_of_other_settings_is_refused_and_the_setting_named(out: Path, source: Path) -> None:
+def test_finished_result_of_other_settings_is_an_error_naming_the_setting(out: Path, source: Path) -> None:
     complete(out, source)
     with pytest.raises(ValueError, match=r"out: holds a finished result .*masks\.max_masks 0 → 3\); remove it"):
         make(out, source, max_masks=3)
@@ -97,9 +150,9 @@ def test_a_finished_result_of_other_settings_is_refused_and_the_setting_named(ou
     assert (out / "0.tar").read_bytes() == b"result"
 
 
-def test_a_foreign_folder_is_refused_and_untouched(tmp_path: Path, source: Path) -> None:
+def test_foreign_folder_is_rejected_and_unchanged(tmp_path: Path, source: Path) -> None:
     foreign = write_files(tmp_path / "thesis", {"chapter.txt": b"words"})
-    with pytest.raises(ValueError, match="thesis: holds files that no stage"):
+    with pytest.raises(ValueError, match="thesis: contains files that pixelclip did not create"):
         make(foreign, source)
     with pytest.raises(ValueError, match=r"chapter\.txt: must be a folder"):
         make(foreign / "chapter.txt", source)
@@ -107,12 +160,12 @@ def test_a_foreign_folder_is_refused_and_untouched(tmp_path: Path, source: Path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "thesis"]
 
 
-def test_a_missing_input_is_named(out: Path, tmp_path: Path) -> None:
+def test_missing_input_is_named(out: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="none: no such file or folder"):
         make(out, tmp_path / "none")
 
 
-def test_a_second_process_is_refused_until_the_first_ends(out: Path, source: Path) -> None:
+def test_second_process_is_rejected_until_the_first_ends(out: Path, source: Path) -> None:
     stage = make(out, source)
     stage.folder.mkdir(parents=True)
     hold = "import fcntl, os, sys; fcntl.flock(os.open(sys.argv[1], 0), fcntl.LOCK_EX); print('held', flush=True); input()"
@@ -120,14 +173,14 @@ def test_a_second_process_is_refused_until_the_first_ends(out: Path, source: Pat
         [sys.executable, "-c", hold, str(stage.folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as other:
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(ValueError, match="out: another process is making this right now"), stage:
+        with pytest.raises(ValueError, match="out: another process is writing this folder"), stage:
             pytest.fail("entered")
         other.communicate("\n")
     with stage:
         assert stage.folder.is_dir()
 
 
-def test_a_start_names_the_unfinished_work_of_other_settings_and_leaves_it(out, source, tmp_path, capsys, monkeypatch):
+def test_start_lists_unfinished_work_of_other_settings_and_leaves_it(out, source, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     left = {}
     for number in (1, 2, 3):
@@ -139,16 +192,16 @@ def test_a_start_names_the_unfinished_work_of_other_settings_and_leaves_it(out, 
     (out.parent / "other.partial").mkdir()
     capsys.readouterr()
     complete(out, source)
-    said = capsys.readouterr().out.splitlines()
+    lines = capsys.readouterr().out.splitlines()
     names = ", ".join(sorted(f"deep/{left[number].folder.name}" for number in (1, 2, 3)))
-    assert said[1:] == [f"masks: other inputs or settings left unfinished work, which may be removed: {names}"]
+    assert lines[1:] == [f"masks: unfinished work of other inputs, settings or versions can be removed: {names}"]
     assert all((stage.folder / "half.tar").read_bytes() == b"half" for stage in left.values())
 
 
-def test_a_start_is_refused_while_somebody_makes_the_same_folder_with_other_settings(out: Path, source: Path) -> None:
+def test_start_is_rejected_while_the_folder_is_written_with_other_settings(out: Path, source: Path) -> None:
     first, second = make(out, source, max_masks=1), make(out, source)
     with first:
-        refused = rf"out: another process is making this with other .* right now \(.*{first.folder.name}\); wait for it, or"
+        refused = rf"out: another process is writing this folder with other .* \(.*{first.folder.name}\); wait for it or"
         with pytest.raises(ValueError, match=refused), second:
             pytest.fail("entered")
         assert [path.name for path in out.parent.iterdir()] == [first.folder.name]
@@ -156,27 +209,27 @@ def test_a_start_is_refused_while_somebody_makes_the_same_folder_with_other_sett
         assert second.folder.is_dir()
 
 
-def test_a_result_whose_place_was_taken_meanwhile_is_not_lost(out: Path, source: Path) -> None:
+def test_result_is_kept_if_the_output_folder_was_filled_meanwhile(out: Path, source: Path) -> None:
     stage = make(out, source)
     with stage:
         (stage.folder / "0.tar").write_bytes(b"result")
         write_files(out, {"mine.txt": b"words"})
         with pytest.raises(
-            ValueError, match=rf"out: cannot be put there .*; the finished result stands in \S*{stage.folder.name}: move"
+            ValueError, match=rf"out: cannot be replaced .*; the finished result is in \S*{stage.folder.name}: move"
         ):
             stage.finish({"images": 1.0}, files=["*.tar"])
     assert (stage.folder / "0.tar").read_bytes() == b"result" and (stage.folder / "provenance.json").is_file()
     assert (out / "mine.txt").read_bytes() == b"words"
 
 
-def test_a_full_disk_is_named(out: Path, source: Path) -> None:
+def test_full_disk_error_names_the_folder(out: Path, source: Path) -> None:
     stage = make(out, source)
     with pytest.raises(OSError, match="No space left") as full, stage:
         Path("/dev/full").write_text("much")
     assert full.value.filename == str(stage.folder)
 
 
-def test_provenance_nests_what_came_before(out: Path, source: Path, tmp_path: Path) -> None:
+def test_provenance_contains_that_of_the_inputs(out: Path, source: Path, tmp_path: Path) -> None:
     first = complete(out, source, max_masks=7)
     complete(tmp_path / "second", out)
     written = json.loads((tmp_path / "second" / "provenance.json").read_text())
@@ -187,7 +240,7 @@ def test_provenance_nests_what_came_before(out: Path, source: Path, tmp_path: Pa
     assert "provenance" not in upstream["inputs"]["shards"]
 
 
-def test_only_the_chosen_files_identify_a_result(out: Path, source: Path) -> None:
+def test_only_selected_files_identify_a_result(out: Path, source: Path) -> None:
     complete(out, source)
     before = describe(out)
     assert (before["num_files"], before["size"]) == (1, len(b"result"))
@@ -195,7 +248,7 @@ def test_only_the_chosen_files_identify_a_result(out: Path, source: Path) -> Non
     assert describe(out)["md5"] == before["md5"]
 
 
-def test_metrics_that_are_no_numbers_leave_no_out(out: Path, source: Path) -> None:
+def test_non_finite_metrics_leave_no_output(out: Path, source: Path) -> None:
     stage = make(out, source)
     with pytest.raises(ValueError, match="JSON compliant"), stage:
         stage.finish({"loss": float("nan")}, files=["*.tar"])
@@ -224,6 +277,6 @@ def test_a_workspace_in_which_nobody_can_write_is_one_clear_line(tmp_path: Path)
     assert artifact.metadata == {}
 
 
-def test_the_revision_can_be_given(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_revision_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIXELCLIP_REVISION", "abc")
     assert code_revision() == "abc"

@@ -17,11 +17,11 @@ from kfp import dsl
 from safetensors.torch import load_file
 
 from pixelclip import train
+from pixelclip.code_version import code_image
 from pixelclip.config import MasksConfig, TrainConfig
 from pixelclip.evaluate import CONFUSION
 from pixelclip.masks import run as make_masks
 from pixelclip.shard_sources import describe_shards, list_shards
-from pixelclip.stage import code_image
 from pixelclip.storage import write_json
 from pixelclip.tally import OTHERS, ConfusionMatrix
 from pixelclip.tracking import PIPELINE_RUN

@@ -1,4 +1,4 @@
-"""A real sweep on tiny data against its own metrics files; bad files; resuming; MLflow; the same sweep as a pipeline."""
+"""Sweep on tiny data: table, reuse, resuming, failures, MLflow, invalid files, and the pipeline for a cluster."""
 
 import csv
 import json
@@ -36,7 +36,7 @@ def write_sweep(file: Path, **changed) -> Path:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Shards, labelled set, settings and a finished sweep of them; MLflow stays where it is for the whole module."""
+    """Shards, labelled set, settings and a finished sweep; one MLflow store for the whole module."""
     base = tmp_path_factory.mktemp("sweep")
     halves = np.zeros((2, 40, 48), bool)
     halves[0, :, :24] = halves[1, :, 24:] = True
@@ -65,7 +65,7 @@ def metrics_of(out: Path, row: str, stage: str) -> list[dict[str, float]]:
 
 
 def cells(text: str) -> list[list[str]]:
-    """The lines of a Markdown table, split at the bars that are not escaped."""
+    """Rows of a Markdown table, split at unescaped bars."""
     return [[cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]] for line in text.splitlines() if line[:2] == "| "]
 
 
@@ -77,7 +77,7 @@ def all_runs(client):
     return client.search_runs([client.get_experiment_by_name("pixelclip").experiment_id])
 
 
-def test_the_table_holds_mean_and_sample_deviation_of_the_metrics_files(made):
+def test_table_has_mean_and_sample_deviation_of_the_metrics_files(made):
     head, _, *lines = cells((made.out / "table.md").read_text().replace("|---", "| ---"))
     assert head == ["row", "settings that differ", "mIoU of CLIP", "mIoU", "gain", "pixel accuracy", "seeds"]
     assert [line[0] for line in lines] == ["full", r"own \| targets"]
@@ -94,7 +94,7 @@ def test_the_table_holds_mean_and_sample_deviation_of_the_metrics_files(made):
     assert len(gains) == 4, "seeds and settings reach the training"
 
 
-def test_every_run_is_listed_with_all_its_metrics(made):
+def test_csv_has_every_run_with_all_metrics(made):
     listed = list(csv.DictReader((made.out / "runs.csv").read_text().splitlines()))
     runs = [(line["row"], line["seed"], line["error"]) for line in listed]
     assert runs == [(row, str(seed), "") for row in ROWS for seed in SEEDS]
@@ -104,7 +104,7 @@ def test_every_run_is_listed_with_all_its_metrics(made):
         assert {name: float(line[name]) for name in expected} == expected
 
 
-def test_a_run_is_what_the_two_stages_make_alone(made, tmp_path):
+def test_run_equals_the_two_stages_run_separately(made, tmp_path):
     params, folder = made.base / "params.yaml", made.out / "own-targets" / "seed-3"
     config = load("train", params, {"train.steps": 3, "train.clustering": False, "train.seed": 3})
     train.run(made.base / "masks", tmp_path / "model", config)
@@ -113,7 +113,7 @@ def test_a_run_is_what_the_two_stages_make_alone(made, tmp_path):
     assert json.loads((folder / "evaluation" / "metrics.json").read_text()) == alone
 
 
-def test_children_stand_below_one_parent_with_table_and_plot(made):
+def test_runs_are_children_of_one_mlflow_run_with_table_and_plot(made):
     runs = all_runs(made.client)
     parents = [run for run in runs if run.info.run_name == "tiny ablations"]
     assert len(parents) == 1 and parents[0].info.status == "FINISHED"
@@ -129,7 +129,7 @@ def test_children_stand_below_one_parent_with_table_and_plot(made):
         assert {"gain/labelled", "train/loss"} <= set(run.data.metrics)
 
 
-def test_the_same_command_again_trains_nothing_and_keeps_its_parent(made, monkeypatch):
+def test_same_command_again_reuses_all_runs_and_the_parent(made, monkeypatch):
     before, runs = written(made.out), {run.info.run_id for run in all_runs(made.client)}
     monkeypatch.setenv(PIPELINE_RUN, "kept")
     assert sweep.run(made.file, *made.inputs) == made.rows
@@ -138,19 +138,19 @@ def test_the_same_command_again_trains_nothing_and_keeps_its_parent(made, monkey
     assert PARENT_RUN not in os.environ and os.environ[PIPELINE_RUN] == "kept"
 
 
-def test_a_killed_sweep_continues_below_the_same_parent(made, tmp_path, monkeypatch):
+def test_interrupted_sweep_resumes_below_the_same_parent(made, tmp_path, monkeypatch):
     file = write_sweep(tmp_path / "killed.yaml", name="killed", rows={"one": None})
     inputs = (*made.inputs[:2], tmp_path / "out", made.inputs[3])
-    measure, calls = evaluate.run, []
+    original, calls = evaluate.run, []
 
-    def measure_or_die(*arguments):
+    def evaluate_or_interrupt(*arguments):
         calls.append(arguments)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return measure(*arguments)
+        return original(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "run", measure_or_die)
+        patch.setattr(evaluate, "run", evaluate_or_interrupt)
         with pytest.raises(KeyboardInterrupt):
             sweep.run(file, *inputs)
     before = written(tmp_path / "out")
@@ -166,7 +166,7 @@ def test_a_killed_sweep_continues_below_the_same_parent(made, tmp_path, monkeypa
     assert [run.info.status for run in parents()] == ["FINISHED"]
 
 
-def test_an_added_row_that_fails_is_named_and_the_others_stay(made, monkeypatch, capsys):
+def test_failing_added_row_is_named_and_leaves_the_others(made, monkeypatch, capsys):
     rows = {"broken": {"train.learning_rate_decoder": 1e30}, **ROWS}
     file, before = write_sweep(made.base / "more.yaml", rows=rows), written(made.out)
     words = zip(("--masks", "--labelled", "--out", "--params"), map(str, made.inputs), strict=True)
@@ -174,8 +174,8 @@ def test_an_added_row_that_fails_is_named_and_the_others_stay(made, monkeypatch,
     with pytest.raises(SystemExit) as ended:
         cli.main()
     assert ended.value.code == 2
-    said = capsys.readouterr().err
-    assert "\npixelclip: 2 of 6 runs failed" in said and "row 'broken', seed 3: step 2: loss" in said
+    message = capsys.readouterr().err
+    assert "\npixelclip: 2 of 6 runs failed" in message and "row 'broken', seed 3: step 2: loss" in message
     head, broken, *others = cells((made.out / "table.md").read_text())
     assert broken[0] == "broken" and broken[2:7] == ["–", "–", "–", "–", "0 of 2"]
     assert head[7] == "error" and broken[7].startswith("seed 0: step 2: loss")
@@ -186,7 +186,7 @@ def test_an_added_row_that_fails_is_named_and_the_others_stay(made, monkeypatch,
     assert {run.info.status for run in runs if run.data.tags.get("sweep.row") == "broken"} == {"FAILED"}
 
 
-def test_a_row_that_fails_with_any_error_stops_no_other(made, tmp_path, monkeypatch):
+def test_any_error_of_a_row_does_not_stop_the_others(made, tmp_path, monkeypatch):
     def out_of_memory(*_: object) -> None:
         raise RuntimeError("CUDA out of memory.\nTried to allocate 2 GiB")
 
@@ -196,11 +196,11 @@ def test_a_row_that_fails_with_any_error_stops_no_other(made, tmp_path, monkeypa
         sweep.run(file, *made.inputs[:2], tmp_path / "out")
 
 
-def test_a_run_that_the_environment_names_is_the_parent(made, tmp_path, monkeypatch):
+def test_run_id_from_the_environment_is_the_parent(made, tmp_path, monkeypatch):
     given = made.client.create_run(made.client.get_experiment_by_name("pixelclip").experiment_id).info.run_id
     monkeypatch.setenv("MLFLOW_RUN_ID", given)
     monkeypatch.setenv(PARENT_RUN, "above")
-    parent = sweep._parent("any", tmp_path / "out")
+    parent = sweep._start_parent("any", tmp_path / "out")
     parent.finish()
     assert parent.run_id == given
     with sweep._children_of(given):
@@ -209,17 +209,17 @@ def test_a_run_that_the_environment_names_is_the_parent(made, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("rows: {K 8: {train.conceptz: 8}}", "row 'K 8': unknown setting 'train.conceptz', did you mean 'train.concepts'?"),
         ("rows: {a: {}, K 8: {train.concepts: 1}}", "row 'K 8': train: concepts: Input should be greater than"),
         ("rows: {a: {evaluate.stride: 999}}", "row 'a': evaluate: stride 999 is larger than crop"),
         ("rows: {a: {concepts: 8}}", "row 'a': unknown setting 'concepts', did you mean 'train.concepts'?"),
-        ("rows: {a: {train.seed: 8}}", "row 'a': train.seed is not set here, seeds stand in `seeds`"),
+        ("rows: {a: {train.seed: 8}}", "row 'a': train.seed is set by the key `seeds`"),
         ("rows: {a: {register.name: x}}", "row 'a': unknown setting 'register.name'"),
         ("rows: {a: }\nsettings: {train.stepz: 3}", "settings: unknown setting 'train.stepz', did you mean 'train.steps'?"),
         ("rows: {a: }\nseed: [1]", "unknown setting 'seed', did you mean 'seeds'?"),
-        ("rows: {a: }\nseeds: [1, 1]", "seeds [1, 1]: one stands there twice"),
+        ("rows: {a: }\nseeds: [1, 1]", "seeds [1, 1]: a seed occurs twice"),
         ("rows: {a: }\nseeds: [-1]", "seeds.0: Input should be greater than or equal to 0"),
         ("rows: {a: }\nseeds: [1.5]", "seeds.0: Input should be a valid integer"),
         ("rows: {a: }\nseeds: []", "seeds: List should have at least 1 item"),
@@ -232,20 +232,20 @@ def test_a_run_that_the_environment_names_is_the_parent(made, tmp_path, monkeypa
         ("rows: {", "cannot be read as YAML"),
     ],
 )
-def test_a_bad_file_is_refused_before_anything_runs(made, tmp_path, text, said):
+def test_invalid_file_is_rejected_before_the_first_run(made, tmp_path, text, message):
     file = tmp_path / "bad.yaml"
     file.write_text(text)
     for start in (
         lambda: sweep.run(file, *made.inputs[:2], tmp_path / "out"),
         lambda: pipeline.compile_to(file, tmp_path / "compiled.yaml"),
     ):
-        with pytest.raises(ValueError, match=re.escape(said)) as refused:
+        with pytest.raises(ValueError, match=re.escape(message)) as error:
             start()
-        assert str(refused.value).startswith(str(file))
+        assert str(error.value).startswith(str(file))
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_unusable_inputs_are_refused_before_anything_runs(made, tmp_path, monkeypatch):
+def test_unusable_inputs_are_rejected_before_the_first_run(made, tmp_path, monkeypatch):
     masks, labelled, _, params = made.inputs
     with pytest.raises(ValueError, match="no such folder or manifest"):
         sweep.run(made.file, tmp_path / "nothing", labelled, tmp_path / "out", params)
@@ -283,14 +283,14 @@ def planned_runs(*gains: float | None) -> list[dict]:
     ]
 
 
-def test_table_and_plot_take_one_seed_strange_names_and_failures():
+def test_table_and_plot_with_one_seed_special_characters_and_failures():
     rows = sweep.summarise(planned_runs(1.25, -3.0, None))
     head, one, _, failed = cells(sweep.table("a", rows))
     assert one[1] == "`train.concepts=8`" and one[4] == "1.25" and one[2] == "–"
     assert failed[6] == "0 of 1" and failed[7] == r"seed 0: no luck \| at all" and len(head) == len(failed) == 8
     small, large = (sweep.plot("$a_$", rows[:count]) for count in (1, 3))
     assert small[:8] == large[:8] == b"\x89PNG\r\n\x1a\n"
-    assert int.from_bytes(large[20:24]) > int.from_bytes(small[20:24]), "every row has its place"
+    assert int.from_bytes(large[20:24]) > int.from_bytes(small[20:24]), "the plot grows with its rows"
     assert 'src="data:image/png;base64,' in sweep.page("<b>", rows) and "<b>" not in sweep.page("<b>", rows)
 
 
@@ -301,7 +301,7 @@ def compiled(made) -> Path:
     return path
 
 
-def test_kfp_accepts_the_compiled_sweep_and_every_parameter_is_described(compiled):
+def test_compiled_sweep_is_valid_and_describes_every_parameter(compiled):
     loaded = load_component_from_file(str(compiled))
     assert isinstance(loaded, components.YamlComponent) and loaded.component_spec.name == "pixelclip-sweep"
     spec = next(yaml.safe_load_all(compiled.read_text()))
@@ -316,7 +316,7 @@ def test_kfp_accepts_the_compiled_sweep_and_every_parameter_is_described(compile
     }
 
 
-def test_a_sweep_gets_from_the_cluster_what_the_pipeline_gets(made, tmp_path):
+def test_cluster_settings_apply_to_the_sweep(made, tmp_path):
     (tmp_path / "cluster.yaml").write_text("steps: {train: {gpus: 4, shared_memory: 9Gi}}\nsecrets: [{name: s3, env: {K: k}}]")
     pipeline.compile_to(made.file, tmp_path / "s.yaml", made.inputs[3], "", tmp_path / "cluster.yaml", "r/p:1")
     spec, platform = yaml.safe_load_all((tmp_path / "s.yaml").read_text())
@@ -326,11 +326,11 @@ def test_a_sweep_gets_from_the_cluster_what_the_pipeline_gets(made, tmp_path):
     pods = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
     assert set(pods) == set(containers) and pods["exec-train"]["emptyDirMounts"][0]["sizeLimit"] == "9Gi"
     assert all(pod["secretAsEnv"][0]["secretName"] == "s3" for pod in pods.values())
-    assert not any("fieldPathAsEnv" in pod for pod in pods.values()), "every row and seed has an MLflow run of its own"
+    assert not any("fieldPathAsEnv" in pod for pod in pods.values()), "every row and seed has its own MLflow run"
 
 
-def test_masks_and_labelled_set_may_stand_on_a_mounted_volume(compiled):
-    """KFP's importer refuses an address without a scheme; `fetch_data` passes it on."""
+def test_masks_and_labelled_set_may_be_on_a_mounted_volume(compiled):
+    """KFP's importer rejects a path without a scheme; `fetch_data` accepts it."""
     spec = next(yaml.safe_load_all(compiled.read_text()))
     assert not any("importer" in executor for executor in spec["deploymentSpec"]["executors"].values())
     tasks = spec["root"]["dag"]["tasks"]
@@ -340,20 +340,20 @@ def test_masks_and_labelled_set_may_stand_on_a_mounted_volume(compiled):
     assert [set(dag["train"]["inputs"]["artifacts"]) for dag in dags] == [{"masks"}]
 
 
-def test_the_items_of_the_loop_hold_every_run_to_the_letter(made, compiled):
+def test_loop_items_give_every_run_its_exact_settings(made, compiled):
     baked = next(yaml.safe_load_all(compiled.read_text()))["root"]["inputDefinitions"]["parameters"]["runs"]["defaultValue"]
     _, planned = sweep.read(made.file, made.inputs[3])
     assert [(item["row"], item["seed"]) for item in baked] == [(each.row, each.seed) for each in planned]
     for item, each in zip(baked, planned, strict=True):
         named = {f"train.{name}": item[name] for name in ("clip", "steps", "batch_size", "concepts", "seed")}
-        assert load("train", overrides={**item["settings"], **named}) == each.train  # as the components put them together
+        assert load("train", overrides={**item["settings"], **named}) == each.train  # as the components merge them
         assert load("evaluate", overrides=item["settings"]) == each.evaluate
         assert item["workspace"] == ""
     places = [item["workspace"] for item in pipeline.items(planned, "/mnt/space")]
     assert places[0] == "/mnt/space/full/seed-0" and len(set(places)) == 4
 
 
-def test_the_command_compiles(made, monkeypatch, capsys, tmp_path):
+def test_command_compiles(made, monkeypatch, capsys, tmp_path):
     (tmp_path / "cluster.yaml").write_text("volume: {claim: shared, mount: /mnt}")
     options = ["--out", str(tmp_path / "s.yaml"), "--workspace", "/mnt/space", "--cluster", str(tmp_path / "cluster.yaml")]
     monkeypatch.setattr(sys, "argv", ["pixelclip", "pipeline", "compile-sweep", str(made.file), *options])
@@ -361,14 +361,14 @@ def test_the_command_compiles(made, monkeypatch, capsys, tmp_path):
         cli.main()
     assert capsys.readouterr().out.strip() == str(tmp_path / "s.yaml")
     assert "/mnt/space/own-targets/seed-3" in (tmp_path / "s.yaml").read_text()
-    for path, said in ((tmp_path / "s.json", "is a .yaml file"), (made.file, "would overwrite")):
-        with pytest.raises(ValueError, match=said):
+    for path, message in ((tmp_path / "s.json", "is a .yaml file"), (made.file, "would overwrite")):
+        with pytest.raises(ValueError, match=message):
             pipeline.compile_to(made.file, path)
     with pytest.raises(ValueError, match="--workspace /mnt/space: must be a folder on the volume"):
         pipeline.compile_to(made.file, tmp_path / "t.yaml", workspace="/mnt/space")
 
 
-def test_the_component_writes_the_same_table(made, tmp_path):
+def test_component_writes_the_same_table(made, tmp_path):
     _, planned = sweep.read(made.file, made.inputs[3])
     runs = [run for row in made.rows for run in row["runs"]]
     found = [SimpleNamespace(metadata={**run["metrics"], "store_session_info": "{}"}) for run in runs]
@@ -376,7 +376,7 @@ def test_the_component_writes_the_same_table(made, tmp_path):
     sweep_table.python_func("tiny ablations", pipeline.items(planned), found, table, plot)
     assert (tmp_path / "table").read_text() == sweep.table("tiny ablations", made.rows)
     assert (tmp_path / "plot").read_text() == sweep.page("tiny ablations", made.rows)
-    with pytest.raises(ValueError, match="4 runs, but metrics of 3"):
+    with pytest.raises(ValueError, match="shorter"):
         sweep.gather(pipeline.items(planned), [each.metadata for each in found[:3]])
     readme = (Path(__file__).parents[1] / "components" / "sweep_table" / "README.md").read_text()
     assert all(f"`{name}`" in readme for name in (*sweep_table.component_spec.inputs, *sweep_table.component_spec.outputs))
@@ -384,7 +384,7 @@ def test_the_component_writes_the_same_table(made, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*custom or non-Python base image:RuntimeWarning")
-def test_the_pipeline_runs_here_and_writes_the_same_table(made, tmp_path):
+def test_local_pipeline_writes_the_same_table(made, tmp_path):
     name, planned = sweep.read(write_sweep(tmp_path / "one.yaml", seeds=[SEEDS[0]]), made.inputs[3])
     runs = [run for row in made.rows for run in row["runs"] if run["seed"] == SEEDS[0]]
     local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(tmp_path / "kfp"), raise_on_error=True)

@@ -1,1 +1,1 @@
-"""KFP component of a sweep's table."""
+"""KFP component sweep_table."""

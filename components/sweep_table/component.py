@@ -1,6 +1,6 @@
-"""KFP component of a sweep's table."""
+"""KFP component sweep_table."""
 
-from typing import List  # noqa: UP035  (KFP knows lists of artifacts by this name only)
+from typing import List  # noqa: UP035  (KFP requires typing.List for lists of artifacts)
 
 from kfp import dsl
 
@@ -15,7 +15,7 @@ def sweep_table(
     table: dsl.Output[dsl.Markdown],
     plot: dsl.Output[dsl.HTML],
 ):
-    """Writes a sweep's table and plot from the metrics of its runs."""
+    """Write a sweep's table and plot from the metrics of its runs."""
     from pathlib import Path
 
     from pixelclip.sweep import gather, page, summarise

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pixelclip import __version__
-from pixelclip.stage import code_image, code_revision
+from pixelclip.code_version import code_image, code_revision
 
 WEIGHTS = ("model", "clip", "dino", "weights")
 """Inputs that are no data."""

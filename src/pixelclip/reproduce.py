@@ -1,8 +1,8 @@
-"""A registered model made again: data and settings are restored, it is measured (or trained, too), the numbers compared.
+"""Reproduce a registered model: restore data and settings, evaluate it (or train it, too), and compare the metrics.
 
-Every input is looked for where it was; it must have the recorded md5. What is not there any more is fetched by DVC, where
-its provenance names repository and revision, or, when training is repeated, made again from what it was made of. The work is
-logged to an MLflow run of its own: the recorded run stays as it is.
+Every input must have the recorded md5. It is looked for at its recorded place. If it is gone, it is fetched by DVC where its
+provenance has a repository and revision or, when training is repeated, made again from its own inputs. The work is logged to
+a new MLflow run; the recorded run does not change.
 """
 
 import math
@@ -19,6 +19,7 @@ from mlflow import MlflowClient
 from pixelclip import __version__, evaluate, masks, shards, train
 from pixelclip.benchmarks import open_labelled
 from pixelclip.clip_sources import clip_folder
+from pixelclip.code_version import CHANGED, code_image, code_revision
 from pixelclip.config import STAGES, build, lasting
 from pixelclip.download import here
 from pixelclip.lineage import Registered, recorded
@@ -28,96 +29,89 @@ from pixelclip.register import fetch
 from pixelclip.s3 import is_s3
 from pixelclip.server import experiment_id
 from pixelclip.shard_sources import describe_shards
-from pixelclip.stage import CHANGED, code_image, code_revision, describe
+from pixelclip.stage import describe
 from pixelclip.storage import digest, write_json
 from pixelclip.tracking import PARENT_RUN, RUN, lineage
 
 COMPARISON = "reproduction.json"
-_READ = {"shards": "images", "masks": "shards", "train": "masks"}
-"""What a stage that can be repeated reads."""
+_MAIN_INPUT = {"shards": "images", "masks": "shards", "train": "masks"}
+"""Main input of every stage that can be repeated."""
+_REPEAT: dict[str, Callable[[Any, Path, Any], Any]] = {"shards": shards.run, "masks": masks.run, "train": train.run}
 _SHARDS = ("shards", "masks")
-_SETTING = {
-    "clip": "clip",
-    "dino": "dino",
-    "weights": "weights",
-    "concept_names": "concept_names",
-    "given": "given_folder",
-    "masks": "masks_folder",
-}
-"""Every other input is named by a setting."""
+_SETTING = {name: name for name in ("clip", "dino", "weights", "concept_names")}
+_SETTING |= {"given": "given_folder", "masks": "masks_folder"}
+"""The setting that holds the path of each further input."""
 
 
 @dataclass(frozen=True)
 class _Work:
-    """Where everything is restored and made, and the runtime settings that this machine needs."""
+    """Output folder, and the runtime settings for this machine."""
 
     out: Path
     runtime: Mapping[str, Any]
 
     def config(self, stage: str, settings: Mapping[str, Any]) -> Any:
-        """A stage's recorded settings with the runtime ones of now."""
-        own = {key.partition(".")[2]: value for key, value in self.runtime.items() if key.startswith(f"{stage}.")}
-        return build(STAGES[stage], {**settings, **own}, f"stage {stage}")
+        """Build a stage's recorded settings with today's runtime settings."""
+        runtime = {key.partition(".")[2]: value for key, value in self.runtime.items() if key.startswith(f"{stage}.")}
+        return build(STAGES[stage], {**settings, **runtime}, f"stage {stage}")
 
 
 def run(uri: str, out: Path, *, train: bool = False, tolerance: float = 0.01, runtime: Mapping[str, Any] | None = None) -> bool:
-    """Measures a registered model again, as it was measured when it was registered, and says whether the numbers are equal.
+    """Evaluate a registered model again, as for its registration, and compare the metrics.
 
     Args:
         uri: `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
-        out: folder for everything that is restored and made, and for `reproduction.json`; finished parts are reused.
-        train: train anew, too, and measure what comes out.
-        tolerance: largest difference of a figure that counts as equal, in points (0.01 of a point by default: the label
-            maps of CPUs and GPUs differ in single pixels).
-        runtime: settings that change where or how fast a stage runs, as `evaluate.device`; others are as recorded.
+        out: folder for everything restored or made, and for `reproduction.json`; finished parts are reused.
+        train: also train anew, and evaluate the new model.
+        tolerance: largest difference that counts as equal, in points (default 0.01: the label maps of CPUs and GPUs differ
+            in single pixels).
+        runtime: settings that change where or how fast a stage runs, such as `evaluate.device`; others are as recorded.
 
     Returns:
-        Whether all figures are equal within the tolerance.
+        Whether all metrics are equal within the tolerance.
 
     Raises:
-        ValueError: no such model, data that cannot be restored or are not what they were, a setting that is not a runtime
-            one, or MLflow is unreachable.
+        ValueError: an unknown model, data that cannot be restored or have changed, a setting that is not a runtime one, or
+            an unreachable MLflow server.
     """
     work = _Work(out, _checked(runtime or {}))
-    there = recorded(uri)
-    measured = [made for made in chain(there.provenance) if train or made["stage"] in ("evaluate", "evaluate_clip")]
-    for line in _other_code(measured):
+    model_record = recorded(uri)
+    provenance, name = model_record.provenance, f"models:/{model_record.version.name}/{model_record.version.version}"
+    repeated = [stage for stage in chain(provenance) if train or stage["stage"] in ("evaluate", "evaluate_clip")]
+    for line in _other_code(repeated):
         print(f"reproduce: WARNING: {line}", flush=True)
-    with _own_run(there) as client_and_run:
-        inputs = there.provenance["inputs"]
-        model = _made_again(inputs["model"], work) if train else _fetched(there, out)
-        settings, kind = dict(there.provenance["settings"]), there.provenance["settings"]["kind"]
-        labelled = _restored("labelled", inputs["labelled"], work, kind=kind)
-        label = there.version.tags["labelled.name"]
+    with _new_run(model_record, name) as (client, run_id):
+        inputs, settings = provenance["inputs"], dict(provenance["settings"])
+        model = _repeat(inputs["model"], work) if train else _fetch_model(name, inputs["model"]["md5"], out)
+        kind = settings["kind"]
+        labelled = _restore("labelled", inputs["labelled"], work, kind=kind)
         settings["name"] = settings["name"] or (kind if kind != "folder" else Path(inputs["labelled"]["path"]).name)
-        config = work.config("evaluate", _named_again(there.provenance, settings, work))
-        # A model that is trained anew may be another one: its evaluation stands beside that of the recorded one.
-        found = evaluate.run(model, labelled, out / ("train_evaluation" if train else "evaluation"), config)
-        equal, differences = compare(there.metrics, found, tolerance)
-        said = {"uri": uri, "equal": equal, "tolerance": tolerance, "recorded": there.metrics, "found": found}
-        write_json(out / COMPARISON, said)
-        print(f"\n{differences}\n")
-        word = "equal" if equal else "DIFFERENT"
-        print(f"reproduce: models:/{there.version.name}/{there.version.version} on {label}: {word} within {tolerance:g} points")
-        client, run_id = client_and_run
+        config = work.config("evaluate", _update_paths(provenance, settings, work))
+        # A newly trained model may differ, so its evaluation gets another folder than that of the recorded model.
+        metrics = evaluate.run(model, labelled, out / ("train_evaluation" if train else "evaluation"), config)
+        equal, differences = compare(model_record.metrics, metrics, tolerance)
+        result = {"uri": uri, "equal": equal, "tolerance": tolerance, "recorded": model_record.metrics, "found": metrics}
+        write_json(out / COMPARISON, result)
+        verdict = f"{'equal' if equal else 'DIFFERENT'} within {tolerance:g} points"
+        print(f"\n{differences}\n\nreproduce: {name} on {model_record.version.tags['labelled.name']}: {verdict}")
         client.set_tag(run_id, "reproduction", "equal" if equal else "differs")
     return equal
 
 
 def compare(recorded: Mapping[str, float], found: Mapping[str, float], tolerance: float) -> tuple[bool, str]:
-    """Whether figures are equal, and all of them as a table.
+    """Return whether metrics are equal, and a table of all of them.
 
     Args:
-        recorded: figures by name; those in 0..1 (recall) are compared in points, too.
-        found: the same figures, measured again.
+        recorded: metrics by name; those in 0..1 (recall) are compared in points, too.
+        found: the same metrics, evaluated again.
         tolerance: largest difference that counts as equal, in points.
     """
     equal = True
     lines = [f"{'':<32} {'recorded':>10} {'now':>10} {'differs by':>11}"]
     for name in sorted({*recorded, *found}):
         scale = 100.0 if "recall" in name else 1.0
-        old, new = (scale * float(figures.get(name, math.nan)) for figures in (recorded, found))
-        same = abs(new - old) <= tolerance  # a missing figure is NaN, which is never equal
+        old, new = (scale * float(metrics.get(name, math.nan)) for metrics in (recorded, found))
+        same = abs(new - old) <= tolerance  # a missing metric is NaN, which is never equal
         equal &= same
         lines.append(f"{name:<32} {old:>10.4f} {new:>10.4f} {new - old:>11.2g}{'' if same else '  <--'}")
     return equal, "\n".join(lines)
@@ -127,34 +121,34 @@ def _checked(runtime: Mapping[str, Any]) -> Mapping[str, Any]:
     for key in runtime:
         stage, _, name = key.partition(".")
         if stage not in STAGES or name not in STAGES[stage].model_fields:
-            raise ValueError(f"setting {key!r} is none; it is written STAGE.SETTING, as evaluate.device")
+            raise ValueError(f"unknown setting {key!r}; a setting is written STAGE.SETTING, such as evaluate.device")
         if name in lasting(STAGES[stage]()):
-            raise ValueError(f"{key} changes what stage {stage} makes: it is taken as it was recorded")
+            raise ValueError(f"{key} changes the result of stage {stage}; its recorded value is used")
     return runtime
 
 
 def _other_code(stages: Iterable[Mapping[str, Any]]) -> list[str]:
-    """How the code of now differs from that of stages, a line for each difference."""
+    """Differences between the current code and that of the stages, one per line."""
     now = {"revision": code_revision(), "version": __version__, "image": code_image()}
-    found: dict[str, list[str]] = {}
+    differing: dict[str, list[str]] = {}
     for stage in stages:
-        then = {key: stage.get(key, "") for key in now}
-        said = [f"{key} {then[key] or 'none'}, now {now[key] or 'none'}" for key in now if then[key] != now[key]]
-        if CHANGED in str(then["revision"]):
-            said.append("it held uncommitted changes")
-        if said:
-            found.setdefault("; ".join(said), []).append(stage["stage"])
-    return [f"{', '.join(names)}: run by other code: {said}" for said, names in found.items()]
+        changes = [
+            f"{key} {stage.get(key) or 'none'}, now {now[key] or 'none'}" for key in now if stage.get(key, "") != now[key]
+        ]
+        changes += ["it had uncommitted changes"] if CHANGED in str(stage.get("revision")) else []
+        if changes:
+            differing.setdefault("; ".join(changes), []).append(stage["stage"])
+    return [f"{', '.join(names)}: run by other code: {changes}" for changes, names in differing.items()]
 
 
 @contextmanager
-def _own_run(there: Registered) -> Iterator[tuple[MlflowClient, str]]:
-    """A run for the stages of this process, so that nothing is added to the recorded one."""
-    name = f"{there.version.name}/{there.version.version}"
-    tags = lineage(there.provenance) | {"reproduces": f"models:/{name}", "reproduces.run": there.version.run_id}
+def _new_run(model: Registered, name: str) -> Iterator[tuple[MlflowClient, str]]:
+    """Open a new MLflow run for the stages of this process, so that nothing is logged to the recorded run."""
+    tags = lineage(model.provenance) | {"reproduces": name, "reproduces.run": model.version.run_id}
     tags.pop("mlflow.parentRunId", None)
-    with registry(there.version.name) as client:
-        run_id = client.create_run(experiment_id(client), run_name=f"reproduce {name}", tags=tags).info.run_id
+    with registry(model.version.name) as client:
+        run_name = f"reproduce {name.removeprefix('models:/')}"
+        run_id = client.create_run(experiment_id(client), run_name=run_name, tags=tags).info.run_id
         before = {variable: os.environ.pop(variable, None) for variable in ("MLFLOW_RUN_ID", PARENT_RUN)}
         os.environ["MLFLOW_RUN_ID"] = run_id
         status = "FAILED"
@@ -167,94 +161,82 @@ def _own_run(there: Registered) -> Iterator[tuple[MlflowClient, str]]:
             client.set_terminated(run_id, status)
 
 
-def _fetched(there: Registered, out: Path) -> Path:
-    """The registered model itself."""
+def _fetch_model(name: str, md5: str, out: Path) -> Path:
     (out / "model").mkdir(parents=True, exist_ok=True)
-    model = fetch(f"models:/{there.version.name}/{there.version.version}", out / "model")
-    (model / RUN).unlink(missing_ok=True)  # else its evaluation would be added to the recorded run
-    if (md5 := describe(model)["md5"]) != there.provenance["inputs"]["model"]["md5"]:
-        raise ValueError(f"{model}: is not the model that was measured (md5 {md5})")
+    model = fetch(name, out / "model")
+    (model / RUN).unlink(missing_ok=True)  # otherwise the evaluation would be logged to the recorded run
+    if (actual := describe(model)["md5"]) != md5:
+        raise ValueError(f"{model}: has md5 {actual}, but the evaluated model had {md5}")
     return model
 
 
-def _restored(name: str, described: Mapping[str, Any], work: _Work, *, kind: str = "folder", spec: str = "") -> Path | str:
-    """An input as it was: where it was, from DVC, or made again."""
-    said, wrong = described["path"], ""
-    at = _at(name, spec or said)
-    if at is not None and (is_s3(at) or Path(at).exists()):
-        md5 = _md5(name, at, kind)
-        if md5 == described["md5"]:
-            return at
-        wrong = f", but what stands there now has md5 {md5}"
+def _restore(name: str, described: Mapping[str, Any], work: _Work, *, kind: str = "folder", spec: str = "") -> Path | str:
+    """Return a place of an input with the recorded md5: its old place, a copy fetched by DVC, or one made again."""
+    path, md5, change = described["path"], described["md5"], "no longer exists"
+    place = _resolve(name, spec or path)
+    if place is not None and (is_s3(place) or Path(place).exists()):
+        if (actual := _md5(name, place, kind)) == md5:
+            return place
+        change = f"now has md5 {actual}"
     fetched = source(described)
     if fetched.get("repo"):
         print(f"reproduce: {name} is fetched from {fetched['repo']} at {fetched['git_sha']}", flush=True)
-        # Imported here: DVC is an extra, and most reproductions find their data where they were.
         config = build(STAGES["fetch_data"], {"path": fetched["path"], "revision": fetched["git_sha"]}, name)
-        place = work.out / "data" / name
-        import_module("pixelclip.fetch_data").run(fetched["repo"], place, config)
-        if (md5 := _md5(name, place, kind)) != described["md5"]:
-            raise ValueError(f"{place}: {name} was fetched by DVC, but has md5 {md5} where {described['md5']} is recorded")
-        return place
-    if described.get("provenance", {}).get("stage") in _READ:
-        return _made_again(described, work)
-    raise ValueError(f"{name}: was {said} with md5 {described['md5']}{wrong}; it is not there, and DVC does not know it")
+        copy = work.out / "data" / name
+        import_module("pixelclip.fetch_data").run(fetched["repo"], copy, config)  # imported late: DVC is an extra
+        if (actual := _md5(name, copy, kind)) != md5:
+            raise ValueError(f"{copy}: {name} was fetched by DVC, but has md5 {actual} instead of the recorded {md5}")
+        return copy
+    if described.get("provenance", {}).get("stage") in _MAIN_INPUT:
+        return _repeat(described, work)
+    raise ValueError(f"{name}: {path} with md5 {md5} {change}, and DVC does not track it")
 
 
-def _md5(name: str, at: Path | str, kind: str) -> str:
+def _md5(name: str, place: Path | str, kind: str) -> str:
     if name in _SHARDS:
-        return str(describe_shards(at)["md5"])
-    path = Path(at)
-    if name == "labelled" and kind != "folder":  # of a benchmark only what is read counts, as in `evaluate`
+        return str(describe_shards(place)["md5"])
+    path = Path(place)
+    if name == "labelled" and kind != "folder":  # only the files that `evaluate` reads
         return str(digest(path, {file for pair in open_labelled(path, kind).pairs for file in pair})["md5"])
     return str(describe(path)["md5"])
 
 
-def _made_again(described: Mapping[str, Any], work: _Work) -> Path:
-    """Repeats the stage that made an input, and says whether the same came out."""
+def _repeat(described: Mapping[str, Any], work: _Work) -> Path:
+    """Repeat the stage that made an input, and print whether its output is the same."""
     made = described["provenance"]
-    name = made["stage"]
-    if name not in _READ:
-        raise ValueError(
-            f"{described['path']}: was made by stage {name}, which cannot be repeated; these can: {', '.join(_READ)}"
-        )
-    read = _restored(_READ[name], made["inputs"][_READ[name]], work)
-    config = work.config(name, _named_again(made, dict(made["settings"]), work) | _whole(name))
-    repeat: dict[str, Callable[[Any, Path, Any], Any]] = {"shards": shards.run, "masks": masks.run, "train": train.run}
-    repeat[name](read, work.out / name, config)
-    verdict = "the same files as recorded"
+    name, out = made["stage"], work.out / made["stage"]
+    if name not in _REPEAT:
+        raise ValueError(f"{described['path']}: stage {name} cannot be repeated, only {', '.join(_REPEAT)}")
+    main = _restore(_MAIN_INPUT[name], made["inputs"][_MAIN_INPUT[name]], work)
+    whole = {"part": ""} if name == "masks" else {}
+    _REPEAT[name](main, out, work.config(name, _update_paths(made, dict(made["settings"]), work) | whole))
     if made["settings"].get("part"):
-        verdict = "made in one piece, where the recorded ones were made in parts"
-    elif describe(work.out / name)["md5"] != described["md5"]:
-        verdict = "other files than recorded"
+        verdict = "made in one piece, the recorded ones were made in parts"
+    else:
+        verdict = "the same files as recorded" if describe(out)["md5"] == described["md5"] else "other files than recorded"
     print(f"reproduce: {name}: {verdict}", flush=True)
-    return work.out / name
+    return out
 
 
-def _whole(name: str) -> dict[str, Any]:
-    """Masks that were made in parts are made in one piece."""
-    return {"part": ""} if name == "masks" else {}
-
-
-def _named_again(made: Mapping[str, Any], settings: dict[str, Any], work: _Work) -> dict[str, Any]:
-    """A stage's settings with the places where its weights and further inputs stand now."""
-    usual = {"clip": flatten(made).get("train.clip", "")}  # an evaluation's, where its own setting is empty
+def _update_paths(made: Mapping[str, Any], settings: dict[str, Any], work: _Work) -> dict[str, Any]:
+    """Point a stage's settings to the current places of its weights and further inputs."""
+    defaults = {"clip": flatten(made).get("train.clip", "")}  # used by an evaluation whose own setting is empty
     for name, described in made["inputs"].items():
         setting = _SETTING.get(name)
-        if setting is None or name == _READ.get(made["stage"]):
+        if setting is None or name == _MAIN_INPUT.get(made["stage"]):
             continue
-        if spec := str(settings.get(setting) or usual.get(name, "")):
-            place = _restored(name, described, work, spec=spec)
-            if place != _at(name, spec):  # else the recorded setting leads there still
-                known = described["path"]
-                settings[setting] = spec.replace(known, str(place)) if known in spec else str(place)
+        if spec := str(settings.get(setting) or defaults.get(name, "")):
+            place = _restore(name, described, work, spec=spec)
+            if place != _resolve(name, spec):  # otherwise the recorded setting is still valid
+                path = described["path"]
+                settings[setting] = spec.replace(path, str(place)) if path in spec else str(place)
     return settings
 
 
-def _at(name: str, spec: str) -> Path | str | None:
-    """Where a path, a URI or the name of a CLIP leads here; None for a CLIP that is not there.
+def _resolve(name: str, spec: str) -> Path | str | None:
+    """Return the local path of a path, a URI or a CLIP name; None for a CLIP that is missing.
 
-    Shards in a store stay there: their stages read and identify them by the store's listing, which copies have not.
+    Shards in a store stay there: stages identify them by the store's listing, which local copies do not have.
     """
     if name == "clip":
         return clip_folder(spec)

@@ -1,7 +1,7 @@
-"""A Stage: one atomic, resumable step from folders to a folder, with its provenance.
+"""Run a stage: write a folder atomically, resume after an interruption, record provenance.
 
-Work happens in a hidden sibling of the output that is named by the stage's fingerprint and renamed when all is done. A
-stage killed at any moment therefore leaves either nothing or work that the same command continues.
+A stage works in a hidden sibling of its output folder, named by the stage's fingerprint, and renames it when everything is
+complete. An interrupted stage therefore leaves either nothing or partial work that the same command resumes.
 """
 
 import errno
@@ -10,8 +10,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
-import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -23,14 +21,13 @@ from pydantic import BaseModel
 
 from pixelclip import __version__
 from pixelclip.cache import origin
+from pixelclip.code_version import code_image, code_revision
 from pixelclip.config import lasting
 from pixelclip.storage import digest, files_below, read_json, write_atomically, write_json
 
 Metrics = dict[str, float]
 PROVENANCE = "provenance.json"
 METRICS = "metrics.json"
-UNKNOWN, CHANGED = "unknown", "+changes"
-"""A revision of code that nobody knows, and the end of one whose files differ from their commit."""
 LOCATION = "location"
 """Metadata of a KFP artifact that says where its content stands, when that is not where KFP keeps the artifact."""
 
@@ -39,14 +36,14 @@ class Stage:
     """One run of a stage.
 
     Args:
-        name: the stage.
-        out: the folder that it makes.
-        inputs: what it reads, as `describe` says it.
-        config: its settings.
-        source: of a stage that fetches: from which `repo`, at which commit `git_sha`; more may be added before `finish`.
+        name: name of the stage.
+        out: output folder.
+        inputs: the stage's inputs, each from `describe`.
+        config: settings of the stage.
+        source: for fetched data, the `repo` and commit (`git_sha`); more keys may be added before `finish`.
 
     Raises:
-        ValueError: `out` already holds something else.
+        ValueError: `out` is not empty and not a result of the same inputs and settings.
     """
 
     def __init__(
@@ -62,7 +59,9 @@ class Stage:
         self.settings = lasting(config)
         self.inputs = dict(inputs)
         self.source = dict(source or {})
-        identity = [name, __version__, self.settings, {key: value["md5"] for key, value in self.inputs.items()}]
+        self._md5s = {key: value["md5"] for key, value in self.inputs.items()}
+        # Partial work is resumed by the same version only. A finished result is compared without it, see _difference.
+        identity = [name, __version__, self.settings, self._md5s]
         identity += [self.source["git_sha"]] if self.source else []
         self.fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         self.folder = self.out.with_name(f".{self.out.name}.{self.fingerprint[:12]}.partial")
@@ -75,8 +74,11 @@ class Stage:
         return (self.out / PROVENANCE).is_file()
 
     def reuse(self) -> Metrics:
-        """Says that the finished result is reused, and returns its metrics."""
-        print(f"{self.name}: reused {_short(self.out)} (same inputs and settings)", flush=True)
+        """Return the metrics of the finished result, and print that it is reused and by which code it was made."""
+        recorded = read_json(self.out / PROVENANCE)
+        made_by, current = _code(recorded), _code({"version": __version__, "revision": code_revision()})
+        reason = "same inputs and settings" if made_by == current else f"made by {made_by}; this is {current}"
+        print(f"{self.name}: reused {_short(self.out)} ({reason})", flush=True)
         return dict(read_json(self.out / METRICS))
 
     def __enter__(self) -> Self:
@@ -91,35 +93,35 @@ class Stage:
         except OSError:
             os.close(self._lock)
             self._lock = None
-            raise ValueError(f"{self.out}: another process is making this right now") from None
+            raise ValueError(f"{self.out}: another process is writing this folder") from None
         siblings = self._siblings()
         if busy := [folder for folder in siblings if _is_locked(folder)]:
             if not resumed:
                 self.folder.rmdir()
             self.__exit__(None, None, None)
             raise ValueError(
-                f"{self.out}: another process is making this with other inputs or settings right now ({_short(busy[0])}); "
-                "wait for it, or give another folder"
+                f"{self.out}: another process is writing this folder with other inputs or settings ({_short(busy[0])}); "
+                "wait for it or choose another folder"
             )
         print(f"{self.name}: {'continues an interrupted run' if resumed else 'starts'} → {_short(self.out)}", flush=True)
         if not resumed and siblings:
             names = ", ".join(_short(folder) for folder in siblings)
-            print(f"{self.name}: other inputs or settings left unfinished work, which may be removed: {names}", flush=True)
+            print(f"{self.name}: unfinished work of other inputs, settings or versions can be removed: {names}", flush=True)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename is None:
-            error.filename = str(self.folder)  # a write does not know its file; people need to know which disk is full
+            error.filename = str(self.folder)  # a failed write names no file; the message must name the full disk
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
     def finish(self, metrics: Metrics, files: Sequence[str]) -> Metrics:
-        """Completes the folder and moves it to `out`.
+        """Write metrics and provenance, and move the folder to `out`.
 
         Args:
-            metrics: flat finite numbers.
-            files: glob patterns of the files that identify the result, as the next stage sees it.
+            metrics: finite numbers by name.
+            files: glob patterns of the files whose content identifies the result to later stages.
 
         Returns:
             `metrics`.
@@ -136,16 +138,16 @@ class Stage:
             },
         )
         try:
-            self.folder.replace(self.out)  # onto nothing or an empty folder, see _check_out
+            self.folder.replace(self.out)  # `out` is missing or empty, see _check_out
         except OSError as error:
             raise ValueError(
-                f"{self.out}: cannot be put there any more ({error.strerror}); "
-                f"the finished result stands in {self.folder}: move that folder to where you want it"
+                f"{self.out}: cannot be replaced ({error.strerror}); "
+                f"the finished result is in {self.folder}: move that folder to where you want it"
             ) from None
         return metrics
 
     def provenance(self) -> dict[str, Any]:
-        """What is being made, from what, and by which code in which image."""
+        """Return stage, settings, inputs, code version and container image."""
         image = code_image()
         return {
             "stage": self.name,
@@ -157,7 +159,7 @@ class Stage:
         } | ({"image": image} if image else {})
 
     def _siblings(self) -> list[Path]:
-        """Unfinished work for `out` by other fingerprints."""
+        """Unfinished work for `out` with other fingerprints."""
         name = re.compile(rf"\.{re.escape(self.out.name)}\.[0-9a-f]{{12}}\.partial")
         return sorted(path for path in self.out.parent.iterdir() if name.fullmatch(path.name) and path != self.folder)
 
@@ -169,34 +171,38 @@ class Stage:
         if not any(self.out.iterdir()):
             return
         if not (self.out / PROVENANCE).is_file():
-            raise ValueError(f"{self.out}: holds files that no stage of pixelclip made; give an empty or a new folder")
-        there = read_json(self.out / PROVENANCE)
-        if there.get("fingerprint") != self.fingerprint:
+            raise ValueError(f"{self.out}: contains files that pixelclip did not create; choose an empty or new folder")
+        recorded = read_json(self.out / PROVENANCE)
+        if difference := self._difference(recorded):
             raise ValueError(
-                f"{self.out}: holds a finished result of stage {there.get('stage')!r} with other inputs or settings "
-                f"({self._difference(there)}); remove it or give another folder"
+                f"{self.out}: holds a finished result of stage {recorded.get('stage')!r} with other inputs or settings "
+                f"({difference}); remove it or choose another folder"
             )
 
-    def _difference(self, there: dict[str, Any]) -> str:
-        found = []
-        if there.get("version") != __version__:
-            found.append(f"version {there.get('version')} → {__version__}")
-        for key, new in self.settings.items():
-            old = there.get("settings", {}).get(key)
-            if old != new:
-                found.append(f"{self.name}.{key} {old!r} → {new!r}")
-        for key, described in self.inputs.items():
-            if there.get("inputs", {}).get(key, {}).get("md5") != described["md5"]:
-                found.append(f"other {key}")
-        if self.source and (old := there.get("source", {}).get("git_sha")) != self.source["git_sha"]:
-            found.append(f"commit {old} → {self.source['git_sha']}")
-        return ", ".join(found) or "another stage"
+    def _difference(self, recorded: dict[str, Any]) -> str:
+        """Everything that keeps a recorded result from being reused; the code that made it does not."""
+        before, now = recorded.get("settings", {}), json.loads(json.dumps(self.settings))
+        changes = {"stage": (recorded.get("stage"), self.name)}
+        for key in {**now, **before}:
+            old, new = (repr(settings[key]) if key in settings else "none" for settings in (before, now))
+            changes[f"{self.name}.{key}"] = old, new
+        if self.source:
+            changes["commit"] = recorded.get("source", {}).get("git_sha"), self.source["git_sha"]
+        inputs = recorded.get("inputs", {})
+        other = [key for key in {**self.inputs, **inputs} if inputs.get(key, {}).get("md5") != self._md5s.get(key)]
+        return ", ".join(
+            [f"{key} {old} → {new}" for key, (old, new) in changes.items() if old != new] + [f"other {key}" for key in other]
+        )
+
+
+def _code(provenance: Mapping[str, Any]) -> str:
+    return f"version {provenance.get('version')}, revision {provenance.get('revision')}"
 
 
 def _is_locked(folder: Path) -> bool:
     try:
         handle = os.open(folder, os.O_RDONLY)
-    except OSError:  # finished or removed just now, or not ours to read: nobody can be seen at it
+    except OSError:  # finished or removed meanwhile, or not readable by this user
         return False
     try:
         fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -208,17 +214,17 @@ def _is_locked(folder: Path) -> bool:
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """Identifies an input: path, md5, number of files, size and, where a stage made it, its whole provenance.
+    """Return path, md5, number of files and size of an input and, if a stage made it, its provenance.
 
     Raises:
-        ValueError: there is no such file or folder.
+        ValueError: the file or folder does not exist.
     """
-    made_by, said = path / PROVENANCE, {"path": origin(path)}
-    if made_by.is_file():
-        provenance = read_json(made_by)
-        if isinstance(provenance, dict) and isinstance(provenance.get("output"), dict):  # else it is somebody else's file
-            return {**said, **provenance["output"], "provenance": provenance}
-    return {**said, **digest(path)}
+    location = {"path": origin(path)}
+    if (path / PROVENANCE).is_file():
+        provenance = read_json(path / PROVENANCE)
+        if isinstance(provenance, dict) and isinstance(provenance.get("output"), dict):  # else not written by a stage
+            return {**location, **provenance["output"], "provenance": provenance}
+    return {**location, **digest(path)}
 
 
 def place(artifact: Any, workspace: str, stage: str) -> Path:
@@ -270,27 +276,6 @@ def point(artifact: Any, location: str) -> None:
     """
     artifact.metadata[LOCATION] = location
     write_atomically(Path(artifact.path), f"{location}\n")
-
-
-def code_revision() -> str:
-    """Git revision of this code (with `CHANGED` when files differ from it), or PIXELCLIP_REVISION, or `UNKNOWN`."""
-    if given := os.environ.get("PIXELCLIP_REVISION"):
-        return given
-    here = Path(__file__).parent
-    git = shutil.which("git")
-    if git is None:
-        return UNKNOWN
-    tracked = subprocess.run([git, "ls-files", "--error-unmatch", __file__], cwd=here, capture_output=True)
-    if tracked.returncode:  # installed as a package below somebody else's repository, or below none
-        return UNKNOWN
-    head = subprocess.run([git, "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
-    changed = subprocess.run([git, "diff", "--quiet", "HEAD", "--", "."], cwd=here, capture_output=True)
-    return head.stdout.strip() + (CHANGED if changed.returncode else "") if head.returncode == 0 else UNKNOWN
-
-
-def code_image() -> str:
-    """The container image that this process runs in, by tag or digest (PIXELCLIP_IMAGE); empty outside of one."""
-    return os.environ.get("PIXELCLIP_IMAGE", "")
 
 
 def _short(path: Path) -> str:

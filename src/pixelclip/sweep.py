@@ -1,8 +1,8 @@
-"""Sweep: rows of settings, each trained and evaluated at several seeds -> one table, one plot (the paper's ablations).
+"""Sweep: train and evaluate rows of settings at several seeds; write one table and one plot (the paper's ablations).
 
-Every run stands in OUT/ROW/seed-N/{model,evaluation} and is made by the stages themselves: the same command continues a
-killed sweep, and a row that is added costs only itself. The table and the plot hang on the runs' metrics alone, so the
-pipeline on a cluster (pipelines/sweep.py) makes the same ones.
+Each run is in OUT/ROW/seed-N/{model,evaluation} and is made by the stages `train` and `evaluate`. The same command resumes an
+interrupted sweep, and an added row costs only its own runs. Table and plot depend on the metrics alone: the pipeline for a
+cluster (pipelines/sweep.py) writes the same ones.
 """
 
 import base64
@@ -13,7 +13,7 @@ import io
 import os
 import re
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from pixelclip import evaluate, train
 from pixelclip.benchmarks import open_labelled
-from pixelclip.config import EvaluateConfig, TrainConfig, build, load, nearest, read_yaml
+from pixelclip.config import STAGES, EvaluateConfig, TrainConfig, build, load, nearest, read_yaml
 from pixelclip.download import here
 from pixelclip.server import connect, experiment_id
 from pixelclip.shard_sources import list_shards
@@ -34,24 +34,20 @@ from pixelclip.storage import read_json, write_atomically
 from pixelclip.tracking import PARENT_RUN, PIPELINE_RUN, RUN, Run, lineage
 
 TABLE, RUNS, PLOT = "table.md", "runs.csv", "sweep.png"
-FIGURES = {"miou_clip": "mIoU of CLIP", "miou": "mIoU", "gain": "gain", "pixel_accuracy": "pixel accuracy"}
-"""What the table shows of a row: key of evaluate's metrics (before the slash), heading."""
+# Metrics of the table: key in evaluate's metrics, before the slash, and heading.
+COLUMNS = {"miou_clip": "mIoU of CLIP", "miou": "mIoU", "gain": "gain", "pixel_accuracy": "pixel accuracy"}
 _SEED = "train.seed"
-_ALLOWED = [
-    f"{stage}.{name}"
-    for stage, kind in (("train", TrainConfig), ("evaluate", EvaluateConfig))
-    for name in kind.model_fields
-    if f"{stage}.{name}" != _SEED
-]
+_STAGES = ("train", "evaluate")
+_ALLOWED = [f"{stage}.{name}" for stage in _STAGES for name in STAGES[stage].model_fields if f"{stage}.{name}" != _SEED]
 
 
 def slug(row: str) -> str:
-    """The folder of a row: its letters and digits, joined by hyphens."""
+    """Return the folder name of a row: its letters and digits, joined by hyphens."""
     return re.sub(r"[\W_]+", "-", row.casefold()).strip("-")
 
 
 class SweepFile(BaseModel):
-    """What the file of a sweep may say."""
+    """Schema of a sweep file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
     name: str = Field(min_length=1)
@@ -62,21 +58,19 @@ class SweepFile(BaseModel):
     @model_validator(mode="after")
     def _distinct(self) -> "SweepFile":
         if len(set(self.seeds)) < len(self.seeds):
-            raise ValueError(f"seeds {self.seeds}: one stands there twice")
+            raise ValueError(f"seeds {self.seeds}: a seed occurs twice")
         folders: dict[str, str] = {}
         for row in self.rows:
-            folder = slug(row)
-            if not folder:
+            if not slug(row):
                 raise ValueError(f"row {row!r}: its name needs a letter or a digit")
-            if folder in folders:
-                raise ValueError(f"rows {folders[folder]!r} and {row!r} would share the folder {folder!r}")
-            folders[folder] = row
+            if (other := folders.setdefault(slug(row), row)) != row:
+                raise ValueError(f"rows {other!r} and {row!r} would share the folder {slug(row)!r}")
         return self
 
 
 @dataclass(frozen=True)
-class Planned:
-    """One run of a sweep; `settings` are those that its row names itself."""
+class SweepRun:
+    """One run of a sweep; `settings` are those of its row only."""
 
     row: str
     seed: int
@@ -85,80 +79,69 @@ class Planned:
     evaluate: EvaluateConfig
 
     @property
-    def place(self) -> str:
+    def folder(self) -> str:
         """Its folder below OUT."""
         return f"{slug(self.row)}/seed-{self.seed}"
 
 
-def read(file: Path, params: Path | None = None) -> tuple[str, list[Planned]]:
-    """The name of a sweep and all its runs, row by row.
+def read(file: Path, params: Path | None = None) -> tuple[str, list[SweepRun]]:
+    """Return the name of a sweep and all its runs, row by row.
 
     Args:
-        file: YAML with `rows` and, if wanted, `name`, `seeds`, `settings` (see `SweepFile`).
-        params: YAML with one section a stage, below the file's own settings.
+        file: YAML with `rows` and, optionally, `name`, `seeds`, `settings` (see `SweepFile`).
+        params: YAML with one section per stage; the file's own settings override it.
 
     Raises:
-        ValueError: an unknown key or setting or a value that is not allowed, in any row.
+        ValueError: an unknown key or setting, or a value that is not allowed, in any row.
     """
-    said = build(SweepFile, {"name": file.stem, **_read_rows(file)}, str(file))
-    base = {stage: load(stage, params).model_dump() for stage in ("train", "evaluate")}
-    shared = said.settings or {}
-    _check_names(shared, f"{file}: settings")
-    planned = []
-    for row, own in said.rows.items():
-        where = f"{file}: row {row!r}"
-        _check_names(own or {}, where)
-        for seed in said.seeds:
-            chosen = {**shared, **(own or {}), _SEED: seed}
-            values = {stage: dict(section) for stage, section in base.items()}
-            for name, value in chosen.items():
-                stage, _, field = name.partition(".")
-                values[stage][field] = value
-            planned.append(
-                Planned(
-                    row,
-                    seed,
-                    own or {},
-                    build(TrainConfig, values["train"], f"{where}: train"),
-                    build(EvaluateConfig, values["evaluate"], f"{where}: evaluate"),
-                )
-            )
-    return said.name, planned
-
-
-def _read_rows(file: Path) -> dict[str, Any]:
     document = read_yaml(file)
     if not isinstance(document, dict):
         raise ValueError(f"{file}: must hold rows of settings, found {type(document).__name__}")
-    return {str(key): value for key, value in document.items()}
+    sweep = build(SweepFile, {"name": file.stem, **{str(key): value for key, value in document.items()}}, str(file))
+    base = {f"{stage}.{name}": value for stage in _STAGES for name, value in load(stage, params).model_dump().items()}
+    base |= _checked(sweep.settings, f"{file}: settings")
+    runs = []
+    for row, settings in sweep.rows.items():
+        source = f"{file}: row {row!r}"
+        values = base | _checked(settings, source)
+        for seed in sweep.seeds:
+            configs: list[Any] = []
+            for stage in _STAGES:
+                chosen = {key.partition(".")[2]: value for key, value in values.items() if key.startswith(f"{stage}.")}
+                configs.append(
+                    build(STAGES[stage], chosen | ({"seed": seed} if stage == "train" else {}), f"{source}: {stage}")
+                )
+            runs.append(SweepRun(row, seed, settings or {}, *configs))
+    return sweep.name, runs
 
 
-def _check_names(settings: Mapping[str, Any], where: str) -> None:
-    for name in settings:
+def _checked(settings: Mapping[str, Any] | None, source: str) -> dict[str, Any]:
+    for name in settings or {}:
         if name == _SEED:
-            raise ValueError(f"{where}: {_SEED} is not set here, seeds stand in `seeds`")
+            raise ValueError(f"{source}: {_SEED} is set by the key `seeds`")
         if name not in _ALLOWED:
             hint = nearest(name, _ALLOWED) or "; a sweep varies train.SETTING and evaluate.SETTING"
-            raise ValueError(f"{where}: unknown setting {name!r}{hint}")
+            raise ValueError(f"{source}: unknown setting {name!r}{hint}")
+    return dict(settings or {})
 
 
 def run(file: Path, masks: Path | str, labelled: Path | str, out: Path, params: Path | None = None) -> list[dict[str, Any]]:
-    """Trains and evaluates every row at every seed, one after the other, and writes the table and the plot.
+    """Train and evaluate every row at every seed, one after the other, and write the table and the plot.
 
-    Every run is an MLflow run below one of the sweep. What is finished is reused, what was interrupted continues.
+    Each run has an MLflow run below that of the sweep. Finished runs are reused, interrupted ones resume.
 
     Args:
         file: the sweep, see `read`.
-        masks: Shards with masks, here or on `s3://`.
-        labelled: labelled set, here or on `s3://`.
-        out: folder of all runs; after every run `table.md` and `runs.csv` are written anew, at the end `sweep.png`.
+        masks: shards with masks, a folder or an `s3://` prefix.
+        labelled: labelled set, a folder or an `s3://` prefix.
+        out: folder of all runs; `table.md` and `runs.csv` are updated after every run, `sweep.png` is written last.
         params: see `read`.
 
     Returns:
-        One dictionary a row, see `summarise`.
+        One dictionary per row, see `summarise`.
 
     Raises:
-        ValueError: an unusable file, input or MLflow, before anything runs; or runs that failed, when all others are done.
+        ValueError: an unusable file, input or MLflow server, before the first run; failed runs, after the last one.
     """
     name, planned = read(file, params)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -169,19 +152,19 @@ def run(file: Path, masks: Path | str, labelled: Path | str, out: Path, params: 
         open_labelled(labelled, kind)
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: must be a folder, found a file")
-    parent, status = _parent(name, out), "FAILED"
+    parent, status = _start_parent(name, out), "FAILED"
     runs: list[dict[str, Any]] = []
     try:
         with _children_of(parent.run_id):
             for number, each in enumerate(planned, 1):
                 print(f"sweep: run {number} of {len(planned)}: {each.row}, seed {each.seed}", flush=True)
-                runs.append(_one(each, masks, labelled, out / each.place, parent))
+                runs.append(_run_one(each, masks, labelled, out / each.folder, parent))
                 write_atomically(out / TABLE, table(name, summarise(runs)))
-                write_atomically(out / RUNS, listing(runs))
+                write_atomically(out / RUNS, as_csv(runs))
         rows = summarise(runs)
         write_atomically(out / PLOT, plot(name, rows))
-        for made in (TABLE, RUNS, PLOT):
-            parent.artifact(out / made)
+        for file_name in (TABLE, RUNS, PLOT):
+            parent.artifact(out / file_name)
         failed = [f"row {run['row']!r}, seed {run['seed']}: {run['error']}" for run in runs if run["error"]]
         status = "FAILED" if failed else "FINISHED"
     finally:
@@ -192,46 +175,44 @@ def run(file: Path, masks: Path | str, labelled: Path | str, out: Path, params: 
     return rows
 
 
-def _one(each: Planned, masks: Path | str, labelled: Path, folder: Path, parent: Run) -> dict[str, Any]:
+def _run_one(each: SweepRun, masks: Path | str, labelled: Path, folder: Path, parent: Run) -> dict[str, Any]:
     metrics: dict[str, float] = {}
     failure = ""
     try:
         metrics |= train.run(masks, folder / "model", each.train)
         metrics |= evaluate.run(folder / "model", labelled, folder / "evaluation", each.evaluate)
-    except Exception as error:  # of any kind, as CUDA out of memory: the other rows may well succeed
-        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        failure = str(error) if not kind else kind + (str(error).splitlines() or [""])[0]
+    except Exception as error:  # of any kind, such as CUDA out of memory: the other rows may succeed
+        failure = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         print(f"sweep: {each.row}, seed {each.seed} failed: {failure}", flush=True)
     finally:
-        _name_children(each, folder, parent)
+        _tag_children(each, folder, parent)
     return {"row": each.row, "seed": each.seed, "settings": each.settings, "metrics": metrics, "error": failure}
 
 
-def _parent(name: str, out: Path) -> Run:
-    """The sweep's own MLflow run: MLFLOW_RUN_ID, or the one that this name and folder have had before, or a new one."""
+def _start_parent(name: str, out: Path) -> Run:
+    """Open the MLflow run of the sweep: MLFLOW_RUN_ID, the existing run of this name and folder, or a new one."""
     client = connect()
     identity = hashlib.sha256(f"{name}\n{out.resolve()}".encode()).hexdigest()[:16]
     tags = {"sweep.id": identity, "sweep.out": str(out.resolve()), **lineage({"inputs": {}})}
-    given = os.environ.get("MLFLOW_RUN_ID")
+    run_id = external = os.environ.get("MLFLOW_RUN_ID")
     try:
-        experiment = experiment_id(client)
-        found = client.search_runs([experiment], f"tags.`sweep.id` = '{identity}'", max_results=1)
-        run_id = given or (found[0].info.run_id if found else None)
-        if run_id is None:
-            run_id = client.create_run(experiment, run_name=name, tags=tags).info.run_id
-        elif not given:
+        if not external:
+            experiment = experiment_id(client)
+            existing = client.search_runs([experiment], f"tags.`sweep.id` = '{identity}'", max_results=1)
+            run = existing[0] if existing else client.create_run(experiment, run_name=name, tags=tags)
+            run_id = run.info.run_id
             client.update_run(run_id, status="RUNNING")
         out.mkdir(parents=True, exist_ok=True)
-        parent = Run(client, out, run_id, owned=not given)
+        parent = Run(client, out, str(run_id), owned=not external)
         parent.tags(tags)
+        return parent
     except MlflowException as error:
-        raise ValueError(f"MLflow refused the run of the sweep: {error}") from None
-    return parent
+        raise ValueError(f"MLflow rejected the run of the sweep: {error}") from None
 
 
 @contextmanager
 def _children_of(run_id: str) -> Iterator[None]:
-    """Trainings that start meanwhile are runs of their own below this one, not the run that the environment names."""
+    """Make trainings create MLflow runs below `run_id` instead of logging to a run named by the environment."""
     before = {name: os.environ.pop(name, None) for name in (PARENT_RUN, PIPELINE_RUN, "MLFLOW_RUN_ID")}
     os.environ[PARENT_RUN] = run_id
     try:
@@ -241,64 +222,55 @@ def _children_of(run_id: str) -> Iterator[None]:
         os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
-def _name_children(each: Planned, folder: Path, parent: Run) -> None:
-    """Tells MLflow the row of a run, finished or not; also of a reused one, whose sweep may have been another."""
+def _tag_children(each: SweepRun, folder: Path, parent: Run) -> None:
+    """Set name, row and parent of a run in MLflow, also if it failed or was reused from another sweep."""
     tags = {"sweep.row": each.row, "sweep.seed": str(each.seed), "mlflow.parentRunId": parent.run_id}
     for journal in [*folder.glob(f"model/{RUN}"), *folder.glob(f".model.*.partial/{RUN}")]:
         run_id = read_json(journal)["run_id"]
-        with suppress(MlflowException):  # a run of another server, or a deleted one: nothing to name
+        with suppress(MlflowException):  # a run on another server, or a deleted one
             parent.client.update_run(run_id, name=f"{each.row}, seed {each.seed}")
             parent.client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
 
 
 def gather(items: Sequence[Mapping[str, Any]], metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The runs of a pipeline, from its loop's items and the metrics of each.
-
-    Args:
-        items: `row`, `seed` and `differs` (the row's own settings) of every run.
-        metrics: of every run, in the same order; what is no number is left out.
+    """Return the runs of a pipeline from its loop's items (`row`, `seed`, `differs`) and their metrics, in the same order.
 
     Raises:
-        ValueError: not as many metrics as items.
+        ValueError: the numbers of items and metrics differ.
     """
-    if len(items) != len(metrics):
-        raise ValueError(f"sweep: {len(items)} runs, but metrics of {len(metrics)}")
-    return [
-        {
-            "row": item["row"],
-            "seed": int(item["seed"]),
-            "settings": dict(item["differs"]),
-            "metrics": {name: value for name, value in found.items() if isinstance(value, int | float)},
-            "error": "",
-        }
-        for item, found in zip(items, metrics, strict=True)
-    ]
+    runs = []
+    for item, values in zip(items, metrics, strict=True):
+        numbers = {name: value for name, value in values.items() if isinstance(value, int | float)}
+        run = {"row": item["row"], "seed": int(item["seed"]), "settings": dict(item["differs"])}
+        runs.append(run | {"metrics": numbers, "error": ""})
+    return runs
 
 
 def summarise(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Means over seeds, one dictionary a row.
+    """Return the mean over seeds, one dictionary per row.
 
     Args:
         runs: `row`, `seed`, `settings`, `metrics` and `error` (empty if none) of every run.
 
     Returns:
-        `row`, `settings`, `seeds` (runs without error), `runs`, and for every key of `FIGURES` its mean and, as `KEY_std`,
-        its sample standard deviation; None where there are too few runs.
+        `row`, `settings`, `seeds` (number of runs without error), `runs`, and for every key of `COLUMNS` its mean and, as
+        `KEY_std`, its sample standard deviation; None if there are too few runs.
     """
     rows: dict[str, dict[str, Any]] = {}
     for run in runs:
         rows.setdefault(run["row"], {"row": run["row"], "settings": run["settings"], "runs": []})["runs"].append(run)
     for row in rows.values():
         row["seeds"] = sum(not run["error"] for run in row["runs"])
-        for key in FIGURES:
-            values = [value for run in row["runs"] if (value := _figure(run["metrics"], key)) is not None]
+        for key in COLUMNS:
+            values = _values(row["runs"], key)
             row[key] = fmean(values) if values else None
             row[f"{key}_std"] = stdev(values) if len(values) > 1 else None
     return list(rows.values())
 
 
-def _figure(metrics: Mapping[str, float], key: str) -> float | None:
-    return next((value for name, value in metrics.items() if name.partition("/")[0] == key), None)
+def _values(runs: Iterable[Mapping[str, Any]], key: str) -> list[float]:
+    """A metric of every run that has it; its name continues with the labelled set."""
+    return [value for run in runs for name, value in run["metrics"].items() if name.partition("/")[0] == key]
 
 
 def _mean(row: Mapping[str, Any], key: str, sign: str = "") -> str:
@@ -309,48 +281,41 @@ def _mean(row: Mapping[str, Any], key: str, sign: str = "") -> str:
 
 
 def table(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as Markdown; a row that failed says why."""
+    """Format the rows as a Markdown table; a failed row has its error in the last column."""
     runs = [run for row in rows for run in row["runs"]]
     failed = any(run["error"] for run in runs)
     sets = sorted({f"`{key[5:]}`" for run in runs for key in run["metrics"] if key.startswith("gain/")})
-    heads = ["row", "settings that differ", *FIGURES.values(), "seeds", *(["error"] if failed else [])]
-    lines = [
-        f"# {name}",
-        "",
-        f"{', '.join(sets) or 'No result'}: points, mean ± sample standard deviation over seeds.",
-        "",
-        f"| {' | '.join(heads)} |",
-        f"|{'---|' * len(heads)}",
-    ]
+    heads = ["row", "settings that differ", *COLUMNS.values(), "seeds", *(["error"] if failed else [])]
+    lines = [f"# {name}", "", f"{', '.join(sets) or 'No result'}: points, mean ± sample standard deviation over seeds.", ""]
+    lines += [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]
     for row in rows:
         differs = ", ".join(f"`{key}={_plain(value)}`" for key, value in sorted(row["settings"].items())) or "–"
         count = str(row["seeds"]) + (f" of {len(row['runs'])}" if row["seeds"] < len(row["runs"]) else "")
         errors = "; ".join(f"seed {run['seed']}: {run['error']}" for run in row["runs"] if run["error"])
-        cells = [row["row"], differs, *(_mean(row, key) for key in FIGURES), count, *([errors] if failed else [])]
+        cells = [row["row"], differs, *(_mean(row, key) for key in COLUMNS), count, *([errors] if failed else [])]
         lines.append(f"| {' | '.join(' '.join(cell.split()).replace('|', chr(92) + '|') for cell in cells)} |")
     return "\n".join(lines) + "\n"
 
 
 def _plain(value: Any) -> Any:
-    """A value as it is written in YAML; a pipeline's parameters have turned whole numbers into 8.0."""
+    """A value in YAML's notation; pipeline parameters turn whole numbers into floats such as 8.0."""
     if isinstance(value, bool):
         return str(value).lower()
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def listing(runs: Sequence[Mapping[str, Any]]) -> str:
-    """Every run with all its metrics, as CSV."""
+def as_csv(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Format every run with all its metrics as CSV."""
     names = sorted({name for run in runs for name in run["metrics"]})
     file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["row", "seed", "error", *names])
-    for run in runs:
-        writer.writerow([run["row"], run["seed"], run["error"], *(run["metrics"].get(name, "") for name in names)])
+    writer = csv.DictWriter(file, ["row", "seed", "error", *names], extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({**run, **run["metrics"]} for run in runs)
     return file.getvalue()
 
 
 def plot(name: str, rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """The gain of every row as a PNG: a bar for the mean, a dot for every seed."""
+    """Draw the gain of every row as a PNG: a bar for the mean, a dot for every seed."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -358,19 +323,16 @@ def plot(name: str, rows: Sequence[Mapping[str, Any]]) -> bytes:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for place, row in enumerate(rows):
-        gains = [gain for run in row["runs"] if (gain := _figure(run["metrics"], "gain")) is not None]
+        gains = _values(row["runs"], "gain")
         axes.barh(place, row["gain"] or 0.0, height=0.6, color="#8fb8de")
         axes.plot(gains, [place] * len(gains), "o", color="#1f3b57", markersize=5, alpha=0.8)
-        said = "failed" if row["gain"] is None else _mean(row, "gain", "+")
-        axes.text(1.02, place, said, transform=axes.get_yaxis_transform(), va="center")
+        label = "failed" if row["gain"] is None else _mean(row, "gain", "+")
+        axes.text(1.02, place, label, transform=axes.get_yaxis_transform(), va="center")
     labels = [textwrap.fill(row["row"], 30) for row in rows]
-    axes.set_yticks(range(len(rows)), labels=labels, parse_math=False)  # a name may hold a dollar sign
+    axes.set_yticks(range(len(rows)), labels=labels, parse_math=False)  # a name may contain a dollar sign
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.axvline(0, color="black", linewidth=0.8)
     axes.grid(axis="x", alpha=0.3)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.tick_params(axis="y", length=0)
     axes.set_xlabel("gain over CLIP in points of mIoU: mean ± sample standard deviation; dots are seeds")
     axes.set_title(name, loc="left", parse_math=False)
     file = io.BytesIO()
@@ -379,7 +341,7 @@ def plot(name: str, rows: Sequence[Mapping[str, Any]]) -> bytes:
 
 
 def page(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    """The plot as an HTML page of its own."""
+    """Return the plot as a self-contained HTML page."""
     image = base64.b64encode(plot(name, rows)).decode()
     title = html.escape(name)
     return (
