@@ -259,10 +259,11 @@ def test_servers_that_are_gone_for_a_while_cost_nothing(mlflow_server, all_servi
         files.append(tmp_path / f"{number}.txt")
         files[-1].write_text(f"file {number}")
         run.artifact(files[-1])
-        when(lambda: run._trouble, server.start).join()
+        assert not run.journal.flush(0)
+        server.start()
         server.wait()
         run.log({"loss": float(number)}, 2 * number + 2)
-        when(lambda: not run._pending(), lambda: None).join()
+        assert run.journal.flush(60)
     assert run.finish() is True
     client = MlflowClient(mlflow_server.uri)
     curve = [(point.step, point.value) for point in client.get_metric_history(run.run_id, "loss")]

@@ -1,6 +1,8 @@
 """The Run: everything arrives in MLflow, once, also after a kill, a resume, or a lost server."""
 
 import json
+import os
+import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +16,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
 from services import Mlflow
 
-from pixelclip import tracking
+from pixelclip import journal, tracking
 from pixelclip.provenance import flatten
 from pixelclip.server import connect, experiment_id
 from pixelclip.tracking import PARENT_RUN, PIPELINE_RUN, Run, lineage
@@ -147,7 +149,7 @@ def test_a_training_is_resumed_without_its_server_and_delivers_later(client, mon
     second.log({"loss": 2.0}, 2)
     assert second.finish() is False
     said = capsys.readouterr().out
-    assert f"MLflow at {gone} cannot be reached" in said and f"training goes on in MLflow run {first.run_id}" in said
+    assert f"MLflow at {gone} cannot be reached" in said and f"training continues in MLflow run {first.run_id}" in said
     (tmp_path / "stage" / "run.json").write_text(json.dumps(there))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
     third = start(tmp_path / "stage")
@@ -411,32 +413,53 @@ def server(early_server, client, monkeypatch) -> Mlflow:
     return early_server
 
 
-def wait_for_trouble(run: Run) -> None:
-    for _ in range(600):
-        if run._trouble:
-            return
-        time.sleep(0.1)
-    raise AssertionError("the run did not notice that its server is lost")
-
-
-def test_a_store_lost_in_the_middle_is_told_everything_when_it_is_back(client, tmp_path, capsys):
+def test_curves_of_an_outage_are_delivered_when_the_store_is_back(client, tmp_path, capsys):
     run = start(tmp_path / "stage")
     run.log({"loss": 1.0}, 1)
-    while run._pending():
-        time.sleep(0.01)
+    assert not run.journal.pending
     store = tmp_path / "mlflow" / "mlflow.db"
     kept = store.read_bytes()
     store.write_bytes(b"no database")
     for step in (2, 3):
         run.log({"loss": float(step)}, step)
     run.values({"final": 0.5})
-    wait_for_trouble(run)
+    assert not run.journal.flush(0)
     store.write_bytes(kept)
     assert run.finish() is True
     assert curve(client, run.run_id) == [(1, 1.0), (2, 2.0), (3, 3.0)]
     assert client.get_run(run.run_id).data.metrics["final"] == 0.5
-    said = capsys.readouterr().out
-    assert "training goes on" in said and "is back" in said
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("MLflow at ")]
+    assert len(lines) == 2 and "is lost" in lines[0] and "is back" in lines[1]
+
+
+def test_a_server_that_does_not_respond_blocks_training_only_briefly(client, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(journal, "_SECONDS", 1)
+    run = start(tmp_path / "stage")
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts connections and never responds
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        run.journal._client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+        start_time = time.monotonic()
+        for step in range(1, 101):
+            run.log({"loss": float(step)}, step)
+        assert 1 < time.monotonic() - start_time < 5
+        assert len(run.journal.points) == 100 and capsys.readouterr().out.count("is lost") == 1
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "20"
+
+
+def test_pause_after_failures_grows_and_ends_with_a_success(client, monkeypatch, tmp_path):
+    now, sent = [1000.0], []
+    monkeypatch.setattr(journal.time, "monotonic", lambda: now[0])
+    run = start(tmp_path / "stage")
+    run.journal._send_points = lambda: (sent.append(now[0]), 1 / 0)
+    for step in range(1, 100):
+        run.log({"loss": 1.0}, step)
+        now[0] += 1.0
+    assert [time - 1000 for time in sent] == [0, 1, 3, 7, 15, 31, 63]
+    del run.journal._send_points
+    now[0] += 100
+    for step in range(100, 103):
+        run.log({"loss": 1.0}, step)
+        assert not run.journal.pending
 
 
 def test_a_killed_server_costs_nothing(server, monkeypatch, tmp_path, capsys):
@@ -477,7 +500,7 @@ def test_a_server_started_again_is_told_everything(server, monkeypatch, tmp_path
         run.log({"loss": float(step)}, step)
     (tmp_path / "note.txt").write_text("hello")
     run.artifact(tmp_path / "note.txt")
-    wait_for_trouble(run)
+    assert not run.journal.flush(0)
     server.server.start()
     server.server.wait()
     run.log({"loss": 4.0}, 4)

@@ -26,12 +26,13 @@ from pydantic import BaseModel, RootModel, ValidationError
 from pixelclip import serve
 from pixelclip.checkpoint import CONFIG, WEIGHTS, read_config
 from pixelclip.config import RegisterConfig
+from pixelclip.journal import RUN
 from pixelclip.promote import CHALLENGER, CHAMPION, Figures, pass_gate, registry
 from pixelclip.protocol import PROTOCOL, conditions_of
 from pixelclip.server import connect, first_line, is_missing, tracking_uri, transfer
 from pixelclip.stage import METRICS, PROVENANCE, Metrics, Stage, describe
 from pixelclip.storage import read_json, write_json
-from pixelclip.tracking import RUN, Run, lineage
+from pixelclip.tracking import Run, lineage
 
 REGISTRATION = "registration.json"
 EVALUATION = "evaluation"

@@ -20,6 +20,7 @@ from pixelclip import __version__, evaluate, masks, shards, train
 from pixelclip.benchmarks import open_labelled
 from pixelclip.config import STAGES, build, lasting
 from pixelclip.download import here
+from pixelclip.journal import RUN
 from pixelclip.lineage import Registered, recorded
 from pixelclip.promote import registry
 from pixelclip.provenance import chain, flatten, source
@@ -29,7 +30,7 @@ from pixelclip.server import experiment_id
 from pixelclip.sources import clip_folder, describe_shards
 from pixelclip.stage import CHANGED, code_image, code_revision, describe
 from pixelclip.storage import digest, write_json
-from pixelclip.tracking import PARENT_RUN, RUN, lineage
+from pixelclip.tracking import PARENT_RUN, lineage
 
 COMPARISON = "reproduction.json"
 _READ = {"shards": "images", "masks": "shards", "train": "masks"}
