@@ -125,7 +125,7 @@ def test_a_limit_refuses(limited, limits, message, form):
 @pytest.mark.parametrize("classes", [",".join(map(str, range(300_000))), "|".join(map(str, range(300_000))), "a" * 3_000_000])
 def test_names_beyond_the_limits_are_neither_parsed_nor_encoded(model, classes, monkeypatch):
     loaded = model.unwrap_python_model()
-    monkeypatch.setitem(type(loaded)._answer.__globals__, "parse_names", lambda text: pytest.fail("parsed"))
+    monkeypatch.setitem(type(loaded)._segment.__globals__, "parse_names", lambda text: pytest.fail("parsed"))
     with pytest.raises(MlflowException, match=r"row 0: classes: .* are allowed"):
         loaded.predict(None, pd.DataFrame({"image": [photo(20, 20, 2)], "classes": [classes]}))
 
@@ -196,7 +196,7 @@ def test_a_bad_row_is_named(model, image, classes, message):
 def test_a_cell_of_another_kind_is_named(model, column, needed, cell, found):
     rows = {"image": [photo(20, 20, 2)] * 2, "classes": ["a,b"] * 2}
     rows[column][1] = cell
-    with pytest.raises(MlflowException, match=f"row 1: {column}: {needed} must stand here, found {found}"):
+    with pytest.raises(MlflowException, match=f"row 1: {column}: expected {needed}, found {found}"):
         model.predict(pd.DataFrame(rows))
 
 

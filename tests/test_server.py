@@ -7,7 +7,7 @@ from mlflow import MlflowClient
 from services import Mlflow
 from test_tracking import PROVENANCE, curve, mlflow_on_sqlite
 
-from pixelclip import promote
+from pixelclip import promotion
 from pixelclip.server import connect
 from pixelclip.tracking import Run
 
@@ -54,7 +54,7 @@ def test_a_run_and_a_promotion_with_the_right_password(guarded, log_in, tmp_path
     client.create_registered_model("guarded")
     tags = {"miou": "40", "gain": "10", "measured_on": "x"}
     client.create_model_version("guarded", source=f"runs:/{run.run_id}/model", run_id=run.run_id, tags=tags)
-    assert promote.run("guarded", 1).champion
+    assert promotion.run("guarded", 1).champion
     assert {alias: str(version) for alias, version in client.get_registered_model("guarded").aliases.items()} == {
         "champion": "1"
     }

@@ -22,9 +22,9 @@ from pixelclip.config import STAGES, build, lasting
 from pixelclip.download import here
 from pixelclip.journal import RUN
 from pixelclip.lineage import Registered, recorded
-from pixelclip.promote import registry
+from pixelclip.model_version import fetch
+from pixelclip.promotion import registry
 from pixelclip.provenance import chain, flatten, source
-from pixelclip.register import fetch
 from pixelclip.s3 import is_s3
 from pixelclip.server import experiment_id
 from pixelclip.sources import clip_folder, describe_shards
