@@ -63,7 +63,7 @@ def tags(provenance: Mapping[str, Any]) -> dict[str, str]:
 
 
 def data(provenance: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Return the data at the start of a chain by name: inputs that no stage made or that were fetched; no weights."""
+    """Map names to the data at the start of a chain: inputs that no stage made or that were fetched; no weights."""
     starts: dict[str, Mapping[str, Any]] = {}
     for name, described, _ in inputs(provenance):
         if name not in WEIGHTS and ("provenance" not in described or source(described)):
