@@ -83,29 +83,22 @@ def _artifact(client: MlflowClient, run_id: str, path: str) -> Any:
 def trace(registered: Registered) -> dict[str, Any]:
     """Collect the lineage of a registered version as JSON values."""
     version, uri = registered.version, tracking_uri().rstrip("/")
-    stages = {
-        (stage["stage"], stage.get("fingerprint", "")): {
-            "stage": stage["stage"],
-            "finished": stage.get("finished", ""),
-            "version": stage.get("version", ""),
-            "revision": stage.get("revision", ""),
-            "image": stage.get("image", ""),
-            "md5": stage.get("output", {}).get("md5", ""),
-            "settings": stage["settings"],
-        }
-        for stage in reversed(list(chain(registered.provenance)))  # a stage behind two inputs is listed once
-    }
+    stages = {}
+    for stage in reversed(list(chain(registered.provenance))):  # a stage behind two inputs is listed once
+        entry = {key: stage.get(key, "") for key in ("stage", "finished", "version", "revision", "image")}
+        entry |= {"md5": stage.get("output", {}).get("md5", ""), "settings": stage["settings"]}
+        stages[stage["stage"], stage.get("fingerprint", "")] = entry
     data = {}
-    for name, described, stage in inputs(registered.provenance):
-        if "provenance" in described and not source(described):
-            continue  # the output of a listed stage
-        data[name, described["md5"]] = {
-            "name": name,
-            "of": stage,
-            "md5": described["md5"],
-            "path": described["path"],
-            "source": source(described),
-        }
+    for name, described, reader in inputs(registered.provenance):
+        if "provenance" not in described or source(described):  # all others are outputs of listed stages
+            entry = {
+                "name": name,
+                "of": reader,
+                "md5": described["md5"],
+                "path": described["path"],
+                "source": source(described),
+            }
+            data[name, described["md5"]] = entry
     return {
         "model": {
             "name": version.name,
@@ -116,11 +109,7 @@ def trace(registered: Registered) -> dict[str, Any]:
             "gate": version.tags.get("gate", ""),
             "metrics": registered.metrics,
         },
-        "run": {
-            "id": version.run_id,
-            "tracking_uri": uri,
-            "kfp": version.tags.get("kfp.run_id", ""),
-        },
+        "run": {"id": version.run_id, "tracking_uri": uri, "kfp": version.tags.get("kfp.run_id", "")},
         "stages": list(stages.values()),
         "data": list(data.values()),
     }
