@@ -207,7 +207,7 @@ def links(registration: Path, evaluation: Path) -> str:
         registration: what `register` wrote.
         evaluation: what `evaluate` wrote about the model.
     """
-    from pixelclip.register import REGISTRATION, markdown
+    from pixelclip.model_version import REGISTRATION, markdown
 
     there = read_json(registration / REGISTRATION)
     lines = [markdown(registration)]

@@ -1,4 +1,4 @@
-"""The artifact half of an MLflow server, which passes files on to a slow store: it answers when the store has them."""
+"""The artifact API of an MLflow server with a slow store, which responds after the store has the file."""
 
 import time
 from collections.abc import Iterator
@@ -11,29 +11,29 @@ _PLACE = "/api/2.0/mlflow-artifacts/artifacts"
 
 
 @contextmanager
-def slow_artifacts(ending: str, seconds: float) -> Iterator[str]:
-    """Yields where an experiment's artifacts may stand.
+def slow_artifacts(suffix: str, seconds: float) -> Iterator[str]:
+    """Yield an artifact location for an experiment.
 
     Args:
-        ending: of the files that the store is slow with.
-        seconds: how long it takes for each of them, there and back.
+        suffix: suffix of the slow files.
+        seconds: duration of each of their uploads and downloads.
     """
     files: dict[str, bytes] = {}
 
     class Handler(JsonHandler):
         def do_PUT(self) -> None:
             path, content = unquote(urlsplit(self.path).path), self.body()
-            if path.endswith(ending):
+            if path.endswith(suffix):
                 time.sleep(seconds)
             files[path.removeprefix(f"{_PLACE}/")] = content
             self.answer(200, {})
 
         def do_GET(self) -> None:
-            asked = urlsplit(self.path)
-            if asked.query:
-                return self.answer(200, {"files": _below(files, parse_qs(asked.query)["path"][0])})
-            content = files[unquote(asked.path).removeprefix(f"{_PLACE}/")]
-            if asked.path.endswith(ending):
+            url_parts = urlsplit(self.path)
+            if url_parts.query:
+                return self.answer(200, {"files": _below(files, parse_qs(url_parts.query)["path"][0])})
+            content = files[unquote(url_parts.path).removeprefix(f"{_PLACE}/")]
+            if url_parts.path.endswith(suffix):
                 time.sleep(seconds)
             self.send_response(200)
             self.send_header("Content-Length", str(len(content)))
@@ -41,7 +41,7 @@ def slow_artifacts(ending: str, seconds: float) -> Iterator[str]:
             self.wfile.write(content)
 
     with served(Handler) as url:
-        yield f"{url}{_PLACE}/there"
+        yield f"{url}{_PLACE}/store"
 
 
 def _below(files: dict[str, bytes], folder: str) -> list[dict[str, object]]:

@@ -1,4 +1,4 @@
-"""A process that promotes, for the test in which several do so at once. It imports little, so that it starts soon."""
+"""Process of the test of concurrent promotions; it imports little, so that it starts quickly."""
 
 import os
 import warnings
@@ -7,11 +7,11 @@ from multiprocessing.synchronize import Barrier
 
 from mlflow import MlflowClient
 
-from pixelclip.promote import pass_gate
+from pixelclip.promotion import pass_gate
 
 
 def promote_again_and_again(uri: str, version: str, trials: int, start: Barrier, results: Queue, end: Barrier) -> None:
-    """Promotes its version in every trial, when all are ready; tells what came of it."""
+    """Promote a version in every trial when all processes are ready, and report the outcome."""
     warnings.simplefilter("ignore")
     os.environ["MLFLOW_TRACKING_URI"] = uri
     client = MlflowClient(uri)
@@ -19,6 +19,6 @@ def promote_again_and_again(uri: str, version: str, trials: int, start: Barrier,
         start.wait()
         try:
             results.put((version, pass_gate(client, f"trial{trial}", version, challenge=True).champion, ""))
-        except Exception as error:  # for the test to show
+        except Exception as error:  # shown by the test
             results.put((version, False, repr(error)))
         end.wait()

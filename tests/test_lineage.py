@@ -1,4 +1,4 @@
-"""From a registered model back to data, code and image; and forward again: evaluated and trained anew."""
+"""Lineage of a registered model, and its reproduction."""
 
 import json
 import os
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*An input example was not provi
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """The whole flow from images on, registered; the images were fetched by DVC, as their provenance says."""
+    """A registered model with all stages before it; the provenance of the images names DVC as their source."""
     base = tmp_path_factory.mktemp("lineage")
     (base / "images").mkdir()
     for number in range(6):
@@ -48,9 +48,9 @@ def whole(tmp_path_factory):
         masks.run(base / "shards", base / "masks", MasksConfig(felzenszwalb_min_size=30, workers=0))
         config = TrainConfig(**{**SMALL, "clip": str(clip), "steps": 2, "picture_every": 0})
         train.run(base / "masks", base / "model", config)
-        measured = EvaluateConfig(device="cpu", pictures=1)
-        evaluate_clip.run(str(clip), base / "labelled", base / "clip_evaluation", measured, config.side, config.residual)
-        evaluate.run(base / "model", base / "labelled", base / "evaluation", measured, base / "clip_evaluation")
+        evaluate_config = EvaluateConfig(device="cpu", pictures=1)
+        evaluate_clip.run(str(clip), base / "labelled", base / "clip_evaluation", evaluate_config, config.side, config.residual)
+        evaluate.run(base / "model", base / "labelled", base / "evaluation", evaluate_config, base / "clip_evaluation")
         chosen = RegisterConfig(name=NAME, min_gain=-100)
         register.run(base / "model", base / "evaluation", base / "registration", chosen)
         yield SimpleNamespace(base=base, client=client, metrics=read_json(base / "evaluation" / METRICS))
@@ -58,14 +58,14 @@ def whole(tmp_path_factory):
 
 @pytest.fixture
 def made(whole, monkeypatch):
-    """The same, where the process is neither in the image nor at the revision."""
+    """The same, in a process without the recorded image."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", str(whole.client.tracking_uri))
     monkeypatch.delenv("PIXELCLIP_IMAGE", raising=False)
     monkeypatch.setenv("PIXELCLIP_REVISION", "r1")
     return whole
 
 
-def test_the_champion_is_traced_to_its_images(made, capsys):
+def test_champion_is_traced_to_its_images(made, capsys):
     found = lineage.run(f"models:/{NAME}@champion", as_json=True)
     assert json.loads(capsys.readouterr().out) == found
     assert (found["model"]["version"], found["model"]["aliases"]) == (1, ["champion"])
@@ -85,16 +85,16 @@ def test_the_champion_is_traced_to_its_images(made, capsys):
     assert set(data) == {"images", "labelled", "clip"}
 
 
-def test_the_table_names_what_matters(made, capsys):
+def test_table_shows_settings_that_differ_from_the_defaults(made, capsys):
     found = lineage.run(f"models:/{NAME}/1")
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     words = [f"models:/{NAME}/1 (champion)", found["run"]["id"], IMAGE, "code r1", SOURCE["git_sha"], SOURCE["md5"]]
     for word in [*words, found["data"][0]["md5"], "felzenszwalb_min_size=30", "weights clip", "gain/labelled"]:
-        assert word in said, word
-    assert "jpeg_quality" not in said and "pictures=1" in said and "stride" not in said  # a default is not shown
+        assert word in output, word
+    assert "jpeg_quality" not in output and "pictures=1" in output and "stride" not in output  # a default is not shown
 
 
-def test_tags_and_datasets_carry_the_source(made):
+def test_tags_and_datasets_have_the_source(made):
     version = made.client.get_model_version(NAME, "1")
     run = made.client.get_run(version.run_id)
     for tags in (version.tags, run.data.tags):
@@ -118,32 +118,32 @@ def test_tags_and_datasets_carry_the_source(made):
         ("runs:/1", "models:/NAME@ALIAS or models:/NAME/VERSION is expected"),
     ],
 )
-def test_what_is_not_there_is_named(made, uri, message):
+def test_unknown_model_is_named(made, uri, message):
     with pytest.raises(ValueError, match=message):
         lineage.run(uri)
 
 
-def test_a_version_that_pixelclip_did_not_register_is_named(made):
+def test_version_not_registered_by_pixelclip_is_an_error(made):
     made.client.create_registered_model("other")
     made.client.create_model_version("other", source="/nowhere")
-    with pytest.raises(ValueError, match="has no tag 'evaluation': `pixelclip register`"):
+    with pytest.raises(ValueError, match="has no tag 'evaluation'; `pixelclip register`"):
         lineage.run("models:/other/1")
 
 
 def history(made) -> tuple[dict[str, float], dict[str, str], int]:
-    """What the recorded run holds, and how many points it has of one figure."""
+    """Metrics and tags of the recorded run, and the number of points of one metric."""
     run = made.client.get_run(made.client.get_model_version(NAME, "1").run_id)
     return run.data.metrics, run.data.tags, len(made.client.get_metric_history(run.info.run_id, "gain/labelled"))
 
 
-def test_the_evaluation_is_reproduced_and_the_recorded_run_stays_as_it_is(made, tmp_path, capsys, monkeypatch):
+def test_reproduced_evaluation_leaves_the_recorded_run_unchanged(made, tmp_path, capsys, monkeypatch):
     before = history(made)
     monkeypatch.setenv("MLFLOW_RUN_ID", "theirs")
     assert reproduce.run(f"models:/{NAME}@champion", tmp_path / "out") is True
     assert os.environ["MLFLOW_RUN_ID"] == "theirs"
-    said = capsys.readouterr().out
-    assert "equal within 0.01 points" in said and "<--" not in said
-    assert "WARNING: evaluate, evaluate_clip: run by other code: image registry.example" in said
+    output = capsys.readouterr().out
+    assert "equal within 0.01 points" in output and "<--" not in output
+    assert "WARNING: evaluate, evaluate_clip: run by other code: image registry.example" in output
     assert read_json(tmp_path / "out" / "reproduction.json")["found"] == made.metrics
     assert history(made) == before
     found = made.client.search_runs([made.client.get_experiment_by_name("pixelclip").experiment_id])
@@ -152,7 +152,7 @@ def test_the_evaluation_is_reproduced_and_the_recorded_run_stays_as_it_is(made, 
     assert own.data.metrics["gain/labelled"] == made.metrics["gain/labelled"]
 
 
-def test_the_training_is_reproduced_from_the_images_on(made, tmp_path, capsys):
+def test_training_is_reproduced_from_the_images(made, tmp_path, capsys):
     recorded = {"stage": "evaluate", "fingerprint": "of the recorded model"}
     write_json(tmp_path / "out" / "evaluation" / PROVENANCE, recorded)
     moved = {name: made.base / f"{name}.away" for name in ("shards", "masks")}
@@ -163,17 +163,17 @@ def test_the_training_is_reproduced_from_the_images_on(made, tmp_path, capsys):
     finally:
         for name, away in moved.items():
             away.rename(made.base / name)
-    said = capsys.readouterr().out
-    assert "WARNING: evaluate, train, masks, shards, evaluate_clip: run by other code: image" in said
+    output = capsys.readouterr().out
+    assert "WARNING: evaluate, train, masks, shards, evaluate_clip: run by other code: image" in output
     for stage in ("shards", "masks", "train"):
-        assert f"reproduce: {stage}: the same files as recorded" in said
+        assert f"reproduce: {stage}: the same files as recorded" in output
     assert (tmp_path / "out" / "train" / "model.safetensors").read_bytes() == (
         made.base / "model" / "model.safetensors"
     ).read_bytes()
 
 
-def test_a_training_from_a_store_is_reproduced_from_there(bucket, tmp_path, capsys, monkeypatch):
-    """As published: large tars in several parts, whose ETags are no MD5s, and more than tars below one prefix."""
+def test_training_on_an_s3_prefix_is_reproduced_from_there(bucket, tmp_path, capsys, monkeypatch):
+    """As published: multipart tars, whose ETags are not MD5s, and other files under the prefix."""
     client = tiny.mlflow_at(monkeypatch, tmp_path / "mlflow")
     put(bucket, sources(tmp_path / "here"), "sa1b")
     bucket.put_object(Bucket="data", Key="sa1b/README.md", Body=b"no shard")
@@ -195,22 +195,24 @@ def test_a_training_from_a_store_is_reproduced_from_there(bucket, tmp_path, caps
         reproduce.run(f"models:/{NAME}/1", tmp_path / "again", train=True, runtime=RUNTIME)
 
 
-def test_other_numbers_are_told_by_how_much(made, tmp_path, capsys, monkeypatch):
-    there = lineage.recorded(f"models:/{NAME}/1")
-    changed = {**there.metrics, "miou/labelled": there.metrics["miou/labelled"] - 0.5}
+def test_different_metrics_are_listed_with_their_difference(made, tmp_path, capsys, monkeypatch):
+    registered = lineage.recorded(f"models:/{NAME}/1")
+    changed = {**registered.metrics, "miou/labelled": registered.metrics["miou/labelled"] - 0.5}
     monkeypatch.setattr(
-        reproduce, "recorded", lambda uri: lineage.Registered(there.version, there.aliases, changed, there.provenance)
+        reproduce,
+        "recorded",
+        lambda uri: lineage.Registered(registered.version, registered.aliases, changed, registered.provenance),
     )
     assert reproduce.run(f"models:/{NAME}/1", tmp_path / "out") is False
-    said = capsys.readouterr().out
-    (line,) = [line for line in said.splitlines() if line.endswith("<--")]
+    output = capsys.readouterr().out
+    (line,) = [line for line in output.splitlines() if line.endswith("<--")]
     assert line.startswith("miou/labelled") and " 0.5 " in line
-    assert "DIFFERENT within 0.01 points" in said
+    assert "DIFFERENT within 0.01 points" in output
     assert reproduce.run(f"models:/{NAME}/1", tmp_path / "out", tolerance=0.6) is True
 
 
 @pytest.mark.parametrize("method", ["set_tag", "set_terminated"])
-def test_a_comparison_is_kept_when_mlflow_fails_in_the_end(made, tmp_path, capsys, monkeypatch, method):
+def test_comparison_is_written_even_if_mlflow_fails(made, tmp_path, capsys, monkeypatch, method):
     def unavailable(*_, **__):
         raise MlflowException("API request failed with error code 503 != 200")
 
@@ -221,7 +223,7 @@ def test_a_comparison_is_kept_when_mlflow_fails_in_the_end(made, tmp_path, capsy
     assert "equal within 0.01 points" in capsys.readouterr().out
 
 
-def test_data_that_are_not_what_they_were_stop_it(made, tmp_path):
+def test_changed_or_missing_data_are_an_error(made, tmp_path):
     labels = made.base / "labelled"
     shutil.copytree(labels, tmp_path / "kept")
     try:
@@ -238,7 +240,7 @@ def test_data_that_are_not_what_they_were_stop_it(made, tmp_path):
     assert {run.data.tags["reproduces"] for run in found} == {f"models:/{NAME}/1"}
 
 
-def test_a_clip_that_is_gone_is_named(made, tmp_path):
+def test_missing_clip_is_named(made, tmp_path):
     away = made.base / "clip.away"
     (made.base / "clip").rename(away)
     try:
@@ -256,7 +258,7 @@ def test_a_clip_that_is_gone_is_named(made, tmp_path):
         ("train.stepz", "unknown setting"),
     ],
 )
-def test_only_runtime_settings_can_be_given(made, tmp_path, key, message):
+def test_only_runtime_settings_can_be_changed(made, tmp_path, key, message):
     with pytest.raises(ValueError, match=message):
         reproduce.run(f"models:/{NAME}/1", tmp_path / "out", runtime={key: 1})
 
@@ -273,11 +275,11 @@ def test_only_runtime_settings_can_be_given(made, tmp_path, key, message):
         ({"miou/a": 40.0}, {"miou/a": float("nan")}, False),
     ],
 )
-def test_what_counts_as_equal(recorded, found, equal):
+def test_metrics_are_equal_within_the_tolerance(recorded, found, equal):
     assert reproduce.compare(recorded, found, 0.01)[0] is equal
 
 
-def test_the_commands_say_by_exit_code(made, monkeypatch, capsys):
+def test_exit_codes_of_the_commands(made, monkeypatch, capsys):
     def call(*words: str) -> int:
         monkeypatch.setattr(sys, "argv", ["pixelclip", *words])
         with pytest.raises(SystemExit) as ended:

@@ -1,24 +1,28 @@
-"""Promotion and rollback of registered versions, one at a time, also by real processes that meet."""
+"""Promotion and rollback of registered versions, also by concurrent processes."""
 
-import json
 import multiprocessing
 import os
-import time
 
 import pytest
 import tiny
 from mlflow import MlflowClient
 from promoter import promote_again_and_again
 
-from pixelclip import promote
-from pixelclip.promote import Decision, rollback, run
+from pixelclip import promotion
+from pixelclip.gate import Decision
+from pixelclip.promotion import rollback, run
 
 NAME = "demo"
 
 
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    monkeypatch.setattr(promotion, "_SETTLE_SECONDS", 0.0)
+
+
 @pytest.fixture
 def uri(monkeypatch, tmp_path) -> str:
-    """Where the registry is; another server's URI does as well."""
+    """URI of the registry."""
     tiny.mlflow_at(monkeypatch, tmp_path / "mlflow")
     return os.environ["MLFLOW_TRACKING_URI"]
 
@@ -29,11 +33,11 @@ def client(uri) -> MlflowClient:
 
 
 def add(client: MlflowClient, name: str, **tags: object) -> str:
-    """One more version, with the tags that `register` would give it."""
+    """Add a version with the tags that `register` writes."""
     if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name)
-    known = {"miou": 40.0, "gain": 10.0, "measured_on": "set", "min_gain": 1.0} | tags
-    text = {tag: str(value) for tag, value in known.items() if value is not None}
+    defaults = {"miou": 40.0, "gain": 10.0, "measured_on": "set", "min_gain": 1.0} | tags
+    text = {tag: str(value) for tag, value in defaults.items() if value is not None}
     return str(client.create_model_version(name, source="s3://nowhere/model", tags=text).version)
 
 
@@ -45,20 +49,16 @@ def tags_of(client: MlflowClient, version: str) -> dict[str, str]:
     return client.get_model_version(NAME, version).tags
 
 
-def nothing_left(client: MlflowClient, name: str = NAME) -> bool:
-    return client.get_registered_model(name).tags == {}
-
-
-def test_without_a_champion(client, capsys):
+def test_first_version_becomes_champion(client, capsys):
     add(client, NAME)
     decision = run(NAME, 1)
     assert decision == Decision(True, "gain 10.00 over CLIP, and there was no champion")
-    assert aliases(client) == {"champion": "1"} and nothing_left(client)
+    assert aliases(client) == {"champion": "1"}
     assert tags_of(client, "1")["gate"].startswith("champion: gain 10.00")
     assert "demo version 1 is champion" in capsys.readouterr().out
 
 
-def test_the_challenger_wins(client):
+def test_better_challenger_becomes_champion(client):
     for miou in (40, 41):
         add(client, NAME, miou=miou)
     run(NAME, 1)
@@ -78,24 +78,24 @@ def test_the_challenger_wins(client):
         ({"miou": 99, "gain": 4, "min_gain": 5}, r"gain 4.00 over CLIP is below register.min_gain 5"),
     ],
 )
-def test_the_champion_wins_unless_it_is_overruled(client, capsys, tags, reason):
+def test_champion_stays_unless_the_gate_is_overruled(client, capsys, tags, reason):
     add(client, NAME)
     add(client, NAME, **tags)
     run(NAME, 1)
     assert not run(NAME, 2).champion
     assert aliases(client) == {"champion": "1"} and "gate" not in tags_of(client, "2")
-    said = capsys.readouterr().out
-    assert "demo version 2 is not promoted: " in said and reason in said
+    output = capsys.readouterr().out
+    assert "demo version 2 is not promoted: " in output and reason in output
 
     decision = run(NAME, 2, force="the old one is broken")
     assert decision.champion and reason in decision.reason
     assert aliases(client) == {"champion": "2", "previous": "1"}
     assert tags_of(client, "2")["forced"] == "the old one is broken"
-    assert tags_of(client, "2")["gate"].startswith("champion: forced, the old one is broken; the gate said: ")
-    assert "the gate said" in capsys.readouterr().out
+    assert tags_of(client, "2")["gate"].startswith("champion: forced, the old one is broken; the gate rejected it: ")
+    assert "the gate rejected it" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("whose", ["the candidate's", "the champion's"])
+@pytest.mark.parametrize("whose", ["the challenger's", "the champion's"])
 @pytest.mark.parametrize(
     ("tags", "message"),
     [
@@ -106,19 +106,19 @@ def test_the_champion_wins_unless_it_is_overruled(client, capsys, tags, reason):
         ({"miou": "good"}, "tag miou must be a finite number, found 'good'"),
     ],
 )
-def test_a_figure_that_is_missing_or_no_number_raises(client, whose, tags, message):
-    mine = whose == "the candidate's"
+def test_missing_or_invalid_metric_raises(client, whose, tags, message):
+    mine = whose == "the challenger's"
     add(client, NAME, **({} if mine else tags))
     add(client, NAME, **({"miou": 50} | tags if mine else {"miou": 50}))
     client.set_registered_model_alias(NAME, "champion", "1")
     with pytest.raises(ValueError, match=f"demo version {2 if mine else 1}: {message}"):
         run(NAME, 2)
-    assert aliases(client) == {"champion": "1"} and nothing_left(client)
+    assert aliases(client) == {"champion": "1"}
     assert run(NAME, 2, force="I looked").champion
     assert aliases(client) == {"champion": "2", "previous": "1"}
 
 
-def test_rollback_and_back_again(client, capsys):
+def test_second_rollback_undoes_the_first(client, capsys):
     for miou in (40, 41, 42):
         add(client, NAME, miou=miou)
     run(NAME, 1)
@@ -133,10 +133,10 @@ def test_rollback_and_back_again(client, capsys):
     assert tags_of(client, "3")["gate"] == "previous: rolled back to version 2"
     assert "version 2 is champion again" in capsys.readouterr().out
     assert rollback(NAME) == "3"
-    assert aliases(client) == {"champion": "3", "previous": "2"} and nothing_left(client)
+    assert aliases(client) == {"champion": "3", "previous": "2"}
 
 
-def test_what_is_not_there_is_named(client):
+def test_unknown_model_or_version_is_named(client):
     add(client, NAME)
     with pytest.raises(ValueError, match=r"dmo: no such registered model at sqlite:.*did you mean 'demo'"):
         run("dmo", 1)
@@ -146,71 +146,91 @@ def test_what_is_not_there_is_named(client):
         run(NAME, 7)
     with pytest.raises(ValueError, match=r"a/b: refused by MLflow at .*Invalid model name"):
         run("a/b", 1)
-    assert nothing_left(client)
 
 
-def killed(client: MlflowClient, number: int, moves: dict[str, str | None] | None = None) -> None:
-    """What a killed promotion leaves: its place in the queue, and what it was about to do."""
-    claim = {"number": number, "beat": 3, "moves": moves or {}}
-    client.set_registered_model_tag(NAME, "promotion.0", json.dumps(claim))
+def test_a_promotion_that_fails_between_two_aliases_leaves_the_champion_and_can_be_repeated(client, monkeypatch):
+    for miou in (40, 41):
+        add(client, NAME, miou=miou)
+    run(NAME, 1)
+    set_alias = MlflowClient.set_registered_model_alias
+
+    def fail_at_champion(self, name, alias, version):
+        if alias == "champion":
+            raise ConnectionError("gone")
+        set_alias(self, name, alias, version)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "set_registered_model_alias", fail_at_champion)
+        with pytest.raises(ConnectionError):
+            run(NAME, 2)
+    assert aliases(client)["champion"] == "1"
+    with pytest.raises(ValueError, match="no champion before this one"):
+        rollback(NAME)
+    assert run(NAME, 2).champion
+    assert aliases(client) == {"champion": "2", "previous": "1"}
 
 
-@pytest.mark.parametrize("number", [0, 1])
-def test_a_promotion_that_was_killed_in_the_queue_is_not_waited_for_for_ever(client, monkeypatch, number):
-    monkeypatch.setattr(promote, "_DEAD_SECONDS", 1.0)
-    add(client, NAME)
-    killed(client, number)
-    began = time.monotonic()
-    assert run(NAME, 1).champion
-    assert time.monotonic() - began > 1.0
-    assert aliases(client) == {"champion": "1"} and nothing_left(client)
+def interrupt_with(monkeypatch, client: MlflowClient, moves: dict[str, str], times: int = 1) -> None:
+    """Let another process move aliases right after ours were moved."""
+    settled, left = promotion._settled, [times]
+
+    def move_first(*arguments):
+        if left[0]:
+            left[0] -= 1
+            for alias, version in moves.items():
+                client.set_registered_model_alias(NAME, alias, version)
+        return settled(*arguments)
+
+    monkeypatch.setattr(promotion, "_settled", move_first)
 
 
-def test_a_promotion_that_was_killed_between_two_aliases_is_completed_by_the_next(client, monkeypatch, capsys):
-    monkeypatch.setattr(promote, "_DEAD_SECONDS", 1.0)
+def test_an_overwritten_promotion_decides_again_and_the_best_version_wins(client, monkeypatch):
     for miou in (40, 41, 42):
         add(client, NAME, miou=miou)
     run(NAME, 1)
-    client.set_registered_model_alias(NAME, "previous", "1")  # of version 2 in place of version 1, this came about
-    killed(client, 1, {"previous": "1", "champion": "2"})
-    assert run(NAME, 3).champion
-    assert aliases(client) == {"champion": "3", "previous": "2"} and nothing_left(client)
-    assert "completing a promotion that was killed: previous 1, champion 2" in capsys.readouterr().out
+    interrupt_with(monkeypatch, client, {"previous": "1", "champion": "2"})
+    assert run(NAME, 3) == Decision(True, "mIoU 42.00 against the champion's 41.00")
+    assert aliases(client) == {"champion": "3", "previous": "2"}
 
 
-def test_an_error_between_two_aliases_is_completed_by_the_next(client, monkeypatch, capsys):
-    monkeypatch.setattr(promote, "_DEAD_SECONDS", 1.0)
-    for miou in (40, 41, 39):
+def test_an_overwritten_promotion_yields_to_a_better_version(client, monkeypatch):
+    for miou in (40, 41, 42):
         add(client, NAME, miou=miou)
     run(NAME, 1)
-    point = MlflowClient.set_registered_model_alias
-    calls = []
-
-    def lose_the_second(self, name, alias, version):
-        calls.append(alias)
-        if len(calls) == 2:
-            raise ConnectionError("gone")
-        point(self, name, alias, version)
-
-    monkeypatch.setattr(MlflowClient, "set_registered_model_alias", lose_the_second)
-    with pytest.raises(ConnectionError):
-        run(NAME, 2)
-    assert aliases(client) == {"champion": "1", "previous": "1"} and calls == ["previous", "champion"]
-    assert "interrupted between two aliases" in capsys.readouterr().out
-    assert not run(NAME, 3).champion
-    assert aliases(client) == {"champion": "2", "previous": "1"} and nothing_left(client)
+    interrupt_with(monkeypatch, client, {"previous": "1", "champion": "3"})
+    assert run(NAME, 2) == Decision(False, "mIoU 41.00 against the champion's 42.00")
+    assert aliases(client) == {"champion": "3", "previous": "1"} and "gate" not in tags_of(client, "2")
 
 
-def meet(uri: str, candidates: int, trials: int) -> int:
-    """Lets processes promote at once, again and again, and asserts what every trial leaves; at any server.
+def test_forced_promotions_against_each_other_end_with_an_error(client, monkeypatch):
+    for miou in (40, 41):
+        add(client, NAME, miou=miou)
+    interrupt_with(monkeypatch, client, {"champion": "1"}, times=100)
+    with pytest.raises(ValueError, match="demo: other processes keep moving the alias 'champion'; try again"):
+        run(NAME, 2, force="mine")
+    assert aliases(client) == {"champion": "1", "previous": "1"}
+
+
+def test_a_rollback_that_meets_a_promotion_is_an_error(client, monkeypatch):
+    for miou in (40, 41, 42):
+        add(client, NAME, miou=miou)
+    run(NAME, 1)
+    run(NAME, 2)
+    interrupt_with(monkeypatch, client, {"previous": "2", "champion": "3"})
+    with pytest.raises(ValueError, match="demo: another process made version 3 the champion meanwhile"):
+        rollback(NAME)
+
+
+def meet(uri: str, challengers: int, trials: int) -> int:
+    """Let processes promote at once in every trial and check the aliases; for any server.
 
     Returns:
-        In how many trials more than one of them was champion for a moment.
+        Number of trials in which more than one of them won.
     """
     client = MlflowClient(uri)
     context = multiprocessing.get_context("spawn")
-    start, end, results = context.Barrier(candidates + 1), context.Barrier(candidates + 1), context.Queue()
-    versions = [str(2 + number) for number in range(candidates)]
+    start, end, results = context.Barrier(challengers + 1), context.Barrier(challengers + 1), context.Queue()
+    versions = [str(2 + number) for number in range(challengers)]
     processes = [
         context.Process(target=promote_again_and_again, args=(uri, version, trials, start, results, end))
         for version in versions
@@ -221,22 +241,20 @@ def meet(uri: str, candidates: int, trials: int) -> int:
     try:
         for trial in range(trials):
             name = f"trial{trial}"
-            for number in range(candidates + 1):  # the champion, and the candidates, the last of them the best
+            for number in range(challengers + 1):  # the champion, and the challengers, the best last
                 add(client, name, miou=40 + number)
             client.set_registered_model_alias(name, "champion", "1")
             start.wait(timeout=120)
-            found = [results.get(timeout=120) for _ in versions]
+            outcomes = [results.get(timeout=120) for _ in versions]
             end.wait(timeout=120)
-            assert [error for *_, error in found] == [""] * candidates
-            there = aliases(client, name)
-            promoted = sorted(version for version, champion, _ in found if champion)
+            assert [error for *_, error in outcomes] == [""] * challengers
+            final = aliases(client, name)
+            promoted = sorted(version for version, champion, _ in outcomes if champion)
             best = versions[-1]
-            assert there["champion"] == best == promoted[-1]
-            # Each that won beat the one before it, so they won in the order of their figures: `previous` is the last but one.
-            assert there["previous"] == ["1", *promoted][-2]
-            refused = set(versions) - set(promoted)
-            assert there.get("challenger") in (refused or {None})
-            assert nothing_left(client, name)
+            assert final["champion"] == best == promoted[-1]
+            assert final["previous"] in {"1", *versions[:-1]}
+            rejected = set(versions) - set(promoted)
+            assert final.get("challenger") in (rejected or {None})
             taken_over += len(promoted) > 1
     finally:
         for process in processes:
@@ -245,6 +263,6 @@ def meet(uri: str, candidates: int, trials: int) -> int:
     return taken_over
 
 
-@pytest.mark.parametrize(("candidates", "trials"), [(2, 4), pytest.param(4, 20, marks=pytest.mark.services)])
-def test_promotions_at_once_leave_one_champion_the_best(uri, candidates, trials):
-    meet(uri, candidates, trials)
+@pytest.mark.parametrize(("challengers", "trials"), [(2, 4), pytest.param(4, 20, marks=pytest.mark.services)])
+def test_concurrent_promotions_end_with_the_best_as_only_champion(uri, challengers, trials):
+    meet(uri, challengers, trials)

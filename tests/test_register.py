@@ -1,11 +1,11 @@
-"""The gate to champion, and the registry in a real MLflow database."""
+"""Stage register: gate, registered versions and their code, in a real MLflow database."""
 
 import io
 import json
 import os
-import time
+import subprocess
+import sys
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mlflow
@@ -19,12 +19,14 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
 from PIL import Image
 
-from pixelclip import server
+from pixelclip import promotion, server
 from pixelclip.config import EvaluateConfig, RegisterConfig
+from pixelclip.gate import GateMetrics, decide
+from pixelclip.model_version import copy_code, fetch, markdown
 from pixelclip.predict import Predictor
-from pixelclip.promote import Figures, _Turn, decide, figures_of
+from pixelclip.promotion import metrics_of
 from pixelclip.protocol import protocol_of
-from pixelclip.register import fetch, markdown, run
+from pixelclip.register import run
 from pixelclip.server import experiment_id
 from pixelclip.stage import describe
 from pixelclip.storage import digest, read_json, write_json
@@ -36,38 +38,43 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*An input example was not provi
 
 
 @pytest.mark.parametrize(
-    ("candidate", "champion", "becomes", "reason"),
+    ("challenger", "champion", "becomes", "reason"),
     [
-        (Figures(30, 5, "x"), None, True, "there was no champion"),
-        (Figures(30, 1, "x"), None, True, "there was no champion"),
-        (Figures(30, 0.99, "x"), None, False, "gain 0.99 over CLIP is below register.min_gain 1"),
-        (Figures(30, 5, "x"), Figures(29.9, 9, "x"), True, "mIoU 30.00 against the champion's 29.90"),
-        (Figures(30, 5, "x"), Figures(30.1, 2, "x"), False, "mIoU 30.00 against the champion's 30.10"),
-        (Figures(30, 5, "x"), Figures(30, 5, "x"), False, "mIoU 30.00 against the champion's 30.00"),
-        (Figures(90, 0.5, "x"), Figures(30, 5, "x"), False, "below register.min_gain"),
-        (Figures(90, 50, "x"), Figures(30, 5, "y"), False, "another labelled set"),
+        (GateMetrics(30, 5, "x"), None, True, "there was no champion"),
+        (GateMetrics(30, 1, "x"), None, True, "there was no champion"),
+        (GateMetrics(30, 0.99, "x"), None, False, "gain 0.99 over CLIP is below register.min_gain 1"),
+        (GateMetrics(30, 5, "x"), GateMetrics(29.9, 9, "x"), True, "mIoU 30.00 against the champion's 29.90"),
+        (GateMetrics(30, 5, "x"), GateMetrics(30.1, 2, "x"), False, "mIoU 30.00 against the champion's 30.10"),
+        (GateMetrics(30, 5, "x"), GateMetrics(30, 5, "x"), False, "mIoU 30.00 against the champion's 30.00"),
+        (GateMetrics(90, 0.5, "x"), GateMetrics(30, 5, "x"), False, "below register.min_gain"),
+        (GateMetrics(90, 50, "x"), GateMetrics(30, 5, "y"), False, "another labelled set"),
     ],
 )
-def test_the_gate(candidate, champion, becomes, reason):
-    decision = decide(candidate, champion, min_gain=1.0)
+def test_gate_compares_gain_and_miou(challenger, champion, becomes, reason):
+    decision = decide(challenger, champion, min_gain=1.0)
     assert decision.champion is becomes
     assert reason in decision.reason
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_the_gate_does_not_decide_on_what_is_no_number(bad):
-    for candidate, champion in (
-        (Figures(bad, 5, "x"), None),
-        (Figures(30, bad, "x"), None),
-        (Figures(30, 5, "x"), Figures(bad, 5, "x")),
+def test_gate_rejects_metrics_that_are_not_finite(bad):
+    for challenger, champion in (
+        (GateMetrics(bad, 5, "x"), None),
+        (GateMetrics(30, bad, "x"), None),
+        (GateMetrics(30, 5, "x"), GateMetrics(bad, 5, "x")),
     ):
         with pytest.raises(ValueError, match="finite"):
-            decide(candidate, champion, min_gain=1.0)
+            decide(challenger, champion, min_gain=1.0)
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    monkeypatch.setattr(promotion, "_SETTLE_SECONDS", 0.0)
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    """Three models and a registry whose champion is the first of them."""
+    """Three models, the first of them registered as champion."""
     base = tmp_path_factory.mktemp("register")
     clip = tiny.clip_folder(base / "clip")
     for seed in range(3):
@@ -85,7 +92,7 @@ def client(made, monkeypatch, tmp_path) -> MlflowClient:
 
 
 def evaluation(folder: Path, model: Path, miou: float, gain: float, **settings: object) -> Path:
-    """What `evaluate` leaves behind."""
+    """Write the output of `evaluate`."""
     return evaluation_of(folder, model, {"miou/set": miou, "gain/set": gain}, **settings)
 
 
@@ -124,7 +131,7 @@ def versions(client: MlflowClient) -> list[int]:
     return sorted(int(version.version) for version in client.search_model_versions(f"name = '{NAME}'"))
 
 
-def test_the_first_good_model_is_champion(made, client):
+def test_first_model_with_enough_gain_becomes_champion(made, client):
     assert aliases(client) == {"champion": "1"}
     tags = client.get_model_version(NAME, "1").tags
     assert (float(tags["miou"]), float(tags["gain"])) == (40.0, 10.0)
@@ -136,7 +143,7 @@ def test_the_first_good_model_is_champion(made, client):
     assert "**models:/demo/1** is **champion**" in markdown(made / "registration0")
 
 
-def test_the_registered_model_answers(made, client):
+def test_registered_model_predicts(made, client):
     buffer = io.BytesIO()
     Image.new("RGB", (20, 10), "green").save(buffer, "PNG")
     mlflow.set_tracking_uri(str(client.tracking_uri))
@@ -147,7 +154,44 @@ def test_the_registered_model_answers(made, client):
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(answer["label_map"]))), expected)
 
 
-def test_a_registered_model_can_be_fetched_and_is_the_same(made, client, tmp_path):
+_SHIPPED = """
+import sys, mlflow, pandas
+from importlib.util import find_spec
+
+sys.meta_path[:] = [finder for finder in sys.meta_path if "__editable__" not in str(finder)]
+sys.path[:] = [path for path in sys.path if path not in sys.argv[3:]]
+assert find_spec("pixelclip") is None
+model = mlflow.pyfunc.load_model(sys.argv[1])
+image = open(sys.argv[2], "rb").read()
+print(model.predict(pandas.DataFrame({"image": [image], "classes": ["dog,sky"]}))["classes"][0])
+used = [module.__file__ for name, module in sys.modules.items() if name.split(".")[0] == "pixelclip"]
+assert len(used) > 5 and all(file.startswith(sys.argv[1]) for file in used), used
+"""
+
+
+def test_registered_model_runs_on_its_own_code_where_pixelclip_is_not_installed(made, client, tmp_path):
+    mlflow.set_tracking_uri(str(client.tracking_uri))
+    model = mlflow.artifacts.download_artifacts(f"models:/{NAME}@champion", dst_path=str(tmp_path / "fetched"))
+    Image.new("RGB", (20, 10), "green").save(tmp_path / "image.png")
+    source = str(Path(promotion.__file__).parents[1])
+    command = [sys.executable, "-I", "-W", "ignore", "-c", _SHIPPED, str(Path(model)), str(tmp_path / "image.png"), source]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1]) == ["dog", "sky"]
+
+
+def test_shipped_code_keeps_subpackages_and_leaves_assets_out(tmp_path):
+    files = ["__init__.py", "a.py", "models/__init__.py", "models/deep/b.py", "assets/c.py", "assets/d.json", "e.txt"]
+    for name in [*files, "models/__pycache__/f.pyc"]:
+        (tmp_path / "pixelclip" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "pixelclip" / name).write_text(name)
+    copy = copy_code(tmp_path / "pixelclip", tmp_path)
+    assert copy == tmp_path / "code" / "pixelclip"
+    copied = {str(path.relative_to(copy)): path.read_text() for path in copy.rglob("*") if path.is_file()}
+    assert copied == {name: name for name in files[:4]}
+
+
+def test_fetched_model_is_identical(made, client, tmp_path):
     fetched = fetch(f"models:/{NAME}@champion", tmp_path / "fetched")
     for name in ("model.safetensors", "config.json", "provenance.json"):
         assert (fetched / name).read_bytes() == (made / "model0" / name).read_bytes()
@@ -158,9 +202,9 @@ def test_a_registered_model_can_be_fetched_and_is_the_same(made, client, tmp_pat
 
 @pytest.fixture
 def slow_store(client, monkeypatch):
-    """A store for artifacts that takes longer with the weights than MLflow's server may with an answer."""
-    monkeypatch.setattr(server, "_ANSWER", "1")
-    monkeypatch.setattr(server, "_TRANSFER", "20")
+    """Artifact store that needs longer for the weights than the time-out of other requests."""
+    monkeypatch.setitem(server._DEFAULTS, "MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.setattr(server, "_TRANSFER_SECONDS", 20)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     with slow_artifacts("model.safetensors", seconds=1.5) as place:
@@ -168,16 +212,16 @@ def slow_store(client, monkeypatch):
         yield
 
 
-def test_weights_may_take_longer_than_an_answer(made, slow_store, tmp_path):
+def test_weights_may_take_longer_than_other_requests(made, slow_store, tmp_path):
     evaluated = evaluation(tmp_path / "evaluation", made / "model1", miou=41.0, gain=10.0)
     assert run(made / "model1", evaluated, tmp_path / "out", CONFIG)["register/champion"] == 1
     fetched = fetch(f"models:/{NAME}@champion", tmp_path / "fetched")
     assert (fetched / "model.safetensors").read_bytes() == (made / "model1" / "model.safetensors").read_bytes()
-    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "1"  # of everything else, as before
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "1"  # restored for other requests
 
 
-def test_a_timeout_that_somebody_set_is_kept(made, client, slow_store, monkeypatch, tmp_path):
-    monkeypatch.setattr(server, "_ANSWER", "20")  # so 1 is somebody's
+def test_timeout_set_by_the_user_is_kept(made, client, slow_store, monkeypatch, tmp_path):
+    monkeypatch.setitem(server._DEFAULTS, "MLFLOW_HTTP_REQUEST_TIMEOUT", "20")  # so the 1 is the user's
     evaluated = evaluation(tmp_path / "evaluation", made / "model1", miou=41.0, gain=10.0)
     with pytest.raises(ValueError, match=r"demo: refused by MLflow at sqlite:.*timed out.*MLFLOW_HTTP_REQUEST_TIMEOUT is 1 s"):
         run(made / "model1", evaluated, tmp_path / "out", CONFIG)
@@ -185,7 +229,7 @@ def test_a_timeout_that_somebody_set_is_kept(made, client, slow_store, monkeypat
     assert trained.info.status == "FINISHED"  # the training did not fail
 
 
-def test_again_changes_nothing(made, client, tmp_path):
+def test_registering_twice_creates_one_version(made, client, tmp_path):
     first = run(made / "model0", made / "evaluation0", tmp_path / "out", CONFIG)  # another folder
     again = run(made / "model0", made / "evaluation0", tmp_path / "out", CONFIG)  # the same folder
     assert first == again == {"register/version": 1.0, "register/champion": 1.0}
@@ -193,7 +237,7 @@ def test_again_changes_nothing(made, client, tmp_path):
     assert aliases(client) == {"champion": "1"}
 
 
-def test_better_and_worse(made, client, tmp_path):
+def test_better_model_becomes_champion_and_worse_one_challenger(made, client, tmp_path):
     worse = evaluation(tmp_path / "worse", made / "model1", miou=39.0, gain=20.0)
     assert run(made / "model1", worse, tmp_path / "a", CONFIG) == {"register/version": 2.0, "register/champion": 0.0}
     assert aliases(client) == {"champion": "1", "challenger": "2"}
@@ -204,7 +248,7 @@ def test_better_and_worse(made, client, tmp_path):
     assert run(made / "model2", better, tmp_path / "b", CONFIG) == {"register/version": 3.0, "register/champion": 1.0}
     assert aliases(client) == {"champion": "3", "challenger": "2", "previous": "1"}
 
-    # Measured anew, the challenger wins: it is registered once and no longer a challenger.
+    # After a new evaluation the challenger wins: still one version, and no longer a challenger.
     anew = evaluation(tmp_path / "anew", made / "model1", miou=42.0, gain=20.0)
     assert run(made / "model1", anew, tmp_path / "c", CONFIG) == {"register/version": 2.0, "register/champion": 1.0}
     assert aliases(client) == {"champion": "2", "previous": "3"}
@@ -223,10 +267,10 @@ GIVEN = {"protocol": "masks", "masks": "given", "masks_folder": "/there/masks", 
         (GIVEN, GIVEN | {"masks_md5": "m2"}),
     ],
 )
-def test_another_labelled_set_or_protocol_is_not_compared(made, client, tmp_path, one, other):
+def test_models_evaluated_under_different_conditions_are_not_compared(made, client, tmp_path, one, other):
     evaluated = evaluation(tmp_path / "evaluation", made / "model0", miou=90.0, gain=50.0, **other)
     second = evaluation(tmp_path / "second", made / "model1", miou=99.0, gain=50.0, name="renamed", **one)
-    run(made / "model0", evaluated, tmp_path / "a", CONFIG)  # the champion, measured on something else
+    run(made / "model0", evaluated, tmp_path / "a", CONFIG)  # the champion, evaluated on something else
     assert run(made / "model1", second, tmp_path / "b", CONFIG)["register/champion"] == 0
     assert "another labelled set or protocol" in read_json(tmp_path / "b" / "registration.json")["reason"]
 
@@ -239,7 +283,7 @@ def test_another_labelled_set_or_protocol_is_not_compared(made, client, tmp_path
         ({"side": tiny.SIDE}, {}),  # the side that the model has anyway
     ],
 )
-def test_what_the_figures_do_not_hang_on_may_differ(made, client, tmp_path, one, other):
+def test_settings_that_do_not_affect_the_metrics_may_differ(made, client, tmp_path, one, other):
     evaluated = evaluation(tmp_path / "evaluation", made / "model0", miou=40.0, gain=50.0, **other)
     second = evaluation(tmp_path / "second", made / "model1", miou=41.0, gain=50.0, **one)
     run(made / "model0", evaluated, tmp_path / "a", CONFIG)
@@ -247,41 +291,20 @@ def test_what_the_figures_do_not_hang_on_may_differ(made, client, tmp_path, one,
     assert "mIoU 41.00 against the champion's 40.00" in client.get_model_version(NAME, "2").tags["gate"]
 
 
-def test_a_champion_that_an_older_version_measured_is_one_line(made, client, tmp_path):
-    client.set_model_version_tag(NAME, "1", "measured_on", "0" * 32)  # of the settings as they were given
+def test_champion_evaluated_by_an_older_version_must_be_evaluated_again(made, client, tmp_path):
+    client.set_model_version_tag(NAME, "1", "measured_on", "0" * 32)  # a hash of other settings
     evaluated = evaluation(tmp_path / "evaluation", made / "model1", miou=99.0, gain=50.0)
     assert run(made / "model1", evaluated, tmp_path / "out", CONFIG)["register/champion"] == 0
     reason = read_json(tmp_path / "out" / "registration.json")["reason"]
-    assert "\n" not in reason and "or by an older pixelclip" in reason and "measure it on this one" in reason
+    assert "\n" not in reason and "or by an older pixelclip" in reason and "evaluate it again" in reason
     again = evaluation(tmp_path / "again", made / "model0", miou=40.0, gain=10.0)
     run(made / "model0", again, tmp_path / "measured", CONFIG)
     run(made / "model1", evaluated, tmp_path / "out2", CONFIG)
     assert aliases(client) == {"champion": "2", "previous": "1"}
 
 
-def test_figures_are_written_in_the_turn_of_their_promotion(made, client, tmp_path):
-    """A gate that runs meanwhile must not pair new figures of the champion with what the old ones were measured on."""
-    again = evaluation(tmp_path / "again", made / "model0", miou=90.0, gain=60.0, labelled="l2")
-    before = figures_of(client.get_model_version(NAME, "1"))
-    with ThreadPoolExecutor(1) as pool:
-        with _Turn(client, NAME):
-            registered = pool.submit(run, made / "model0", again, tmp_path / "out", CONFIG)
-            while num_waiting(client) < 2 and not registered.done():
-                time.sleep(0.05)
-            assert figures_of(client.get_model_version(NAME, "1")) == before
-        registered.result()
-    after = figures_of(client.get_model_version(NAME, "1"))
-    assert (after.miou, after.gain) == (90.0, 60.0) and after.measured_on != before.measured_on
-
-
-def num_waiting(client: MlflowClient) -> int:
-    """How many promotions have drawn a number."""
-    tags = client.get_registered_model(NAME).tags
-    return sum(json.loads(value)["number"] > 0 for tag, value in tags.items() if tag.startswith("promotion."))
-
-
 @pytest.mark.parametrize("killed_at", ["miou", "gain", "measured_on"])
-def test_figures_that_were_half_written_are_none(made, client, monkeypatch, tmp_path, killed_at):
+def test_partially_written_metrics_are_rejected(made, client, monkeypatch, tmp_path, killed_at):
     again = evaluation(tmp_path / "again", made / "model0", miou=90.0, gain=60.0, labelled="l2")
     write = MlflowClient.set_model_version_tag
 
@@ -298,10 +321,10 @@ def test_figures_that_were_half_written_are_none(made, client, monkeypatch, tmp_
     with pytest.raises(ValueError, match="demo version 1: has no tag measured_on; `pixelclip register` with its evaluation"):
         run(made / "model1", other, tmp_path / "second", CONFIG)
     run(made / "model0", again, tmp_path / "out", CONFIG)
-    assert figures_of(client.get_model_version(NAME, "1")).miou == 90.0
+    assert metrics_of(client.get_model_version(NAME, "1")).miou == 90.0
 
 
-def test_a_wiped_registry_is_filled_again(made, monkeypatch, tmp_path):
+def test_model_is_registered_again_in_an_empty_registry(made, monkeypatch, tmp_path):
     evaluated = evaluation(tmp_path / "evaluation", made / "model0", miou=40.0, gain=10.0)
     out = tmp_path / "out"
     for place in ("one", "two"):
@@ -316,7 +339,7 @@ def unavailable(*_: object, **__: object) -> None:
 
 
 @pytest.mark.parametrize("finished", [True, False])
-def test_a_registry_that_does_not_answer_is_no_empty_one(made, client, monkeypatch, tmp_path, finished):
+def test_unavailable_registry_is_not_taken_for_an_empty_one(made, client, monkeypatch, tmp_path, finished):
     evaluated = evaluation(tmp_path / "evaluation", made / "model0", miou=40.0, gain=10.0)
     if finished:
         run(made / "model0", evaluated, tmp_path / "out", CONFIG)
@@ -329,18 +352,18 @@ def test_a_registry_that_does_not_answer_is_no_empty_one(made, client, monkeypat
     assert versions(client) == [1]
 
 
-def test_a_registry_that_does_not_answer_is_not_said_to_lack_a_model(made, client, monkeypatch, tmp_path):
+def test_unavailable_registry_is_not_reported_as_a_missing_model(made, client, monkeypatch, tmp_path):
     store = "mlflow.store.model_registry.sqlalchemy_store.SqlAlchemyStore"
     monkeypatch.setattr(f"{store}.get_model_version_by_alias", unavailable)
     with pytest.raises(ValueError, match=r"^models:/demo@champion: cannot be fetched from sqlite:.* 503 != 200$"):
         fetch(f"models:/{NAME}@champion", tmp_path / "fetched")
 
 
-def test_an_evaluation_of_another_model_is_refused(made, client, tmp_path):
+def test_evaluation_of_another_model_is_rejected(made, client, tmp_path):
     evaluated = evaluation(tmp_path / "evaluation", made / "model1", miou=40.0, gain=10.0)
     with pytest.raises(ValueError, match=r"evaluation: is the evaluation of another model than .*model0"):
         run(made / "model0", evaluated, tmp_path / "out", CONFIG)
-    with pytest.raises(ValueError, match=r"model1: is no evaluation, stage 'train' made it"):
+    with pytest.raises(ValueError, match=r"model1: is not an evaluation but output of stage 'train'"):
         run(made / "model0", made / "model1", tmp_path / "out", CONFIG)
     assert versions(client) == [1]
 
@@ -348,13 +371,13 @@ def test_an_evaluation_of_another_model_is_refused(made, client, tmp_path):
 @pytest.mark.parametrize(
     "metrics", [{"miou/set": 1.0}, {"gain/set": 1.0}, {"gain/set": 1.0, "miou/other": 1.0}, {}], ids=lambda m: ",".join(m)
 )
-def test_a_missing_metric_is_named(made, client, tmp_path, metrics):
+def test_missing_metric_is_named(made, client, tmp_path, metrics):
     evaluated = evaluation_of(tmp_path / "evaluation", made / "model0", metrics)
-    with pytest.raises(ValueError, match=r"metrics\.json: one gain/NAME with its miou/NAME is needed, found"):
+    with pytest.raises(ValueError, match=r"metrics\.json: needs exactly one gain/NAME with its miou/NAME, found"):
         run(made / "model0", evaluated, tmp_path / "out", CONFIG)
 
 
-def test_a_name_that_mlflow_refuses_is_one_error_and_nothing_is_logged(made, client, tmp_path):
+def test_invalid_name_is_rejected_before_anything_is_logged(made, client, tmp_path):
     evaluated = evaluation(tmp_path / "evaluation", made / "model1", miou=40.0, gain=10.0)
     before = len(client.search_logged_models(experiment_ids=[experiment_id(client)]))
     with pytest.raises(ValueError, match=r"register\.name ' ' is refused by MLflow at sqlite:"):
@@ -362,11 +385,12 @@ def test_a_name_that_mlflow_refuses_is_one_error_and_nothing_is_logged(made, cli
     assert len(client.search_logged_models(experiment_ids=[experiment_id(client)])) == before
 
 
-def test_a_figure_that_is_no_number_stops_before_anything_is_registered(made, client, tmp_path):
+def test_metric_that_is_not_finite_is_rejected_before_anything_is_registered(made, client, tmp_path):
     evaluated = evaluation(tmp_path / "evaluation", made / "model1", miou=40.0, gain=10.0)
-    (evaluated / "metrics.json").write_text('{"miou/set": NaN, "gain/set": NaN}')
-    with pytest.raises(ValueError, match="finite"):
-        run(made / "model1", evaluated, tmp_path / "out", CONFIG)
+    for gain in ("NaN", '"x"'):
+        (evaluated / "metrics.json").write_text(f'{{"miou/set": 1, "gain/set": {gain}}}')
+        with pytest.raises(ValueError, match=r"metrics\.json: the gate needs finite metrics, found gain/set (nan|x)$"):
+            run(made / "model1", evaluated, tmp_path / "out", CONFIG)
     assert aliases(client) == {"champion": "1"}
     assert versions(client) == [1]
 
@@ -374,20 +398,19 @@ def test_a_figure_that_is_no_number_stops_before_anything_is_registered(made, cl
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("provenance.json", "[]", r"named entries are expected, found \[\]"),
+        ("provenance.json", "[]", r"expected a JSON object, found \[\]"),
         ("provenance.json", "{}", "stage is missing"),
         (
             "provenance.json",
             '{"stage": "evaluate", "settings": {}, "inputs": {}, "output": {"md5": "x"}}',
-            "inputs.model is missing",
+            "inputs.model.md5 is missing",
         ),
-        ("metrics.json", "[]", r"named entries are expected, found \[\]"),
-        ("metrics.json", '{"gain/toy": "x", "miou/toy": 3}', r"gain/toy: Input should be a valid number \(found x\)"),
-        ("protocol.json", "[]", r"named entries are expected, found \[\]"),
+        ("metrics.json", "[]", r"expected a JSON object, found \[\]"),
+        ("protocol.json", "[]", r"expected a JSON object, found \[\]"),
         ("protocol.json", '{"name": "set"}', "side is missing"),
     ],
 )
-def test_a_damaged_evaluation_is_one_line_that_names_the_file(made, client, tmp_path, name, content, message):
+def test_damaged_evaluation_names_the_file(made, client, tmp_path, name, content, message):
     evaluated = evaluation(tmp_path / "evaluation", made / "model1", miou=40.0, gain=10.0)
     (evaluated / name).write_text(content)
     with pytest.raises(ValueError, match=rf"^\S+evaluation/{name}: is damaged: {message}$"):

@@ -1,4 +1,4 @@
-"""The registered model as others call it: logged as code and safetensors, loaded and asked by MLflow."""
+"""The served model, logged as code and safetensors and called through MLflow."""
 
 import base64
 import io
@@ -45,7 +45,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def logged(folder, tmp_path_factory) -> Path:
-    """The model as MLflow saves it."""
+    """The model as saved by MLflow."""
     path = tmp_path_factory.mktemp("logged") / "model"
     mlflow.pyfunc.save_model(
         path,
@@ -62,36 +62,36 @@ def model(logged) -> mlflow.pyfunc.PyFuncModel:
     return mlflow.pyfunc.load_model(str(logged))
 
 
-def test_every_row_is_answered_as_by_the_predictor(model, folder):
+def test_every_row_equals_the_predictor(model, folder):
     rows = [(photo(50, 30, 0), "dog|puppy,grass,sky", ["dog, puppy", "grass", "sky"]), (photo(9, 60, 1), "a,b", ["a", "b"])]
-    answers = model.predict(pd.DataFrame({"image": [row[0] for row in rows], "classes": [row[1] for row in rows]}))
-    assert list(answers.columns) == ["label_map", "classes", "shares", "scores"]
+    results = model.predict(pd.DataFrame({"image": [row[0] for row in rows], "classes": [row[1] for row in rows]}))
+    assert list(results.columns) == ["label_map", "classes", "shares", "scores"]
     predictor = Predictor.load(folder, "cpu")
-    for (image, _, names), answer in zip(rows, answers.itertuples(), strict=True):
-        assert json.loads(answer.classes) == names
+    for (image, _, names), result in zip(rows, results.itertuples(), strict=True):
+        assert json.loads(result.classes) == names
         expected = predictor(Image.open(io.BytesIO(image)), names)
-        assert np.array_equal(np.asarray(Image.open(io.BytesIO(answer.label_map))), expected.labels)
+        assert np.array_equal(np.asarray(Image.open(io.BytesIO(result.label_map))), expected.labels)
         shares = [np.mean(expected.labels == index) for index in range(len(names))]
-        assert json.loads(answer.shares) == pytest.approx(shares, abs=1e-6) and sum(shares) == pytest.approx(1)
-        assert json.loads(answer.scores) == pytest.approx([one.max() for one in expected.scores], abs=1e-6)
+        assert json.loads(result.shares) == pytest.approx(shares, abs=1e-6) and sum(shares) == pytest.approx(1)
+        assert json.loads(result.scores) == pytest.approx([one.max() for one in expected.scores], abs=1e-6)
 
 
-def test_an_overlay_and_the_maps_of_scores_come_when_they_are_asked_for(model, folder):
+def test_overlay_and_score_maps_are_returned_on_request(model, folder):
     image, names = photo(50, 30, 0), ["dog", "sky"]
     frame = pd.DataFrame({"image": [image], "classes": ["dog,sky"]})
     plain = model.predict(frame, params={"overlay": False}).iloc[0]
-    answer = model.predict(frame, params={"overlay": True, "score_maps": True}).iloc[0]
-    assert answer["label_map"] == plain["label_map"] and "overlay" not in plain
+    result = model.predict(frame, params={"overlay": True, "score_maps": True}).iloc[0]
+    assert result["label_map"] == plain["label_map"] and "overlay" not in plain
     expected = Predictor.load(folder, "cpu")(Image.open(io.BytesIO(image)), names)
-    assert np.array_equal(np.load(io.BytesIO(answer["score_maps"]), allow_pickle=False), expected.scores)
-    shown = Image.open(io.BytesIO(answer["overlay"]))
+    assert np.array_equal(np.load(io.BytesIO(result["score_maps"]), allow_pickle=False), expected.scores)
+    shown = Image.open(io.BytesIO(result["overlay"]))
     assert shown.format == "PNG"
     assert np.array_equal(np.asarray(shown), np.asarray(overlay(Image.open(io.BytesIO(image)), expected)))
 
 
 @pytest.fixture
 def limited(logged, monkeypatch):
-    """The model as it is loaded where the environment sets limits."""
+    """Load the model with limits from the environment."""
 
     def load(**limits: object) -> ServedModel:
         for name, limit in limits.items():
@@ -113,32 +113,32 @@ def limited(logged, monkeypatch):
     ],
 )
 @pytest.mark.parametrize("form", ["bytes", "base64"])
-def test_a_limit_refuses(limited, limits, message, form):
+def test_request_beyond_a_limit_is_rejected(limited, limits, message, form):
     image = photo(50, 30, 0)
-    given = image if form == "bytes" else base64.b64encode(image).decode()
-    frame = pd.DataFrame({"image": [given] * 2, "classes": ["a|one,b"] * 2})
+    cell = image if form == "bytes" else base64.b64encode(image).decode()
+    frame = pd.DataFrame({"image": [cell] * 2, "classes": ["a|one,b"] * 2})
     with pytest.raises(MlflowException, match=message):
         limited(**limits).predict(None, frame)
     assert len(limited(**dict.fromkeys(limits, 10**6)).predict(None, frame)) == 2
 
 
 @pytest.mark.parametrize("classes", [",".join(map(str, range(300_000))), "|".join(map(str, range(300_000))), "a" * 3_000_000])
-def test_names_beyond_the_limits_are_neither_parsed_nor_encoded(model, classes, monkeypatch):
+def test_names_beyond_the_limits_are_rejected_before_parsing(model, classes, monkeypatch):
     loaded = model.unwrap_python_model()
-    monkeypatch.setitem(type(loaded)._answer.__globals__, "parse_names", lambda text: pytest.fail("parsed"))
+    monkeypatch.setitem(type(loaded)._segment.__globals__, "parse_names", lambda text: pytest.fail("parsed"))
     with pytest.raises(MlflowException, match=r"row 0: classes: .* are allowed"):
         loaded.predict(None, pd.DataFrame({"image": [photo(20, 20, 2)], "classes": [classes]}))
 
 
-def test_what_says_to_be_huge_is_not_decoded(model):
-    """A few hundred bytes that would be gigabytes of pixels."""
+def test_oversized_image_is_rejected_before_decoding(model):
+    """A few hundred bytes whose header promises gigabytes of pixels."""
     header = photo(1, 1, 0)[:16] + struct.pack(">II", 60_000, 60_000) + bytes([8, 2, 0, 0, 0])
     bomb = header + struct.pack(">I", zlib.crc32(header[12:29])) + photo(1, 1, 0)[33:]
     with pytest.raises(MlflowException, match=r"row 0: (unreadable )?image: .*(pixels|exceeds limit)"):
         model.unwrap_python_model().predict(None, pd.DataFrame({"image": [bomb], "classes": ["a,b"]}))
 
 
-def test_limits_of_the_configuration_give_way_to_those_of_the_environment(monkeypatch):
+def test_limits_of_the_environment_take_precedence(monkeypatch):
     assert Limits.load({}) == Limits()
     assert Limits.load({"max_pixels": 9, "max_classes": 3}) == Limits(max_pixels=9, max_classes=3)
     monkeypatch.setenv("PIXELCLIP_SERVE_MAX_PIXELS", "7")
@@ -152,8 +152,8 @@ def test_limits_of_the_configuration_give_way_to_those_of_the_environment(monkey
         Limits.load({"max_pixel": 9})
 
 
-def test_threads_that_ask_for_other_classes_do_not_disturb_each_other(model):
-    """MLflow's server answers in threads."""
+def test_concurrent_requests_with_different_classes_do_not_mix(model):
+    """MLflow's server handles requests in threads."""
     loaded, image = model.unwrap_python_model(), photo(20, 20, 2)
 
     def ask(classes: str) -> list[str]:
@@ -167,9 +167,9 @@ def test_threads_that_ask_for_other_classes_do_not_disturb_each_other(model):
     assert together == [[one] * 12 for one in alone]
 
 
-def test_base64_is_answered_like_bytes(model):
+def test_base64_equals_bytes(model):
     image = photo(20, 20, 2)
-    loaded = model.unwrap_python_model()  # an HTTP client sends text, which MLflow may hand on as it is
+    loaded = model.unwrap_python_model()  # MLflow may pass the text of an HTTP request on undecoded
     frames = [pd.DataFrame({"image": [data], "classes": ["a,b"]}) for data in (image, base64.b64encode(image).decode())]
     first, second = (loaded.predict(None, frame) for frame in frames)
     assert first.equals(second)
@@ -184,7 +184,7 @@ def test_base64_is_answered_like_bytes(model):
         (None, "a,,b", "row 1: classes: blank class name at position 2"),
     ],
 )
-def test_a_bad_row_is_named(model, image, classes, message):
+def test_invalid_row_is_named(model, image, classes, message):
     good = photo(20, 20, 2)
     frame = pd.DataFrame({"image": [good, good if image is None else image], "classes": ["a,b", classes]})
     with pytest.raises(MlflowException, match=message):
@@ -192,17 +192,17 @@ def test_a_bad_row_is_named(model, image, classes, message):
 
 
 @pytest.mark.parametrize(("cell", "found"), [(None, "nothing"), (float("nan"), "nothing"), (["a"], "list"), (5, "int")])
-@pytest.mark.parametrize(("column", "needed"), [("image", "bytes or base64"), ("classes", "text")])
-def test_a_cell_of_another_kind_is_named(model, column, needed, cell, found):
+@pytest.mark.parametrize(("column", "expected"), [("image", "bytes or base64"), ("classes", "text")])
+def test_cell_of_the_wrong_type_is_named(model, column, expected, cell, found):
     rows = {"image": [photo(20, 20, 2)] * 2, "classes": ["a,b"] * 2}
     rows[column][1] = cell
-    with pytest.raises(MlflowException, match=f"row 1: {column}: {needed} must stand here, found {found}"):
+    with pytest.raises(MlflowException, match=f"row 1: {column}: expected {expected}, found {found}"):
         model.predict(pd.DataFrame(rows))
 
 
 @pytest.fixture(scope="module")
 def served(logged, tmp_path_factory) -> Iterator[str]:
-    """The address of a real `mlflow models serve`, in whose environment a limit is set."""
+    """Address of a real `mlflow models serve` with one limit in its environment."""
     (port,) = services.free_ports(1)
     words = f"-m mlflow models serve -m {logged} --env-manager local --host 127.0.0.1 --port {port}".split()
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # where MLflow finds its web server
@@ -215,7 +215,7 @@ def served(logged, tmp_path_factory) -> Iterator[str]:
 
 
 def decoded(image: bytes | str) -> Image.Image:
-    """An image from its file, or from the base64 of an answer."""
+    """Decode an image file, or the base64 of one."""
     return Image.open(io.BytesIO(base64.b64decode(image) if isinstance(image, str) else image))
 
 
@@ -224,18 +224,18 @@ def ask(address: str, rows: list[tuple[bytes, str]], **params: bool) -> tuple[in
     body = {"dataframe_split": {"columns": ["image", "classes"], "data": data}, "params": params}
     request = urllib.request.Request(address, json.dumps(body).encode(), {"Content-Type": "application/json"})
     try:
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return answer.status, json.load(answer)
+        with urllib.request.urlopen(request, timeout=60) as response:
+            return response.status, json.load(response)
     except urllib.error.HTTPError as error:
         return error.code, json.load(error)
 
 
 @pytest.mark.services
-def test_a_real_server_answers_over_http(served, folder):
+def test_real_server_predicts_over_http(served, folder):
     image = photo(50, 30, 0)
-    status, answer = ask(served, [(image, "dog|puppy,grass,sky"), (image, "a,b")], overlay=True)
+    status, result = ask(served, [(image, "dog|puppy,grass,sky"), (image, "a,b")], overlay=True)
     assert status == 200
-    first, second = answer["predictions"]
+    first, second = result["predictions"]
     assert json.loads(first["classes"]) == ["dog, puppy", "grass", "sky"] and json.loads(second["classes"]) == ["a", "b"]
     expected = Predictor.load(folder, "cpu")(decoded(image), ["dog, puppy", "grass", "sky"])
     assert np.array_equal(np.asarray(decoded(first["label_map"])), expected.labels)
@@ -252,18 +252,18 @@ def test_a_real_server_answers_over_http(served, folder):
         (photo(50, 30, 0), "a,,b", "row 0: classes: blank class name at position 2"),
     ],
 )
-def test_a_real_server_says_what_is_wrong(served, image, classes, message):
-    status, answer = ask(served, [(image, classes)])
+def test_real_server_reports_the_invalid_row(served, image, classes, message):
+    status, result = ask(served, [(image, classes)])
     assert status == 400
-    assert message in answer["message"] and "Traceback" not in json.dumps(answer)
+    assert message in result["message"] and "Traceback" not in json.dumps(result)
 
 
-def test_no_rows_no_answers(model):
-    answers = model.unwrap_python_model().predict(None, pd.DataFrame({"image": [], "classes": []}))
-    assert len(answers) == 0 and list(answers.columns) == ["label_map", "classes", "shares", "scores"]
+def test_request_without_rows_returns_no_rows(model):
+    results = model.unwrap_python_model().predict(None, pd.DataFrame({"image": [], "classes": []}))
+    assert len(results) == 0 and list(results.columns) == ["label_map", "classes", "shares", "scores"]
 
 
-def test_nothing_logged_is_a_pickle(logged):
+def test_logged_model_contains_no_pickle(logged):
     files = [path for path in logged.rglob("*") if path.is_file()]
     assert any(path.name == "model.safetensors" for path in files)
     for path in files:

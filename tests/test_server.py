@@ -1,4 +1,4 @@
-"""MLflow's server with users and passwords: real ones."""
+"""A real MLflow server that requires a login."""
 
 from collections.abc import Iterator
 
@@ -7,7 +7,7 @@ from mlflow import MlflowClient
 from services import Mlflow
 from test_tracking import PROVENANCE, curve, mlflow_on_sqlite
 
-from pixelclip import promote
+from pixelclip import promotion
 from pixelclip.server import connect
 from pixelclip.tracking import Run
 
@@ -17,13 +17,13 @@ PASSWORD = "correct horse battery"
 
 @pytest.fixture(scope="session")
 def guarded(tmp_path_factory) -> Iterator[Mlflow]:
-    """An MLflow server that asks who is there."""
+    """An MLflow server with basic authentication."""
     secrets = {"MLFLOW_AUTH_ADMIN_PASSWORD": PASSWORD, "MLFLOW_FLASK_SERVER_SECRET_KEY": "for tests"}
-    made = mlflow_on_sqlite(tmp_path_factory.mktemp("guarded"), ["--app-name", "basic-auth"], secrets)
-    made.server.start()
-    made.server.wait()
-    yield made
-    made.server.kill()
+    mlflow_server = mlflow_on_sqlite(tmp_path_factory.mktemp("guarded"), ["--app-name", "basic-auth"], secrets)
+    mlflow_server.server.start()
+    mlflow_server.server.wait()
+    yield mlflow_server
+    mlflow_server.server.kill()
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def log_in(guarded, monkeypatch):
     return as_user
 
 
-def test_a_run_and_a_promotion_with_the_right_password(guarded, log_in, tmp_path):
+def test_run_and_promotion_with_the_right_password(guarded, log_in, tmp_path):
     log_in("admin")
     (tmp_path / "model").mkdir()
     run = Run.start(tmp_path / "model", "demo", PROVENANCE)
@@ -54,7 +54,7 @@ def test_a_run_and_a_promotion_with_the_right_password(guarded, log_in, tmp_path
     client.create_registered_model("guarded")
     tags = {"miou": "40", "gain": "10", "measured_on": "x"}
     client.create_model_version("guarded", source=f"runs:/{run.run_id}/model", run_id=run.run_id, tags=tags)
-    assert promote.run("guarded", 1).champion
+    assert promotion.run("guarded", 1).champion
     assert {alias: str(version) for alias, version in client.get_registered_model("guarded").aliases.items()} == {
         "champion": "1"
     }
@@ -72,7 +72,7 @@ def test_a_run_and_a_promotion_with_the_right_password(guarded, log_in, tmp_path
         (None, "", "refuses a request without a user"),
     ],
 )
-def test_a_wrong_password_is_one_clear_error(guarded, log_in, user, password, message):
+def test_wrong_password_is_a_clear_error(guarded, log_in, user, password, message):
     log_in(user, password)
     with pytest.raises(ValueError, match=f"MLflow at {guarded.uri} {message}") as raised:
         connect()

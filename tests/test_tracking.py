@@ -1,6 +1,8 @@
-"""The Run: everything arrives in MLflow, once, also after a kill, a resume, or a lost server."""
+"""Runs and journal: everything reaches MLflow exactly once, also after a kill, a resume or an outage."""
 
 import json
+import os
+import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +16,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
 from services import Mlflow
 
-from pixelclip import tracking
+from pixelclip import journal, tracking
 from pixelclip.provenance import flatten
 from pixelclip.server import connect, experiment_id
 from pixelclip.tracking import PARENT_RUN, PIPELINE_RUN, Run, lineage
@@ -67,7 +69,7 @@ def test_flatten_and_lineage_walk_the_whole_chain():
     }
 
 
-def test_everything_arrives(client, tmp_path):
+def test_metrics_params_tags_and_files_are_logged(client, tmp_path):
     run = start(tmp_path / "stage")
     assert client.get_run(run.run_id).info.status == "RUNNING"
     for step in range(1, 4):
@@ -77,22 +79,22 @@ def test_everything_arrives(client, tmp_path):
     run.artifact(tmp_path / "note.txt", "notes")
     assert run.finish() is True
 
-    there = client.get_run(run.run_id)
-    assert (there.info.status, there.info.run_name) == ("FINISHED", "demo")
-    assert there.data.params == {"train.steps": "3", "train.clip": "toy", "masks.generator": "given"}
-    assert there.data.tags["data.shards.md5"] == "s1" and there.data.tags["code.revision"] == "abc"
+    logged = client.get_run(run.run_id)
+    assert (logged.info.status, logged.info.run_name) == ("FINISHED", "demo")
+    assert logged.data.params == {"train.steps": "3", "train.clip": "toy", "masks.generator": "given"}
+    assert logged.data.tags["data.shards.md5"] == "s1" and logged.data.tags["code.revision"] == "abc"
     assert curve(client, run.run_id) == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
-    assert there.data.metrics["final"] == 0.5
+    assert logged.data.metrics["final"] == 0.5
     assert [file.path for file in client.list_artifacts(run.run_id, "notes")] == ["notes/note.txt"]
 
 
-def test_a_failed_run_is_marked(client, tmp_path):
+def test_failed_run_has_status_failed(client, tmp_path):
     run = start(tmp_path / "stage")
     run.finish("FAILED")
     assert client.get_run(run.run_id).info.status == "FAILED"
 
 
-def test_a_resumed_run_adds_no_step_twice(client, tmp_path):
+def test_resumed_run_adds_no_step_twice(client, tmp_path):
     first = start(tmp_path / "stage")
     for step in (1, 2, 3):
         first.log({"loss": float(step)}, step)
@@ -107,20 +109,20 @@ def test_a_resumed_run_adds_no_step_twice(client, tmp_path):
 
 
 def fail_once(patch: pytest.MonkeyPatch, method: str, times: int = 1) -> None:
-    """Lets the server fail in one of its answers."""
-    answer, left = getattr(MlflowClient, method), [times]
+    """Let the server fail in some of its responses."""
+    respond, left = getattr(MlflowClient, method), [times]
 
-    def unavailable(self, *words, **named):
+    def unavailable(self, *args, **kwargs):
         if left[0]:
             left[0] -= 1
             raise MlflowException("API request failed with error code 503 != 200", TEMPORARILY_UNAVAILABLE)
-        return answer(self, *words, **named)
+        return respond(self, *args, **kwargs)
 
     patch.setattr(MlflowClient, method, unavailable)
 
 
 @pytest.mark.parametrize("method", ["get_run", "update_run", "log_batch"])
-def test_a_training_is_resumed_in_its_run_also_when_the_server_fails_to_answer(client, monkeypatch, tmp_path, method):
+def test_training_resumes_in_its_run_while_the_server_fails(client, monkeypatch, tmp_path, method):
     first = start(tmp_path / "stage")
     first.log({"loss": 1.0}, 1)
     first.finish("FAILED")
@@ -133,22 +135,22 @@ def test_a_training_is_resumed_in_its_run_also_when_the_server_fails_to_answer(c
     assert curve(client, first.run_id) == [(1, 1.0), (2, 2.0)]
 
 
-def test_a_training_is_resumed_without_its_server_and_delivers_later(client, monkeypatch, tmp_path, capsys):
+def test_training_resumes_without_its_server_and_delivers_later(client, monkeypatch, tmp_path, capsys):
     first = start(tmp_path / "stage")
     first.log({"loss": 1.0}, 1)
     first.finish("FAILED")
-    there = json.loads((tmp_path / "stage" / "run.json").read_text())
-    store, gone = there["tracking_uri"], f"http://127.0.0.1:{services.free_ports(1)[0]}"
-    (tmp_path / "stage" / "run.json").write_text(json.dumps(there | {"tracking_uri": gone}))
+    state = json.loads((tmp_path / "stage" / "run.json").read_text())
+    store, gone = state["tracking_uri"], f"http://127.0.0.1:{services.free_ports(1)[0]}"
+    (tmp_path / "stage" / "run.json").write_text(json.dumps(state | {"tracking_uri": gone}))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", gone)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setattr(tracking, "_CLOSE_SECONDS", 1.0)
     second = start(tmp_path / "stage")
     second.log({"loss": 2.0}, 2)
     assert second.finish() is False
-    said = capsys.readouterr().out
-    assert f"MLflow at {gone} cannot be reached" in said and f"training goes on in MLflow run {first.run_id}" in said
-    (tmp_path / "stage" / "run.json").write_text(json.dumps(there))
+    output = capsys.readouterr().out
+    assert f"MLflow at {gone} cannot be reached" in output and f"training continues in MLflow run {first.run_id}" in output
+    (tmp_path / "stage" / "run.json").write_text(json.dumps(state))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
     third = start(tmp_path / "stage")
     assert third.finish() is True
@@ -156,16 +158,16 @@ def test_a_training_is_resumed_without_its_server_and_delivers_later(client, mon
     assert curve(client, first.run_id) == [(1, 1.0), (2, 2.0)]
 
 
-def test_a_run_of_another_server_that_fails_to_answer_is_one_error(client, monkeypatch, tmp_path):
+def test_failing_server_that_is_not_the_one_of_the_run_is_an_error(client, monkeypatch, tmp_path):
     start(tmp_path / "stage").finish("FAILED")
     elsewhere = tiny.mlflow_at(monkeypatch, tmp_path / "elsewhere")
     fail_once(monkeypatch, "get_run")
     with pytest.raises(ValueError, match=r"MLflow at sqlite:.*elsewhere.* refused the run: .* 503 != 200$"):
         start(tmp_path / "stage")
-    assert elsewhere.get_experiment_by_name("pixelclip") is None  # nor was a second run started
+    assert elsewhere.get_experiment_by_name("pixelclip") is None  # and no second run was started
 
 
-def test_an_evaluation_whose_training_cannot_be_looked_up_is_one_error(client, monkeypatch, tmp_path):
+def test_attaching_while_the_server_fails_is_an_error(client, monkeypatch, tmp_path):
     start(tmp_path / "model").finish()
     (tmp_path / "evaluation").mkdir()
     fail_once(monkeypatch, "get_run")
@@ -174,7 +176,7 @@ def test_an_evaluation_whose_training_cannot_be_looked_up_is_one_error(client, m
     assert len(all_runs(client)) == 1
 
 
-def test_a_journal_line_that_a_kill_cut_short_is_repaired(client, tmp_path):
+def test_incomplete_last_line_of_the_journal_is_removed(client, tmp_path):
     first = start(tmp_path / "stage")
     first.log({"loss": 1.0}, 1)
     first.finish("FAILED")
@@ -188,7 +190,7 @@ def test_a_journal_line_that_a_kill_cut_short_is_repaired(client, tmp_path):
     assert curve(client, second.run_id) == [(1, 1.0), (2, 2.0)]
 
 
-def test_more_points_than_one_request_holds(client, tmp_path):
+def test_points_are_split_into_several_requests(client, tmp_path):
     run = start(tmp_path / "stage")
     for step in range(1, 121):
         run.log({f"curve{i}": float(step * i) for i in range(10)}, step)
@@ -197,22 +199,22 @@ def test_more_points_than_one_request_holds(client, tmp_path):
         assert curve(client, run.run_id, f"curve{i}") == [(step, float(step * i)) for step in range(1, 121)]
 
 
-def test_a_given_run_is_honoured_and_not_ended(client, monkeypatch, tmp_path):
-    given = client.create_run(client.create_experiment("theirs")).info.run_id
-    monkeypatch.setenv("MLFLOW_RUN_ID", given)
+def test_run_of_the_environment_is_used_and_not_ended(client, monkeypatch, tmp_path):
+    env_run = client.create_run(client.create_experiment("theirs")).info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", env_run)
     run = start(tmp_path / "stage")
     run.log({"loss": 1.0}, 1)
     assert run.finish()
-    assert run.run_id == given
-    assert client.get_run(given).info.status == "RUNNING"
-    assert curve(client, given) == [(1, 1.0)]
-    # Nor does the next stage end it, when it delivers what was left.
+    assert run.run_id == env_run
+    assert client.get_run(env_run).info.status == "RUNNING"
+    assert curve(client, env_run) == [(1, 1.0)]
+    # The next stage delivers the rest and does not end it either.
     with (tmp_path / "stage" / "curves.jsonl").open("a") as file:
         file.write('{"step": 2, "time": 1, "metrics": {"loss": 2.0}}\n')
     (tmp_path / "next").mkdir()
     Run.attach(tmp_path / "stage", tmp_path / "next", PROVENANCE).finish()
-    assert curve(client, given) == [(1, 1.0), (2, 2.0)]
-    assert client.get_run(given).info.status == "RUNNING"
+    assert curve(client, env_run) == [(1, 1.0), (2, 2.0)]
+    assert client.get_run(env_run).info.status == "RUNNING"
 
 
 def test_stages_of_one_pipeline_run_share_a_run(client, monkeypatch, tmp_path):
@@ -231,12 +233,12 @@ def test_stages_of_one_pipeline_run_share_a_run(client, monkeypatch, tmp_path):
     assert len(all_runs(client)) == 3
 
 
-@pytest.mark.parametrize("known_by", [PIPELINE_RUN, "MLFLOW_RUN_ID"])
-def test_a_training_that_begins_again_in_an_empty_folder_adds_no_step_twice(client, monkeypatch, tmp_path, known_by):
+@pytest.mark.parametrize("variable", [PIPELINE_RUN, "MLFLOW_RUN_ID"])
+def test_training_restarted_in_an_empty_folder_adds_no_step_twice(client, monkeypatch, tmp_path, variable):
     """A retried pod without a workspace joins its run with an empty journal."""
-    monkeypatch.setenv(known_by, client.create_run(experiment_id(client)).info.run_id)
+    monkeypatch.setenv(variable, client.create_run(experiment_id(client)).info.run_id)
     first = start(tmp_path / "one")
-    client.log_metric(first.run_id, "theirs", 1.0, step=10**6)  # is no step of ours
+    client.log_metric(first.run_id, "theirs", 1.0, step=10**6)  # not from our training
     for step in (10, 20, 30):
         first.log({"loss": float(step)} | ({"rate": 1.0} if step < 30 else {}), step)
     first.finish("FAILED")
@@ -247,35 +249,35 @@ def test_a_training_that_begins_again_in_an_empty_folder_adds_no_step_twice(clie
     assert second.run_id == first.run_id
     assert curve(client, first.run_id) == [(10, 10.0), (20, 20.0), (30, 30.0), (40, 40.5), (50, 50.5)]
     assert curve(client, first.run_id, "rate") == [(10, 1.0), (20, 1.0), (30, 2.0), (40, 2.0), (50, 2.0)]
-    # Its own journal is whole, for a server that knows nothing.
+    # Its own journal is complete, for a server without the run.
     client.delete_run(first.run_id)
-    monkeypatch.delenv(known_by)
+    monkeypatch.delenv(variable)
     (tmp_path / "evaluation").mkdir()
-    told = Run.attach(tmp_path / "two", tmp_path / "evaluation", PROVENANCE)
-    told.finish()
-    assert curve(client, told.run_id) == [(step, step + 0.5) for step in (10, 20, 30, 40, 50)]
+    attached = Run.attach(tmp_path / "two", tmp_path / "evaluation", PROVENANCE)
+    attached.finish()
+    assert curve(client, attached.run_id) == [(step, step + 0.5) for step in (10, 20, 30, 40, 50)]
 
 
-def test_a_given_run_comes_before_the_one_of_an_interrupted_start(client, monkeypatch, tmp_path):
-    """Kubeflow's MLflow plugin gives a retried task a new run; in a workspace the training itself continues."""
+def test_run_of_the_environment_takes_precedence_over_an_interrupted_one(client, monkeypatch, tmp_path):
+    """Kubeflow's MLflow plugin creates a new run for a retried task; with a workspace the training resumes."""
     first = start(tmp_path / "stage")
     first.log({"loss": 1.0}, 1)
     first.finish("FAILED")
     experiment = client.create_experiment("theirs")
-    given = client.create_run(experiment, tags={"mlflow.parentRunId": "of the pipeline"}).info.run_id
-    monkeypatch.setenv("MLFLOW_RUN_ID", given)
+    env_run = client.create_run(experiment, tags={"mlflow.parentRunId": "of the pipeline"}).info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", env_run)
     monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", experiment)
     monkeypatch.setenv(PARENT_RUN, "another")
     second = start(tmp_path / "stage")
     second.log({"loss": 2.0}, 2)
     second.finish()
-    assert second.run_id == given
-    assert curve(client, given) == [(1, 1.0), (2, 2.0)]
-    assert client.get_run(given).data.tags["mlflow.parentRunId"] == "of the pipeline"
-    assert client.get_run(given).info.status == "RUNNING"
+    assert second.run_id == env_run
+    assert curve(client, env_run) == [(1, 1.0), (2, 2.0)]
+    assert client.get_run(env_run).data.tags["mlflow.parentRunId"] == "of the pipeline"
+    assert client.get_run(env_run).info.status == "RUNNING"
 
 
-def test_a_given_run_that_is_not_there_is_named(client, monkeypatch, tmp_path):
+def test_unknown_run_of_the_environment_is_named(client, monkeypatch, tmp_path):
     trained = start(tmp_path / "model")
     trained.finish()
     monkeypatch.setenv("MLFLOW_RUN_ID", "0" * 32)
@@ -286,7 +288,7 @@ def test_a_given_run_that_is_not_there_is_named(client, monkeypatch, tmp_path):
         Run.attach(tmp_path / "model", tmp_path / "evaluation", PROVENANCE)
 
 
-def test_a_run_below_a_parent_is_its_own_also_in_a_pipeline(client, monkeypatch, tmp_path):
+def test_child_runs_do_not_join_the_run_of_the_pipeline(client, monkeypatch, tmp_path):
     experiment = experiment_id(client)
     monkeypatch.setenv(PIPELINE_RUN, "p1")
     monkeypatch.setenv(PARENT_RUN, "above")
@@ -303,13 +305,13 @@ def test_a_run_below_a_parent_is_its_own_also_in_a_pipeline(client, monkeypatch,
         assert client.get_run(child.run_id).data.tags["mlflow.parentRunId"] == "above"
 
 
-def test_an_evaluation_in_a_run_of_its_own_gives_the_training_its_figures(client, monkeypatch, tmp_path):
+def test_evaluation_in_another_run_also_adds_metrics_to_the_training(client, monkeypatch, tmp_path):
     trained = start(tmp_path / "model")
     trained.log({"loss": 1.0}, 1)
     trained.finish()
     place = (tmp_path / "artifacts").as_uri()
-    given = client.create_run(client.create_experiment("theirs", artifact_location=place)).info.run_id
-    monkeypatch.setenv("MLFLOW_RUN_ID", given)
+    env_run = client.create_run(client.create_experiment("theirs", artifact_location=place)).info.run_id
+    monkeypatch.setenv("MLFLOW_RUN_ID", env_run)
     (tmp_path / "evaluation").mkdir()
     (tmp_path / "report.html").write_text("hello")
     attached = Run.attach(tmp_path / "model", tmp_path / "evaluation", PROVENANCE)
@@ -317,8 +319,8 @@ def test_an_evaluation_in_a_run_of_its_own_gives_the_training_its_figures(client
     attached.tags({"protocol": "whole"})
     attached.values({"miou": 30.0})
     attached.artifact(tmp_path / "report.html")
-    assert attached.finish() and attached.run_id == given
-    own, training = (client.get_run(run_id) for run_id in (given, trained.run_id))
+    assert attached.finish() and attached.run_id == env_run
+    own, training = (client.get_run(run_id) for run_id in (env_run, trained.run_id))
     assert (own.data.metrics, training.data.metrics) == ({"miou": 30.0}, {"loss": 1.0, "miou": 30.0})
     assert own.data.tags["protocol"] == training.data.tags["protocol"] == "whole"
     assert own.data.params == {"evaluate.side": "3"}
@@ -326,7 +328,7 @@ def test_an_evaluation_in_a_run_of_its_own_gives_the_training_its_figures(client
     assert (own.info.status, training.info.status) == ("RUNNING", "FINISHED")
 
 
-def test_the_experiment_can_be_chosen(client, monkeypatch, tmp_path):
+def test_experiment_is_taken_from_the_environment(client, monkeypatch, tmp_path):
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "mine")
     run = start(tmp_path / "stage")
     run.finish()
@@ -349,7 +351,7 @@ def test_attaching_adds_to_the_run_and_does_not_end_it(client, tmp_path):
 
 
 @pytest.mark.parametrize("lost", ["another store", "a deleted run"])
-def test_a_store_that_has_no_such_run_is_told_the_whole_history(client, monkeypatch, tmp_path, lost):
+def test_server_without_the_run_receives_the_whole_history(client, monkeypatch, tmp_path, lost):
     model, stage = tmp_path / "model", tmp_path / "evaluation"
     trained = start(model)
     for step in (1, 2):
@@ -362,28 +364,28 @@ def test_a_store_that_has_no_such_run_is_told_the_whole_history(client, monkeypa
     stage.mkdir()
     attached = Run.attach(model, stage, PROVENANCE)
     attached.finish()
-    (there,) = all_runs(client)
-    assert there.info.run_id == attached.run_id != trained.run_id
-    assert there.info.status == "FINISHED"
+    (new,) = all_runs(client)
+    assert new.info.run_id == attached.run_id != trained.run_id
+    assert new.info.status == "FINISHED"
     assert curve(client, attached.run_id) == [(1, 1.0), (2, 2.0)]
-    assert there.data.params["masks.generator"] == "given"
+    assert new.data.params["masks.generator"] == "given"
 
 
-def test_an_unreachable_server_is_named_at_once(client, monkeypatch, tmp_path):
+def test_unreachable_server_is_an_error_at_the_start(client, monkeypatch, tmp_path):
     uri = f"http://127.0.0.1:{services.free_ports(1)[0]}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     with pytest.raises(ValueError, match=f"MLflow at {uri} cannot be reached .*MLFLOW_TRACKING_URI"):
         start(tmp_path / "stage")
 
 
-def test_a_file_that_is_no_database_is_named(client, tmp_path):
+def test_file_that_is_not_a_database_is_an_error(client, tmp_path):
     (tmp_path / "mlflow" / "mlflow.db").write_text("no database")
     with pytest.raises(ValueError, match=r"mlflow\.db cannot be used .*MLFLOW_TRACKING_URI"):
         connect()
 
 
 def mlflow_on_sqlite(folder: Path, options: Sequence[str] = (), environment: Mapping[str, str] | None = None) -> Mlflow:
-    """A real MLflow server that can be killed and started again; its database, a file, is there without it, too."""
+    """A real MLflow server that can be killed and restarted; its SQLite database can be read without it."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         tiny.mlflow_at(monkeypatch, folder)
     return services.mlflow_on(f"sqlite:///{folder}/mlflow.db", str(folder), folder / "server.log", environment or {}, options)
@@ -391,7 +393,7 @@ def mlflow_on_sqlite(folder: Path, options: Sequence[str] = (), environment: Map
 
 @pytest.fixture(scope="module", autouse=True)
 def early_server(request, tmp_path_factory) -> Iterator[Mlflow | None]:
-    """Started before the first test of this file, because a start takes many seconds."""
+    """Started before the first test of this module, because it takes many seconds."""
     wanted = any("server" in item.fixturenames for item in request.session.items if item.module is request.module)
     made = mlflow_on_sqlite(tmp_path_factory.mktemp("server")) if wanted else None
     if made:
@@ -411,35 +413,56 @@ def server(early_server, client, monkeypatch) -> Mlflow:
     return early_server
 
 
-def wait_for_trouble(run: Run) -> None:
-    for _ in range(600):
-        if run._trouble:
-            return
-        time.sleep(0.1)
-    raise AssertionError("the run did not notice that its server is lost")
-
-
-def test_a_store_lost_in_the_middle_is_told_everything_when_it_is_back(client, tmp_path, capsys):
+def test_curves_of_an_outage_are_delivered_when_the_store_is_back(client, tmp_path, capsys):
     run = start(tmp_path / "stage")
     run.log({"loss": 1.0}, 1)
-    while run._pending():
-        time.sleep(0.01)
+    assert not run.journal.pending
     store = tmp_path / "mlflow" / "mlflow.db"
     kept = store.read_bytes()
     store.write_bytes(b"no database")
     for step in (2, 3):
         run.log({"loss": float(step)}, step)
     run.values({"final": 0.5})
-    wait_for_trouble(run)
+    assert not run.journal.flush(0)
     store.write_bytes(kept)
     assert run.finish() is True
     assert curve(client, run.run_id) == [(1, 1.0), (2, 2.0), (3, 3.0)]
     assert client.get_run(run.run_id).data.metrics["final"] == 0.5
-    said = capsys.readouterr().out
-    assert "training goes on" in said and "is back" in said
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("MLflow at ")]
+    assert len(lines) == 2 and "is lost" in lines[0] and "is back" in lines[1]
 
 
-def test_a_killed_server_costs_nothing(server, monkeypatch, tmp_path, capsys):
+def test_a_server_that_does_not_respond_blocks_training_only_briefly(client, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(journal, "_SECONDS", 1)
+    run = start(tmp_path / "stage")
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts connections and never responds
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        run.journal._client = MlflowClient(os.environ["MLFLOW_TRACKING_URI"])
+        start_time = time.monotonic()
+        for step in range(1, 101):
+            run.log({"loss": float(step)}, step)
+        assert 1 < time.monotonic() - start_time < 5
+        assert len(run.journal.points) == 100 and capsys.readouterr().out.count("is lost") == 1
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "20"
+
+
+def test_pause_after_failures_grows_and_ends_with_a_success(client, monkeypatch, tmp_path):
+    now, sent = [1000.0], []
+    monkeypatch.setattr(journal.time, "monotonic", lambda: now[0])
+    run = start(tmp_path / "stage")
+    run.journal._send_points = lambda: (sent.append(now[0]), 1 / 0)
+    for step in range(1, 100):
+        run.log({"loss": 1.0}, step)
+        now[0] += 1.0
+    assert [time - 1000 for time in sent] == [0, 1, 3, 7, 15, 31, 63]
+    del run.journal._send_points
+    now[0] += 100
+    for step in range(100, 103):
+        run.log({"loss": 1.0}, step)
+        assert not run.journal.pending
+
+
+def test_killed_server_costs_neither_training_nor_curves(server, monkeypatch, tmp_path, capsys):
     run = start(tmp_path / "model")
     run.log({"loss": 1.0}, 1)
     server.server.kill()
@@ -447,12 +470,12 @@ def test_a_killed_server_costs_nothing(server, monkeypatch, tmp_path, capsys):
         run.log({"loss": float(step)}, step)
     monkeypatch.setattr(tracking, "_CLOSE_SECONDS", 2.0)
     assert run.finish() is False
-    said = capsys.readouterr().out
-    assert f"MLflow at {server.uri} is lost" in said and run.run_id in said
+    output = capsys.readouterr().out
+    assert f"MLflow at {server.uri} is lost" in output and run.run_id in output
     lines = [json.loads(line) for line in (tmp_path / "model" / "curves.jsonl").read_text().splitlines()]
     assert [(line["step"], line["metrics"]["loss"]) for line in lines] == [(1, 1.0), (2, 2.0), (3, 3.0)]
 
-    # The next stage delivers: here to the server's own database, since a second start takes long (see the slow test).
+    # The next stage delivers: here to the server's database, since a restart takes long (see the slow test).
     (tmp_path / "evaluation").mkdir()
     with pytest.raises(ValueError, match="cannot be reached"):
         Run.attach(tmp_path / "model", tmp_path / "evaluation", PROVENANCE)
@@ -467,7 +490,7 @@ def test_a_killed_server_costs_nothing(server, monkeypatch, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_a_server_started_again_is_told_everything(server, monkeypatch, tmp_path, capsys):
+def test_restarted_server_receives_everything(server, monkeypatch, tmp_path, capsys):
     client = MlflowClient(server.store)
     # By the same process.
     run = start(tmp_path / "stage")
@@ -477,7 +500,7 @@ def test_a_server_started_again_is_told_everything(server, monkeypatch, tmp_path
         run.log({"loss": float(step)}, step)
     (tmp_path / "note.txt").write_text("hello")
     run.artifact(tmp_path / "note.txt")
-    wait_for_trouble(run)
+    assert not run.journal.flush(0)
     server.server.start()
     server.server.wait()
     run.log({"loss": 4.0}, 4)

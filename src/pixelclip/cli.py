@@ -206,8 +206,8 @@ def promote(
     force: Annotated[str, typer.Option(metavar="REASON", help="Promote against the gate; the reason is recorded.")] = "",
 ) -> None:
     """Make a registered version the champion, if it beats the present one (else exit code 1)."""
-    from pixelclip.promote import rollback as roll_back
-    from pixelclip.promote import run
+    from pixelclip.promotion import rollback as roll_back
+    from pixelclip.promotion import run
 
     if rollback == (version is not None):
         raise ValueError("promote: either a VERSION or --rollback is needed")
@@ -419,7 +419,7 @@ def _path(spec: str) -> Path:
 
         return here(spec)
     try:
-        from pixelclip.register import fetch
+        from pixelclip.model_version import fetch
     except ModuleNotFoundError as error:
         raise ValueError(f"{spec}: needs the extra `train` (pip install 'pixelclip[train]'): {error.name} is missing") from None
     return fetch(spec)

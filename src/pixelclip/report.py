@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pixelclip.images import colour_labels, fitted, palette
+from pixelclip.journal import CURVES
 from pixelclip.pictures import GALLERY
 from pixelclip.provenance import flatten
 from pixelclip.stage import PROVENANCE, Metrics
 from pixelclip.storage import read_json, write_atomically
-from pixelclip.tracking import CURVES
 
 _PICTURE = (320, 1280)  # largest width and height
 

@@ -22,16 +22,17 @@ from pixelclip.clip_sources import clip_folder
 from pixelclip.code_version import CHANGED, code_image, code_revision
 from pixelclip.config import STAGES, build, lasting
 from pixelclip.download import here
+from pixelclip.journal import RUN
 from pixelclip.lineage import Registered, recorded
-from pixelclip.promote import registry
+from pixelclip.model_version import fetch
+from pixelclip.promotion import registry
 from pixelclip.provenance import chain, flatten, source
-from pixelclip.register import fetch
 from pixelclip.s3 import is_s3
 from pixelclip.server import experiment_id
 from pixelclip.shard_sources import describe_shards
 from pixelclip.stage import describe
 from pixelclip.storage import digest, write_json
-from pixelclip.tracking import PARENT_RUN, RUN, lineage
+from pixelclip.tracking import PARENT_RUN, lineage
 
 COMPARISON = "reproduction.json"
 _MAIN_INPUT = {"shards": "images", "masks": "shards", "train": "masks"}

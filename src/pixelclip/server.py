@@ -1,7 +1,7 @@
-"""MLflow's server: where it is, a client of it, and the experiment that runs go to.
+"""Access to MLflow: tracking URI, a checked client, the experiment of new runs, time-outs.
 
-`MLFLOW_TRACKING_URI` and MLflow's other variables are honoured; the default is `sqlite:///runs/mlflow.db` with artifacts
-beside it.
+`MLFLOW_TRACKING_URI` and MLflow's other variables are honoured; the default is `sqlite:///runs/mlflow.db` with artifacts in the
+same folder.
 """
 
 import os
@@ -16,27 +16,27 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 _DEFAULT_URI = "sqlite:///runs/mlflow.db"
-_TIMEOUT = "MLFLOW_HTTP_REQUEST_TIMEOUT"
-_ANSWER, _TRANSFER = "20", "600"  # seconds
+_TIMEOUT, _RETRIES = "MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
+_DEFAULTS = {_TIMEOUT: "20", _RETRIES: "2"}  # MLflow's own retries block for minutes
+_TRANSFER_SECONDS = 600
 
 
 def tracking_uri() -> str:
-    """Where runs are stored."""
+    """Return the URI of the tracking server or database."""
     return os.environ.get("MLFLOW_TRACKING_URI") or _DEFAULT_URI
 
 
 def connect() -> MlflowClient:
-    """A client of the tracking server or file.
+    """Return a client of the tracking server or database.
 
     Raises:
-        ValueError: it cannot be reached.
+        ValueError: the server is unreachable or denies access.
     """
     uri = tracking_uri()
-    # A long outage is survived by the journal, so one delivery must not block for MLflow's own minutes of retries.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-    os.environ.setdefault(_TIMEOUT, _ANSWER)
+    for name, value in _DEFAULTS.items():
+        os.environ.setdefault(name, value)
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    # Else a server before S3 sends its clients there, by the address that it knows itself: one that often only it can reach.
+    # Otherwise a server in front of S3 redirects its clients there, to an address that often only the server can reach.
     os.environ.setdefault("MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD", "false")
     os.environ.setdefault("MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD", "false")
     if uri.startswith("sqlite:///"):
@@ -51,7 +51,7 @@ def connect() -> MlflowClient:
         if "error code 403" in str(error):
             raise ValueError(
                 f"MLflow at {uri} refuses this request (403): the user may not read experiments, or the server's "
-                "--allowed-hosts does not name this host and port"
+                "--allowed-hosts lacks this host and port"
             ) from None
         if "error code 401" in str(error):
             user = os.environ.get("MLFLOW_TRACKING_USERNAME")
@@ -64,29 +64,35 @@ def connect() -> MlflowClient:
 
 
 @contextmanager
-def transfer() -> Iterator[None]:
-    """Time for files: MLflow's server answers when its store has taken, or given, the whole of one.
+def request_limits(timeout: int, retries: int | None = None) -> Iterator[None]:
+    """Set MLflow's time-out (seconds) and retries for the requests inside; values that the user set are kept."""
+    # MLflow reads both from the environment for every request. Ours are recognised by value: subprocesses inherit them.
+    limits = {_TIMEOUT: timeout, _RETRIES: retries}
+    ours = [name for name, value in _DEFAULTS.items() if limits[name] is not None and os.environ.get(name) == value]
+    os.environ.update({name: str(limits[name]) for name in ours})
+    try:
+        yield
+    finally:
+        os.environ.update({name: _DEFAULTS[name] for name in ours})
 
-    A timeout that somebody set is kept. MLflow reads it from the environment for every request, in whichever thread.
+
+@contextmanager
+def transfer() -> Iterator[None]:
+    """Allow more time for files: MLflow's server responds after its store has received or sent a whole file.
 
     Raises:
-        MlflowException: a file could not be sent or fetched, also where MLflow itself raises another kind.
+        MlflowException: a file could not be sent or fetched, also where MLflow itself raises another type.
     """
-    before = os.environ.get(_TIMEOUT)
-    try:
-        if before == _ANSWER:  # by its value, since the steps of a local pipeline inherit it
-            os.environ[_TIMEOUT] = _TRANSFER
-        yield
-    except (MlflowException, OSError) as error:  # `requests` raises the latter
-        said = first_line(error)
-        if "timed out" in said:
-            raise MlflowException(f"{said}; {_TIMEOUT} is {os.environ.get(_TIMEOUT)} s") from None
-        if isinstance(error, OSError):
-            raise MlflowException(said) from None
-        raise
-    finally:
-        if before is not None:
-            os.environ[_TIMEOUT] = before
+    with request_limits(timeout=_TRANSFER_SECONDS):
+        try:
+            yield
+        except (MlflowException, OSError) as error:  # `requests` raises OSError
+            message = first_line(error)
+            if "timed out" in message:
+                raise MlflowException(f"{message}; {_TIMEOUT} is {os.environ.get(_TIMEOUT)} s") from None
+            if isinstance(error, OSError):
+                raise MlflowException(message) from None
+            raise
 
 
 def _check_alive(uri: str) -> None:
@@ -94,38 +100,39 @@ def _check_alive(uri: str) -> None:
         with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=10):
             return
     except urllib.error.HTTPError:
-        return  # somebody answers; whether we may use it shows with the first real request
+        return  # the server is up; the first real request checks access
     except OSError as error:
         reason = getattr(error, "reason", error)
         raise ValueError(f"MLflow at {uri} cannot be reached (MLFLOW_TRACKING_URI): {reason}") from None
 
 
 def is_missing(error: MlflowException) -> bool:
-    """Whether MLflow says that something is not there; any other error leaves that open."""
+    """Return True only for RESOURCE_DOES_NOT_EXIST; after any other error the resource may exist."""
     return bool(error.error_code == "RESOURCE_DOES_NOT_EXIST")
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, without the lines below it."""
+    """Return the first line of an error's message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def experiment_id(client: MlflowClient) -> str:
-    """The experiment that runs go to: MLFLOW_EXPERIMENT_ID, or MLFLOW_EXPERIMENT_NAME, or `pixelclip`; made when new."""
-    if given := os.environ.get("MLFLOW_EXPERIMENT_ID"):
-        return given
+    """Return the ID of the experiment for new runs: MLFLOW_EXPERIMENT_ID, MLFLOW_EXPERIMENT_NAME or `pixelclip`.
+
+    The experiment is created if it does not exist.
+    """
+    if env_id := os.environ.get("MLFLOW_EXPERIMENT_ID"):
+        return env_id
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "pixelclip")
-    found = client.get_experiment_by_name(name)
-    if found is not None:
-        return str(found.experiment_id)
+    if existing := client.get_experiment_by_name(name):
+        return str(existing.experiment_id)
     uri = tracking_uri()
     location = None
     if uri.startswith("sqlite:///"):
         location = (Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlartifacts").as_uri()
     try:
         return str(client.create_experiment(name, artifact_location=location))
-    except MlflowException:  # another process was faster
-        found = client.get_experiment_by_name(name)
-        if found is None:
-            raise
-        return str(found.experiment_id)
+    except MlflowException:
+        if existing := client.get_experiment_by_name(name):  # another process has just created it
+            return str(existing.experiment_id)
+        raise

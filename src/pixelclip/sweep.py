@@ -28,10 +28,11 @@ from pixelclip import evaluate, train
 from pixelclip.benchmarks import open_labelled
 from pixelclip.config import STAGES, EvaluateConfig, TrainConfig, build, load, nearest, read_yaml
 from pixelclip.download import here
+from pixelclip.journal import RUN
 from pixelclip.server import connect, experiment_id
 from pixelclip.shard_sources import list_shards
 from pixelclip.storage import read_json, write_atomically
-from pixelclip.tracking import PARENT_RUN, PIPELINE_RUN, RUN, Run, lineage
+from pixelclip.tracking import PARENT_RUN, PIPELINE_RUN, Run, lineage
 
 TABLE, RUNS, PLOT = "table.md", "runs.csv", "sweep.png"
 # Metrics of the table: key in evaluate's metrics, before the slash, and heading.

@@ -1,15 +1,14 @@
-"""The Run: one MLflow run per pipeline run, fed from a journal so that a lost server loses nothing.
+"""The MLflow run of a pipeline run: started by a training, joined by the stages after it.
 
-Every point of a curve is first appended to `curves.jsonl` in the stage's folder, then delivered by a background thread.
-What a lost server missed is delivered when it is back, or by the same command again.
+Metrics pass through a journal (`journal.py`), so an unreachable server costs neither the training nor its curves: the next
+`log`, the next stage or the same command again delivers them.
 """
 
 import contextlib
 import json
 import os
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -18,28 +17,28 @@ from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
 
+from pixelclip.journal import CURVES, RUN, Journal
 from pixelclip.provenance import data, flatten, source
 from pixelclip.provenance import tags as tags_of
 from pixelclip.server import connect, experiment_id, first_line, is_missing, tracking_uri
-from pixelclip.storage import read_json, write_json
+from pixelclip.storage import read_json
 
-CURVES, RUN = "curves.jsonl", "run.json"
 PIPELINE_RUN = "PIXELCLIP_PIPELINE_RUN"
-"""Environment variable with the id of the pipeline run that a stage is part of."""
+"""Environment variable with the ID of the pipeline run that a stage belongs to."""
 PARENT_RUN = "PIXELCLIP_PARENT_RUN"
-"""Environment variable with the id of the MLflow run below which new runs stand."""
-_BATCH, _PARAMS_AT_ONCE = 500, 90
+"""Environment variable with the ID of the parent of new MLflow runs."""
+_PARAMS_PER_REQUEST = 90  # MLflow accepts 100
 _CLOSE_SECONDS = 30.0
 
 
 def lineage(provenance: Mapping[str, Any]) -> dict[str, str]:
-    """Lineage tags: code and data of the whole chain, the pipeline run, the run above."""
-    found = tags_of(provenance)
+    """Return lineage tags: code and data of the whole chain, pipeline run, parent run."""
+    tags = tags_of(provenance)
     if pipeline_run := os.environ.get(PIPELINE_RUN):
-        found["kfp.run_id"] = pipeline_run
+        tags["kfp.run_id"] = pipeline_run
     if parent := os.environ.get(PARENT_RUN):
-        found["mlflow.parentRunId"] = parent
-    return found
+        tags["mlflow.parentRunId"] = parent
+    return tags
 
 
 class Run:
@@ -47,269 +46,175 @@ class Run:
 
     Args:
         client: a connected client.
-        folder: where the journal (`curves.jsonl`, `run.json`) stands.
-        run_id: of a run that exists on the client's server.
-        owned: whether this process decides how the run ends.
+        folder: folder of the journal (`curves.jsonl`, `run.json`).
+        run_id: ID of an existing run.
+        owned: True if this process ends the run.
     """
 
     def __init__(self, client: MlflowClient, folder: Path, run_id: str, owned: bool) -> None:
-        self.client, self.folder, self.run_id = client, folder, run_id
+        self.client, self.run_id = client, run_id
+        self.journal = Journal(client, folder, run_id)
         self._owned = owned
-        self._runs = [run_id]  # that take final figures and tags
-        self._journal = folder / CURVES
-        self._lines = _whole_lines(self._journal)
-        self._last_step = json.loads(self._lines[-1])["step"] if self._lines else -1
-        known = read_json(folder / RUN) if (folder / RUN).is_file() else {}
-        same = known.get("run_id") == run_id and known.get("tracking_uri") == tracking_uri()
-        self._delivered = min(int(known["delivered"]), len(self._lines)) if same else 0
-        self._told: dict[str, int] = {}  # the last step that the server has of each curve
-        self._actions: list[Callable[[], None]] = []
-        self._wake, self._closing, self._stop = threading.Event(), threading.Event(), threading.Event()
-        self._idle = threading.Condition()
-        self._trouble = ""
-        self._save()
-        self._thread = threading.Thread(target=self._deliver_forever, name="mlflow", daemon=True)
-        self._thread.start()
+        self._run_ids = [run_id]  # all that receive final metrics and tags
 
     @classmethod
     def start(cls, folder: Path, name: str, provenance: Mapping[str, Any]) -> Self:
-        """Starts the run of a training, or continues the one that `folder` belongs to.
+        """Start the run of a training, or continue the one of an interrupted training in `folder`.
 
-        The order of choice is: MLFLOW_RUN_ID (which is never ended here), the run of an interrupted start, a new run below
-        PIXELCLIP_PARENT_RUN, the run tagged with this pipeline run's id, a new run. An interrupted training continues its run
-        also while the server does not answer.
+        The first of these is used: the run MLFLOW_RUN_ID (which is never ended here), the run of an interrupted training, a new
+        child of PIXELCLIP_PARENT_RUN, the run tagged with the ID of this pipeline run, a new run. An interrupted training
+        continues its run even while the server does not respond.
 
         Raises:
-            ValueError: MLflow cannot be reached, or refuses.
+            ValueError: MLflow is unreachable or rejects a request.
         """
-        given = os.environ.get("MLFLOW_RUN_ID")
-        with _said(given):
-            client, resumed = (connect(), None) if given else _resumed(folder)
+        env_run = os.environ.get("MLFLOW_RUN_ID")
+        with _one_error(env_run):
+            client, resumed = (connect(), None) if env_run else _resumed(folder)
             tags = lineage(provenance)
-            if given:
-                tags.pop("mlflow.parentRunId", None)  # it stands where its maker put it
-            run_id = given or resumed or _of_pipeline(client, tags)
+            if env_run:
+                tags.pop("mlflow.parentRunId", None)  # its creator chose the parent
+            run_id = env_run or resumed or _of_pipeline(client, tags)
             if run_id is None:
                 run_id = client.create_run(experiment_id(client), run_name=name, tags=tags).info.run_id
-            run = cls(client, folder, run_id, owned=not given)
-            introduce = partial(run._introduce, provenance, tags)
+            run = cls(client, folder, run_id, owned=not env_run)
+            describe = partial(run._describe, provenance, tags)
             if resumed:
-                run._do(introduce)  # its server knows most of that already, and need not be there right now
+                run.journal.requests.append(describe)  # mostly known to the server already, which may be unreachable now
             else:
-                introduce()
+                describe()
         return run
 
     @classmethod
     def trained(cls, client: MlflowClient, model: Path, provenance: Mapping[str, Any]) -> str:
-        """The id of the run that trained a model; what its server missed is delivered first.
+        """Return the ID of the run that trained a model, after delivering the undelivered part of its curves.
 
-        A server that does not know the run is told its whole history: in the run MLFLOW_RUN_ID, or in a new one.
+        If the server has no such run, all curves and settings go to the run MLFLOW_RUN_ID or to a new one.
 
         Args:
             client: a connected client.
-            model: the model folder.
-            provenance: the model's.
+            model: model folder.
+            provenance: the model's provenance.
 
         Raises:
-            ValueError: MLflow refuses.
+            ValueError: MLflow rejects a request.
         """
-        given = os.environ.get("MLFLOW_RUN_ID")
-        with _said(given):
-            known = _existing(client, model)
-            run_id = known or given
+        env_run = os.environ.get("MLFLOW_RUN_ID")
+        with _one_error(env_run):
+            existing = _existing(client, model)
+            run_id = existing or env_run
             if run_id is None:
                 run_id = client.create_run(experiment_id(client), run_name=model.name, tags=lineage(provenance)).info.run_id
-            retold = cls(client, model, run_id, owned=run_id != given)
-            if known is None or retold._pending():
-                retold.params(flatten(provenance))
-                retold.datasets(provenance, "training")
-                retold.finish()
+            run = cls(client, model, run_id, owned=run_id != env_run)
+            if existing is None or run.journal.pending:
+                run.params(flatten(provenance))
+                run.datasets(provenance, "training")
+                run.finish()
         return run_id
 
     @classmethod
     def attach(cls, model: Path, folder: Path, provenance: Mapping[str, Any]) -> Self:
-        """Attaches to the run MLFLOW_RUN_ID, or else to the run that trained a model.
+        """Attach to the run MLFLOW_RUN_ID, or else to the run that trained a model.
 
-        Where both are there and differ (Kubeflow's MLflow plugin gives every task a run of its own), final figures and tags
-        go to the training's run, too: there all numbers of a model stand together.
+        If the two differ (Kubeflow's MLflow plugin creates a run per task), final metrics and tags go to both, so that the
+        training's run has all metrics of its model.
 
         Args:
-            model: the model folder.
-            folder: the attaching stage's folder, for what could not be delivered.
-            provenance: the model's.
+            model: model folder.
+            folder: folder of the attaching stage, for its journal.
+            provenance: the model's provenance.
 
         Raises:
-            ValueError: MLflow cannot be reached, or refuses.
+            ValueError: MLflow is unreachable or rejects a request.
         """
         client = connect()
         run_id = cls.trained(client, model, provenance)
-        given = os.environ.get("MLFLOW_RUN_ID")
-        with _said(given):
-            if given:
-                client.get_run(given)
-        run = cls(client, folder, given or run_id, owned=False)
-        run._runs = list(dict.fromkeys([run.run_id, run_id]))
+        env_run = os.environ.get("MLFLOW_RUN_ID")
+        with _one_error(env_run):
+            if env_run:
+                client.get_run(env_run)
+        run = cls(client, folder, env_run or run_id, owned=False)
+        run._run_ids = list(dict.fromkeys([run.run_id, run_id]))
         return run
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Adds one point to every curve; a step that the journal holds already (a resumed run) is not added twice."""
-        if step <= self._last_step:
-            return
-        line = json.dumps({"step": step, "time": int(time.time() * 1000), "metrics": dict(metrics)})
-        with self._journal.open("a") as file:
-            file.write(line + "\n")
-        with self._idle:
-            self._lines.append(line)
-        self._last_step = step
-        self._wake.set()
+        """Add one point to every curve; steps that the journal already has (after a resume) are skipped."""
+        self.journal.append(metrics, step)
+        self.journal.deliver()
 
     def values(self, metrics: Mapping[str, float]) -> None:
-        """Sets final metrics, without a curve."""
+        """Set final metrics without a curve, at the next delivery."""
         now = int(time.time() * 1000)
         points = [Metric(name, float(value), now, 0) for name, value in metrics.items()]
-        for run_id in self._runs:
-            self._do(partial(self.client.log_batch, run_id, metrics=points))
+        for run_id in self._run_ids:
+            self.journal.requests.append(partial(self.client.log_batch, run_id, metrics=points))
 
     def params(self, params: Mapping[str, Any]) -> None:
-        """Records settings; MLflow keeps the first value of each."""
-        there = self.client.get_run(self.run_id).data.params
-        new = [Param(name, str(value)[:500]) for name, value in params.items() if name not in there]
-        for start in range(0, len(new), _PARAMS_AT_ONCE):
-            self.client.log_batch(self.run_id, params=new[start : start + _PARAMS_AT_ONCE])
+        """Log settings; MLflow keeps the first value of each."""
+        existing = self.client.get_run(self.run_id).data.params
+        new = [Param(name, str(value)[:500]) for name, value in params.items() if name not in existing]
+        for start in range(0, len(new), _PARAMS_PER_REQUEST):
+            self.client.log_batch(self.run_id, params=new[start : start + _PARAMS_PER_REQUEST])
 
     def tags(self, tags: Mapping[str, str]) -> None:
-        """Sets tags."""
-        for run_id in self._runs:
+        """Set tags."""
+        for run_id in self._run_ids:
             self.client.log_batch(run_id, tags=[RunTag(name, str(value)[:5000]) for name, value in tags.items()])
 
     def datasets(self, provenance: Mapping[str, Any], context: str) -> None:
-        """Names the data that a chain begins with as MLflow datasets, identified by md5."""
-        named = []
+        """Log the data at the start of a chain as MLflow datasets, identified by MD5."""
+        inputs = []
         for name, described in data(provenance).items():
             fetched = source(described)
-            digest = str(fetched.get("md5", described["md5"]))[:36]  # MLflow's limit, and the length of DVC's md5 of a folder
-            place = json.dumps(fetched or {"uri": described["path"]})
-            dataset = Dataset(name=name, digest=digest, source_type="dvc" if fetched else "local", source=place)
-            named.append(DatasetInput(dataset, [InputTag("mlflow.data.context", context)]))
-        if named:
-            self.client.log_inputs(self.run_id, datasets=named)
+            digest = str(fetched.get("md5", described["md5"]))[:36]  # MLflow's limit, and the length of DVC's MD5 of a folder
+            origin = json.dumps(fetched or {"uri": described["path"]})
+            dataset = Dataset(name=name, digest=digest, source_type="dvc" if fetched else "local", source=origin)
+            inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", context)]))
+        if inputs:
+            self.client.log_inputs(self.run_id, datasets=inputs)
 
     def artifact(self, path: Path, below: str | None = None) -> None:
-        """Uploads a file; it must stay where it is until `finish`."""
-        self._do(lambda: self.client.log_artifact(self.run_id, str(path), below))
+        """Upload a file at the next delivery; the file must exist until `finish`."""
+        self.journal.requests.append(partial(self.client.log_artifact, self.run_id, str(path), below))
 
     def finish(self, status: str = "FINISHED") -> bool:
-        """Delivers what is left, for a while, and ends the run; says so if something could not be delivered."""
-        deadline = time.monotonic() + _CLOSE_SECONDS
-        self._closing.set()
-        with self._idle:
-            while self._pending() and time.monotonic() < deadline:
-                self._wake.set()
-                self._idle.wait(0.2)
-        self._stop.set()
-        self._wake.set()
-        self._thread.join(_CLOSE_SECONDS)
-        left = self._pending()
-        if left:
-            points, others = len(self._lines) - self._delivered, len(self._actions)
+        """Deliver everything pending and end the run; return False, after a message, if something stays undelivered."""
+        if not self.journal.flush(_CLOSE_SECONDS):
             print(
-                f"MLflow at {tracking_uri()} is lost ({self._trouble}): run {self.run_id} misses {points} points of curves, "
-                f"which stand in {CURVES} beside the result and are delivered by the next stage, and {others} figures, "
-                "tags or files, which stand beside the result too but are not delivered again",
+                f"MLflow at {tracking_uri()} is lost ({self.journal.error}): run {self.run_id} lacks "
+                f"{len(self.journal.points)} points of curves, which the next stage delivers from {CURVES}, and "
+                f"{len(self.journal.requests)} requests (metrics, tags, files), which are not repeated; the result folder "
+                "has their content",
                 flush=True,
             )
-        elif self._owned:
+            return False
+        if self._owned:
             try:
                 self.client.set_terminated(self.run_id, status)
-            except Exception as error:  # as in connect
+            except Exception as error:  # MLflow raises many kinds, see `connect`
                 print(f"MLflow at {tracking_uri()}: the run could not be closed: {first_line(error)}", flush=True)
-        return not left
+        return True
 
-    def _introduce(self, provenance: Mapping[str, Any], tags: Mapping[str, str]) -> None:
+    def _describe(self, provenance: Mapping[str, Any], tags: Mapping[str, str]) -> None:
         if self._owned:
             self.client.update_run(self.run_id, status="RUNNING")
         self.params(flatten(provenance))
         self.tags(tags)
         self.datasets(provenance, "training")
 
-    def _pending(self) -> int:
-        return len(self._lines) - self._delivered + len(self._actions)
-
-    def _do(self, action: Callable[[], None]) -> None:
-        with self._idle:
-            self._actions.append(action)
-        self._wake.set()
-
-    def _deliver_forever(self) -> None:
-        pause = 1.0
-        while not (self._stop.is_set() and not self._pending()):
-            self._wake.wait()
-            self._wake.clear()
-            try:
-                while self._pending():
-                    self._deliver()
-                if self._trouble:
-                    print(f"MLflow at {tracking_uri()} is back; everything is delivered", flush=True)
-                self._trouble, pause = "", 1.0
-            except Exception as error:  # whatever the server or the network does, training goes on
-                if not self._trouble:
-                    print(f"MLflow at {tracking_uri()} does not answer ({first_line(error)}); training goes on", flush=True)
-                self._trouble = first_line(error)
-                if not self._closing.wait(pause):  # finish cuts a long pause short, and then tries every second
-                    pause = min(2 * pause, 30.0)
-                elif self._stop.wait(1.0):
-                    return
-                self._wake.set()
-            with self._idle:
-                self._idle.notify_all()
-
-    def _deliver(self) -> None:
-        with self._idle:
-            points: list[Metric] = []
-            count = 0
-            for line in self._lines[self._delivered :]:
-                point = json.loads(line)
-                if points and len(points) + len(point["metrics"]) > _BATCH:
-                    break
-                points += [Metric(name, value, point["time"], point["step"]) for name, value in point["metrics"].items()]
-                count += 1
-            action = self._actions[0] if self._actions else None
-        if count:
-            if new := [point for point in points if point.step > self._last_step_of(point.key)]:
-                self.client.log_batch(self.run_id, metrics=new)
-                self._told |= {point.key: point.step for point in new}
-            self._delivered += count
-            self._save()
-        if action is not None:
-            action()
-            with self._idle:
-                self._actions.pop(0)
-
-    def _last_step_of(self, curve: str) -> int:
-        """The last step that the server has: a retried pod joins its run with an empty journal and trains from the start."""
-        if curve not in self._told:
-            points = self.client.get_metric_history(self.run_id, curve)
-            self._told[curve] = max((point.step for point in points), default=-1)
-        return self._told[curve]
-
-    def _save(self) -> None:
-        state = {"run_id": self.run_id, "tracking_uri": tracking_uri(), "delivered": self._delivered}
-        with contextlib.suppress(PermissionError):  # the journal of a read-only model folder: told again next time
-            write_json(self.folder / RUN, state)
-
 
 @contextlib.contextmanager
-def _said(given: str | None) -> Iterator[None]:
-    """What MLflow refuses is one message."""
+def _one_error(env_run: str | None) -> Iterator[None]:
+    """Turn MLflow's exceptions into a ValueError of one line."""
     try:
         yield
     except MlflowException as error:
-        named = f" {given} (MLFLOW_RUN_ID)" if given else ""
-        raise ValueError(f"MLflow at {tracking_uri()} refused the run{named}: {first_line(error)}") from None
+        which = f" {env_run} (MLFLOW_RUN_ID)" if env_run else ""
+        raise ValueError(f"MLflow at {tracking_uri()} refused the run{which}: {first_line(error)}") from None
 
 
 def _existing(client: MlflowClient, folder: Path) -> str | None:
-    """The run that a folder belongs to; None if there is none, or the server says that it has no such run."""
+    """Return the ID of the run that `run.json` in a folder names; None without one or if the server has no such run."""
     if not (folder / RUN).is_file():
         return None
     try:
@@ -318,44 +223,32 @@ def _existing(client: MlflowClient, folder: Path) -> str | None:
         if is_missing(error):
             return None
         raise
-    return str(info.run_id) if info.lifecycle_stage == "active" else None  # a deleted run takes nothing any more
+    return str(info.run_id) if info.lifecycle_stage == "active" else None  # MLflow rejects changes to a deleted run
 
 
 def _resumed(folder: Path) -> tuple[MlflowClient, str | None]:
-    """A client, and the run that a folder belongs to: by the journal's word where the server that it names does not answer.
+    """Return a client and the run of an interrupted training; if its server does not respond, trust `run.json`.
 
-    Should that have lost the run meanwhile, nothing can be delivered, and the next stage tells it the whole history.
+    If the server turns out to have lost the run, the next stage delivers all curves to a new one.
     """
-    known = read_json(folder / RUN) if (folder / RUN).is_file() else {}
+    state = read_json(folder / RUN) if (folder / RUN).is_file() else {}
     client = None
     try:
         client = connect()
         return client, _existing(client, folder)
     except (ValueError, MlflowException) as error:
         uri = tracking_uri()
-        if known.get("tracking_uri") != uri or not (client or uri.startswith("http")):  # a file does not come back by itself
+        if state.get("tracking_uri") != uri or not (client or uri.startswith("http")):  # a local file will not come back
             raise
-        print(f"{first_line(error)}; training goes on in MLflow run {known['run_id']}", flush=True)
-        return client or MlflowClient(uri), str(known["run_id"])
+        print(f"{first_line(error)}; training continues in MLflow run {state['run_id']}", flush=True)
+        return client or MlflowClient(uri), str(state["run_id"])
 
 
 def _of_pipeline(client: MlflowClient, tags: Mapping[str, str]) -> str | None:
     pipeline_run = tags.get("kfp.run_id")
     if pipeline_run is None or "mlflow.parentRunId" in tags:
         return None
-    which = f"tags.`kfp.run_id` = '{pipeline_run}'"
-    found = client.search_runs([experiment_id(client)], which, order_by=["attributes.start_time ASC"])
-    whole = [run for run in found if "mlflow.parentRunId" not in run.data.tags]
-    return str(whole[0].info.run_id) if whole else None
-
-
-def _whole_lines(path: Path) -> list[str]:
-    """The complete lines of a journal; one that a kill cut short is removed from the file."""
-    if not path.is_file():
-        return []
-    content = path.read_text()
-    lines = content.splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()
-        path.write_text("".join(lines))
-    return [line.rstrip("\n") for line in lines]
+    query = f"tags.`kfp.run_id` = '{pipeline_run}'"
+    runs = client.search_runs([experiment_id(client)], query, order_by=["attributes.start_time ASC"])
+    top_level = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    return str(top_level[0].info.run_id) if top_level else None
