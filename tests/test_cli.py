@@ -72,8 +72,8 @@ def test_every_command_has_help_that_explains_every_option(pixelclip, words):
     [
         (("train", "--masks", "m", "--out", "o", "stpes=3"), "unknown setting 'stpes', did you mean 'steps'?"),
         (("train", "--masks", "m", "--out", "o", "steps=many"), "steps: "),
-        (("train", "--masks", "m", "--out", "o", "steps"), "a setting is written NAME=VALUE, found 'steps'"),
-        (("train", "--masks", "m", "--out", "o", "evaluate.side=3"), "evaluate.side is no setting of stage train"),
+        (("train", "--masks", "m", "--out", "o", "steps"), "settings are written NAME=VALUE, found 'steps'"),
+        (("train", "--masks", "m", "--out", "o", "evaluate.side=3"), "evaluate.side is not a setting of stage train"),
         (("toy", "--out", "o", "sead=3"), "unknown setting 'sead', did you mean 'seed'?"),
         (("evaluate", "--model", "m", "--labelled", "l", "--out", "o", "template=single"), "did you mean 'templates'?"),
         (("register", "--model", "m", "--evaluation", "e", "--out", "o", "min_gian=1"), "did you mean 'min_gain'?"),

@@ -46,9 +46,9 @@ def test_defaults_then_file_then_overrides(params) -> None:
         ("train:\n  off: 3\n", ["my.yaml", "train", "False"]),  # YAML reads `off` as a truth value
         ("- train\n", ["my.yaml", "found list"]),
         ("train: [\n", ["my.yaml", "cannot be read as YAML", "(line 2, column 1)"]),
-        ("train:\n  steps: 3\n  side: 64\n  steps: 4\n", ["my.yaml", "'steps' stands there twice (line 4, column 3)"]),
+        ("train:\n  steps: 3\n  side: 64\n  steps: 4\n", ["my.yaml", "duplicate key 'steps' (line 4, column 3)"]),
         ("toy:\n  train_scenes: true\n", ["my.yaml", "toy: train_scenes: must be a number (found True)"]),
-        ("masks:\n  device: foo\n", ["masks: device: device 'foo' is none of auto, cpu, cuda, cuda:N, mps"]),
+        ("masks:\n  device: foo\n", ["masks: device: unknown device 'foo'; allowed: auto, cpu, cuda, cuda:N, mps"]),
         ("train:\n  mask_grid: 100000\n", ["train: mask_grid", "less than or equal to 4096", "found 100000"]),
     ],
 )
