@@ -1,10 +1,10 @@
-# The two commands that a fresh machine needs are `make demo` and `make test`; each sets up .venv when it is not there.
+# The two commands that a fresh machine needs are `make demo` and `make test`; each creates .venv if it is missing.
 PYTHON ?= python3.11
 BIN := .venv/bin
 DEMO := runs/demo
 export MLFLOW_TRACKING_URI ?= sqlite:///$(CURDIR)/runs/mlflow.db
 
-# What the image is made of; its tag says `-changes` where these files differ from the commit.
+# Sources of the image; its tag ends in `-changes` if these files differ from the commit.
 IMAGE_FILES := Dockerfile .dockerignore pyproject.toml setup.py requirements.txt README.md LICENSE src components pipelines
 DOCKER_BUILD_ARGS ?= --network=host
 
@@ -23,7 +23,7 @@ demo-docker: .venv/installed image  ## The same in containers, with data from DV
 test: .venv/installed  ## All fast tests, files side by side
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-services: .venv/installed  ## Tests against real S3, PostgreSQL, MLflow and DVC, which it starts and stops
+test-services: .venv/installed  ## Tests against real S3, PostgreSQL, MLflow and DVC (started and stopped by the tests)
 	@$(BIN)/python -m pytest -m services
 
 bench: .venv/installed  ## Speed and memory against honest baselines: benchmarks/results.json and a table
@@ -34,7 +34,7 @@ lint: .venv/installed  ## Ruff and the type checker
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-ui: .venv/installed  ## MLflow in a browser, on the runs made here
+ui: .venv/installed  ## MLflow's UI with the runs of this folder
 	@$(BIN)/mlflow ui --backend-store-uri $(MLFLOW_TRACKING_URI)
 
 image:  ## The container image: pixelclip:VERSION-COMMIT, also as :latest and as :dev, which the components name by default
@@ -46,7 +46,7 @@ image:  ## The container image: pixelclip:VERSION-COMMIT, also as :latest and as
 		--build-arg PIXELCLIP_REVISION=$$revision$${changed:++$$changed} -t $$tag -t pixelclip:latest -t pixelclip:dev . && \
 	docker image inspect --format "$$tag  {{.Size}} bytes  {{.Id}}" $$tag
 
-clean:  ## Remove the environment and everything that was made
+clean:  ## Remove the environment and all outputs
 	rm -rf .venv runs data build pixelclip.egg-info
 
 help:  ## This list

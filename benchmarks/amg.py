@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.case import Case
 from pixelclip.sam import SamGenerator
-from pixelclip.toy import paint
+from pixelclip.scenes import paint
 
 SIZE = (1000, 1500)
 SETTINGS = {"points_per_side": 20, "pred_iou_thresh": 0.88, "stability_score_thresh": 0.9, "box_nms_thresh": 0.7}

@@ -21,7 +21,7 @@ def same(one: int, other: int) -> str:
     return "equal"
 
 
-def test_both_sides_are_called_by_turns_after_one_comparison():
+def test_both_sides_alternate_after_one_comparison():
     calls: list[str] = []
 
     def call(name: str) -> int:
@@ -34,13 +34,13 @@ def test_both_sides_are_called_by_turns_after_one_comparison():
     assert len(found["ratios"]) == 2
 
 
-def test_what_is_not_the_same_work_is_not_timed():
+def test_different_results_are_not_timed():
     with pytest.raises(AssertionError):
         compare(Case("differs", lambda: 1, lambda: 2, same))
 
 
-def test_memory_counts_what_a_call_held_for_a_moment():
-    # In a process of its own, as `make bench` does: what others gave back meanwhile would be taken off.
+def test_memory_counts_temporary_allocations():
+    # In a separate process, as in `make bench`: memory freed by others meanwhile would be subtracted.
     work = 'from benchmarks.case import peak_memory; print(peak_memory(lambda: bytearray(b"x" * (64 << 20)) and None)["above"])'
     above = int(subprocess.run([sys.executable, "-c", work], cwd=ROOT, capture_output=True, check=True).stdout)
     assert 64 << 20 <= above < 256 << 20
@@ -60,7 +60,7 @@ def test_the_loader_s_literal_side_draws_the_same_samples(tmp_path):
     assert "masks agree in 99.9" in loader._same([theirs], [ours])
 
 
-def test_an_unknown_benchmark_is_refused():
+def test_unknown_benchmark_is_rejected():
     done = subprocess.run([sys.executable, "-m", "benchmarks", "speed"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode != 0
     assert "unknown benchmark 'speed'; there are train_step" in done.stderr

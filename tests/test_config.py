@@ -1,4 +1,4 @@
-"""Settings: what is accepted, what is refused, and that a refusal says where, what and what else."""
+"""Settings: accepted and rejected values, and errors with origin, value and allowed values."""
 
 import re
 from pathlib import Path
@@ -46,25 +46,25 @@ def test_defaults_then_file_then_overrides(params) -> None:
         ("train:\n  off: 3\n", ["my.yaml", "train", "False"]),  # YAML reads `off` as a truth value
         ("- train\n", ["my.yaml", "found list"]),
         ("train: [\n", ["my.yaml", "cannot be read as YAML", "(line 2, column 1)"]),
-        ("train:\n  steps: 3\n  side: 64\n  steps: 4\n", ["my.yaml", "'steps' stands there twice (line 4, column 3)"]),
+        ("train:\n  steps: 3\n  side: 64\n  steps: 4\n", ["my.yaml", "duplicate key 'steps' (line 4, column 3)"]),
         ("toy:\n  train_scenes: true\n", ["my.yaml", "toy: train_scenes: must be a number (found True)"]),
-        ("masks:\n  device: foo\n", ["masks: device: device 'foo' is none of auto, cpu, cuda, cuda:N, mps"]),
+        ("masks:\n  device: foo\n", ["masks: device: unknown device 'foo'; allowed: auto, cpu, cuda, cuda:N, mps"]),
         ("train:\n  mask_grid: 100000\n", ["train: mask_grid", "less than or equal to 4096", "found 100000"]),
     ],
 )
-def test_a_refusal_names_file_setting_value_and_what_is_allowed(params, text: str, words: list[str]) -> None:
+def test_error_names_file_setting_value_and_allowed_values(params, text: str, words: list[str]) -> None:
     with pytest.raises(ValueError, match=r"(?s).") as refusal:
         load("train", params(text))
     assert [word for word in words if word not in str(refusal.value)] == []
 
 
-def test_what_is_no_yaml_is_one_line(params) -> None:
+def test_invalid_yaml_is_one_line(params) -> None:
     for text in ("[1", "a: b: c", "\tx: 1", "a: \x07"):
         with pytest.raises(ValueError, match=r"^\S*my\.yaml: cannot be read as YAML: .+$"):
             load("train", params(text))
 
 
-def test_a_fault_is_blamed_on_where_it_stands(params) -> None:
+def test_error_names_the_origin_of_the_value(params) -> None:
     path = params("train:\n  steps: 5\n  shortest_edge: 900\n")
     for overrides, said in (
         ({"steps": 0}, r"^command line: train: steps: .*found 0\)$"),
@@ -110,17 +110,17 @@ def test_pairs_are_yaml_scalars() -> None:
 
 
 @pytest.mark.parametrize("pair", ["steps", "=3", "given_folder=@x", "clip=[", "clip={a"])
-def test_what_is_no_pair_is_named(pair: str) -> None:
+def test_invalid_pair_is_named(pair: str) -> None:
     with pytest.raises(ValueError, match=re.escape(repr(pair))):
         parse_overrides([pair])
 
 
-def test_nearest_is_silent_when_nothing_is_near() -> None:
+def test_nearest_is_empty_without_a_close_match() -> None:
     assert nearest("stpes", ["steps", "side"]) == ", did you mean 'steps'?"
     assert nearest("qqqq", ["steps", "side"]) == ""
 
 
-def test_runtime_settings_do_not_last() -> None:
+def test_runtime_settings_are_not_in_the_fingerprint() -> None:
     assert set(STAGES["train"].model_fields) - set(lasting(load("train"))) == {
         "accumulate", "device", "workers", "log_every", "checkpoint_every", "picture_every", "max_bad_share",
     }  # fmt: skip

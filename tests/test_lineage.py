@@ -292,7 +292,7 @@ def test_exit_codes_of_the_commands(made, monkeypatch, capsys):
     assert "is not promoted: gain -1.00 over CLIP is below" in capsys.readouterr().out
     assert call("promote", "second", "1", "--force", "to see it") == 0
     assert call("promote", "second") == call("promote", "second", "1", "--rollback") == 2
-    assert "either a VERSION or --rollback is needed" in capsys.readouterr().err
+    assert "give either VERSION or --rollback" in capsys.readouterr().err
     assert call("promote", "second", "--rollback") == 2
     assert "no champion before this one" in capsys.readouterr().err
     assert call("lineage", f"models:/{NAME}@champion", "--json") == 0

@@ -317,7 +317,7 @@ def test_more_than_256_classes_give_a_16_bit_label_map(monkeypatch, predictor, f
         ({"--classes": "dog,,sky"}, "blank class name at position 2"),
         ({"--classes": "no.txt"}, "no.txt: class names"),
         ({"--model": "nowhere"}, "nowhere: is not a complete model folder"),
-        ({"--out": "labels.jpg"}, "labels.jpg: the label map is a .png file"),
+        ({"--out": "labels.jpg"}, "labels.jpg: the label map must be a .png file"),
         ({"--device": "gpu0"}, "device 'gpu0'"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

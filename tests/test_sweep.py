@@ -225,7 +225,7 @@ def test_run_id_from_the_environment_is_the_parent(made, tmp_path, monkeypatch):
         ("rows: {a: }\nseeds: []", "seeds: List should have at least 1 item"),
         ("seeds: [1]", "rows: Dictionary should have at least 1 item"),
         ("rows: {K 8: , k-8: }", "rows 'K 8' and 'k-8' would share the folder 'k-8'"),
-        ("rows: {a: , a: {train.steps: 2}}", "'a' stands there twice"),
+        ("rows: {a: , a: {train.steps: 2}}", "duplicate key 'a'"),
         ("rows: {'*': }", "row '*': its name needs a letter or a digit"),
         ("rows: {a: [1]}", "rows.a: Input should be a valid dictionary"),
         ("- rows", "must hold rows of settings, found list"),

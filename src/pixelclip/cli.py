@@ -1,9 +1,9 @@
-"""The command line: one word a stage, and predict, settings, toy-clip, pipeline. It translates and contains no logic."""
+"""Command line: one command per stage, and predict, settings, doctor, pipeline, ... It only parses and calls."""
 
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,17 +17,20 @@ from pixelclip.s3 import is_s3
 _MODEL = "Model folder, s3://bucket/folder, or models:/NAME@ALIAS."
 
 
-def _here(path: Path) -> Path:
-    """Refuses s3:// where only a folder or file of this machine will do: it would become a folder called `s3:`."""
+def _local(path: Path) -> Path:
+    """Reject an s3:// URI where only a local path is supported: it would become a folder called `s3:`."""
     if path.parts[:1] and path.parts[0].lower() == "s3:":
         raise ValueError(f"s3://{Path(*path.parts[1:])}: must be a path on this machine")
     return path
 
 
-Out = Annotated[str, typer.Option(help="Folder or s3://bucket/folder to make; a finished one is reused.")]
+Out = Annotated[str, typer.Option(help="Output folder or s3://bucket/folder; a finished result is reused.")]
 Labelled = Annotated[
-    list[str], typer.Option(help="Labelled set: FOLDER (kind=... says its layout) or KIND:FOLDER; several go into OUT/NAME.")
+    list[str], typer.Option(help="Labelled set: FOLDER (layout: setting kind) or KIND:FOLDER; several go into OUT/NAME.")
 ]
+YamlOut = Annotated[Path, typer.Option(callback=_local, help="YAML file to write.")]
+Sweep = Annotated[Path, typer.Argument(help="YAML file with rows of settings and the seeds of each.")]
+Registered = Annotated[str, typer.Argument(help="models:/NAME@ALIAS or models:/NAME/VERSION.")]
 Settings = Annotated[list[str] | None, typer.Argument(metavar="[NAME=VALUE]...", help="Settings; see `pixelclip settings`.")]
 
 app = typer.Typer(
@@ -38,7 +41,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-pipeline = typer.Typer(help="The Kubeflow pipeline: run it here, or on a cluster.", no_args_is_help=True)
+pipeline = typer.Typer(help="Kubeflow pipeline: run it locally or on a cluster.", no_args_is_help=True)
 app.add_typer(pipeline, name="pipeline")
 pipeline.command()(cli_cluster.submit)
 pipeline.command()(cli_cluster.status)
@@ -49,16 +52,16 @@ def _config(stage: str, params: Path | None, settings: list[str] | None) -> Any:
     overrides = parse_overrides(settings or [])
     foreign = [name for name in overrides if "." in name and not name.startswith(f"{stage}.")]
     if foreign:
-        raise ValueError(f"{foreign[0]} is no setting of stage {stage}")
+        raise ValueError(f"{foreign[0]} is not a setting of stage {stage}")
     return load(stage, params, overrides)
 
 
 @app.command()
 def toy(out: Out, params: Params = None, settings: Settings = None) -> None:
-    """Paint scenes: images without labels to train on, a labelled set to evaluate on."""
+    """Paint scenes: training images without labels, and a labelled set for evaluation."""
     from pixelclip.toy import run
 
-    with _made(out) as folder:
+    with _output(out) as folder:
         run(folder, _config("toy", params, settings))
 
 
@@ -69,10 +72,10 @@ def fetch_data(
     params: Params = None,
     settings: Settings = None,
 ) -> None:
-    """Fetch data that DVC tracks, as they were in one git revision."""
+    """Fetch DVC-tracked data of one git revision."""
     from pixelclip.fetch_data import run
 
-    with _made(out) as folder:
+    with _output(out) as folder:
         run(repo, folder, _config("fetch_data", params, settings))
 
 
@@ -87,7 +90,7 @@ def shards(
     from pixelclip.shards import run
 
     config = _config("shards", params, settings)
-    with _made(out) as folder:
+    with _output(out) as folder:
         run(images, folder, config)
 
 
@@ -96,22 +99,23 @@ def masks(
     shards: Annotated[str, typer.Option(help="Shards: a folder, a manifest, or s3://bucket/folder.")],
     out: Out,
     params: Params = None,
-    part: Annotated[str, typer.Option(help="i/n: only the i-th of n parts of the shards, as setting masks.part.")] = "",
+    part: Annotated[str, typer.Option(help="i/n: only the i-th of n parts of the shards; same as setting masks.part.")] = "",
     preview: Annotated[int, typer.Option(help="Write OUT/preview.jpg with the masks of this many images.", min=0, max=250)] = 0,
     settings: Settings = None,
 ) -> None:
-    """Give every image of the shards its nameless masks."""
+    """Make class-agnostic masks for every image of the shards."""
     from pixelclip.masks import run
 
     config = _config("masks", params, [*(settings or []), *([f"part={part}"] if part else [])])
-    with _made(out) as folder:
+    with _output(out) as folder:
         run(shards, folder, config)
     if preview:
-        from pixelclip.pictures import preview as show
+        from pixelclip.pictures import preview as write_preview
 
-        with _made_file(f"{out.rstrip('/')}/preview.jpg") as picture:
-            shown = show(out, preview, picture)
-        print(f"{shown} images: {out.rstrip('/')}/preview.jpg")
+        file = f"{out.rstrip('/')}/preview.jpg"
+        with _output_file(file) as path:
+            count = write_preview(out, preview, path)
+        print(f"{count} images: {file}")
 
 
 @app.command()
@@ -121,11 +125,11 @@ def train(
     params: Params = None,
     settings: Settings = None,
 ) -> None:
-    """Train a PixelCLIP from masked shards and a CLIP."""
+    """Train PixelCLIP on shards with masks, starting from a CLIP."""
     from pixelclip.train import run
 
     config = _config("train", params, settings)
-    with _made(out) as folder:
+    with _output(out) as folder:
         run(masks, folder, config)
 
 
@@ -133,20 +137,20 @@ def train(
 def evaluate_clip(
     labelled: Labelled,
     out: Out,
-    clip: Annotated[str, typer.Option(help="The CLIP that models are trained from; else train.clip of --params.")] = "",
-    side: Annotated[int, typer.Option(help="Side in pixels of what they see; else train.side of --params.", min=0)] = 0,
-    residual: Annotated[str, typer.Option(help="cls or patch; else train.residual of --params.")] = "",
+    clip: Annotated[str, typer.Option(help="CLIP that models are trained from; default: train.clip of --params.")] = "",
+    side: Annotated[int, typer.Option(help="Side of CLIP's input in pixels; default: train.side of --params.", min=0)] = 0,
+    residual: Annotated[str, typer.Option(help="cls or patch; default: train.residual of --params.")] = "",
     params: Params = None,
     settings: Settings = None,
 ) -> None:
-    """Measure plain CLIP on labelled sets, once for all models that are trained from it (settings of evaluate)."""
+    """Evaluate plain CLIP on labelled sets, once for all models trained from it (settings of evaluate)."""
     config = _config("evaluate", params, settings)
-    given = {"clip": clip, "side": side, "residual": residual}
-    trained = load("train", params, {name: value for name, value in given.items() if value})
+    options = {"clip": clip, "side": side, "residual": residual}
+    training = load("train", params, {name: value for name, value in options.items() if value})
     from pixelclip.evaluate_clip import run_all
 
-    with _made(out) as folder:
-        run_all(trained.clip, labelled, folder, config, trained.side, trained.residual)
+    with _output(out) as folder:
+        run_all(training.clip, labelled, folder, config, training.side, training.residual)
 
 
 @app.command()
@@ -154,29 +158,27 @@ def evaluate(
     model: Annotated[str, typer.Option(help=_MODEL)],
     labelled: Labelled,
     out: Out,
-    clip_evaluation: Annotated[str, typer.Option(help="What evaluate_clip made: CLIP is not measured again.")] = "",
+    clip_evaluation: Annotated[str, typer.Option(help="Output of evaluate_clip; CLIP is then not evaluated again.")] = "",
     params: Params = None,
     settings: Settings = None,
 ) -> None:
-    """Measure a model and the CLIP it came from on labelled sets."""
+    """Evaluate a model and the CLIP it was trained from on labelled sets."""
     config = _config("evaluate", params, settings)
     from pixelclip.evaluate import run_all
 
-    with _made(out) as folder:
+    with _output(out) as folder:
         run_all(_path(model), labelled, folder, config, _path(clip_evaluation) if clip_evaluation else None)
 
 
 @app.command()
 def sweep(
-    file: Annotated[Path, typer.Argument(help="YAML: rows of settings, and the seeds at which each is run.")],
+    file: Sweep,
     masks: Annotated[str, typer.Option(help="Shards with masks.")],
     labelled: Annotated[str, typer.Option(help="Labelled set to evaluate on.")],
-    out: Annotated[
-        Path, typer.Option(callback=_here, help="Folder for all runs, the table and the plot; finished runs there are reused.")
-    ],
+    out: Annotated[Path, typer.Option(callback=_local, help="Folder for runs, table and plot; finished runs are reused.")],
     params: Params = None,
 ) -> None:
-    """Train and evaluate many settings at several seeds: one table, one plot."""
+    """Train and evaluate rows of settings with several seeds; write one table and one plot."""
     from pixelclip.sweep import run
 
     run(file, masks, labelled, out, params)
@@ -185,32 +187,32 @@ def sweep(
 @app.command()
 def register(
     model: Annotated[str, typer.Option(help=_MODEL)],
-    evaluation: Annotated[str, typer.Option(help="What evaluate wrote about this model.")],
+    evaluation: Annotated[str, typer.Option(help="Output of evaluate for this model.")],
     out: Out,
     params: Params = None,
     settings: Settings = None,
 ) -> None:
-    """Register a model in MLflow and pass it through the gate to champion."""
+    """Register a model in MLflow and promote it to champion if it passes the gate."""
     config = _config("register", params, settings)
     from pixelclip.register import run
 
-    with _made(out) as folder:
+    with _output(out) as folder:
         run(_path(model), _path(evaluation), folder, config)
 
 
 @app.command()
 def promote(
-    name: Annotated[str, typer.Argument(help="Registered model.")],
-    version: Annotated[int | None, typer.Argument(help="The version that shall be champion.")] = None,
-    rollback: Annotated[bool, typer.Option("--rollback", help="Make the champion before this one champion again.")] = False,
+    name: Annotated[str, typer.Argument(help="Name of the registered model.")],
+    version: Annotated[int | None, typer.Argument(help="Version to promote.")] = None,
+    rollback: Annotated[bool, typer.Option("--rollback", help="Restore the previous champion.")] = False,
     force: Annotated[str, typer.Option(metavar="REASON", help="Promote against the gate; the reason is recorded.")] = "",
 ) -> None:
-    """Make a registered version the champion, if it beats the present one (else exit code 1)."""
+    """Promote a registered version to champion if it beats the current one (else exit code 1)."""
     from pixelclip.promotion import rollback as roll_back
     from pixelclip.promotion import run
 
     if rollback == (version is not None):
-        raise ValueError("promote: either a VERSION or --rollback is needed")
+        raise ValueError("promote: give either VERSION or --rollback")
     if version is None:
         roll_back(name)
     elif not run(name, version, force).champion:
@@ -219,10 +221,10 @@ def promote(
 
 @app.command()
 def lineage(
-    model: Annotated[str, typer.Argument(help="models:/NAME@ALIAS or models:/NAME/VERSION.")],
+    model: Registered,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Say where a registered model comes from: run, settings, data, code, image."""
+    """Show the origin of a registered model: run, settings, data, code, image."""
     from pixelclip.lineage import run
 
     run(model, as_json)
@@ -230,17 +232,15 @@ def lineage(
 
 @app.command()
 def reproduce(
-    model: Annotated[str, typer.Argument(help="models:/NAME@ALIAS or models:/NAME/VERSION.")],
-    out: Annotated[Path, typer.Option(callback=_here, help="Folder for what is restored and made; finished parts are reused.")],
-    train: Annotated[bool, typer.Option("--train", help="Train anew, too, and evaluate what comes out.")] = False,
-    tolerance: Annotated[
-        float, typer.Option(help="Largest difference of a figure that counts as equal, in points.", min=0)
-    ] = 0.01,
+    model: Registered,
+    out: Annotated[Path, typer.Option(callback=_local, help="Output folder; finished parts are reused.")],
+    train: Annotated[bool, typer.Option("--train", help="Also train again, and evaluate the new model.")] = False,
+    tolerance: Annotated[float, typer.Option(help="Largest difference of equal metrics, in points.", min=0)] = 0.01,
     settings: Annotated[
-        list[str] | None, typer.Argument(metavar="[NAME=VALUE]...", help="Runtime settings, as evaluate.device=cpu.")
+        list[str] | None, typer.Argument(metavar="[NAME=VALUE]...", help="Runtime settings, e.g. evaluate.device=cpu.")
     ] = None,
 ) -> None:
-    """Restore a registered model's data and settings and measure it again (exit code 1 when the numbers differ)."""
+    """Restore the data and settings of a registered model and evaluate it again (exit code 1 if metrics differ)."""
     from pixelclip.reproduce import run
 
     if not run(model, out, train=train, tolerance=tolerance, runtime=parse_overrides(settings or [])):
@@ -249,23 +249,25 @@ def reproduce(
 
 @app.command()
 def predict(
-    photo: Annotated[Path, typer.Argument(callback=_here, help="Image of any size.")],
-    classes: Annotated[str, typer.Option(help='"dog|puppy,grass,sky" (a bar between synonyms), or a .txt file, one a line.')],
+    photo: Annotated[Path, typer.Argument(callback=_local, help="Image of any size.")],
+    classes: Annotated[
+        str, typer.Option(help='"dog|puppy,grass,sky" (bar between synonyms), or a .txt file, one class per line.')
+    ],
     model: Annotated[str, typer.Option(help=_MODEL)],
     out: Annotated[
-        Path, typer.Option(callback=_here, help="PNG of the label map; the overlay goes beside it as *.overlay.png.")
+        Path,
+        typer.Option(callback=_local, help="PNG file for the label map; the overlay is written beside it as *.overlay.png."),
     ],
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
 ) -> None:
-    """Segment a photo into classes that you name."""
-    from pixelclip.class_names import names_of
+    """Segment a photo into the given classes."""
     from pixelclip.images import open_image
     from pixelclip.predict import Predictor, label_image, overlay
     from pixelclip.storage import check_place
 
     device_name(device)
     if out.suffix.lower() != ".png":
-        raise ValueError(f"{out}: the label map is a .png file")
+        raise ValueError(f"{out}: the label map must be a .png file")
     if photo.resolve() in (out.resolve(), out.with_suffix(".overlay.png").resolve()):
         raise ValueError(f"{out}: would overwrite the photo")
     names = names_of(classes)
@@ -273,56 +275,54 @@ def predict(
     check_place(out)
     prediction = Predictor.load(_path(model), device)(image, names)
     label_image(prediction.labels).save(out)
-    shown = out.with_suffix(".overlay.png")
-    overlay(image, prediction).save(shown)
+    overlay_path = out.with_suffix(".overlay.png")
+    overlay(image, prediction).save(overlay_path)
     shares = [(float((prediction.labels == index).mean()), name) for index, name in enumerate(names)]
     print("\n".join(f"{100 * share:5.1f} %  {name}" for share, name in sorted(shares, reverse=True) if share))
-    print(f"{out} (values index into the classes), {shown}")
+    print(f"{out} (values are class indices), {overlay_path}")
 
 
 @app.command("import")
 def import_(
-    checkpoint: Annotated[str, typer.Argument(help="A .pth that the reference implementation of PixelCLIP released.")],
+    checkpoint: Annotated[str, typer.Argument(help=".pth file released with the reference implementation of PixelCLIP.")],
     out: Out,
-    clip: Annotated[str, typer.Option(help="open_clip's name of its CLIP, or a folder; else told by its shapes.")] = "",
-    side: Annotated[int, typer.Option(help="Side in pixels of what the CLIP sees; 0: about 320 for a ViT, 640 else.")] = 0,
+    clip: Annotated[str, typer.Option(help="open_clip's name of its CLIP, or a folder; default: detected by its shapes.")] = "",
+    side: Annotated[int, typer.Option(help="Side of CLIP's input in pixels; 0: about 320 (ViT), 640 (ConvNeXt).")] = 0,
 ) -> None:
-    """Make a model folder of a checkpoint of the reference implementation."""
+    """Convert a checkpoint of the reference implementation to a model folder."""
     from pixelclip.config import ImportConfig
     from pixelclip.convert import run
 
-    with _made(out) as folder:
+    with _output(out) as folder:
         run(_path(checkpoint), folder, build(ImportConfig, {"clip": clip, "side": side}, "import"))
 
 
 @app.command()
 def export(
     model: Annotated[str, typer.Option(help=_MODEL)],
-    out: Annotated[
-        Path, typer.Option(callback=_here, help="Folder for open_clip_config.json and open_clip_model.safetensors.")
-    ],
+    out: Annotated[Path, typer.Option(callback=_local, help="Folder for the open_clip config and weights.")],
 ) -> None:
-    """Write a model's CLIP as plain open_clip weights: open_clip.create_model("local-dir:OUT")."""
-    from pixelclip.convert import export as write
+    """Export a model's CLIP as plain open_clip weights, for open_clip.create_model("local-dir:OUT")."""
+    from pixelclip.convert import export as write_clip
 
-    write(_path(model), out)
+    write_clip(_path(model), out)
 
 
 @app.command()
 def settings() -> None:
-    """Print every setting of every stage, with its default, as Markdown."""
+    """Print every setting of every stage with its default, as Markdown."""
     print(as_table())
 
 
 @app.command()
 def doctor(
     s3: Annotated[str, typer.Option(help="s3://bucket or s3://bucket/prefix that runs read.")] = "",
-    data: Annotated[str, typer.Option(help="Git repository with DVC data: folder or URL; else the present folder.")] = "",
-    kfp: Annotated[str, typer.Option(help="URL of Kubeflow Pipelines; else KFP_ENDPOINT.")] = "",
-    image: Annotated[str, typer.Option(help="Container image that a cluster shall pull; else PIXELCLIP_IMAGE.")] = "",
-    json: Annotated[bool, typer.Option("--json", help="The same for programs.")] = False,
+    data: Annotated[str, typer.Option(help="Git repository with DVC data: folder or URL; default: the current folder.")] = "",
+    kfp: Annotated[str, typer.Option(help="URL of Kubeflow Pipelines; default: KFP_ENDPOINT.")] = "",
+    image: Annotated[str, typer.Option(help="Container image for the cluster; default: PIXELCLIP_IMAGE.")] = "",
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Check everything that a run needs, and say what to do; exit code 1 if something that is configured fails."""
+    """Check everything that a run needs and suggest fixes; exit code 1 if something configured fails."""
     from pixelclip.doctor import as_json, as_text, run
 
     findings = run(s3, data, kfp, image)
@@ -331,8 +331,8 @@ def doctor(
 
 
 @app.command()
-def toy_clip(out: Annotated[Path, typer.Option(callback=_here, help="open_clip folder to make.")]) -> None:
-    """Remake the shipped toy CLIP: train it on the captions of painted scenes (an hour on 2 cores)."""
+def toy_clip(out: Annotated[Path, typer.Option(callback=_local, help="Output folder, in open_clip's format.")]) -> None:
+    """Train the shipped toy CLIP again, on painted scenes and their captions (an hour on 2 cores)."""
     from pixelclip.toy_clip import remake
 
     remake(out)
@@ -341,16 +341,12 @@ def toy_clip(out: Annotated[Path, typer.Option(callback=_here, help="open_clip f
 @pipeline.command("run")
 def pipeline_run(
     images: Annotated[str, typer.Option(help="Unlabelled images: folder, s3://, or path in --repo.")],
-    labelled: Annotated[str, typer.Option(help="Labelled set, found as --images: images/, labels/, classes.txt.")],
-    out: Annotated[
-        Path, typer.Option(callback=_here, help="Workspace: finished stages there are reused, interrupted ones continued.")
-    ],
+    labelled: Annotated[str, typer.Option(help="Labelled set, located as --images: images/, labels/, classes.txt.")],
+    out: Annotated[Path, typer.Option(callback=_local, help="Workspace: finished stages are reused, others resume.")],
     repo: Repo = "",
     revision: Revision = "",
     params: Params = None,
-    runner: Annotated[
-        str, typer.Option(help="What a step is: subprocess, or docker (a container of the image that PIXELCLIP_IMAGE names).")
-    ] = "subprocess",
+    runner: Annotated[str, typer.Option(help="subprocess, or docker (in image PIXELCLIP_IMAGE).")] = "subprocess",
     settings: Overrides = None,
 ) -> None:
     """Run the whole pipeline on this machine, without a cluster."""
@@ -361,7 +357,7 @@ def pipeline_run(
 
 @pipeline.command("compile")
 def pipeline_compile(
-    out: Annotated[Path, typer.Option(callback=_here, help="YAML file to write.")] = Path("pixelclip.yaml"),
+    out: YamlOut = Path("pixelclip.yaml"),
     cluster: Cluster = None,
     nodes: Nodes = 1,
     image: Image = "",
@@ -375,32 +371,29 @@ def pipeline_compile(
 
 @pipeline.command("compile-sweep")
 def pipeline_compile_sweep(
-    file: Annotated[Path, typer.Argument(help="YAML: rows of settings, and the seeds at which each is run.")],
-    out: Annotated[Path, typer.Option(callback=_here, help="YAML file to write.")] = Path("pixelclip-sweep.yaml"),
+    file: Sweep,
+    out: YamlOut = Path("pixelclip-sweep.yaml"),
     params: Params = None,
-    workspace: Annotated[
-        str, typer.Option(help="Folder on a mounted volume where killed runs resume; empty: the run's artifact store.")
-    ] = "",
+    workspace: Annotated[str, typer.Option(help="Folder on a mounted volume where killed runs resume; empty: none.")] = "",
     cluster: Cluster = None,
     image: Image = "",
 ) -> None:
-    """Write a sweep as a pipeline for a cluster, all its runs side by side."""
+    """Write a sweep as a pipeline for a cluster; its runs are parallel."""
     from pixelclip_pipelines.sweep import compile_to
 
     compile_to(file, out, params, workspace, cluster, image)
     print(out)
 
 
-def _made(out: str) -> AbstractContextManager[Path]:
-    if not is_s3(out):
-        return nullcontext(Path(out))
+def _output(out: str) -> AbstractContextManager[Path]:
+    """Open the local folder in which a stage makes `out`; it is uploaded afterwards if `out` is s3://."""
     from pixelclip.upload import outbox
 
     return outbox(out)
 
 
 @contextmanager
-def _made_file(out: str) -> Iterator[Path]:
+def _output_file(out: str) -> Iterator[Path]:
     if not is_s3(out):
         yield Path(out)
         return
@@ -413,7 +406,7 @@ def _made_file(out: str) -> Iterator[Path]:
 
 
 def _path(spec: str) -> Path:
-    """What a path, a URI or a registered model names, on this machine."""
+    """Resolve a path, URI or registered model to a local path."""
     if not spec.startswith("models:/"):
         from pixelclip.download import here
 
@@ -426,13 +419,14 @@ def _path(spec: str) -> Path:
 
 
 def main() -> None:
-    """Runs a command; an error that its user can mend is one message and exit code 2."""
+    """Run a command; report errors of input or disk in one message with exit code 2."""
     try:
         app()
     except ValueError as error:
-        print(f"pixelclip: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:  # of the disk, most of all: no such folder, no permission, no space left
-        said = f"{error.filename}: {error.strerror}" if error.filename else " ".join(str(error).split())
-        print(f"pixelclip: {said}", file=sys.stderr)
-        sys.exit(2)
+        message = str(error)
+    except OSError as error:  # mostly of the disk: missing folder, no permission, no space left
+        message = f"{error.filename}: {error.strerror}" if error.filename else " ".join(str(error).split())
+    else:
+        return
+    print(f"pixelclip: {message}", file=sys.stderr)
+    sys.exit(2)

@@ -7,7 +7,7 @@ import typer
 
 from pixelclip.config import parse_overrides
 
-Params = Annotated[Path | None, typer.Option(help="YAML file with one section a stage.")]
+Params = Annotated[Path | None, typer.Option(help="YAML file with one section per stage.")]
 Cluster = Annotated[
     Path | None, typer.Option(help="Settings of the cluster; default: cluster.yaml of the present folder, if there is one.")
 ]

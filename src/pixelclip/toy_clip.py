@@ -1,4 +1,4 @@
-"""The tiny CLIP of the embedded default: trained on painted scenes and their captions, never on a label map.
+"""Train the toy CLIP on painted scenes and their captions, never on a label map.
 
 The recipe is CLIP's own (arXiv 2103.00020, section 2.3): a symmetric contrastive loss over a batch of image-caption
 pairs. Letters: `B` batch, `S` scene side, `s` CLIP side, `T` context length.
@@ -22,8 +22,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 from pixelclip.checkpoint import CLIP_CONFIG, CLIP_WEIGHTS
+from pixelclip.scenes import CLASSES, paint
 from pixelclip.storage import write_atomically
-from pixelclip.toy import CLASSES, paint
 
 MODEL_CONFIG: dict[str, Any] = {
     "embed_dim": 128,
@@ -42,13 +42,13 @@ PATCH_DROPOUT, WHOLE_IMAGES = 0.5, 0.3  # half the patches at twice the speed (F
 
 
 def remake(out: Path) -> None:
-    """Makes the shipped weights again: four rounds, each in a world of its own (an hour on 2 cores).
+    """Train the shipped weights again: four rounds, each on scenes of another seed (an hour on 2 cores).
 
-    The shipped ones saw whole images in the last 20 % instead of 30 % of the first round's steps, and a sum in bfloat16
-    depends on the machine, so a remake is as good but not equal to the bit.
+    The result is as good as the shipped weights but not bit-identical: those saw whole images in the last 20 % instead of
+    30 % of the first round's steps, and sums in bfloat16 depend on the machine.
 
     Args:
-        out: Folder to make.
+        out: Output folder.
     """
     with tempfile.TemporaryDirectory() as folder:
         rounds = [Path(folder, str(number)) for number in range(len(ROUNDS) - 1)] + [out]
@@ -69,25 +69,25 @@ def train_clip(
     weight_decay: float = 0.1,
     label_smoothing: float = 0.05,
 ) -> dict[str, float]:
-    """Train the tiny CLIP on painted scenes and write it as an open_clip folder.
+    """Train the toy CLIP on painted scenes and write it as an open_clip folder.
 
     Args:
         out: Folder for `open_clip_config.json` and `open_clip_model.safetensors` (float16, below 10 MB); open_clip
-            loads it as `local-dir:FOLDER`. Each file is replaced whole, at the end.
-        start: Folder of an earlier call to go on from; else from scratch.
-        seed: World of the scenes (see `toy.paint`), and the seed of weights, order and crops.
+            loads it as `local-dir:FOLDER`. Each file is replaced atomically at the end.
+        start: Folder of an earlier call whose weights to start from; default: random weights.
+        seed: Seed of the scenes (see `scenes.paint`), weights, order and crops.
         num_scenes: Scenes in the training set, at least `batch_size`.
         steps: Optimizer steps.
-        batch_size: Image-caption pairs a step.
+        batch_size: Image-caption pairs per step.
         learning_rate: Peak of the one-cycle schedule.
-        weight_decay: AdamW's, on matrices only.
-        label_smoothing: Of the contrastive targets; captions of other scenes often fit, too.
+        weight_decay: AdamW's weight decay, on matrices only.
+        label_smoothing: Label smoothing of the contrastive targets, because captions of other scenes often fit too.
 
     Returns:
         `loss` (mean of the last 50 steps) and `logit_scale`.
 
     Raises:
-        ValueError: If there are fewer scenes than one batch needs, or no step is asked for.
+        ValueError: If `num_scenes` is less than `batch_size`, or `steps` less than 1.
     """
     if num_scenes < batch_size or steps < 1:
         raise ValueError(f"train_clip: num_scenes {num_scenes} (at least {batch_size}), steps {steps} (at least 1)")
@@ -104,7 +104,7 @@ def train_clip(
 
 
 def _paint_all(seed: int, number: int) -> tuple[Tensor, Tensor]:
-    """Scenes as uint8 [N, 3, S, S] and their tokenized captions [N, T]."""
+    """Paint scenes as uint8 [N, 3, S, S] with their tokenized captions [N, T]."""
     scenes = [paint(seed, index) for index in tqdm(range(number), "painting", unit="scene")]
     images = torch.stack([torch.from_numpy(scene.image).permute(2, 0, 1) for scene in scenes])
     tokenizer = open_clip.SimpleTokenizer(context_length=MODEL_CONFIG["text_cfg"]["context_length"])
@@ -121,7 +121,7 @@ def _fit(
     weight_decay: float,
     label_smoothing: float,
 ) -> list[float]:
-    """Train in place; returns the loss of every step."""
+    """Train in place; return the loss of every step."""
     matrices = [p for name, p in model.named_parameters() if p.ndim >= 2 and "embedding" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim < 2 or "embedding" in name]
     groups: list[dict[str, Any]] = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
@@ -138,7 +138,7 @@ def _fit(
         if len(order) < batch_size:
             order = torch.randperm(len(images))
         chosen, order = order[:batch_size], order[batch_size:]
-        # for heads and sequences this small plain attention in bfloat16 is by far the fastest on a CPU
+        # For heads and sequences this small, plain attention in bfloat16 is by far the fastest on a CPU.
         with torch.autocast("cpu", torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
             image_features = model.encode_image(_crop(images[chosen]), normalize=True)
             text_features = model.encode_text(captions[chosen], normalize=True)
@@ -158,7 +158,7 @@ def _fit(
 
 
 def _crop(images: Tensor) -> Tensor:
-    """Random crops of 60 to 100 % of the side, half of them mirrored: uint8 [B, 3, S, S] -> normalised [B, 3, s, s]."""
+    """Crop 60 to 100 % of the side at random, mirror half of the crops: uint8 [B, 3, S, S] -> normalised [B, 3, s, s]."""
     number, side = len(images), MODEL_CONFIG["vision_cfg"]["image_size"]
     zoom = torch.empty(number).uniform_(0.6, 1.0)
     shift = (1 - zoom)[:, None] * torch.empty(number, 2).uniform_(-1, 1)
@@ -173,11 +173,11 @@ def _crop(images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _fill_vocabulary(model: CLIP, captions: Tensor) -> None:
-    """Gives every token that no caption uses the embedding of a word of a class name, drawn evenly.
+    """Give every token that no caption uses the embedding of a word of a class name, drawn uniformly.
 
-    The 49,408 entries of a real CLIP's vocabulary nearly all stand for something that can be seen. Here 57 were trained,
-    half of them function words, and the others would stay at their random first values; but PixelCLIP starts its prompts
-    from random entries of the vocabulary (docs/experiments.md says what that does).
+    PixelCLIP initialises its prompts from random entries of the vocabulary. Nearly all of a real CLIP's 49,408 entries
+    denote something visible. Here 57 are trained, half of them function words; without this the others would keep their
+    random initial values (docs/experiments.md has the effect).
     """
     weight = model.token_embedding.weight
     special = torch.tensor([0, len(weight) - 2, len(weight) - 1])  # padding, start and end of text
@@ -192,8 +192,5 @@ def _fill_vocabulary(model: CLIP, captions: Tensor) -> None:
 def _write(model: CLIP, out: Path) -> None:
     weights = {name: tensor.detach().half().contiguous() for name, tensor in model.state_dict().items()}
     config = json.dumps({"model_cfg": MODEL_CONFIG, "preprocess_cfg": PREPROCESS_CONFIG}, indent=1)
-    for name, content in (
-        (CLIP_WEIGHTS, save(weights)),
-        (CLIP_CONFIG, config.encode()),
-    ):
-        write_atomically(out / name, content)
+    write_atomically(out / CLIP_WEIGHTS, save(weights))
+    write_atomically(out / CLIP_CONFIG, config.encode())

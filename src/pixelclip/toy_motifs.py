@@ -1,4 +1,4 @@
-"""What painted scenes are made of: a canvas, the textures of stuff and the shapes of things."""
+"""Motifs of the painted scenes: a canvas, textures of stuff, shapes of things."""
 
 import colorsys
 from collections.abc import Callable
@@ -15,7 +15,7 @@ Random = np.random.Generator
 
 
 class Part(NamedTuple):
-    """A polygon [n, 2] in the unit box of its thing (x right, y down), its colour and the strength of its speckle."""
+    """A polygon [n, 2] in the unit box of its thing (x right, y down), its colour and the amplitude of its speckle."""
 
     points: NDArray[np.float64]
     colour: Floats
@@ -24,7 +24,7 @@ class Part(NamedTuple):
 
 @dataclass
 class Canvas:
-    """The picture under way, its truth, and the chance that paints it."""
+    """The image being painted, its label map and the random generator."""
 
     rng: Random
     side: int
@@ -36,7 +36,7 @@ class Canvas:
         self.label = np.zeros((self.side, self.side), np.uint8)
 
     def noise(self, scale: int) -> Floats:
-        """A random window [side, side] of smooth noise, about -1 to 1; `scale` 0 is the finest, 3 the coarsest."""
+        """Return a random window [side, side] of smooth noise, about -1 to 1; `scale` 0 is the finest, 3 the coarsest."""
         y, x = self.rng.integers(0, self.side, 2)
         return _noise_bank(self.side)[scale, y : y + self.side, x : x + self.side]
 
@@ -52,17 +52,16 @@ class Canvas:
         window = np.s_[top:bottom, left:right]
         if colour.ndim == 1:
             fall = np.linspace(1.08, 0.92, bottom - top, dtype=np.float32)[:, None]  # light comes from above
-            shade = fall + grain * self.noise(0)[window] + grain * self.noise(1)[window]
-            paint_ = colour * shade[..., None]
+            colour = colour * (fall + grain * self.noise(0)[window] + grain * self.noise(1)[window])[..., None]
         else:
-            paint_ = colour[window]
-        self.image[window] += alpha * (paint_ - self.image[window])
+            colour = colour[window]
+        self.image[window] += alpha * (colour - self.image[window])
         self.label[window][alpha[..., 0] >= 0.5] = label
 
 
 @lru_cache(maxsize=4)
 def _noise_bank(side: int) -> Floats:
-    """Smooth noise at four scales, [4, 2 side, 2 side]."""
+    """Make smooth noise at four scales, [4, 2 side, 2 side]."""
     rng = np.random.Generator(np.random.PCG64(7))
     bank = []
     for cells in (128, 48, 16, 5):
@@ -71,23 +70,17 @@ def _noise_bank(side: int) -> Floats:
     return np.clip(np.stack(bank) * 0.6, -1.5, 1.5)
 
 
-# ---------------------------------------------------------------------------------------------------- colours
-
-
 def _tint(rng: Random, *palette: tuple[int, int, int], spread: float = 0.05) -> Floats:
-    """A colour [3] near one of the palette (0 to 255)."""
+    """Draw a colour [3] near one of the palette (0 to 255)."""
     base = np.array(palette[rng.integers(len(palette))], np.float32) / 255
     return np.clip(base * rng.uniform(0.88, 1.1) + rng.uniform(-spread, spread, 3), 0.02, 1).astype(np.float32)
 
 
 def _dye(rng: Random, *palette: tuple[int, int, int]) -> Floats:
-    """A usual colour of a thing, but one time in six any colour at all."""
+    """Draw a colour of the palette, or with probability 1/6 any colour."""
     if rng.random() > 1 / 6:
         return _tint(rng, *palette, spread=0.07)
     return np.array(colorsys.hsv_to_rgb(rng.random(), rng.uniform(0.4, 0.9), rng.uniform(0.5, 0.98)), np.float32)
-
-
-# ---------------------------------------------------------------------------------------------------- stuff
 
 
 def _sky(canvas: Canvas) -> Floats:
@@ -97,8 +90,7 @@ def _sky(canvas: Canvas) -> Floats:
                        ((24, 36, 84), (84, 104, 158)))[rng.integers(6)]  # fmt: skip
     fall = np.linspace(0, 1, canvas.side, dtype=np.float32)[:, None, None] * rng.uniform(1.1, 1.9)
     high, low = _tint(rng, zenith), _tint(rng, horizon)
-    texture: Floats = high + (low - high) * np.clip(fall, 0, 1) + 0.025 * canvas.noise(3)[..., None]
-    return texture
+    return high + (low - high) * np.clip(fall, 0, 1) + 0.025 * canvas.noise(3)[..., None]
 
 
 def _sea(canvas: Canvas) -> Floats:
@@ -107,31 +99,27 @@ def _sea(canvas: Canvas) -> Floats:
     shade = 1 + 0.14 * waves + 0.06 * canvas.noise(1) - 0.15 * rows
     foam = 0.28 * np.clip(waves + 0.8 * canvas.noise(1) - 0.95, 0, 1)
     base = _tint(canvas.rng, (30, 92, 158), (44, 122, 172), (38, 128, 138), (84, 110, 128))
-    texture: Floats = base * shade[..., None] + foam[..., None]
-    return texture
+    return base * shade[..., None] + foam[..., None]
 
 
 def _grass(canvas: Canvas) -> Floats:
     base = _tint(canvas.rng, (86, 146, 52), (112, 158, 60), (62, 118, 50), (150, 152, 70))
     blades = canvas.noise(0) * np.roll(canvas.noise(0), 1, 0)
-    texture: Floats = base * (1 + 0.22 * canvas.noise(0) + 0.12 * blades + 0.10 * canvas.noise(2))[..., None]
-    return texture
+    return base * (1 + 0.22 * canvas.noise(0) + 0.12 * blades + 0.10 * canvas.noise(2))[..., None]
 
 
 def _sand(canvas: Canvas) -> Floats:
     rows = np.linspace(0, 1, canvas.side, dtype=np.float32)[:, None]
     ripples = np.sin(rows * canvas.rng.uniform(30, 50) + 2.5 * canvas.noise(3)) * canvas.rng.uniform(0, 0.05)
     base = _tint(canvas.rng, (226, 198, 142), (206, 176, 124), (234, 216, 178), (188, 150, 104))
-    texture: Floats = base * (1 + ripples + 0.07 * canvas.noise(0) + 0.04 * canvas.noise(2))[..., None]
-    return texture
+    return base * (1 + ripples + 0.07 * canvas.noise(0) + 0.04 * canvas.noise(2))[..., None]
 
 
 def _snow(canvas: Canvas) -> Floats:
     drift = np.clip(canvas.noise(3) + 0.5 * canvas.noise(2), -1, 1)[..., None]
     blue = np.array([0.10, 0.06, 0.0], np.float32)
     base = _tint(canvas.rng, (236, 240, 246), (222, 230, 242), (244, 240, 236), spread=0.02)
-    texture: Floats = base - np.clip(drift, 0, 1) * blue - 0.04 * drift + 0.025 * canvas.noise(0)[..., None]
-    return texture
+    return base - np.clip(drift, 0, 1) * blue - 0.04 * drift + 0.025 * canvas.noise(0)[..., None]
 
 
 def _road(canvas: Canvas) -> Floats:
@@ -164,17 +152,13 @@ def _brick_wall(canvas: Canvas) -> Floats:
 def _mountain(canvas: Canvas) -> Floats:
     base = _tint(canvas.rng, (112, 112, 122), (128, 106, 90), (92, 108, 136), (96, 112, 88))
     slope = np.clip(canvas.noise(2) + 0.6 * canvas.noise(1), -1, 1)
-    texture: Floats = base * (1 + 0.24 * slope + 0.08 * canvas.noise(0))[..., None]
-    return texture
+    return base * (1 + 0.24 * slope + 0.08 * canvas.noise(0))[..., None]
 
 
 TEXTURES: dict[str, Callable[[Canvas], Floats]] = {
     "sky": _sky, "sea": _sea, "grass": _grass, "sand": _sand, "snow": _snow, "road": _road,
     "brick wall": _brick_wall, "mountain": _mountain,
 }  # fmt: skip
-
-
-# ---------------------------------------------------------------------------------------------------- things
 
 
 def _oval(x: float, y: float, rx: float, ry: float, turn: float = 0.0) -> NDArray[np.float64]:
@@ -184,7 +168,7 @@ def _oval(x: float, y: float, rx: float, ry: float, turn: float = 0.0) -> NDArra
 
 
 def corners(*flat: float) -> NDArray[np.float64]:
-    """Points [n, 2] from x, y, x, y ..."""
+    """Return points [n, 2] of x, y, x, y ..."""
     return np.array(flat, np.float64).reshape(-1, 2)
 
 
@@ -193,10 +177,8 @@ def _box(x0: float, y0: float, x1: float, y1: float) -> NDArray[np.float64]:
 
 
 def _house(rng: Random) -> list[Part]:
-    wall, trim = (
-        _dye(rng, (238, 214, 170), (214, 120, 96), (240, 236, 226), (176, 204, 220)),
-        _tint(rng, (240, 238, 230), (70, 52, 44)),
-    )
+    wall = _dye(rng, (238, 214, 170), (214, 120, 96), (240, 236, 226), (176, 204, 220))
+    trim = _tint(rng, (240, 238, 230), (70, 52, 44))
     glass, roof = _tint(rng, (70, 90, 112), (244, 220, 140)), _tint(rng, (150, 62, 48), (84, 78, 82), (112, 78, 56))
     eaves = rng.uniform(0.34, 0.44)
     ridge = (0.5, 0.5) if rng.random() < 0.6 else (0.22, 0.78)
@@ -243,10 +225,8 @@ def _boat(rng: Random) -> list[Part]:
 
 
 def _car(rng: Random) -> list[Part]:
-    body, glass = (
-        _dye(rng, (196, 40, 40), (44, 92, 176), (60, 132, 84), (238, 238, 236), (70, 72, 80)),
-        _tint(rng, (60, 76, 92), (150, 180, 200)),
-    )
+    body = _dye(rng, (196, 40, 40), (44, 92, 176), (60, 132, 84), (238, 238, 236), (70, 72, 80))
+    glass = _tint(rng, (60, 76, 92), (150, 180, 200))
     tyre, rim = _tint(rng, (34, 34, 38), spread=0.01), _tint(rng, (190, 192, 198))
     front, top = rng.uniform(0.22, 0.34), rng.uniform(0.0, 0.08)
     back = rng.uniform(0.74, 0.92)
@@ -277,17 +257,11 @@ def _cloud(rng: Random) -> list[Part]:
     return [*parts, Part(_oval(0.5, 0.74, 0.42, 0.26), vapour * 0.97, 0.03)]
 
 
-_CLOTHES = ((200, 60, 60), (70, 120, 190), (90, 150, 90), (240, 200, 90), (236, 236, 236))
-_DENIM = ((52, 70, 110), (60, 58, 62), (150, 130, 100))
-
-
 def _person(rng: Random) -> list[Part]:
     skin = _tint(rng, (240, 198, 166), (206, 150, 112), (142, 96, 66), (92, 60, 44))
-    hair, shirt, legs = (
-        _tint(rng, (46, 34, 28), (120, 76, 42), (226, 190, 110)),
-        _dye(rng, *_CLOTHES),
-        _dye(rng, *_DENIM),
-    )
+    hair = _tint(rng, (46, 34, 28), (120, 76, 42), (226, 190, 110))
+    shirt = _dye(rng, (200, 60, 60), (70, 120, 190), (90, 150, 90), (240, 200, 90), (236, 236, 236))
+    legs = _dye(rng, (52, 70, 110), (60, 58, 62), (150, 130, 100))
     lift = rng.uniform(-0.16, 0.12)
     parts = [Part(_oval(0.5, 0.10, 0.21, 0.105), hair)]
     if rng.random() < 0.35:
@@ -317,10 +291,8 @@ def _dog(rng: Random) -> list[Part]:
 
 
 def _bird(rng: Random) -> list[Part]:
-    coat, beak = (
-        _dye(rng, (70, 120, 196), (132, 94, 62), (190, 60, 52), (226, 226, 228)),
-        _tint(rng, (244, 170, 50), (70, 64, 60)),
-    )
+    coat = _dye(rng, (70, 120, 196), (132, 94, 62), (190, 60, 52), (226, 226, 228))
+    beak = _tint(rng, (244, 170, 50), (70, 64, 60))
     wing, belly = coat * 0.72, coat * 0.5 + 0.45
     tip = rng.uniform(-0.02, 0.2)
     parts = [Part(corners(0.30, 0.50, 0.0, 0.38, 0.04, 0.62, 0.30, 0.66), wing)]
@@ -339,10 +311,8 @@ def _balloon(rng: Random) -> list[Part]:
 
 
 def _flower(rng: Random) -> list[Part]:
-    stem, petal = (
-        _tint(rng, (70, 130, 58), (96, 150, 70)),
-        _dye(rng, (232, 92, 140), (246, 244, 240), (226, 66, 58), (142, 92, 196)),
-    )
+    stem = _tint(rng, (70, 130, 58), (96, 150, 70))
+    petal = _dye(rng, (232, 92, 140), (246, 244, 240), (226, 66, 58), (142, 92, 196))
     heart = _tint(rng, (246, 200, 60), (110, 70, 40))
     parts = [Part(_box(0.465, 0.5, 0.535, 1), stem), Part(_oval(0.3, 0.80, 0.2, 0.06, 0.5), stem)]
     parts += [Part(_oval(0.7, 0.74, 0.2, 0.06, -0.5), stem * 0.9)]
@@ -353,7 +323,7 @@ def _flower(rng: Random) -> list[Part]:
 
 
 class Kind(NamedTuple):
-    """How a thing is drawn, its least and greatest width and height (shares of the side), and where it belongs."""
+    """Shape of a thing, its smallest and largest width and height (shares of the side), and the stuff it occurs with."""
 
     parts: Callable[[Random], list[Part]]
     width: tuple[float, float]
