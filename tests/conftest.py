@@ -94,6 +94,7 @@ def write_files(folder: Path, files: dict[str, bytes]) -> Path:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PIXELCLIP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(download, "_WAITS", (0.0, 0.0))
+    monkeypatch.setattr("pixelclip.s3._ATTEMPTS", 2)
     monkeypatch.setattr(sources, "_here", {})  # copies in the folder of another test
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.delenv(name, raising=False)

@@ -394,7 +394,7 @@ def pipeline_compile_sweep(
 def _made(out: str) -> AbstractContextManager[Path]:
     if not is_s3(out):
         return nullcontext(Path(out))
-    from pixelclip.upload import outbox
+    from pixelclip.output import outbox
 
     return outbox(out)
 
