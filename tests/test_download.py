@@ -403,10 +403,10 @@ def test_next_process_resumes_a_killed_download(server: Served, cache: Path) -> 
     with downloading(server.url()) as process:
         wait_until(lambda: [path for path in unfinished(cache) if path.stat().st_size])
         process.kill()
-    there = unfinished(cache)[0].stat().st_size
+    received = unfinished(cache)[0].stat().st_size
     server.pause.set()
     assert local_copy(server.url()).read_bytes() == BODY
-    assert server.gets == ["", f"bytes={there}-"]
+    assert server.gets == ["", f"bytes={received}-"]
 
 
 @pytest.mark.parametrize("key", ["sam.pth", "a b/grün #1?x=%2F.pth", "deep//er/.hidden"])
