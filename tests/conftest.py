@@ -95,6 +95,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PIXELCLIP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(download, "_WAITS", (0.0, 0.0))
     monkeypatch.setattr(shard_sources, "_local_copies", {})  # copies in the folder of another test
+    monkeypatch.setattr("pixelclip.s3._ATTEMPTS", 2)
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.delenv(name, raising=False)
     return tmp_path / "cache"

@@ -1,4 +1,4 @@
-"""The shared cache: whole folders, where a copy came from, and the bound that it keeps."""
+"""The shared cache: complete folders, the origin of a copy, the size limit."""
 
 import os
 
@@ -10,7 +10,7 @@ from pixelclip.download import local_copy
 from pixelclip.s3 import Listed, list_below
 
 
-def test_a_prefix_is_a_folder_that_is_whole_or_not_there(bucket, cache):
+def test_prefix_is_copied_to_a_folder(bucket, cache):
     for name in ("a.txt", "sub/b.txt", "sub/empty/"):
         bucket.put_object(Bucket="data", Key=f"set/{name}", Body=name.encode() if name[-1] != "/" else b"")
     bucket.put_object(Bucket="data", Key="settled", Body=b"no part of it")
@@ -23,24 +23,24 @@ def test_a_prefix_is_a_folder_that_is_whole_or_not_there(bucket, cache):
         }
     bucket.put_object(Bucket="data", Key="set/a.txt", Body=b"new")
     assert (local_copy("s3://data/set") / "a.txt").read_text() == "new"
-    assert (folder / "a.txt").read_text() == "a.txt"  # who works with the old one keeps it
+    assert (folder / "a.txt").read_text() == "a.txt"  # the old copy stays for whoever reads it
 
 
-def test_an_interrupted_folder_is_continued(bucket, cache, monkeypatch):
+def test_interrupted_folder_keeps_its_complete_files(bucket, cache, monkeypatch):
     for name in "abc":
         bucket.put_object(Bucket="data", Key=f"set/{name}", Body=name.encode())
     whole = local_copy("s3://data/set")
     partial = whole.with_name("set.partial")
     whole.rename(partial)
-    (partial / "b").unlink()
+    (partial / "b").rename(partial / "b.0123abCD")  # s3transfer's name of half a file
     before = (partial / "a").stat().st_mtime_ns
     assert local_copy("s3://data/set") == whole
     assert (whole / "b").read_text() == "b" and (whole / "a").stat().st_mtime_ns == before
-    assert not partial.exists()
+    assert sorted(path.name for path in whole.iterdir()) == ["a", "b", "c"] and not partial.exists()
 
 
 @pytest.mark.parametrize("size", [3, 12 << 20], ids=["small", "of several parts"])
-def test_a_folder_is_never_a_mixture_of_versions(bucket, cache, monkeypatch, size):
+def test_folder_never_mixes_versions(bucket, cache, monkeypatch, size):
     old, new = b"o" * size, b"n" * size
     for name in "abc":
         bucket.put_object(Bucket="data", Key=f"set/{name}", Body=old)
@@ -52,20 +52,20 @@ def test_a_folder_is_never_a_mixture_of_versions(bucket, cache, monkeypatch, siz
 
     with monkeypatch.context() as patch:
         patch.setattr(s3, "list_below", list_and_change)
-        with pytest.raises(ValueError, match=r"^s3://data/set/b: changed in the store since its folder was listed; try again$"):
+        with pytest.raises(ValueError, match=r"^s3://data/set/b: changed in the store while it was downloaded; try again$"):
             local_copy("s3://data/set")
     folder = local_copy("s3://data/set")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == {"a": old, "b": new, "c": old}
 
 
-def test_an_object_that_is_deleted_meanwhile_is_named(bucket, cache, monkeypatch):
+def test_object_deleted_after_the_listing_is_named(bucket, cache, monkeypatch):
     bucket.put_object(Bucket="data", Key="set/a", Body=b"a")
     monkeypatch.setattr(s3, "list_below", lambda uri: [*list_below(uri), Listed("s3://data/set/b", "0" * 32, 1)])
     with pytest.raises(ValueError, match=r"^s3://data/set/b: there is no such key in the bucket"):
         local_copy("s3://data/set")
 
 
-def test_a_disk_that_is_full_is_named_as_for_a_file(bucket, cache, monkeypatch):
+def test_full_disk_is_an_error_that_names_the_setting(bucket, cache, monkeypatch):
     bucket.put_object(Bucket="data", Key="set/a", Body=b"a")
 
     def fail(*_: object) -> None:
@@ -77,20 +77,20 @@ def test_a_disk_that_is_full_is_named_as_for_a_file(bucket, cache, monkeypatch):
 
 
 @pytest.mark.parametrize("key", ["set/../../evil", "set//a", "set/./a"])
-def test_keys_that_are_no_paths_below_are_refused(bucket, cache, key):
+def test_key_that_leaves_the_folder_is_rejected(bucket, cache, key):
     bucket.put_object(Bucket="data", Key=key, Body=b"")
-    with pytest.raises(ValueError, match="cannot be a folder here, it holds the key"):
+    with pytest.raises(ValueError, match="cannot be copied to a folder, it holds the key"):
         local_copy("s3://data/set/")
 
 
-def test_a_copy_knows_its_origin(bucket, cache, tmp_path):
+def test_origin_of_a_copy(bucket, cache, tmp_path):
     bucket.put_object(Bucket="data", Key="set/sub/a.txt", Body=b"a")
     assert origin(local_copy("s3://data/set/sub/a.txt")) == "s3://data/set/sub/a.txt"
     assert origin(local_copy("s3://data/set/") / "sub" / "a.txt") == "s3://data/set/sub/a.txt"
     assert origin(tmp_path / "a.txt") == str(tmp_path / "a.txt")
 
 
-def test_the_copies_unused_for_longest_go_first(bucket, cache, monkeypatch):
+def test_least_recently_used_copies_are_removed_first(bucket, cache, monkeypatch):
     copies = []
     for number in range(4):
         bucket.put_object(Bucket="data", Key=f"{number}", Body=bytes(1000))
@@ -107,7 +107,7 @@ def test_the_copies_unused_for_longest_go_first(bucket, cache, monkeypatch):
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "many", "nan"])
-def test_a_bound_that_is_no_number_is_named(cache, tmp_path, monkeypatch, text):
+def test_invalid_size_limit_is_rejected(cache, tmp_path, monkeypatch, text):
     monkeypatch.setenv("PIXELCLIP_CACHE_GB", text)
-    with pytest.raises(ValueError, match=f"PIXELCLIP_CACHE_GB '{text}': a positive number is expected"):
+    with pytest.raises(ValueError, match=f"PIXELCLIP_CACHE_GB '{text}': must be a positive number"):
         trim(tmp_path)

@@ -1,4 +1,4 @@
-"""Data by git revision, out of real DVC repositories: what arrives, how it is named, and every way not to get it."""
+"""Fetching data by git revision from real DVC repositories: content, identity and every kind of failure."""
 
 import base64
 import contextlib
@@ -39,7 +39,7 @@ def made(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def repo(made, tmp_path) -> Path:
-    """A repository as a cluster sees it: no working tree, no cache, only commits and the remote."""
+    """A repository as on a cluster: no cache, only commits and the remote."""
     shutil.copytree(made, tmp_path / "dvc")
     repo = tmp_path / "dvc" / "repo"
     config = repo / ".dvc" / "config"
@@ -60,7 +60,7 @@ def commit(repo: Path) -> str:
     return tiny.git(repo, "rev-parse", "HEAD")
 
 
-def test_a_folder_that_dvc_tracks(repo, tmp_path):
+def test_folder_tracked_by_dvc(repo, tmp_path):
     out = tmp_path / "out"
     metrics = run(str(repo), out, FetchDataConfig(path="data/images", revision="v1"))
     assert fetched(out) == IMAGES
@@ -75,7 +75,7 @@ def test_a_folder_that_dvc_tracks(repo, tmp_path):
 
 
 @pytest.mark.parametrize("url", ["file://{}", "{}/", "{}/.git/.."])
-def test_a_repository_by_url(repo, tmp_path, url):
+def test_repository_by_url(repo, tmp_path, url):
     run(url.format(repo), tmp_path / "out", FetchDataConfig(path="data/images", revision=commit(repo)))
     assert fetched(tmp_path / "out") == IMAGES
 
@@ -92,20 +92,20 @@ def test_a_repository_by_url(repo, tmp_path, url):
         ("data", {f"images/{name}": content for name, content in IMAGES.items()} | {".gitignore": b"/images\n"}),
     ],
 )
-def test_files_parts_of_folders_and_what_git_holds(repo, tmp_path, path, content):
+def test_files_parts_of_folders_and_files_in_git(repo, tmp_path, path, content):
     out = tmp_path / "out"
     run(str(repo), out, FetchDataConfig(path=path))
     assert fetched(out) == content
-    told = about(out)
+    source = about(out)
     seen = {name: data for name, data in content.items() if not name.startswith(".")}
-    assert (told["nfiles"], told["size"]) == (len(seen), sum(map(len, seen.values())))
+    assert (source["nfiles"], source["size"]) == (len(seen), sum(map(len, seen.values())))
     if len(content) == 1:
-        assert told["md5"] == hashlib.md5(*content.values()).hexdigest()
+        assert source["md5"] == hashlib.md5(*content.values()).hexdigest()
     else:
-        assert told["md5"] == digest(write_files(tmp_path / "same", content))["md5"]
+        assert source["md5"] == digest(write_files(tmp_path / "same", content))["md5"]
 
 
-def test_a_revision_is_what_was_committed_then(repo, tmp_path):
+def test_revision_is_the_committed_state(repo, tmp_path):
     from dvc.repo import Repo
 
     old = commit(repo)
@@ -126,7 +126,7 @@ def test_a_revision_is_what_was_committed_then(repo, tmp_path):
     assert about(tmp_path / "3")["git_sha"] == commit(repo) != old
 
 
-def test_again_is_reused_and_another_commit_is_refused(repo, tmp_path, capsys):
+def test_same_commit_is_reused_and_another_is_rejected(repo, tmp_path, capsys):
     out, config = tmp_path / "out", FetchDataConfig(path="data/images", revision="main")
     first = run(str(repo), out, config)
     before = (out / "provenance.json").read_bytes()
@@ -139,14 +139,14 @@ def test_again_is_reused_and_another_commit_is_refused(repo, tmp_path, capsys):
     assert (out / "provenance.json").read_bytes() == before
 
 
-def test_the_next_stage_names_the_source(repo, tmp_path):
+def test_next_stage_records_the_source(repo, tmp_path):
     run(str(repo), tmp_path / "out", FetchDataConfig(path="data/images"))
     described = describe(tmp_path / "out")
     assert described["provenance"]["source"]["git_sha"] == commit(repo)
     assert (described["num_files"], described["md5"]) == (3, digest(write_files(tmp_path / "same", IMAGES))["md5"])
 
 
-def test_data_that_a_stage_made_keep_their_provenance(tmp_path):
+def test_fetched_stage_output_keeps_its_provenance(tmp_path):
     before = {"stage": "masks", "settings": {}, "inputs": {}, "output": {"md5": "m" * 32, "num_files": 1, "size": 3}}
     files = {"000.tar": b"tar", "provenance.json": json.dumps(before).encode(), "metrics.json": b"{}"}
     tiny.dvc_repository(tmp_path / "repo", str(tmp_path / "remote"), {"masks": files}, {})
@@ -157,9 +157,9 @@ def test_data_that_a_stage_made_keep_their_provenance(tmp_path):
     assert read_json(tmp_path / "out" / "metrics.json") == {"files": 3.0, "bytes": float(sum(map(len, files.values())))}
 
 
-def test_data_with_a_file_of_our_names_are_refused(tmp_path):
+def test_data_with_a_reserved_file_name_is_rejected(tmp_path):
     tiny.dvc_repository(tmp_path / "repo", str(tmp_path / "remote"), {"set": {"metrics.json": b"{}", "a": b"a"}}, {})
-    with pytest.raises(ValueError, match=r"set at .*: holds a file metrics\.json, a name that pixelclip needs"):
+    with pytest.raises(ValueError, match=r"set at .*: holds a file metrics\.json, a name that pixelclip reserves"):
         run(str(tmp_path / "repo"), tmp_path / "out", FetchDataConfig(path="set"))
     assert not (tmp_path / "out").exists()
 
@@ -173,13 +173,13 @@ def refusal(repo: object, out: Path, **settings: str) -> str:
     return message
 
 
-def test_what_is_not_there_is_named(repo, tmp_path):
+def test_missing_repository_revision_and_path_are_named(repo, tmp_path):
     out = tmp_path / "out"
     assert f"{repo}: there is no revision 'v9' (fetch_data.revision)" in refusal(repo, out, revision="v9")
     assert "there is no revision" in refusal(f"file://{repo}", out, revision="v9")
     assert "there is no revision" in refusal(repo, out, revision="0" * 40)
-    said = refusal(repo, out, path="data/imagse")
-    assert f"{repo}: data/imagse at {commit(repo)[:12]}: there is no such path (fetch_data.path); data holds images" in said
+    message = refusal(repo, out, path="data/imagse")
+    assert f"{repo}: data/imagse at {commit(repo)[:12]}: there is no such path (fetch_data.path); data holds images" in message
     assert "there is no such path (fetch_data.path); the repository holds conf, data, one.bin" in refusal(
         repo, out, path="nope"
     )
@@ -187,11 +187,11 @@ def test_what_is_not_there_is_named(repo, tmp_path):
         assert f"{nowhere}: is no git repository that can be read" in refusal(nowhere, out)
 
 
-def test_a_repository_that_nobody_serves_is_named_and_tells_no_token(tmp_path):
+def test_unreachable_repository_is_named_without_its_token(tmp_path):
     (port,) = services.free_ports(1)
-    said = refusal(f"http://user:geheim@127.0.0.1:{port}/data.git", tmp_path / "out")
-    assert said.startswith(f"http://127.0.0.1:{port}/data.git: is no git repository that can be read")
-    assert "geheim" not in said
+    message = refusal(f"http://user:geheim@127.0.0.1:{port}/data.git", tmp_path / "out")
+    assert message.startswith(f"http://127.0.0.1:{port}/data.git: is no git repository that can be read")
+    assert "geheim" not in message
 
 
 def object_of(repo: Path, content: bytes) -> Path:
@@ -199,31 +199,32 @@ def object_of(repo: Path, content: bytes) -> Path:
     return repo.parent / "remote" / "files" / "md5" / md5[:2] / md5[2:]
 
 
-def test_a_file_missing_in_the_remote_is_named_and_the_rest_is_kept(repo, tmp_path):
+def test_file_missing_in_the_remote_is_named_and_the_others_are_kept(repo, tmp_path):
     kept = object_of(repo, b"two").read_bytes()
     object_of(repo, b"two").unlink()
-    said = refusal(repo, tmp_path / "out")
+    message = refusal(repo, tmp_path / "out")
     assert (
-        f"{repo}: data/images at {commit(repo)[:12]}: " in said and "data/images/a/2.jpg is missing in the DVC remote" in said
+        f"{repo}: data/images at {commit(repo)[:12]}: " in message
+        and "data/images/a/2.jpg is missing in the DVC remote" in message
     )
     object_of(repo, b"two").write_bytes(kept)
     run(str(repo), tmp_path / "out", FetchDataConfig(path="data/images"))
     assert fetched(tmp_path / "out") == IMAGES
 
 
-def test_a_damaged_file_is_named_and_never_taken(repo, tmp_path):
+def test_damaged_file_is_named_and_rejected(repo, tmp_path):
     damaged = object_of(repo, b"two")
     damaged.chmod(0o644)
     damaged.write_bytes(b"twX")
     assert "data/images/a/2.jpg is damaged in the remote (md5 " in refusal(repo, tmp_path / "out")
 
 
-def test_a_remote_that_is_gone(repo, tmp_path):
+def test_missing_remote(repo, tmp_path):
     shutil.rmtree(repo.parent / "remote")
-    assert "the DVC remote does not give it" in refusal(repo, tmp_path / "out")
+    assert "the DVC remote cannot be read" in refusal(repo, tmp_path / "out")
 
 
-def test_a_fetch_that_is_killed_leaves_nothing_and_is_continued(repo, tmp_path, capsys):
+def test_killed_fetch_leaves_nothing_and_resumes(repo, tmp_path, capsys):
     out = tmp_path / "out"
     code = """
 import os, signal, sys
@@ -240,13 +241,13 @@ fetch_data.run(sys.argv[1], Path(sys.argv[2]), FetchDataConfig(path="data/images
     killed = subprocess.run([sys.executable, "-c", code, str(repo), str(out)])
     assert killed.returncode == -9
     assert not out.exists()
-    shutil.rmtree(repo.parent / "remote" / "files" / "md5" / hashlib.md5(b"one").hexdigest()[:2])  # it is here already
+    shutil.rmtree(repo.parent / "remote" / "files" / "md5" / hashlib.md5(b"one").hexdigest()[:2])  # already fetched
     run(str(repo), out, FetchDataConfig(path="data/images"))
     assert "continues an interrupted run" in capsys.readouterr().out
     assert fetched(out) == IMAGES
 
 
-def test_a_repository_of_which_dvc_has_only_a_folder(tmp_path):
+def test_dvc_in_a_subfolder_of_the_repository(tmp_path):
     from dvc.repo import Repo
 
     write_files(tmp_path / "repo", {"team/images/1.jpg": b"one", "readme.txt": b"hello"})
@@ -267,7 +268,7 @@ def test_a_repository_of_which_dvc_has_only_a_folder(tmp_path):
         assert about(out)["md5"].endswith(".dir")
 
 
-def test_no_clone_stays_behind(repo, tmp_path, monkeypatch):
+def test_no_clone_is_left(repo, tmp_path, monkeypatch):
     place = tmp_path / "temporary"
     place.mkdir()
     code = "import sys; from pixelclip.cli import main; main()"
@@ -277,7 +278,7 @@ def test_no_clone_stays_behind(repo, tmp_path, monkeypatch):
     assert list(place.iterdir()) == []
 
 
-def test_something_else_is_not_told_about(tmp_path):
+def test_output_of_another_stage_is_rejected(tmp_path):
     write_json(tmp_path / "provenance.json", {"stage": "masks"})
     with pytest.raises(ValueError, match="was not made by stage fetch_data"):
         about(tmp_path)
@@ -285,7 +286,7 @@ def test_something_else_is_not_told_about(tmp_path):
 
 @pytest.fixture
 def remote(s3, tmp_path) -> str:
-    """A place in the S3 server of this test's own."""
+    """A prefix for this test in the S3 server."""
     return f"s3://dvc/{tmp_path.name}"
 
 
@@ -300,7 +301,7 @@ def test_data_over_s3(s3, remote, tmp_path, monkeypatch):
     assert fetched(tmp_path / "out") == big
     assert about(tmp_path / "out")["git_sha"] == sha
 
-    monkeypatch.delenv("AWS_ENDPOINT_URL")  # the repository may name the endpoint itself
+    monkeypatch.delenv("AWS_ENDPOINT_URL")  # the repository may set the endpoint
     config = tmp_path / "repo" / ".dvc" / "config"
     config.write_text(config.read_text() + f"    endpointurl = {s3.endpoint}\n")
     tiny.git(tmp_path / "repo", "commit", "-qam", "endpoint")
@@ -309,7 +310,7 @@ def test_data_over_s3(s3, remote, tmp_path, monkeypatch):
 
 
 @pytest.mark.services
-def test_an_s3_remote_that_refuses_is_one_clear_line(s3, remote, tmp_path, monkeypatch):
+def test_s3_refusal_is_one_clear_line(s3, remote, tmp_path, monkeypatch):
     (port,) = services.free_ports(1)
     repo = tmp_path / "repo"
     tiny.dvc_repository(repo, remote, {"data/images": IMAGES, "one.bin": {"": b"1"}}, {})
@@ -342,17 +343,17 @@ def test_an_s3_remote_that_refuses_is_one_clear_line(s3, remote, tmp_path, monke
     assert "data/images/a/2.jpg is missing in the DVC remote" in refusal(repo, out)
 
 
-# A git server that asks who is there.
+# A git server that requires a login.
 
 
 @contextlib.contextmanager
 def git_server(repo: Path, login: str) -> Iterator[str]:
-    """Serves a repository over HTTP to whoever gives `user:password`; yields the server's address."""
+    """Serve a repository over HTTP with the login `user:password`; yield the server's address."""
     expected = f"Basic {base64.b64encode(login.encode()).decode()}"
 
     class Quiet(WSGIRequestHandler):
         def log_message(self, *_: object) -> None:
-            """Says nothing."""
+            """Log nothing."""
 
     with contextlib.closing(Repo(str(repo))) as opened:
         git = make_wsgi_chain(DictBackend({"/data.git": opened}))
@@ -374,8 +375,8 @@ def git_server(repo: Path, login: str) -> Iterator[str]:
             server.server_close()
 
 
-def test_a_login_comes_by_git_s_own_variables_and_stays_there(repo, tmp_path, monkeypatch):
-    """As docs/cluster.md has a Secret set them."""
+def test_login_from_git_variables_is_not_recorded(repo, tmp_path, monkeypatch):
+    """A Secret sets these variables, see docs/cluster.md."""
     config = FetchDataConfig(path="data/images", revision="v1")
     with git_server(repo, "bot:very-secret") as address:
         monkeypatch.setenv("GIT_CONFIG_COUNT", "1")

@@ -1,4 +1,4 @@
-"""Files: all or nothing, digests that notice every change, errors that name the file."""
+"""Files: atomic writes, digests, errors that name the file."""
 
 import hashlib
 import os
@@ -11,7 +11,7 @@ from conftest import write_files
 from pixelclip.storage import digest, file_md5, files_below, read_json, write_atomically, write_json
 
 
-def test_a_written_file_is_whole_and_alone(tmp_path: Path) -> None:
+def test_written_file_is_complete_and_leaves_no_temporary_file(tmp_path: Path) -> None:
     path = tmp_path / "new" / "näme.txt"
     write_atomically(path, "grün")
     write_atomically(path, b"second")
@@ -19,13 +19,13 @@ def test_a_written_file_is_whole_and_alone(tmp_path: Path) -> None:
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_a_file_has_the_mode_of_the_umask(tmp_path: Path) -> None:
+def test_file_mode_follows_the_umask(tmp_path: Path) -> None:
     write_atomically(tmp_path / "written", b"")
     (tmp_path / "plain").touch()
     assert stat.S_IMODE((tmp_path / "written").stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
 
 
-def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file"
     path.write_text("old")
 
@@ -39,7 +39,7 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypa
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_json_comes_back_and_nan_is_refused(tmp_path: Path) -> None:
+def test_json_round_trip_and_nan_is_rejected(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"a": [1, 2.5, None, "ü"]})
     assert read_json(tmp_path / "a.json") == {"a": [1, 2.5, None, "ü"]}
     with pytest.raises(ValueError, match="JSON compliant"):
@@ -56,12 +56,12 @@ def test_unreadable_json_names_the_file(tmp_path: Path, content: bytes | None) -
         read_json(path)
 
 
-def test_files_below_are_sorted_and_hidden_ones_left_out(tmp_path: Path) -> None:
+def test_files_below_are_sorted_without_hidden_files(tmp_path: Path) -> None:
     write_files(tmp_path, dict.fromkeys(["b/2", "b/10", "a", "c d/é", ".hidden", ".git/x", "b/.x", "Thumbs.db"], b""))
     assert [path.relative_to(tmp_path).as_posix() for path in files_below(tmp_path)] == ["a", "b/10", "b/2", "c d/é"]
 
 
-def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
+def test_links_are_followed_except_to_parents(tmp_path: Path) -> None:
     write_files(tmp_path, {"data/a": b"1", "elsewhere/b": b"2"})
     (tmp_path / "data" / "link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "data" / "loop").symlink_to(tmp_path / "data")
@@ -70,7 +70,7 @@ def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
     assert [path.relative_to(tmp_path / "data").as_posix() for path in found] == ["a", "link/b"]
 
 
-def test_digest_notices_content_and_name_but_not_time(tmp_path: Path) -> None:
+def test_digest_depends_on_content_and_name_but_not_time(tmp_path: Path) -> None:
     folder = write_files(tmp_path / "x", {"a": b"1", "b/c": b"23"})
     before = digest(folder)
     assert (before["num_files"], before["size"]) == (2, 3)
@@ -92,7 +92,7 @@ def test_digest_of_a_file_is_its_md5(tmp_path: Path) -> None:
         digest(tmp_path / "none")
 
 
-def test_digest_takes_odd_names_and_dangling_links(tmp_path: Path) -> None:
+def test_digest_accepts_undecodable_names_and_dangling_links(tmp_path: Path) -> None:
     (tmp_path / os.fsdecode(b"\xff.jpg")).write_bytes(b"1")
     (tmp_path / "link").symlink_to(tmp_path / "none")
     before = digest(tmp_path)

@@ -1,59 +1,61 @@
-"""The folder of local copies that processes share: PIXELCLIP_CACHE, else `~/.cache/pixelclip`.
+"""Cache of local copies that processes share: PIXELCLIP_CACHE, else `~/.cache/pixelclip`.
 
-A copy stands in CACHE/KEY OF ITS URI/KEY OF ITS VERSION/NAME. PIXELCLIP_CACHE_GB bounds the whole: the copies that were not
-used for the longest time go first.
+A copy is stored as CACHE/KEY OF ITS URI/KEY OF ITS VERSION/NAME. PIXELCLIP_CACHE_GB bounds the total size; the least recently
+used copies are removed first.
 """
 
 import fcntl
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _URI = "uri"
+_UNFINISHED = re.compile(r"\.partial(\.[0-9a-fA-F]{8})?$")  # s3transfer appends eight digits
 
 
 def root() -> Path:
-    """The folder itself, which may not exist yet.
+    """Return the cache folder, which may not exist yet.
 
     Raises:
-        ValueError: there is no home folder.
+        ValueError: this user has no home folder.
     """
     try:
         return Path(os.environ.get("PIXELCLIP_CACHE") or "~/.cache/pixelclip").expanduser().absolute()
     except RuntimeError:
-        raise ValueError("there is no home folder to keep downloads in; set PIXELCLIP_CACHE") from None
+        raise ValueError("this user has no home folder for downloads; set PIXELCLIP_CACHE") from None
 
 
 def key(text: str) -> str:
-    """A short name for a URI or a version."""
+    """Return a short hash of a URI or a version."""
     return hashlib.sha256(os.fsencode(text)).hexdigest()[:16]
 
 
 def home(uri: str) -> Path:
-    """Where the copies of a URI are kept."""
+    """Return the folder of all copies of a URI."""
     return root() / key(uri)
 
 
 @contextmanager
 def locked(uri: str) -> Iterator[None]:
-    """Lets one process at a time bring what a URI names; the others wait and say so."""
+    """Let one process at a time download a URI; the others print that they wait."""
     folder = home(uri)
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:  # the end of a process frees it, however it ends
+    with (folder / "lock").open("w") as lock:  # released when the process ends, however it ends
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"{uri}: waits for another process that downloads it", flush=True)
+            print(f"{uri}: waiting for another process that downloads it", flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
         (folder / _URI).write_text(uri)
         yield
 
 
 def origin(path: Path) -> str:
-    """The URI that a path is a copy of; of any other path the path itself."""
+    """Return the URI of which a path is a copy; a path outside of the cache is returned as it is."""
     try:
         folder, _, _, *below = path.absolute().relative_to(root()).parts
         uri = (root() / folder / _URI).read_text()
@@ -63,16 +65,16 @@ def origin(path: Path) -> str:
 
 
 def touch(copy: Path) -> None:
-    """Notes that a copy is in use."""
-    with suppress(OSError):  # a cache that is only read, or a copy that another process removed just now
+    """Mark a copy as recently used."""
+    with suppress(OSError):  # a read-only cache, or a copy that another process has just removed
         os.utime(copy.parent)
 
 
 def trim(kept: Path) -> None:
-    """Removes the copies unused for longest until the bound holds; `kept` and what is unfinished stay.
+    """Remove the least recently used copies until the bound holds; `kept` and unfinished downloads stay.
 
     Raises:
-        ValueError: PIXELCLIP_CACHE_GB is no positive number.
+        ValueError: PIXELCLIP_CACHE_GB is not a positive number.
     """
     text = os.environ.get("PIXELCLIP_CACHE_GB", "")
     if not text:
@@ -82,11 +84,11 @@ def trim(kept: Path) -> None:
     except ValueError:
         bound = 0.0
     if not bound > 0:
-        raise ValueError(f"PIXELCLIP_CACHE_GB {text!r}: a positive number is expected")
+        raise ValueError(f"PIXELCLIP_CACHE_GB {text!r}: must be a positive number")
     copies = []
     for version in root().glob("*/*/"):
         with suppress(OSError):  # another process trims too
-            if not any(part.name.endswith(".partial") for part in version.iterdir()):
+            if not any(_UNFINISHED.search(entry.name) for entry in version.iterdir()):
                 copies.append((version.stat().st_mtime, version, _size(version)))
     total = sum(size for _, _, size in copies)
     for _, version, size in sorted(copies, key=lambda entry: entry[0]):

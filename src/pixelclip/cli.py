@@ -261,6 +261,7 @@ def predict(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
 ) -> None:
     """Segment a photo into the given classes."""
+    from pixelclip.class_names import names_of
     from pixelclip.images import open_image
     from pixelclip.predict import Predictor, label_image, overlay
     from pixelclip.storage import check_place
@@ -387,7 +388,7 @@ def pipeline_compile_sweep(
 
 def _output(out: str) -> AbstractContextManager[Path]:
     """Open the local folder in which a stage makes `out`; it is uploaded afterwards if `out` is s3://."""
-    from pixelclip.upload import outbox
+    from pixelclip.output import outbox
 
     return outbox(out)
 

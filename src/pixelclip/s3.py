@@ -1,12 +1,17 @@
-"""Stores that speak S3 (AWS, MinIO, Ceph, ...): the connection, what its errors mean, what is below a prefix."""
+"""S3-compatible stores (AWS, MinIO, Ceph, ...): connection, error messages, listings, downloads of pinned versions."""
 
-from collections.abc import Iterator
+import os
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-TIMEOUT = 30.0  # seconds without a byte
-_ATTEMPTS = 6  # botocore waits longer before each of them, up to 20 s
+from tqdm import tqdm
+
+_ATTEMPTS = 8  # botocore doubles the wait before each further attempt, up to 20 s
+_CHANGED = "changed in the store while it was downloaded; try again"
 REASONS = {
     "NoSuchBucket": "there is no such bucket",
     "NoSuchKey": "there is no such key in the bucket",
@@ -16,29 +21,34 @@ REASONS = {
     "InvalidToken": "wrong credentials, see AWS_SESSION_TOKEN",
     "ExpiredToken": "the credentials have expired, see AWS_SESSION_TOKEN",
 }
-"""What a store's error codes mean."""
+"""Plain-English meaning of a store's error codes."""
+
+
+class MissingError(ValueError):
+    """No object has this key."""
+
+
+class UnreachableError(ValueError):
+    """No server answers."""
 
 
 @dataclass(frozen=True)
 class Listed:
-    """What a listing tells of an object; `etag` without quotes."""
+    """One version of an object: `s3://bucket/key`, ETag without quotes, size in bytes."""
 
     uri: str
     etag: str
     size: int
+    md5: str = ""  # of the content, where the store promises one
 
 
 def is_s3(uri: object) -> bool:
-    """Whether something names an object or a prefix in a store."""
+    """Return True for an `s3://` URI."""
     return str(uri).lower().startswith("s3://")
 
 
 def split(uri: str) -> tuple[str, str]:
-    """Bucket and key of `s3://bucket/key`; the key is empty for a whole bucket.
-
-    Raises:
-        ValueError: there is no bucket in it.
-    """
+    """Return bucket and key of `s3://bucket/key` (the key may be empty); raise ValueError if the URI has no bucket."""
     bucket, _, key = uri.partition("://")[2].partition("/")
     if not is_s3(uri) or not bucket:
         raise ValueError(f"{uri}: s3://bucket/key is expected")
@@ -46,65 +56,130 @@ def split(uri: str) -> tuple[str, str]:
 
 
 @contextmanager
-def connected(uri: str, attempts: int = _ATTEMPTS) -> Iterator[Any]:
-    """A boto3 client by the usual AWS variables and files (AWS_ENDPOINT_URL for other stores than Amazon's).
+def connected(uri: str) -> Iterator[Any]:
+    """Open a boto3 client configured by the usual AWS variables and files (AWS_ENDPOINT_URL for stores other than Amazon's).
 
     Args:
-        uri: what it is for; error messages begin with it.
-        attempts: how often botocore asks when the store is overloaded or cannot be reached.
+        uri: prefix of the error messages.
 
     Raises:
-        ValueError: boto3 is missing, a setting is unusable, or, of what is done inside, the store refuses or is lost.
+        ValueError: boto3 is missing, a setting is invalid, or the store refuses or loses a request of the `with` body.
     """
     try:
         import boto3.session
-        from botocore import exceptions as boto
         from botocore.config import Config
+        from botocore.exceptions import BotoCoreError
     except ImportError:
         raise ValueError(f"{uri}: boto3 is missing; pip install 'pixelclip[s3]'") from None
     config = Config(
         connect_timeout=10,
-        read_timeout=TIMEOUT,
-        retries={"mode": "standard", "total_max_attempts": attempts},
-        # Its own checksums in a trailer are unknown to many stores; uploads say their MD5 instead, which all of them check.
+        read_timeout=30,
+        retries={"mode": "standard", "total_max_attempts": _ATTEMPTS},
+        # Many stores reject boto3's checksum trailers; every store understands the SHA-256 of a signed payload.
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
+        s3={"payload_signing_enabled": True},
     )
     try:
         client = boto3.session.Session().client("s3", config=config)
-    except (boto.BotoCoreError, ValueError) as error:
+    except (BotoCoreError, ValueError) as error:
         raise ValueError(f"{uri}: {error}") from None
-    with closing(client):
-        try:
-            yield client
-        except boto.ClientError as error:
-            raise ValueError(f"{uri}: {refusal(error.response, client.meta.endpoint_url)}") from None
-        except (boto.NoCredentialsError, boto.PartialCredentialsError) as error:
-            raise ValueError(f"{uri}: {error}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE") from None
-        except boto.BotoCoreError as error:
-            raise ValueError(f"{uri}: {' '.join(str(error).split())}") from None
+    with closing(client), _explained(uri, client.meta.endpoint_url):
+        yield client
 
 
-def refusal(answer: dict[str, Any], endpoint: str) -> str:
-    """Why a store refused, from a ClientError's response."""
-    status, code = answer["ResponseMetadata"]["HTTPStatusCode"], answer["Error"].get("Code", "")
-    reason = REASONS.get(code) or answer["Error"].get("Message") or "refused"
-    return f"{reason} ({code}, status {status}, {endpoint})"
+@contextmanager
+def _explained(uri: str, endpoint: str) -> Iterator[None]:
+    """Turn boto3's exceptions into one-line ValueErrors."""
+    from botocore import exceptions as boto
+    from s3transfer.exceptions import RetriesExceededError, S3DownloadFailedError
+
+    try:
+        yield
+    except boto.ClientError as error:
+        status, code = error.response["ResponseMetadata"]["HTTPStatusCode"], error.response["Error"].get("Code", "")
+        reason = _CHANGED if status == 412 else REASONS.get(code) or error.response["Error"].get("Message") or "refused"
+        kind = MissingError if code == "NoSuchKey" else ValueError
+        raise kind(f"{uri}: {reason} ({code}, status {status}, {endpoint})") from None
+    except (boto.NoCredentialsError, boto.PartialCredentialsError) as error:
+        raise ValueError(f"{uri}: {error}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE") from None
+    except boto.BotoCoreError as error:
+        kind = UnreachableError if isinstance(error, boto.ConnectionError) else ValueError
+        raise kind(f"{uri}: {' '.join(str(error).split())}") from None
+    except S3DownloadFailedError:  # PreconditionFailed
+        raise ValueError(f"{uri}: {_CHANGED}") from None
+    except RetriesExceededError as error:
+        raise ValueError(f"{uri}: the connection broke off every time ({error.last_exception}); try again") from None
 
 
 def list_below(uri: str) -> list[Listed]:
-    """Every object below a prefix `s3://bucket/folder`, in the order of keys; markers of empty folders are left out.
-
-    Raises:
-        ValueError: as `connected`.
-    """
+    """List all objects below the prefix `s3://bucket/folder`, sorted by key, without the markers of empty folders."""
     bucket, key = split(uri)
     prefix = f"{key.rstrip('/')}/" if key.strip("/") else ""
     with connected(uri) as client:
         pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-        return [
-            Listed(f"s3://{bucket}/{entry['Key']}", entry["ETag"].strip('"'), entry["Size"])
-            for page in pages
-            for entry in page.get("Contents", [])
-            if not entry["Key"].endswith("/")
-        ]
+        entries = [entry for page in pages for entry in page.get("Contents", []) if not entry["Key"].endswith("/")]
+    return [Listed(f"s3://{bucket}/{entry['Key']}", entry["ETag"].strip('"'), entry["Size"]) for entry in entries]
+
+
+def current_version(uri: str) -> Listed:
+    """Return the present version of one object; raise MissingError if there is none."""
+    bucket, key = split(uri)
+    with connected(uri) as client:
+        try:
+            reply = client.head_object(Bucket=bucket, Key=key)
+        except client.exceptions.ClientError:
+            reply = client.get_object(Bucket=bucket, Key=key)  # only GET returns the reason of a refusal
+            reply["Body"].close()
+    return Listed(uri, reply["ETag"].strip('"'), reply["ContentLength"], plain_md5(reply, bucket))
+
+
+def plain_md5(reply: Mapping[str, Any], bucket: str) -> str:
+    """Return the ETag of a reply if it is the content's MD5, else an empty string.
+
+    It is not after multipart uploads (the ETag has a dash), under a customer's encryption key, and in directory buckets.
+    """
+    customer_key = reply.get("ServerSideEncryption", "AES256") != "AES256" or "SSECustomerAlgorithm" in reply
+    match = re.fullmatch('"?([0-9a-f]{32})"?', reply["ETag"])
+    return match[1] if match and not customer_key and not bucket.endswith("--x-s3") else ""
+
+
+def download(uri: str, files: Mapping[Path, Listed]) -> None:
+    """Download the given version to each local path; a path appears when its content is complete.
+
+    Raises:
+        ValueError: an object changed, or as `connected`.
+    """
+    from boto3.s3.transfer import ProgressCallbackInvoker
+
+    etags = {split(one.uri): one.etag for one in files.values()}
+
+    def pin_version(params: dict[str, Any], **_: Any) -> dict[str, Any]:
+        return {**params, "IfMatch": f'"{etags[params["Bucket"], params["Key"]]}"'}
+
+    with connected(uri) as client, progress(sum(one.size for one in files.values()), uri) as bar:
+        client.meta.events.register("provide-client-params.s3.GetObject", pin_version)
+        with transfers(client) as manager:
+            futures = []
+            for path, one in files.items():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                subscribers = [ProgressCallbackInvoker(bar.update)]
+                futures.append(manager.download(*split(one.uri), str(path), subscribers=subscribers))
+            for (path, one), future in zip(files.items(), futures, strict=True):
+                with _explained(one.uri, client.meta.endpoint_url):
+                    future.result()
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+
+
+def progress(size: int | None, title: str, start: int = 0) -> "tqdm[Any]":
+    """Return a progress bar that counts bytes."""
+    return tqdm(total=size, initial=start, desc=title, unit="B", unit_scale=True, unit_divisor=1024)
+
+
+def transfers(client: Any, part: int = 8 << 20) -> Any:
+    """Return boto3's transfer manager, which transfers files larger than `part` bytes in parallel parts."""
+    from boto3.s3.transfer import TransferConfig, create_transfer_manager
+
+    config = TransferConfig(multipart_threshold=part + 1, multipart_chunksize=part, preferred_transfer_client="classic")
+    return create_transfer_manager(client, config)

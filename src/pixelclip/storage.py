@@ -1,4 +1,4 @@
-"""Files and folders: atomic writes, checksums, JSON with errors that name the file."""
+"""Files and folders: atomic writes, checksums, JSON."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ _IGNORED = {".DS_Store", "Thumbs.db"}
 
 
 def write_atomically(path: Path, content: bytes | str) -> None:
-    """Writes a file so that a reader, or a crash, sees all of it or nothing."""
+    """Write a file atomically: readers see all of it or nothing, even after a crash."""
     path.parent.mkdir(parents=True, exist_ok=True)
     data = content.encode() if isinstance(content, str) else content
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
@@ -29,10 +29,10 @@ def write_atomically(path: Path, content: bytes | str) -> None:
 
 
 def check_place(file: Path) -> None:
-    """Makes the folder of a file that is written after long work, so that what stands against it is said before.
+    """Make the folder of a file and fail early if the file cannot be written.
 
     Raises:
-        ValueError: `file` is a folder, or nothing can be written beside it.
+        ValueError: `file` is a folder, or its folder cannot be written to.
     """
     if file.is_dir():
         raise ValueError(f"{file}: must be a file, found a folder")
@@ -51,15 +51,15 @@ def _umask() -> int:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes `value` as indented JSON, atomically; NaN and infinity are refused."""
+    """Write `value` as indented JSON, atomically; reject NaN and infinity."""
     write_atomically(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """Reads a JSON file.
+    """Read a JSON file.
 
     Raises:
-        ValueError: the file is missing or is not JSON; the message names it.
+        ValueError: the file is missing or is not JSON.
     """
     try:
         return json.loads(path.read_bytes())
@@ -70,30 +70,30 @@ def read_json(path: Path) -> Any:
 
 
 def files_below(folder: Path) -> list[Path]:
-    """Every file below `folder`, sorted by its relative path; hidden files and folders are left out.
+    """List all files below `folder`, sorted by relative path, without hidden files and folders.
 
-    Links are followed, but never back into a folder that they stand in.
+    Links are followed, except those that lead back to a parent folder.
     """
-    found = []
+    files = []
     for root, folders, names in os.walk(folder, followlinks=True):
         above = {os.path.realpath(path) for path in [Path(root), *Path(root).parents]}
         folders[:] = [name for name in folders if not name.startswith(".") and os.path.realpath(Path(root, name)) not in above]
-        found += [Path(root, name) for name in names if not name.startswith(".") and name not in _IGNORED]
-    return sorted(found, key=lambda path: path.relative_to(folder).as_posix())
+        files += [Path(root, name) for name in names if not name.startswith(".") and name not in _IGNORED]
+    return sorted(files, key=lambda path: path.relative_to(folder).as_posix())
 
 
 def file_md5(path: Path) -> str:
-    """MD5 of one file, as hexadecimal digits."""
+    """Return the MD5 of a file as hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "md5").hexdigest()
 
 
 def digest(path: Path, files: Iterable[Path] | None = None) -> dict[str, Any]:
-    """Identifies a file, or a folder by the relative paths and contents of its files.
+    """Identify a file by its content, or a folder by the relative paths and contents of its files.
 
     Args:
         path: a file or folder.
-        files: the files below `path` that count; all of them by default.
+        files: the files below `path` to include; all by default.
 
     Returns:
         `{"md5": ..., "num_files": ..., "size": bytes}`.
@@ -106,12 +106,12 @@ def digest(path: Path, files: Iterable[Path] | None = None) -> dict[str, Any]:
     if not path.is_dir():
         raise ValueError(f"{path}: no such file or folder")
     listed = files_below(path) if files is None else sorted(files)
-    whole, size = hashlib.md5(usedforsecurity=False), 0
+    combined, size = hashlib.md5(usedforsecurity=False), 0
     for file in listed:
         try:
             md5, length = file_md5(file), file.stat().st_size
-        except OSError:  # a dangling link; whoever needs the file says so by name
+        except OSError:  # a dangling link; the stage that reads the file raises the error
             md5, length = "unreadable", 0
-        whole.update(os.fsencode(f"{file.relative_to(path).as_posix()} {md5}\n"))
+        combined.update(os.fsencode(f"{file.relative_to(path).as_posix()} {md5}\n"))
         size += length
-    return {"md5": whole.hexdigest(), "num_files": len(listed), "size": size}
+    return {"md5": combined.hexdigest(), "num_files": len(listed), "size": size}
