@@ -173,7 +173,7 @@ def test_an_api_server_that_stumbles_is_waited_for(kubernetes, space, capsys):
     kubernetes.jobs["pixelclip-run-1"] = {"metadata": {}}
     kubernetes.fate = [None, 500, 503, None, ends("Complete")]
     train_on_nodes(job(space), str(space), TrainConfig())
-    assert capsys.readouterr().out.count("waiting goes on") == 2
+    assert capsys.readouterr().out.count("does not answer") == 2
 
 
 @pytest.mark.parametrize("code", [401, 403])
@@ -185,7 +185,7 @@ def test_a_right_that_is_taken_away_ends_the_wait(kubernetes, space, code):
 
 
 def test_an_api_server_that_stays_away_ends_the_wait(kubernetes, space, monkeypatch):
-    monkeypatch.setattr(trainjob, "_PATIENCE", 3)
+    monkeypatch.setattr(trainjob, "_MAX_FAILURES", 3)
     kubernetes.jobs["pixelclip-run-1"] = {"metadata": {}}
     kubernetes.fate = [None, *[500] * 9]
     with pytest.raises(RuntimeError, match="cannot be watched"):
