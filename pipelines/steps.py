@@ -14,8 +14,9 @@ import yaml
 
 from pixelclip import __version__
 from pixelclip.config import TrainConfig, load
-from pixelclip.stage import CHANGED, LOCATION, METRICS, PROVENANCE, UNKNOWN, Metrics, code_revision, place, point, writable
+from pixelclip.stage import CHANGED, METRICS, PROVENANCE, UNKNOWN, Metrics, code_revision
 from pixelclip.storage import read_json
+from pixelclip_pipelines.artifacts import located, place, point, writable
 
 _OF_TRAINING = ("train.side", "train.residual")
 """Settings of the training that an evaluation of CLIP shares."""
@@ -104,17 +105,6 @@ def fetched(
     )
     artifact.metadata.update(about(out))
     return metrics, f"{path} md5 {artifact.metadata['md5']}"
-
-
-def located(artifact: Any) -> Path | str:
-    """Where the content of an input artifact stands: a folder, or an s3:// prefix."""
-    given = str(artifact.metadata.get(LOCATION, "")) or str(artifact.path)
-    return given if given.startswith("s3://") else Path(given)
-
-
-def path_of(artifact: Any) -> Path | str | None:
-    """As `located`, of an optional input artifact; None where there is none."""
-    return located(artifact) if artifact else None
 
 
 @contextmanager

@@ -4,13 +4,12 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from conftest import write_files
 
 from pixelclip.config import MasksConfig
-from pixelclip.stage import Stage, code_revision, describe, place
+from pixelclip.stage import Stage, code_revision, describe
 
 
 @pytest.fixture
@@ -200,28 +199,6 @@ def test_metrics_that_are_no_numbers_leave_no_out(out: Path, source: Path) -> No
     with pytest.raises(ValueError, match="JSON compliant"), stage:
         stage.finish({"loss": float("nan")}, files=["*.tar"])
     assert not out.exists()
-
-
-def test_a_component_writes_to_its_artifact_or_to_the_workspace(tmp_path: Path) -> None:
-    def artifact() -> SimpleNamespace:
-        return SimpleNamespace(path=str(tmp_path / "kfp" / "masks"), uri="s3://bucket/masks", metadata={})
-
-    alone, shared = artifact(), artifact()
-    assert place(alone, "", "masks") == tmp_path / "kfp" / "masks" and alone.metadata == {}
-    assert not (tmp_path / "kfp").exists()
-    assert place(shared, str(tmp_path), "masks") == tmp_path / "masks"
-    # KFP's launcher fails on an artifact whose URI is a path, as output and as input: the URI stays, a pointer is uploaded.
-    assert shared.uri == "s3://bucket/masks" and shared.metadata == {"location": str(tmp_path / "masks")}
-    assert (tmp_path / "kfp" / "masks").read_text() == f"{tmp_path / 'masks'}\n"
-
-
-def test_a_workspace_in_which_nobody_can_write_is_one_clear_line(tmp_path: Path) -> None:
-    artifact = SimpleNamespace(path=str(tmp_path / "kfp" / "masks"), uri="s3://bucket/masks", metadata={})
-    (tmp_path / "file").write_text("")
-    for workspace in (tmp_path / "file" / "space", Path("/proc/space")):
-        with pytest.raises(ValueError, match=rf"^workspace {workspace}: user \d+ cannot write there \(.+\); docs/cluster.md"):
-            place(artifact, str(workspace), "masks")
-    assert artifact.metadata == {}
 
 
 def test_the_revision_can_be_given(monkeypatch: pytest.MonkeyPatch) -> None:

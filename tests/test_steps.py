@@ -29,14 +29,13 @@ from pixelclip_components.evaluate_clip.component import evaluate_clip
 from pixelclip_components.finish.component import finish
 from pixelclip_components.masks.component import masks as masks_component
 from pixelclip_components.pin_revision.component import pin_revision
-from pixelclip_pipelines.cluster import Step, told
+from pixelclip_pipelines.artifacts import located, place
+from pixelclip_pipelines.cluster_config import Step, pod_environment
 from pixelclip_pipelines.steps import (
     close_run,
     fetched,
     gathered,
     links,
-    located,
-    path_of,
     pinned,
     pinned_clip,
     processes,
@@ -72,6 +71,30 @@ def test_without_a_repository_data_stay_where_they_are(tmp_path, path):
 
 def test_what_a_step_made_is_where_its_artifact_is(tmp_path):
     assert located(artifact(tmp_path)) == tmp_path
+
+
+def test_a_component_writes_to_its_artifact_or_to_the_workspace(tmp_path: Path) -> None:
+    def output() -> SimpleNamespace:
+        return SimpleNamespace(path=str(tmp_path / "kfp" / "masks"), uri="s3://bucket/masks", metadata={})
+
+    alone, shared = output(), output()
+    assert place(alone, "", "masks") == tmp_path / "kfp" / "masks" and alone.metadata == {}
+    assert not (tmp_path / "kfp").exists()
+    assert place(shared, str(tmp_path), "masks") == tmp_path / "masks"
+    # KFP's launcher fails on an artifact whose URI is a path, as output and as input: the URI stays, a pointer is uploaded.
+    assert shared.uri == "s3://bucket/masks" and shared.metadata == {"location": str(tmp_path / "masks")}
+    assert (tmp_path / "kfp" / "masks").read_text() == f"{tmp_path / 'masks'}\n"
+
+
+def test_a_workspace_in_which_nobody_can_write_is_one_clear_line(tmp_path: Path) -> None:
+    output = SimpleNamespace(path=str(tmp_path / "kfp" / "masks"), uri="s3://bucket/masks", metadata={})
+    (tmp_path / "file").write_text("")
+    for workspace in (tmp_path / "file" / "space", Path("/proc/space")):
+        with pytest.raises(
+            ValueError, match=rf"^workspace {workspace}: user \d+ cannot write there \(.+\); see docs/cluster.md"
+        ):
+            place(output, str(workspace), "masks")
+    assert output.metadata == {}
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +235,7 @@ def test_the_component_passes_on_what_it_is_given(tmp_path):
     assert {key: made[key] for key in ("clip", "side", "residual", "templates", "name")} == {
         **{"clip": spec, "side": 48, "residual": "patch", "templates": "single", "name": "labelled"}
     }
-    assert path_of(output) == tmp_path / "step" / "evaluation" and path_of(None) is None
+    assert located(output) == tmp_path / "step" / "evaluation"
 
 
 # Parts of masks.
@@ -271,7 +294,7 @@ def test_a_step_starts_one_process_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert [processes(device) for device in ("auto", "cuda", "cpu", "cuda:1")] == [4, 4, 1, 1]
-    for name, value in told(Step(gpus=5), "r/p:1").items():
+    for name, value in pod_environment(Step(gpus=5), "r/p:1").items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match="CUDA finds 4 of the 5 GPUs"):
         processes("auto")

@@ -22,11 +22,13 @@ def evaluate(
 
     from pixelclip.config import load
     from pixelclip.evaluate import REPORT, run
-    from pixelclip.stage import place
-    from pixelclip_pipelines.steps import located, path_of, show_confusion
+    from pixelclip_pipelines.artifacts import located, place
+    from pixelclip_pipelines.steps import show_confusion
 
     out, config = place(evaluation, workspace, "evaluate"), load("evaluate", overrides=settings)
-    for name, value in run(located(model), located(labelled), out, config, path_of(clip_evaluation)).items():
+    for name, value in run(
+        located(model), located(labelled), out, config, clip_evaluation and located(clip_evaluation)
+    ).items():
         metrics.log_metric(name, value)
     show_confusion(confusion, out)
     shutil.copyfile(out / REPORT, report.path)

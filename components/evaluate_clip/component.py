@@ -19,8 +19,7 @@ def evaluate_clip(
     """Measures plain CLIP on a labelled set; by the versions KFP knows it again."""
     from pixelclip.config import load
     from pixelclip.evaluate_clip import run
-    from pixelclip.stage import place
-    from pixelclip_pipelines.steps import located
+    from pixelclip_pipelines.artifacts import located, place
 
     evaluation.metadata.update(clip_version=clip_version, data_version=data_version)
     trained = load("train", overrides={**settings, "train.clip": clip})

@@ -18,8 +18,7 @@ def masks(
     """Gives every image of the shards, or of one part of them, its nameless masks."""
     from pixelclip.config import load
     from pixelclip.masks import run
-    from pixelclip.stage import place
-    from pixelclip_pipelines.steps import located
+    from pixelclip_pipelines.artifacts import located, place
 
     config = load("masks", overrides={**settings, "masks.generator": generator, "masks.part": part})
     out = place(masks, workspace, f"masks/{part.replace('/', '-of-')}")

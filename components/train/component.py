@@ -23,7 +23,7 @@ def train(
 ):
     """Trains a PixelCLIP from masked shards and a CLIP, on all GPUs of its pod."""
     from pixelclip.config import load
-    from pixelclip.stage import place
+    from pixelclip_pipelines.artifacts import place
     from pixelclip_pipelines.steps import gathered, processes, train_by
 
     chosen = {"clip": clip, "steps": steps, "batch_size": batch_size, "concepts": concepts, "seed": seed}

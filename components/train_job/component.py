@@ -24,7 +24,7 @@ def train_job(
 ):
     """Starts a TrainJob of Kubeflow Trainer, which trains on several nodes, and waits for its end."""
     from pixelclip.config import load
-    from pixelclip.stage import place
+    from pixelclip_pipelines.artifacts import place
     from pixelclip_pipelines.trainjob import train_on_nodes
 
     chosen = {"clip": clip, "steps": steps, "batch_size": batch_size, "concepts": concepts, "seed": seed}
