@@ -16,7 +16,8 @@ from pixelclip_components.register.component import register
 from pixelclip_components.shards.component import shards
 from pixelclip_components.train.component import train
 from pixelclip_components.train_job.component import train_job
-from pixelclip_pipelines.cluster import Cluster, place_on, tell_run
+from pixelclip_pipelines.cluster_config import Cluster
+from pixelclip_pipelines.cluster_tasks import place_on, set_run_id
 from pixelclip_pipelines.trainjob import template
 
 SETTING_OF = {
@@ -48,7 +49,7 @@ def build(cluster: Cluster | None = None, nodes: int = 1, image: str = IMAGE) ->
     parts = cluster.parts if cluster else 1
 
     def on(step: str, task: dsl.PipelineTask) -> dsl.PipelineTask:
-        return tell_run(place_on(task, cluster, step, image)) if cluster else task
+        return set_run_id(place_on(task, cluster, step, image)) if cluster else task
 
     @dsl.pipeline(name="pixelclip", description="Teach CLIP where things are, from images that nobody labelled.")
     def pixelclip(

@@ -20,8 +20,8 @@ from pixelclip.server import connect, tracking_uri
 from pixelclip.stage import METRICS
 from pixelclip.storage import read_json
 from pixelclip.tracking import PIPELINE_RUN
-from pixelclip_pipelines.cluster import image_of, read
-from pixelclip_pipelines.docker import containers
+from pixelclip_pipelines.cluster_config import image_of, read
+from pixelclip_pipelines.docker_runner import containers
 from pixelclip_pipelines.pixelclip import SETTING_OF, build, pixelclip
 
 LOG = "pipeline.log"
@@ -96,7 +96,7 @@ def compile_to(path: Path, cluster: Path | None = None, nodes: int = 1, image: s
 
     Args:
         path: YAML file to write.
-        cluster: settings of the cluster; see `cluster.read`.
+        cluster: settings of the cluster; see `cluster_config.read`.
         nodes: how many nodes train.
         image: container image, before PIXELCLIP_IMAGE and that of the cluster.
 

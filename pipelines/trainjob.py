@@ -15,7 +15,7 @@ from pixelclip.config import TrainConfig
 from pixelclip.stage import METRICS, Metrics
 from pixelclip.storage import read_json
 from pixelclip.tracking import PARENT_RUN, PIPELINE_RUN
-from pixelclip_pipelines.cluster import Cluster, Source, seconds, told
+from pixelclip_pipelines.cluster_config import Cluster, Source, pod_environment, seconds
 
 GROUP, VERSION, PLURAL = "trainer.kubeflow.org", "v1alpha1", "trainjobs"
 MANAGER = "pixelclip.io/pipeline"
@@ -55,13 +55,13 @@ def template(cluster: Cluster, nodes: int, image: str) -> dict[str, Any]:
         "volumes": volumes,
         "containers": [{"name": "node", "volumeMounts": mounts}],
         "nodeSelector": step.node_selector,
-        "tolerations": [{key: value for key, value in each.model_dump().items() if value} for each in step.stands_on],
+        "tolerations": step.pod_tolerations,
         "imagePullSecrets": [{"name": name} for name in cluster.pull_secrets],
     }
     node = {"name": "node", "template": {"spec": {"template": {"spec": {key: value for key, value in pod.items() if value}}}}}
     gpus = {step.gpu_type: str(step.gpus)} if step.gpus else {}
     environment = [
-        *({"name": name, "value": value} for name, value in told(step, image).items()),
+        *({"name": name, "value": value} for name, value in pod_environment(step, image).items()),
         *_references(cluster.secrets, "secretKeyRef"),
         *_references(cluster.config_maps, "configMapKeyRef"),
     ]

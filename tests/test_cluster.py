@@ -16,7 +16,7 @@ from kfp.components import load_component_from_file
 from kubeflow_trainer_api.models.trainer_v1alpha1_train_job import TrainerV1alpha1TrainJob
 
 from pixelclip.config import TrainConfig
-from pixelclip_pipelines.cluster import STEPS, Cluster, Source, Step, image_of, read, seconds
+from pixelclip_pipelines.cluster_config import STEPS, Cluster, Source, Step, image_of, read, seconds
 from pixelclip_pipelines.run import compile_to
 from pixelclip_pipelines.trainjob import complete, template
 
@@ -203,8 +203,8 @@ def test_a_step_that_asks_for_gpus_stands_on_their_nodes(pipeline, tmp_path):
     assert found.pop("exec-train") != taint, "what is given is taken"
     assert {name for name, tolerations in found.items() if tolerations} == {"exec-masks", "exec-evaluate", "exec-evaluate-clip"}
     assert found["exec-masks"] == found["exec-evaluate"] == taint
-    amd = Step(gpus=1, gpu_type="amd.com/gpu").stands_on
-    assert [each.key for each in amd] == ["amd.com/gpu"]
+    amd = Step(gpus=1, gpu_type="amd.com/gpu").pod_tolerations
+    assert [each["key"] for each in amd] == ["amd.com/gpu"]
 
 
 def test_shared_memory(pipeline):
@@ -442,24 +442,24 @@ def test_a_present_cluster_yaml_is_read_and_else_the_defaults(tmp_path, monkeypa
     ("text", "said"),
     [
         ("imag: a:1", "unknown key 'imag', did you mean 'image'?"),
-        ("steps: {train: {gpu: 2}}", "unknown key 'steps.train.gpu', did you mean 'gpus'?"),
+        ("steps: {train: {gpu: 2}}", "steps.train: unknown key 'gpu', did you mean 'gpus'?"),
         ("steps: {tarin: {gpus: 2}}", "unknown step 'tarin', did you mean 'train'?"),
         ("steps: {train: {gpus: -1}}", "steps.train.gpus: Input should be greater than or equal to 0 (found -1)"),
         ("steps: {train: {timeout: 5}}", "steps.train.timeout: String should match pattern"),
         ("steps: {train: {backoff_factor: 1.5}}", "steps.train.backoff_factor: Input should be a valid integer"),
-        ("steps: {train: {backoff_max: 1h}}", "unknown key 'steps.train.backoff_max', did you mean 'backoff"),
+        ("steps: {train: {backoff_max: 1h}}", "steps.train: unknown key 'backoff_max', did you mean 'backoff"),
         ("steps: {train: {retries: 30}}", "retries 30, timeout 2d, backoff 1m and backoff_factor 2 come to 745716 days"),
         ("steps: {train: {memory: 128Gi}}", "memory 128Gi is more than memory_limit 96Gi"),
         ("steps: {train: {cpu_limit: 500m}}", "cpu 8 is more than cpu_limit 500m"),
-        ("steps: {train: {tolerations: [{kex: a}]}}", "unknown key 'steps.train.tolerations.0.kex', did you mean 'key'?"),
+        ("steps: {train: {tolerations: [{kex: a}]}}", "steps.train.tolerations.0: unknown key 'kex', did you mean 'key'?"),
         ("steps: {train: {tolerations: [{key: a, value: b}]}}", "Equal needs both"),
         ("steps: 3", "steps: Input should be a valid dictionary"),
         ("steps: {train: }", "steps.train: "),
-        ("secrets: [{name: a, env: {X: y}, opt: 1}]", "unknown key 'secrets.0.opt', did you mean 'optional'?"),
+        ("secrets: [{name: a, env: {X: y}, opt: 1}]", "secrets.0: unknown key 'opt', did you mean 'optional'?"),
         ("secrets: [{name: a, env: {}}]", "secrets.0.env: Dictionary should have at least 1 item"),
         ("secrets: [{name: a, env: {X: y}}, {name: b, env: {X: y}}]", "come from two places: X"),
-        ("volume: {clam: x}", "unknown key 'volume.clam', did you mean 'claim'?"),
-        ("trainer: {runtim: x}", "unknown key 'trainer.runtim', did you mean 'runtime'?"),
+        ("volume: {clam: x}", "volume: unknown key 'clam', did you mean 'claim'?"),
+        ("trainer: {runtim: x}", "trainer: unknown key 'runtim', did you mean 'runtime'?"),
         ("parts: 0", "parts: Input should be greater than or equal to 1"),
         ("- a", "must hold keys and values, found list"),
         ("a: [", "cannot be read as YAML"),

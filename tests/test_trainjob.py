@@ -18,7 +18,7 @@ from json_server import JsonHandler, served
 from pixelclip.config import TrainConfig, load, parse_overrides
 from pixelclip_components.train_job.component import train_job
 from pixelclip_pipelines import trainjob
-from pixelclip_pipelines.cluster import Cluster
+from pixelclip_pipelines.cluster_config import Cluster
 from pixelclip_pipelines.trainjob import template, train_on_nodes
 
 JOBS = "/apis/trainer.kubeflow.org/v1alpha1/namespaces/default/trainjobs"
