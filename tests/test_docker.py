@@ -31,7 +31,7 @@ from pixelclip.predict import Predictor, overlay
 from pixelclip.register import run as register
 from pixelclip.toy import run as paint
 from pixelclip_components import IMAGE
-from pixelclip_pipelines.docker import containers
+from pixelclip_pipelines.docker_runner import containers
 from pixelclip_pipelines.run import run_locally
 
 pytestmark = [pytest.mark.docker, pytest.mark.timeout(900), pytest.mark.filterwarnings("ignore")]  # KFP's own warnings
@@ -335,7 +335,7 @@ def test_the_served_container_is_healthy_and_may_do_nothing_else(served):
 def test_without_an_engine_or_the_image_nothing_starts(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     out = tmp_path / "out"
-    monkeypatch.setattr("pixelclip_pipelines.docker.IMAGE", "no-such-image:1")
+    monkeypatch.setattr("pixelclip_pipelines.docker_runner.IMAGE", "no-such-image:1")
     with pytest.raises(ValueError, match=r"no-such-image:1 .*`make image`"):
         run_locally(ROOT, ROOT, out, None, {}, runner="docker")
     monkeypatch.setenv("DOCKER_HOST", "tcp://127.0.0.1:9")

@@ -17,11 +17,12 @@ from pixelclip import shards as stage_shards
 from pixelclip import train as stage_train
 from pixelclip.config import load, load_all
 from pixelclip.storage import read_json, write_json
-from pixelclip_pipelines.cluster import Cluster
-from pixelclip_pipelines.docker import _missing, containers
+from pixelclip_pipelines.artifacts import located
+from pixelclip_pipelines.cluster_config import Cluster
+from pixelclip_pipelines.docker_patch import missing_outputs
+from pixelclip_pipelines.docker_runner import containers
 from pixelclip_pipelines.pixelclip import SETTING_OF, build
 from pixelclip_pipelines.run import arguments, compile_to, run_locally
-from pixelclip_pipelines.steps import located
 
 ROOT = Path(__file__).parents[1]
 
@@ -205,9 +206,9 @@ def test_an_output_that_points_nowhere_is_missing(tmp_path):
     conftest.write_files(tmp_path / "kfp", {"model": b"where it is"})
     write_json(tmp_path / "made.json", {"artifacts": {"model": {"artifacts": [pointer]}}})
     declared = {"outputFile": str(tmp_path / "made.json"), "artifacts": {"model": {"artifacts": [{}]}}}
-    assert _missing(declared) == ["model"]
+    assert missing_outputs(declared) == ["model"]
     (tmp_path / "space" / "train").mkdir(parents=True)
-    assert _missing(declared) == []
+    assert missing_outputs(declared) == []
 
 
 def test_the_function_that_containers_replace_is_the_one_kfp_has(tmp_path, monkeypatch):
@@ -215,5 +216,5 @@ def test_the_function_that_containers_replace_is_the_one_kfp_has(tmp_path, monke
     with pytest.raises(ValueError, match="no Docker engine answers"), containers({}, tmp_path):
         pass
     monkeypatch.setattr(docker_task_handler, "run_docker_container", lambda client, image, arguments: 0)
-    with pytest.raises(ValueError, match=r"kfp [0-9.]+ runs containers in a way that pixelclip does not know"):
+    with pytest.raises(ValueError, match=r"kfp [0-9.]+ runs containers in a way that pixelclip does not support"):
         containers({}, tmp_path).__enter__()
