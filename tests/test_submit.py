@@ -46,7 +46,7 @@ def test_submit_uploads_once_and_starts_runs_with_every_parameter(kfp, run):
     assert "exec-train" in platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
 
     code, out, _ = run("submit", *DATA)
-    assert code == 0 and "is there already" in out
+    assert code == 0 and "exists already" in out
     assert [len(kfp.all(kind)) for kind in ("pipelines", "versions", "experiments", "runs")] == [1, 1, 1, 2]
 
 
@@ -193,7 +193,7 @@ def test_schedules_are_made_listed_and_deleted(kfp, run):
     assert "cron 0 0 3 * * 1" in out and "every 21600 s" in out
 
     code, _, err = run("schedule", "create", "often", *DATA, "--every", "1d")
-    assert code == 2 and "there is a schedule 'often' already" in err and len(kfp.all("recurringruns")) == 2
+    assert code == 2 and "a schedule named 'often' already exists" in err and len(kfp.all("recurringruns")) == 2
     assert run("schedule", "delete", weekly["recurring_run_id"])[0] == 0
     assert [made["display_name"] for made in kfp.all("recurringruns")] == ["often"]
     code, _, err = run("schedule", "delete", weekly["recurring_run_id"])
@@ -207,7 +207,7 @@ def test_schedules_are_made_listed_and_deleted(kfp, run):
         (("--cron", "0 3 * * 1", "--every", "1d"), "either --cron or --every"),
         (("--cron", "0 3 * *"), "MINUTE HOUR DAY"),
         (("--cron", "0 3 * * ;"), "MINUTE HOUR DAY"),
-        (("--every", "soon"), "as 6h"),
+        (("--every", "soon"), "for example 6h"),
         (("--every", "6h", "stepz=1"), "did you mean 'steps'?"),
     ],
 )
