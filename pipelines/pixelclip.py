@@ -46,7 +46,7 @@ def build(cluster: Cluster | None = None, nodes: int = 1, image: str = IMAGE) ->
     """
     trainer = train_job if nodes > 1 else train
     job = {"job": json.dumps(template(cluster or Cluster(), nodes, image))} if nodes > 1 else {}
-    parts = cluster.parts if cluster else 1
+    parts, parallel = (cluster.parts, cluster.parallel) if cluster else (1, 0)
 
     def on(step: str, task: dsl.PipelineTask) -> dsl.PipelineTask:
         return set_run_id(place_on(task, cluster, step, image)) if cluster else task
@@ -109,7 +109,7 @@ def build(cluster: Cluster | None = None, nodes: int = 1, image: str = IMAGE) ->
                 seen = {"masks": masked(part="").outputs["masks"]}
             else:
                 numbers = [f"{number}/{parts}" for number in range(1, parts + 1)]
-                with dsl.ParallelFor(numbers, name="parts", parallelism=cluster.parallel or None) as part:
+                with dsl.ParallelFor(numbers, name="parts", parallelism=parallel or None) as part:
                     one = masked(part=part)
                 seen = {"parts": dsl.Collected(one.outputs["masks"])}
             model = on("train_job" if job else "train", trainer(**seen, **learned, **job, **everywhere)).outputs["model"]

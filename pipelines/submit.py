@@ -216,12 +216,13 @@ def _named(name: str) -> str:
 
 
 def _schedules(client: kfp.Client, experiment: str) -> list[Any]:
-    schedules, token = [], ""
+    found: list[Any] = []
+    token = ""
     while True:
         page = client.list_recurring_runs(page_token=token, page_size=100, experiment_id=experiment)
-        schedules += page.recurring_runs or []
+        found += page.recurring_runs or []
         if not (token := page.next_page_token or ""):
-            return schedules
+            return found
 
 
 def _schedule_line(each: Any) -> str:
