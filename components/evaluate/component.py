@@ -17,7 +17,7 @@ def evaluate(
     clip_evaluation: dsl.Input[dsl.Artifact] = None,
     workspace: str = "",
 ):
-    """Measures a model and the CLIP it came from on a labelled set."""
+    """Evaluate a model and the CLIP it was trained from on a labelled set."""
     import shutil
 
     from pixelclip.config import load

@@ -16,7 +16,7 @@ def evaluate_clip(
     settings: dict,
     workspace: str = "",
 ):
-    """Measures plain CLIP on a labelled set; by the versions KFP knows it again."""
+    """Evaluate the unchanged CLIP on a labelled set. The versions are KFP's cache key."""
     from pixelclip.config import load
     from pixelclip.evaluate_clip import run
     from pixelclip_pipelines.artifacts import located, place

@@ -15,7 +15,7 @@ def masks(
     part: str = "",
     workspace: str = "",
 ):
-    """Gives every image of the shards, or of one part of them, its nameless masks."""
+    """Generate class-agnostic masks for every image of the shards, or of one part of them."""
     from pixelclip.config import load
     from pixelclip.masks import run
     from pixelclip_pipelines.artifacts import located, place

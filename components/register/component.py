@@ -17,7 +17,7 @@ def register(
     settings: dict,
     workspace: str = "",
 ):
-    """Registers a model in MLflow and passes it through the gate."""
+    """Register a model in MLflow and decide on its promotion."""
     from pathlib import Path
 
     from pixelclip.config import load

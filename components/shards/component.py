@@ -13,7 +13,7 @@ def shards(
     settings: dict,
     workspace: str = "",
 ):
-    """Packs a folder of images into tar shards."""
+    """Pack a folder of images into tar shards."""
     from pixelclip.config import load
     from pixelclip.shards import run
     from pixelclip_pipelines.artifacts import located, place
