@@ -1,7 +1,7 @@
-# The one image of pixelclip, for every component, for serving and for people. `make image` builds it; docs/docker.md.
+# The image of pixelclip for all components, serving and the command line. `make image` builds it; see docs/docker.md.
 #
-# All packages are fetched in stages that are not part of the image, so an index given at build time leaves no trace in it.
-# They arrive in three layers that change at different speed: torch with its CUDA, the other packages, pixelclip itself.
+# Build stages outside the image fetch all packages, so a package index leaves no trace in it. The image has three layers that
+# change at different rates: torch with CUDA, the other packages, pixelclip.
 ARG BASE=python:3.11-slim
 
 FROM ${BASE} AS tools
@@ -9,15 +9,15 @@ ARG UV=0.13.9
 # A package index other than the public one.
 ARG INDEX_URL=
 ENV PIP_INDEX_URL=${INDEX_URL} UV_DEFAULT_INDEX=${INDEX_URL} UV_NO_CACHE=1 UV_LINK_MODE=copy
-# --prefix puts packages into /layer as if it were this environment, whose place in the image they are then copied to.
+# --prefix installs packages into /layer, which is then copied over this environment in the image.
 ENV INTO="--python /opt/pixelclip/bin/python --prefix /layer --no-deps --compile-bytecode --quiet"
-# Bytecode that stays valid whatever a copy does to the times of files.
+# Bytecode that stays valid when a copy changes modification times.
 ENV PYC_INVALIDATION_MODE=UNCHECKED_HASH
 RUN pip install --quiet --no-cache-dir --root-user-action=ignore "uv==${UV}" \
     && python3 -m venv /opt/pixelclip
 
 FROM tools AS pins
-# The pins of requirements.txt that the image needs: it has no use for the extras `dev` and `services`.
+# The pins of requirements.txt without the extras `dev` and `services`.
 ARG EXTRAS="--extra train --extra pipeline --extra data --extra s3"
 WORKDIR /pins
 COPY requirements.txt pyproject.toml ./
@@ -43,7 +43,7 @@ COPY pipelines pipelines
 RUN uv pip install $INTO --build-constraints requirements.txt .
 
 FROM ${BASE}
-# git: DVC resolves revisions with it, also in mounted repositories of another owner.
+# DVC resolves revisions with git, also in mounted repositories of another owner.
 RUN apt-get update -qq \
     && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends git >/dev/null \
     && rm -rf /var/lib/apt/lists/* /var/cache/* /var/log/* \
@@ -54,9 +54,9 @@ COPY --from=tools /opt/pixelclip /opt/pixelclip
 COPY --from=torch /layer /opt/pixelclip
 COPY --from=others /layer /opt/pixelclip
 COPY --from=code /layer /opt/pixelclip
-# Everything that programs write beside their results goes below /tmp, the one folder that must be writable; USER gives a
-# name to a caller whose number has none. Files come through MLflow's server, as pixelclip wants them, for MLflow's own
-# commands, too. NVIDIA_VISIBLE_DEVICES is left to whoever hands out GPUs.
+# Caches and temporary files go to /tmp, the only folder that must be writable. USER is the user name for a UID without one.
+# MLflow's own commands fetch files through MLflow's server, as pixelclip does. Docker or Kubernetes sets
+# NVIDIA_VISIBLE_DEVICES.
 ENV PATH=/opt/pixelclip/bin:$PATH \
     HOME=/tmp \
     USER=pixelclip \

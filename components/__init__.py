@@ -1,4 +1,4 @@
-"""One folder a stage: its KFP component, which imports the installed package and calls the stage."""
+"""KFP components, one folder per stage. A component imports the installed package and calls the stage."""
 
 import os
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The demo as a cluster runs it: versioned data in, every step in a container, a promotable model out. `make demo-docker` calls
-# this among the servers of tests/services.py, whose addresses and keys stand in the environment and nowhere else.
+# The demo as on a cluster: data from DVC, every step in a container, a registered model. `make demo-docker` starts the servers of
+# tests/services.py and calls this with their addresses and keys in the environment.
 set -euo pipefail
 out=$1
 data=$out/data
@@ -23,7 +23,7 @@ if [ ! -e "$data/.git" ]; then
   )
 fi
 echo "== to the DVC remote $DVC_REMOTE_URL at $AWS_ENDPOINT_URL"
-(cd "$data" && dvc add -q images toy && dvc push -q && rm -rf .dvc/cache)  # so that the only copy to fetch is the remote's
+(cd "$data" && dvc add -q images toy && dvc push -q && rm -rf .dvc/cache)  # the remote keeps the only copy
 
 echo "== the pipeline, every step in a container of $PIXELCLIP_IMAGE"
 pixelclip pipeline run --runner docker --repo "$data" --revision main --images images --labelled toy \

@@ -1,4 +1,4 @@
-"""The DAG: data -> shards -> masks -> train -> evaluate -> register; whatever happens the MLflow run is closed."""
+"""The DAG: data -> shards -> masks -> train -> evaluate -> register. Its exit handler always closes the MLflow run."""
 
 import json
 
@@ -16,7 +16,8 @@ from pixelclip_components.register.component import register
 from pixelclip_components.shards.component import shards
 from pixelclip_components.train.component import train
 from pixelclip_components.train_job.component import train_job
-from pixelclip_pipelines.cluster import Cluster, place_on, tell_run
+from pixelclip_pipelines.cluster_config import Cluster
+from pixelclip_pipelines.cluster_tasks import place_on, set_run_id
 from pixelclip_pipelines.trainjob import template
 
 SETTING_OF = {
@@ -29,15 +30,15 @@ SETTING_OF = {
     "registry_name": "register.name",
     "min_gain": "register.min_gain",
 }
-"""The pipeline parameters that are settings of a stage; every other setting goes through `settings`."""
+"""Pipeline parameters that are settings of a stage; all other settings are passed in `settings`."""
 
 
 def build(cluster: Cluster | None = None, nodes: int = 1, image: str = IMAGE) -> dsl.base_component.BaseComponent:
-    """The pipeline for a cluster, or, without one, as it runs on one machine.
+    """Build the pipeline for a cluster, or, without one, for one machine.
 
     Args:
-        cluster: what each step's pod gets, and how many parts masks are made in.
-        nodes: how many nodes train; several are started by Kubeflow Trainer.
+        cluster: resources of each step, and the number of parts of stage masks.
+        nodes: number of training nodes; Kubeflow Trainer starts them if there are several.
         image: container image of all steps.
 
     Raises:
@@ -45,10 +46,10 @@ def build(cluster: Cluster | None = None, nodes: int = 1, image: str = IMAGE) ->
     """
     trainer = train_job if nodes > 1 else train
     job = {"job": json.dumps(template(cluster or Cluster(), nodes, image))} if nodes > 1 else {}
-    parts = cluster.parts if cluster else 1
+    parts, parallel = (cluster.parts, cluster.parallel) if cluster else (1, 0)
 
     def on(step: str, task: dsl.PipelineTask) -> dsl.PipelineTask:
-        return tell_run(place_on(task, cluster, step, image)) if cluster else task
+        return set_run_id(place_on(task, cluster, step, image)) if cluster else task
 
     @dsl.pipeline(name="pixelclip", description="Teach CLIP where things are, from images that nobody labelled.")
     def pixelclip(
@@ -64,38 +65,37 @@ def build(cluster: Cluster | None = None, nodes: int = 1, image: str = IMAGE) ->
         seed: int = TrainConfig().seed,
         registry_name: str = RegisterConfig().name,
         min_gain: float = RegisterConfig().min_gain,
-        settings: dict = {},  # noqa: B006  (KFP reads the default, nothing changes it)
+        settings: dict = {},  # noqa: B006  (KFP reads the default; it is never changed)
         workspace: str = "",
     ):
-        """Runs the whole flow.
+        """Run all steps.
 
         Args:
-            images: Folder of unlabelled images, searched recursively: its path in `repo`, or a folder or s3:// prefix itself.
-            labelled: Labelled set to evaluate on, found as `images`: images/, labels/, classes.txt. Never read in training.
-            repo: DVC repository (URL or path) that holds images and labelled set. Empty: they are folders or s3:// prefixes.
-            revision: Branch, tag or commit of `repo`; the full commit is resolved once and recorded. Empty: its default branch.
+            images: Folder of unlabelled images, searched recursively: path in `repo`, or a folder or s3:// prefix.
+            labelled: Labelled set for evaluation, given like `images`: images/, labels/, classes.txt. Never read in training.
+            repo: DVC repository (URL or path) with images and labelled set. Empty: they are folders or s3:// prefixes.
+            revision: Branch, tag or commit of `repo`, resolved once to a full commit. Empty: its default branch.
             generator: felzenszwalb, given (SA-1B JSON beside the images), sam or dino (with masks.weights in settings).
-            clip: The CLIP to start from: toy, an open_clip folder, NAME:PRETRAINED or NAME:FILE.
+            clip: CLIP to start from: toy, an open_clip folder, NAME:PRETRAINED or NAME:FILE.
             steps: Optimizer steps of the training.
             batch_size: Images in one optimizer step.
             concepts: Number of learnable concepts (K).
-            seed: Seed of prompts, decoder, order and views.
+            seed: Seed of prompts, decoder, sample order and views.
             registry_name: Name of the registered model in MLflow.
-            min_gain: Least gain over CLIP, in points of mIoU, that makes a champion.
-            settings: Every other setting as {"stage.setting": value}, for example {"train.teacher_momentum": 0.99}.
-            workspace: Folder that outlives the run (a mounted volume), where finished stages are reused and killed ones
-                resumed. Empty: the run's own artifact store.
+            min_gain: Minimum gain over CLIP of a champion, in points of mIoU.
+            settings: All other settings as {"stage.setting": value}, for example {"train.teacher_momentum": 0.99}.
+            workspace: Folder on a mounted volume where finished stages are reused and interrupted ones resumed. Empty: the
+                run's own artifact store.
         """
         everywhere = {"settings": settings, "workspace": workspace}
-        learned = {"clip": clip, "steps": steps, "batch_size": batch_size, "concepts": concepts, "seed": seed}
+        training = {"clip": clip, "steps": steps, "batch_size": batch_size, "concepts": concepts, "seed": seed}
         with dsl.ExitHandler(on("finish", finish()), name="pixelclip"):
             pins = on("pin_revision", pin_revision(repo=repo, revision=revision, clip=clip, **everywhere)).outputs
 
             def fetched(path: str) -> dsl.PipelineTask:
                 pin = {"revision": pins["commit"], "fetch": pins["fetch"]}
                 task = on("fetch_data", fetch_data(repo=repo, path=path, **pin, **everywhere))
-                # Its parameters say all about its output: a full commit SHA never means other data tomorrow, and where
-                # that does not tell all, no other run has the same `fetch`.
+                # Its parameters determine its output: `fetch` is the full commit, or unique if that is not enough.
                 return task.set_caching_options(True)
 
             pictures, truth = fetched(images), fetched(labelled)
@@ -104,15 +104,16 @@ def build(cluster: Cluster | None = None, nodes: int = 1, image: str = IMAGE) ->
             def masked(part: str) -> dsl.PipelineTask:
                 return on("masks", masks(shards=packed.outputs["shards"], generator=generator, part=part, **everywhere))
 
-            if parts == 1:  # no loop: KFP before 2.17 loses the status of steps that stand around one
-                seen = {"masks": masked(part="").outputs["masks"]}
+            if parts == 1:  # no loop: KFP before 2.17 loses the status of steps around one
+                masked_data = {"masks": masked(part="").outputs["masks"]}
             else:
                 numbers = [f"{number}/{parts}" for number in range(1, parts + 1)]
-                with dsl.ParallelFor(numbers, name="parts", parallelism=cluster.parallel or None) as part:
+                with dsl.ParallelFor(numbers, name="parts", parallelism=parallel or None) as part:
                     one = masked(part=part)
-                seen = {"parts": dsl.Collected(one.outputs["masks"])}
-            model = on("train_job" if job else "train", trainer(**seen, **learned, **job, **everywhere)).outputs["model"]
-            plain = evaluate_clip(
+                masked_data = {"parts": dsl.Collected(one.outputs["masks"])}
+            train_task = trainer(**masked_data, **training, **job, **everywhere)
+            model = on("train_job" if job else "train", train_task).outputs["model"]
+            clip_task = evaluate_clip(
                 labelled=truth.outputs["data"],
                 clip=clip,
                 clip_version=pins["clip_version"],
@@ -120,21 +121,21 @@ def build(cluster: Cluster | None = None, nodes: int = 1, image: str = IMAGE) ->
                 settings=pins["clip_settings"],
                 workspace=workspace,
             )
-            # KFP knows the labelled set by its address only, but the two versions say what stands there.
-            before = on("evaluate_clip", plain).set_caching_options(True).outputs["evaluation"]
-            found = evaluate(model=model, labelled=truth.outputs["data"], clip_evaluation=before, **everywhere)
-            measured = on("evaluate", found)
-            passed = register(
+            # KFP identifies the labelled set by its address only, but the two versions identify its content.
+            clip_evaluation = on("evaluate_clip", clip_task).set_caching_options(True).outputs["evaluation"]
+            evaluate_task = evaluate(model=model, labelled=truth.outputs["data"], clip_evaluation=clip_evaluation, **everywhere)
+            evaluation = on("evaluate", evaluate_task).outputs["evaluation"]
+            register_task = register(
                 model=model,
-                evaluation=measured.outputs["evaluation"],
+                evaluation=evaluation,
                 registry_name=registry_name,
                 min_gain=min_gain,
                 **everywhere,
             )
-            on("register", passed)
+            on("register", register_task)
 
     return pixelclip
 
 
 pixelclip = build()
-"""As it runs on one machine: kfp's local runners know nothing of pods, and a step that failed is not tried again."""
+"""The pipeline for one machine: without pod settings and retries."""

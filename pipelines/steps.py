@@ -1,4 +1,7 @@
-"""What the bodies of the components do besides calling their stage: find inputs, start processes, close the run, show."""
+"""Helpers of the component bodies: pinned versions, fetched data, processes, the end of the MLflow run, pages for KFP.
+
+A running step imports this module, so it must not import kfp.
+"""
 
 import os
 import subprocess
@@ -15,44 +18,43 @@ import yaml
 from pixelclip import __version__
 from pixelclip.code_version import CHANGED, UNKNOWN, code_revision
 from pixelclip.config import TrainConfig, load
-from pixelclip.stage import LOCATION, METRICS, PROVENANCE, Metrics, place, point, writable
+from pixelclip.stage import METRICS, PROVENANCE, Metrics, place, point, writable
 from pixelclip.storage import read_json
+from pixelclip_pipelines.artifacts import located, place, point, writable
 
-_OF_TRAINING = ("train.side", "train.residual")
-"""Settings of the training that an evaluation of CLIP shares."""
+_TRAINING_SETTINGS_OF_CLIP = ("train.side", "train.residual")
 _STATUS = {"SUCCEEDED": "FINISHED", "FAILED": "FAILED", "CANCELLED": "KILLED"}
 _DATA_COLUMNS = "| data | md5 | revision | path |\n|---|---|---|---|\n"
 
 
 def pinned(repo: str, revision: str, workspace: str) -> tuple[str, str]:
-    """The commit that a revision of a DVC repository is now, so that all of a run reads one commit.
+    """Resolve a revision of a DVC repository to a commit, so that the whole run reads one commit.
 
     Args:
-        repo: URL or path of the repository; empty where data are no DVC data.
+        repo: URL or path of the repository; empty if the data are not in one.
         revision: a branch, a tag or a commit; empty: the repository's default branch.
         workspace: a folder that outlives the run, or empty.
 
     Returns:
-        Its full SHA, or nothing without a repository; and by which word KFP may know a fetch again.
+        The full SHA, empty without a repository; and KFP's cache key of a fetch.
 
     Raises:
-        ValueError: no such repository or revision, or a workspace in which no step could write.
+        ValueError: no such repository or revision, or a workspace that is not writable.
     """
     if workspace:
-        writable(workspace)  # said now, not hours later
+        writable(workspace)  # fail now, not hours later
     if not repo:
-        # KFP takes a fetch of known parameters from its cache, with the version that it told then. Of data that nobody
-        # versions that would be a lie once they change, so their fetches must have a parameter that no other run has.
+        # KFP caches a fetch by its parameters. Unversioned data may change under the same path, so their key is unique.
         return "", _unique()
     from pixelclip.fetch_data import commit_of
 
     commit = commit_of(repo, revision or "HEAD")
-    # KFP does not look whether a workspace still holds what was fetched into it. The stage does.
+    # KFP does not check that a workspace still holds what was fetched into it. The stage does.
     return commit, _unique() if workspace else commit
 
 
 def pinned_clip(clip: str, settings: Mapping[str, Any], workspace: str) -> tuple[str, dict[str, Any]]:
-    """By which parameters KFP may know an evaluation of CLIP again.
+    """Return the cache-key parameters of the CLIP evaluation step.
 
     Args:
         clip: setting `train.clip`.
@@ -60,16 +62,16 @@ def pinned_clip(clip: str, settings: Mapping[str, Any], workspace: str) -> tuple
         workspace: a folder that outlives the run, or empty.
 
     Returns:
-        What identifies the CLIP's weights and the code that measures it; and of the settings those that the evaluation
-        goes by, so that a training with others does not repeat it.
+        Version of the CLIP's weights and of the code; and only those settings that the evaluation reads, so that other
+        training settings do not repeat it.
     """
     from pixelclip.clip_sources import clip_version
 
-    chosen = {key: value for key, value in settings.items() if key.startswith("evaluate.") or key in _OF_TRAINING}
+    chosen = {key: value for key, value in settings.items() if key.startswith("evaluate.") or key in _TRAINING_SETTINGS_OF_CLIP}
     revision = code_revision()
     version = f"{clip_version(str(settings.get('evaluate.clip') or clip))} code {__version__} {revision}"
-    # What KFP remembers of a workspace is a path, and it does not look whether anything stands there still; of given masks
-    # it would know no more. The stage looks at both. Of changes that nobody committed a revision says nothing.
+    # KFP does not check that a workspace or a folder of masks still holds the same content, and the revision does not
+    # identify uncommitted code. The key is unique then, and the stage itself checks what can be reused.
     unversioned = revision == UNKNOWN or revision.endswith(CHANGED)
     return f"{version} {_unique()}" if workspace or settings.get("evaluate.masks_folder") or unversioned else version, chosen
 
@@ -81,18 +83,18 @@ def _unique() -> str:
 def fetched(
     artifact: Any, repo: str, path: str, revision: str, settings: Mapping[str, Any], workspace: str
 ) -> tuple[Metrics, str]:
-    """Fetches data out of a DVC repository, or, without one, points to data that are there already.
+    """Fetch data from a DVC repository; without one, point to existing data.
 
     Args:
-        artifact: the output artifact; its metadata tell what it is.
-        repo: URL or path of the DVC repository; empty: `path` is a folder or an s3:// prefix itself.
-        path: of the data in the repository.
-        revision: the commit that `pinned` said.
+        artifact: the output artifact; its metadata describe the data.
+        repo: URL or path of the DVC repository; empty: `path` is a folder or an s3:// prefix.
+        path: path of the data in the repository.
+        revision: the commit returned by `pinned`.
         settings: settings of all stages.
         workspace: a folder that outlives the run, or empty.
 
     Returns:
-        Metrics, and the data's version: path and md5, or a word that no other run gets for data that have no version.
+        Metrics, and the version of the data: path and md5, or a unique value for unversioned data.
     """
     if not repo:
         point(artifact, path)
@@ -100,31 +102,19 @@ def fetched(
     from pixelclip.fetch_data import about, run
 
     out = place(artifact, workspace, f"fetch_data/{path.strip('/').replace('/', '-')}/{Path(path).name}")
-    metrics = run(
-        repo, out, load("fetch_data", overrides={**settings, "fetch_data.path": path, "fetch_data.revision": revision})
-    )
+    config = load("fetch_data", overrides={**settings, "fetch_data.path": path, "fetch_data.revision": revision})
+    metrics = run(repo, out, config)
     artifact.metadata.update(about(out))
     return metrics, f"{path} md5 {artifact.metadata['md5']}"
 
 
-def located(artifact: Any) -> Path | str:
-    """Where the content of an input artifact stands: a folder, or an s3:// prefix."""
-    given = str(artifact.metadata.get(LOCATION, "")) or str(artifact.path)
-    return given if given.startswith("s3://") else Path(given)
-
-
-def path_of(artifact: Any) -> Path | str | None:
-    """As `located`, of an optional input artifact; None where there is none."""
-    return located(artifact) if artifact else None
-
-
 @contextmanager
 def gathered(masks: Any, parts: Sequence[Any] | None) -> Iterator[Path | str]:
-    """The masks as one folder: what one step made, or links to all parts that several made.
+    """Yield the masks as one folder: the output of one step, or links to the outputs of several.
 
     Args:
         masks: an artifact, or None.
-        parts: artifacts, one of each part, or None.
+        parts: one artifact per part, or None.
     """
     if not parts:
         yield located(masks)
@@ -136,23 +126,23 @@ def gathered(masks: Any, parts: Sequence[Any] | None) -> Iterator[Path | str]:
 
 
 def processes(device: str) -> int:
-    """How many processes a step starts here: one a GPU of the pod, or one; raises ValueError as `ranks.count_gpus`."""
+    """Return the number of training processes: one per GPU of the pod, at least one; raise as `ranks.count_gpus`."""
     from pixelclip.ranks import count_gpus
 
     return max(1, count_gpus()) if device in ("auto", "cuda") else 1
 
 
 def train_by(number: int, masks: Path | str, out: Path, config: TrainConfig) -> Metrics:
-    """Trains in this process, or in several that torchrun starts.
+    """Train in this process, or in several started by torchrun.
 
     Args:
-        number: of processes.
-        masks: Shards with masks.
-        out: model folder to make.
+        number: number of processes.
+        masks: shards with masks.
+        out: model folder to create.
         config: settings.
 
     Raises:
-        SystemExit: a process failed, with its exit code; it has said why.
+        SystemExit: a process failed, with its exit code; it has printed the reason.
     """
     if number == 1:
         from pixelclip.train import run
@@ -161,39 +151,41 @@ def train_by(number: int, masks: Path | str, out: Path, config: TrainConfig) -> 
     with tempfile.TemporaryDirectory() as folder:
         params = Path(folder, "params.yaml")
         params.write_text(yaml.safe_dump({"train": config.model_dump()}))
-        words = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}", "-m", "pixelclip", "train"]
-        given = ["--masks", str(masks), "--out", str(out), "--params", str(params)]
-        done = subprocess.run([sys.executable, *words, *given])
-    if done.returncode:
-        raise SystemExit(done.returncode)
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}"]
+        options = ["--masks", str(masks), "--out", str(out), "--params", str(params)]
+        code = subprocess.run([*torchrun, "-m", "pixelclip", "train", *options]).returncode
+    if code:
+        raise SystemExit(code)
     return dict(read_json(out / METRICS))
 
 
 def close_run(state: str) -> None:
-    """Ends the MLflow run of this pipeline run with the status that the pipeline's steps had.
+    """End the MLflow run of this pipeline run with the status of the pipeline's steps.
 
     Args:
-        state: of the steps, as KFP says it.
+        state: state of the steps in KFP's terms.
 
     Raises:
-        ValueError: the id of the pipeline run is unknown, or MLflow cannot be reached.
+        ValueError: the id of the pipeline run is not set, or MLflow is unreachable.
     """
     from pixelclip.server import connect, experiment_id
     from pixelclip.tracking import PIPELINE_RUN
 
-    if given := os.environ.get("MLFLOW_RUN_ID"):
-        print(f"finish: MLflow run {given} was not started here, and who started it closes it", flush=True)
+    if run_id := os.environ.get("MLFLOW_RUN_ID"):
+        print(f"finish: MLflow run {run_id} is left to the plugin that started it", flush=True)
         return
     pipeline_run = os.environ.get(PIPELINE_RUN)
     if not pipeline_run:
-        raise ValueError(f"{PIPELINE_RUN} must hold the id of the pipeline run whose MLflow run is to be closed")
+        raise ValueError(f"{PIPELINE_RUN} must hold the id of the pipeline run whose MLflow run ends")
     client = connect()
-    found = client.search_runs([experiment_id(client)], f"tags.`kfp.run_id` = '{pipeline_run}'")
-    if not found:
-        print(f"finish: pipeline run {pipeline_run} ({state}) has started no training, so there is no run to close", flush=True)
-    for run in found:
-        # KFP before 2.17 calls steps with a loop among them RUNNING for ever (kubeflow/pipelines#13321); the last step
-        # tells how they ended.
+    runs = client.search_runs([experiment_id(client)], f"tags.`kfp.run_id` = '{pipeline_run}'")
+    if not runs:
+        print(
+            f"finish: pipeline run {pipeline_run} ({state}) started no training, so there is no MLflow run to close", flush=True
+        )
+    for run in runs:
+        # KFP before 2.17 reports steps with a loop among them as RUNNING (kubeflow/pipelines#13321). Then the run counts as
+        # finished if its last step has registered a model.
         registered = client.search_model_versions(f"run_id = '{run.info.run_id}'")
         status = _STATUS.get(state) or ("FINISHED" if registered else "FAILED")
         client.set_terminated(run.info.run_id, status)
@@ -201,38 +193,38 @@ def close_run(state: str) -> None:
 
 
 def links(registration: Path, evaluation: Path) -> str:
-    """The page of a registration: MLflow run, version in the registry, and every version of data that led to it.
+    """Return a registration as Markdown: MLflow run, registered version, and the version of all data it was made from.
 
     Args:
-        registration: what `register` wrote.
-        evaluation: what `evaluate` wrote about the model.
+        registration: output of `register`.
+        evaluation: output of `evaluate` for the model.
     """
     from pixelclip.model_version import REGISTRATION, markdown
 
-    there = read_json(registration / REGISTRATION)
+    registered = read_json(registration / REGISTRATION)
     lines = [markdown(registration)]
-    if there["tracking_uri"].startswith("http"):
-        address = f"{there['tracking_uri'].rstrip('/')}/#/models/{there['name']}/versions/{there['version']}"
-        lines.append(f"[{there['name']} version {there['version']} in the registry]({address})\n")
-    rows = dict(_data(read_json(evaluation / PROVENANCE)))
+    if registered["tracking_uri"].startswith("http"):
+        address = f"{registered['tracking_uri'].rstrip('/')}/#/models/{registered['name']}/versions/{registered['version']}"
+        lines.append(f"[{registered['name']} version {registered['version']} in the registry]({address})\n")
+    rows = dict(_data_rows(read_json(evaluation / PROVENANCE)))
     return "\n".join([*lines, _DATA_COLUMNS + "\n".join(rows.values()) + "\n"])
 
 
-def _data(provenance: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """One line of a Markdown table for every input of a stage and of all stages before it."""
+def _data_rows(provenance: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield a table row for each input of the whole provenance that is not a result of this pipeline."""
     for name, described in provenance["inputs"].items():
         made_by = described.get("provenance", {})
-        if made_by.get("stage") in (None, "fetch_data"):  # the others are results of this pipeline
+        if made_by.get("stage") in (None, "fetch_data"):
             revision = made_by.get("source", {}).get("git_sha", "")
             yield name, f"| {name} | `{described.get('md5', '')}` | {revision or '–'} | {described.get('path', '')} |"
         else:
-            yield from _data(made_by)
+            yield from _data_rows(made_by)
 
 
 def show_confusion(artifact: Any, evaluation: Path) -> None:
-    """Puts the confusion of the most frequent classes on the KFP page; an evaluation of before there was one has none."""
+    """Log the confusion matrix of the most frequent classes to KFP, if the evaluation has one."""
     from pixelclip.evaluate import CONFUSION
 
     if (evaluation / CONFUSION).is_file():
-        found = read_json(evaluation / CONFUSION)
-        artifact.log_confusion_matrix(found["classes"], found["counts"])
+        matrix = read_json(evaluation / CONFUSION)
+        artifact.log_confusion_matrix(matrix["classes"], matrix["counts"])

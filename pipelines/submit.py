@@ -1,40 +1,36 @@
-"""The pipeline on a real Kubeflow Pipelines: submit a run, see how it goes, run it on a schedule."""
+"""Client of Kubeflow Pipelines: submit a run, print its status, manage schedules."""
 
 import contextlib
 import hashlib
-import io
 import json
 import os
 import re
 import tempfile
-import urllib.error
-import urllib.request
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import kfp
 import kfp_server_api
-import yaml
+import requests
 from kfp import compiler
 from urllib3.exceptions import HTTPError
 
-from pixelclip_pipelines.cluster import Cluster, check_workspace, image_of, read, seconds
+from pixelclip_pipelines.cluster_config import Cluster, check_workspace, image_of, read, seconds
 from pixelclip_pipelines.pixelclip import build
 
 ENDPOINTS = ("KFP_ENDPOINT", "KF_PIPELINES_ENDPOINT")
 TOKEN = "KFP_TOKEN"
-_GOOD, _BAD = ("SUCCEEDED", "SKIPPED"), ("FAILED", "CANCELED", "CANCELLED")
-_PAGE = 100
+_EXIT_CODES = {"SUCCEEDED": 0, "SKIPPED": 0, "FAILED": 1, "CANCELED": 1, "CANCELLED": 1}
+_RUNNING = 3
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where the pipeline goes: KFP's URL (empty: by environment or file), settings of the cluster, nodes, image."""
+    """KFP's URL (empty: from environment or file), the cluster's settings, number of training nodes, container image."""
 
     endpoint: str = ""
     cluster: Path | None = None
@@ -42,78 +38,60 @@ class Target:
     image: str = ""
 
 
-def submit(given: Mapping[str, Any], target: Target, name: str = "") -> str:
-    """Starts a run; the pipeline is uploaded first if it is new, or as a new version if it changed.
+def submit(arguments: Mapping[str, Any], target: Target, name: str = "") -> str:
+    """Start a run. The pipeline is uploaded first if it is new, or as a new version if it changed.
 
     Args:
-        given: the pipeline's arguments, see `run.arguments`.
-        target: where.
-        name: of the run; empty: the pipeline's with the time.
+        arguments: arguments of the pipeline, see `run.arguments`.
+        target: KFP and how to compile for it.
+        name: name of the run; empty: that of the pipeline with the time.
 
     Returns:
-        The run's id; its URL is printed.
+        Id of the run; its URL is printed.
 
     Raises:
-        ValueError: a wrong parameter or setting, KFP not reached or refusing.
+        ValueError: an invalid parameter or setting; KFP is unreachable or rejects a request.
     """
-    with _prepared(given, target) as ready:
-        name = name or f"{ready.pipeline} {datetime.now(UTC):%Y-%m-%d %H:%M:%S}"
-        run = ready.client.run_pipeline(
-            experiment_id=ready.experiment,
-            job_name=name,
-            params=dict(given),
-            pipeline_id=ready.pipeline_id,
-            version_id=ready.version_id,
-            service_account=ready.cluster.service_account or None,
-        )
-        ready.said.append(f"run {run.run_id}: {ready.page}/#/runs/details/{run.run_id}")
+    with _uploaded(arguments, target) as (client, _, pipeline, options):
+        run = client.run_pipeline(job_name=name or f"{pipeline} {datetime.now(UTC):%Y-%m-%d %H:%M:%S}", **options)
         return str(run.run_id)
 
 
-def schedule(given: Mapping[str, Any], target: Target, name: str, cron: str = "", every: str = "") -> str:
-    """Runs the pipeline again and again.
+def schedule(arguments: Mapping[str, Any], target: Target, name: str, cron: str = "", every: str = "") -> str:
+    """Run the pipeline on a schedule.
 
     Args:
-        given: as `submit`.
-        target: where.
-        name: of the schedule; there must be none of that name in the experiment.
-        cron: `MINUTE HOUR DAY MONTH WEEKDAY` in the time zone of KFP's server, or KFP's six fields with seconds in front.
-        every: 30m, 6h, 1d; one of `cron` and `every`.
+        arguments: as `submit`.
+        target: as `submit`.
+        name: name of the schedule, unique within the experiment.
+        cron: `MINUTE HOUR DAY MONTH WEEKDAY` in the time zone of KFP's server, or KFP's six fields that begin with seconds.
+        every: interval such as 30m, 6h or 1d; one of `cron` and `every` is required.
 
     Returns:
-        The schedule's id.
+        Id of the schedule.
 
     Raises:
-        ValueError: as `submit`; no schedule, two, or one that KFP would not take.
+        ValueError: as `submit`; not exactly one of `cron` and `every`, or one that KFP would reject.
     """
     if bool(cron) == bool(every):
         raise ValueError("a schedule is either --cron or --every")
     when = {"cron_expression": _six_fields(cron)} if cron else {"interval_second": _interval(every)}
-    with _prepared(given, target) as ready:
-        if taken := [each for each in _schedules(ready.client, ready.experiment) if each.display_name == name]:
-            raise ValueError(
-                f"there is a schedule {name!r} already ({taken[0].recurring_run_id}); delete it or take another name"
-            )
-        made = ready.client.create_recurring_run(
-            experiment_id=ready.experiment,
-            job_name=name,
-            params=dict(given),
-            pipeline_id=ready.pipeline_id,
-            version_id=ready.version_id,
-            max_concurrency=1,
-            no_catchup=True,
-            service_account=ready.cluster.service_account or None,
-            **when,
-        )
-        ready.said.append(f"schedule {made.recurring_run_id}: {ready.page}/#/recurringrun/details/{made.recurring_run_id}")
-        return str(made.recurring_run_id)
+    with _uploaded(arguments, target) as (client, page, _, options):
+        for existing in _schedules(client, options["experiment_id"]):
+            if existing.display_name == name:
+                raise ValueError(
+                    f"a schedule named {name!r} already exists ({existing.recurring_run_id}); delete it or choose another name"
+                )
+        created = client.create_recurring_run(job_name=name, max_concurrency=1, no_catchup=True, **when, **options)
+        print(f"schedule {created.recurring_run_id}: {page}/#/recurringrun/details/{created.recurring_run_id}", flush=True)
+        return str(created.recurring_run_id)
 
 
 def schedules(target: Target) -> list[str]:
-    """The schedules of the experiment, one line each.
+    """Return the schedules of the experiment, one per line.
 
     Raises:
-        ValueError: KFP not reached or refusing.
+        ValueError: KFP is unreachable or rejects the request.
     """
     with _connected(target) as (client, cluster, _):
         try:
@@ -122,194 +100,159 @@ def schedules(target: Target) -> list[str]:
             if not str(error).startswith("No experiment is found"):
                 raise
             return []
-        return [_line(each) for each in _schedules(client, experiment.experiment_id)]
+        return [_schedule_line(each) for each in _schedules(client, experiment.experiment_id)]
 
 
 def unschedule(target: Target, schedule_id: str) -> None:
-    """Deletes a schedule; runs that it has started go on.
+    """Delete a schedule. Runs that it has started continue.
 
     Raises:
-        ValueError: there is none of that id, KFP not reached or refusing.
+        ValueError: no such schedule; KFP is unreachable or rejects the request.
     """
     with _connected(target) as (client, _, _):
         client.delete_recurring_run(schedule_id)
 
 
 def status(target: Target, run_id: str) -> tuple[list[str], int]:
-    """How a run goes.
+    """Return the state of a run.
 
     Returns:
-        One line a step with its state, then one of the run; and an exit code: 0 succeeded, 1 failed or cancelled, 3 not over.
+        One line per step with its state, then one of the run; and an exit code: 0 succeeded, 1 failed or cancelled, 3 running.
 
     Raises:
-        ValueError: there is no such run, KFP not reached or refusing.
+        ValueError: no such run; KFP is unreachable or rejects the request.
     """
     with _connected(target) as (client, _, page):
         run = client.get_run(run_id)
     tasks = (run.run_details.task_details if run.run_details else None) or []
-    # KFP's own helpers: a driver before every step, and the root around all of them.
+    # Without KFP's helpers: a driver before every step, and the root around all of them.
     shown = [task for task in tasks if task.display_name and not re.search(r"(-driver|^root|^executor)$", task.display_name)]
     shown.sort(key=lambda task: (task.start_time or task.create_time or datetime.max.replace(tzinfo=UTC), task.display_name))
-    lines = [f"{task.state or 'PENDING':<10} {_took(task):>9}  {task.display_name}{_why(task)}" for task in shown]
-    lines.append(f"{run.state or 'PENDING':<10} {'':>9}  run {run_id}{_why(run)}: {page}/#/runs/details/{run_id}")
-    code = 0 if run.state in _GOOD else 1 if run.state in _BAD else 3
-    return lines, code
-
-
-@dataclass(frozen=True)
-class _Ready:
-    client: kfp.Client
-    cluster: Cluster
-    page: str
-    pipeline: str
-    pipeline_id: str
-    version_id: str
-    experiment: str
-    said: list[str]
+    lines = [f"{task.state or 'PENDING':<10} {_duration(task):>9}  {task.display_name}{_reason(task)}" for task in shown]
+    lines.append(f"{run.state or 'PENDING':<10} {'':>9}  run {run_id}{_reason(run)}: {page}/#/runs/details/{run_id}")
+    return lines, _EXIT_CODES.get(run.state, _RUNNING)
 
 
 @contextlib.contextmanager
-def _prepared(given: Mapping[str, Any], target: Target) -> Iterator[_Ready]:
-    """Checks everything, then uploads what is new. What was said is printed at the end, when all went well."""
-    said: list[str] = []
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "pipeline.yaml")
-        cluster = read(target.cluster)
-        compiler.Compiler().compile(build(cluster, target.nodes, image_of(cluster, target.image)), str(path))
-        spec = next(yaml.safe_load_all(path.read_text()))
-        _check(given, spec, target.nodes)
-        check_workspace(cluster, given.get("workspace", ""))
-        with _connected(target) as (client, _, page):
-            name = spec["pipelineInfo"]["name"]
-            pipeline_id, version_id = _upload(client, path, name, cluster.namespace, said)
-            experiment = client.create_experiment(cluster.experiment, namespace=cluster.namespace or None)
-            yield _Ready(client, cluster, page, name, pipeline_id, version_id, experiment.experiment_id, said)
-    print("\n".join(said), flush=True)
-
-
-def _check(given: Mapping[str, Any], spec: Mapping[str, Any], nodes: int) -> None:
-    """Holds arguments against the compiled pipeline: KFP itself takes unknown ones without a word."""
-    known = spec["root"]["inputDefinitions"]["parameters"]
-    kinds = {"STRING": str, "NUMBER_INTEGER": int, "NUMBER_DOUBLE": (int, float), "STRUCT": dict, "BOOLEAN": bool, "LIST": list}
-    for name, value in given.items():
-        if name not in known:
-            raise ValueError(f"the pipeline has no parameter {name!r}; it has {', '.join(known)}")
-        kind = known[name]["parameterType"]
-        if not isinstance(value, kinds[kind]) or (isinstance(value, bool) and kind != "BOOLEAN"):
-            raise ValueError(f"pipeline parameter {name} must be of type {kind}, found {value!r}")
-    if missing := [name for name, entry in known.items() if not entry.get("isOptional") and name not in given]:
-        raise ValueError(f"the pipeline needs {', '.join(missing)}")
-    if nodes > 1 and not given.get("workspace"):
+def _uploaded(arguments: Mapping[str, Any], target: Target) -> Iterator[tuple[kfp.Client, str, str, dict[str, Any]]]:
+    """Check everything, then upload what is new; yield client, URL of the pages, pipeline name and options of a run."""
+    cluster = read(target.cluster)
+    pipeline = build(cluster, target.nodes, image_of(cluster, target.image))
+    if target.nodes > 1 and not arguments.get("workspace"):
         raise ValueError("a training on several nodes needs --workspace: a folder on the volume that they share")
+    check_workspace(cluster, arguments.get("workspace", ""))
+    with tempfile.TemporaryDirectory() as folder, _connected(target) as (client, _, page):
+        file = Path(folder, "pipeline.yaml")
+        compiler.Compiler().compile(pipeline, str(file))
+        pipeline_id, version_id = _upload(client, file, pipeline.name, cluster.namespace)
+        experiment = client.create_experiment(cluster.experiment, namespace=cluster.namespace or None)
+        options = {
+            "experiment_id": experiment.experiment_id,
+            "pipeline_id": pipeline_id,
+            "version_id": version_id,
+            "params": dict(arguments),
+            "service_account": cluster.service_account or None,
+        }
+        yield client, page, pipeline.name, options
 
 
 @contextlib.contextmanager
 def _connected(target: Target) -> Iterator[tuple[kfp.Client, Cluster, str]]:
-    """A client of KFP that answers, the cluster's settings, and the URL of KFP's pages."""
+    """Yield a connected client, the cluster's settings and the URL of KFP's pages."""
     cluster = read(target.cluster)
-    by_environment = next((os.environ[name] for name in ENDPOINTS if os.environ.get(name)), "")
-    endpoint = (target.endpoint or by_environment or cluster.endpoint).rstrip("/")
+    from_environment = next((os.environ[name] for name in ENDPOINTS if os.environ.get(name)), "")
+    endpoint = (target.endpoint or from_environment or cluster.endpoint).rstrip("/")
     if not endpoint:
-        raise ValueError(f"where is KFP? Give --endpoint, or {' or '.join(ENDPOINTS)}, or endpoint in cluster.yaml")
+        raise ValueError(f"KFP's URL is missing: set --endpoint, {' or '.join(ENDPOINTS)}, or endpoint in cluster.yaml")
     if not endpoint.startswith(("http://", "https://")):
-        raise ValueError(f"KFP's endpoint is a URL with http:// or https://, found {endpoint!r}")
+        raise ValueError(f"KFP's endpoint must be a URL with http:// or https://, found {endpoint!r}")
     token = os.environ.get(TOKEN)
     _check_alive(endpoint, token)
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # its links; ours are printed at the end
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             client = kfp.Client(host=endpoint, existing_token=token, namespace=cluster.namespace or "kubeflow")
             yield client, cluster, os.environ.get("KF_PIPELINES_UI_ENDPOINT", endpoint).rstrip("/")
     except kfp_server_api.ApiException as error:
         raise ValueError(f"KFP at {endpoint} refused ({error.status} {error.reason}): {_first_line(error.body)}") from None
     except HTTPError as error:
-        raise ValueError(f"KFP at {endpoint} was lost: {error}") from None
+        raise ValueError(f"the connection to KFP at {endpoint} was lost: {error}") from None
 
 
 def _check_alive(endpoint: str, token: str | None) -> None:
-    request = urllib.request.Request(
-        f"{endpoint}/apis/v2beta1/healthz", headers={"Authorization": f"Bearer {token}"} if token else {}
-    )
+    headers = {"Authorization": f"Bearer {token}"} if token else {}
     try:
-        with urllib.request.urlopen(request, timeout=10) as answer:
-            kind = answer.headers.get_content_type()
-    except urllib.error.HTTPError as error:
-        hint = f"; a token is given by {TOKEN}" if error.code in (401, 403) else ""
-        raise ValueError(f"KFP at {endpoint} refused ({error.code} {error.reason}){hint}") from None
-    except OSError as error:
-        raise ValueError(f"KFP at {endpoint} cannot be reached: {getattr(error, 'reason', error)}") from None
-    if kind != "application/json":  # a login page in front of it answers with 200, too
-        raise ValueError(f"{endpoint}: this is not KFP's API, it answers with {kind}; a token is given by {TOKEN}")
+        response = requests.get(f"{endpoint}/apis/v2beta1/healthz", headers=headers, timeout=10)
+    except requests.RequestException as error:
+        raise ValueError(f"KFP at {endpoint} cannot be reached: {_first_line(error)}") from None
+    if not response.ok:
+        hint = f"; set a token in {TOKEN}" if response.status_code in (401, 403) else ""
+        raise ValueError(f"KFP at {endpoint} refused ({response.status_code} {response.reason}){hint}")
+    kind = response.headers.get("Content-Type", "").partition(";")[0]
+    if kind != "application/json":  # a login page also answers with 200
+        raise ValueError(f"{endpoint}: must be KFP's API, but it answers with {kind}; set a token in {TOKEN}")
 
 
-def _upload(client: kfp.Client, path: Path, name: str, namespace: str, said: list[str]) -> tuple[str, str]:
-    """The pipeline's id and that of the version with this very content, uploaded if there is none."""
-    version = f"{name} {hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
-    pipeline_id = _pipeline_id(client, name, namespace)
-    if not pipeline_id:
+def _upload(client: kfp.Client, file: Path, name: str, namespace: str) -> tuple[str, str]:
+    """Return the ids of the pipeline and of its version with this content; upload them if they are missing."""
+    # kfp.Client.get_pipeline_id does not search a namespace.
+    existing = client.list_pipelines(filter=_named(name), namespace=namespace or None).pipelines
+    if existing:
+        pipeline_id = str(existing[0].pipeline_id)
+    else:
         new = kfp_server_api.V2beta1Pipeline(display_name=name, namespace=namespace or None)
         pipeline_id = client.pipelines.pipeline_service_create_pipeline(pipeline=new).pipeline_id
-        said.append(f"pipeline {name!r} is new: {pipeline_id}")
-    for page in _pages(partial(client.list_pipeline_versions, pipeline_id)):
-        for each in page.pipeline_versions or []:
-            if each.display_name == version:
-                said.append(f"pipeline version {version!r} is there already")
-                return pipeline_id, each.pipeline_version_id
-    made = client.upload_pipeline_version(str(path), version, pipeline_id=pipeline_id)
-    said.append(f"pipeline version {version!r} uploaded")
-    return pipeline_id, made.pipeline_version_id
+        print(f"pipeline {name!r} created: {pipeline_id}", flush=True)
+    version = f"{name} {hashlib.sha256(file.read_bytes()).hexdigest()[:12]}"
+    if versions := client.list_pipeline_versions(pipeline_id, filter=_named(version)).pipeline_versions:
+        print(f"pipeline version {version!r} exists already", flush=True)
+        return pipeline_id, versions[0].pipeline_version_id
+    created = client.upload_pipeline_version(str(file), version, pipeline_id=pipeline_id)
+    return pipeline_id, created.pipeline_version_id
 
 
-def _pipeline_id(client: kfp.Client, name: str, namespace: str) -> str:
-    """The id of the pipeline of that name, or nothing; `kfp.Client.get_pipeline_id` looks into no namespace."""
-    named = json.dumps({"predicates": [{"operation": "EQUALS", "key": "display_name", "stringValue": name}]})
-    page = client.list_pipelines(filter=named, namespace=namespace or None)
-    return str(page.pipelines[0].pipeline_id) if page.pipelines else ""
+def _named(name: str) -> str:
+    return json.dumps({"predicates": [{"operation": "EQUALS", "key": "display_name", "stringValue": name}]})
 
 
 def _schedules(client: kfp.Client, experiment: str) -> list[Any]:
-    pages = _pages(partial(client.list_recurring_runs, experiment_id=experiment))
-    return [each for page in pages for each in page.recurring_runs or []]
-
-
-def _pages(ask: Callable[..., Any]) -> Iterator[Any]:
-    """One of KFP's lists, a page at a time."""
+    found: list[Any] = []
     token = ""
     while True:
-        page = ask(page_token=token, page_size=_PAGE)
-        yield page
+        page = client.list_recurring_runs(page_token=token, page_size=100, experiment_id=experiment)
+        found += page.recurring_runs or []
         if not (token := page.next_page_token or ""):
-            return
+            return found
 
 
-def _line(made: Any) -> str:
-    cron, periodic = made.trigger.cron_schedule, made.trigger.periodic_schedule
+def _schedule_line(each: Any) -> str:
+    cron, periodic = each.trigger.cron_schedule, each.trigger.periodic_schedule
     when = f"cron {cron.cron}" if cron else f"every {periodic.interval_second} s"
-    return f"{made.recurring_run_id}  {made.status or made.mode or '':<8} {when:<24} {made.display_name}"
+    return f"{each.recurring_run_id}  {each.status or each.mode or '':<8} {when:<24} {each.display_name}"
 
 
 def _six_fields(cron: str) -> str:
-    """A schedule as KFP writes it, with seconds in front."""
+    """Return a cron expression in KFP's form, which begins with seconds."""
     fields = cron.split()
     if len(fields) not in (5, 6) or not all(re.fullmatch(r"[\d*/,?A-Za-z#-]+", field) for field in fields):
-        raise ValueError(f"--cron {cron!r}: MINUTE HOUR DAY MONTH WEEKDAY is expected, as '0 3 * * 1'")
+        raise ValueError(f"--cron {cron!r}: must be MINUTE HOUR DAY MONTH WEEKDAY, for example '0 3 * * 1'")
     return " ".join(["0", *fields] if len(fields) == 5 else fields)
 
 
 def _interval(every: str) -> int:
     if not re.fullmatch(r"[1-9]\d*[smhd]", every):
-        raise ValueError(f"--every {every!r}: a number and s, m, h or d is expected, as 6h")
+        raise ValueError(f"--every {every!r}: must be a number and s, m, h or d, for example 6h")
     return seconds(every)
 
 
-def _took(task: Any) -> str:
+def _duration(task: Any) -> str:
     if not (task.start_time and task.end_time) or task.end_time < task.start_time:
         return ""
     return str(task.end_time - task.start_time).partition(".")[0]
 
 
-def _why(thing: Any) -> str:
-    message = thing.error.message if thing.error else ""
+def _reason(entry: Any) -> str:
+    message = entry.error.message if entry.error else ""
     return f": {_first_line(message)}" if message else ""
 
 

@@ -14,8 +14,9 @@ from pixelclip_components.evaluate.component import evaluate
 from pixelclip_components.fetch_data.component import fetch_data
 from pixelclip_components.sweep_table.component import sweep_table
 from pixelclip_components.train.component import train
-from pixelclip_pipelines.cluster import Cluster, check_workspace, image_of, place_on
-from pixelclip_pipelines.cluster import read as read_cluster
+from pixelclip_pipelines.cluster_config import Cluster, check_workspace, image_of
+from pixelclip_pipelines.cluster_config import read as read_cluster
+from pixelclip_pipelines.cluster_tasks import place_on
 from pixelclip_pipelines.pixelclip import SETTING_OF
 
 
@@ -100,7 +101,7 @@ def compile_to(
         path: YAML file to write.
         params: YAML with one section per stage; the file's own settings override it.
         workspace: see `items`.
-        cluster: settings of the cluster; see `cluster.read`.
+        cluster: settings of the cluster; see `cluster_config.read`.
         image: container image; overrides PIXELCLIP_IMAGE and that of the cluster.
 
     Raises:

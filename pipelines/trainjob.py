@@ -1,11 +1,10 @@
-"""Training on several nodes: the TrainJob of Kubeflow Trainer, and the small step that starts it and waits for its end."""
+"""Training on several nodes: the TrainJob of Kubeflow Trainer and the launcher step that starts it and waits for its end."""
 
+import contextlib
 import json
 import os
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,38 +15,37 @@ from pixelclip.config import TrainConfig
 from pixelclip.stage import METRICS, Metrics
 from pixelclip.storage import read_json
 from pixelclip.tracking import PARENT_RUN, PIPELINE_RUN
-from pixelclip_pipelines.cluster import Cluster, Source, seconds, told
+from pixelclip_pipelines.cluster_config import Cluster, Source, pod_environment, seconds
 
 GROUP, VERSION, PLURAL = "trainer.kubeflow.org", "v1alpha1", "trainjobs"
 MANAGER = "pixelclip.io/pipeline"
-"""Who owns the patches of the runtime, as Kubeflow Trainer wants to know."""
+"""Owner of the runtime patches, a field that Kubeflow Trainer requires."""
 _POLL = "pixelclip.io/poll-seconds"
 _NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
-_PASSED_ON = (PIPELINE_RUN, PARENT_RUN, "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_TRACKING_URI")
-_GROUP = 1000  # of the image: Kubernetes lets it write to a fresh volume, where the volume's driver can
-_ANSWER = 5.0  # seconds to wait for an answer; urllib3 asks four times, and KFP kills a step 30 s after it has told it to stop
-_PATIENCE = 40  # looks in a row that may fail before the API server counts as gone
+_FORWARDED = (PIPELINE_RUN, PARENT_RUN, "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_TRACKING_URI")
+_GROUP = 1000  # group of the image's user; as fsGroup it may write to a fresh volume, if the volume's driver supports it
+_TIMEOUT = 5.0  # seconds per request; urllib3 tries four times, and KFP kills a step 30 s after SIGTERM
+_MAX_FAILURES = 40  # failed requests in a row before the API server counts as lost
+_REQUEST_ERRORS = (client.ApiException, HTTPError)
 
 
 def template(cluster: Cluster, nodes: int, image: str) -> dict[str, Any]:
-    """The TrainJob of a training, without its name and what a run adds to it.
+    """Return the TrainJob of a training without the parts that a run adds: its name, arguments and MLflow run.
 
     Args:
-        cluster: what a node gets is what step `train` gets.
-        nodes: how many.
+        cluster: settings; each node gets what step `train` gets.
+        nodes: number of nodes.
         image: container image.
 
     Raises:
-        ValueError: the cluster has no volume that all nodes could share, or the launcher would not live as long.
+        ValueError: the cluster has no shared volume, or the launcher would time out before the training.
     """
-    if not cluster.volume.claim:
-        raise ValueError("several nodes need a volume that they share: volume.claim in cluster.yaml")
     step, volume = cluster.steps["train"], cluster.volume
+    if not volume.claim:
+        raise ValueError("several nodes need a volume that they share: volume.claim in cluster.yaml")
     if seconds(cluster.steps["train_job"].timeout) < seconds(step.timeout):
-        raise ValueError(
-            f"steps.train_job.timeout is shorter than the training that it waits for: steps.train.timeout {step.timeout}"
-        )
-    volumes = [{"name": "workspace", "persistentVolumeClaim": {"claimName": volume.claim}}]
+        raise ValueError(f"steps.train_job.timeout is shorter than steps.train.timeout {step.timeout}, for which it waits")
+    volumes: list[dict[str, Any]] = [{"name": "workspace", "persistentVolumeClaim": {"claimName": volume.claim}}]
     mounts = [{"name": "workspace", "mountPath": volume.mount}]
     if step.shared_memory:
         volumes.append({"name": "dshm", "emptyDir": {"medium": "Memory", "sizeLimit": step.shared_memory}})
@@ -57,16 +55,29 @@ def template(cluster: Cluster, nodes: int, image: str) -> dict[str, Any]:
         "volumes": volumes,
         "containers": [{"name": "node", "volumeMounts": mounts}],
         "nodeSelector": step.node_selector,
-        "tolerations": [{key: value for key, value in each.model_dump().items() if value} for each in step.stands_on],
+        "tolerations": step.pod_tolerations,
         "imagePullSecrets": [{"name": name} for name in cluster.pull_secrets],
     }
     node = {"name": "node", "template": {"spec": {"template": {"spec": {key: value for key, value in pod.items() if value}}}}}
     gpus = {step.gpu_type: str(step.gpus)} if step.gpus else {}
     environment = [
-        *({"name": name, "value": value} for name, value in told(step, image).items()),
-        *_environment(cluster.secrets, "secretKeyRef"),
-        *_environment(cluster.config_maps, "configMapKeyRef"),
+        *({"name": name, "value": value} for name, value in pod_environment(step, image).items()),
+        *_references(cluster.secrets, "secretKeyRef"),
+        *_references(cluster.config_maps, "configMapKeyRef"),
     ]
+    trainer = {
+        "image": image,
+        "numNodes": nodes,
+        "numProcPerNode": max(1, step.gpus),
+        # Kubeflow Trainer sets torchrun's PET_* variables: number of nodes, rank and address of the first node.
+        "command": ["python3", "-m", "torch.distributed.run", "-m", "pixelclip", "train"],
+        "args": [],
+        "env": environment,
+        "resourcesPerNode": {
+            "requests": {"cpu": step.cpu, "memory": step.memory, **gpus},
+            "limits": {"cpu": step.cpu_limit, "memory": step.memory_limit, **gpus},
+        },
+    }
     return {
         "apiVersion": f"{GROUP}/{VERSION}",
         "kind": "TrainJob",
@@ -77,19 +88,7 @@ def template(cluster: Cluster, nodes: int, image: str) -> dict[str, Any]:
         "spec": {
             "runtimeRef": {"apiGroup": GROUP, "kind": "ClusterTrainingRuntime", "name": cluster.trainer.runtime},
             "activeDeadlineSeconds": seconds(step.timeout),
-            "trainer": {
-                "image": image,
-                "numNodes": nodes,
-                "numProcPerNode": max(1, step.gpus),
-                # Kubeflow Trainer tells torchrun by PET_* variables who and how many they are.
-                "command": ["python3", "-m", "torch.distributed.run", "-m", "pixelclip", "train"],
-                "args": [],
-                "env": environment,
-                "resourcesPerNode": {
-                    "requests": {"cpu": step.cpu, "memory": step.memory, **gpus},
-                    "limits": {"cpu": step.cpu_limit, "memory": step.memory_limit, **gpus},
-                },
-            },
+            "trainer": trainer,
             "runtimePatches": [
                 {"manager": MANAGER, "trainingRuntimeSpec": {"template": {"spec": {"replicatedJobs": [node]}}}},
             ],
@@ -97,7 +96,7 @@ def template(cluster: Cluster, nodes: int, image: str) -> dict[str, Any]:
     }
 
 
-def _environment(sources: list[Source], kind: str) -> list[dict[str, Any]]:
+def _references(sources: list[Source], kind: str) -> list[dict[str, Any]]:
     return [
         {"name": variable, "valueFrom": {kind: {"name": source.name, "key": key, "optional": source.optional}}}
         for source in sources
@@ -106,169 +105,150 @@ def _environment(sources: list[Source], kind: str) -> list[dict[str, Any]]:
 
 
 def complete(job: dict[str, Any], masks: Path, out: Path, settings: TrainConfig) -> dict[str, Any]:
-    """The TrainJob of one run: its name, what it trains on, and whose MLflow run it writes to.
+    """Return the TrainJob of one run: named after the pipeline run, with its arguments and its MLflow run.
 
     Raises:
-        ValueError: a path that the nodes would not see.
+        ValueError: a path that the nodes cannot see.
     """
     (node,) = job["spec"]["runtimePatches"][0]["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
-    mounts = [mount["mountPath"] for mount in node["template"]["spec"]["template"]["spec"]["containers"][0]["volumeMounts"]]
+    mount = node["template"]["spec"]["template"]["spec"]["containers"][0]["volumeMounts"][0]["mountPath"]
     for path in (masks, out):
-        if not path.is_relative_to(mounts[0]):
-            raise ValueError(f"{path}: is not below {mounts[0]}, so the nodes cannot see it; set the parameter `workspace`")
-    given = {f"train.{name}": value for name, value in settings.model_dump().items()}
-    passed = [{"name": name, "value": os.environ[name]} for name in _PASSED_ON if os.environ.get(name)]
+        if not path.is_relative_to(mount):
+            raise ValueError(f"{path}: is not below {mount}, so the nodes cannot see it; set the parameter `workspace`")
+    overrides = [f"train.{name}={json.dumps(value)}" for name, value in settings.model_dump().items()]
     trainer = job["spec"]["trainer"]
-    known = {each["name"] for each in trainer["env"]}
+    defined = {variable["name"] for variable in trainer["env"]}
+    forwarded = [name for name in _FORWARDED if os.environ.get(name) and name not in defined]
     trainer = trainer | {
-        "args": ["--masks", str(masks), "--out", str(out), *(f"{name}={json.dumps(value)}" for name, value in given.items())],
-        "env": [*trainer["env"], *(each for each in passed if each["name"] not in known)],
+        "args": ["--masks", str(masks), "--out", str(out), *overrides],
+        "env": [*trainer["env"], *({"name": name, "value": os.environ[name]} for name in forwarded)],
     }
     metadata = job["metadata"] | {"name": f"pixelclip-{os.environ.get(PIPELINE_RUN, 'by-hand')}"}
     return job | {"metadata": metadata, "spec": job["spec"] | {"trainer": trainer}}
 
 
 def train_on_nodes(job: str, workspace: str, settings: TrainConfig) -> Metrics:
-    """Starts a TrainJob and waits for its end. Tried again, it waits for the one that runs, or replaces the failed one.
+    """Start a TrainJob and wait for its end. A retry waits for a running job and replaces a failed one.
 
     Args:
-        job: `template` as JSON.
-        workspace: folder on the volume that the nodes share, where stage masks has left its result.
-        settings: of the training.
+        job: the output of `template` as JSON.
+        workspace: folder on the shared volume that holds the result of stage masks.
+        settings: settings of the training.
 
     Returns:
-        The training's metrics.
+        The metrics of the training.
 
     Raises:
-        ValueError: no workspace, or one that the nodes do not see.
-        RuntimeError: the TrainJob failed or vanished, or Kubernetes refuses or cannot be reached.
+        ValueError: no workspace, or one that the nodes cannot see.
+        RuntimeError: the TrainJob failed or was deleted, or Kubernetes rejects a request or is unreachable.
     """
     if not workspace:
         raise ValueError("a training on several nodes needs the parameter `workspace`: a folder on the volume that they share")
     out = Path(workspace, "train")
     body = complete(json.loads(job), Path(workspace, "masks"), out, settings)
-    with _told_to_stop() as signals:
-        jobs = _Jobs(body["metadata"]["name"], signals)
-        try:
-            jobs.start(body)
-            state = jobs.wait(float(body["metadata"]["annotations"][_POLL]))
-        except SystemExit:
-            jobs.delete()  # the run was stopped; the nodes must not train on
-            raise
-    if state["type"] == "Failed":
-        raise RuntimeError(f"TrainJob {jobs.name} failed: {state.get('reason', '')} {state.get('message', '')}".strip())
+    # The handler only records the signal: an exception raised there could interrupt a request half-way.
+    signals: list[int] = []
+    launcher = _Launcher(body, signals)
+    previous = signal.signal(signal.SIGTERM, lambda number, _frame: signals.append(number))
+    try:
+        launcher.start()
+        condition = launcher.wait()
+    except SystemExit:
+        launcher.delete()  # the run was stopped, so the nodes must stop too
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    if condition["type"] == "Failed":
+        reason = f"{condition.get('reason', '')} {condition.get('message', '')}".strip()
+        raise RuntimeError(f"TrainJob {launcher.name} failed: {reason}")
     return dict(read_json(out / METRICS))
 
 
-@contextmanager
-def _told_to_stop() -> Iterator[list[int]]:
-    """The signals that came, of the kind by which KFP stops a step.
+class _Launcher:
+    """Create, watch and delete one TrainJob. `start` and `wait` raise SystemExit once `signals` is not empty."""
 
-    They are looked at between requests: an exception out of the handler would leave a request's connection as it is, and be
-    lost where Python happens to be in a destructor.
-    """
-    came: list[int] = []
-    before = signal.signal(signal.SIGTERM, lambda number, _frame: came.append(number))
-    try:
-        yield came
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-class _Jobs:
-    """The TrainJob of one name; start and wait raise SystemExit when one of `signals` came."""
-
-    def __init__(self, name: str, signals: list[int]) -> None:
+    def __init__(self, body: dict[str, Any], signals: list[int]) -> None:
         try:
             config.load_incluster_config()
         except config.ConfigException:
             config.load_kube_config()
-        self.name = name
-        self._signals = signals
-        here = _NAMESPACE.read_text().strip() if _NAMESPACE.is_file() else "default"
-        self._where = {"group": GROUP, "version": VERSION, "namespace": here, "plural": PLURAL}
+        namespace = _NAMESPACE.read_text().strip() if _NAMESPACE.is_file() else "default"
+        self.name, self._body, self._signals = body["metadata"]["name"], body, signals
+        self._pause = float(body["metadata"]["annotations"][_POLL])
+        self._path = {"group": GROUP, "version": VERSION, "namespace": namespace, "plural": PLURAL}
         self._api = client.CustomObjectsApi()
 
-    def start(self, body: dict[str, Any]) -> None:
-        """Creates it, where it is not there already and has not failed."""
+    def start(self) -> None:
+        """Create the job. Keep an existing one unless it failed."""
         try:
-            there = self._get()
-            if there is not None and (_ending(there) or {}).get("type") == "Failed":
-                print(
-                    f"TrainJob {self.name} had failed; it is replaced, and training continues from its last checkpoint",
-                    flush=True,
-                )
+            existing = self._get()
+            if _final_condition(existing).get("type") == "Failed":
+                self._print("failed before; it is replaced, and the training resumes from its last checkpoint")
                 self.delete()
-                while self._get() is not None:
-                    self._rest(1.0)
-                there = None
-            if there is not None:
-                print(f"TrainJob {self.name} is there already", flush=True)
+                while existing := self._get():
+                    self._sleep(1.0)
+            if existing:
+                self._print("exists already")
                 return
-            self._api.create_namespaced_custom_object(**self._where, body=body)
-        except (client.ApiException, HTTPError) as error:
+            self._api.create_namespaced_custom_object(**self._path, body=self._body)
+        except _REQUEST_ERRORS as error:
             status = f"{error.status} " if isinstance(error, client.ApiException) else ""
-            raise RuntimeError(f"TrainJob {self.name} cannot be created: {status}{_said(error)}") from None
-        namespace = self._where["namespace"]
-        print(
-            f"TrainJob {self.name} started; its logs: kubectl logs -n {namespace} -f "
-            f"-l jobset.sigs.k8s.io/jobset-name={self.name}",
-            flush=True,
-        )
+            raise RuntimeError(f"TrainJob {self.name} cannot be created: {status}{_message(error)}") from None
+        selector = f"-n {self._path['namespace']} -f -l jobset.sigs.k8s.io/jobset-name={self.name}"
+        self._print(f"started; its logs: kubectl logs {selector}")
 
-    def wait(self, pause: float) -> dict[str, Any]:
-        """Waits until it ended, however; returns the condition that says so."""
+    def wait(self) -> dict[str, Any]:
+        """Poll until the job has completed or failed, and return that condition."""
         failures = 0
         while True:
             try:
-                there = self._get()
-                failures = 0
-            except (client.ApiException, HTTPError) as error:
+                job, failures = self._get(), 0
+            except _REQUEST_ERRORS as error:
                 failures += 1
-                if failures > _PATIENCE or (isinstance(error, client.ApiException) and error.status in (401, 403)):
-                    raise RuntimeError(f"TrainJob {self.name} cannot be watched: {_said(error)}") from None
-                print(f"TrainJob {self.name}: Kubernetes does not answer ({_said(error)}); waiting goes on", flush=True)
-                self._rest(pause)
-                continue
-            if there is None:
-                raise RuntimeError(f"TrainJob {self.name} was deleted before its end")
-            if ending := _ending(there):
-                return ending
-            self._rest(pause)
-
-    def _rest(self, seconds: float) -> None:
-        until = time.monotonic() + seconds
-        while not self._signals and (left := until - time.monotonic()) > 0:
-            time.sleep(min(left, 1.0))  # a signal does not end a sleep
-        if self._signals:
-            raise SystemExit(128 + self._signals[0])
+                if failures > _MAX_FAILURES or getattr(error, "status", None) in (401, 403):
+                    raise RuntimeError(f"TrainJob {self.name} cannot be watched: {_message(error)}") from None
+                self._print(f"Kubernetes does not answer ({_message(error)}); retrying")
+            else:
+                if job is None:
+                    raise RuntimeError(f"TrainJob {self.name} was deleted before its end")
+                if condition := _final_condition(job):
+                    return condition
+            self._sleep(self._pause)
 
     def delete(self) -> None:
-        """Deletes it and its pods, if it is there."""
+        """Delete the job and its pods, if it exists."""
         try:
-            self._api.delete_namespaced_custom_object(**self._where, name=self.name, propagation_policy="Foreground")
+            self._api.delete_namespaced_custom_object(**self._path, name=self.name, propagation_policy="Foreground")
         except client.ApiException as error:
             if error.status != 404:
                 raise
 
     def _get(self) -> dict[str, Any] | None:
         try:
-            return self._api.get_namespaced_custom_object(**self._where, name=self.name, _request_timeout=_ANSWER)
+            return self._api.get_namespaced_custom_object(**self._path, name=self.name, _request_timeout=_TIMEOUT)
         except client.ApiException as error:
             if error.status == 404:
                 return None
             raise
 
+    def _sleep(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while not self._signals and (left := end - time.monotonic()) > 0:
+            time.sleep(min(left, 1.0))  # a signal does not end a sleep
+        if self._signals:
+            raise SystemExit(128 + self._signals[0])
 
-def _ending(job: dict[str, Any]) -> dict[str, Any] | None:
-    conditions = job.get("status", {}).get("conditions", [])
-    return next((each for each in conditions if each["type"] in ("Complete", "Failed") and each["status"] == "True"), None)
+    def _print(self, event: str) -> None:
+        print(f"TrainJob {self.name}: {event}", flush=True)
 
 
-def _said(error: Exception) -> str:
-    if isinstance(error, client.ApiException) and error.body:
-        try:
-            return str(json.loads(error.body)["message"])
-        except (ValueError, KeyError, TypeError):
-            pass
+def _final_condition(job: dict[str, Any] | None) -> dict[str, Any]:
+    """Return the condition that ended the job, or an empty one."""
+    conditions = (job or {}).get("status", {}).get("conditions", [])
+    return next((each for each in conditions if each["type"] in ("Complete", "Failed") and each["status"] == "True"), {})
+
+
+def _message(error: Exception) -> str:
+    with contextlib.suppress(AttributeError, ValueError, KeyError, TypeError):
+        return str(json.loads(error.body)["message"])  # type: ignore[attr-defined]
     return str(getattr(error, "reason", error)).splitlines()[0]

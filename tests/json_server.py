@@ -1,4 +1,4 @@
-"""A server of this machine that answers in JSON, for fakes of other people's APIs."""
+"""A local HTTP server that answers in JSON, for fakes of external APIs."""
 
 import json
 import threading
@@ -9,17 +9,17 @@ from typing import Any
 
 
 class JsonHandler(BaseHTTPRequestHandler):
-    """Answers requests; subclasses have `do_GET` and so on."""
+    """Base of request handlers; subclasses define `do_GET` and so on."""
 
     def log_message(self, *_: Any) -> None:
-        """Says nothing."""
+        """Log nothing."""
 
     def body(self) -> bytes:
-        """What was sent."""
+        """Return the body of the request."""
         return self.rfile.read(int(self.headers.get("Content-Length", 0)))
 
     def answer(self, code: int, document: Any) -> None:
-        """Sends a document."""
+        """Send a document."""
         data = json.dumps(document).encode()
         self.send_response(code)
         self.send_header("Content-Type", "application/json")
@@ -30,7 +30,7 @@ class JsonHandler(BaseHTTPRequestHandler):
 
 @contextmanager
 def served(handler: type[JsonHandler]) -> Iterator[str]:
-    """Starts the server on a free port and yields its URL."""
+    """Start the server on a free port and yield its URL."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, args=(0.02,))

@@ -1,6 +1,6 @@
-"""A small real server that speaks as much of KFP's v2beta1 API as `pixelclip pipeline submit | status | schedule` need.
+"""A small server with the part of KFP's v2beta1 API that `pixelclip pipeline submit | status | schedule` use.
 
-It keeps what it is given, as KFP's server does, and like it takes any run parameter without a word.
+Like KFP's server it stores all entries and accepts any run parameter.
 """
 
 import contextlib
@@ -28,13 +28,13 @@ _KINDS = {  # path: (name of the id, name of a list's entries)
 
 @dataclass
 class FakeKfp:
-    """What the server holds, by kind and id, and how it behaves.
+    """Content of the server by kind and id, and its behaviour.
 
     Args:
-        url: where it is.
-        token: the bearer token that it wants; empty: none.
-        page_size: entries in one page of a list.
-        gone: answers nothing any more.
+        url: its URL.
+        token: required bearer token; empty: none.
+        page_size: entries per page of a list.
+        gone: closes every connection without an answer.
     """
 
     url: str = ""
@@ -45,11 +45,11 @@ class FakeKfp:
     asked: list[str] = field(default_factory=list)
 
     def all(self, kind: str) -> list[dict[str, Any]]:
-        """Everything of a kind, oldest first."""
+        """Return all entries of a kind, oldest first."""
         return list(self.kept[kind].values())
 
     def add(self, kind: str, entry: dict[str, Any]) -> dict[str, Any]:
-        """Keeps an entry under a new id."""
+        """Store an entry under a new id."""
         name, _ = _KINDS[kind]
         entry = {**entry, name: entry.get(name) or str(uuid.uuid4()), "created_at": NOW}
         self.kept[kind][entry[name]] = entry
@@ -58,7 +58,7 @@ class FakeKfp:
 
 @contextlib.contextmanager
 def fake_kfp() -> Iterator[FakeKfp]:
-    """Starts the server on a free port of this machine."""
+    """Start the server on a free port."""
     held = FakeKfp()
 
     class Handler(_Handler):
@@ -97,8 +97,8 @@ class _Handler(JsonHandler):
         elif method == "GET" and words[-1] in _KINDS:
             self.answer(200, self._page(words, query))
         elif words[0] in _KINDS and words[1] in self.fake.kept[words[0]]:
-            there = self.fake.kept[words[0]]
-            self.answer(200, there.pop(words[1]) and {} if method == "DELETE" else there[words[1]])
+            entries = self.fake.kept[words[0]]
+            self.answer(200, entries.pop(words[1]) and {} if method == "DELETE" else entries[words[1]])
         else:
             self.answer(404, {"error": "not found", "message": f"{words[0]} {words[-1]} not found."})
 
@@ -132,13 +132,10 @@ class _Handler(JsonHandler):
         return {_KINDS[kind][1]: page, "total_size": len(found), **more}
 
     def do_GET(self) -> None:
-        """Gives."""
         self._dispatch("GET")
 
     def do_POST(self) -> None:
-        """Takes."""
         self._dispatch("POST")
 
     def do_DELETE(self) -> None:
-        """Removes."""
         self._dispatch("DELETE")

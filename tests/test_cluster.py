@@ -1,4 +1,4 @@
-"""What a cluster gives each step: the settings file, and the compiled YAML line by line, with a golden copy.
+"""Settings of the cluster, and the compiled pipeline with a golden copy.
 
 The golden copy is renewed by `PIXELCLIP_RENEW=1 python -m pytest tests/test_cluster.py -k golden`.
 """
@@ -16,7 +16,7 @@ from kfp.components import load_component_from_file
 from kubeflow_trainer_api.models.trainer_v1alpha1_train_job import TrainerV1alpha1TrainJob
 
 from pixelclip.config import TrainConfig
-from pixelclip_pipelines.cluster import STEPS, Cluster, Source, Step, image_of, read, seconds
+from pixelclip_pipelines.cluster_config import STEPS, Cluster, Source, Step, image_of, read, seconds
 from pixelclip_pipelines.run import compile_to
 from pixelclip_pipelines.trainjob import complete, template
 
@@ -50,7 +50,7 @@ SECRET = "a-value-that-must-never-be-written"
 
 
 def compiled(folder: Path, settings: str, **options: Any) -> tuple[dict, dict, Path]:
-    """Pipeline, platform part and file of a compilation."""
+    """Compile; return the pipeline, its platform part and the file."""
     (folder / "cluster.yaml").write_text(settings)
     path = folder / "pipeline.yaml"
     with pytest.MonkeyPatch.context() as patch:
@@ -73,7 +73,7 @@ def several_nodes(tmp_path_factory):
 
 
 def tasks(spec: dict) -> dict[str, dict]:
-    """Every task, wherever in the pipeline it stands."""
+    """Return the tasks of all DAGs of the pipeline."""
     dags = [spec["root"]["dag"], *(each["dag"] for each in spec["components"].values() if "dag" in each)]
     return {name: task for dag in dags for name, task in dag["tasks"].items()}
 
@@ -86,10 +86,10 @@ def pods(platform: dict) -> dict[str, dict]:
     return platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
 
 
-# The order of steps.
+# Order of the steps.
 
 
-def test_the_dag_is_the_arrow_line_inside_of_an_exit_handler(pipeline):
+def test_dag_runs_inside_an_exit_handler(pipeline):
     spec, _, _ = pipeline
     root = spec["root"]["dag"]["tasks"]
     assert set(root) == {"exit-handler-1", "finish"}
@@ -110,7 +110,7 @@ def test_the_dag_is_the_arrow_line_inside_of_an_exit_handler(pipeline):
     }
 
 
-def test_both_data_are_read_at_one_commit(pipeline):
+def test_both_datasets_are_read_at_one_commit(pipeline):
     fetches = [task for name, task in tasks(pipeline[0]).items() if name.startswith("fetch-data")]
     for task in fetches:
         revision = task["inputs"]["parameters"]["revision"]
@@ -131,22 +131,22 @@ def test_masks_fan_out_over_the_parts_and_train_collects_them(pipeline):
     assert spec["components"]["comp-train"]["inputDefinitions"]["artifacts"]["parts"]["isArtifactList"]
 
 
-def test_one_part_needs_no_loop(tmp_path):
+def test_one_part_compiles_without_a_loop(tmp_path):
     spec, _, _ = compiled(tmp_path, "parts: 1")
     assert not any(name.startswith("for-loop") for name in tasks(spec))
     assert tasks(spec)["masks"]["inputs"]["parameters"]["part"] == {"runtimeValue": {"constant": ""}}
     assert set(tasks(spec)["train"]["inputs"]["artifacts"]) == {"masks"}
 
 
-# What each step gets.
+# Pods.
 
 
-def test_every_step_uses_the_image_by_its_digest(pipeline):
+def test_every_step_uses_the_image_digest(pipeline):
     images = {container["image"] for container in containers(pipeline[0]).values()}
     assert images == {f"registry.example/pixelclip@sha256:{'ab' * 32}"}
 
 
-def test_the_image_is_the_one_given_then_that_of_the_environment_then_the_cluster_s(monkeypatch):
+def test_image_option_overrides_environment_and_file(monkeypatch):
     monkeypatch.delenv("PIXELCLIP_IMAGE", raising=False)
     cluster = Cluster(image="c:1")
     assert image_of(cluster) == "c:1"
@@ -178,7 +178,7 @@ def test_gpus_cpu_and_memory(pipeline):
             assert found[key], (name, key)
 
 
-def test_a_cluster_without_gpus_is_asked_for_none(tmp_path):
+def test_zero_gpus_request_no_accelerator(tmp_path):
     none = "{gpus: 0}"
     spec, platform, _ = compiled(
         tmp_path, f"steps: {{{', '.join(f'{step}: {none}' for step in ('train', 'evaluate', 'evaluate_clip'))}}}"
@@ -197,14 +197,14 @@ def test_tolerations_and_node_selector(pipeline):
     assert "nodeSelector" not in pods(pipeline[1])["exec-shards"]
 
 
-def test_a_step_that_asks_for_gpus_stands_on_their_nodes(pipeline, tmp_path):
+def test_steps_with_gpus_tolerate_the_gpu_taint(pipeline, tmp_path):
     taint = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
     found = {name: pod.get("tolerations") for name, pod in pods(pipeline[1]).items()}
-    assert found.pop("exec-train") != taint, "what is given is taken"
+    assert found.pop("exec-train") != taint, "given tolerations replace the default"
     assert {name for name, tolerations in found.items() if tolerations} == {"exec-masks", "exec-evaluate", "exec-evaluate-clip"}
     assert found["exec-masks"] == found["exec-evaluate"] == taint
-    amd = Step(gpus=1, gpu_type="amd.com/gpu").stands_on
-    assert [each.key for each in amd] == ["amd.com/gpu"]
+    amd = Step(gpus=1, gpu_type="amd.com/gpu").pod_tolerations
+    assert [each["key"] for each in amd] == ["amd.com/gpu"]
 
 
 def test_shared_memory(pipeline):
@@ -229,34 +229,34 @@ def test_every_step_has_a_timeout_and_retries_with_backoff(pipeline):
     for name, task in own.items():
         retry, timeout = task["retryPolicy"], int(pods(platform)[f"exec-{name.removesuffix('-2')}"]["activeDeadlineSeconds"])
         assert retry["maxRetryCount"] >= 2 and int(retry["backoffDuration"][:-1]) > 0, name
-        # Argo counts it from the first attempt's start and ends every later attempt there, so all of them must fit in.
+        # Argo counts it from the start of the first attempt and ends all attempts there, so all of them must fit.
         assert int(retry["backoffMaxDuration"][:-1]) > (retry["maxRetryCount"] + 1) * timeout, name
-        assert retry["backoffFactor"] == int(retry["backoffFactor"]), f"{name}: Argo reads a whole number"
+        assert retry["backoffFactor"] == int(retry["backoffFactor"]), f"{name}: Argo requires a whole number"
 
 
-def test_only_steps_whose_parameters_say_all_are_cached(pipeline, several_nodes):
+def test_only_steps_determined_by_their_parameters_are_cached(pipeline, several_nodes):
     for spec, *_ in (pipeline, several_nodes):
         cached = {name for name, task in tasks(spec).items() if task.get("cachingOptions", {}).get("enableCache")}
         groups = {name for name in cached if name.startswith(("exit-handler", "for-loop"))}
         assert cached - groups == {"fetch-data", "fetch-data-2", "evaluate-clip"}
 
 
-def test_what_kfp_knows_an_evaluation_of_clip_by(pipeline):
-    def said_by(task: str, key: str) -> dict:
+def test_cache_key_of_the_clip_evaluation(pipeline):
+    def output_of(task: str, key: str) -> dict:
         return {"taskOutputParameter": {"producerTask": task, "outputParameterKey": key}}
 
     given = tasks(pipeline[0])["evaluate-clip"]["inputs"]
-    # Nothing of the training but its CLIP (and, inside of clip_settings, side and residual): a new training repeats nothing.
+    # Of the training only its CLIP (and, in clip_settings, side and residual): a new training does not repeat the step.
     assert given["parameters"] == {
         "clip": {"componentInputParameter": "pipelinechannel--clip"},
-        "clip_version": said_by("pin-revision", "clip_version"),
-        "data_version": said_by("fetch-data-2", "version"),
-        "settings": said_by("pin-revision", "clip_settings"),
+        "clip_version": output_of("pin-revision", "clip_version"),
+        "data_version": output_of("fetch-data-2", "version"),
+        "settings": output_of("pin-revision", "clip_settings"),
         "workspace": {"componentInputParameter": "pipelinechannel--workspace"},
     }
     assert set(given["artifacts"]) == {"labelled"}
-    # A fetch from the cache tells the version that it told then, so it must be the same data: by commit, or never.
-    assert tasks(pipeline[0])["fetch-data-2"]["inputs"]["parameters"]["fetch"] == said_by("pin-revision", "fetch")
+    # A cached fetch returns its old version, so it is cached only by commit.
+    assert tasks(pipeline[0])["fetch-data-2"]["inputs"]["parameters"]["fetch"] == output_of("pin-revision", "fetch")
     assert tasks(pipeline[0])["pin-revision"]["inputs"]["parameters"] == {
         name: {"componentInputParameter": f"pipelinechannel--{name}"}
         for name in ("repo", "revision", "clip", "settings", "workspace")
@@ -265,7 +265,7 @@ def test_what_kfp_knows_an_evaluation_of_clip_by(pipeline):
     assert evaluated == {"taskOutputArtifact": {"producerTask": "evaluate-clip", "outputArtifactKey": "evaluation"}}
 
 
-def test_secrets_and_config_maps_go_by_name(pipeline):
+def test_secrets_and_config_maps_are_references(pipeline):
     _, platform, path = pipeline
     expected = {
         "store": ({"key": "AWS_ACCESS_KEY_ID", "secret": "AWS_SECRET_ACCESS_KEY"}, False),
@@ -284,7 +284,7 @@ def test_secrets_and_config_maps_go_by_name(pipeline):
     assert SECRET not in path.read_text()
 
 
-def test_the_only_literal_variables_are_what_a_pod_cannot_see_for_itself(pipeline, several_nodes):
+def test_literal_variables_are_image_and_gpus_only(pipeline, several_nodes):
     image = {"PIXELCLIP_IMAGE": f"registry.example/pixelclip@sha256:{'ab' * 32}"}
     gpus = {"exec-train": "4", "exec-masks": "1", "exec-evaluate": "1", "exec-evaluate-clip": "1"}
     for spec, _, _ in (pipeline, several_nodes):
@@ -293,14 +293,14 @@ def test_the_only_literal_variables_are_what_a_pod_cannot_see_for_itself(pipelin
             assert found == image | ({"PIXELCLIP_GPUS": gpus[name]} if name in gpus else {}), name
 
 
-def test_every_step_knows_its_run_and_sees_the_volume(pipeline):
+def test_every_step_has_run_id_and_volume(pipeline):
     for name, pod in pods(pipeline[1]).items():
         assert pod["fieldPathAsEnv"] == [{"name": "PIXELCLIP_PIPELINE_RUN", "fieldPath": "metadata.labels['pipeline/runid']"}]
         (mount,) = pod["pvcMount"]
         assert (mount["constant"], mount["mountPath"]) == ("shared", "/workspace"), name
 
 
-def test_what_the_kfp_page_shows(pipeline):
+def test_artifact_types_on_the_kfp_page(pipeline):
     def kinds(step: str) -> set[str]:
         artifacts = pipeline[0]["components"][f"comp-{step}"]["outputDefinitions"]["artifacts"]
         return {each["artifactType"]["schemaTitle"].removeprefix("system.") for each in artifacts.values()}
@@ -312,15 +312,15 @@ def test_what_the_kfp_page_shows(pipeline):
     assert kinds("train") == {"Model", "Metrics"}
 
 
-# The whole.
+# The compiled file.
 
 
-def test_kfp_loads_what_was_compiled(pipeline, several_nodes):
+def test_kfp_loads_the_compiled_pipeline(pipeline, several_nodes):
     for *_, path in (pipeline, several_nodes):
         assert load_component_from_file(str(path)).component_spec.name == "pixelclip"
 
 
-def test_the_golden_copy(pipeline):
+def test_compiled_pipeline_equals_the_golden_copy(pipeline):
     text = pipeline[2].read_text()
     if os.environ.get("PIXELCLIP_RENEW"):
         GOLDEN.write_text(text)
@@ -331,7 +331,7 @@ def test_the_golden_copy(pipeline):
     assert not shown, f"the compiled pipeline changed; if it should, renew the golden copy (see above):\n{shown}"
 
 
-def test_compiled_twice_it_is_the_same_to_the_letter(pipeline, tmp_path):
+def test_compilation_is_deterministic(pipeline, tmp_path):
     assert compiled(tmp_path, SETTINGS)[2].read_bytes() == pipeline[2].read_bytes()
 
 
@@ -342,7 +342,7 @@ def job_of(spec: dict) -> dict:
     return json.loads(tasks(spec)["train-job"]["inputs"]["parameters"]["job"]["runtimeValue"]["constant"])
 
 
-def test_several_nodes_are_started_by_a_small_step_without_gpus(several_nodes):
+def test_launcher_of_several_nodes_needs_no_gpu(several_nodes):
     spec, platform, _ = several_nodes
     assert "train" not in tasks(spec)
     launcher = containers(spec)["exec-train-job"]["resources"]
@@ -350,7 +350,7 @@ def test_several_nodes_are_started_by_a_small_step_without_gpus(several_nodes):
     assert int(pods(platform)["exec-train-job"]["activeDeadlineSeconds"]) > job_of(spec)["spec"]["activeDeadlineSeconds"]
 
 
-def test_the_trainjob_asks_for_what_train_would_get(several_nodes):
+def test_trainjob_has_the_resources_of_train(several_nodes):
     spec = job_of(several_nodes[0])["spec"]
     trainer = spec["trainer"]
     assert (trainer["numNodes"], trainer["numProcPerNode"], spec["activeDeadlineSeconds"]) == (2, 4, 3 * 3600)
@@ -375,7 +375,7 @@ def test_the_trainjob_asks_for_what_train_would_get(several_nodes):
     assert pod["nodeSelector"] == {"nvidia.com/gpu.product": "H100"}
     assert pod["tolerations"][1] == {"key": "team", "operator": "Equal", "value": "vision"}
     assert pod["imagePullSecrets"] == [{"name": "registry"}]
-    assert pod["securityContext"] == {"fsGroup": 1000}, "the image's user may write to the volume"
+    assert pod["securityContext"] == {"fsGroup": 1000}, "the user of the image may write to the volume"
     assert re.search(r"^USER 1000:1000$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
     mounts = {each["name"]: each["mountPath"] for each in pod["containers"][0]["volumeMounts"]}
     assert mounts == {"workspace": "/workspace", "dshm": "/dev/shm"}
@@ -383,12 +383,12 @@ def test_the_trainjob_asks_for_what_train_would_get(several_nodes):
 
 
 @pytest.mark.parametrize("settings", [SETTINGS, "volume: {claim: shared}\nsteps: {train: {gpus: 0, tolerations: []}}"])
-def test_the_trainjob_is_what_the_published_api_models_know(tmp_path, monkeypatch, settings):
+def test_trainjob_fits_the_published_api_models(tmp_path, monkeypatch, settings):
     (tmp_path / "cluster.yaml").write_text(settings)
     monkeypatch.setenv("PIXELCLIP_PIPELINE_RUN", "0ab1")
     draft = template(read(tmp_path / "cluster.yaml"), 3, "r/p:1")
     body = complete(draft, Path("/workspace/a/masks"), Path("/workspace/a/train"), TrainConfig())
-    # The models drop what they do not know, so that nothing is lost means that everything is known.
+    # The models drop unknown fields, so an unchanged document has none.
     assert TrainerV1alpha1TrainJob.from_dict(body).to_dict() == body
     assert body["metadata"]["name"] == "pixelclip-0ab1"
     broken = json.loads(json.dumps(body))
@@ -397,22 +397,22 @@ def test_the_trainjob_is_what_the_published_api_models_know(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ("parts: 1", "volume.claim in cluster.yaml"),
         ("volume: {claim: a}\nsteps: {train: {timeout: 9d}}", "train_job.timeout is shorter"),
     ],
 )
-def test_several_nodes_that_cannot_be_are_refused(tmp_path, settings, said):
-    with pytest.raises(ValueError, match=said):
+def test_impossible_settings_for_several_nodes_are_rejected(tmp_path, settings, message):
+    with pytest.raises(ValueError, match=message):
         compiled(tmp_path, settings, nodes=2)
     assert not (tmp_path / "pipeline.yaml").exists()
 
 
-# The file.
+# cluster.yaml.
 
 
-def test_the_shipped_file_states_the_defaults_and_names_every_key():
+def test_shipped_file_states_defaults_and_every_key():
     shipped, text = read(ROOT / "cluster.yaml"), (ROOT / "cluster.yaml").read_text()
     assert shipped.model_copy(update={"secrets": [], "config_maps": []}) == Cluster()
     document = yaml.safe_load(text)
@@ -426,12 +426,12 @@ def test_every_key_is_described():
             assert len(field.description or "") > 8, name
 
 
-def test_one_setting_of_one_step_leaves_its_others():
+def test_one_changed_setting_keeps_the_other_defaults():
     changed = Cluster.model_validate({"steps": {"train": {"gpus": 8}}}).steps["train"]
     assert changed == Cluster().steps["train"].model_copy(update={"gpus": 8})
 
 
-def test_a_present_cluster_yaml_is_read_and_else_the_defaults(tmp_path, monkeypatch):
+def test_cluster_yaml_of_the_current_folder_is_read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert read() == Cluster()
     Path("cluster.yaml").write_text("parts: 5")
@@ -439,35 +439,35 @@ def test_a_present_cluster_yaml_is_read_and_else_the_defaults(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("imag: a:1", "unknown key 'imag', did you mean 'image'?"),
-        ("steps: {train: {gpu: 2}}", "unknown key 'steps.train.gpu', did you mean 'gpus'?"),
+        ("steps: {train: {gpu: 2}}", "steps.train: unknown key 'gpu', did you mean 'gpus'?"),
         ("steps: {tarin: {gpus: 2}}", "unknown step 'tarin', did you mean 'train'?"),
         ("steps: {train: {gpus: -1}}", "steps.train.gpus: Input should be greater than or equal to 0 (found -1)"),
         ("steps: {train: {timeout: 5}}", "steps.train.timeout: String should match pattern"),
         ("steps: {train: {backoff_factor: 1.5}}", "steps.train.backoff_factor: Input should be a valid integer"),
-        ("steps: {train: {backoff_max: 1h}}", "unknown key 'steps.train.backoff_max', did you mean 'backoff"),
+        ("steps: {train: {backoff_max: 1h}}", "steps.train: unknown key 'backoff_max', did you mean 'backoff"),
         ("steps: {train: {retries: 30}}", "retries 30, timeout 2d, backoff 1m and backoff_factor 2 come to 745716 days"),
         ("steps: {train: {memory: 128Gi}}", "memory 128Gi is more than memory_limit 96Gi"),
         ("steps: {train: {cpu_limit: 500m}}", "cpu 8 is more than cpu_limit 500m"),
-        ("steps: {train: {tolerations: [{kex: a}]}}", "unknown key 'steps.train.tolerations.0.kex', did you mean 'key'?"),
+        ("steps: {train: {tolerations: [{kex: a}]}}", "steps.train.tolerations.0: unknown key 'kex', did you mean 'key'?"),
         ("steps: {train: {tolerations: [{key: a, value: b}]}}", "Equal needs both"),
         ("steps: 3", "steps: Input should be a valid dictionary"),
         ("steps: {train: }", "steps.train: "),
-        ("secrets: [{name: a, env: {X: y}, opt: 1}]", "unknown key 'secrets.0.opt', did you mean 'optional'?"),
+        ("secrets: [{name: a, env: {X: y}, opt: 1}]", "secrets.0: unknown key 'opt', did you mean 'optional'?"),
         ("secrets: [{name: a, env: {}}]", "secrets.0.env: Dictionary should have at least 1 item"),
         ("secrets: [{name: a, env: {X: y}}, {name: b, env: {X: y}}]", "come from two places: X"),
-        ("volume: {clam: x}", "unknown key 'volume.clam', did you mean 'claim'?"),
-        ("trainer: {runtim: x}", "unknown key 'trainer.runtim', did you mean 'runtime'?"),
+        ("volume: {clam: x}", "volume: unknown key 'clam', did you mean 'claim'?"),
+        ("trainer: {runtim: x}", "trainer: unknown key 'runtim', did you mean 'runtime'?"),
         ("parts: 0", "parts: Input should be greater than or equal to 1"),
         ("- a", "must hold keys and values, found list"),
         ("a: [", "cannot be read as YAML"),
     ],
 )
-def test_a_wrong_file_is_told_by_its_key(tmp_path, text, said):
+def test_error_in_the_file_names_its_key(tmp_path, text, message):
     (tmp_path / "cluster.yaml").write_text(text)
-    with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path / 'cluster.yaml'))}: .*{re.escape(said)}"):
+    with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path / 'cluster.yaml'))}: .*{re.escape(message)}"):
         read(tmp_path / "cluster.yaml")
 
 

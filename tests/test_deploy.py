@@ -1,6 +1,6 @@
-"""What deploy/ says: valid by the schemas of Compose and of Kubernetes, pinned, without a secret, without root.
+"""deploy/: valid by the schemas of Compose and Kubernetes, pinned, without secrets, without root.
 
-No cluster and no Compose runs here: `kubectl kustomize` builds the manifests, schemas and the assertions below judge them.
+`kubectl kustomize` builds the manifests; no cluster and no Compose is started.
 """
 
 import base64
@@ -57,7 +57,7 @@ def test_manifests_are_valid_kubernetes(manifests, version):
         kubernetes_validate.validate(broken, version, strict=True)
 
 
-def test_pods_run_without_root_and_without_rights(manifests):
+def test_pods_run_without_root_and_capabilities(manifests):
     for pod in pods(manifests):
         assert pod["securityContext"]["runAsNonRoot"] is True and pod["securityContext"]["runAsUser"] > 0
         assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
@@ -70,14 +70,14 @@ def test_pods_run_without_root_and_without_rights(manifests):
         assert re.fullmatch(r"[\w./-]+:\d[\w.-]+", container["image"]), container["image"]
 
 
-def test_every_server_is_probed(manifests):
+def test_every_server_has_probes(manifests):
     for pod in pods(manifests):
         for container in pod["containers"]:
             assert {"startupProbe", "readinessProbe", "livenessProbe"} <= container.keys()
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_secrets_are_named_and_never_given(variant):
+def test_secrets_are_references_without_values(variant):
     manifests = built(variant)
     assert not [entry for entry in manifests if entry["kind"] == "Secret"]
     named = set()
@@ -90,13 +90,13 @@ def test_secrets_are_named_and_never_given(variant):
             else:
                 assert entry["name"] not in SECRETS_OF["basic-auth"]
     assert named == SECRETS_OF[variant]
-    text = (DEPLOY / "README.md").read_text()  # which says how to make the Secret
+    text = (DEPLOY / "README.md").read_text()  # shows how to create the Secret
     command = re.search(r"kubectl create secret generic mlflow(?: .*\\\n| .*)*", text)[0]
     assert SECRETS_OF[variant] <= set(re.findall(r"--from-literal=([A-Z_]+)", command))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_what_mlflow_is_told_is_there(variant):
+def test_mlflow_configuration_is_complete(variant):
     manifests = built(variant)
     (config,) = [entry for entry in manifests if entry["kind"] == "ConfigMap"]
     (deployment,) = [entry for entry in manifests if entry["kind"] == "Deployment"]
@@ -135,7 +135,7 @@ def test_compose_is_valid_and_pinned():
     assert services["mlflow"]["read_only"] and services["mlflow"]["cap_drop"] == ["ALL"]
 
 
-def test_every_variable_of_compose_is_in_its_example_and_has_no_value():
+def test_example_lists_every_compose_variable_without_secrets():
     used = set(re.findall(r"(?<!\$)\$\{(\w+)", COMPOSE.read_text()))
     lines = [line for line in (COMPOSE.parent / "env.example").read_text().splitlines() if line and not line.startswith("#")]
     example = dict(line.split("=", 1) for line in lines)
@@ -143,7 +143,7 @@ def test_every_variable_of_compose_is_in_its_example_and_has_no_value():
     assert {example[name] for name in SECRETS} == {""}
 
 
-def test_versions_are_those_that_the_tests_run():
+def test_versions_equal_those_of_the_tests():
     pinned = dict(re.findall(r"^([\w-]+)==(\S+)", (ROOT / "requirements.txt").read_text(), flags=re.M))
     asked = re.findall(r"^([\w-]+)(?:\[\w+\])?==(\S+)$", (DEPLOY / "mlflow" / "requirements.txt").read_text(), flags=re.M)
     assert {name for name, _ in asked} == {"mlflow", "boto3", "psycopg2-binary"}
@@ -166,8 +166,8 @@ def status(url: str, **headers: str) -> int:
 
 
 @pytest.mark.services
-def test_the_manifests_own_command_line_serves_with_passwords(all_services, tmp_path):
-    """What the pods of basic-auth would run, here, on the real database and S3: only addresses and paths are others."""
+def test_command_line_of_the_manifests_serves_with_passwords(all_services, tmp_path):
+    """Run the commands of the basic-auth pods on real PostgreSQL and S3 with other addresses and paths."""
     manifests = built("basic-auth")
     (config,) = [entry["data"] for entry in manifests if entry["kind"] == "ConfigMap"]
     (pod,) = [entry["spec"]["template"]["spec"] for entry in manifests if entry["kind"] == "Deployment"]
@@ -182,7 +182,7 @@ def test_the_manifests_own_command_line_serves_with_passwords(all_services, tmp_
         text = re.sub(r"\$\((\w+)\)", lambda found: values[found[1]], text)
         return text.replace("@postgres:5432", address).replace("/etc/mlflow", str(tmp_path)).replace("5000", str(port))
 
-    # No Kubernetes substitution in a shell script: what looks like one there is the shell's.
+    # The shell script contains no Kubernetes substitution.
     subprocess.run([*init["command"], here(init["args"][0])], check=True, env=os.environ | secret)
     assert (tmp_path / "auth.ini").stat().st_mode & 0o077 == 0
     given = {entry["name"]: here(entry.get("value", "$(" + entry["name"] + ")")) for entry in container["env"]}
@@ -191,7 +191,7 @@ def test_the_manifests_own_command_line_serves_with_passwords(all_services, tmp_
     words = [sys.executable, "-m", *(here(word) for word in container["args"])]
     url = f"http://localhost:{port}"
     server = services.Server("MLflow", words, tmp_path / "log", lambda: status(f"{url}/health") == 200, environment)
-    all_services.mlflow.server.wait()  # two that make the tables of one database at once get in each other's way
+    all_services.mlflow.server.wait()  # two servers must not create the tables of one database at once
     server.start()
     try:
         server.wait()
@@ -208,8 +208,8 @@ def test_the_manifests_own_command_line_serves_with_passwords(all_services, tmp_
 
 @pytest.mark.docker
 @pytest.mark.timeout(900)
-def test_the_image_of_mlflow_serves_with_what_compose_says(all_services, tmp_path):
-    """Built here and run with Compose's own command, rights and health check, on the real database and S3."""
+def test_mlflow_image_serves_with_the_compose_settings(all_services, tmp_path):
+    """Build the image and run it with Compose's command, rights and health check on real PostgreSQL and S3."""
     spec = yaml.safe_load(COMPOSE.read_text())["services"]["mlflow"]
     build = ["docker", "build", "--quiet", "--network=host", "--tag", spec["image"], str(DEPLOY / "mlflow")]
     subprocess.run(build, check=True, stdout=subprocess.DEVNULL)
@@ -230,7 +230,7 @@ def test_the_image_of_mlflow_serves_with_what_compose_says(all_services, tmp_pat
     words += [f"--security-opt={option}" for option in spec["security_opt"]] + ["--read-only"] * spec["read_only"]
     words += [spec["image"], *map(here, spec["command"])]
     server = services.Server("MLflow", words, tmp_path / "log", lambda: services.get(f"{url}/health"), os.environ | environment)
-    all_services.mlflow.server.wait()  # two that make the tables of one database at once get in each other's way
+    all_services.mlflow.server.wait()  # two servers must not create the tables of one database at once
     with services.running(server):
         server.wait()
         kind, *probe = spec["healthcheck"]["test"]
@@ -243,6 +243,8 @@ def test_the_image_of_mlflow_serves_with_what_compose_says(all_services, tmp_pat
         client.log_text(run.run_id, "hello", "note.txt")
         assert status(f"{url}/health", Host="elsewhere") == 200
         assert status(f"{url}/api/2.0/mlflow/experiments/search?max_results=1", Host="elsewhere") == 403
-    assert MlflowClient(all_services.mlflow.uri).get_run(run.run_id).info.status == "RUNNING"  # the other one on this database
+    assert (
+        MlflowClient(all_services.mlflow.uri).get_run(run.run_id).info.status == "RUNNING"
+    )  # the other server of this database
     stored = all_services.s3.client().list_objects_v2(Bucket="mlflow", Prefix="artifacts")["Contents"]
     assert [entry["Key"].rpartition("/")[2] for entry in stored if run.run_id in entry["Key"]] == ["note.txt"]

@@ -1,7 +1,4 @@
-"""Steps and the served model in containers, by a real Docker engine and the image of `make image`.
-
-What died is never reported as done.
-"""
+"""Steps and the served model in containers of a real Docker engine. A failed container never counts as a success."""
 
 import json
 import os
@@ -31,12 +28,12 @@ from pixelclip.predict import Predictor, overlay
 from pixelclip.register import run as register
 from pixelclip.toy import run as paint
 from pixelclip_components import IMAGE
-from pixelclip_pipelines.docker import containers
+from pixelclip_pipelines.docker_runner import containers
 from pixelclip_pipelines.run import run_locally
 
-pytestmark = [pytest.mark.docker, pytest.mark.timeout(900), pytest.mark.filterwarnings("ignore")]  # KFP's own warnings
+pytestmark = [pytest.mark.docker, pytest.mark.timeout(900), pytest.mark.filterwarnings("ignore")]  # KFP's warnings
 ROOT = Path(__file__).parents[1]
-OURS = {"pixelclip.test": str(uuid.uuid4())}  # a pipeline of somebody else may run here
+OURS = {"pixelclip.test": str(uuid.uuid4())}  # other pipelines may run on this machine
 LABEL = {"label": [f"{name}={value}" for name, value in OURS.items()]}
 DEATHS = {
     "exit code 1": "exit 1",
@@ -55,7 +52,7 @@ def engine():
 
 @pytest.fixture
 def run(tmp_path, capsys):
-    """Runs a pipeline in containers; gives whether it was done, and what was printed."""
+    """Run a pipeline in containers; return whether it succeeded, and its output."""
 
     def run(pipeline, arguments=None, options=None):
         with containers(arguments or {}, tmp_path) as runner:
@@ -110,14 +107,14 @@ def test_20_successes_are_20_successes(run):
     assert [run(one_step, {"script": "exit 0"})[0] for _ in range(20)] == [True] * 20
 
 
-def test_a_step_without_memory_left_failed_and_says_why(run):
+def test_out_of_memory_fails_the_step_with_a_reason(run):
     hungry = "python3 -c 'x = bytearray(500_000_000)'"
     done, printed = run(one_step, {"script": hungry}, {"mem_limit": "100m", "memswap_limit": "100m"})
     assert not done
-    assert "it used up its memory" in printed
+    assert "out of memory" in printed
 
 
-def test_a_command_that_cannot_be_started_failed(run):
+def test_unknown_command_fails_the_step(run):
     @dsl.container_component
     def nothing():
         return dsl.ContainerSpec(image=IMAGE, command=["no-such-program"])
@@ -131,7 +128,7 @@ def test_a_command_that_cannot_be_started_failed(run):
     assert "no-such-program" in printed
 
 
-def test_what_a_step_prints_is_shown_line_by_line(run):
+def test_output_is_shown_line_by_line(run):
     done, printed = run(one_step, {"script": r"printf 'caf\303'; sleep 0.3; printf '\251\n10%%\r20%%\rend'"})
     assert done
     assert [line.strip() for line in printed.splitlines() if line.startswith("    ")][:4] == ["café", "10%", "20%", "end"]
@@ -174,7 +171,7 @@ def sums(value: int, fault: str = ""):
     total(parts=dsl.Collected(parts.outputs["out"]))
 
 
-def test_artifacts_pass_between_containers_also_through_a_loop(run, tmp_path):
+def test_artifacts_pass_between_containers_and_through_a_loop(run, tmp_path):
     done, printed = run(sums, {"value": 7})
     assert done
     assert "Output: 42" in printed
@@ -184,12 +181,12 @@ def test_artifacts_pass_between_containers_also_through_a_loop(run, tmp_path):
 
 
 @pytest.mark.parametrize(("fault", "missing"), [("ends early", "Output, out, metrics"), ("writes nothing", "out")])
-def test_a_step_without_its_declared_outputs_is_not_done(run, fault, missing):
+def test_missing_declared_outputs_fail_the_step(run, fault, missing):
     done, printed = run(sums, {"value": 7, "fault": fault})
     assert not done
-    said = re.search("what it declared is not there: (.*)", printed)[1]
-    assert set(said.split(", ")) == set(missing.split(", "))
-    assert "product" not in printed.split("what it declared")[0]
+    names = re.search("declared outputs are missing: (.*)", printed)[1]
+    assert set(names.split(", ")) == set(missing.split(", "))
+    assert "product" not in printed.split("declared outputs")[0]
 
 
 @dsl.pipeline(name="side-by-side")
@@ -199,7 +196,7 @@ def side_by_side(script: str):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_run_leaves_no_container_and_starts_none(engine, tmp_path, number):
+def test_interrupted_run_leaves_and_starts_no_container(engine, tmp_path, number):
     script = f"""
 from test_docker import Path, containers, local, side_by_side
 with containers({{}}, Path({str(tmp_path)!r})) as runner:
@@ -216,7 +213,7 @@ with containers({{}}, Path({str(tmp_path)!r})) as runner:
     assert engine.containers.list(all=True, filters=LABEL) == []
 
 
-def test_the_whole_pipeline_runs_in_containers(engine, tmp_path, monkeypatch):
+def test_pipeline_runs_in_containers(engine, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///mlflow/mlflow.db")
     monkeypatch.setenv("PIXELCLIP_REVISION", "of the caller, not of the image")
@@ -240,27 +237,27 @@ def _in_image(engine, code, **options):
     return engine.containers.run(IMAGE, ["-c", code], entrypoint="python", remove=True, network_mode="none", **options).decode()
 
 
-def test_the_image_is_nobodys_root_and_needs_no_writable_root(engine):
+def test_image_runs_without_root_on_a_read_only_root(engine):
     code = "import os, matplotlib.pyplot, mlflow, pixelclip.train; print(os.getuid(), os.getgid(), os.access('/work', os.W_OK))"
     assert _in_image(engine, code).split() == ["1000", "1000", "True"]
     assert _in_image(engine, code, user="4242:0", read_only=True, tmpfs={"/tmp": ""}).split() == ["4242", "0", "False"]
 
 
-def test_the_image_holds_the_pinned_versions_and_nothing_for_development(engine):
+def test_image_has_pinned_versions_and_no_development_packages(engine):
     code = "import importlib.metadata as m, json; print(json.dumps({d.name.lower(): d.version for d in m.distributions()}))"
-    there = {(re.sub("[_.]", "-", name), version) for name, version in json.loads(_in_image(engine, code)).items()}
-    # Several lines for one package where its version hangs on Python's.
+    installed = {(re.sub("[_.]", "-", name), version) for name, version in json.loads(_in_image(engine, code)).items()}
+    # A package has several lines if its version depends on that of Python.
     pins = re.findall(r"^([a-z0-9._-]+)==([^\s;]+)", (ROOT / "requirements.txt").read_text(), flags=re.M)
-    unpinned = there - {(name.replace(".", "-"), version) for name, version in pins}
+    unpinned = installed - {(name.replace(".", "-"), version) for name, version in pins}
     assert {name for name, _ in unpinned} <= {"pixelclip", "pip", "setuptools"}  # the last two are the environment's own
-    assert not {"pytest", "moto", "mypy", "ruff", "hypothesis", "pre-commit"} & {name for name, _ in there}
+    assert not {"pytest", "moto", "mypy", "ruff", "hypothesis", "pre-commit"} & {name for name, _ in installed}
 
 
-def test_the_image_holds_no_index_and_no_secret(engine):
+def test_image_has_no_index_and_no_secret(engine):
     image = engine.images.get(IMAGE)
-    told = json.dumps([image.attrs["Config"], image.history()])
-    assert "INDEX_URL" not in told
-    assert not re.search("password|secret|token|access_key", told, flags=re.I)
+    description = json.dumps([image.attrs["Config"], image.history()])
+    assert "INDEX_URL" not in description
+    assert not re.search("password|secret|token|access_key", description, flags=re.I)
     assert set(image.labels) >= {"org.opencontainers.image.revision", "org.opencontainers.image.version"}
 
 
@@ -273,7 +270,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def served(engine, model, tmp_path_factory):
-    """The container that the manual's command starts, for that model as a real server's champion; and where it answers."""
+    """Start the container by the command of docs/serving.md; yield it and its address."""
     folder = tmp_path_factory.mktemp("served")
     tracking = mlflow_on_sqlite(folder / "mlflow")
     manual = (ROOT / "docs" / "serving.md").read_text()
@@ -296,7 +293,7 @@ def served(engine, model, tmp_path_factory):
         assert engine.containers.list(filters=LABEL) == []  # stopped, it ends
 
 
-def test_the_served_container_answers_for_classes_that_nobody_trained_on(served, model):
+def test_served_container_predicts_unseen_classes(served, model):
     image, names = photo(50, 30, 0), ["zeppelin, airship", "meadow", "cottage"]
     status, answer = ask(f"{served[1]}/invocations", [(image, "zeppelin|airship,meadow,cottage")], overlay=True)
     assert status == 200
@@ -316,26 +313,26 @@ def test_the_served_container_answers_for_classes_that_nobody_trained_on(served,
         (40, "a,b,c,d,e", "Error: row 0: classes: 5 names; at most 4 are allowed"),
     ],
 )
-def test_the_served_container_keeps_its_limits(served, side, classes, message):
+def test_served_container_enforces_limits(served, side, classes, message):
     status, answer = ask(f"{served[1]}/invocations", [(photo(side, side, 0), classes)])
     assert (status, answer["message"].splitlines()[-1]) == (400, message)
 
 
-def test_the_served_container_is_healthy_and_may_do_nothing_else(served):
+def test_served_container_is_healthy_and_has_no_rights(served):
     container, address = served
     assert services.get(f"{address}/ping")
-    said = container.exec_run(["cat", "/proc/1/status"]).output.decode()
+    output = container.exec_run(["cat", "/proc/1/status"]).output.decode()
     for line in ("Uid:\t1000\t1000\t1000\t1000", "CapEff:\t0000000000000000", "NoNewPrivs:\t1"):
-        assert line in said
+        assert line in output
     for folder in ("/", "/work", "/opt/pixelclip"):
         refused = container.exec_run(["touch", f"{folder}/file"])
         assert refused.exit_code == 1 and b"Read-only file system" in refused.output
 
 
-def test_without_an_engine_or_the_image_nothing_starts(tmp_path, monkeypatch):
+def test_missing_engine_or_image_is_rejected_before_any_step(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     out = tmp_path / "out"
-    monkeypatch.setattr("pixelclip_pipelines.docker.IMAGE", "no-such-image:1")
+    monkeypatch.setattr("pixelclip_pipelines.docker_runner.IMAGE", "no-such-image:1")
     with pytest.raises(ValueError, match=r"no-such-image:1 .*`make image`"):
         run_locally(ROOT, ROOT, out, None, {}, runner="docker")
     monkeypatch.setenv("DOCKER_HOST", "tcp://127.0.0.1:9")

@@ -1,4 +1,4 @@
-"""The pipeline: it compiles, its parameters are described and checked, and its components run as plain functions."""
+"""The pipeline: compilation, description and validation of parameters, components as plain functions."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,11 +17,12 @@ from pixelclip import shards as stage_shards
 from pixelclip import train as stage_train
 from pixelclip.config import load, load_all
 from pixelclip.storage import read_json, write_json
-from pixelclip_pipelines.cluster import Cluster
-from pixelclip_pipelines.docker import _missing, containers
+from pixelclip_pipelines.artifacts import located
+from pixelclip_pipelines.cluster_config import Cluster
+from pixelclip_pipelines.docker_patch import missing_outputs
+from pixelclip_pipelines.docker_runner import containers
 from pixelclip_pipelines.pixelclip import SETTING_OF, build
 from pixelclip_pipelines.run import arguments, compile_to, run_locally
-from pixelclip_pipelines.steps import located
 
 ROOT = Path(__file__).parents[1]
 
@@ -52,7 +53,7 @@ def test_every_parameter_is_described(compiled):
         assert len(entry.get("description", "")) > 10, name
 
 
-def test_steps_stand_in_the_order_of_the_arrow_line(compiled):
+def test_steps_depend_on_each_other_as_documented(compiled):
     tasks = spec_of(compiled)["components"]["comp-exit-handler-1"]["dag"]["tasks"]
     needs = {name: set(task.get("dependentTasks", [])) for name, task in tasks.items()}
     assert needs == {
@@ -68,14 +69,14 @@ def test_steps_stand_in_the_order_of_the_arrow_line(compiled):
     }
 
 
-def test_defaults_are_those_of_the_settings(compiled):
+def test_parameter_defaults_equal_the_settings(compiled):
     parameters = spec_of(compiled)["root"]["inputDefinitions"]["parameters"]
     for name, setting in SETTING_OF.items():
         stage, _, field = setting.partition(".")
         assert parameters[name]["defaultValue"] == getattr(load(stage), field)
 
 
-def test_without_a_choice_the_image_is_the_one_of_development(compiled):
+def test_default_image_is_the_development_image(compiled):
     executors = spec_of(compiled)["deploymentSpec"]["executors"]
     assert {executor["container"]["image"] for executor in executors.values()} == {"pixelclip:dev"}
 
@@ -90,7 +91,7 @@ def test_arguments_reach_every_stage():
 
 
 @pytest.mark.parametrize(
-    ("overrides", "said"),
+    ("overrides", "message"),
     [
         ({"steps": 0}, "steps: Input should be greater than or equal to 1"),
         ({"step": 5}, "did you mean 'steps'"),
@@ -102,25 +103,25 @@ def test_arguments_reach_every_stage():
         ({"masks.part": "1/2"}, "the pipeline makes all parts"),
     ],
 )
-def test_a_wrong_parameter_is_refused_before_any_step(tmp_path, overrides, said):
+def test_invalid_parameter_is_rejected_before_any_step(tmp_path, overrides, message):
     out = tmp_path / "out"
-    with pytest.raises(ValueError, match=said.replace("(", r"\(").replace(".", r"\.")):
+    with pytest.raises(ValueError, match=message.replace("(", r"\(").replace(".", r"\.")):
         run_locally(ROOT, ROOT, out, None, overrides)
     assert not out.exists()
 
 
-def test_a_login_in_the_address_of_the_repository_is_refused_before_it_reaches_the_log(tmp_path):
+def test_login_in_repository_url_is_rejected_before_it_is_logged(tmp_path):
     with pytest.raises(ValueError, match=r"--repo https://git\.example/data\.git was given with a login") as refused:
         run_locally("a", "b", tmp_path / "out", None, {}, repo="https://bot:very-secret@git.example/data.git")
     assert "very-secret" not in str(refused.value) and not (tmp_path / "out").exists()
 
 
-def test_a_missing_folder_is_refused_before_any_step(tmp_path):
+def test_missing_folder_is_rejected_before_any_step(tmp_path):
     with pytest.raises(ValueError, match="no such folder"):
         run_locally(tmp_path / "nothing", ROOT, tmp_path / "out", None, {})
 
 
-def test_a_component_is_a_plain_function_in_a_test(tmp_path):
+def test_component_runs_as_a_plain_function(tmp_path):
     from PIL import Image
 
     from pixelclip_components.shards.component import shards
@@ -142,7 +143,7 @@ def test_a_component_is_a_plain_function_in_a_test(tmp_path):
 
 @pytest.fixture
 def data(tmp_path) -> SimpleNamespace:
-    """Images, a labelled set and settings that train in seconds."""
+    """Create images, a labelled set and settings that train in seconds."""
     files = {f"{number}.jpg": conftest.encoded(conftest.pixels(40, 48, number)) for number in range(8)}
     conftest.write_files(tmp_path / "images", files)
     tiny.labelled_set(tmp_path / "labelled")
@@ -164,7 +165,7 @@ def runs_of(client) -> list:
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.filterwarnings("ignore:.*(custom or non-Python base image|have no effect)")
-def test_masks_in_parts_lead_to_the_model_that_the_stages_make_by_themselves(data, tmp_path, monkeypatch):
+def test_masks_in_parts_give_the_same_model_as_the_stages_alone(data, tmp_path, monkeypatch):
     client = tiny.mlflow_at(monkeypatch, tmp_path / "mlflow")
     monkeypatch.setenv("PIXELCLIP_PIPELINE_RUN", "run-1")
     space = tmp_path / "space"
@@ -186,7 +187,7 @@ def test_masks_in_parts_lead_to_the_model_that_the_stages_make_by_themselves(dat
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_a_step_that_fails_after_the_training_fails_the_mlflow_run(data, tmp_path, monkeypatch):
+def test_failed_step_after_training_fails_the_mlflow_run(data, tmp_path, monkeypatch):
     client = tiny.mlflow_at(monkeypatch, tmp_path / "mlflow")
     (data.labelled / "classes.txt").write_text("")
     with pytest.raises(SystemExit, match="evaluate"):
@@ -195,25 +196,25 @@ def test_a_step_that_fails_after_the_training_fails_the_mlflow_run(data, tmp_pat
     assert run.info.status == "FAILED" and (tmp_path / "out" / "train" / "metrics.json").is_file()
 
 
-def test_an_unknown_runner_is_refused_before_any_step(tmp_path):
+def test_unknown_runner_is_rejected_before_any_step(tmp_path):
     with pytest.raises(ValueError, match="runner 'podman': must be one of subprocess, docker"):
         run_locally(ROOT, ROOT, tmp_path / "out", None, {}, runner="podman")
 
 
-def test_an_output_that_points_nowhere_is_missing(tmp_path):
+def test_output_that_points_to_a_missing_folder_is_missing(tmp_path):
     pointer = {"uri": str(tmp_path / "kfp" / "model"), "metadata": {"location": str(tmp_path / "space" / "train")}}
     conftest.write_files(tmp_path / "kfp", {"model": b"where it is"})
     write_json(tmp_path / "made.json", {"artifacts": {"model": {"artifacts": [pointer]}}})
     declared = {"outputFile": str(tmp_path / "made.json"), "artifacts": {"model": {"artifacts": [{}]}}}
-    assert _missing(declared) == ["model"]
+    assert missing_outputs(declared) == ["model"]
     (tmp_path / "space" / "train").mkdir(parents=True)
-    assert _missing(declared) == []
+    assert missing_outputs(declared) == []
 
 
-def test_the_function_that_containers_replace_is_the_one_kfp_has(tmp_path, monkeypatch):
+def test_unsupported_kfp_version_is_rejected(tmp_path, monkeypatch):
     monkeypatch.setenv("DOCKER_HOST", "tcp://127.0.0.1:9")
     with pytest.raises(ValueError, match="no Docker engine answers"), containers({}, tmp_path):
         pass
     monkeypatch.setattr(docker_task_handler, "run_docker_container", lambda client, image, arguments: 0)
-    with pytest.raises(ValueError, match=r"kfp [0-9.]+ runs containers in a way that pixelclip does not know"):
+    with pytest.raises(ValueError, match=r"kfp [0-9.]+ runs containers in a way that pixelclip does not support"):
         containers({}, tmp_path).__enter__()

@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from conftest import write_files
@@ -12,7 +11,7 @@ from conftest import write_files
 from pixelclip import stage as stage_module
 from pixelclip.code_version import code_revision
 from pixelclip.config import MasksConfig
-from pixelclip.stage import Stage, describe, place
+from pixelclip.stage import Stage, describe
 
 
 @pytest.fixture
@@ -253,28 +252,6 @@ def test_non_finite_metrics_leave_no_output(out: Path, source: Path) -> None:
     with pytest.raises(ValueError, match="JSON compliant"), stage:
         stage.finish({"loss": float("nan")}, files=["*.tar"])
     assert not out.exists()
-
-
-def test_a_component_writes_to_its_artifact_or_to_the_workspace(tmp_path: Path) -> None:
-    def artifact() -> SimpleNamespace:
-        return SimpleNamespace(path=str(tmp_path / "kfp" / "masks"), uri="s3://bucket/masks", metadata={})
-
-    alone, shared = artifact(), artifact()
-    assert place(alone, "", "masks") == tmp_path / "kfp" / "masks" and alone.metadata == {}
-    assert not (tmp_path / "kfp").exists()
-    assert place(shared, str(tmp_path), "masks") == tmp_path / "masks"
-    # KFP's launcher fails on an artifact whose URI is a path, as output and as input: the URI stays, a pointer is uploaded.
-    assert shared.uri == "s3://bucket/masks" and shared.metadata == {"location": str(tmp_path / "masks")}
-    assert (tmp_path / "kfp" / "masks").read_text() == f"{tmp_path / 'masks'}\n"
-
-
-def test_a_workspace_in_which_nobody_can_write_is_one_clear_line(tmp_path: Path) -> None:
-    artifact = SimpleNamespace(path=str(tmp_path / "kfp" / "masks"), uri="s3://bucket/masks", metadata={})
-    (tmp_path / "file").write_text("")
-    for workspace in (tmp_path / "file" / "space", Path("/proc/space")):
-        with pytest.raises(ValueError, match=rf"^workspace {workspace}: user \d+ cannot write there \(.+\); docs/cluster.md"):
-            place(artifact, str(workspace), "masks")
-    assert artifact.metadata == {}
 
 
 def test_revision_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

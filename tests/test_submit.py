@@ -1,4 +1,4 @@
-"""Submit, status and schedule: kfp.Client itself against a small real server of KFP's v2beta1 API."""
+"""Submit, status and schedule: kfp.Client against a small server of KFP's v2beta1 API."""
 
 import json
 import socket
@@ -25,7 +25,7 @@ def kfp(monkeypatch, tmp_path):
 
 @pytest.fixture
 def run(kfp, pixelclip):  # noqa: F811
-    """A word below `pixelclip pipeline`, sent to the server; returns exit code, output, errors."""
+    """Run a command of `pixelclip pipeline` against the server; return exit code, output and errors."""
     return lambda *words: pixelclip("pipeline", *words, "--endpoint", kfp.url)
 
 
@@ -46,11 +46,11 @@ def test_submit_uploads_once_and_starts_runs_with_every_parameter(kfp, run):
     assert "exec-train" in platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
 
     code, out, _ = run("submit", *DATA)
-    assert code == 0 and "is there already" in out
+    assert code == 0 and "exists already" in out
     assert [len(kfp.all(kind)) for kind in ("pipelines", "versions", "experiments", "runs")] == [1, 1, 1, 2]
 
 
-def test_a_changed_pipeline_is_a_new_version_and_a_known_one_is_found_on_any_page(kfp, run):
+def test_changed_pipeline_is_a_new_version_and_a_known_one_is_reused(kfp, run):
     kfp.page_size = 1
     images = [f"r/pixelclip:{number}" for number in range(2)]
     for image in [*images, images[0]]:
@@ -64,7 +64,7 @@ def test_a_changed_pipeline_is_a_new_version_and_a_known_one_is_found_on_any_pag
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ((*DATA, "step=5"), "unknown pipeline parameter 'step', did you mean 'steps'?"),
         ((*DATA, "train.stepz=5"), "did you mean 'steps'?"),
@@ -78,9 +78,9 @@ def test_a_changed_pipeline_is_a_new_version_and_a_known_one_is_found_on_any_pag
         ((*DATA, "--cluster", "no.yaml"), "no.yaml: cannot be read"),
     ],
 )
-def test_what_is_wrong_is_said_before_anything_is_sent(kfp, run, words, said):
+def test_errors_are_reported_before_anything_is_sent(kfp, run, words, message):
     code, out, err = run("submit", *words)
-    assert code == 2 and said in err and out == ""
+    assert code == 2 and message in err and out == ""
     assert kfp.asked == []
 
 
@@ -93,7 +93,7 @@ def test_several_nodes_need_a_workspace(kfp, run):
 
 
 @pytest.mark.parametrize("volume", ["{}", "{claim: shared, mount: /mnt/other}"])
-def test_a_workspace_that_steps_would_not_share_is_refused(kfp, run, volume):
+def test_workspace_off_the_shared_volume_is_rejected(kfp, run, volume):
     Path("cluster.yaml").write_text(f"volume: {volume}")
     code, _, err = run("submit", *DATA, "--workspace", "/workspace/a")
     assert code == 2 and "--workspace /workspace/a: must be a folder on the volume" in err and kfp.asked == []
@@ -107,7 +107,7 @@ def test_cluster_settings_reach_run_and_experiment(kfp, run, monkeypatch):
     assert kfp.all("runs")[0]["service_account"] == "trainer"
 
 
-def test_a_pipeline_is_found_again_in_its_namespace(kfp, run):
+def test_pipeline_is_reused_within_its_namespace(kfp, run):
     for namespace in ("team-a", "team-b", "", "team-a"):
         Path("cluster.yaml").write_text(f"namespace: '{namespace}'")
         code, _, err = run("submit", *DATA)
@@ -117,7 +117,7 @@ def test_a_pipeline_is_found_again_in_its_namespace(kfp, run):
     assert used[0] == used[-1] and len(set(used)) == 3 and len(kfp.all("versions")) == 3
 
 
-def test_the_endpoint_comes_from_four_places(kfp, pixelclip, monkeypatch):  # noqa: F811
+def test_endpoint_order(kfp, pixelclip, monkeypatch):  # noqa: F811
     words = ("pipeline", "schedule", "list")
     code, _, err = pixelclip(*words)
     assert code == 2 and all(name in err for name in ("--endpoint", *ENDPOINTS, "cluster.yaml"))
@@ -131,7 +131,7 @@ def test_the_endpoint_comes_from_four_places(kfp, pixelclip, monkeypatch):  # no
     assert pixelclip(*words)[0] == 0
 
 
-def test_a_server_that_refuses_or_is_not_there_is_one_clear_line(kfp, run, pixelclip, monkeypatch):  # noqa: F811
+def test_server_errors_are_one_line(kfp, run, pixelclip, monkeypatch):  # noqa: F811
     kfp.token = "right"
     code, _, err = run("status", "x")
     assert code == 2 and "refused (401" in err and TOKEN in err and err.count("\n") == 1
@@ -158,7 +158,7 @@ def task(name: str, state: str, seconds: int | None = None, why: str = "") -> di
     ("state", "expected"),
     [("SUCCEEDED", 0), ("FAILED", 1), ("CANCELED", 1), ("RUNNING", 3), ("PENDING", 3), ("CANCELING", 3), (None, 3)],
 )
-def test_status_prints_the_steps_and_its_exit_code_tells(kfp, run, state, expected):
+def test_status_prints_steps_and_sets_the_exit_code(kfp, run, state, expected):
     tasks = [task("root", "RUNNING"), task("shards-driver", "SUCCEEDED", 1), task("shards", "SUCCEEDED", 12)]
     tasks += [task("train", "FAILED", 30, "exit code 137\nmore"), task("evaluate", "PENDING")]
     made = kfp.add("runs", {"state": state, "run_details": {"task_details": tasks}, "experiment_id": "e"})
@@ -171,13 +171,13 @@ def test_status_prints_the_steps_and_its_exit_code_tells(kfp, run, state, expect
     assert lines[3][0] == (state or "PENDING") and lines[3][-1].endswith(made["run_id"])
 
 
-def test_a_run_that_has_not_begun_has_no_steps(kfp, run):
+def test_pending_run_has_no_steps(kfp, run):
     made = kfp.add("runs", {"state": "PENDING", "experiment_id": "e"})
     code, out, _ = run("status", made["run_id"])
     assert code == 3 and len(out.splitlines()) == 1
 
 
-def test_schedules_are_made_listed_and_deleted(kfp, run):
+def test_schedules_are_created_listed_and_deleted(kfp, run):
     assert run("schedule", "list") == (0, "no schedules\n", "")
     assert run("schedule", "create", "weekly", *DATA, "--cron", "0 3 * * 1", "seed=4")[0] == 0
     assert run("schedule", "create", "often", *DATA, "--every", "6h")[0] == 0
@@ -193,7 +193,7 @@ def test_schedules_are_made_listed_and_deleted(kfp, run):
     assert "cron 0 0 3 * * 1" in out and "every 21600 s" in out
 
     code, _, err = run("schedule", "create", "often", *DATA, "--every", "1d")
-    assert code == 2 and "there is a schedule 'often' already" in err and len(kfp.all("recurringruns")) == 2
+    assert code == 2 and "a schedule named 'often' already exists" in err and len(kfp.all("recurringruns")) == 2
     assert run("schedule", "delete", weekly["recurring_run_id"])[0] == 0
     assert [made["display_name"] for made in kfp.all("recurringruns")] == ["often"]
     code, _, err = run("schedule", "delete", weekly["recurring_run_id"])
@@ -201,36 +201,36 @@ def test_schedules_are_made_listed_and_deleted(kfp, run):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("words", "message"),
     [
         ((), "either --cron or --every"),
         (("--cron", "0 3 * * 1", "--every", "1d"), "either --cron or --every"),
         (("--cron", "0 3 * *"), "MINUTE HOUR DAY"),
         (("--cron", "0 3 * * ;"), "MINUTE HOUR DAY"),
-        (("--every", "soon"), "as 6h"),
+        (("--every", "soon"), "for example 6h"),
         (("--every", "6h", "stepz=1"), "did you mean 'steps'?"),
     ],
 )
-def test_a_wrong_schedule_is_refused_before_anything_is_sent(kfp, run, words, said):
+def test_invalid_schedule_is_rejected_before_anything_is_sent(kfp, run, words, message):
     code, _, err = run("schedule", "create", "s", *DATA, *words)
-    assert code == 2 and said in err and kfp.asked == []
+    assert code == 2 and message in err and kfp.asked == []
 
 
 @pytest.mark.parametrize("login", ["bot:very-secret@", "very-secret@"])
 @pytest.mark.parametrize("words", [("submit",), ("schedule", "create", "s", "--every", "6h")])
-def test_a_login_in_the_address_of_the_repository_is_refused(kfp, run, words, login):
+def test_login_in_repository_url_is_rejected(kfp, run, words, login):
     code, out, err = run(*words, *DATA, "--repo", f"https://{login}git.example/data.git")
     assert code == 2 and "--repo https://git.example/data.git was given with a login" in err and "docs/cluster.md" in err
     assert "very-secret" not in out + err and kfp.asked == []
 
 
-def test_an_address_of_a_repository_without_a_secret_is_sent(kfp, run):
+def test_repository_url_without_a_login_is_sent(kfp, run):
     for repo in ("ssh://git@git.example/data.git", "git@git.example:data.git", "https://git.example/a@b.git"):
         assert run("submit", *DATA, "--repo", repo)[0] == 0
         assert kfp.all("runs")[-1]["runtime_config"]["parameters"]["repo"] == repo
 
 
-def test_nothing_secret_is_sent(kfp, run, monkeypatch):
+def test_no_secret_is_sent(kfp, run, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "very-secret")
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "even-more")
     Path("cluster.yaml").write_text("secrets: [{name: s3, env: {AWS_SECRET_ACCESS_KEY: secret}}]")

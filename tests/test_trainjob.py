@@ -1,4 +1,4 @@
-"""The step that starts a TrainJob: the kubernetes client itself against a small real server of the API that it needs."""
+"""The TrainJob launcher: the kubernetes client against a small server of its API."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ from json_server import JsonHandler, served
 from pixelclip.config import TrainConfig, load, parse_overrides
 from pixelclip_components.train_job.component import train_job
 from pixelclip_pipelines import trainjob
-from pixelclip_pipelines.cluster import Cluster
+from pixelclip_pipelines.cluster_config import Cluster
 from pixelclip_pipelines.trainjob import template, train_on_nodes
 
 JOBS = "/apis/trainer.kubeflow.org/v1alpha1/namespaces/default/trainjobs"
@@ -26,7 +26,7 @@ JOBS = "/apis/trainer.kubeflow.org/v1alpha1/namespaces/default/trainjobs"
 
 @dataclass
 class FakeKubernetes:
-    """TrainJobs, and what becomes of one at each look: a condition, `gone`, an HTTP status, or None for still running."""
+    """TrainJobs, and the result of each poll: a condition, `gone`, an HTTP status, or None for running."""
 
     url: str = ""
     jobs: dict[str, dict] = field(default_factory=dict)
@@ -98,7 +98,7 @@ def kubernetes(monkeypatch, tmp_path):
 
 @pytest.fixture
 def space(tmp_path) -> Path:
-    """The volume, with what the nodes will have left there."""
+    """Return a workspace with the result of a training."""
     trained = tmp_path / "volume" / "a" / "train"
     trained.mkdir(parents=True)
     (trained / "metrics.json").write_text('{"train/loss": 0.25}')
@@ -106,14 +106,14 @@ def space(tmp_path) -> Path:
 
 
 def job(space: Path) -> str:
-    """The job as the compiled pipeline holds it, with shorter pauses than a cluster can be told."""
+    """Return the job of the compiled pipeline, with shorter pauses than cluster.yaml allows."""
     cluster = Cluster.model_validate({"volume": {"claim": "shared", "mount": str(space.parent)}})
     made = template(cluster, 2, "r/p:1")
     made["metadata"]["annotations"] = dict.fromkeys(made["metadata"]["annotations"], "0.01")
     return json.dumps(made)
 
 
-def test_a_training_on_nodes_ends_with_its_metrics(kubernetes, space, monkeypatch):
+def test_training_on_nodes_returns_its_metrics(kubernetes, space, monkeypatch):
     monkeypatch.setenv("MLFLOW_RUN_ID", "mine")
     kubernetes.fate = [None, None, ends("Complete")]
     assert train_on_nodes(job(space), str(space), TrainConfig(steps=7, clip="toy")) == {"train/loss": 0.25}
@@ -129,7 +129,7 @@ def test_a_training_on_nodes_ends_with_its_metrics(kubernetes, space, monkeypatc
     assert kubernetes.log == ["create pixelclip-run-1"]
 
 
-def test_the_command_and_its_arguments_are_those_of_the_command_line(kubernetes, space):
+def test_trainjob_command_is_valid_on_the_command_line(kubernetes, space):
     import typer
 
     from pixelclip.cli import app
@@ -143,69 +143,69 @@ def test_the_command_and_its_arguments_are_those_of_the_command_line(kubernetes,
     assert Path(context.params["out"]) == space / "train"
 
 
-def test_a_failed_training_fails_the_step(kubernetes, space):
+def test_failed_training_fails_the_step(kubernetes, space):
     kubernetes.fate = [None, ends("Failed", "DeadlineExceeded", "no node was found")]
     with pytest.raises(RuntimeError, match="TrainJob pixelclip-run-1 failed: DeadlineExceeded no node was found"):
         train_on_nodes(job(space), str(space), TrainConfig())
 
 
-def test_a_job_that_vanished_fails_the_step(kubernetes, space):
+def test_deleted_job_fails_the_step(kubernetes, space):
     kubernetes.fate = [None, "gone"]
     with pytest.raises(RuntimeError, match="was deleted before its end"):
         train_on_nodes(job(space), str(space), TrainConfig())
 
 
-def test_tried_again_it_waits_for_the_one_that_runs(kubernetes, space):
+def test_retry_waits_for_a_running_job(kubernetes, space):
     kubernetes.jobs["pixelclip-run-1"] = {"metadata": {"name": "pixelclip-run-1"}}
     kubernetes.fate = [None, None, ends("Complete")]
     train_on_nodes(job(space), str(space), TrainConfig())
     assert kubernetes.log == []
 
 
-def test_tried_again_it_replaces_the_one_that_failed(kubernetes, space):
+def test_retry_replaces_a_failed_job(kubernetes, space):
     kubernetes.jobs["pixelclip-run-1"] = {"status": {"conditions": [ends("Failed")]}}
     kubernetes.fate = [ends("Complete")]
     train_on_nodes(job(space), str(space), TrainConfig())
     assert kubernetes.log == ["delete pixelclip-run-1", "create pixelclip-run-1"]
 
 
-def test_an_api_server_that_stumbles_is_waited_for(kubernetes, space, capsys):
+def test_transient_api_errors_are_retried(kubernetes, space, capsys):
     kubernetes.jobs["pixelclip-run-1"] = {"metadata": {}}
     kubernetes.fate = [None, 500, 503, None, ends("Complete")]
     train_on_nodes(job(space), str(space), TrainConfig())
-    assert capsys.readouterr().out.count("waiting goes on") == 2
+    assert capsys.readouterr().out.count("does not answer") == 2
 
 
 @pytest.mark.parametrize("code", [401, 403])
-def test_a_right_that_is_taken_away_ends_the_wait(kubernetes, space, code):
+def test_lost_rights_end_the_wait(kubernetes, space, code):
     kubernetes.jobs["pixelclip-run-1"] = {"metadata": {}}
     kubernetes.fate = [None, code]
     with pytest.raises(RuntimeError, match="cannot be watched: try later"):
         train_on_nodes(job(space), str(space), TrainConfig())
 
 
-def test_an_api_server_that_stays_away_ends_the_wait(kubernetes, space, monkeypatch):
-    monkeypatch.setattr(trainjob, "_PATIENCE", 3)
+def test_persistent_api_errors_end_the_wait(kubernetes, space, monkeypatch):
+    monkeypatch.setattr(trainjob, "_MAX_FAILURES", 3)
     kubernetes.jobs["pixelclip-run-1"] = {"metadata": {}}
     kubernetes.fate = [None, *[500] * 9]
     with pytest.raises(RuntimeError, match="cannot be watched"):
         train_on_nodes(job(space), str(space), TrainConfig())
 
 
-def test_a_refused_job_says_why(kubernetes, space):
+def test_rejected_job_gives_the_reason(kubernetes, space):
     kubernetes.refuse = 403
     with pytest.raises(RuntimeError, match="cannot be created: 403 trainjobs is forbidden to pipeline-runner"):
         train_on_nodes(job(space), str(space), TrainConfig())
 
 
-def test_an_api_server_that_is_not_there_says_so(kubernetes, space, tmp_path):
+def test_unreachable_api_server_is_reported(kubernetes, space, tmp_path):
     written = tmp_path / "kubeconfig"
     written.write_text(written.read_text().replace(kubernetes.url, "http://127.0.0.1:9"))
     with pytest.raises(RuntimeError, match=r"TrainJob pixelclip-run-1 cannot be created: .*Connection refused"):
         train_on_nodes(job(space), str(space), TrainConfig())
 
 
-def test_a_stopped_run_stops_the_nodes(kubernetes, space):
+def test_sigterm_deletes_the_job(kubernetes, space):
     before = signal.getsignal(signal.SIGTERM)
 
     def stop() -> None:
@@ -220,7 +220,7 @@ def test_a_stopped_run_stops_the_nodes(kubernetes, space):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_what_the_nodes_could_not_see_is_refused(kubernetes, space, tmp_path):
+def test_paths_off_the_volume_are_rejected(kubernetes, space, tmp_path):
     with pytest.raises(ValueError, match="the parameter `workspace`"):
         train_on_nodes(job(space), "", TrainConfig())
     with pytest.raises(ValueError, match=r"elsewhere/masks: is not below .*volume"):
@@ -228,7 +228,7 @@ def test_what_the_nodes_could_not_see_is_refused(kubernetes, space, tmp_path):
     assert kubernetes.log == []
 
 
-def test_the_component_points_to_what_the_nodes_made(kubernetes, space):
+def test_component_points_to_the_trained_model(kubernetes, space):
     kubernetes.fate = [ends("Complete")]
     model, logged = SimpleNamespace(uri="s3://bucket/model", path=str(space / "kfp" / "model"), metadata={}), {}
     chosen = {"clip": "toy", "steps": 3, "batch_size": 4, "concepts": 5, "seed": 6}

@@ -17,16 +17,18 @@ def evaluate(
     clip_evaluation: dsl.Input[dsl.Artifact] = None,
     workspace: str = "",
 ):
-    """Measures a model and the CLIP it came from on a labelled set."""
+    """Evaluate a model and the CLIP it was trained from on a labelled set."""
     import shutil
 
     from pixelclip.config import load
     from pixelclip.evaluate import REPORT, run
-    from pixelclip.stage import place
-    from pixelclip_pipelines.steps import located, path_of, show_confusion
+    from pixelclip_pipelines.artifacts import located, place
+    from pixelclip_pipelines.steps import show_confusion
 
     out, config = place(evaluation, workspace, "evaluate"), load("evaluate", overrides=settings)
-    for name, value in run(located(model), located(labelled), out, config, path_of(clip_evaluation)).items():
+    for name, value in run(
+        located(model), located(labelled), out, config, clip_evaluation and located(clip_evaluation)
+    ).items():
         metrics.log_metric(name, value)
     show_confusion(confusion, out)
     shutil.copyfile(out / REPORT, report.path)

@@ -16,11 +16,10 @@ def evaluate_clip(
     settings: dict,
     workspace: str = "",
 ):
-    """Measures plain CLIP on a labelled set; by the versions KFP knows it again."""
+    """Evaluate the unchanged CLIP on a labelled set. The versions are KFP's cache key."""
     from pixelclip.config import load
     from pixelclip.evaluate_clip import run
-    from pixelclip.stage import place
-    from pixelclip_pipelines.steps import located
+    from pixelclip_pipelines.artifacts import located, place
 
     evaluation.metadata.update(clip_version=clip_version, data_version=data_version)
     trained = load("train", overrides={**settings, "train.clip": clip})

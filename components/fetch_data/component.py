@@ -18,10 +18,10 @@ def fetch_data(
     fetch: str = "",
     workspace: str = "",
 ) -> NamedTuple("Fetched", [("version", str)]):
-    """Fetches data out of a DVC repository, or points to data that are there already; by `fetch` KFP knows it again."""
+    """Fetch data from a DVC repository, or point to existing data. `fetch` is KFP's cache key."""
     from pixelclip_pipelines.steps import fetched
 
-    figures, version = fetched(data, repo, path, revision, settings, workspace)
-    for name, value in figures.items():
+    values, version = fetched(data, repo, path, revision, settings, workspace)
+    for name, value in values.items():
         metrics.log_metric(name, value)
     return (version,)

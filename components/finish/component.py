@@ -1,4 +1,4 @@
-"""KFP component of the end of a run."""
+"""KFP component that ends a run."""
 
 from kfp import dsl
 
@@ -7,7 +7,7 @@ from pixelclip_components import IMAGE
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
 def finish(status: dsl.PipelineTaskFinalStatus):
-    """Ends the MLflow run with the status that the pipeline's steps had."""
+    """End the MLflow run with the status of the pipeline's steps."""
     from pixelclip_pipelines.steps import close_run
 
     close_run(status.state)

@@ -15,11 +15,10 @@ def masks(
     part: str = "",
     workspace: str = "",
 ):
-    """Gives every image of the shards, or of one part of them, its nameless masks."""
+    """Generate class-agnostic masks for every image of the shards, or of one part of them."""
     from pixelclip.config import load
     from pixelclip.masks import run
-    from pixelclip.stage import place
-    from pixelclip_pipelines.steps import located
+    from pixelclip_pipelines.artifacts import located, place
 
     config = load("masks", overrides={**settings, "masks.generator": generator, "masks.part": part})
     out = place(masks, workspace, f"masks/{part.replace('/', '-of-')}")

@@ -1,4 +1,4 @@
-"""KFP component of what a run pins before it starts: the commit of its data, and its CLIP."""
+"""KFP component that pins the commit of the data and the version of the CLIP for a run."""
 
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ def pin_revision(
     settings: dict,
     workspace: str = "",
 ) -> NamedTuple("Pinned", [("commit", str), ("fetch", str), ("clip_version", str), ("clip_settings", dict)]):
-    """Says which commit a revision of a DVC repository is now, and which weights a CLIP's name means now."""
+    """Resolve a revision of a DVC repository to a commit, and the name of a CLIP to the version of its weights."""
     from pixelclip_pipelines.steps import pinned, pinned_clip
 
     return (*pinned(repo, revision, workspace), *pinned_clip(clip, settings, workspace))

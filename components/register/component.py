@@ -17,14 +17,13 @@ def register(
     settings: dict,
     workspace: str = "",
 ):
-    """Registers a model in MLflow and passes it through the gate."""
+    """Register a model in MLflow and decide on its promotion."""
     from pathlib import Path
 
     from pixelclip.config import load
     from pixelclip.register import run
-    from pixelclip.stage import place
+    from pixelclip_pipelines.artifacts import located, place
     from pixelclip_pipelines.steps import links as page
-    from pixelclip_pipelines.steps import located
 
     chosen = {"register.name": registry_name, "register.min_gain": min_gain}
     out, config = place(registration, workspace, "register"), load("register", overrides={**settings, **chosen})

@@ -13,11 +13,10 @@ def shards(
     settings: dict,
     workspace: str = "",
 ):
-    """Packs a folder of images into tar shards."""
+    """Pack a folder of images into tar shards."""
     from pixelclip.config import load
     from pixelclip.shards import run
-    from pixelclip.stage import place
-    from pixelclip_pipelines.steps import located
+    from pixelclip_pipelines.artifacts import located, place
 
     config = load("shards", overrides=settings)
     for name, value in run(located(images), place(shards, workspace, "shards"), config).items():

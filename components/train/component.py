@@ -1,6 +1,6 @@
 """KFP component of stage train."""
 
-from typing import List  # noqa: UP035  (KFP knows lists of artifacts by this name only)
+from typing import List  # noqa: UP035  (KFP reads lists of artifacts only under this name)
 
 from kfp import dsl
 
@@ -21,14 +21,14 @@ def train(
     parts: dsl.Input[List[dsl.Dataset]] = None,  # noqa: UP006
     workspace: str = "",
 ):
-    """Trains a PixelCLIP from masked shards and a CLIP, on all GPUs of its pod."""
+    """Train a PixelCLIP from masked shards and a CLIP on all GPUs of the pod."""
     from pixelclip.config import load
-    from pixelclip.stage import place
+    from pixelclip_pipelines.artifacts import place
     from pixelclip_pipelines.steps import gathered, processes, train_by
 
     chosen = {"clip": clip, "steps": steps, "batch_size": batch_size, "concepts": concepts, "seed": seed}
     config = load("train", overrides={**settings, **{f"train.{name}": value for name, value in chosen.items()}})
     with gathered(masks, parts) as folder:
-        found = train_by(processes(config.device), folder, place(model, workspace, "train"), config)
-    for name, value in found.items():
+        result = train_by(processes(config.device), folder, place(model, workspace, "train"), config)
+    for name, value in result.items():
         metrics.log_metric(name, value)

@@ -1,6 +1,6 @@
 """KFP component of stage train on several nodes."""
 
-from typing import List  # noqa: UP035  (KFP knows lists of artifacts by this name only)
+from typing import List  # noqa: UP035  (KFP reads lists of artifacts only under this name)
 
 from kfp import dsl
 
@@ -22,9 +22,9 @@ def train_job(
     parts: dsl.Input[List[dsl.Dataset]] = None,  # noqa: UP006
     workspace: str = "",
 ):
-    """Starts a TrainJob of Kubeflow Trainer, which trains on several nodes, and waits for its end."""
+    """Train on several nodes: start a TrainJob of Kubeflow Trainer and wait for its end."""
     from pixelclip.config import load
-    from pixelclip.stage import place
+    from pixelclip_pipelines.artifacts import place
     from pixelclip_pipelines.trainjob import train_on_nodes
 
     chosen = {"clip": clip, "steps": steps, "batch_size": batch_size, "concepts": concepts, "seed": seed}

@@ -1,4 +1,4 @@
-"""The words below `pixelclip pipeline` that speak to Kubeflow Pipelines: submit, status, schedule. They only translate."""
+"""Commands below `pixelclip pipeline` that call Kubeflow Pipelines: submit, status, schedule. They contain no logic."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,21 +9,21 @@ from pixelclip.config import parse_overrides
 
 Params = Annotated[Path | None, typer.Option(help="YAML file with one section per stage.")]
 Cluster = Annotated[
-    Path | None, typer.Option(help="Settings of the cluster; default: cluster.yaml of the present folder, if there is one.")
+    Path | None, typer.Option(help="Settings of the cluster; default: cluster.yaml of the current folder, if it exists.")
 ]
-Nodes = Annotated[int, typer.Option(help="Nodes that train; several need Kubeflow Trainer and a shared volume.", min=1)]
+Nodes = Annotated[int, typer.Option(help="Training nodes; several need Kubeflow Trainer and a shared volume.", min=1)]
 Image = Annotated[str, typer.Option(help="Container image by tag or digest; default: PIXELCLIP_IMAGE, or cluster.yaml's.")]
-Repo = Annotated[str, typer.Option(help="DVC repository that holds --images and --labelled; empty: they are folders.")]
+Repo = Annotated[str, typer.Option(help="DVC repository with --images and --labelled; empty: they are folders.")]
 Revision = Annotated[str, typer.Option(help="Branch, tag or commit of --repo; empty: its default branch.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[NAME=VALUE]...", help="Pipeline parameters, or STAGE.SETTING=VALUE.")
 ]
 Endpoint = Annotated[str, typer.Option(help="URL of KFP; default: KFP_ENDPOINT, KF_PIPELINES_ENDPOINT, or cluster.yaml's.")]
-Images = Annotated[str, typer.Option(help="Unlabelled images, as the cluster sees them: path in --repo, folder or s3://.")]
-Labelled = Annotated[str, typer.Option(help="Labelled set, found as --images: images/, labels/ and classes.txt.")]
+Images = Annotated[str, typer.Option(help="Unlabelled images on the cluster: path in --repo, folder or s3://.")]
+Labelled = Annotated[str, typer.Option(help="Labelled set, given like --images: images/, labels/ and classes.txt.")]
 Workspace = Annotated[str, typer.Option(help="Folder on a mounted volume where stages are reused and resumed; empty: none.")]
 
-schedule = typer.Typer(help="Runs of the pipeline again and again: create, list, delete.", no_args_is_help=True)
+schedule = typer.Typer(help="Run the pipeline on a schedule: create, list, delete.", no_args_is_help=True)
 
 
 def submit(
@@ -33,7 +33,7 @@ def submit(
     revision: Revision = "",
     workspace: Workspace = "",
     params: Params = None,
-    name: Annotated[str, typer.Option(help="Name of the run; default: the pipeline's, with the time.")] = "",
+    name: Annotated[str, typer.Option(help="Name of the run; default: name of the pipeline with the time.")] = "",
     cluster: Cluster = None,
     nodes: Nodes = 1,
     image: Image = "",
@@ -45,8 +45,8 @@ def submit(
     from pixelclip_pipelines.submit import Target
     from pixelclip_pipelines.submit import submit as start
 
-    given = arguments(images, labelled, workspace, params, parse_overrides(settings or []), repo, revision)
-    start(given, Target(endpoint, cluster, nodes, image), name)
+    checked = arguments(images, labelled, workspace, params, parse_overrides(settings or []), repo, revision)
+    start(checked, Target(endpoint, cluster, nodes, image), name)
 
 
 def status(
@@ -54,11 +54,11 @@ def status(
     cluster: Cluster = None,
     endpoint: Endpoint = "",
 ) -> None:
-    """Print a run's steps and states; exit code 0: succeeded, 1: failed or cancelled, 3: not over."""
+    """Print a run's steps and states; exit code 0: succeeded, 1: failed or cancelled, 3: running."""
     from pixelclip_pipelines.submit import Target
-    from pixelclip_pipelines.submit import status as look
+    from pixelclip_pipelines.submit import status as run_status
 
-    lines, code = look(Target(endpoint, cluster), run_id)
+    lines, code = run_status(Target(endpoint, cluster), run_id)
     print("\n".join(lines))
     raise typer.Exit(code)
 
@@ -68,8 +68,10 @@ def schedule_create(
     name: Annotated[str, typer.Argument(help="Name of the schedule.")],
     images: Images,
     labelled: Labelled,
-    cron: Annotated[str, typer.Option(help="'MINUTE HOUR DAY MONTH WEEKDAY' in KFP's time zone, as '0 3 * * 1'.")] = "",
-    every: Annotated[str, typer.Option(help="Or a pause: 30m, 6h, 1d.")] = "",
+    cron: Annotated[
+        str, typer.Option(help="'MINUTE HOUR DAY MONTH WEEKDAY' in KFP's time zone, for example '0 3 * * 1'.")
+    ] = "",
+    every: Annotated[str, typer.Option(help="Or an interval: 30m, 6h, 1d.")] = "",
     repo: Repo = "",
     revision: Revision = "",
     workspace: Workspace = "",
@@ -80,13 +82,13 @@ def schedule_create(
     endpoint: Endpoint = "",
     settings: Overrides = None,
 ) -> None:
-    """Run the pipeline again and again, one run at a time; missed ones are not made up for."""
+    """Run the pipeline on a schedule, one run at a time; missed runs are skipped."""
     from pixelclip_pipelines.run import arguments
     from pixelclip_pipelines.submit import Target
-    from pixelclip_pipelines.submit import schedule as repeat
+    from pixelclip_pipelines.submit import schedule as create
 
-    given = arguments(images, labelled, workspace, params, parse_overrides(settings or []), repo, revision)
-    repeat(given, Target(endpoint, cluster, nodes, image), name, cron, every)
+    checked = arguments(images, labelled, workspace, params, parse_overrides(settings or []), repo, revision)
+    create(checked, Target(endpoint, cluster, nodes, image), name, cron, every)
 
 
 @schedule.command("list")
@@ -103,7 +105,7 @@ def schedule_delete(
     cluster: Cluster = None,
     endpoint: Endpoint = "",
 ) -> None:
-    """Delete a schedule; runs that it has started go on."""
+    """Delete a schedule; runs that it has started continue."""
     from pixelclip_pipelines.submit import Target, unschedule
 
     unschedule(Target(endpoint, cluster), schedule_id)

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,13 +22,11 @@ from pixelclip import __version__
 from pixelclip.cache import origin
 from pixelclip.code_version import code_image, code_revision
 from pixelclip.config import lasting
-from pixelclip.storage import digest, files_below, read_json, write_atomically, write_json
+from pixelclip.storage import digest, files_below, read_json, write_json
 
 Metrics = dict[str, float]
 PROVENANCE = "provenance.json"
 METRICS = "metrics.json"
-LOCATION = "location"
-"""Metadata of a KFP artifact that says where its content stands, when that is not where KFP keeps the artifact."""
 
 
 class Stage:
@@ -225,57 +222,6 @@ def describe(path: Path) -> dict[str, Any]:
         if isinstance(provenance, dict) and isinstance(provenance.get("output"), dict):  # else not written by a stage
             return {**location, **provenance["output"], "provenance": provenance}
     return {**location, **digest(path)}
-
-
-def place(artifact: Any, workspace: str, stage: str) -> Path:
-    """Where a KFP component writes: its output artifact's own path, or `workspace/stage` where runs share a workspace.
-
-    Args:
-        artifact: a KFP output artifact; in a workspace it becomes a pointer to there.
-        workspace: a folder that outlives the run, in which stages are reused and resumed; empty for none.
-        stage: the stage's name.
-
-    Raises:
-        ValueError: as `writable`.
-    """
-    if workspace:
-        folder = writable(workspace) / stage
-        point(artifact, str(folder))
-        return folder
-    return Path(artifact.path)
-
-
-def writable(workspace: str) -> Path:
-    """The folder that a workspace is, made where it is not there.
-
-    Raises:
-        ValueError: this user cannot write there.
-    """
-    folder = Path(workspace).absolute()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise ValueError(
-            f"workspace {folder}: user {os.getuid()} cannot write there ({error.strerror}); "
-            "docs/cluster.md says how its volume is prepared"
-        ) from None
-    return folder
-
-
-def point(artifact: Any, location: str) -> None:
-    """Makes a KFP output artifact say that its content stands elsewhere.
-
-    KFP's launcher fails on any artifact, read or written, whose URI is not in an object store, and on one written outside of
-    the run's bucket. So the URI stays KFP's, and the location is metadata and what KFP uploads.
-
-    Args:
-        artifact: a KFP output artifact.
-        location: a folder, or an s3:// prefix.
-    """
-    artifact.metadata[LOCATION] = location
-    write_atomically(Path(artifact.path), f"{location}\n")
 
 
 def _short(path: Path) -> str:

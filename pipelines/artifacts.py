@@ -1,0 +1,64 @@
+"""KFP artifacts that point to folders: where a component writes its output and where the next one reads it."""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from pixelclip.storage import write_atomically
+
+LOCATION = "location"
+"""Metadata key with the path or prefix of the content, if it is not stored at the artifact's own path."""
+
+
+def place(artifact: Any, workspace: str, stage: str) -> Path:
+    """Return the output folder of a component: the artifact's own path, or `workspace/stage`.
+
+    Args:
+        artifact: a KFP output artifact; with a workspace it becomes a pointer.
+        workspace: folder that outlives the run, in which stages are reused and resumed; empty for none.
+        stage: name of the stage.
+
+    Raises:
+        ValueError: as `writable`.
+    """
+    if not workspace:
+        return Path(artifact.path)
+    folder = writable(workspace) / stage
+    point(artifact, str(folder))
+    return folder
+
+
+def writable(workspace: str) -> Path:
+    """Return the folder of a workspace, and create it if necessary.
+
+    Raises:
+        ValueError: this user cannot write to it.
+    """
+    folder = Path(workspace).absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"workspace {folder}: user {os.getuid()} cannot write there ({error.strerror}); "
+            "see docs/cluster.md for how to prepare its volume"
+        ) from None
+    return folder
+
+
+def point(artifact: Any, location: str) -> None:
+    """Make an output artifact a pointer to a folder or an s3:// prefix.
+
+    KFP's launcher fails on any artifact, read or written, whose URI is not in an object store, and on one written outside
+    the run's bucket. So the URI does not change: the location goes into the metadata and into the file that KFP uploads.
+    """
+    artifact.metadata[LOCATION] = location
+    write_atomically(Path(artifact.path), f"{location}\n")
+
+
+def located(artifact: Any) -> Path | str:
+    """Return the path or s3:// prefix of the content of an input artifact."""
+    location = str(artifact.metadata.get(LOCATION) or artifact.path)
+    return location if location.startswith("s3://") else Path(location)

@@ -1,0 +1,251 @@
+"""Typed settings of a cluster, read from `cluster.yaml`: image, secrets, volume, and the resources of every step.
+
+The file holds names of Secrets and ConfigMaps but never their values. This module must not import kfp: a running step
+imports it, and there most of kfp cannot be imported.
+"""
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from kubernetes.utils.quantity import parse_quantity
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from pixelclip.config import nearest, read_yaml
+
+FILE = Path("cluster.yaml")
+"""Read from the current folder if no other file is given."""
+_HOST = r"[a-z0-9][a-z0-9._-]*(:\d+(?=/))?"
+_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_MAX_DAYS = 365
+
+
+def _checked_image(image: str) -> str:
+    match = re.fullmatch(rf"{_HOST}(/[a-z0-9._-]+)*(:\w[\w.-]{{0,127}})?(@sha256:[0-9a-f]{{64}})?", image)
+    if not match or not (match[3] or match[4]):
+        raise ValueError(f"{image!r} must end with a tag (NAME:TAG) or a digest (NAME@sha256:64 hexadecimal digits)")
+    return image
+
+
+Image = Annotated[str, AfterValidator(_checked_image)]
+Cpu = Annotated[str, Field(pattern=r"^(\d+(\.\d+)?|\d+m)$")]
+Memory = Annotated[str, Field(pattern=r"^\d+(Ki|Mi|Gi|Ti|M|G|T)?$")]
+Duration = Annotated[str, Field(pattern=r"^[1-9]\d*[smhd]$")]
+Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$", max_length=253)]
+
+
+def seconds(duration: str) -> int:
+    """Return a duration such as `90s`, `20m`, `4h` or `2d` in seconds."""
+    return int(duration[:-1]) * _SECONDS[duration[-1]]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, coerce_numbers_to_str=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_keys(cls, values: Any) -> Any:
+        for key in values if isinstance(values, dict) else ():
+            if key not in cls.model_fields:
+                known = "; the keys are " + ", ".join(cls.model_fields)
+                raise ValueError(f"unknown key {key!r}{nearest(str(key), cls.model_fields) or known}")
+        return values
+
+
+class Toleration(_Section):
+    """A Kubernetes toleration."""
+
+    key: str = Field("", description="Key of the taint; empty: every taint.")
+    operator: Literal["Exists", "Equal"] = Field("Exists", description="Exists, or Equal to `value`.")
+    value: str = Field("", description="Value of the taint, for operator Equal.")
+    effect: Literal["", "NoSchedule", "PreferNoSchedule", "NoExecute"] = Field("", description="Empty: every effect.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Toleration":
+        if (self.operator == "Equal") != bool(self.value) or (self.operator == "Equal" and not self.key):
+            raise ValueError(f"operator {self.operator} with key {self.key!r} and value {self.value!r}: Equal needs both")
+        return self
+
+
+class Step(_Section):
+    """Resources, placement, timeout and retries of one step."""
+
+    cpu: Cpu = Field("500m", description="CPU request: CPUs reserved on the node.")
+    cpu_limit: Cpu = Field("2", description="CPU limit.")
+    memory: Memory = Field("1Gi", description="Memory request: memory reserved on the node.")
+    memory_limit: Memory = Field("4Gi", description="Memory limit; a step that exceeds it is killed.")
+    gpus: int = Field(0, ge=0, description="GPUs of the pod; train uses all of them by torchrun.")
+    gpu_type: str = Field("nvidia.com/gpu", description="Resource name of the GPUs.")
+    shared_memory: Memory | Literal[""] = Field("", description="Size of /dev/shm (data loaders need it); empty: 64 MiB.")
+    node_selector: dict[str, str] = Field({}, description="Labels that the node must have.")
+    tolerations: list[Toleration] = Field([], description="Tolerations of the pod; empty: with GPUs that of the GPU taint.")
+    timeout: Duration = Field("1h", description="Time limit of one attempt: 90s, 20m, 4h, 2d.")
+    retries: int = Field(2, ge=0, description="Attempts after the first one.")
+    backoff: Duration = Field("30s", description="Pause before the first retry.")
+    backoff_factor: int = Field(2, ge=1, description="Whole factor by which every further pause grows.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Step":
+        for name in ("cpu", "memory"):
+            request, limit = getattr(self, name), getattr(self, f"{name}_limit")
+            if parse_quantity(request) > parse_quantity(limit):
+                raise ValueError(f"{name} {request} is more than {name}_limit {limit}")
+        if (days := self.total_seconds // _SECONDS["d"]) > _MAX_DAYS:
+            raise ValueError(
+                f"retries {self.retries}, timeout {self.timeout}, backoff {self.backoff} and backoff_factor "
+                f"{self.backoff_factor} come to {days} days; at most {_MAX_DAYS} are allowed"
+            )
+        return self
+
+    @property
+    def pod_tolerations(self) -> list[dict[str, str]]:
+        """The tolerations given, or, with GPUs, one for the usual taint of GPU nodes; without empty fields."""
+        taint = Toleration(key=f"{self.gpu_type.partition('/')[0]}/gpu", effect="NoSchedule")
+        chosen = self.tolerations or ([taint] if self.gpus else [])
+        return [{key: value for key, value in each.model_dump().items() if value} for each in chosen]
+
+    @property
+    def total_seconds(self) -> int:
+        """Upper limit for all attempts and the pauses between them."""
+        pauses = sum(seconds(self.backoff) * self.backoff_factor**number for number in range(self.retries))
+        return (self.retries + 1) * seconds(self.timeout) + pauses
+
+
+_EVALUATION = {
+    **{"cpu": "4", "cpu_limit": "8", "memory": "16Gi", "memory_limit": "48Gi"},
+    **{"gpus": 1, "shared_memory": "8Gi", "timeout": "12h"},
+}
+STEPS: dict[str, dict[str, Any]] = {
+    "pin_revision": {},
+    "fetch_data": {"memory": "2Gi", "timeout": "6h"},
+    "shards": {"cpu": "2", "cpu_limit": "4", "memory": "2Gi", "memory_limit": "8Gi", "timeout": "12h"},
+    "masks": {"cpu": "4", "cpu_limit": "8", "memory": "8Gi", "memory_limit": "32Gi", "shared_memory": "4Gi", "timeout": "24h"},
+    "train": {
+        **{"cpu": "8", "cpu_limit": "16", "memory": "32Gi", "memory_limit": "96Gi"},
+        **{"gpus": 1, "shared_memory": "16Gi", "timeout": "2d", "retries": 3, "backoff": "1m"},
+    },
+    "train_job": {"cpu": "100m", "cpu_limit": "1", "memory": "512Mi", "memory_limit": "2Gi", "timeout": "3d", "retries": 3},
+    "evaluate_clip": _EVALUATION,
+    "evaluate": _EVALUATION,
+    "register": {"memory": "2Gi", "memory_limit": "8Gi", "retries": 3},
+    "finish": {"timeout": "20m", "retries": 3},
+    "sweep_table": {"timeout": "20m"},
+}
+"""The steps of the pipelines with the defaults that differ from those of `Step`. A file may change single settings."""
+
+
+class Source(_Section):
+    """A Secret or a ConfigMap in the namespace of the run."""
+
+    name: Name = Field(description="Its name.")
+    env: dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], str] = Field(
+        description="Environment variable of the steps: key in the Secret or ConfigMap.", min_length=1
+    )
+    optional: bool = Field(False, description="Whether steps start without it.")
+
+
+class Volume(_Section):
+    """A volume mounted by every step, where finished stages are reused and interrupted ones resumed."""
+
+    claim: Name | Literal[""] = Field("", description="PersistentVolumeClaim (ReadWriteMany); empty: none.")
+    mount: str = Field("/workspace", pattern=r"^/.+", description="Mount path.")
+
+
+class Trainer(_Section):
+    """Kubeflow Trainer 2.2 or newer, for training on several nodes (`--nodes`)."""
+
+    runtime: Name = Field("torch-distributed", description="The ClusterTrainingRuntime.")
+    poll: Duration = Field("15s", description="Interval between two checks of the TrainJob.")
+
+
+class Cluster(_Section):
+    """All settings of a cluster."""
+
+    image: Image = Field("pixelclip:dev", description="Container image of all steps: --image and PIXELCLIP_IMAGE override it.")
+    pull_policy: Literal["", "Always", "IfNotPresent", "Never"] = Field("", description="Empty: the default of Kubernetes.")
+    pull_secrets: list[Name] = Field([], description="Names of Secrets with credentials of the image registry.")
+    parts: int = Field(1, ge=1, description="Parallel parts of stage masks; at most as many as shards.")
+    parallel: int = Field(0, ge=0, description="Parts that run at once; 0: all.")
+    endpoint: str = Field("", description="URL of KFP: --endpoint, KFP_ENDPOINT and KF_PIPELINES_ENDPOINT override it.")
+    namespace: str = Field("", description="Namespace of the profile, if KFP is multi-user.")
+    experiment: str = Field("pixelclip", min_length=1, description="KFP experiment of the runs.")
+    service_account: str = Field("", description="Service account of the runs; empty: KFP's default.")
+    secrets: list[Source] = Field([], description="Secrets whose keys become environment variables of all steps.")
+    config_maps: list[Source] = Field([], description="ConfigMaps whose keys become environment variables of all steps.")
+    volume: Volume = Field(Volume(), description="A volume for the pipeline's parameter `workspace`.")
+    trainer: Trainer = Field(Trainer(), description="Kubeflow Trainer.")
+    steps: dict[str, Step] = Field({}, validate_default=True, description="Resources of each step; see `STEPS`.")
+
+    @field_validator("steps", mode="before")
+    @classmethod
+    def _with_defaults(cls, steps: Any) -> Any:
+        if not isinstance(steps, dict):
+            return steps
+        for name in steps:
+            if name not in STEPS:
+                raise ValueError(f"unknown step {name!r}{nearest(str(name), STEPS)}; the steps are {', '.join(STEPS)}")
+        chosen = {name: steps.get(name, {}) for name in STEPS}
+        return {name: {**STEPS[name], **step} if isinstance(step, dict) else step for name, step in chosen.items()}
+
+    @model_validator(mode="after")
+    def _unique_variables(self) -> "Cluster":
+        names = [name for source in (*self.secrets, *self.config_maps) for name in source.env]
+        if duplicates := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"environment variables come from two places: {', '.join(duplicates)}")
+        return self
+
+
+def read(path: Path | None = None) -> Cluster:
+    """Read the settings of a cluster.
+
+    Args:
+        path: a YAML file; None: `cluster.yaml` of the current folder, or the defaults without that file.
+
+    Raises:
+        ValueError: the file cannot be read or is invalid; one line per error with key, value and what is allowed.
+    """
+    if path is None and not FILE.is_file():
+        return Cluster()
+    path = path or FILE
+    document = read_yaml(path) or {}
+    if not isinstance(document, dict):
+        raise ValueError(f"{path}: must hold keys and values, found {type(document).__name__}")
+    try:
+        return Cluster.model_validate(document)
+    except ValidationError as error:
+        raise ValueError("\n".join(_error_line(path, entry) for entry in error.errors())) from None
+
+
+def _error_line(path: Path, error: Any) -> str:
+    key, message = ".".join(map(str, error["loc"])), error["msg"].removeprefix("Value error, ")
+    value = "" if error["type"] == "value_error" else f" (found {error['input']!r})"
+    return f"{path}: {key}: {message}{value}" if key else f"{path}: {message}{value}"
+
+
+def image_of(cluster: Cluster, image: str = "") -> str:
+    """Return the container image of all steps: `image`, PIXELCLIP_IMAGE, or that of the cluster.
+
+    Raises:
+        ValueError: it has neither tag nor digest.
+    """
+    return _checked_image(image or os.environ.get("PIXELCLIP_IMAGE") or cluster.image)
+
+
+def check_workspace(cluster: Cluster, workspace: str) -> None:
+    """Check that all steps share the workspace.
+
+    Raises:
+        ValueError: it is not on a volume, so every pod would have its own folder.
+    """
+    volume = cluster.volume
+    if workspace and not (volume.claim and Path(workspace).is_relative_to(volume.mount)):
+        mounted = f"{volume.claim!r} at {volume.mount}" if volume.claim else "none"
+        raise ValueError(
+            f"--workspace {workspace}: must be a folder on the volume that steps share (volume in cluster.yaml: {mounted})"
+        )
+
+
+def pod_environment(step: Step, image: str) -> dict[str, str]:
+    """Return variables that a pod cannot find out itself: its image, for the lineage, and its number of GPUs."""
+    return {"PIXELCLIP_IMAGE": image} | ({"PIXELCLIP_GPUS": str(step.gpus)} if step.gpus else {})

@@ -1,0 +1,59 @@
+"""Apply the settings of a cluster to the tasks of a pipeline at compile time."""
+
+from kfp import dsl, kubernetes
+
+from pixelclip.tracking import PIPELINE_RUN
+from pixelclip_pipelines.cluster_config import Cluster, pod_environment, seconds
+
+RUN_LABEL = "metadata.labels['pipeline/runid']"
+"""Label of every pod that holds the id of the KFP run."""
+
+
+def place_on(task: dsl.PipelineTask, cluster: Cluster, name: str, image: str) -> dsl.PipelineTask:
+    """Set image, resources, placement, retries, secrets and volume of a task.
+
+    Args:
+        task: a task of a pipeline that is being compiled.
+        cluster: the settings.
+        name: name of the step in `cluster.steps`.
+        image: its container image.
+
+    Returns:
+        The task.
+    """
+    step = cluster.steps[name]
+    task.set_container_image(image)
+    for variable, value in pod_environment(step, image).items():
+        task.set_env_variable(variable, value)
+    task.set_cpu_request(step.cpu).set_cpu_limit(step.cpu_limit)
+    task.set_memory_request(step.memory).set_memory_limit(step.memory_limit)
+    if step.gpus:
+        task.set_accelerator_type(step.gpu_type).set_accelerator_limit(step.gpus)
+    if step.shared_memory:
+        kubernetes.empty_dir_mount(task, "dshm", "/dev/shm", medium="Memory", size_limit=step.shared_memory)
+    for key, value in step.node_selector.items():
+        kubernetes.add_node_selector(task, key, value)
+    for toleration in step.pod_tolerations:
+        kubernetes.add_toleration(task, **toleration)
+    kubernetes.set_timeout(task, seconds(step.timeout))
+    # backoff_max_duration does not limit a pause: counted from the first attempt's start, it ends all attempts.
+    task.set_retry(step.retries, f"{seconds(step.backoff)}s", step.backoff_factor, f"{step.total_seconds}s")
+    # KFP identifies input folders by their address, not by their content, and training and registering have effects in
+    # MLflow, so a cached result would be wrong. Finished results are reused in the workspace.
+    task.set_caching_options(False)
+    for secret in cluster.secrets:
+        kubernetes.use_secret_as_env(task, secret.name, {key: env for env, key in secret.env.items()}, secret.optional)
+    for config in cluster.config_maps:
+        kubernetes.use_config_map_as_env(task, config.name, {key: env for env, key in config.env.items()}, config.optional)
+    if cluster.volume.claim:
+        kubernetes.mount_pvc(task, cluster.volume.claim, cluster.volume.mount)
+    if cluster.pull_policy:
+        kubernetes.set_image_pull_policy(task, cluster.pull_policy)
+    if cluster.pull_secrets:
+        kubernetes.set_image_pull_secrets(task, list(cluster.pull_secrets))
+    return task
+
+
+def set_run_id(task: dsl.PipelineTask) -> dsl.PipelineTask:
+    """Pass the id of the KFP run to a task; steps use it to find their common MLflow run."""
+    return kubernetes.use_field_path_as_env(task, PIPELINE_RUN, RUN_LABEL)
