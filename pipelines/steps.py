@@ -18,7 +18,7 @@ import yaml
 from pixelclip import __version__
 from pixelclip.code_version import CHANGED, UNKNOWN, code_revision
 from pixelclip.config import TrainConfig, load
-from pixelclip.stage import METRICS, PROVENANCE, Metrics, place, point, writable
+from pixelclip.stage import METRICS, PROVENANCE, Metrics
 from pixelclip.storage import read_json
 from pixelclip_pipelines.artifacts import located, place, point, writable
 

@@ -161,7 +161,7 @@ def storage(uri: str) -> _Result:
     if not (uri or endpoint or os.environ.get("AWS_ACCESS_KEY_ID") or os.environ.get("AWS_PROFILE")):
         return "not configured", "no AWS_ENDPOINT_URL and no keys", "not needed for local files"
     name = uri or endpoint or "AWS"
-    with connected(name, attempts=1) as client:
+    with connected(name) as client:
         if not uri:
             buckets = sorted(bucket["Name"] for bucket in client.list_buckets()["Buckets"])
             return "ok", f"{name}: keys accepted, {len(buckets)} buckets: {', '.join(buckets[:5])}"
