@@ -63,9 +63,9 @@ def rollback(name: str) -> str:
         if previous is None or previous == champion:
             listed = ", ".join(f"{alias} {version}" for alias, version in aliases.items()) or "none"
             raise ValueError(f"{name}: there is no champion before this one; its aliases are {listed}")
-        client.set_registered_model_alias(name, CHAMPION, previous)
+        _set_alias(client, name, CHAMPION, previous)
         if champion:
-            client.set_registered_model_alias(name, PREVIOUS, champion)
+            _set_alias(client, name, PREVIOUS, champion)
         if (found := _settled(client, name, start).get(CHAMPION)) != previous:
             raise ValueError(f"{name}: another process made version {found} the champion meanwhile; check it and try again")
         if champion:
@@ -98,8 +98,8 @@ def pass_gate(client: MlflowClient, name: str, version: str, *, force: str = "",
         if not decision.champion:
             break
         if champion:  # first: a promotion killed here has not moved the champion
-            client.set_registered_model_alias(name, PREVIOUS, champion)
-        client.set_registered_model_alias(name, CHAMPION, version)
+            _set_alias(client, name, PREVIOUS, champion)
+        _set_alias(client, name, CHAMPION, version)
         aliases = _settled(client, name, start)
         if aliases.get(CHAMPION) == version:
             break
@@ -108,7 +108,7 @@ def pass_gate(client: MlflowClient, name: str, version: str, *, force: str = "",
     if decision.champion and aliases.get(CHALLENGER) == version:
         client.delete_registered_model_alias(name, CHALLENGER)
     if challenge and not decision.champion:
-        client.set_registered_model_alias(name, CHALLENGER, version)
+        _set_alias(client, name, CHALLENGER, version)
     if challenge or decision.champion:
         role = CHAMPION if decision.champion else CHALLENGER
         client.set_model_version_tag(name, version, GATE, f"{role}: {decision.reason}")
@@ -172,6 +172,13 @@ def _judge(client: MlflowClient, name: str, version: str, champion: str | None, 
         return decision
     client.set_model_version_tag(name, version, "forced", force)
     return Decision(True, f"forced, {force}; the gate rejected it: {decision.reason}")
+
+
+def _set_alias(client: MlflowClient, name: str, alias: str, version: str) -> None:
+    try:
+        client.set_registered_model_alias(name, alias, version)
+    except MlflowException:  # violated unique key: another process created the same alias meanwhile, which can now be updated
+        client.set_registered_model_alias(name, alias, version)
 
 
 def _settled(client: MlflowClient, name: str, start: float) -> dict[str, str]:
