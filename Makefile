@@ -1,4 +1,4 @@
-# The two commands that a fresh machine needs are `make demo` and `make test`; each creates .venv if it is missing.
+# A fresh machine needs `make demo` and `make test` only; each creates .venv if it is missing.
 PYTHON ?= python3.11
 BIN := .venv/bin
 DEMO := runs/demo
@@ -9,24 +9,27 @@ IMAGE_FILES := Dockerfile .dockerignore pyproject.toml setup.py requirements.txt
 DOCKER_BUILD_ARGS ?= --network=host
 
 .DEFAULT_GOAL := help
-.PHONY: demo demo-docker test test-services bench lint ui image clean help requirements
+.PHONY: demo demo-docker test test-services test-docker bench lint ui image clean help requirements
 
-demo: .venv/installed  ## The main job end to end on painted scenes: 5 to 9 minutes on 2 cores, see runs/demo/
+demo: .venv/installed  ## The whole pipeline on painted scenes, 5 to 15 minutes on 2 cores: runs/demo/
 	@$(BIN)/pixelclip toy --out $(DEMO)/toy --params params.yaml
 	@$(BIN)/pixelclip pipeline run --images $(DEMO)/toy/images --labelled $(DEMO)/toy/toy --out $(DEMO) --params params.yaml
 	@echo "Look at $(DEMO)/report.html, or at the run and the registry: make ui"
 
-demo-docker: .venv/installed image  ## The same in containers, with data from DVC on S3 and MLflow on PostgreSQL: see runs/demo-docker/
+demo-docker: .venv/installed image  ## The same in containers, with data from DVC on S3 and MLflow on PostgreSQL: runs/demo-docker/
 	@servers=$$(mktemp -d) && PATH=$(CURDIR)/$(BIN):$$PATH PIXELCLIP_IMAGE=pixelclip:dev \
 		$(BIN)/python tests/services.py $$servers deploy/demo_docker.sh $(CURDIR)/runs/demo-docker
 
-test: .venv/installed  ## All fast tests, files side by side
+test: .venv/installed  ## All fast tests, in two processes
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-services: .venv/installed  ## Tests against real S3, PostgreSQL, MLflow and DVC (started and stopped by the tests)
 	@$(BIN)/python -m pytest -m services
 
-bench: .venv/installed  ## Speed and memory against honest baselines: benchmarks/results.json and a table
+test-docker: .venv/installed  ## Tests that need a Docker engine and the image of `make image`
+	@$(BIN)/python -m pytest -m docker
+
+bench: .venv/installed  ## Speed and memory against baselines: a table and benchmarks/results.json
 	@$(BIN)/python -m benchmarks
 
 lint: .venv/installed  ## Ruff and the type checker
@@ -37,7 +40,7 @@ lint: .venv/installed  ## Ruff and the type checker
 ui: .venv/installed  ## MLflow's UI with the runs of this folder
 	@$(BIN)/mlflow ui --backend-store-uri $(MLFLOW_TRACKING_URI)
 
-image:  ## The container image: pixelclip:VERSION-COMMIT, also as :latest and as :dev, which the components name by default
+image:  ## The container image pixelclip:VERSION-COMMIT, also tagged :latest and :dev (the default of components)
 	@version=$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml); \
 	revision=$$(git rev-parse HEAD 2>/dev/null || echo unknown); \
 	changed=$$(git status --porcelain -- $(IMAGE_FILES) 2>/dev/null | grep -q . && echo changes); \
@@ -49,10 +52,10 @@ image:  ## The container image: pixelclip:VERSION-COMMIT, also as :latest and as
 clean:  ## Remove the environment and all outputs
 	rm -rf .venv runs data build pixelclip.egg-info
 
-help:  ## This list
+help:  ## List all targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
-requirements: .venv/installed  ## Pin the newest allowed versions anew
+requirements: .venv/installed  ## Pin the newest allowed versions in requirements.txt
 	$(BIN)/uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --no-emit-index-url --no-annotate \
 		--custom-compile-command "make requirements" --upgrade -q -o requirements.txt
 
