@@ -1,1 +1,1 @@
-"""Speed and memory, side by side with honest baselines: `make bench`."""
+"""Benchmarks of speed and memory against baselines: `make bench`."""

@@ -1,4 +1,4 @@
-"""Automatic masks by SAM: `segment_anything.SamAutomaticMaskGenerator`, and ours."""
+"""SAM's automatic masks: `segment_anything.SamAutomaticMaskGenerator` against `SamGenerator`."""
 
 import math
 from typing import Any
@@ -18,15 +18,20 @@ from pixelclip.scenes import paint
 
 SIZE = (1000, 1500)
 SETTINGS = {"points_per_side": 20, "pred_iou_thresh": 0.88, "stability_score_thresh": 0.9, "box_nms_thresh": 0.7}
-PASSING = 0.15  # of the proposals at 16 points: the threshold of predicted IoU; of all points' about a fifth pass
-RADII = (0.04, 0.07, 0.11)  # of the masks of a point, as shares of the image's longer side
+PASSING = 0.15  # share of the proposals of 16 points above the threshold of predicted IoU; of all points, about a fifth
+RADII = (0.04, 0.07, 0.11)  # of the three masks of a point, as shares of the longer side of the image
 EMBEDDINGS = ("pos_embed", "point_embeddings", "not_a_point_embed", "no_mask_embed", "iou_token", "mask_tokens")
 SMALL = {"embed_dim": 192, "depth": 4, "num_heads": 3, "global_attn_indexes": (3,)}
 VIT_B = {"embed_dim": 768, "depth": 12, "num_heads": 12, "global_attn_indexes": (2, 5, 8, 11)}
 
 
 def make(encoder: dict[str, Any] = SMALL, passing: float = PASSING) -> Case:
-    """The case; with another encoder, or another share of the proposals that pass by predicted IoU."""
+    """Make the comparison.
+
+    Args:
+        encoder: settings of SAM's image encoder.
+        passing: share of the proposals that pass by predicted IoU.
+    """
     image = picture()
     sam = local_sam(image, encoder, passing)
     theirs = SamAutomaticMaskGenerator(sam, **SETTINGS, output_mode="coco_rle")
@@ -43,7 +48,7 @@ def make(encoder: dict[str, Any] = SMALL, passing: float = PASSING) -> Case:
 
 
 def picture() -> NDArray[np.uint8]:
-    """Six painted scenes side by side: [H, W, 3]."""
+    """Paint six scenes side by side: [H, W, 3]."""
     side = SIZE[0] // 2
     rows = [np.concatenate([paint(0, 3 * row + column, side).image for column in range(3)], axis=1) for row in range(2)]
     return np.concatenate(rows)
@@ -51,10 +56,10 @@ def picture() -> NDArray[np.uint8]:
 
 @torch.no_grad()
 def local_sam(image: NDArray[np.uint8], encoder: dict[str, Any], passing: float) -> Sam:
-    """A SAM of random weights whose masks are blobs around their point, as those of trained weights are.
+    """Make a SAM with random weights whose masks are blobs around their point, as with trained weights.
 
-    Image tokens attend to a point by their distance to it, and tell it on; the last bias of each hypernetwork is fitted to
-    discs, and the predicted IoU is shifted until the wanted share of it passes.
+    Image tokens near a point attend to it and receive a fixed message; the last bias of each hypernetwork is fitted to discs;
+    the predicted IoU is shifted so that the requested share passes.
     """
     sam = _build_sam(**{f"encoder_{name}": value for name, value in encoder.items()}).requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
@@ -68,10 +73,10 @@ def local_sam(image: NDArray[np.uint8], encoder: dict[str, Any], passing: float)
             tensor.copy_(noise)
         else:
             tensor.copy_(noise * tensor[0].numel() ** -0.5)
-    sam.image_encoder.neck[3].weight.mul_(0.3)  # place outweighs content
+    sam.image_encoder.neck[3].weight.mul_(0.3)  # position outweighs content
     layers = sam.mask_decoder.transformer.layers
     for layer in layers:
-        layer.self_attn.k_proj.weight.copy_(10 * layer.self_attn.q_proj.weight)  # a token stays itself
+        layer.self_attn.k_proj.weight.copy_(10 * layer.self_attn.q_proj.weight)  # each token attends to itself
         layer.cross_attn_image_to_token.k_proj.weight.copy_(6 * layer.cross_attn_image_to_token.q_proj.weight)
         layer.norm3.weight.mul_(0.3)
     layers[0].norm4.weight.mul_(0.3)
@@ -81,7 +86,7 @@ def local_sam(image: NDArray[np.uint8], encoder: dict[str, Any], passing: float)
 
 
 def _fit(sam: Sam, image: NDArray[np.uint8], passing: float) -> None:
-    """Fits what `local_sam` says is fitted, at 16 points of the image."""
+    """Fit message, hypernetworks and predicted IoU at 16 points of the image, see `local_sam`."""
     decoder, side = sam.mask_decoder, sam.image_encoder.img_size
     resized = ResizeLongestSide(side).apply_image(image)
     embedding = sam.image_encoder(sam.preprocess(torch.as_tensor(resized).permute(2, 0, 1))[None])
@@ -101,13 +106,13 @@ def _fit(sam: Sam, image: NDArray[np.uint8], passing: float) -> None:
         decoder.output_upscaling.register_forward_hook(lambda module, inputs, output: seen.update(features=output)),
     ]
     decode()
-    # Only near the point do image tokens attend to it, and learn from it what they learn nowhere else.
+    # Image tokens attend to the point only near it, and receive a message that no other token sends.
     message = 5 * torch.randn(len(telling.v_proj.bias), generator=torch.Generator().manual_seed(1))
     telling.q_proj.bias.add_(1)
     for side_of, linear, change in (("v", telling.v_proj, message), ("k", telling.k_proj, torch.full_like(message, -3.0))):
         point, others = seen[side_of][:, 5], seen[side_of][:, [0, 1, 2, 3, 4, 6]].mean(dim=1)
         difference = (point - others).mean(dim=0)
-        direction = difference / difference.square().sum()  # 1 more at the point's token than at the others
+        direction = difference / difference.square().sum()  # larger by 1 at the point's token than at the others
         linear.weight.add_(torch.outer(change, direction))
         linear.bias.sub_(change * (others @ direction).mean())
     decode()
@@ -115,7 +120,7 @@ def _fit(sam: Sam, image: NDArray[np.uint8], passing: float) -> None:
     axis = (torch.arange(seen["features"].shape[2]) + 0.5) * side / seen["features"].shape[2]
     away = torch.hypot(axis - points[:, :1, None], axis[:, None] - points[:, 1:, None]).flatten(1)
     shown = (axis < resized.shape[0])[:, None].expand(-1, len(axis)).flatten()
-    weighted = features * ((0.02 + torch.exp(-away / 100)) * shown)[:, None]  # else the far outweighs the near
+    weighted = features * ((0.02 + torch.exp(-away / 100)) * shown)[:, None]  # otherwise far pixels outweigh near ones
     gram = torch.einsum("pcx,pdx->cd", weighted, features)
     gram += 1e-7 * gram.trace() * torch.eye(len(gram))
     for radius, network in zip(RADII, decoder.output_hypernetworks_mlps[1:], strict=True):
@@ -131,7 +136,7 @@ def _fit(sam: Sam, image: NDArray[np.uint8], passing: float) -> None:
 
 
 def same(theirs: list[dict[str, Any]], ours: list[dict[str, Any]]) -> str:
-    """Every mask must be there, in its place and to the pixel."""
+    """Compare all masks: same order, equal pixels."""
     assert len(theirs) == len(ours) > 20, f"{len(theirs)} and {len(ours)} masks"
     for one, other in zip(theirs, ours, strict=True):
         assert one["segmentation"] == other["segmentation"], f"mask {other['id']} differs"

@@ -1,4 +1,4 @@
-"""What a benchmark is: two ways to do the same work, how their results are compared, and how both are timed."""
+"""A benchmark: two implementations of the same work, the comparison of their results, timing and memory."""
 
 import resource
 import statistics
@@ -14,11 +14,11 @@ class Case:
     """One comparison.
 
     Attributes:
-        what: the work, with its sizes, in one line.
-        baseline: does it the way that is to be beaten; one call is what is timed.
-        ours: does it as the project does.
-        same: takes what both returned; raises AssertionError where it is not the same work, and says how near they are.
-        rounds: how often each is timed, by turns.
+        what: the work and its sizes, in one line.
+        baseline: one call of the reference implementation.
+        ours: one call of pixelclip's.
+        same: compares the two results; raises AssertionError if they differ too much, else describes the difference.
+        rounds: number of timed calls of each.
     """
 
     what: str
@@ -29,15 +29,15 @@ class Case:
 
 
 def compare(case: Case) -> dict[str, Any]:
-    """Times both by turns, after one untimed call of each.
+    """Time both alternately after one untimed call of each.
 
     Returns:
-        Medians in seconds, the ratio baseline / ours of every round, their median, and in words how near the results are.
+        Median seconds, the ratio baseline / ours of every round, the median ratio, and the description of the difference.
     """
-    near = case.same(case.baseline(), case.ours())
+    difference = case.same(case.baseline(), case.ours())
     seconds: dict[str, list[float]] = {"baseline": [], "ours": []}
     for turn in range(case.rounds):
-        for side in ("baseline", "ours") if turn % 2 == 0 else ("ours", "baseline"):  # neither is always the second
+        for side in ("baseline", "ours") if turn % 2 == 0 else ("ours", "baseline"):  # neither is always second
             start = time.perf_counter()
             getattr(case, side)()
             seconds[side].append(time.perf_counter() - start)
@@ -48,13 +48,13 @@ def compare(case: Case) -> dict[str, Any]:
         "seconds_ours": statistics.median(seconds["ours"]),
         "ratios": [round(ratio, 3) for ratio in ratios],
         "ratio": statistics.median(ratios),
-        "same": near,
+        "same": difference,
     }
 
 
 def peak_memory(work: Callable[[], Any]) -> dict[str, int]:
-    """Peak resident memory of one call in this process, in bytes: of all there is, and beyond what stood before the call."""
-    Path("/proc/self/clear_refs").write_text("5")  # the kernel forgets the peak so far
+    """Measure one call in this process: peak resident memory in bytes, and its excess over the memory before the call."""
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _status("VmRSS")
     work()
     peak = max(_status("VmHWM"), 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss)
@@ -62,6 +62,6 @@ def peak_memory(work: Callable[[], Any]) -> dict[str, int]:
 
 
 def _status(name: str) -> int:
-    """A field of this process's status in bytes."""
+    """Read a field of /proc/self/status in bytes."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{name}:"))

@@ -1,4 +1,4 @@
-"""k-means over DINO's patch tokens, as the paper's masks need it: scikit-learn image by image, and ours."""
+"""k-means over DINO's patch tokens, as for the paper's masks: scikit-learn image by image against `kmeans`."""
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ PARTS = 30
 
 
 def make() -> Case:
-    """The case."""
+    """Make the comparison."""
     points = tokens()
     return Case(
         what=f"k-means of {BATCH} images of {SIDE**2} tokens [{WIDTH}], k={CLUSTERS}, {RESTARTS} restarts; KMeans per image",
@@ -25,7 +25,7 @@ def make() -> Case:
 
 
 def tokens() -> Tensor:
-    """Tokens [B, P, D] of images of 30 parts each: mixtures that vary smoothly over the grid, with noise."""
+    """Make tokens [B, P, D] of images with 30 parts each: mixtures that vary smoothly over the grid, with noise."""
     generator = torch.Generator().manual_seed(0)
     part = torch.randn(BATCH, PARTS, WIDTH, generator=generator)
     coarse = 3 * torch.randn(BATCH, PARTS, 6, 6, generator=generator)
@@ -38,7 +38,7 @@ def _theirs(image: Tensor) -> float:
 
 
 def same(theirs: Tensor, ours: Tensor) -> str:
-    """The mean inertia must be theirs within 1 %."""
+    """Compare the mean inertia: within 1 %."""
     ratio = (ours / theirs).mean().item()
     assert abs(ratio - 1) <= 0.01, f"mean inertia is {ratio:.4f} of scikit-learn's"
     return f"mean inertia {ratio:.4f} of theirs"

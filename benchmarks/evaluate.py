@@ -32,7 +32,7 @@ MEAN, STD = (0.48, 0.46, 0.41), (0.27, 0.26, 0.28)
 
 
 def labelled_set(folder: Path, size: tuple[int, int], classes: int, images: int) -> Path:
-    """Photographs of smooth noise, labelled in smooth regions with some pixels to ignore."""
+    """Write images of smooth noise with label maps of large regions and some ignored pixels."""
     generator = torch.Generator().manual_seed(5)
     for name in ("images", "labels"):
         (folder / name).mkdir(parents=True)
@@ -47,7 +47,7 @@ def labelled_set(folder: Path, size: tuple[int, int], classes: int, images: int)
 
 
 def one_by_one(towers: dict[str, nn.Module], clip_side: int, classes: Tensor, folder: Path) -> dict[str, Any]:
-    """The protocol as it reads: one model after the other, image by image, scores of all classes for every pixel."""
+    """Evaluate literally: one model after the other, image by image, scores of all classes at full size."""
     confusions, recalled, count = {}, np.zeros(2, np.int64), len(classes)
     for name, visual in towers.items():
         confusion = np.zeros((count, count), np.int64)
@@ -68,15 +68,15 @@ def one_by_one(towers: dict[str, nn.Module], clip_side: int, classes: Tensor, fo
 
 
 def ours(towers: dict[str, nn.Module], clip: Clip, classes: Tensor, folder: Path, config: EvaluateConfig) -> EvaluationCounts:
-    """As stage evaluate does it, both models in one pass."""
-    with tempfile.TemporaryDirectory() as state, contextlib.redirect_stderr(io.StringIO()):  # without its progress bar
+    """Evaluate as stage evaluate does, both models in one pass."""
+    with tempfile.TemporaryDirectory() as state, contextlib.redirect_stderr(io.StringIO()):  # hides the progress bar
         wrapped = {name: Backbone(visual) for name, visual in towers.items()}
         dataset = open_labelled(folder, "folder")
         return evaluate_towers(wrapped, clip, classes, dataset, config, SINGLE_PROCESS, Path(state)).counts
 
 
 def same(share: float, theirs: dict[str, Any], counts: EvaluationCounts) -> str:
-    """Counts of pixels; two roundings may disagree about a pixel between two classes, up to this share of all."""
+    """Compare confusion matrices and recall; rounding may move this share of the pixels to another class."""
     differing = pixels = 0
     for name, confusion in theirs["confusions"].items():
         found = counts.confusions[name].counts
@@ -94,7 +94,7 @@ def make(
     images: int = IMAGES,
     precision: Literal["float32", "bfloat16"] = "float32",
 ) -> Case:
-    """The comparison; the classifier is made once on both sides, and its making is not timed."""
+    """Make the comparison; the time of making the classifier is not measured."""
     place = Path(tempfile.mkdtemp())
     folder = labelled_set(place / "set", size, classes, images)
     original = random_clip()

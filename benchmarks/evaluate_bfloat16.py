@@ -1,9 +1,9 @@
-"""As `evaluate`, our side in bfloat16: `pixelclip evaluate ... precision=bfloat16`."""
+"""`evaluate` with pixelclip in bfloat16: `pixelclip evaluate ... precision=bfloat16`."""
 
 from benchmarks import evaluate
 from benchmarks.case import Case
 
 
 def make() -> Case:
-    """The comparison."""
+    """Make the comparison."""
     return evaluate.make(precision="bfloat16")

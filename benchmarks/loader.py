@@ -1,4 +1,4 @@
-"""`loader`: training samples from shards like SA-1B's, against decoding all, resizing all, and cropping then."""
+"""Training samples from shards like SA-1B's, against decoding everything, resizing everything and then cropping."""
 
 import atexit
 import io
@@ -25,7 +25,7 @@ from pixelclip.dataset import Batch, MaskedImages, collate
 from pixelclip.shard_format import ShardWriter, index_shard, read_part
 from pixelclip.views import Views
 
-EDGES, MASKS, QUALITY = (1500, 2250), 100, 90  # of SA-1B's published images; half of them stand upright
+EDGES, MASKS, QUALITY = (1500, 2250), 100, 90  # of SA-1B's published images; half of ours are upright
 IMAGES, PASSES, BATCH, WORKERS = 12, 4, 6, 2
 KEPT = IMAGES // BATCH
 Plain = tuple[Tensor, Tensor, Tensor]
@@ -33,14 +33,14 @@ _MEAN, _STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27
 
 
 def paper_views() -> Views:
-    """The defaults of the settings, which are the paper's, with CLIP's mean and deviation."""
+    """Return views with the default settings, which are the paper's, and CLIP's mean and deviation."""
     config = TrainConfig()
     names = set(Views.__dataclass_fields__) - {"mean", "std"}
     return Views(**{name: getattr(config, name) for name in names}, mean=_MEAN, std=_STD)
 
 
 def write_shards(folder: Path, images: int = IMAGES, edges: tuple[int, int] = EDGES, masks: int = MASKS) -> list[Path]:
-    """One tar of images with textures of all sizes and overlapping masks, as SA-1B has them: a hundred an image."""
+    """Write one tar of images with textures of all sizes and overlapping masks; as in SA-1B, a hundred masks per image."""
     generator = np.random.default_rng(0)
     with ShardWriter(folder / "0.tar") as writer:
         for number in range(images):
@@ -59,7 +59,7 @@ def write_shards(folder: Path, images: int = IMAGES, edges: tuple[int, int] = ED
 
 
 def _texture(generator: np.random.Generator, height: int, width: int) -> NDArray[np.uint8]:
-    """Noise of every size, the coarser the stronger, as in photographs."""
+    """Make noise at all scales, stronger at coarse ones as in photographs."""
     image = np.full((height, width, 3), 128, np.float32)
     for cell in (1, 2, 4, 8, 16, 64, 256):
         coarse = generator.normal(0, 3 * cell**0.5, (-(-height // cell), -(-width // cell), 3)).astype(np.float32)
@@ -69,7 +69,7 @@ def _texture(generator: np.random.Generator, height: int, width: int) -> NDArray
 
 
 def _outlines(generator: np.random.Generator, height: int, width: int) -> list[list[float]]:
-    """One to three wobbly shapes near each other, from a speck to half of the image."""
+    """Draw one to three irregular shapes near each other, from a few pixels to half of the image."""
     radius = 0.5 * min(height, width) * math.exp(generator.uniform(math.log(0.02), 0))
     centre, found = generator.uniform(0, 1, 2) * (width, height), []
     angle = np.linspace(0, 2 * np.pi, max(24, int(radius)), endpoint=False)
@@ -98,9 +98,9 @@ def _entry(code: dict[str, Any], number: int) -> dict[str, Any]:
 
 
 class DecodeAll(Dataset[Plain]):
-    """The same samples literally: all is decoded, all is resized, then comes the crop, then the views of the crop.
+    """The same samples, made literally: decode everything, resize everything, crop, then make the views of the crop.
 
-    What is drawn at random is drawn in the order of `pixelclip.views.draw`, so the samples can be compared.
+    Random numbers are drawn in the order of `pixelclip.views.draw`, so that the samples can be compared.
     """
 
     def __init__(self, shards: Sequence[Path], views: Views, dataset: MaskedImages) -> None:
@@ -117,7 +117,7 @@ class DecodeAll(Dataset[Plain]):
 
 
 def _draw_from_all(image: Image.Image, codes: Sequence[dict[str, Any]], views: Views, generator: np.random.Generator) -> Plain:
-    """Resize, crop, jitter, flip, blur and CutOut at the crop's size; then the CLIP's side and the masks' grid."""
+    """Resize, crop, jitter, flip, blur and CutOut at the crop's size; then resize to CLIP's side and the mask grid."""
     scale = min(views.shortest_edge / min(image.size), views.longest_edge / max(image.size))
     width, height = (round(edge * scale) for edge in image.size)
     across, down = min(views.crop, width), min(views.crop, height)
@@ -162,7 +162,7 @@ def _ssd_jitter(x: Tensor, generator: np.random.Generator) -> Tensor:
 
 
 def _saturate(x: Tensor, share: float) -> Tensor:
-    """The saturation of HSV, which is not that of torchvision: by Pillow, in bytes as detectron2."""
+    """Multiply the saturation of HSV by Pillow, in bytes as in detectron2; torchvision's saturation differs."""
     hue, saturation, value = TF.to_pil_image(x).convert("HSV").split()
     more = saturation.point(lambda byte: min(255, byte * share))
     return TF.to_dtype(TF.pil_to_tensor(Image.merge("HSV", (hue, more, value)).convert("RGB")), torch.float32, scale=True)
@@ -189,14 +189,14 @@ def _join(samples: Sequence[Plain]) -> Batch:
 
 
 def _read(dataset: Dataset[Any], join: Callable[..., Any]) -> Iterator[Any]:
-    """Batch after batch, by workers that are forked, so that their memory counts, and anew in every call."""
+    """Iterate over batches from new workers; they are forked, so that `peak_memory` counts them."""
     lists = [list(range(first, first + BATCH)) for first in range(0, IMAGES * PASSES, BATCH)]
     options: dict[str, Any] = {"num_workers": WORKERS, "multiprocessing_context": "fork"}
     return iter(DataLoader(dataset, batch_sampler=lists, collate_fn=join, **options))
 
 
 def _first(batches: Iterator[Batch]) -> list[Batch]:
-    """Takes all and keeps the few that are compared, as a training keeps none."""
+    """Read all batches and return the first few, which are compared; training keeps none."""
     kept: list[Batch] = []
     for batch in batches:
         if len(kept) < KEPT:
@@ -205,13 +205,13 @@ def _first(batches: Iterator[Batch]) -> list[Batch]:
 
 
 def _same(baseline: list[Batch], ours: list[Batch]) -> str:
-    """Every mask is compared to the nearest one of its image: either side may have dropped one that the other kept."""
+    """Compare views, and every mask with the nearest of its image: each side may drop masks that the other keeps."""
     std, pixels, differs, total, area, alone = torch.tensor(_STD).view(3, 1, 1), [], 0, 0, 0, 0
     for theirs, mine in zip(baseline, ours, strict=True):
         pixels += [((a - b) * std).abs().mean().item() for a, b in ((theirs.weak, mine.weak), (theirs.strong, mine.strong))]
         for image in range(BATCH):
             old, new = (batch.masks[batch.image_index == image].flatten(1).float() for batch in (theirs, mine))
-            apart = old.sum(1)[:, None] + new.sum(1) - 2 * old @ new.T  # pixels that only one of two masks has
+            apart = old.sum(1)[:, None] + new.sum(1) - 2 * old @ new.T  # pixels in only one of two masks
             nearest = apart.min(dim=1)
             found = nearest.values < 0.5 * old.sum(1)
             differs += int(nearest.values[found].sum())
@@ -225,7 +225,7 @@ def _same(baseline: list[Batch], ours: list[Batch]) -> str:
 
 
 def make() -> Case:
-    """Shards are painted anew; every call reads each image some times over, by two workers on either side."""
+    """Make the comparison on new shards; every call reads each image several times with two workers on both sides."""
     folder = Path(tempfile.mkdtemp(prefix="pixelclip-loader-"))
     atexit.register(shutil.rmtree, folder)
     shards = write_shards(folder)

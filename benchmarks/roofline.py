@@ -1,6 +1,6 @@
-"""`python -m benchmarks.roofline [bfloat16]`: where the time of a training step goes, against what this machine can do.
+"""Time of the parts of a training step against the machine's peak: `python -m benchmarks.roofline [bfloat16]`.
 
-Operations are counted by torch (a multiplication and an addition are two), the peak is that of a large matrix product here.
+torch counts the operations (a multiplication and an addition are two). The peak is the rate of a large matrix product.
 """
 
 import sys
@@ -29,7 +29,7 @@ def _best(work: Callable[[], Any], rounds: int = 3) -> float:
 
 
 def _peak(precision: torch.dtype | None) -> tuple[float, float]:
-    """Operations a second of a matrix product, and bytes a second of a copy (read and written)."""
+    """Measure operations per second of a matrix product, and bytes per second of a copy (read and written)."""
     size = 2048
     a, b = torch.randn(2, size, size).to(precision or torch.float32)
     large = torch.randn(1 << 26)
@@ -39,7 +39,7 @@ def _peak(precision: torch.dtype | None) -> tuple[float, float]:
 
 
 def main(words: list[str]) -> None:
-    """Prints the table."""
+    """Print the table."""
     precision = torch.bfloat16 if words == ["bfloat16"] else None
     model = model_of(random_clip(), precision)
     optimizer, batch = make_optimizer(model, SETTINGS), batch_of(IMAGES, MASKS)
@@ -82,10 +82,10 @@ def main(words: list[str]) -> None:
     )
     print(f"{'':<28}{'GFLOP':>8}{'seconds':>9}{'of peak':>9}")
     parts = {
-        "student, both ways": student,
+        "student, both passes": student,
         "teacher, pooled masks": teacher_and_pool,
-        "prompts, both ways": text,
-        "decoder and loss, both ways": decoder,
+        "prompts, both passes": text,
+        "decoder and loss, both passes": decoder,
         "clip, AdamW, EMA": rest,
         "whole step": step,
     }

@@ -1,4 +1,4 @@
-"""`python -m benchmarks.scaling`: time and memory of a step over concepts and masks; a table and benchmarks/scaling.json."""
+"""Time and memory of a step over concepts and masks: `python -m benchmarks.scaling`; writes `benchmarks/scaling.json`."""
 
 import json
 import math
@@ -16,7 +16,7 @@ MASKS = (10, 20, 50, 100, 200, 500)
 
 
 def _measure(concepts: int, masks: int) -> dict[str, Any]:
-    """Steps of one image at ViT-B/16, float32: peak of the first beyond what stood before, best time of the next two."""
+    """Measure steps of one image, ViT-B/16, float32: memory added by the first one, best time of the next two."""
     from benchmarks.train_step import batch_of, model_of, our_step, random_clip
     from pixelclip.config import TrainConfig
     from pixelclip.train import make_optimizer
@@ -24,7 +24,7 @@ def _measure(concepts: int, masks: int) -> dict[str, Any]:
     settings = TrainConfig(concepts=concepts)
     model = model_of(random_clip(), settings=settings)
     optimizer, batch = make_optimizer(model, settings), batch_of(1, masks)
-    above = peak_memory(lambda: our_step(model, optimizer, batch))["above"]  # later ones stand on what the first left
+    above = peak_memory(lambda: our_step(model, optimizer, batch))["above"]  # later steps reuse its memory
     seconds = []
     for _ in range(2):
         start = time.perf_counter()
@@ -39,24 +39,24 @@ def _in_process(concepts: int, masks: int) -> dict[str, Any]:
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def _table(name: str, found: dict[int, dict[str, Any]]) -> None:
-    print(f"{name:>8} {'seconds':>9} {'MiB':>7}  exponent from the row before")
+def _table(name: str, rows: dict[int, dict[str, Any]]) -> None:
+    print(f"{name:>8} {'seconds':>9} {'MiB':>7}  exponent from the row above")
     before = None
-    for number, row in found.items():
+    for number, row in rows.items():
         exponent = ""
         if before:
             exponent = f"{math.log(row['seconds'] / before[1]['seconds']) / math.log(number / before[0]):.2f}"
         print(f"{number:>8} {row['seconds']:>9.3f} {row['above'] / 2**20:>7.0f}  {exponent}", flush=True)
         before = (number, row)
-    (first, low), (last, high) = next(iter(found.items())), list(found.items())[-1]
+    (first, low), (last, high) = next(iter(rows.items())), list(rows.items())[-1]
     slope = (high["seconds"] - low["seconds"]) / (last - first)
-    straight = [row["seconds"] / (low["seconds"] + slope * (number - first)) for number, row in found.items()]
-    print(f"a line through the ends: {low['seconds'] - slope * first:.3f} s + {1000 * slope:.2f} ms each; off it by at most "
+    straight = [row["seconds"] / (low["seconds"] + slope * (number - first)) for number, row in rows.items()]
+    print(f"line through both ends: {low['seconds'] - slope * first:.3f} s + {1000 * slope:.2f} ms each; largest deviation "
           f"{100 * max(abs(share - 1) for share in straight):.0f} %\n")  # fmt: skip
 
 
 def main(words: list[str]) -> None:
-    """Measures all sizes, each in a process of its own, or the one that is named."""
+    """Measure all sizes, each in a separate process, or one: `CONCEPTS MASKS`."""
     if words:
         print(json.dumps(_measure(*map(int, words))))
         return
@@ -64,8 +64,8 @@ def main(words: list[str]) -> None:
     _table("concepts", over_concepts)
     over_masks = {number: _in_process(64, number) for number in MASKS}
     _table("masks", over_masks)
-    found = {"concepts, 40 masks": over_concepts, "masks, 64 concepts": over_masks}
-    Path(__file__).with_name("scaling.json").write_text(json.dumps(found, indent=2) + "\n")
+    results = {"concepts, 40 masks": over_concepts, "masks, 64 concepts": over_masks}
+    Path(__file__).with_name("scaling.json").write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

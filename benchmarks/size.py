@@ -1,7 +1,7 @@
-"""`python -m benchmarks.size`: memory and time of the loader over the size of the training set: `benchmarks/size.json`.
+"""Memory and time of the loader over the size of the training set: `python -m benchmarks.size`; writes `benchmarks/size.json`.
 
-Memory is PSS, of the main process and all that it started: pages that processes share are counted once. Images are small:
-what grows with their number is sought, not what an image costs.
+Memory is the PSS of the main process and its children: shared pages are counted once. Images are small, because only the growth
+with their number matters.
 """
 
 import json
@@ -28,12 +28,12 @@ RESULTS = Path(__file__).with_name("size.json")
 
 
 def _pss() -> int:
-    """Bytes of this process and of all below it."""
+    """Return the bytes of this process and its descendants."""
     parent_of, total = {}, 0
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             parent_of[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-        except OSError:  # it has ended
+        except OSError:  # the process has ended
             continue
     ours = {int(Path("/proc/self").resolve().name)}
     while more := {pid for pid, parent in parent_of.items() if parent in ours} - ours:
@@ -45,7 +45,7 @@ def _pss() -> int:
 
 
 def _measure(folder: Path, samples: int) -> dict[str, Any]:
-    """Reads the same number of batches from the first shards of a folder, so many that they hold `samples`."""
+    """Read a fixed number of batches from as many shards of a folder as contain `samples`."""
     shards = sorted(folder.glob("*.tar"))[: samples // PER_SHARD]
     start = time.perf_counter()
     dataset = MaskedImages(shards, VIEWS, seed=0)
@@ -57,7 +57,7 @@ def _measure(folder: Path, samples: int) -> dict[str, Any]:
         next(loader)
         seconds.append(time.perf_counter() - before)
         first = first or time.perf_counter() - indexed
-        if step == WARM + STEPS - 20:  # workers are at work
+        if step == WARM + STEPS - 20:  # while workers read
             memory = _pss()
     return {
         "samples": len(dataset),
@@ -69,28 +69,29 @@ def _measure(folder: Path, samples: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measures every size in a process of its own; fails where memory is not flat within a tenth."""
-    from benchmarks.loader import write_shards  # workers, who import this module, need nothing of it
+    """Measure every size in a separate process; fail if memory varies by more than a tenth."""
+    from benchmarks.loader import write_shards  # not at the top: workers import this module
 
     with tempfile.TemporaryDirectory(prefix="pixelclip-size-") as name:
         folder = Path(name)
         write_shards(folder, images=PER_SHARD, edges=(96, 144), masks=3)
         for number in range(1, max(SIZES) // PER_SHARD):
             shutil.copyfile(folder / "0.tar", folder / f"{number}.tar")
-        found = []
+        results = []
         for samples in SIZES:
             words = [sys.executable, "-m", "benchmarks.size", str(folder), str(samples)]
-            found.append(json.loads(subprocess.run(words, stdout=subprocess.PIPE, check=True, text=True).stdout))
-            row = found[-1]
+            results.append(json.loads(subprocess.run(words, stdout=subprocess.PIPE, check=True, text=True).stdout))
+            row = results[-1]
             print(
-                f"{row['samples']:>7} samples {row['pss'] / 2**20:>7.0f} MiB {row['milliseconds_per_sample']:>6.2f} ms a sample"
-                f" {row['seconds_to_index']:>7.2f} s to index {row['seconds_to_first_batch']:>6.2f} s to the first batch",
+                f"{row['samples']:>7} samples {row['pss'] / 2**20:>7.0f} MiB "
+                f"{row['milliseconds_per_sample']:>6.2f} ms per sample {row['seconds_to_index']:>7.2f} s to index "
+                f"{row['seconds_to_first_batch']:>6.2f} s to the first batch",
                 flush=True,
             )
-    memory = [row["pss"] for row in found]
-    RESULTS.write_text(json.dumps({"workers": WORKERS, "flat": max(memory) / min(memory), "sizes": found}, indent=2) + "\n")
+    memory = [row["pss"] for row in results]
+    RESULTS.write_text(json.dumps({"workers": WORKERS, "flat": max(memory) / min(memory), "sizes": results}, indent=2) + "\n")
     if max(memory) > 1.1 * min(memory):
-        raise SystemExit(f"memory grows with the training set: {max(memory) / min(memory):.2f} times the least")
+        raise SystemExit(f"memory grows with the training set: {max(memory) / min(memory):.2f} times the smallest")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One training step at the paper's sizes against the literal one of tests/reference.py, optimizer and EMA included.
+"""A training step at the paper's sizes against the literal one of tests/reference.py, with optimizer and EMA.
 
 B images, N masks, K concepts, H W mask grid.
 """
@@ -29,13 +29,13 @@ SETTINGS = TrainConfig(concepts=CONCEPTS)
 
 
 def random_clip(name: str = "ViT-B-16-quickgelu") -> nn.Module:
-    """A CLIP of published shape and random weights."""
+    """Make a CLIP of a published shape with random weights."""
     torch.manual_seed(0)
     return open_clip.create_model(name, pretrained=None).eval()
 
 
 def blobs(generator: torch.Generator, number: int, grid: int = GRID) -> Tensor:
-    """Overlapping ellipses of SA-1B's spread of sizes, [number, grid, grid], bool."""
+    """Draw overlapping ellipses with the spread of sizes of SA-1B: [number, grid, grid], bool."""
     y, x = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
     centre = torch.rand(number, 2, generator=generator) * grid
     radius = grid * (0.02 + 0.3 * torch.rand(number, 2, generator=generator) ** 3)
@@ -44,7 +44,7 @@ def blobs(generator: torch.Generator, number: int, grid: int = GRID) -> Tensor:
 
 
 def batch_of(images: int, masks: int, side: int = SIDE) -> Batch:
-    """Noise with masks."""
+    """Make a batch of noise with masks."""
     generator = torch.Generator().manual_seed(1)
     weak, strong = torch.randn(2, images, 3, side, side, generator=generator)
     index = torch.arange(images).repeat_interleave(masks)
@@ -52,7 +52,7 @@ def batch_of(images: int, masks: int, side: int = SIDE) -> Batch:
 
 
 def model_of(clip: nn.Module, precision: torch.dtype | None = None, settings: TrainConfig = SETTINGS) -> PixelCLIP:
-    """A PixelCLIP before its first step; `clip` is copied."""
+    """Make a PixelCLIP before its first step; `clip` is copied."""
     clip = copy.deepcopy(clip)
     text = TextTower(clip)
     concepts, decoder = new_concepts(text, settings), new_decoder(settings.seed)
@@ -60,7 +60,7 @@ def model_of(clip: nn.Module, precision: torch.dtype | None = None, settings: Tr
 
 
 def our_step(model: PixelCLIP, optimizer: torch.optim.Optimizer, batch: Batch) -> dict[str, Any]:
-    """One step as `train` does it."""
+    """Run one step as `train` does."""
     optimizer.zero_grad(set_to_none=True)
     output = model.accumulate([batch])
     norm = nn.utils.clip_grad_norm_(model.learning(), SETTINGS.gradient_clip)
@@ -70,7 +70,7 @@ def our_step(model: PixelCLIP, optimizer: torch.optim.Optimizer, batch: Batch) -
 
 
 def literal_step(model: PixelCLIP, clip: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> dict[str, Any]:
-    """One step as the method is written down; of `model` only the parameters are used."""
+    """Run one step of tests/reference.py; only the parameters of `model` are used."""
     optimizer.zero_grad(set_to_none=True)
     with torch.no_grad():
         teacher = reference.dense_vit(model.teacher.visual, batch.weak)
@@ -93,14 +93,14 @@ def literal_step(model: PixelCLIP, clip: nn.Module, optimizer: torch.optim.Optim
 
 
 def same(theirs: dict[str, Any], ours: dict[str, Any], tolerance: float = 1e-4) -> str:
-    """Loss and gradient norm of the first step."""
-    apart = max(abs(theirs[key] / ours[key] - 1) for key in ("loss", "norm"))
-    assert apart < tolerance, (theirs, ours)
-    return f"loss and gradient norm within {apart:.0e}"
+    """Compare loss and gradient norm of the first step."""
+    difference = max(abs(theirs[key] / ours[key] - 1) for key in ("loss", "norm"))
+    assert difference < tolerance, (theirs, ours)
+    return f"loss and gradient norm within {difference:.0e}"
 
 
 def make(precision: torch.dtype | None = None, tolerance: float = 1e-4) -> Case:
-    """The comparison, in float32 or with our side under autocast."""
+    """Make the comparison, with pixelclip in float32 or under autocast."""
     clip = random_clip()
     literal, ours = model_of(clip), model_of(clip, precision)
     batch = batch_of(IMAGES, MASKS)

@@ -1,4 +1,4 @@
-"""As `train_step`, our side in bfloat16: what `precision=auto` picks where the device is fast at it."""
+"""`train_step` with pixelclip in bfloat16, which `precision=auto` selects on devices that support it in hardware."""
 
 import torch
 
@@ -7,5 +7,5 @@ from benchmarks.case import Case
 
 
 def make() -> Case:
-    """The comparison; bfloat16 may assign a mask to another concept, so loss and norm agree roughly."""
+    """Make the comparison; bfloat16 may assign a mask to another concept, so loss and norm agree roughly."""
     return train_step.make(torch.bfloat16, tolerance=2e-2)

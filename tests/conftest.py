@@ -1,4 +1,4 @@
-"""Small makers of inputs that several tests share; of the code under test only the waits between downloads are touched."""
+"""Shared inputs and fixtures. Of the code under test they change only waits and retries of downloads."""
 
 import inspect
 import io
@@ -26,7 +26,7 @@ from pixelclip import download, shard_sources
 
 @pytest.fixture(autouse=True, scope="session")
 def shallow_stacks() -> Iterator[None]:
-    """kfp asks at every setter of a task who called it, for the whole stack with its sources: below pytest 0.1 s each."""
+    """Shorten `inspect.stack`, which kfp calls in every setter of a task; under pytest each call would take 0.1 s."""
 
     def two(context: int = 1) -> list[tuple[Any, ...]]:
         frames = (sys._getframe(1), sys._getframe(2))
@@ -38,13 +38,13 @@ def shallow_stacks() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def no_process_is_left() -> Iterator[None]:
+def stop_server_of_ranks() -> Iterator[None]:
     yield
     two_ranks.stop()
 
 
 def pixels(height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:
-    """Four flat quarters with a little noise: something to segment."""
+    """Make an image of four flat quarters with a little noise."""
     generator = np.random.default_rng(seed)
     quarters = generator.integers(0, 256, (2, 2, 3))
     image = quarters[(np.arange(height) * 2 // height)[:, None], np.arange(width) * 2 // width]
@@ -58,7 +58,7 @@ def encoded(image: NDArray[Any] | Image.Image, kind: str = "JPEG", **options: An
 
 
 def annotation(masks: NDArray[Any]) -> bytes:
-    """Masks [N, H, W] as SA-1B writes them."""
+    """Encode masks [N, H, W] as SA-1B's annotation JSON."""
     codes = [rle.encode(np.asfortranarray(mask, dtype=np.uint8)) for mask in masks]
     entries = [
         {"segmentation": {"size": list(c["size"]), "counts": c["counts"].decode()}, "area": int(rle.area(c))} for c in codes
@@ -77,7 +77,7 @@ def write_tar(path: Path, members: dict[str, bytes], kind: int = tarfile.PAX_FOR
 
 
 def read_tar(path: Path) -> dict[str, bytes]:
-    """Every file of a tar, as the standard library reads it."""
+    """Read every file of a tar by the standard library."""
     with tarfile.open(path) as tar:
         return {member.name: tar.extractfile(member).read() for member in tar if member.isfile()}
 
@@ -94,7 +94,7 @@ def write_files(folder: Path, files: dict[str, bytes]) -> Path:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PIXELCLIP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(download, "_WAITS", (0.0, 0.0))
-    monkeypatch.setattr(shard_sources, "_local_copies", {})  # copies in the folder of another test
+    monkeypatch.setattr(shard_sources, "_local_copies", {})  # would name copies in the folder of another test
     monkeypatch.setattr("pixelclip.s3._ATTEMPTS", 2)
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.delenv(name, raising=False)
@@ -122,7 +122,7 @@ def moto() -> Iterator[str]:
 
 @pytest.fixture
 def bucket(moto: str, account: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """An S3 client for a server that has a bucket `data`."""
+    """Client of an S3 server with a bucket `data`."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", moto)
     client = boto3.client("s3")
     client.create_bucket(Bucket="data")
@@ -134,14 +134,14 @@ def bucket(moto: str, account: None, monkeypatch: pytest.MonkeyPatch) -> Iterato
 
 @pytest.fixture(scope="session")
 def all_services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[services.Services]:
-    """S3, PostgreSQL, and MLflow still starting; for tests marked `services`."""
+    """Running S3 and PostgreSQL, and an MLflow that may still be starting; for tests marked `services`."""
     with services.services(tmp_path_factory.mktemp("services")) as running:
         yield running
 
 
 @pytest.fixture
 def s3(all_services: services.Services, monkeypatch: pytest.MonkeyPatch) -> services.S3:
-    """An S3 server that is up, with its keys in the environment."""
+    """Running S3 server, with its keys in the environment."""
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
     for name, value in all_services.s3.environment().items():
@@ -152,7 +152,7 @@ def s3(all_services: services.Services, monkeypatch: pytest.MonkeyPatch) -> serv
 
 @pytest.fixture
 def mlflow_server(all_services: services.Services, monkeypatch: pytest.MonkeyPatch) -> services.Mlflow:
-    """An MLflow server that is up; the environment has its address, and no keys of S3."""
+    """Running MLflow server; the environment has its address and no keys of S3."""
     for name in [name for name in os.environ if name.startswith(("MLFLOW_", "AWS_", "PIXELCLIP_PIPELINE"))]:
         monkeypatch.delenv(name)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", all_services.mlflow.uri)
@@ -168,5 +168,5 @@ def _up(server: services.Server) -> None:
 
 
 def die(*_: object, **__: object) -> None:
-    """Ends this process as the kernel does when memory is out; here, since a worker imports this file in no time."""
+    """Kill this process, as the kernel does when memory runs out. Worker processes import this small file quickly."""
     os.kill(os.getpid(), signal.SIGKILL)

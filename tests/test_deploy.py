@@ -1,6 +1,6 @@
-"""deploy/: valid by the schemas of Compose and Kubernetes, pinned, without secrets, without root.
+"""deploy/ is valid by the schemas of Compose and Kubernetes, pinned, without secrets and without root.
 
-`kubectl kustomize` builds the manifests; no cluster and no Compose is started.
+`kubectl kustomize` builds the manifests; neither a cluster nor Compose is started.
 """
 
 import base64

@@ -15,7 +15,7 @@ PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob
 COMMANDS = typer.main.get_command(app).commands
 
 
-def test_settings_page_is_what_the_command_prints():
+def test_settings_page_equals_output_of_the_command():
     assert as_table().strip() in (ROOT / "docs" / "settings.md").read_text()
 
 
@@ -46,7 +46,7 @@ def test_make_targets_of_the_readme_exist():
     assert set(re.findall(r"`?make ([a-z-]+)`?", (ROOT / "README.md").read_text())) <= set(targets)
 
 
-def test_nothing_committed_names_a_download_host():
+def test_requirements_are_pinned_and_name_no_index():
     text = (ROOT / "requirements.txt").read_text()
     assert "://" not in text
     assert "--index" not in text

@@ -1,4 +1,4 @@
-"""One function, four faces: program, command line, DVC stage and KFP component of a stage say the same."""
+"""Function, command, DVC stage and KFP component of a stage take the same inputs and settings."""
 
 import inspect
 import shlex
@@ -16,22 +16,22 @@ from pixelclip.config import SETTINGS, STAGES, EvaluateConfig, lasting
 ROOT = Path(__file__).parents[1]
 DVC = yaml.safe_load((ROOT / "dvc.yaml").read_text())
 COMMANDS = typer.main.get_command(app).commands
-NAMES = [*STAGES, "evaluate_clip"]  # which goes by the section of evaluate, and by these settings of the training
-OF_TRAINING = {"clip", "side", "residual"}
-PIPELINE_STAGES = [stage for stage in NAMES if stage != "toy"]  # the painted scenes stand before the pipeline
-DVC_STAGES = [stage for stage in NAMES if stage != "fetch_data"]  # DVC need not be told to fetch what it tracks
+NAMES = [*STAGES, "evaluate_clip"]
+OF_TRAINING = {"clip", "side", "residual"}  # settings of train that evaluate_clip reads, besides section evaluate
+PIPELINE_STAGES = [stage for stage in NAMES if stage != "toy"]  # scenes are painted before the pipeline runs
+DVC_STAGES = [stage for stage in NAMES if stage != "fetch_data"]  # DVC itself has the data that it tracks
 
 
 def run_inputs(stage: str) -> list[str]:
-    """Names of what the stage reads, from the signature of its function."""
+    """Return the names of a stage's inputs, from the signature of its function."""
     names = list(inspect.signature(import_module(f"pixelclip.{stage}").run).parameters)
-    place = names.index("out")
-    assert names[place + 1] == "config"
-    return names[:place] + names[place + 2 :]
+    position = names.index("out")
+    assert names[position + 1] == "config"
+    return names[:position] + names[position + 2 :]
 
 
 def named(stage: str) -> set[str]:
-    """What of it a face must name: the rest has a default in the settings of the training."""
+    """Return the inputs that commands and components must name; others default to settings of the training."""
     return set(run_inputs(stage)) - (OF_TRAINING if stage == "evaluate_clip" else set())
 
 
@@ -40,15 +40,15 @@ def component(stage: str):
 
 
 @pytest.mark.parametrize("stage", NAMES)
-def test_program_takes_the_settings_of_its_stage(stage):
+def test_function_takes_the_settings_of_its_stage(stage):
     config = inspect.signature(import_module(f"pixelclip.{stage}").run).parameters["config"].annotation
     assert config is STAGES.get(stage, EvaluateConfig)
 
 
 @pytest.mark.parametrize("stage", NAMES)
-def test_command_line_takes_the_same_inputs(stage):
+def test_command_takes_the_same_inputs(stage):
     options = {parameter.name for parameter in COMMANDS[stage].params}
-    own = {"part", "preview"} if stage == "masks" else set()  # a setting by another name, and a picture
+    own = {"part", "preview"} if stage == "masks" else set()  # an alias of a setting, and a picture
     assert options - own == {*run_inputs(stage), "out", "params", "settings"}
 
 
@@ -84,10 +84,10 @@ def test_component_takes_the_same_inputs(stage):
     spec = component(stage).component_spec
     settings = {name for name in spec.inputs if name in SETTINGS[stage].model_fields or name == "registry_name"}
     other = {
-        "train": {"parts"},  # its masks, where several steps made them
-        "fetch_data": {"fetch"},
-        "evaluate_clip": {"clip_version", "data_version"},
-    }  # by which KFP knows the two again
+        "train": {"parts"},  # masks from several steps
+        "fetch_data": {"fetch"},  # cache key
+        "evaluate_clip": {"clip_version", "data_version"},  # cache keys
+    }
     assert set(spec.inputs) - settings - other.get(stage, set()) == {*named(stage), "settings", "workspace"}
     assert "metrics" in spec.outputs
 
@@ -103,7 +103,7 @@ def test_component_body_only_translates(stage):
 
 
 @pytest.mark.parametrize("stage", PIPELINE_STAGES)
-def test_component_folder_says_what_it_is(stage):
+def test_component_readme_lists_inputs_and_outputs(stage):
     text = (ROOT / "components" / stage / "README.md").read_text()
     spec = component(stage).component_spec
     for name in [*spec.inputs, *spec.outputs]:

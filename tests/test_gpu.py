@@ -1,4 +1,4 @@
-"""GPU code paths; deselected without a CUDA device (`pytest -m gpu`)."""
+"""GPU code paths (`pytest -m gpu`)."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The package against real servers: S3 that knows its keys, MLflow over PostgreSQL and S3, all of which may die."""
+"""Storage, tracking and registry on real servers: S3 with credentials, MLflow on PostgreSQL and S3, all of which may fail."""
 
 import os
 import threading
@@ -35,7 +35,7 @@ BIG = 200 << 20
 
 @pytest.fixture(scope="module")
 def big(all_services) -> bytes:
-    """An object in several parts, so that its ETag is no MD5."""
+    """Upload an object in several parts, so that its ETag is not an MD5."""
     content = os.urandom(1 << 20) * (BIG >> 20)
     client = all_services.s3.client()
     upload = client.create_multipart_upload(Bucket="data", Key="big.tar")["UploadId"]
@@ -56,17 +56,17 @@ def cache(tmp_path, monkeypatch) -> Path:
     return tmp_path / "cache"
 
 
-def whole(cache: Path) -> list[Path]:
-    """Files that a reader would take for finished."""
+def complete(cache: Path) -> list[Path]:
+    """List the files in the cache that count as complete."""
     return [path for path in cache.glob("*/*/*") if ".partial" not in path.name]
 
 
-def test_an_object_in_several_parts(s3, big, cache):
+def test_object_in_several_parts_is_downloaded(s3, big, cache):
     assert local_copy("s3://data/big.tar").read_bytes() == big
 
 
 @pytest.mark.parametrize(
-    ("uri", "changes", "said"),
+    ("uri", "changes", "message"),
     [
         ("s3://data/none", {}, "there is no such key in the bucket (NoSuchKey, status 404, "),
         ("s3://nowhere/none", {}, "there is no such bucket (NoSuchBucket, status 404, "),
@@ -75,25 +75,25 @@ def test_an_object_in_several_parts(s3, big, cache):
         ("s3://dvc/none", {"AWS_ACCESS_KEY_ID": "reader"}, "these credentials may not do that, or there is no such key ("),
     ],
 )
-def test_a_refusal_is_final_and_says_why(s3, big, cache, monkeypatch, uri, changes, said):
+def test_refused_request_is_not_retried_and_names_the_reason(s3, big, cache, monkeypatch, uri, changes, message):
     for name, value in changes.items():
         monkeypatch.setenv(name, value)
     if changes.get("AWS_ACCESS_KEY_ID") == "reader":
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3.reader)
     with pytest.raises(ValueError, match=r".") as refused:
         local_copy(uri)
-    assert f"{uri}: {said}" in str(refused.value) and s3.endpoint in str(refused.value)
-    assert whole(cache) == []
+    assert f"{uri}: {message}" in str(refused.value) and s3.endpoint in str(refused.value)
+    assert complete(cache) == []
 
 
-def test_one_who_may_only_read_reads(s3, big, cache, monkeypatch):
+def test_read_only_identity_can_download(s3, big, cache, monkeypatch):
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "reader")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3.reader)
     assert local_copy("s3://data/big.tar").read_bytes() == big
 
 
 def when(condition: Callable[[], object], then: Callable[[], None]) -> threading.Thread:
-    """Does `then` as soon as `condition` holds, beside the test."""
+    """Call `then` from a thread as soon as `condition` holds."""
 
     def watch() -> None:
         end = time.monotonic() + 60
@@ -122,20 +122,20 @@ def test_download_survives_a_restart_of_the_server(s3, big, cache):
     assert copy.read_bytes() == big
 
 
-def test_failed_download_leaves_nothing_and_can_be_repeated(s3, big, cache, monkeypatch):
+def test_failed_download_leaves_no_files_and_can_be_repeated(s3, big, cache, monkeypatch):
     watcher = when(lambda: arrived(cache) > 8 << 20, s3.server.kill)
     with monkeypatch.context() as patch:
         patch.setattr("pixelclip.s3._ATTEMPTS", 2)
         with pytest.raises(ValueError, match=r"s3://data/big\.tar: "):
             local_copy("s3://data/big.tar")
     watcher.join()
-    assert whole(cache) == [] and arrived(cache) == 0
+    assert complete(cache) == [] and arrived(cache) == 0
     s3.server.start()
     s3.server.wait()
     assert local_copy("s3://data/big.tar").read_bytes() == big
 
 
-def test_server_that_is_down_at_the_start(s3, big, cache, monkeypatch):
+def test_unreachable_server_is_named_and_a_later_download_succeeds(s3, big, cache, monkeypatch):
     s3.server.kill()
     with monkeypatch.context() as patch:
         patch.setattr("pixelclip.s3._ATTEMPTS", 2)
@@ -153,11 +153,11 @@ def rows(database: services.Postgres, query: str) -> list[tuple[object, ...]]:
 
 
 def downloaded(run: Run, name: str, folder: Path) -> Path:
-    """An artifact as MLflow's own client gets it, which sends it through the server."""
+    """Download an artifact by MLflow's own client, through the server."""
     return Path(mlflow.artifacts.download_artifacts(run_id=run.run_id, artifact_path=name, dst_path=str(folder / "back")))
 
 
-def test_a_run_and_its_files_stand_in_postgresql_and_s3(mlflow_server, all_services, tmp_path):
+def test_runs_are_stored_in_postgresql_and_files_in_s3(mlflow_server, all_services, tmp_path):
     with pytest.raises(Exception, match=r"(?i)credentials"):
         boto3.client(
             "s3", endpoint_url=all_services.s3.endpoint, region_name="us-east-1"
@@ -172,17 +172,17 @@ def test_a_run_and_its_files_stand_in_postgresql_and_s3(mlflow_server, all_servi
     assert run.finish()
     query = f"SELECT step, value FROM metrics WHERE run_uuid = '{run.run_id}' AND key = 'loss' ORDER BY step"
     assert rows(all_services.postgres, query) == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
-    (there,) = [
+    (stored,) = [
         entry for entry in all_services.s3.client().list_objects_v2(Bucket="mlflow")["Contents"] if run.run_id in entry["Key"]
     ]
-    assert there["Key"].endswith("pictures/picture.bin") and there["Size"] == 12 << 20
+    assert stored["Key"].endswith("pictures/picture.bin") and stored["Size"] == 12 << 20
     back = mlflow.artifacts.download_artifacts(
         run_id=run.run_id, artifact_path="pictures/picture.bin", dst_path=tmp_path / "back"
     )
     assert Path(back).read_bytes() == picture.read_bytes()
 
 
-def test_a_model_is_registered_and_fetched(mlflow_server, all_services, tmp_path):
+def test_registered_model_can_be_fetched(mlflow_server, all_services, tmp_path):
     clip = tiny.clip_folder(tmp_path / "clip")
     model = tiny.model_folder(tmp_path / "model", clip, change=0.01)
     evaluated = evaluation(tmp_path / "evaluation", model, miou=40.0, gain=10.0)
@@ -196,15 +196,15 @@ def test_a_model_is_registered_and_fetched(mlflow_server, all_services, tmp_path
     Predictor.load(fetched, "cpu")
 
 
-def test_files_come_and_go_through_mlflow_where_only_mlflow_reaches_s3(mlflow_server, monkeypatch, tmp_path):
-    """As outside of a cluster: MLflow's server would send its clients to S3, by the address that it knows itself."""
+def test_files_pass_through_mlflow_if_only_mlflow_reaches_s3(mlflow_server, monkeypatch, tmp_path):
+    """As outside of a cluster: by default MLflow's server redirects clients to the address of S3 in its own network."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server.uri.replace("127.0.0.1", "localhost"))
     for name in ("http_proxy", "HTTP_PROXY"):
-        monkeypatch.setenv(name, f"http://127.0.0.1:{services.free_ports(1)[0]}")  # nobody listens there
+        monkeypatch.setenv(name, f"http://127.0.0.1:{services.free_ports(1)[0]}")  # a closed port
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.setenv(name, "localhost")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    # MLflow's own limits, so that small files stand for those from 500 MB on.
+    # Small files are then uploaded like those above 500 MB.
     monkeypatch.setenv("MLFLOW_MULTIPART_UPLOAD_MINIMUM_FILE_SIZE", "1")
     model = tiny.model_folder(tmp_path / "model", tiny.clip_folder(tmp_path / "clip"), change=0.01, seed=2)
     evaluated = evaluation(tmp_path / "evaluation", model, miou=40.0, gain=10.0)
@@ -214,7 +214,7 @@ def test_files_come_and_go_through_mlflow_where_only_mlflow_reaches_s3(mlflow_se
 
 
 @pytest.mark.parametrize("name", [" ", "x" * 300], ids=["blank", "longer than a column of PostgreSQL"])
-def test_a_registry_name_that_mlflow_refuses(mlflow_server, tmp_path, name):
+def test_registry_name_that_mlflow_rejects_is_an_error(mlflow_server, tmp_path, name):
     model = tiny.model_folder(tmp_path / "model", tiny.clip_folder(tmp_path / "clip"), change=0.01, seed=1)
     evaluated = evaluation(tmp_path / "evaluation", model, miou=40.0, gain=10.0)
     with pytest.raises(ValueError, match=r"register\.name '.*' is refused by MLflow at http:"):
@@ -230,12 +230,12 @@ def test_two_promotions_at_once_leave_one_champion_in_each_of_20_trials(mlflow_s
     found = rows(all_services.postgres, query)
     assert len(found) == 20
     assert {(champions, best, befores) for _, champions, best, befores, _ in found} == {(1, 3, 1)}
-    # Version 2 was champion for a while where it came first.
+    # Version 2 was champion for a moment if it came first.
     assert sum(previous == 2 for *_, previous in found) >= taken_over
 
 
-def test_servers_that_are_gone_for_a_while_cost_nothing(mlflow_server, all_services, monkeypatch, tmp_path, capsys):
-    """First the database, then S3, then MLflow itself, all during one run."""
+def test_outages_lose_no_metrics_and_files(mlflow_server, all_services, monkeypatch, tmp_path, capsys):
+    """Kill and restart the database, then S3, then MLflow during one run."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setattr(tracking, "_CLOSE_SECONDS", 120.0)
     (tmp_path / "stage").mkdir()

@@ -1,4 +1,4 @@
-"""Tiny things to test with: a random CLIP, a finished model, a labelled set, an MLflow database. All from fixed seeds."""
+"""Tiny test inputs from fixed seeds: a random CLIP, a finished model, a labelled set, an MLflow database."""
 
 import json
 import os
@@ -57,7 +57,7 @@ CLIP_CONFIGS = {"vit": CLIP_CONFIG, "convnext": CONVNEXT_CONFIG}
 
 
 def clip_config(folder: Path, config: dict[str, Any]) -> Path:
-    """An open_clip folder without weights."""
+    """Write an open_clip folder without weights."""
     folder.mkdir(parents=True, exist_ok=True)
     document = {"model_cfg": config, "preprocess_cfg": {"mean": MEAN, "std": STD}}
     (folder / "open_clip_config.json").write_text(json.dumps(document))
@@ -65,7 +65,7 @@ def clip_config(folder: Path, config: dict[str, Any]) -> Path:
 
 
 def clip_folder(folder: Path, seed: int = 0, kind: str = "vit", **vision: Any) -> Path:
-    """An open_clip folder with random weights; `vision` replaces settings of the image tower in its config."""
+    """Write an open_clip folder with random weights; `vision` replaces settings of the image tower in its config."""
     config = CLIP_CONFIGS[kind]
     clip_config(folder, config | {"vision_cfg": config["vision_cfg"] | vision})
     save_file(clip_state(seed, kind), folder / "open_clip_model.safetensors")
@@ -73,7 +73,7 @@ def clip_folder(folder: Path, seed: int = 0, kind: str = "vit", **vision: Any) -
 
 
 def clip_of(kind: str = "vit", seed: int = 0) -> open_clip.CLIP:
-    """A CLIP with a ViT or a ConvNeXt, of random weights."""
+    """Make a CLIP with a ViT or a ConvNeXt and random weights."""
     clip = open_clip.CLIP(**CLIP_CONFIGS[kind])
     clip.load_state_dict(clip_state(seed, kind))
     return clip
@@ -81,12 +81,12 @@ def clip_of(kind: str = "vit", seed: int = 0) -> open_clip.CLIP:
 
 @cache
 def clip_state(seed: int = 0, kind: str = "vit") -> dict[str, torch.Tensor]:
-    """Random weights of such a CLIP."""
+    """Return the random weights of `clip_of`."""
     return _vary(open_clip.CLIP(**CLIP_CONFIGS[kind]).state_dict(), seed)
 
 
 def _vary(state: dict[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
-    """Random weights that make texts and places differ well (open_clip's own first values hardly do)."""
+    """Replace weights by random ones that separate texts and positions; open_clip's initial values hardly do."""
     generator = torch.Generator().manual_seed(seed)
     for name, tensor in state.items():
         noise = torch.randn(tensor.shape, generator=generator)
@@ -96,7 +96,7 @@ def _vary(state: dict[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
 
 
 def model_folder(folder: Path, clip: Path, change: float = 0.0, seed: int = 0) -> Path:
-    """A finished model folder; its image tower is the CLIP's, moved by noise of size `change`."""
+    """Write a finished model folder; its image tower is the CLIP's plus noise of size `change`."""
     folder.mkdir(parents=True)
     loaded: Clip = load_clip(str(clip))
     generator = torch.Generator().manual_seed(seed)
@@ -115,7 +115,7 @@ def model_folder(folder: Path, clip: Path, change: float = 0.0, seed: int = 0) -
 
 
 def provenance(folder: Path, clip: Path) -> dict[str, Any]:
-    """What a training writes down: its settings and inputs, and what came before."""
+    """Return the provenance of a training and of the masks before it."""
     masks = {
         "stage": "masks",
         "fingerprint": "f1",
@@ -139,7 +139,7 @@ def provenance(folder: Path, clip: Path) -> dict[str, Any]:
 
 
 def labelled_set(folder: Path, classes: Sequence[str] = CLASSES, images: int = 3, seed: int = 0) -> Path:
-    """Noise images of several sizes whose label maps hold all classes but the last, and ignored pixels."""
+    """Write noise images of several sizes whose label maps have all classes but the last, and ignored pixels."""
     random = np.random.default_rng(seed)
     (folder / "images").mkdir(parents=True)
     (folder / "labels").mkdir()
@@ -155,20 +155,20 @@ def labelled_set(folder: Path, classes: Sequence[str] = CLASSES, images: int = 3
 
 
 def git(folder: Path, *words: str) -> str:
-    """Runs git as somebody, whatever this machine is set up for."""
-    somebody = ["-c", "user.name=tests", "-c", "user.email=tests@localhost", "-c", "commit.gpgsign=false"]
-    done = subprocess.run(["git", *somebody, *words], cwd=folder, check=True, capture_output=True, text=True)
+    """Run git with a fixed user, independent of the machine's configuration."""
+    identity = ["-c", "user.name=tests", "-c", "user.email=tests@localhost", "-c", "commit.gpgsign=false"]
+    done = subprocess.run(["git", *identity, *words], cwd=folder, check=True, capture_output=True, text=True)
     return done.stdout.strip()
 
 
 def dvc_repository(folder: Path, remote: str, tracked: dict[str, dict[str, bytes]], plain: dict[str, bytes]) -> str:
-    """A git repository whose DVC remote holds the `tracked` folders and files; returns its commit, which is tagged v1.
+    """Make a git repository whose DVC remote holds the `tracked` folders and files; return its commit, tagged v1.
 
     Args:
-        folder: where to make it.
+        folder: the new repository.
         remote: a folder or s3://; DVC reads the credentials from the environment.
-        tracked: of every path that DVC tracks, the files below it ("" for a file itself).
-        plain: what git holds.
+        tracked: maps each path that DVC tracks to the files below it ("" for a file itself).
+        plain: files in git.
     """
     from dvc.repo import Repo
 
@@ -195,7 +195,7 @@ def dvc_repository(folder: Path, remote: str, tracked: dict[str, dict[str, bytes
 
 @cache
 def _database() -> bytes:
-    memory = "/dev/shm" if Path("/dev/shm").is_dir() else None  # dozens of migrations, each waiting for the disk
+    memory = "/dev/shm" if Path("/dev/shm").is_dir() else None  # each of dozens of migrations waits for the disk
     with tempfile.TemporaryDirectory(dir=memory) as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # MLflow's own use of SQLAlchemy
         path = Path(folder, "template.db")
@@ -204,7 +204,7 @@ def _database() -> bytes:
 
 
 def mlflow_at(monkeypatch: pytest.MonkeyPatch, folder: Path, copy_of: Path | None = None) -> MlflowClient:
-    """Points MLflow to an empty database in `folder` (a fresh one takes MLflow seconds, so a template is copied)."""
+    """Set MLflow to an empty database in `folder`, copied from a template because MLflow takes seconds to create one."""
     for name in [name for name in os.environ if name.startswith(("MLFLOW_", "PIXELCLIP_PIPELINE"))]:
         monkeypatch.delenv(name)
     folder.mkdir(parents=True, exist_ok=True)
