@@ -18,6 +18,7 @@ import yaml
 from pixelclip import __version__
 from pixelclip.code_version import CHANGED, UNKNOWN, code_revision
 from pixelclip.config import TrainConfig, load
+from pixelclip.provenance import origins, source
 from pixelclip.stage import METRICS, PROVENANCE, Metrics
 from pixelclip.storage import read_json
 from pixelclip_pipelines.artifacts import located, place, point, writable
@@ -206,19 +207,11 @@ def links(registration: Path, evaluation: Path) -> str:
     if registered["tracking_uri"].startswith("http"):
         address = f"{registered['tracking_uri'].rstrip('/')}/#/models/{registered['name']}/versions/{registered['version']}"
         lines.append(f"[{registered['name']} version {registered['version']} in the registry]({address})\n")
-    rows = dict(_data_rows(read_json(evaluation / PROVENANCE)))
+    rows = {
+        name: f"| {name} | `{described['md5']}` | {source(described).get('git_sha', '–')} | {described['path']} |"
+        for name, described, _ in origins(read_json(evaluation / PROVENANCE))
+    }
     return "\n".join([*lines, _DATA_COLUMNS + "\n".join(rows.values()) + "\n"])
-
-
-def _data_rows(provenance: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield a table row for each input of the whole provenance that is not a result of this pipeline."""
-    for name, described in provenance["inputs"].items():
-        made_by = described.get("provenance", {})
-        if made_by.get("stage") in (None, "fetch_data"):
-            revision = made_by.get("source", {}).get("git_sha", "")
-            yield name, f"| {name} | `{described.get('md5', '')}` | {revision or '–'} | {described.get('path', '')} |"
-        else:
-            yield from _data_rows(made_by)
 
 
 def show_confusion(artifact: Any, evaluation: Path) -> None:

@@ -395,8 +395,7 @@ def evaluation_of(folder: Path) -> Path:
     def stage(name: str, inputs: dict, **settings: str) -> dict:
         return {"stage": name, "settings": settings, "inputs": inputs}
 
-    repo = {"repo": described("repo")}
-    fetched_images = stage("fetch_data", repo, path="data/images", revision="main") | {"source": {"git_sha": "c0ffee"}}
+    fetched_images = stage("fetch_data", {}, path="data/images", revision="main") | {"source": {"git_sha": "c0ffee"}}
     masks = stage("masks", {"shards": described("shards", stage("shards", {"images": described("images", fetched_images)}))})
     model = stage("train", {"masks": described("masks", masks), "clip": described("clip")})
     inputs = {"model": described("model", model), "labelled": described("toy"), "clip": described("clip")}
