@@ -26,7 +26,6 @@ from pixelclip_pipelines.pixelclip import SETTING_OF, build, pixelclip
 
 LOG = "pipeline.log"
 RUNNERS = ("subprocess", "docker")
-_OPTIONS = ("images", "labelled", "repo", "revision", "workspace", "settings")
 _NOT_PASSED = ("toy.", "fetch_data.")  # toy is no step, and fetch_data has its own pipeline parameters
 
 
@@ -65,12 +64,11 @@ def arguments(
         raise ValueError(f"revision {revision!r} without repo: only data in a DVC repository have revisions")
     chosen: dict[str, Any] = {}
     for name, value in overrides.items():
-        if name in _OPTIONS:
-            raise ValueError(f"pipeline parameter {name!r} cannot be given as NAME=VALUE, see --help")
         if "." not in name and name not in SETTING_OF:
             raise ValueError(
                 f"unknown pipeline parameter {name!r}{nearest(name, SETTING_OF)}; "
-                f"parameters are {', '.join(SETTING_OF)}, every other setting is written STAGE.SETTING"
+                f"parameters are {', '.join(SETTING_OF)}, every other setting is written STAGE.SETTING, and data are options: "
+                "see --help"
             )
         setting = SETTING_OF.get(name, name)
         if setting in chosen:
@@ -120,13 +118,8 @@ def run_locally(
     """Run the pipeline on this machine. Finished stages in `out` are reused.
 
     Args:
-        images: folder of unlabelled images, or `s3://bucket/folder`.
-        labelled: labelled set, a folder or prefix likewise.
+        images, labelled, params, overrides, repo, revision: as in `arguments`; a folder may be `s3://bucket/folder`.
         out: the workspace; also gets `metrics.json` and `report.html` at the end, and KFP's whole log in `pipeline.log`.
-        params: a YAML file with settings.
-        overrides: see `arguments`.
-        repo: DVC repository in which `images` and `labelled` are paths; empty: they are folders.
-        revision: branch, tag or commit of `repo`.
         runner: run each step as a `subprocess` of this environment, or in a container of the project's image (`docker`).
 
     Raises:

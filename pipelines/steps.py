@@ -181,9 +181,7 @@ def close_run(state: str) -> None:
     client = connect()
     runs = client.search_runs([experiment_id(client)], f"tags.`kfp.run_id` = '{pipeline_run}'")
     if not runs:
-        print(
-            f"finish: pipeline run {pipeline_run} ({state}) started no training, so there is no MLflow run to close", flush=True
-        )
+        print(f"finish: pipeline run {pipeline_run} ({state}) has no MLflow run to close: no training started", flush=True)
     for run in runs:
         # KFP before 2.17 reports steps with a loop among them as RUNNING (kubeflow/pipelines#13321). Then the run counts as
         # finished if its last step has registered a model.
