@@ -56,13 +56,8 @@ def run_container(
 ) -> int:
     """Run one step in a container, print its output, and remove the container after its exit code was read.
 
-    Args:
-        client: client of the Docker engine.
-        image: container image.
-        command: replaces the image's entry point, as on a cluster.
-        volumes: folders of this machine with their path in the container.
-        stopped: set when no further container may start.
-        options: options of `docker.models.containers.ContainerCollection.create`.
+    The arguments are those of docker's `ContainerCollection.create`, except that `command` replaces the image's entry point,
+    as on a cluster, and no container starts once `stopped` is set.
 
     Returns:
         The exit code; also not 0 if the engine failed or a declared output is missing.

@@ -52,9 +52,8 @@ def arguments(
     Raises:
         ValueError: an unknown parameter or setting, an invalid value, a login in `repo`, or a setting given twice.
     """
-    for name, value in (("images", images), ("labelled", labelled)):
-        if not value:
-            raise ValueError(f"{name} must name a folder")
+    if not images or not labelled:
+        raise ValueError("images and labelled must name folders")
     if has_secret(repo):
         raise ValueError(
             f"--repo {without_login(repo)} was given with a login, which KFP and the log would keep and show; "
@@ -128,13 +127,10 @@ def run_locally(
     """
     if runner not in RUNNERS:
         raise ValueError(f"runner {runner!r}: must be one of {', '.join(RUNNERS)}")
-    data: list[str] = []
-    for path in (images, labelled):
-        remote = bool(repo) or is_s3(path)
-        if not (remote or Path(path).is_dir()):
-            raise ValueError(f"{path}: no such folder")
-        data.append(str(path if remote else Path(path).absolute()))
-    checked = arguments(data[0], data[1], str(out.absolute()), params, overrides, repo, revision)
+    places = [str(path) if repo or is_s3(path) else str(Path(path).absolute()) for path in (images, labelled)]
+    if missing := [place for place in places if not (repo or is_s3(place) or Path(place).is_dir())]:
+        raise ValueError(f"{missing[0]}: no such folder")
+    checked = arguments(places[0], places[1], str(out.absolute()), params, overrides, repo, revision)
     connect()
     # Steps are separate processes: they inherit MLflow's address and the id of the run.
     os.environ["MLFLOW_TRACKING_URI"] = _absolute(tracking_uri())

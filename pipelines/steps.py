@@ -1,5 +1,8 @@
 """Helpers of the component bodies: pinned versions, fetched data, processes, the end of the MLflow run, pages for KFP.
 
+Common arguments: `repo` is the URL or path of a DVC repository (empty: data are folders or s3:// prefixes), `workspace` a
+folder that outlives the run (or empty), `settings` the settings of all stages as `stage.setting`.
+
 A running step imports this module, so it must not import kfp.
 """
 
@@ -29,12 +32,7 @@ _DATA_COLUMNS = "| data | md5 | revision | path |\n|---|---|---|---|\n"
 
 
 def pinned(repo: str, revision: str, workspace: str) -> tuple[str, str]:
-    """Resolve a revision of a DVC repository to a commit, so that the whole run reads one commit.
-
-    Args:
-        repo: URL or path of the repository; empty if the data are not in one.
-        revision: a branch, a tag or a commit; empty: the repository's default branch.
-        workspace: a folder that outlives the run, or empty.
+    """Resolve a branch, tag or commit to a full SHA, so that the whole run reads one commit; empty: the default branch.
 
     Returns:
         The full SHA, empty without a repository; and KFP's cache key of a fetch.
@@ -55,12 +53,7 @@ def pinned(repo: str, revision: str, workspace: str) -> tuple[str, str]:
 
 
 def pinned_clip(clip: str, settings: Mapping[str, Any], workspace: str) -> tuple[str, dict[str, Any]]:
-    """Return the cache-key parameters of the CLIP evaluation step.
-
-    Args:
-        clip: setting `train.clip`.
-        settings: settings of all stages.
-        workspace: a folder that outlives the run, or empty.
+    """Return the cache-key parameters of the step that evaluates the CLIP `train.clip`.
 
     Returns:
         Version of the CLIP's weights and of the code; and only those settings that the evaluation reads, so that other
@@ -84,15 +77,9 @@ def _unique() -> str:
 def fetched(
     artifact: Any, repo: str, path: str, revision: str, settings: Mapping[str, Any], workspace: str
 ) -> tuple[Metrics, str]:
-    """Fetch data from a DVC repository; without one, point to existing data.
+    """Fetch `path` from a DVC repository at the commit of `pinned`; without a repository, point to existing data.
 
-    Args:
-        artifact: the output artifact; its metadata describe the data.
-        repo: URL or path of the DVC repository; empty: `path` is a folder or an s3:// prefix.
-        path: path of the data in the repository.
-        revision: the commit returned by `pinned`.
-        settings: settings of all stages.
-        workspace: a folder that outlives the run, or empty.
+    The metadata of the output artifact describe the data.
 
     Returns:
         Metrics, and the version of the data: path and md5, or a unique value for unversioned data.
@@ -111,12 +98,7 @@ def fetched(
 
 @contextmanager
 def gathered(masks: Any, parts: Sequence[Any] | None) -> Iterator[Path | str]:
-    """Yield the masks as one folder: the output of one step, or links to the outputs of several.
-
-    Args:
-        masks: an artifact, or None.
-        parts: one artifact per part, or None.
-    """
+    """Yield the masks as one folder: the artifact `masks` of one step, or links to the artifacts `parts` of several."""
     if not parts:
         yield located(masks)
         return
@@ -134,13 +116,7 @@ def processes(device: str) -> int:
 
 
 def train_by(number: int, masks: Path | str, out: Path, config: TrainConfig) -> Metrics:
-    """Train in this process, or in several started by torchrun.
-
-    Args:
-        number: number of processes.
-        masks: shards with masks.
-        out: model folder to create.
-        config: settings.
+    """Train as `train.run`, in this process or in a `number` of processes started by torchrun.
 
     Raises:
         SystemExit: a process failed, with its exit code; it has printed the reason.
@@ -161,10 +137,7 @@ def train_by(number: int, masks: Path | str, out: Path, config: TrainConfig) -> 
 
 
 def close_run(state: str) -> None:
-    """End the MLflow run of this pipeline run with the status of the pipeline's steps.
-
-    Args:
-        state: state of the steps in KFP's terms.
+    """End the MLflow run of this pipeline run with the status of the pipeline's steps, given in KFP's terms.
 
     Raises:
         ValueError: the id of the pipeline run is not set, or MLflow is unreachable.
@@ -192,12 +165,7 @@ def close_run(state: str) -> None:
 
 
 def links(registration: Path, evaluation: Path) -> str:
-    """Return a registration as Markdown: MLflow run, registered version, and the version of all data it was made from.
-
-    Args:
-        registration: output of `register`.
-        evaluation: output of `evaluate` for the model.
-    """
+    """Return a model's registration as Markdown: MLflow run, registered version, and the version of all its data."""
     from pixelclip.model_version import REGISTRATION, markdown
 
     registered = read_json(registration / REGISTRATION)
