@@ -53,7 +53,7 @@ def arguments(
         ValueError: an unknown parameter or setting, an invalid value, a login in `repo`, or a setting given twice.
     """
     if not images or not labelled:
-        raise ValueError("images and labelled must name folders")
+        raise ValueError(f"{'labelled' if images else 'images'} must name a folder")
     if has_secret(repo):
         raise ValueError(
             f"--repo {without_login(repo)} was given with a login, which KFP and the log would keep and show; "

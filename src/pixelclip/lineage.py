@@ -6,8 +6,7 @@ nests the provenance of all earlier stages.
 
 import json
 import re
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from mlflow.artifacts import load_dict
 from mlflow.entities.model_registry import ModelVersion
@@ -21,8 +20,7 @@ from pixelclip.server import first_line, tracking_uri, transfer
 from pixelclip.stage import METRICS, PROVENANCE
 
 
-@dataclass(frozen=True)
-class Registered:
+class Registered(NamedTuple):
     """A registered version with its aliases and the metrics and provenance of its evaluation."""
 
     version: ModelVersion
@@ -125,8 +123,7 @@ def table(origin: dict[str, Any]) -> str:
     for stage in origin["stages"]:
         image = f"  image {stage['image']}" if stage["image"] else ""
         rows.append((f"stage {stage['stage']}", f"code {stage['revision']}  version {stage['version']}{image}"))
-        config = SETTINGS.get(stage["stage"])
-        defaults = config().model_dump() if config else {}
+        defaults = SETTINGS[stage["stage"]]().model_dump() if stage["stage"] in SETTINGS else {}
         changed = [f"{key}={value}" for key, value in stage["settings"].items() if defaults.get(key, ...) != value]
         rows.append(("", "  ".join(changed) or "default settings"))
     width = max(len(label) for label, _ in rows)
