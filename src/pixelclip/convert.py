@@ -52,7 +52,7 @@ def split_reference(document: Any) -> tuple[dict[str, Tensor], Tensor, dict[str,
         State dict of the CLIP under open_clip's names, prompt tokens [K, L, D], state dict of the decoder.
 
     Raises:
-        ValueError: the document is no such checkpoint.
+        ValueError: the document is not a checkpoint of the reference implementation.
     """
     nested = isinstance(document, dict) and isinstance(document.get("model"), dict)
     state = check_tensors(document["model"] if nested else document)
