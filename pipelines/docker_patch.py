@@ -56,26 +56,21 @@ def run_container(
 ) -> int:
     """Run one step in a container, print its output, and remove the container after its exit code was read.
 
-    Args:
-        client: client of the Docker engine.
-        image: container image.
-        command: replaces the image's entry point, as on a cluster.
-        volumes: folders of this machine with their path in the container.
-        stopped: set when no further container may start.
-        options: options of `docker.models.containers.ContainerCollection.create`.
+    The arguments are those of docker's `ContainerCollection.create`, except that `command` replaces the image's entry point,
+    as on a cluster, and no container starts once `stopped` is set.
 
     Returns:
         The exit code; also not 0 if the engine failed or a declared output is missing.
     """
     for folder in volumes:  # the engine would create a missing one as root
         Path(folder).mkdir(parents=True, exist_ok=True)
-    declared = _declared_outputs(command)
+    # A plain container component has no executor and declares no outputs.
+    declared = json.loads(command[command.index("--executor_input") + 1])["outputs"] if "--executor_input" in command else {}
     if declared:
         Path(declared["outputFile"]).unlink(missing_ok=True)  # left by an earlier attempt
     try:
-        container = client.containers.create(
-            image, entrypoint=list(command[:1]), command=list(command[1:]), volumes=volumes, **options
-        )
+        entry = {"entrypoint": list(command[:1]), "command": list(command[1:])}
+        container = client.containers.create(image, **entry, volumes=volumes, **options)
         try:
             code = _ENGINE_FAILED if stopped.is_set() else _exit_code(container)
         finally:
@@ -122,23 +117,13 @@ def _lines(chunks: Iterable[bytes]) -> Iterator[str]:
         yield rest
 
 
-def _declared_outputs(command: Sequence[str]) -> dict[str, Any]:
-    """Return the outputs declared in KFP's `--executor_input`; empty for a plain container component."""
-    if "--executor_input" not in command:
-        return {}
-    return dict(json.loads(command[list(command).index("--executor_input") + 1])["outputs"])
-
-
 def missing_outputs(declared: Mapping[str, Any]) -> list[str]:
     """Return the names of declared outputs that a finished step did not write."""
     file = Path(declared["outputFile"])
     written = read_json(file) if file.is_file() else {}
     values = written.get("parameterValues", {})
-    missing = [
-        name
-        for name, output in declared.get("parameters", {}).items()
-        if name not in values and not Path(output["outputFile"]).exists()
-    ]
+    parameters = declared.get("parameters", {}).items()
+    missing = [name for name, output in parameters if name not in values and not Path(output["outputFile"]).exists()]
     for name, output in declared.get("artifacts", {}).items():
         kind = output["artifacts"][0].get("type", {}).get("schemaTitle")
         artifacts = written.get("artifacts", {}).get(name, {}).get("artifacts", [])

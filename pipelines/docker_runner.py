@@ -20,7 +20,6 @@ from pixelclip_pipelines.docker_patch import patched, remove
 
 _LABEL = "pixelclip.run"
 _FORWARDED = re.compile(r"(MLFLOW|AWS|GIT_CONFIG|PIXELCLIP|HF|TQDM|OMP|CUDA)_\w+|(https?|no)_proxy", re.IGNORECASE)
-_SET_BY_IMAGE = ("PIXELCLIP_REVISION", "PIXELCLIP_IMAGE")
 _SHARED_MEMORY = "16g"  # an upper limit; Docker's default of 64 MB is too small for PyTorch's data loaders
 
 
@@ -43,7 +42,13 @@ def containers(arguments: Mapping[str, Any], out: Path) -> Iterator[local.Docker
     """
     run, stopped = str(uuid.uuid4()), threading.Event()
     with patched(stopped), contextlib.closing(_engine()) as client:
-        image = _image(client)
+        try:
+            image = client.images.get(IMAGE)
+        except ImageNotFound:
+            raise ValueError(
+                f"image {IMAGE} (PIXELCLIP_IMAGE) is not on this machine: `make image` builds pixelclip's own, "
+                f"`docker pull {IMAGE}` fetches one from a registry"
+            ) from None
 
         def remove_all() -> None:
             stopped.set()
@@ -83,21 +88,10 @@ def _engine() -> Any:
     return client
 
 
-def _image(client: Any) -> Any:
-    try:
-        return client.images.get(IMAGE)
-    except ImageNotFound:
-        raise ValueError(
-            f"image {IMAGE} (PIXELCLIP_IMAGE) is not on this machine: `make image` builds pixelclip's own, "
-            f"`docker pull {IMAGE}` fetches one from a registry"
-        ) from None
-
-
 def _options(arguments: Mapping[str, Any], out: Path, image: Any) -> dict[str, Any]:
     """Return DockerRunner's options: user, network, environment, mounts and GPUs of every container."""
-    environment = {
-        name: value for name, value in os.environ.items() if _FORWARDED.fullmatch(name) and name not in _SET_BY_IMAGE
-    }
+    environment = {name: value for name, value in os.environ.items() if _FORWARDED.fullmatch(name)}
+    environment.pop("PIXELCLIP_REVISION", None)  # set by the image
     environment["PIXELCLIP_IMAGE"] = (image.attrs.get("RepoDigests") or [image.id])[0]
     writable = {out.absolute()}
     for name, folder in (("PIXELCLIP_CACHE", "pixelclip"), ("HF_HOME", "huggingface")):  # else each step downloads again

@@ -26,7 +26,6 @@ from pixelclip_pipelines.pixelclip import SETTING_OF, build, pixelclip
 
 LOG = "pipeline.log"
 RUNNERS = ("subprocess", "docker")
-_OPTIONS = ("images", "labelled", "repo", "revision", "workspace", "settings")
 _NOT_PASSED = ("toy.", "fetch_data.")  # toy is no step, and fetch_data has its own pipeline parameters
 
 
@@ -53,9 +52,8 @@ def arguments(
     Raises:
         ValueError: an unknown parameter or setting, an invalid value, a login in `repo`, or a setting given twice.
     """
-    for name, value in (("images", images), ("labelled", labelled)):
-        if not value:
-            raise ValueError(f"{name} must name a folder")
+    if not images or not labelled:
+        raise ValueError(f"{'labelled' if images else 'images'} must name a folder")
     if has_secret(repo):
         raise ValueError(
             f"--repo {without_login(repo)} was given with a login, which KFP and the log would keep and show; "
@@ -65,12 +63,11 @@ def arguments(
         raise ValueError(f"revision {revision!r} without repo: only data in a DVC repository have revisions")
     chosen: dict[str, Any] = {}
     for name, value in overrides.items():
-        if name in _OPTIONS:
-            raise ValueError(f"pipeline parameter {name!r} cannot be given as NAME=VALUE, see --help")
         if "." not in name and name not in SETTING_OF:
             raise ValueError(
                 f"unknown pipeline parameter {name!r}{nearest(name, SETTING_OF)}; "
-                f"parameters are {', '.join(SETTING_OF)}, every other setting is written STAGE.SETTING"
+                f"parameters are {', '.join(SETTING_OF)}, every other setting is written STAGE.SETTING, and data are options: "
+                "see --help"
             )
         setting = SETTING_OF.get(name, name)
         if setting in chosen:
@@ -120,13 +117,8 @@ def run_locally(
     """Run the pipeline on this machine. Finished stages in `out` are reused.
 
     Args:
-        images: folder of unlabelled images, or `s3://bucket/folder`.
-        labelled: labelled set, a folder or prefix likewise.
+        images, labelled, params, overrides, repo, revision: as in `arguments`; a folder may be `s3://bucket/folder`.
         out: the workspace; also gets `metrics.json` and `report.html` at the end, and KFP's whole log in `pipeline.log`.
-        params: a YAML file with settings.
-        overrides: see `arguments`.
-        repo: DVC repository in which `images` and `labelled` are paths; empty: they are folders.
-        revision: branch, tag or commit of `repo`.
         runner: run each step as a `subprocess` of this environment, or in a container of the project's image (`docker`).
 
     Raises:
@@ -135,13 +127,10 @@ def run_locally(
     """
     if runner not in RUNNERS:
         raise ValueError(f"runner {runner!r}: must be one of {', '.join(RUNNERS)}")
-    data: list[str] = []
-    for path in (images, labelled):
-        remote = bool(repo) or is_s3(path)
-        if not (remote or Path(path).is_dir()):
-            raise ValueError(f"{path}: no such folder")
-        data.append(str(path if remote else Path(path).absolute()))
-    checked = arguments(data[0], data[1], str(out.absolute()), params, overrides, repo, revision)
+    places = [str(path) if repo or is_s3(path) else str(Path(path).absolute()) for path in (images, labelled)]
+    if missing := [place for place in places if not (repo or is_s3(place) or Path(place).is_dir())]:
+        raise ValueError(f"{missing[0]}: no such folder")
+    checked = arguments(places[0], places[1], str(out.absolute()), params, overrides, repo, revision)
     connect()
     # Steps are separate processes: they inherit MLflow's address and the id of the run.
     os.environ["MLFLOW_TRACKING_URI"] = _absolute(tracking_uri())

@@ -1,5 +1,8 @@
 """Helpers of the component bodies: pinned versions, fetched data, processes, the end of the MLflow run, pages for KFP.
 
+Common arguments: `repo` is the URL or path of a DVC repository (empty: data are folders or s3:// prefixes), `workspace` a
+folder that outlives the run (or empty), `settings` the settings of all stages as `stage.setting`.
+
 A running step imports this module, so it must not import kfp.
 """
 
@@ -18,6 +21,7 @@ import yaml
 from pixelclip import __version__
 from pixelclip.code_version import CHANGED, UNKNOWN, code_revision
 from pixelclip.config import TrainConfig, load
+from pixelclip.provenance import origins, source
 from pixelclip.stage import METRICS, PROVENANCE, Metrics
 from pixelclip.storage import read_json
 from pixelclip_pipelines.artifacts import located, place, point, writable
@@ -28,12 +32,7 @@ _DATA_COLUMNS = "| data | md5 | revision | path |\n|---|---|---|---|\n"
 
 
 def pinned(repo: str, revision: str, workspace: str) -> tuple[str, str]:
-    """Resolve a revision of a DVC repository to a commit, so that the whole run reads one commit.
-
-    Args:
-        repo: URL or path of the repository; empty if the data are not in one.
-        revision: a branch, a tag or a commit; empty: the repository's default branch.
-        workspace: a folder that outlives the run, or empty.
+    """Resolve a branch, tag or commit to a full SHA, so that the whole run reads one commit; empty: the default branch.
 
     Returns:
         The full SHA, empty without a repository; and KFP's cache key of a fetch.
@@ -54,12 +53,7 @@ def pinned(repo: str, revision: str, workspace: str) -> tuple[str, str]:
 
 
 def pinned_clip(clip: str, settings: Mapping[str, Any], workspace: str) -> tuple[str, dict[str, Any]]:
-    """Return the cache-key parameters of the CLIP evaluation step.
-
-    Args:
-        clip: setting `train.clip`.
-        settings: settings of all stages.
-        workspace: a folder that outlives the run, or empty.
+    """Return the cache-key parameters of the step that evaluates the CLIP `train.clip`.
 
     Returns:
         Version of the CLIP's weights and of the code; and only those settings that the evaluation reads, so that other
@@ -83,15 +77,9 @@ def _unique() -> str:
 def fetched(
     artifact: Any, repo: str, path: str, revision: str, settings: Mapping[str, Any], workspace: str
 ) -> tuple[Metrics, str]:
-    """Fetch data from a DVC repository; without one, point to existing data.
+    """Fetch `path` from a DVC repository at the commit of `pinned`; without a repository, point to existing data.
 
-    Args:
-        artifact: the output artifact; its metadata describe the data.
-        repo: URL or path of the DVC repository; empty: `path` is a folder or an s3:// prefix.
-        path: path of the data in the repository.
-        revision: the commit returned by `pinned`.
-        settings: settings of all stages.
-        workspace: a folder that outlives the run, or empty.
+    The metadata of the output artifact describe the data.
 
     Returns:
         Metrics, and the version of the data: path and md5, or a unique value for unversioned data.
@@ -110,12 +98,7 @@ def fetched(
 
 @contextmanager
 def gathered(masks: Any, parts: Sequence[Any] | None) -> Iterator[Path | str]:
-    """Yield the masks as one folder: the output of one step, or links to the outputs of several.
-
-    Args:
-        masks: an artifact, or None.
-        parts: one artifact per part, or None.
-    """
+    """Yield the masks as one folder: the artifact `masks` of one step, or links to the artifacts `parts` of several."""
     if not parts:
         yield located(masks)
         return
@@ -133,13 +116,7 @@ def processes(device: str) -> int:
 
 
 def train_by(number: int, masks: Path | str, out: Path, config: TrainConfig) -> Metrics:
-    """Train in this process, or in several started by torchrun.
-
-    Args:
-        number: number of processes.
-        masks: shards with masks.
-        out: model folder to create.
-        config: settings.
+    """Train as `train.run`, in this process or in a `number` of processes started by torchrun.
 
     Raises:
         SystemExit: a process failed, with its exit code; it has printed the reason.
@@ -160,10 +137,7 @@ def train_by(number: int, masks: Path | str, out: Path, config: TrainConfig) -> 
 
 
 def close_run(state: str) -> None:
-    """End the MLflow run of this pipeline run with the status of the pipeline's steps.
-
-    Args:
-        state: state of the steps in KFP's terms.
+    """End the MLflow run of this pipeline run with the status of the pipeline's steps, given in KFP's terms.
 
     Raises:
         ValueError: the id of the pipeline run is not set, or MLflow is unreachable.
@@ -180,9 +154,7 @@ def close_run(state: str) -> None:
     client = connect()
     runs = client.search_runs([experiment_id(client)], f"tags.`kfp.run_id` = '{pipeline_run}'")
     if not runs:
-        print(
-            f"finish: pipeline run {pipeline_run} ({state}) started no training, so there is no MLflow run to close", flush=True
-        )
+        print(f"finish: pipeline run {pipeline_run} ({state}) has no MLflow run to close: no training started", flush=True)
     for run in runs:
         # KFP before 2.17 reports steps with a loop among them as RUNNING (kubeflow/pipelines#13321). Then the run counts as
         # finished if its last step has registered a model.
@@ -193,12 +165,7 @@ def close_run(state: str) -> None:
 
 
 def links(registration: Path, evaluation: Path) -> str:
-    """Return a registration as Markdown: MLflow run, registered version, and the version of all data it was made from.
-
-    Args:
-        registration: output of `register`.
-        evaluation: output of `evaluate` for the model.
-    """
+    """Return a model's registration as Markdown: MLflow run, registered version, and the version of all its data."""
     from pixelclip.model_version import REGISTRATION, markdown
 
     registered = read_json(registration / REGISTRATION)
@@ -206,19 +173,11 @@ def links(registration: Path, evaluation: Path) -> str:
     if registered["tracking_uri"].startswith("http"):
         address = f"{registered['tracking_uri'].rstrip('/')}/#/models/{registered['name']}/versions/{registered['version']}"
         lines.append(f"[{registered['name']} version {registered['version']} in the registry]({address})\n")
-    rows = dict(_data_rows(read_json(evaluation / PROVENANCE)))
+    rows = {
+        name: f"| {name} | `{described['md5']}` | {source(described).get('git_sha', '–')} | {described['path']} |"
+        for name, described, _ in origins(read_json(evaluation / PROVENANCE))
+    }
     return "\n".join([*lines, _DATA_COLUMNS + "\n".join(rows.values()) + "\n"])
-
-
-def _data_rows(provenance: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield a table row for each input of the whole provenance that is not a result of this pipeline."""
-    for name, described in provenance["inputs"].items():
-        made_by = described.get("provenance", {})
-        if made_by.get("stage") in (None, "fetch_data"):
-            revision = made_by.get("source", {}).get("git_sha", "")
-            yield name, f"| {name} | `{described.get('md5', '')}` | {revision or '–'} | {described.get('path', '')} |"
-        else:
-            yield from _data_rows(made_by)
 
 
 def show_confusion(artifact: Any, evaluation: Path) -> None:

@@ -167,7 +167,7 @@ def test_next_shards_are_prefetched(bucket, cache, tmp_path, monkeypatch):
     monkeypatch.setattr(RemoteFile, "open", lambda self, mode="rb": opened.append(self.name) or read(self, mode))
     first, second = (f"{dataset.member(place) // 2}.tar" for place in (0, 2))
     assert not isinstance(dataset[0], str)
-    for thread in [thread for thread in threading.enumerate() if thread.name.endswith("(_bring)")]:
+    for thread in [thread for thread in threading.enumerate() if thread.name.endswith("(_prefetch)")]:
         thread.join()
     assert {first, second} == set(opened)
     assert {path.name for path in cache.rglob("*.tar")} == {first, second}

@@ -200,7 +200,7 @@ def test_start_lists_unfinished_work_of_other_settings_and_leaves_it(out, source
 def test_start_is_rejected_while_the_folder_is_written_with_other_settings(out: Path, source: Path) -> None:
     first, second = make(out, source, max_masks=1), make(out, source)
     with first:
-        refused = rf"out: another process is writing this folder with other .* \(.*{first.folder.name}\); wait for it or"
+        refused = rf"out: another process is writing this folder \(.*{first.folder.name}\); wait for it or"
         with pytest.raises(ValueError, match=refused), second:
             pytest.fail("entered")
         assert [path.name for path in out.parent.iterdir()] == [first.folder.name]

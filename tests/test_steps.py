@@ -117,7 +117,7 @@ def repository(tmp_path_factory) -> Path:
     git("tag", "v1")
     (folder / "a").write_text("2")
     git("commit", "-am", "two")
-    (folder / "b").write_text("beside it")
+    (folder / "b").write_text("another file")
     git("add", "-A")
     git("commit", "-m", "three")
     git("tag", "more")
@@ -136,10 +136,10 @@ def test_revision_is_resolved_to_its_commit(repository):
     assert pinned(str(repository), "", "")[0] == sha("main") != sha("v1")
     assert pinned(str(repository), sha("v1")[:10], "")[0] == sha("v1")
     full = "0123456789" * 4
-    assert pinned("nowhere", full, "") == (full, full), "a full commit is not asked about"
+    assert pinned("nowhere", full, "") == (full, full), "a full SHA needs no repository"
     first, second = (pin_revision.python_func("", "", "toy", {})[:2] for _ in range(2))
     assert first[0] == second[0] == "", "there is no commit"
-    assert first[1].startswith("unpinned-") and first[1] != second[1], "no fetch of data without versions is known again"
+    assert first[1].startswith("unpinned-") and first[1] != second[1], "unversioned data are fetched again by every run"
     assert pin_revision.python_func("nowhere", full, "toy", {})[:2] == (full, full)
     with pytest.raises(ValueError, match="there is no revision 'nope'"):
         pinned(str(repository), "nope", "")
@@ -150,20 +150,20 @@ def test_revision_is_resolved_to_its_commit(repository):
     assert "very-secret" not in str(refused.value)
 
 
-def test_the_first_step_refuses_a_workspace_in_which_no_step_could_write(tmp_path):
+def test_first_step_rejects_an_unwritable_workspace(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot write there"):
         pin_revision.python_func("", "", "toy", {}, str(tmp_path / "file" / "space"))
 
 
-def test_a_fetch_into_a_workspace_is_not_known_again_when_that_may_be_empty(tmp_path):
+def test_fetch_into_a_workspace_gets_a_unique_cache_key(tmp_path):
     full, given = "0123456789" * 4, {"repo": "nowhere", "clip": "toy", "settings": {}, "workspace": str(tmp_path)}
     (commit, first, *_), (_, second, *_) = (pin_revision.python_func(revision=full, **given) for _ in range(2))
     assert commit == full and first.startswith("unpinned-") and first != second
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_what_was_fetched_at_a_commit_has_the_version_of_its_content(repository, tmp_path):
+def test_version_of_fetched_data_depends_on_their_content(repository, tmp_path):
     def versions(workspace: str) -> list[str]:
         found = []
         for name in ("v1", "main", "more"):
@@ -176,7 +176,7 @@ def test_what_was_fetched_at_a_commit_has_the_version_of_its_content(repository,
 
     one, two, three = versions("")
     assert one.startswith("a md5 ") and one != two
-    assert two == three, "another commit with the same data is no other data"
+    assert two == three, "another commit with the same data has the same version"
     assert versions(str(tmp_path / "space")) == [one, two, three]
 
 
@@ -301,7 +301,7 @@ def test_step_starts_one_process_per_gpu(monkeypatch):
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match="CUDA finds 4 of the 5 GPUs"):
         processes("auto")
-    assert code_image() == "r/p:1", "and lineage says the image"
+    assert code_image() == "r/p:1"
     monkeypatch.delenv("PIXELCLIP_GPUS")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert processes("auto") == 1
@@ -395,8 +395,7 @@ def evaluation_of(folder: Path) -> Path:
     def stage(name: str, inputs: dict, **settings: str) -> dict:
         return {"stage": name, "settings": settings, "inputs": inputs}
 
-    repo = {"repo": described("repo")}
-    fetched_images = stage("fetch_data", repo, path="data/images", revision="main") | {"source": {"git_sha": "c0ffee"}}
+    fetched_images = stage("fetch_data", {}, path="data/images", revision="main") | {"source": {"git_sha": "c0ffee"}}
     masks = stage("masks", {"shards": described("shards", stage("shards", {"images": described("images", fetched_images)}))})
     model = stage("train", {"masks": described("masks", masks), "clip": described("clip")})
     inputs = {"model": described("model", model), "labelled": described("toy"), "clip": described("clip")}

@@ -1,8 +1,10 @@
-"""Uploads: verified, unchanged files left alone. Against moto's server."""
+"""Uploads to moto's server: content, checksums of the requests, unchanged files skipped."""
 
+import hashlib
 import os
 
 import pytest
+from botocore.httpsession import URLLib3Session
 from conftest import write_files
 
 from pixelclip import upload as module
@@ -30,13 +32,14 @@ def test_unchanged_files_are_not_uploaded_again(bucket, tmp_path, monkeypatch):
     upload_folder(tmp_path, "s3://data/set", last="last")
     write_files(tmp_path, {"sub/b": b"c", "new": b"new"})
     sent = []
-    monkeypatch.setattr(module, "_upload", lambda client, path, uri, etag: sent.append(uri))
+    monkeypatch.setattr(module, "_upload", lambda client, path, uri: sent.append(uri))
     upload_folder(tmp_path, "s3://data/set", last="new")
     assert sent == ["s3://data/set/sub/b", "s3://data/set/new"]
 
 
-def test_damaged_upload_is_an_error(bucket, tmp_path, monkeypatch):
-    (tmp_path / "file").write_bytes(b"right")
-    monkeypatch.setattr(module, "_etag", lambda path: "0" * 32)
-    with pytest.raises(ValueError, match=r"s3://data/file: 5 bytes with md5 \w+ arrived, 5 with 0+ were sent"):
-        upload(tmp_path / "file", "s3://data/file")
+def test_request_has_the_sha256_of_its_content(bucket, tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(b"content")
+    sent, send = [], URLLib3Session.send
+    monkeypatch.setattr(URLLib3Session, "send", lambda self, request: sent.append(request) or send(self, request))
+    upload(tmp_path / "file", "s3://data/file")
+    assert [request.headers["X-Amz-Content-SHA256"] for request in sent] == [hashlib.sha256(b"content").hexdigest().encode()]

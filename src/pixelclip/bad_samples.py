@@ -23,28 +23,24 @@ class BadSamples:
         """Record one bad sample."""
         self.found.append(f"{name}: {reason}")
 
-    def stop_if_too_many(self, total: int, found: int | None = None) -> None:
-        """Raise ValueError if more than `max_share` of `total` samples are bad.
+    def stop_if_too_many(self, total: int, found: int | None = None) -> str:
+        """Return a summary; raise ValueError with it if more than `max_share` of `total` samples are bad.
 
         Args:
             total: number of samples, good and bad.
             found: number of bad samples, where other processes have recorded some of them; default: `len(self.found)`.
         """
         found = len(self.found) if found is None else found
-        if found > self.max_share * total:
-            limit = f"allowed are {self.max_share:.1%} ({self.stage}.max_bad_share)"
-            raise ValueError(f"{self._summary(total, found)}\n{limit}")
-
-    def check(self, total: int, found: int | None = None) -> None:
-        """Print the final summary; arguments and errors are those of `stop_if_too_many`."""
-        found = len(self.found) if found is None else found
-        self.stop_if_too_many(total, found)
-        if found:
-            print(self._summary(total, found), flush=True)
-
-    def _summary(self, total: int, found: int) -> str:
         lines = [f"  {line}" for line in self.found[:_NAMED]]
         if rest := found - len(lines):  # not listed, or recorded by other processes or before a resume
             lines.append(f"  and {rest} more")
         named = "\n".join(lines).encode(errors="backslashreplace").decode()
-        return f"{self.stage}: {found} of {total} samples cannot be used:\n{named}"
+        summary = f"{self.stage}: {found} of {total} samples cannot be used:\n{named}" if found else ""
+        if found > self.max_share * total:
+            raise ValueError(f"{summary}\nallowed are {self.max_share:.1%} ({self.stage}.max_bad_share)")
+        return summary
+
+    def check(self, total: int, found: int | None = None) -> None:
+        """Print the final summary; arguments and errors are those of `stop_if_too_many`."""
+        if summary := self.stop_if_too_many(total, found):
+            print(summary, flush=True)

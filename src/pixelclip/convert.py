@@ -39,7 +39,7 @@ REFERENCE_CLIPS = {
     "convnext_large_d_320": "laion2b_s29b_b131k_ft",
 }
 _CLIP, _PROMPTS, _HEAD = "sem_seg_head.predictor.clip_model.", "sem_seg_head.predictor.prompt_tokens", "head."
-_OPENAI_EXTRAS = {"input_resolution", "context_length", "vocab_size"}
+_OPENAI_EXTRAS = {f"{_CLIP}{name}" for name in ("input_resolution", "context_length", "vocab_size")}
 
 
 def split_reference(document: Any) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
@@ -52,12 +52,11 @@ def split_reference(document: Any) -> tuple[dict[str, Tensor], Tensor, dict[str,
         State dict of the CLIP under open_clip's names, prompt tokens [K, L, D], state dict of the decoder.
 
     Raises:
-        ValueError: the document is no such checkpoint.
+        ValueError: the document is not a checkpoint of the reference implementation.
     """
     nested = isinstance(document, dict) and isinstance(document.get("model"), dict)
     state = check_tensors(document["model"] if nested else document)
-    clip = {name.removeprefix(_CLIP): t for name, t in state.items() if name.startswith(_CLIP)}
-    clip = {name: tensor for name, tensor in clip.items() if name not in _OPENAI_EXTRAS}
+    clip = {name.removeprefix(_CLIP): t for name, t in state.items() if name.startswith(_CLIP) and name not in _OPENAI_EXTRAS}
     head = {name.removeprefix(_HEAD): t for name, t in state.items() if name.startswith(_HEAD)}
     if not clip or _PROMPTS not in state or not head:
         raise ValueError(f"entries {_CLIP}*, {_PROMPTS} and {_HEAD}* are required, found {', '.join(sorted(state)[:3])}, ...")

@@ -86,11 +86,10 @@ def _cached(uri: str, version: str, name: str, fetch: Callable[[Path], None]) ->
         with cache.locked(uri):
             if version and path.exists():  # another process fetched it
                 return path
+            for entry in cache.home(uri).glob("*/*"):
+                if entry.name != name and entry != partial:  # of an interrupted download
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
             path.parent.mkdir(exist_ok=True)
-            others = [folder for folder in cache.home(uri).iterdir() if folder.is_dir() and not (folder / name).exists()]
-            leftovers = [entry for entry in path.parent.iterdir() if entry not in (path, partial)]
-            for entry in [*leftovers, *(folder for folder in others if folder != path.parent)]:
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
             fetch(partial)
             partial.replace(path)
             cache.trim(path)
@@ -134,11 +133,7 @@ def _from_prefix(uri: str, listed: list[s3.Listed], name: str) -> Path:
 
 
 class _TransferError(Exception):
-    """A failure that another attempt may cure."""
-
-
-class _NoAnswerError(_TransferError):
-    """The server cannot be reached."""
+    """A failure that another attempt may cure; caused by a URLError if the server cannot be reached."""
 
 
 def _from_http(uri: str, name: str) -> Path:
@@ -154,7 +149,7 @@ def _retry(uri: str, attempt: Callable[[], Any]) -> Any:
             return attempt()
         except _TransferError as error:
             if wait is None:
-                kind = s3.UnreachableError if isinstance(error, _NoAnswerError) else ValueError
+                kind = s3.UnreachableError if isinstance(error.__cause__, URLError) else ValueError
                 raise kind(f"{uri}: {error} (attempt {len(_WAITS) + 1}, the last)") from None
             print(f"{uri}: {error}; again in {wait:g} s", flush=True)
             time.sleep(wait)
@@ -171,7 +166,7 @@ def _request(uri: str, method: str, headers: dict[str, str] | None = None) -> An
             raise _TransferError(reason) from None
         raise ValueError(f"{uri}: {reason}") from None
     except URLError as error:
-        raise _NoAnswerError(f"cannot be reached ({error.reason})") from None
+        raise _TransferError(f"cannot be reached ({error.reason})") from error
     except ValueError as error:  # also of http.client.InvalidURL
         raise ValueError(f"{uri}: {error}") from None
     except (OSError, HTTPException) as error:
@@ -188,7 +183,7 @@ def _head(uri: str) -> Message:
 
 
 def _receive(uri: str, head: Message, path: Path) -> None:
-    """Download the version that the headers `head` describe; resume the part at `path` if the server promises not to mix."""
+    """Download the version with the headers `head`; resume the part at `path` if the server can compare versions."""
     etag, size = head["ETag"] or "", int(head["Content-Length"] or -1)
     validator = head["Last-Modified"] if etag.startswith("W/") else etag or head["Last-Modified"]  # If-Range takes no weak ETag
     start = path.stat().st_size if path.is_file() and validator else 0

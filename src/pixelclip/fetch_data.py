@@ -9,7 +9,7 @@ import logging
 import os
 import posixpath
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +22,6 @@ from pixelclip.stage import METRICS, PROVENANCE, Metrics, Stage, describe
 from pixelclip.storage import digest, file_md5, read_json
 
 _AT_ONCE = 16
-_SOURCE = ("git_sha", "path", "md5", "nfiles", "size")
 
 
 def look_at_remote(repo: str) -> str:
@@ -99,10 +98,7 @@ def commit_of(repo: str, revision: str) -> str:
 
 def about(out: Path) -> dict[str, Any]:
     """Return `git_sha`, `path`, `md5` (DVC's where it tracks the path), `nfiles` and `size` of an output of this stage."""
-    source = read_json(out / PROVENANCE).get("source", {})
-    if not source.keys() >= set(_SOURCE):
-        raise ValueError(f"{out}: was not made by stage fetch_data")
-    return {name: source[name] for name in _SOURCE}
+    return {name: value for name, value in read_json(out / PROVENANCE)["source"].items() if name != "repo"}
 
 
 def without_login(url: str) -> str:
@@ -160,7 +156,8 @@ def _fetch(files: Any, path: str, where: str, folder: Path) -> dict[str, Any]:
     start = posixpath.join("/", path if is_folder else posixpath.dirname(path))
 
     def fetch(name: str) -> Path:
-        target, expected = folder / posixpath.relpath(posixpath.join("/", name), start), _md5(infos[name])
+        target = folder / posixpath.relpath(posixpath.join("/", name), start)
+        expected = infos[name].get("dvc_info", {}).get("md5")  # not DVC 2's "md5-dos2unix", the hash of normalised line ends
         if expected and target.is_file() and file_md5(target) == expected:  # of an interrupted run
             return target
         try:
@@ -180,18 +177,11 @@ def _fetch(files: Any, path: str, where: str, folder: Path) -> dict[str, Any]:
             raise
     actual = digest(folder if is_folder else targets[0])
     values = {"md5": actual["md5"], "nfiles": actual["num_files"], "size": actual["size"]}
-    entry = top.get("dvc_info", {}).get("entry")
-    if entry is not None and entry.hash_info is not None:
-        known = {"md5": entry.hash_info.value, "nfiles": entry.meta.nfiles, "size": entry.meta.size}
-        values |= {key: value for key, value in known.items() if value is not None}
+    tracked = top.get("dvc_info", {})
+    if md5 := tracked.get("md5") or tracked.get("md5-dos2unix"):
+        meta = tracked["entry"].meta
+        values |= {"md5": md5, "nfiles": meta.nfiles or values["nfiles"], "size": meta.size or values["size"]}
     return values
-
-
-def _md5(info: Mapping[str, Any]) -> str | None:
-    """Return DVC's MD5 of a file; DVC 2 normalised line ends before hashing, so its hash is not the MD5 of the file."""
-    entry = info.get("dvc_info", {}).get("entry")
-    known = entry is not None and entry.hash_info is not None and entry.hash_info.name == "md5"
-    return str(entry.hash_info.value) if known else None
 
 
 def _siblings(files: Any, path: str) -> str:

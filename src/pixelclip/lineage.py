@@ -6,26 +6,21 @@ nests the provenance of all earlier stages.
 
 import json
 import re
-import tempfile
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from mlflow import MlflowClient
+from mlflow.artifacts import load_dict
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from pixelclip.config import SETTINGS
 from pixelclip.model_version import EVALUATION
 from pixelclip.promotion import registry
-from pixelclip.provenance import WEIGHTS, chain, inputs, source
+from pixelclip.provenance import WEIGHTS, chain, origins, source
 from pixelclip.server import first_line, tracking_uri, transfer
 from pixelclip.stage import METRICS, PROVENANCE
-from pixelclip.storage import read_json
 
 
-@dataclass(frozen=True)
-class Registered:
+class Registered(NamedTuple):
     """A registered version with its aliases and the metrics and provenance of its evaluation."""
 
     version: ModelVersion
@@ -66,18 +61,17 @@ def recorded(uri: str) -> Registered:
         place = version.tags.get(EVALUATION)
         if not place:
             raise ValueError(f"{uri}: has no tag {EVALUATION!r}; `pixelclip register` with its evaluation writes it")
-        metrics, provenance = (_artifact(client, version.run_id, f"{place}/{file}") for file in (METRICS, PROVENANCE))
+        metrics, provenance = (_artifact(f"runs:/{version.run_id}/{place}/{file}") for file in (METRICS, PROVENANCE))
     own = sorted(key for key, value in aliases.items() if value == str(version.version))
     return Registered(version, own, metrics, provenance)
 
 
-def _artifact(client: MlflowClient, run_id: str, path: str) -> Any:
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            with transfer():
-                return read_json(Path(client.download_artifacts(run_id, path, folder)))
-        except MlflowException as error:
-            raise ValueError(f"run {run_id}: its artifact {path} cannot be read: {first_line(error)}") from None
+def _artifact(uri: str) -> dict[str, Any]:
+    try:
+        with transfer():
+            return load_dict(uri)
+    except MlflowException as error:
+        raise ValueError(f"{uri}: cannot be read: {first_line(error)}") from None
 
 
 def trace(registered: Registered) -> dict[str, Any]:
@@ -89,16 +83,9 @@ def trace(registered: Registered) -> dict[str, Any]:
         entry |= {"md5": stage.get("output", {}).get("md5", ""), "settings": stage["settings"]}
         stages[stage["stage"], stage.get("fingerprint", "")] = entry
     data = {}
-    for name, described, reader in inputs(registered.provenance):
-        if "provenance" not in described or source(described):  # all others are outputs of listed stages
-            entry = {
-                "name": name,
-                "of": reader,
-                "md5": described["md5"],
-                "path": described["path"],
-                "source": source(described),
-            }
-            data[name, described["md5"]] = entry
+    for name, described, reader in origins(registered.provenance):
+        entry = {"name": name, "of": reader, "md5": described["md5"], "path": described["path"], "source": source(described)}
+        data[name, described["md5"]] = entry
     return {
         "model": {
             "name": version.name,
@@ -136,8 +123,7 @@ def table(origin: dict[str, Any]) -> str:
     for stage in origin["stages"]:
         image = f"  image {stage['image']}" if stage["image"] else ""
         rows.append((f"stage {stage['stage']}", f"code {stage['revision']}  version {stage['version']}{image}"))
-        config = SETTINGS.get(stage["stage"])
-        defaults = config().model_dump() if config else {}
+        defaults = SETTINGS[stage["stage"]]().model_dump() if stage["stage"] in SETTINGS else {}
         changed = [f"{key}={value}" for key, value in stage["settings"].items() if defaults.get(key, ...) != value]
         rows.append(("", "  ".join(changed) or "default settings"))
     width = max(len(label) for label, _ in rows)

@@ -62,10 +62,12 @@ def tags(provenance: Mapping[str, Any]) -> dict[str, str]:
     return lineage
 
 
+def origins(provenance: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any], str]]:
+    """Yield those `inputs` that no stage made or that were fetched: the data and weights at the start of the chain."""
+    return (each for each in inputs(provenance) if "provenance" not in each[1] or source(each[1]))
+
+
 def data(provenance: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Map names to the data at the start of a chain: inputs that no stage made or that were fetched; no weights."""
-    starts: dict[str, Mapping[str, Any]] = {}
-    for name, described, _ in inputs(provenance):
-        if name not in WEIGHTS and ("provenance" not in described or source(described)):
-            starts.setdefault(name, described)
-    return starts
+    """Map names to `origins` without weights; of two with one name, the nearer counts."""
+    farthest_first = reversed([*origins(provenance)])
+    return {name: described for name, described, _ in farthest_first if name not in WEIGHTS}

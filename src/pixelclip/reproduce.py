@@ -35,9 +35,12 @@ from pixelclip.storage import digest, write_json
 from pixelclip.tracking import PARENT_RUN, lineage
 
 COMPARISON = "reproduction.json"
-_MAIN_INPUT = {"shards": "images", "masks": "shards", "train": "masks"}
-"""Main input of every stage that can be repeated."""
-_REPEAT: dict[str, Callable[[Any, Path, Any], Any]] = {"shards": shards.run, "masks": masks.run, "train": train.run}
+_REPEATABLE: dict[str, tuple[str, Callable[[Any, Path, Any], Any]]] = {
+    "shards": ("images", shards.run),
+    "masks": ("shards", masks.run),
+    "train": ("masks", train.run),
+}
+"""Main input and function of every stage that can be repeated."""
 _SHARDS = ("shards", "masks")
 _SETTING = {name: name for name in ("clip", "dino", "weights", "concept_names")}
 _SETTING |= {"given": "given_folder", "masks": "masks_folder"}
@@ -133,9 +136,8 @@ def _other_code(stages: Iterable[Mapping[str, Any]]) -> list[str]:
     now = {"revision": code_revision(), "version": __version__, "image": code_image()}
     differing: dict[str, list[str]] = {}
     for stage in stages:
-        changes = [
-            f"{key} {stage.get(key) or 'none'}, now {now[key] or 'none'}" for key in now if stage.get(key, "") != now[key]
-        ]
+        before = {key: stage.get(key, "") for key in now}
+        changes = [f"{key} {before[key] or 'none'}, now {now[key] or 'none'}" for key in now if before[key] != now[key]]
         changes += ["it had uncommitted changes"] if CHANGED in str(stage.get("revision")) else []
         if changes:
             differing.setdefault("; ".join(changes), []).append(stage["stage"])
@@ -150,7 +152,7 @@ def _new_run(model: Registered, name: str) -> Iterator[tuple[MlflowClient, str]]
     with registry(model.version.name) as client:
         run_name = f"reproduce {name.removeprefix('models:/')}"
         run_id = client.create_run(experiment_id(client), run_name=run_name, tags=tags).info.run_id
-        before = {variable: os.environ.pop(variable, None) for variable in ("MLFLOW_RUN_ID", PARENT_RUN)}
+        before = {name: os.environ.pop(name) for name in ("MLFLOW_RUN_ID", PARENT_RUN) if name in os.environ}
         os.environ["MLFLOW_RUN_ID"] = run_id
         status = "FAILED"
         try:
@@ -158,7 +160,7 @@ def _new_run(model: Registered, name: str) -> Iterator[tuple[MlflowClient, str]]
             status = "FINISHED"
         finally:
             del os.environ["MLFLOW_RUN_ID"]
-            os.environ.update({variable: value for variable, value in before.items() if value is not None})
+            os.environ.update(before)
             client.set_terminated(run_id, status)
 
 
@@ -188,7 +190,7 @@ def _restore(name: str, described: Mapping[str, Any], work: _Work, *, kind: str 
         if (actual := _md5(name, copy, kind)) != md5:
             raise ValueError(f"{copy}: {name} was fetched by DVC, but has md5 {actual} instead of the recorded {md5}")
         return copy
-    if described.get("provenance", {}).get("stage") in _MAIN_INPUT:
+    if described.get("provenance", {}).get("stage") in _REPEATABLE:
         return _repeat(described, work)
     raise ValueError(f"{name}: {path} with md5 {md5} {change}, and DVC does not track it")
 
@@ -206,11 +208,12 @@ def _repeat(described: Mapping[str, Any], work: _Work) -> Path:
     """Repeat the stage that made an input, and print whether its output is the same."""
     made = described["provenance"]
     name, out = made["stage"], work.out / made["stage"]
-    if name not in _REPEAT:
-        raise ValueError(f"{described['path']}: stage {name} cannot be repeated, only {', '.join(_REPEAT)}")
-    main = _restore(_MAIN_INPUT[name], made["inputs"][_MAIN_INPUT[name]], work)
+    if name not in _REPEATABLE:
+        raise ValueError(f"{described['path']}: stage {name} cannot be repeated, only {', '.join(_REPEATABLE)}")
+    main_input, repeat = _REPEATABLE[name]
+    main = _restore(main_input, made["inputs"][main_input], work)
     whole = {"part": ""} if name == "masks" else {}
-    _REPEAT[name](main, out, work.config(name, _update_paths(made, dict(made["settings"]), work) | whole))
+    repeat(main, out, work.config(name, _update_paths(made, dict(made["settings"]), work) | whole))
     if made["settings"].get("part"):
         verdict = "made in one piece, the recorded ones were made in parts"
     else:
@@ -223,10 +226,8 @@ def _update_paths(made: Mapping[str, Any], settings: dict[str, Any], work: _Work
     """Point a stage's settings to the current places of its weights and further inputs."""
     defaults = {"clip": flatten(made).get("train.clip", "")}  # used by an evaluation whose own setting is empty
     for name, described in made["inputs"].items():
-        setting = _SETTING.get(name)
-        if setting is None or name == _MAIN_INPUT.get(made["stage"]):
-            continue
-        if spec := str(settings.get(setting) or defaults.get(name, "")):
+        setting = _SETTING.get(name, "")
+        if spec := str(settings.get(setting) or defaults.get(name, "")):  # the main input of a stage is no setting
             place = _restore(name, described, work, spec=spec)
             if place != _resolve(name, spec):  # otherwise the recorded setting is still valid
                 path = described["path"]

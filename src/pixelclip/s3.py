@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 _ATTEMPTS = 8  # botocore doubles the wait before each further attempt, up to 20 s
 _CHANGED = "changed in the store while it was downloaded; try again"
-REASONS = {
+_REASONS = {
     "NoSuchBucket": "there is no such bucket",
     "NoSuchKey": "there is no such key in the bucket",
     "AccessDenied": "these credentials may not do that, or there is no such key",
@@ -21,7 +21,6 @@ REASONS = {
     "InvalidToken": "wrong credentials, see AWS_SESSION_TOKEN",
     "ExpiredToken": "the credentials have expired, see AWS_SESSION_TOKEN",
 }
-"""Plain-English meaning of a store's error codes."""
 
 
 class MissingError(ValueError):
@@ -39,7 +38,7 @@ class Listed:
     uri: str
     etag: str
     size: int
-    md5: str = ""  # of the content, where the store promises one
+    md5: str = ""  # of the content, if known
 
 
 def is_s3(uri: object) -> bool:
@@ -98,7 +97,7 @@ def _explained(uri: str, endpoint: str) -> Iterator[None]:
         yield
     except boto.ClientError as error:
         status, code = error.response["ResponseMetadata"]["HTTPStatusCode"], error.response["Error"].get("Code", "")
-        reason = _CHANGED if status == 412 else REASONS.get(code) or error.response["Error"].get("Message") or "refused"
+        reason = _CHANGED if status == 412 else _REASONS.get(code) or error.response["Error"].get("Message") or "refused"
         kind = MissingError if code == "NoSuchKey" else ValueError
         raise kind(f"{uri}: {reason} ({code}, status {status}, {endpoint})") from None
     except (boto.NoCredentialsError, boto.PartialCredentialsError) as error:
@@ -131,17 +130,11 @@ def current_version(uri: str) -> Listed:
         except client.exceptions.ClientError:
             reply = client.get_object(Bucket=bucket, Key=key)  # only GET returns the reason of a refusal
             reply["Body"].close()
-    return Listed(uri, reply["ETag"].strip('"'), reply["ContentLength"], plain_md5(reply, bucket))
-
-
-def plain_md5(reply: Mapping[str, Any], bucket: str) -> str:
-    """Return the ETag of a reply if it is the content's MD5, else an empty string.
-
-    It is not after multipart uploads (the ETag has a dash), under a customer's encryption key, and in directory buckets.
-    """
+    etag = reply["ETag"].strip('"')
+    # An ETag is no MD5 after a multipart upload (it has a dash), under a customer's key, and in directory buckets.
     customer_key = reply.get("ServerSideEncryption", "AES256") != "AES256" or "SSECustomerAlgorithm" in reply
-    match = re.fullmatch('"?([0-9a-f]{32})"?', reply["ETag"])
-    return match[1] if match and not customer_key and not bucket.endswith("--x-s3") else ""
+    is_md5 = re.fullmatch("[0-9a-f]{32}", etag) and not customer_key and not bucket.endswith("--x-s3")
+    return Listed(uri, etag, reply["ContentLength"], etag if is_md5 else "")
 
 
 def download(uri: str, files: Mapping[Path, Listed]) -> None:

@@ -2,12 +2,12 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from pixelclip import cache
-from pixelclip.download import local_copy
+from pixelclip.download import here, local_copy
 from pixelclip.s3 import Listed, is_s3, list_below
 from pixelclip.stage import PROVENANCE, describe
 from pixelclip.storage import digest, read_json
@@ -17,13 +17,8 @@ _local_copies: dict[str, Path] = {}
 """Local copy of every URI opened by this process, so that the server is asked for the version once, not at every read."""
 
 
-@dataclass(frozen=True)
-class RemoteFile:
+class RemoteFile(Listed):
     """A file in an object store, downloaded when it is opened; has the part of Path's interface that shard readers use."""
-
-    uri: str
-    etag: str
-    size: int
 
     @property
     def name(self) -> str:
@@ -34,11 +29,6 @@ class RemoteFile:
     def stem(self) -> str:
         """The name without its suffix."""
         return Path(self.name).stem
-
-    @property
-    def folder(self) -> str:
-        """The URI without its last component."""
-        return self.uri.rpartition("/")[0]
 
     def open(self, mode: str = "rb") -> BinaryIO:
         """Open the local copy; download it again if the cache has evicted it.
@@ -82,24 +72,20 @@ def describe_shards(source: Path | str) -> dict[str, Any]:
 
     Tars in a store are identified by the ETags in its listing, so nothing is downloaded.
     """
-    folder = str(source).rstrip("/")
-    if _is_prefix(source):
-        listed = list_below(folder)
-        if any(entry.uri == f"{folder}/{PROVENANCE}" for entry in listed):
-            provenance = read_json(local_copy(f"{folder}/{PROVENANCE}"))
-            return {"path": str(source), **provenance["output"], "provenance": provenance}
-        shards, parts_provenance = _find_shards(source, listed)
-    elif not is_s3(source) and (path := Path(source)).is_dir() and (any(path.glob("*.tar")) or not _local_parts(path)):
+    if not is_s3(source) and (path := Path(source)).is_dir() and (any(path.glob("*.tar")) or not parts(path)):
         return describe(path)
-    else:
-        shards, parts_provenance = _find_shards(source)
+    listed = list_below(folder := str(source).rstrip("/")) if _is_prefix(source) else []
+    if any(entry.uri == f"{folder}/{PROVENANCE}" for entry in listed):
+        provenance = read_json(local_copy(f"{folder}/{PROVENANCE}"))
+        return {"path": str(source), **provenance["output"], "provenance": provenance}
+    shards, provenances = _find_shards(source, listed)
     md5, size = hashlib.md5(usedforsecurity=False), 0
     for shard in shards:
         entry: dict[str, Any] = {"md5": shard.etag, "size": shard.size} if isinstance(shard, RemoteFile) else digest(shard)
         md5.update(f"{shard.name} {entry['md5']}\n".encode())
         size += entry["size"]
     identity = {"path": str(source), "md5": md5.hexdigest(), "num_files": len(shards), "size": size}
-    return identity | ({"provenance": parts_provenance[0]} if parts_provenance else {})  # the parts share their provenance
+    return identity | ({"provenance": provenances[0]} if provenances else {})  # the parts share their provenance
 
 
 def parts(source: Path) -> list[Path]:
@@ -108,36 +94,36 @@ def parts(source: Path) -> list[Path]:
     Raises:
         ValueError: a part is missing, or the parts belong to different runs.
     """
-    return [source / name for name in _local_parts(source)]
+    return [source / name for name in _complete_parts(source, sorted(source.glob(f"*/{PROVENANCE}")))]
 
 
 def _is_prefix(source: Path | str) -> bool:
     return is_s3(source) and not str(source).endswith(_MANIFEST)
 
 
-def _find_shards(source: Path | str, listed: list[Listed] | None = None) -> tuple[list[Shard], list[dict[str, Any]]]:
-    """Return the shards, and the provenance of each mask part if that is where they are stored."""
-    made: dict[str, dict[str, Any]] = {}
-    shards: list[Shard]
+def _find_shards(source: Path | str, listed: Sequence[Listed] = ()) -> tuple[list[Shard], list[dict[str, Any]]]:
+    """Return the shards, and the provenance of each mask part if they are stored in parts."""
+    files: dict[str, Shard]
     if _is_prefix(source):
         folder = str(source).rstrip("/")
-        listed = list_below(folder) if listed is None else listed
-        tars = _tars(listed)
-        shards = [tar for tar in tars if tar.folder == folder]
-        if not shards:
-            made = _remote_parts(folder, listed)
-            shards = [tar for tar in tars if tar.folder in {f"{folder}/{name}" for name in made}]
+        files = {entry.uri.removeprefix(f"{folder}/"): RemoteFile(**vars(entry)) for entry in listed or list_below(folder)}
     else:
-        path = local_copy(str(source)) if is_s3(source) else Path(source)
+        path = here(source)
         if path.is_file():
-            shards = _read_manifest(path)
-        elif path.is_dir():
-            shards = [*sorted(path.glob("*.tar"))]
-            if not shards:
-                made = _local_parts(path)
-                shards = [*sorted(tar for name in made for tar in (path / name).glob("*.tar"))]
-        else:
+            return _read_manifest(path), []
+        if not path.is_dir():
             raise ValueError(f"{source}: no such folder or manifest of shards")
+        found = [*path.glob("*.tar")] or [*path.glob("*/*.tar"), *path.glob(f"*/{PROVENANCE}")]
+        files = {file.relative_to(path).as_posix(): file for file in sorted(found)}
+
+    def tars(*folders: str) -> list[Shard]:
+        named = [(*name.rpartition("/")[::2], file) for name, file in files.items() if name.endswith(".tar")]
+        return [file for folder, name, file in named if folder in folders and not name.startswith(".")]
+
+    shards, made = tars(""), {}
+    if not shards:
+        made = _complete_parts(source, [file for name, file in files.items() if name.split("/")[1:] == [PROVENANCE]])
+        shards = tars(*made)
     if not shards:
         raise ValueError(f"{source}: holds no shard (*.tar)")
     return shards, list(made.values())
@@ -150,7 +136,7 @@ def _read_manifest(manifest: Path) -> list[Shard]:
         raise ValueError(f"{manifest}: is no manifest of shards (a text file with one path or URI per line)") from None
     lines = [line for line in lines if line and not line.startswith("#")]
     folders = {line.rpartition("/")[0] for line in lines if is_s3(line)}  # one listing per folder, not a request per shard
-    remote = {tar.uri: tar for folder in folders for tar in _tars(list_below(folder))}
+    remote = {entry.uri: RemoteFile(**vars(entry)) for folder in folders for entry in list_below(folder)}
     shards = [remote.get(line) if is_s3(line) else manifest.parent / line for line in lines]
     missing = [
         line if is_s3(line) else str(manifest.parent / line)
@@ -159,29 +145,20 @@ def _read_manifest(manifest: Path) -> list[Shard]:
     ]
     if missing:
         raise ValueError(f"{manifest}: {len(missing)} of its shards are missing, the first is {missing[0]}")
+    if not lines:
+        raise ValueError(f"{manifest}: holds no shard (*.tar)")
     return [shard for shard in shards if shard]
 
 
-def _tars(listed: list[Listed]) -> list[RemoteFile]:
-    files = [RemoteFile(entry.uri, entry.etag, entry.size) for entry in listed]
-    return [file for file in files if file.name.endswith(".tar") and not file.name.startswith(".")]
+def _complete_parts(source: Path | str, provenances: Iterable[Shard]) -> dict[str, dict[str, Any]]:
+    """Map those folders that form one complete set of mask parts to their provenance.
 
-
-def _local_parts(source: Path) -> dict[str, dict[str, Any]]:
-    folders = [folder for folder in sorted(source.iterdir()) if not folder.name.startswith(".")]
-    made = {folder.name: read_json(folder / PROVENANCE) for folder in folders if (folder / PROVENANCE).is_file()}
-    return _complete_parts(str(source), made)
-
-
-def _remote_parts(folder: str, listed: list[Listed]) -> dict[str, dict[str, Any]]:
-    below = [entry.uri.removeprefix(f"{folder}/").split("/") for entry in listed]
-    names = [name for name, *others in below if others == [PROVENANCE]]
-    made = {name: read_json(local_copy(f"{folder}/{name}/{PROVENANCE}")) for name in names}
-    return _complete_parts(folder, made)
-
-
-def _complete_parts(source: str, made: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return the folders, of those with a provenance, that form one complete set of mask parts."""
+    Args:
+        source: name of the set in error messages.
+        provenances: provenance of any stage, one file per folder.
+    """
+    files = {str(file).split("/")[-2]: str(file) for file in provenances}
+    made = {name: read_json(here(file)) for name, file in files.items() if not name.startswith(".")}
     folder_of: dict[str, str] = {}
     runs: dict[str, str] = {}
     for name, provenance in made.items():

@@ -11,6 +11,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -62,7 +63,6 @@ class Stage:
         identity += [self.source["git_sha"]] if self.source else []
         self.fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         self.folder = self.out.with_name(f".{self.out.name}.{self.fingerprint[:12]}.partial")
-        self._lock: int | None = None
         self._check_out()
 
     @property
@@ -79,27 +79,15 @@ class Stage:
         return dict(read_json(self.out / METRICS))
 
     def __enter__(self) -> Self:
-        resumed = self.folder.is_dir()
+        siblings, resumed = self._siblings(), self.folder.is_dir()
+        for folder in siblings:
+            with suppress(FileNotFoundError, PermissionError):  # finished meanwhile, or not readable by this user
+                os.close(self._lock(folder))
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ValueError(f"{self.out}: cannot be made: {error.strerror}") from None
-        self._lock = os.open(self.folder, os.O_RDONLY)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(self._lock)
-            self._lock = None
-            raise ValueError(f"{self.out}: another process is writing this folder") from None
-        siblings = self._siblings()
-        if busy := [folder for folder in siblings if _is_locked(folder)]:
-            if not resumed:
-                self.folder.rmdir()
-            self.__exit__(None, None, None)
-            raise ValueError(
-                f"{self.out}: another process is writing this folder with other inputs or settings ({_short(busy[0])}); "
-                "wait for it or choose another folder"
-            )
+        self._handle = self._lock(self.folder)
         print(f"{self.name}: {'continues an interrupted run' if resumed else 'starts'} → {_short(self.out)}", flush=True)
         if not resumed and siblings:
             names = ", ".join(_short(folder) for folder in siblings)
@@ -109,9 +97,7 @@ class Stage:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename is None:
             error.filename = str(self.folder)  # a failed write names no file; the message must name the full disk
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        os.close(self._handle)
 
     def finish(self, metrics: Metrics, files: Sequence[str]) -> Metrics:
         """Write metrics and provenance, and move the folder to `out`.
@@ -155,10 +141,22 @@ class Stage:
             "revision": code_revision(),
         } | ({"image": image} if image else {})
 
+    def _lock(self, folder: Path) -> int:
+        """Lock a folder until the returned handle is closed."""
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(handle)
+            raise ValueError(
+                f"{self.out}: another process is writing this folder ({_short(folder)}); wait for it or choose another folder"
+            ) from None
+        return handle
+
     def _siblings(self) -> list[Path]:
         """Unfinished work for `out` with other fingerprints."""
         name = re.compile(rf"\.{re.escape(self.out.name)}\.[0-9a-f]{{12}}\.partial")
-        return sorted(path for path in self.out.parent.iterdir() if name.fullmatch(path.name) and path != self.folder)
+        return sorted(path for path in self.out.parent.glob(".*.partial") if name.fullmatch(path.name) and path != self.folder)
 
     def _check_out(self) -> None:
         if not self.out.exists():
@@ -179,12 +177,13 @@ class Stage:
     def _difference(self, recorded: dict[str, Any]) -> str:
         """Everything that keeps a recorded result from being reused; the code that made it does not."""
         before, now = recorded.get("settings", {}), json.loads(json.dumps(self.settings))
-        changes = {"stage": (recorded.get("stage"), self.name)}
+        changes = {
+            "stage": (recorded.get("stage"), self.name),
+            "commit": (recorded.get("source", {}).get("git_sha"), self.source.get("git_sha")),
+        }
         for key in {**now, **before}:
             old, new = (repr(settings[key]) if key in settings else "none" for settings in (before, now))
             changes[f"{self.name}.{key}"] = old, new
-        if self.source:
-            changes["commit"] = recorded.get("source", {}).get("git_sha"), self.source["git_sha"]
         inputs = recorded.get("inputs", {})
         other = [key for key in {**self.inputs, **inputs} if inputs.get(key, {}).get("md5") != self._md5s.get(key)]
         return ", ".join(
@@ -194,20 +193,6 @@ class Stage:
 
 def _code(provenance: Mapping[str, Any]) -> str:
     return f"version {provenance.get('version')}, revision {provenance.get('revision')}"
-
-
-def _is_locked(folder: Path) -> bool:
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:  # finished or removed meanwhile, or not readable by this user
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    finally:
-        os.close(handle)
-    return False
 
 
 def describe(path: Path) -> dict[str, Any]:
