@@ -95,9 +95,7 @@ def read(file: Path, params: Path | None = None) -> tuple[str, list[SweepRun]]:
     Raises:
         ValueError: an unknown key or setting, or a value that is not allowed, in any row.
     """
-    document = read_yaml(file)
-    if not isinstance(document, dict):
-        raise ValueError(f"{file}: must hold rows of settings, found {type(document).__name__}")
+    document = read_yaml(file, "rows of settings")
     sweep = build(SweepFile, {"name": file.stem, **{str(key): value for key, value in document.items()}}, str(file))
     base = {f"{stage}.{name}": value for stage in _STAGES for name, value in load(stage, params).model_dump().items()}
     base |= _checked(sweep.settings, f"{file}: settings")
