@@ -166,12 +166,11 @@ def _connected(target: Target) -> Iterator[tuple[kfp.Client, Cluster, str]]:
         raise ValueError(f"KFP's URL is missing: set --endpoint, {' or '.join(ENDPOINTS)}, or endpoint in cluster.yaml")
     if not endpoint.startswith(("http://", "https://")):
         raise ValueError(f"KFP's endpoint must be a URL with http:// or https://, found {endpoint!r}")
-    token = os.environ.get(TOKEN)
-    _check_alive(endpoint, token)
+    health(endpoint)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            client = kfp.Client(host=endpoint, existing_token=token, namespace=cluster.namespace or "kubeflow")
+            client = kfp.Client(host=endpoint, existing_token=os.environ.get(TOKEN), namespace=cluster.namespace or "kubeflow")
             yield client, cluster, os.environ.get("KF_PIPELINES_UI_ENDPOINT", endpoint).rstrip("/")
     except kfp_server_api.ApiException as error:
         raise ValueError(f"KFP at {endpoint} refused ({error.status} {error.reason}): {_first_line(error.body)}") from None
@@ -179,18 +178,25 @@ def _connected(target: Target) -> Iterator[tuple[kfp.Client, Cluster, str]]:
         raise ValueError(f"the connection to KFP at {endpoint} was lost: {error}") from None
 
 
-def _check_alive(endpoint: str, token: str | None) -> None:
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
+def health(endpoint: str, timeout: float = 10.0) -> dict[str, Any]:
+    """Return the answer of KFP's health check: its version as `tag_name`, if it states one, and more.
+
+    Raises:
+        ValueError: KFP is unreachable or refuses, or a login page answers.
+    """
+    headers = {"Authorization": f"Bearer {os.environ[TOKEN]}"} if os.environ.get(TOKEN) else {}
     try:
-        response = requests.get(f"{endpoint}/apis/v2beta1/healthz", headers=headers, timeout=10)
+        response = requests.get(f"{endpoint.rstrip('/')}/apis/v2beta1/healthz", headers=headers, timeout=timeout)
     except requests.RequestException as error:
         raise ValueError(f"KFP at {endpoint} cannot be reached: {_first_line(error)}") from None
     if not response.ok:
         hint = f"; set a token in {TOKEN}" if response.status_code in (401, 403) else ""
         raise ValueError(f"KFP at {endpoint} refused ({response.status_code} {response.reason}){hint}")
-    kind = response.headers.get("Content-Type", "").partition(";")[0]
-    if kind != "application/json":  # a login page also answers with 200
-        raise ValueError(f"{endpoint}: must be KFP's API, but it answers with {kind}; set a token in {TOKEN}")
+    try:
+        return dict(response.json())
+    except ValueError:  # a login page also has status 200
+        kind = response.headers.get("Content-Type", "something else")
+        raise ValueError(f"{endpoint}: must be KFP's API, but it answers with {kind}; set a token in {TOKEN}") from None
 
 
 def _upload(client: kfp.Client, file: Path, name: str, namespace: str) -> tuple[str, str]:

@@ -9,8 +9,6 @@ import re
 import shutil
 import subprocess
 import threading
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial, wraps
@@ -190,8 +188,10 @@ def mlflow(seconds: float = SECONDS) -> _Result:
         raise ValueError(_line(error).replace(uri, public)) from None
     version = ""
     if uri.startswith("http"):
-        _, body = _get(f"{uri.rstrip('/')}/version", seconds / 2)
-        version = f" {body.decode(errors='replace')[:20]}" if re.fullmatch(rb"[\w.]+", body) else ""
+        import requests
+
+        body = requests.get(f"{uri.rstrip('/')}/version", timeout=seconds / 2).text
+        version = f" {body}" if re.fullmatch(r"[\w.]{1,20}", body) else ""
     return "ok", f"{public}: server{version} answers, its registry holds {len(models)} models"
 
 
@@ -210,16 +210,9 @@ def pipelines(endpoint: str, seconds: float = SECONDS) -> _Result:
     """Check the health of Kubeflow Pipelines, and its version against the SDK's."""
     if not endpoint:
         return "not configured", "no KFP_ENDPOINT", "set it to submit to a cluster"
-    url = f"{endpoint.rstrip('/')}/apis/v2beta1/healthz"
-    try:
-        status, body = _get(url, seconds / 2, os.environ.get("KFP_TOKEN", ""))
-    except OSError as error:
-        raise ValueError(f"{endpoint}: {_line(error)}") from None
-    if status in (401, 403) or (status == 200 and not body.lstrip().startswith(b"{")):
-        return "failed", f"{endpoint}: asks for a login (status {status})", "set KFP_TOKEN"
-    if status != 200:
-        raise ValueError(f"{url}: status {status}")
-    version, sdk = str(json.loads(body).get("tag_name", "")), metadata.version("kfp")
+    from pixelclip_pipelines.submit import health
+
+    version, sdk = str(health(endpoint, seconds / 2).get("tag_name", "")), metadata.version("kfp")
     details = f"{endpoint}: KFP {version or 'of unknown version'}, SDK {sdk}"
     if version and version.split(".")[0] != sdk.split(".")[0]:
         return "failed", details, "both must have the same major version"
@@ -247,15 +240,5 @@ def container_image(image: str, seconds: float = SECONDS) -> _Result:
     raise ValueError(f"{image}: {reason}")
 
 
-def _get(url: str, seconds: float, token: str = "") -> tuple[int, bytes]:
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
-    try:
-        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=seconds) as reply:
-            return reply.status, reply.read(1 << 20)
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, b""
-
-
 def _line(error: object) -> str:
-    return " ".join(str(getattr(error, "reason", error)).split())[:300] or type(error).__name__
+    return " ".join(str(error).split())[:300] or type(error).__name__
