@@ -318,18 +318,19 @@ def build(kind: type[_Kind], values: Mapping[str, Any], source: str, sources: Ma
     raise ValueError("\n".join(lines))
 
 
-def load(stage: str, params: Path | None = None, overrides: Mapping[str, Any] | None = None) -> Any:
+def load(stage: str, params: Path | None = None, overrides: Mapping[str, Any] | None = None, origin: str = "") -> Any:
     """Load the settings of `stage`: defaults, then the stage's section of `params`, then `overrides`.
 
     Args:
         stage: a key of `STAGES`.
         params: YAML file with one section per stage; the sections of other stages are validated too.
         overrides: `setting: value` or `stage.setting: value`; those of other stages are ignored.
+        origin: origin of `overrides`, for errors; empty: the command line.
 
     Raises:
         ValueError: unknown section or setting, or invalid value.
     """
-    source = str(params) if params else "settings"
+    source = str(params) if params else origin or "settings"
     sections = read_yaml(params, "one section per stage") if params else {}
     for name, section in sections.items():
         if name not in STAGES:
@@ -346,7 +347,7 @@ def load(stage: str, params: Path | None = None, overrides: Mapping[str, Any] | 
         if prefix in ("", stage):
             values[name] = value
             if params:
-                sources[name] = f"command line: {stage}"
+                sources[name] = f"{origin or 'command line'}: {stage}"
     return build(STAGES[stage], values, f"{source}: {stage}", sources)
 
 

@@ -97,19 +97,13 @@ def read(file: Path, params: Path | None = None) -> tuple[str, list[SweepRun]]:
     """
     document = read_yaml(file, "rows of settings")
     sweep = build(SweepFile, {"name": file.stem, **{str(key): value for key, value in document.items()}}, str(file))
-    base = {f"{stage}.{name}": value for stage in _STAGES for name, value in load(stage, params).model_dump().items()}
-    base |= _checked(sweep.settings, f"{file}: settings")
+    shared = _checked(sweep.settings, f"{file}: settings")
     runs = []
     for row, settings in sweep.rows.items():
         source = f"{file}: row {row!r}"
-        values = base | _checked(settings, source)
+        values = shared | _checked(settings, source)
         for seed in sweep.seeds:
-            configs: list[Any] = []
-            for stage in _STAGES:
-                chosen = {key.partition(".")[2]: value for key, value in values.items() if key.startswith(f"{stage}.")}
-                configs.append(
-                    build(STAGES[stage], chosen | ({"seed": seed} if stage == "train" else {}), f"{source}: {stage}")
-                )
+            configs = (load(stage, params, {**values, _SEED: seed}, source) for stage in _STAGES)
             runs.append(SweepRun(row, seed, settings or {}, *configs))
     return sweep.name, runs
 
