@@ -100,7 +100,12 @@ def schedules(target: Target) -> list[str]:
             if not str(error).startswith("No experiment is found"):
                 raise
             return []
-        return [_schedule_line(each) for each in _schedules(client, experiment.experiment_id)]
+        lines = []
+        for each in _schedules(client, experiment.experiment_id):
+            cron, periodic = each.trigger.cron_schedule, each.trigger.periodic_schedule
+            when = f"cron {cron.cron}" if cron else f"every {periodic.interval_second} s"
+            lines.append(f"{each.recurring_run_id}  {each.status or each.mode or '':<8} {when:<24} {each.display_name}")
+        return lines
 
 
 def unschedule(target: Target, schedule_id: str) -> None:
@@ -229,12 +234,6 @@ def _schedules(client: kfp.Client, experiment: str) -> list[Any]:
         found += page.recurring_runs or []
         if not (token := page.next_page_token or ""):
             return found
-
-
-def _schedule_line(each: Any) -> str:
-    cron, periodic = each.trigger.cron_schedule, each.trigger.periodic_schedule
-    when = f"cron {cron.cron}" if cron else f"every {periodic.interval_second} s"
-    return f"{each.recurring_run_id}  {each.status or each.mode or '':<8} {when:<24} {each.display_name}"
 
 
 def _six_fields(cron: str) -> str:

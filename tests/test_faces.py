@@ -1,4 +1,4 @@
-"""One function, four faces: program, command line, DVC stage and KFP component of a stage say the same."""
+"""One function, four faces: function, command, DVC stage and KFP component of a stage have the same inputs."""
 
 import inspect
 import shlex
@@ -16,14 +16,14 @@ from pixelclip.config import SETTINGS, STAGES, EvaluateConfig, lasting
 ROOT = Path(__file__).parents[1]
 DVC = yaml.safe_load((ROOT / "dvc.yaml").read_text())
 COMMANDS = typer.main.get_command(app).commands
-NAMES = [*STAGES, "evaluate_clip"]  # which goes by the section of evaluate, and by these settings of the training
+NAMES = [*STAGES, "evaluate_clip"]  # whose settings are the section of evaluate, and OF_TRAINING
 OF_TRAINING = {"clip", "side", "residual"}
-PIPELINE_STAGES = [stage for stage in NAMES if stage != "toy"]  # the painted scenes stand before the pipeline
-DVC_STAGES = [stage for stage in NAMES if stage != "fetch_data"]  # DVC need not be told to fetch what it tracks
+PIPELINE_STAGES = [stage for stage in NAMES if stage != "toy"]  # toy data are made before the pipeline
+DVC_STAGES = [stage for stage in NAMES if stage != "fetch_data"]  # DVC fetches its own data
 
 
 def run_inputs(stage: str) -> list[str]:
-    """Names of what the stage reads, from the signature of its function."""
+    """Names of the stage's inputs, from the signature of its function."""
     names = list(inspect.signature(import_module(f"pixelclip.{stage}").run).parameters)
     place = names.index("out")
     assert names[place + 1] == "config"
@@ -31,7 +31,7 @@ def run_inputs(stage: str) -> list[str]:
 
 
 def named(stage: str) -> set[str]:
-    """What of it a face must name: the rest has a default in the settings of the training."""
+    """Names of the required inputs; the others have a default in the settings of the training."""
     return set(run_inputs(stage)) - (OF_TRAINING if stage == "evaluate_clip" else set())
 
 
@@ -40,7 +40,7 @@ def component(stage: str):
 
 
 @pytest.mark.parametrize("stage", NAMES)
-def test_program_takes_the_settings_of_its_stage(stage):
+def test_function_takes_the_settings_of_its_stage(stage):
     config = inspect.signature(import_module(f"pixelclip.{stage}").run).parameters["config"].annotation
     assert config is STAGES.get(stage, EvaluateConfig)
 
@@ -84,10 +84,10 @@ def test_component_takes_the_same_inputs(stage):
     spec = component(stage).component_spec
     settings = {name for name in spec.inputs if name in SETTINGS[stage].model_fields or name == "registry_name"}
     other = {
-        "train": {"parts"},  # its masks, where several steps made them
+        "train": {"parts"},  # its masks, if several steps made them
         "fetch_data": {"fetch"},
         "evaluate_clip": {"clip_version", "data_version"},
-    }  # by which KFP knows the two again
+    }  # the versions and `fetch` are KFP's cache keys
     assert set(spec.inputs) - settings - other.get(stage, set()) == {*named(stage), "settings", "workspace"}
     assert "metrics" in spec.outputs
 
@@ -103,7 +103,7 @@ def test_component_body_only_translates(stage):
 
 
 @pytest.mark.parametrize("stage", PIPELINE_STAGES)
-def test_component_folder_says_what_it_is(stage):
+def test_component_readme_lists_inputs_and_outputs(stage):
     text = (ROOT / "components" / stage / "README.md").read_text()
     spec = component(stage).component_spec
     for name in [*spec.inputs, *spec.outputs]:

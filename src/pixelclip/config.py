@@ -15,7 +15,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 _Kind = TypeVar("_Kind", bound=BaseModel)
 _BAD_SHARE = "Largest share of unreadable samples; a larger share stops the stage."
-_WORKERS = "Worker processes; 0 works in the main process."
 _DEVICE = "Device: auto (a GPU if available), cpu, cuda, cuda:1, ..."
 
 
@@ -105,7 +104,7 @@ class MasksConfig(_Settings):
     max_masks: int = _setting(0, "Keep the largest masks of an image, at most this many; 0 keeps all.", ge=0)
     max_bad_share: float = _setting(0.05, _BAD_SHARE, runtime=True, ge=0, le=1)
     part: str = _setting("", "i/n: process only the i-th of n parts of the shards; a folder of all n parts is valid input.")
-    workers: int = _setting(2, _WORKERS, runtime=True, ge=0, le=1024)
+    workers: int = _setting(2, "Worker processes; 0 works in the main process.", runtime=True, ge=0, le=1024)
     batch_size: int = _setting(4, "SAM and DINO: images on the device at once.", runtime=True, ge=1)
     device: _Device = _setting("auto", _DEVICE, runtime=True)
 

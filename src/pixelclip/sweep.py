@@ -309,11 +309,9 @@ def as_csv(runs: Sequence[Mapping[str, Any]]) -> str:
 
 def plot(name: str, rows: Sequence[Mapping[str, Any]]) -> bytes:
     """Draw the gain of every row as a PNG: a bar for the mean, a dot for every seed."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 1.4 + 0.45 * len(rows)), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for place, row in enumerate(rows):
         gains = _values(row["runs"], "gain")
