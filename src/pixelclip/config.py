@@ -45,7 +45,7 @@ class ToyConfig(_Settings):
 
     train_scenes: int = _setting(2000, "Training scenes, without labels.", ge=1)
     test_scenes: int = _setting(200, "Evaluation scenes, with labels; none of them is a training scene.", ge=1)
-    side: int = _setting(128, "Side of a scene in pixels.", ge=32, le=4096)
+    side: int = _setting(128, "Side of a scene in pixels.", ge=32, le=512)
     seed: int = _setting(0, "Seed of the scenes.", ge=0)
 
 

@@ -23,7 +23,7 @@ from pixelclip.s3 import connected, split
 SECONDS = 20.0
 """Time limit of one check."""
 _GIB = 1 << 30
-_SHARED, _DISK = 1 * _GIB, 10 * _GIB
+_SHARED, _DISK = 1, 10  # GiB needed
 State = Literal["ok", "missing", "failed", "not configured"]
 _Result = tuple[State, str] | tuple[State, str, str]
 
@@ -80,10 +80,11 @@ def run(s3: str = "", data: str = "", kfp: str = "", image: str = "", seconds: f
         "image": partial(container_image, image or os.environ.get("PIXELCLIP_IMAGE", ""), seconds),
     }
     findings = {what: Finding(what, "failed", f"no answer within {seconds:g} s") for what in checks}
-    threads = [
-        threading.Thread(target=lambda what, function: findings.update({what: function()}), args=check, daemon=True)
-        for check in checks.items()
-    ]
+
+    def check(what: str) -> None:
+        findings[what] = checks[what]()
+
+    threads = [threading.Thread(target=check, args=[what], daemon=True) for what in checks]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -130,26 +131,25 @@ def gpu() -> _Result:
 @_check("shared memory", "docker run --shm-size=8g, in a pod a memory volume at /dev/shm, or set train.workers=0")
 def shared_memory() -> _Result:
     """Check the size of /dev/shm, through which data loaders pass batches."""
-    size = shutil.disk_usage("/dev/shm").total
+    size = shutil.disk_usage("/dev/shm").total / _GIB
     if size < _SHARED:
-        raise ValueError(f"/dev/shm has {size / _GIB:.2f} GiB, data loaders need 1 or more")
-    return "ok", f"/dev/shm has {size / _GIB:.1f} GiB"
+        raise ValueError(f"/dev/shm has {size:.2f} GiB, data loaders need 1 or more")
+    return "ok", f"/dev/shm has {size:.1f} GiB"
 
 
 @_check("disk", "choose another --out, or another folder for downloads with PIXELCLIP_CACHE")
 def disk() -> _Result:
     """Check free space and permissions of the current folder and of the download cache."""
-    details, low = [], False
+    free = {}
     for name, path in (("here", Path.cwd()), ("downloads", cache_folder())):
         existing = next(folder for folder in (path, *path.parents) if folder.exists())
         if not os.access(existing, os.W_OK):
             raise ValueError(f"{path} is not writable ({name})")
-        free = shutil.disk_usage(existing).free
-        low = low or free < _DISK
-        details.append(f"{free / _GIB:.0f} GiB free in {path} ({name})")
-    if low:
-        raise ValueError(f"{', '.join(details)}, 10 GiB or more are needed")
-    return "ok", ", ".join(details)
+        free[f"{path} ({name})"] = shutil.disk_usage(existing).free / _GIB
+    details = ", ".join(f"{size:.0f} GiB free in {place}" for place, size in free.items())
+    if min(free.values()) < _DISK:
+        raise ValueError(f"{details}, 10 GiB or more are needed")
+    return "ok", details
 
 
 @_check("S3", "look at AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, and at the network")
