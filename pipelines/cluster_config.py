@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from kubernetes.utils.quantity import parse_quantity
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from pixelclip.config import nearest, read_yaml
+from pixelclip.config import build, nearest, read_yaml
 
 FILE = Path("cluster.yaml")
 """Read from the current folder if no other file is given."""
@@ -208,19 +208,7 @@ def read(path: Path | None = None) -> Cluster:
     if path is None and not FILE.is_file():
         return Cluster()
     path = path or FILE
-    document = read_yaml(path) or {}
-    if not isinstance(document, dict):
-        raise ValueError(f"{path}: must hold keys and values, found {type(document).__name__}")
-    try:
-        return Cluster.model_validate(document)
-    except ValidationError as error:
-        raise ValueError("\n".join(_error_line(path, entry) for entry in error.errors())) from None
-
-
-def _error_line(path: Path, error: Any) -> str:
-    key, message = ".".join(map(str, error["loc"])), error["msg"].removeprefix("Value error, ")
-    value = "" if error["type"] == "value_error" else f" (found {error['input']!r})"
-    return f"{path}: {key}: {message}{value}" if key else f"{path}: {message}{value}"
+    return build(Cluster, read_yaml(path, "keys and values"), str(path))
 
 
 def image_of(cluster: Cluster, image: str = "") -> str:

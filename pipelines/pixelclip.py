@@ -113,26 +113,15 @@ def build(cluster: Cluster | None = None, nodes: int = 1, image: str = IMAGE) ->
                 masked_data = {"parts": dsl.Collected(one.outputs["masks"])}
             train_task = trainer(**masked_data, **training, **job, **everywhere)
             model = on("train_job" if job else "train", train_task).outputs["model"]
-            clip_task = evaluate_clip(
-                labelled=truth.outputs["data"],
-                clip=clip,
-                clip_version=pins["clip_version"],
-                data_version=truth.outputs["version"],
-                settings=pins["clip_settings"],
-                workspace=workspace,
-            )
             # KFP identifies the labelled set by its address only, but the two versions identify its content.
+            versions = {"clip_version": pins["clip_version"], "data_version": truth.outputs["version"]}
+            read_settings = {"settings": pins["clip_settings"], "workspace": workspace}
+            clip_task = evaluate_clip(labelled=truth.outputs["data"], clip=clip, **versions, **read_settings)
             clip_evaluation = on("evaluate_clip", clip_task).set_caching_options(True).outputs["evaluation"]
             evaluate_task = evaluate(model=model, labelled=truth.outputs["data"], clip_evaluation=clip_evaluation, **everywhere)
             evaluation = on("evaluate", evaluate_task).outputs["evaluation"]
-            register_task = register(
-                model=model,
-                evaluation=evaluation,
-                registry_name=registry_name,
-                min_gain=min_gain,
-                **everywhere,
-            )
-            on("register", register_task)
+            gate = {"registry_name": registry_name, "min_gain": min_gain}
+            on("register", register(model=model, evaluation=evaluation, **gate, **everywhere))
 
     return pixelclip
 

@@ -100,7 +100,12 @@ def schedules(target: Target) -> list[str]:
             if not str(error).startswith("No experiment is found"):
                 raise
             return []
-        return [_schedule_line(each) for each in _schedules(client, experiment.experiment_id)]
+        lines = []
+        for each in _schedules(client, experiment.experiment_id):
+            cron, periodic = each.trigger.cron_schedule, each.trigger.periodic_schedule
+            when = f"cron {cron.cron}" if cron else f"every {periodic.interval_second} s"
+            lines.append(f"{each.recurring_run_id}  {each.status or each.mode or '':<8} {when:<24} {each.display_name}")
+        return lines
 
 
 def unschedule(target: Target, schedule_id: str) -> None:
@@ -166,12 +171,11 @@ def _connected(target: Target) -> Iterator[tuple[kfp.Client, Cluster, str]]:
         raise ValueError(f"KFP's URL is missing: set --endpoint, {' or '.join(ENDPOINTS)}, or endpoint in cluster.yaml")
     if not endpoint.startswith(("http://", "https://")):
         raise ValueError(f"KFP's endpoint must be a URL with http:// or https://, found {endpoint!r}")
-    token = os.environ.get(TOKEN)
-    _check_alive(endpoint, token)
+    health(endpoint)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            client = kfp.Client(host=endpoint, existing_token=token, namespace=cluster.namespace or "kubeflow")
+            client = kfp.Client(host=endpoint, existing_token=os.environ.get(TOKEN), namespace=cluster.namespace or "kubeflow")
             yield client, cluster, os.environ.get("KF_PIPELINES_UI_ENDPOINT", endpoint).rstrip("/")
     except kfp_server_api.ApiException as error:
         raise ValueError(f"KFP at {endpoint} refused ({error.status} {error.reason}): {_first_line(error.body)}") from None
@@ -179,18 +183,25 @@ def _connected(target: Target) -> Iterator[tuple[kfp.Client, Cluster, str]]:
         raise ValueError(f"the connection to KFP at {endpoint} was lost: {error}") from None
 
 
-def _check_alive(endpoint: str, token: str | None) -> None:
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
+def health(endpoint: str, timeout: float = 10.0) -> dict[str, Any]:
+    """Return the answer of KFP's health check: its version as `tag_name`, if it states one, and more.
+
+    Raises:
+        ValueError: KFP is unreachable or refuses, or a login page answers.
+    """
+    headers = {"Authorization": f"Bearer {os.environ[TOKEN]}"} if os.environ.get(TOKEN) else {}
     try:
-        response = requests.get(f"{endpoint}/apis/v2beta1/healthz", headers=headers, timeout=10)
+        response = requests.get(f"{endpoint.rstrip('/')}/apis/v2beta1/healthz", headers=headers, timeout=timeout)
     except requests.RequestException as error:
         raise ValueError(f"KFP at {endpoint} cannot be reached: {_first_line(error)}") from None
     if not response.ok:
         hint = f"; set a token in {TOKEN}" if response.status_code in (401, 403) else ""
         raise ValueError(f"KFP at {endpoint} refused ({response.status_code} {response.reason}){hint}")
-    kind = response.headers.get("Content-Type", "").partition(";")[0]
-    if kind != "application/json":  # a login page also answers with 200
-        raise ValueError(f"{endpoint}: must be KFP's API, but it answers with {kind}; set a token in {TOKEN}")
+    try:
+        return dict(response.json())
+    except ValueError:  # a login page also has status 200
+        kind = response.headers.get("Content-Type", "something else")
+        raise ValueError(f"{endpoint}: must be KFP's API, but it answers with {kind}; set a token in {TOKEN}") from None
 
 
 def _upload(client: kfp.Client, file: Path, name: str, namespace: str) -> tuple[str, str]:
@@ -223,12 +234,6 @@ def _schedules(client: kfp.Client, experiment: str) -> list[Any]:
         found += page.recurring_runs or []
         if not (token := page.next_page_token or ""):
             return found
-
-
-def _schedule_line(each: Any) -> str:
-    cron, periodic = each.trigger.cron_schedule, each.trigger.periodic_schedule
-    when = f"cron {cron.cron}" if cron else f"every {periodic.interval_second} s"
-    return f"{each.recurring_run_id}  {each.status or each.mode or '':<8} {when:<24} {each.display_name}"
 
 
 def _six_fields(cron: str) -> str:

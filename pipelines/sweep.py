@@ -5,9 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from kfp import compiler, dsl
-from pydantic import BaseModel
 
-from pixelclip.config import EvaluateConfig, TrainConfig
 from pixelclip.sweep import SweepRun, read
 from pixelclip_components import IMAGE
 from pixelclip_components.evaluate.component import evaluate
@@ -17,7 +15,9 @@ from pixelclip_components.train.component import train
 from pixelclip_pipelines.cluster_config import Cluster, check_workspace, image_of
 from pixelclip_pipelines.cluster_config import read as read_cluster
 from pixelclip_pipelines.cluster_tasks import place_on
-from pixelclip_pipelines.pixelclip import SETTING_OF
+
+_PARAMETERS = ("clip", "steps", "batch_size", "concepts", "seed")
+"""Settings of the training that are parameters of its component; all others are passed in `settings`."""
 
 
 def build(cluster: Cluster | None = None, image: str = IMAGE) -> dsl.base_component.BaseComponent:
@@ -49,16 +49,8 @@ def build(cluster: Cluster | None = None, image: str = IMAGE) -> dsl.base_compon
         with dsl.ParallelFor(runs, name="runs") as run:
             # Without an MLflow run id, every row and seed gets its own run.
             everywhere = {"settings": run.settings, "workspace": run.workspace}
-            trained = train(
-                masks=masked.outputs["data"],
-                clip=run.clip,
-                steps=run.steps,
-                batch_size=run.batch_size,
-                concepts=run.concepts,
-                seed=run.seed,
-                **everywhere,
-            )
-            made = on("train", trained).outputs["model"]
+            chosen = {name: getattr(run, name) for name in _PARAMETERS}
+            made = on("train", train(masks=masked.outputs["data"], **chosen, **everywhere)).outputs["model"]
             evaluated = on("evaluate", evaluate(model=made, labelled=truth.outputs["data"], **everywhere))
         on("sweep_table", sweep_table(name=name, runs=runs, metrics=dsl.Collected(evaluated.outputs["metrics"])))
 
@@ -77,15 +69,12 @@ def items(runs: Sequence[SweepRun], workspace: str = "") -> list[dict[str, Any]]
         workspace: folder that outlives the pipeline run, where stages are reused and resumed; empty for none.
     """
 
-    def flat(*configs: BaseModel) -> dict[str, Any]:
-        sections = zip(("train", "evaluate"), configs, strict=True)
-        return {f"{stage}.{name}": value for stage, config in sections for name, value in config.model_dump().items()}
-
-    defaults, loop = flat(TrainConfig(), EvaluateConfig()), []
+    loop = []
     for run in runs:
-        values = flat(run.train, run.evaluate)
-        item = {name: values.pop(setting) for name, setting in SETTING_OF.items() if setting in values}
-        settings = {name: value for name, value in values.items() if value != defaults[name]}
+        item = {name: getattr(run.train, name) for name in _PARAMETERS}
+        changed = [("train", run.train.model_dump(exclude_defaults=True, exclude=set(_PARAMETERS)))]
+        changed += [("evaluate", run.evaluate.model_dump(exclude_defaults=True))]
+        settings = {f"{stage}.{name}": value for stage, values in changed for name, value in values.items()}
         folder = str(Path(workspace, run.folder)) if workspace else ""
         loop.append({**item, "row": run.row, "differs": run.settings, "settings": settings, "workspace": folder})
     return loop

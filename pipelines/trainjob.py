@@ -15,7 +15,7 @@ from pixelclip.config import TrainConfig
 from pixelclip.stage import METRICS, Metrics
 from pixelclip.storage import read_json
 from pixelclip.tracking import PARENT_RUN, PIPELINE_RUN
-from pixelclip_pipelines.cluster_config import Cluster, Source, pod_environment, seconds
+from pixelclip_pipelines.cluster_config import Cluster, pod_environment, seconds
 
 GROUP, VERSION, PLURAL = "trainer.kubeflow.org", "v1alpha1", "trainjobs"
 MANAGER = "pixelclip.io/pipeline"
@@ -62,8 +62,12 @@ def template(cluster: Cluster, nodes: int, image: str) -> dict[str, Any]:
     gpus = {step.gpu_type: str(step.gpus)} if step.gpus else {}
     environment = [
         *({"name": name, "value": value} for name, value in pod_environment(step, image).items()),
-        *_references(cluster.secrets, "secretKeyRef"),
-        *_references(cluster.config_maps, "configMapKeyRef"),
+        *(
+            {"name": name, "valueFrom": {kind: {"name": source.name, "key": key, "optional": source.optional}}}
+            for kind, sources in (("secretKeyRef", cluster.secrets), ("configMapKeyRef", cluster.config_maps))
+            for source in sources
+            for name, key in source.env.items()
+        ),
     ]
     trainer = {
         "image": image,
@@ -94,14 +98,6 @@ def template(cluster: Cluster, nodes: int, image: str) -> dict[str, Any]:
             ],
         },
     }
-
-
-def _references(sources: list[Source], kind: str) -> list[dict[str, Any]]:
-    return [
-        {"name": variable, "valueFrom": {kind: {"name": source.name, "key": key, "optional": source.optional}}}
-        for source in sources
-        for variable, key in source.env.items()
-    ]
 
 
 def complete(job: dict[str, Any], masks: Path, out: Path, settings: TrainConfig) -> dict[str, Any]:
@@ -146,10 +142,9 @@ def train_on_nodes(job: str, workspace: str, settings: TrainConfig) -> Metrics:
         raise ValueError("a training on several nodes needs the parameter `workspace`: a folder on the volume that they share")
     out = Path(workspace, "train")
     body = complete(json.loads(job), Path(workspace, "masks"), out, settings)
+    launcher = _Launcher(body)
     # The handler only records the signal: an exception raised there could interrupt a request half-way.
-    signals: list[int] = []
-    launcher = _Launcher(body, signals)
-    previous = signal.signal(signal.SIGTERM, lambda number, _frame: signals.append(number))
+    previous = signal.signal(signal.SIGTERM, lambda number, _frame: launcher.signals.append(number))
     try:
         launcher.start()
         condition = launcher.wait()
@@ -167,13 +162,14 @@ def train_on_nodes(job: str, workspace: str, settings: TrainConfig) -> Metrics:
 class _Launcher:
     """Create, watch and delete one TrainJob. `start` and `wait` raise SystemExit once `signals` is not empty."""
 
-    def __init__(self, body: dict[str, Any], signals: list[int]) -> None:
+    def __init__(self, body: dict[str, Any]) -> None:
         try:
             config.load_incluster_config()
         except config.ConfigException:
             config.load_kube_config()
         namespace = _NAMESPACE.read_text().strip() if _NAMESPACE.is_file() else "default"
-        self.name, self._body, self._signals = body["metadata"]["name"], body, signals
+        self.name, self._body = body["metadata"]["name"], body
+        self.signals: list[int] = []
         self._pause = float(body["metadata"]["annotations"][_POLL])
         self._path = {"group": GROUP, "version": VERSION, "namespace": namespace, "plural": PLURAL}
         self._api = client.CustomObjectsApi()
@@ -233,10 +229,10 @@ class _Launcher:
 
     def _sleep(self, seconds: float) -> None:
         end = time.monotonic() + seconds
-        while not self._signals and (left := end - time.monotonic()) > 0:
+        while not self.signals and (left := end - time.monotonic()) > 0:
             time.sleep(min(left, 1.0))  # a signal does not end a sleep
-        if self._signals:
-            raise SystemExit(128 + self._signals[0])
+        if self.signals:
+            raise SystemExit(128 + self.signals[0])
 
     def _print(self, event: str) -> None:
         print(f"TrainJob {self.name}: {event}", flush=True)

@@ -235,10 +235,10 @@ def test_dvc_remote_on_s3(s3, tmp_path, monkeypatch):
         (Answer(200, {}, b'{"tag_name": "2.17.0", "multi_user": false}'), "ok", "KFP 2.17.0, SDK 2."),
         (Answer(200, {}, b'{"multi_user": false}'), "ok", "KFP of unknown version"),
         (Answer(200, {}, b'{"tag_name": "1.8.5"}'), "failed", "KFP 1.8.5, SDK 2."),
-        (Answer(200, {}, b"<html>log in</html>"), "failed", "asks for a login"),
-        (Answer(401, {}, b""), "failed", "asks for a login (status 401)"),
-        (Answer(404, {}, b""), "failed", "/apis/v2beta1/healthz: status 404"),
-        (Answer(200, {}, b"{"), "failed", "JSONDecodeError"),
+        (Answer(200, {}, b"<html>log in</html>"), "failed", "must be KFP's API"),
+        (Answer(401, {}, b""), "failed", "refused (401 Unauthorized); set a token in KFP_TOKEN"),
+        (Answer(404, {}, b""), "failed", "refused (404 Not Found)"),
+        (Answer(200, {}, b"{"), "failed", "must be KFP's API"),
     ],
 )
 def test_kubeflow_pipelines_health_and_version(monkeypatch, web, answer, state, message):

@@ -200,9 +200,11 @@ def test_run_id_from_the_environment_is_the_parent(made, tmp_path, monkeypatch):
     given = made.client.create_run(made.client.get_experiment_by_name("pixelclip").experiment_id).info.run_id
     monkeypatch.setenv("MLFLOW_RUN_ID", given)
     monkeypatch.setenv(PARENT_RUN, "above")
-    parent = sweep._start_parent("any", tmp_path / "out")
-    parent.finish()
-    assert parent.run_id == given
+    file = write_sweep(tmp_path / "one.yaml", rows={"one": None}, seeds=[0])
+    sweep.run(file, *made.inputs[:2], tmp_path / "out", made.inputs[3])
+    children = [run for run in all_runs(made.client) if run.data.tags.get("mlflow.parentRunId") == given]
+    assert [run.info.run_name for run in children] == ["one, seed 0"]
+    assert made.client.get_run(given).info.status == "RUNNING", "its creator ends it"
     with sweep._children_of(given):
         assert "MLFLOW_RUN_ID" not in os.environ and os.environ[PARENT_RUN] == given
     assert (os.environ["MLFLOW_RUN_ID"], os.environ[PARENT_RUN]) == (given, "above")

@@ -2,8 +2,7 @@
 
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,8 +10,11 @@ import typer
 
 from pixelclip import cli_cluster
 from pixelclip.cli_cluster import Cluster, Image, Nodes, Overrides, Params, Repo, Revision
-from pixelclip.config import as_table, build, device_name, load, parse_overrides
+from pixelclip.config import ImportConfig, as_table, build, device_name, load, parse_overrides
+from pixelclip.download import here
+from pixelclip.output import outbox
 from pixelclip.s3 import is_s3
+from pixelclip.upload import upload
 
 _MODEL = "Model folder, s3://bucket/folder, or models:/NAME@ALIAS."
 
@@ -56,13 +58,17 @@ def _config(stage: str, params: Path | None, settings: list[str] | None) -> Any:
     return load(stage, params, overrides)
 
 
+def _run(stage: str, out: str, params: Path | None, settings: list[str] | None, *inputs: str) -> None:
+    """Run a stage, whose function takes its inputs, an output folder and its settings."""
+    config = _config(stage, params, settings)
+    with outbox(out) as folder:
+        import_module(f"pixelclip.{stage}").run(*inputs, folder, config)
+
+
 @app.command()
 def toy(out: Out, params: Params = None, settings: Settings = None) -> None:
     """Paint scenes: training images without labels, and a labelled set for evaluation."""
-    from pixelclip.toy import run
-
-    with _output(out) as folder:
-        run(folder, _config("toy", params, settings))
+    _run("toy", out, params, settings)
 
 
 @app.command("fetch_data")
@@ -73,10 +79,7 @@ def fetch_data(
     settings: Settings = None,
 ) -> None:
     """Fetch DVC-tracked data of one git revision."""
-    from pixelclip.fetch_data import run
-
-    with _output(out) as folder:
-        run(repo, folder, _config("fetch_data", params, settings))
+    _run("fetch_data", out, params, settings, repo)
 
 
 @app.command()
@@ -87,11 +90,7 @@ def shards(
     settings: Settings = None,
 ) -> None:
     """Pack a folder of images into tar shards."""
-    from pixelclip.shards import run
-
-    config = _config("shards", params, settings)
-    with _output(out) as folder:
-        run(images, folder, config)
+    _run("shards", out, params, settings, images)
 
 
 @app.command()
@@ -104,17 +103,16 @@ def masks(
     settings: Settings = None,
 ) -> None:
     """Make class-agnostic masks for every image of the shards."""
-    from pixelclip.masks import run
-
-    config = _config("masks", params, [*(settings or []), *([f"part={part}"] if part else [])])
-    with _output(out) as folder:
-        run(shards, folder, config)
+    _run("masks", out, params, [*(settings or []), *([f"part={part}"] if part else [])], shards)
     if preview:
         from pixelclip.pictures import preview as write_preview
 
         file = f"{out.rstrip('/')}/preview.jpg"
-        with _output_file(file) as path:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "preview.jpg") if is_s3(out) else Path(file)
             count = write_preview(out, preview, path)
+            if is_s3(out):
+                upload(path, file)
         print(f"{count} images: {file}")
 
 
@@ -126,11 +124,7 @@ def train(
     settings: Settings = None,
 ) -> None:
     """Train PixelCLIP on shards with masks, starting from a CLIP."""
-    from pixelclip.train import run
-
-    config = _config("train", params, settings)
-    with _output(out) as folder:
-        run(masks, folder, config)
+    _run("train", out, params, settings, masks)
 
 
 @app.command("evaluate_clip")
@@ -149,7 +143,7 @@ def evaluate_clip(
     training = load("train", params, {name: value for name, value in options.items() if value})
     from pixelclip.evaluate_clip import run_all
 
-    with _output(out) as folder:
+    with outbox(out) as folder:
         run_all(training.clip, labelled, folder, config, training.side, training.residual)
 
 
@@ -166,7 +160,7 @@ def evaluate(
     config = _config("evaluate", params, settings)
     from pixelclip.evaluate import run_all
 
-    with _output(out) as folder:
+    with outbox(out) as folder:
         run_all(_path(model), labelled, folder, config, _path(clip_evaluation) if clip_evaluation else None)
 
 
@@ -196,7 +190,7 @@ def register(
     config = _config("register", params, settings)
     from pixelclip.register import run
 
-    with _output(out) as folder:
+    with outbox(out) as folder:
         run(_path(model), _path(evaluation), folder, config)
 
 
@@ -291,10 +285,9 @@ def import_(
     side: Annotated[int, typer.Option(help="Side of CLIP's input in pixels; 0: about 320 (ViT), 640 (ConvNeXt).")] = 0,
 ) -> None:
     """Convert a checkpoint of the reference implementation to a model folder."""
-    from pixelclip.config import ImportConfig
     from pixelclip.convert import run
 
-    with _output(out) as folder:
+    with outbox(out) as folder:
         run(_path(checkpoint), folder, build(ImportConfig, {"clip": clip, "side": side}, "import"))
 
 
@@ -386,31 +379,9 @@ def pipeline_compile_sweep(
     print(out)
 
 
-def _output(out: str) -> AbstractContextManager[Path]:
-    """Open the local folder in which a stage makes `out`; it is uploaded afterwards if `out` is s3://."""
-    from pixelclip.output import outbox
-
-    return outbox(out)
-
-
-@contextmanager
-def _output_file(out: str) -> Iterator[Path]:
-    if not is_s3(out):
-        yield Path(out)
-        return
-    from pixelclip.upload import upload
-
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, out.rpartition("/")[2])
-        yield file
-        upload(file, out)
-
-
 def _path(spec: str) -> Path:
     """Resolve a path, URI or registered model to a local path."""
     if not spec.startswith("models:/"):
-        from pixelclip.download import here
-
         return here(spec)
     try:
         from pixelclip.model_version import fetch

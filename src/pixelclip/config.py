@@ -14,9 +14,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 _Kind = TypeVar("_Kind", bound=BaseModel)
-_STRICT = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, coerce_numbers_to_str=True)
 _BAD_SHARE = "Largest share of unreadable samples; a larger share stops the stage."
-_WORKERS = "Worker processes; 0 works in the main process."
 _DEVICE = "Device: auto (a GPU if available), cpu, cuda, cuda:1, ..."
 
 
@@ -38,38 +36,38 @@ def device_name(name: str) -> str:
 _Device = Annotated[str, AfterValidator(device_name)]
 
 
-class ToyConfig(BaseModel):
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, coerce_numbers_to_str=True)
+
+
+class ToyConfig(_Settings):
     """Painted scenes, the default data."""
 
-    model_config = _STRICT
     train_scenes: int = _setting(2000, "Training scenes, without labels.", ge=1)
     test_scenes: int = _setting(200, "Evaluation scenes, with labels; none of them is a training scene.", ge=1)
-    side: int = _setting(128, "Side of a scene in pixels.", ge=32, le=4096)
+    side: int = _setting(128, "Side of a scene in pixels.", ge=32, le=512)
     seed: int = _setting(0, "Seed of the scenes.", ge=0)
 
 
-class FetchDataConfig(BaseModel):
+class FetchDataConfig(_Settings):
     """Data of one revision of a DVC or git repository."""
 
-    model_config = _STRICT
     path: str = _setting("data/images", "Folder or file in the repository, tracked by DVC or git.", min_length=1)
     revision: str = _setting("HEAD", "Commit, tag or branch; only a full commit SHA never moves.", min_length=1)
 
 
-class ShardsConfig(BaseModel):
+class ShardsConfig(_Settings):
     """Tar shards of images."""
 
-    model_config = _STRICT
     images_per_shard: int = _setting(1000, "Images per tar.", ge=1)
     shortest_edge: int = _setting(0, "Shrink to this shortest edge in pixels (paper: 750); 0 keeps the size.", ge=0, le=16384)
     jpeg_quality: int = _setting(95, "JPEG quality of images that are encoded again.", ge=1, le=100)
     max_bad_share: float = _setting(0.05, _BAD_SHARE, runtime=True, ge=0, le=1)
 
 
-class MasksConfig(BaseModel):
+class MasksConfig(_Settings):
     """Class-agnostic masks of every image."""
 
-    model_config = _STRICT
     generator: Literal["felzenszwalb", "given", "sam", "dino"] = _setting(
         "felzenszwalb",
         "felzenszwalb (graph segmentation, no weights), given (SA-1B JSON), sam, or dino (k-means of patch tokens).",
@@ -106,7 +104,7 @@ class MasksConfig(BaseModel):
     max_masks: int = _setting(0, "Keep the largest masks of an image, at most this many; 0 keeps all.", ge=0)
     max_bad_share: float = _setting(0.05, _BAD_SHARE, runtime=True, ge=0, le=1)
     part: str = _setting("", "i/n: process only the i-th of n parts of the shards; a folder of all n parts is valid input.")
-    workers: int = _setting(2, _WORKERS, runtime=True, ge=0, le=1024)
+    workers: int = _setting(2, "Worker processes; 0 works in the main process.", runtime=True, ge=0, le=1024)
     batch_size: int = _setting(4, "SAM and DINO: images on the device at once.", runtime=True, ge=1)
     device: _Device = _setting("auto", _DEVICE, runtime=True)
 
@@ -124,10 +122,9 @@ class MasksConfig(BaseModel):
         return self
 
 
-class TrainConfig(BaseModel):
+class TrainConfig(_Settings):
     """PixelCLIP training."""
 
-    model_config = _STRICT
     clip: str = _setting(
         "ViT-B-16-quickgelu:openai",
         "CLIP to start from: toy, an open_clip folder, NAME:PRETRAINED, or NAME:FILE (path, URL or s3://).",
@@ -191,10 +188,9 @@ class TrainConfig(BaseModel):
         return self
 
 
-class EvaluateConfig(BaseModel):
+class EvaluateConfig(_Settings):
     """Evaluation of the model and its CLIP on one labelled set."""
 
-    model_config = _STRICT
     kind: Literal["folder", "coco-stuff", "ade20k", "pascal-context", "cityscapes", "voc"] = _setting(
         "folder", "Layout of the labelled set: folder (images/, labels/, classes.txt) or a benchmark's published layout."
     )
@@ -250,18 +246,16 @@ class EvaluateClipConfig(EvaluateConfig):
     pictures: int = _setting(8, "Pictures whose label maps are kept for reports.", ge=0)
 
 
-class RegisterConfig(BaseModel):
+class RegisterConfig(_Settings):
     """The promotion gate of the MLflow registry."""
 
-    model_config = _STRICT
     name: str = _setting("pixelclip", "Name of the registered model.", pattern=r"^[^/:.%\"']+$")
     min_gain: float = _setting(1.0, "Smallest gain of a champion over CLIP, in points of mIoU.")
 
 
-class ImportConfig(BaseModel):
+class ImportConfig(_Settings):
     """Import of a checkpoint of the reference implementation; not a stage."""
 
-    model_config = _STRICT
     clip: str = _setting("", "open_clip's name of its CLIP, or a folder with open_clip_config.json; empty: detect it.")
     side: int = _setting(
         0, "Side of CLIP's input in pixels; 0: the multiple of its patch size nearest 320 (ViT), 640 (ConvNeXt).", ge=0, le=4096
@@ -288,11 +282,11 @@ def nearest(word: str, allowed: Iterable[str]) -> str:
 
 
 def build(kind: type[_Kind], values: Mapping[str, Any], source: str, sources: Mapping[str, str] | None = None) -> _Kind:
-    """Validate the settings of one stage.
+    """Validate the settings of one stage, or another settings file.
 
     Args:
-        kind: settings class of the stage.
-        values: its settings; the others have their defaults.
+        kind: settings class.
+        values: settings; the others have their defaults.
         source: origin of the values, for errors.
         sources: origins of single settings that differ from `source`.
 
@@ -318,26 +312,32 @@ def build(kind: type[_Kind], values: Mapping[str, Any], source: str, sources: Ma
                 hint = nearest(name, kind.model_fields) or f"; the settings are {', '.join(kind.model_fields)}"
                 lines.append(f"{origin}: unknown setting {name!r}{hint}")
             else:
-                lines.append(f"{origin}: {name}: {message} (found {fault['input']!r})" if name else f"{origin}: {message}")
+                found = "" if fault["type"] == "value_error" else f" (found {fault['input']!r})"  # our validators name it
+                lines.append(f"{origin}: {f'{name}: ' if name else ''}{message}{found}")
     raise ValueError("\n".join(lines))
 
 
-def load(stage: str, params: Path | None = None, overrides: Mapping[str, Any] | None = None) -> Any:
+def load(stage: str, params: Path | None = None, overrides: Mapping[str, Any] | None = None, origin: str = "") -> Any:
     """Load the settings of `stage`: defaults, then the stage's section of `params`, then `overrides`.
 
     Args:
         stage: a key of `STAGES`.
         params: YAML file with one section per stage; the sections of other stages are validated too.
         overrides: `setting: value` or `stage.setting: value`; those of other stages are ignored.
+        origin: origin of `overrides`, for errors; empty: the command line.
 
     Raises:
         ValueError: unknown section or setting, or invalid value.
     """
-    source = str(params) if params else "settings"
-    sections = _read_params(params) if params else {}
+    source = str(params) if params else origin or "settings"
+    sections = read_yaml(params, "one section per stage") if params else {}
     for name, section in sections.items():
-        build(STAGES[name], section, f"{source}: {name}")
-    values = dict(sections.get(stage, {}))
+        if name not in STAGES:
+            raise ValueError(f"{params}: unknown section {name!r}{nearest(str(name), STAGES)}")
+        if not isinstance(section, dict | None):
+            raise ValueError(f"{params}: section {name!r} must hold settings, found {section!r}")
+        build(STAGES[name], section or {}, f"{source}: {name}")
+    values = dict(sections.get(stage) or {})
     sources: dict[str, str] = {}
     for key, value in (overrides or {}).items():
         prefix, _, name = key.rpartition(".")
@@ -346,7 +346,7 @@ def load(stage: str, params: Path | None = None, overrides: Mapping[str, Any] | 
         if prefix in ("", stage):
             values[name] = value
             if params:
-                sources[name] = f"command line: {stage}"
+                sources[name] = f"{origin or 'command line'}: {stage}"
     return build(STAGES[stage], values, f"{source}: {stage}", sources)
 
 
@@ -375,14 +375,18 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_yaml(path: Path) -> Any:
-    """Read a YAML file.
+def read_yaml(path: Path, content: str) -> dict[Any, Any]:
+    """Read a mapping from a YAML file; an empty file is an empty mapping.
+
+    Args:
+        path: the file.
+        content: keys and values expected, for errors.
 
     Raises:
-        ValueError: the file cannot be read, is not YAML, or has a duplicate key; one line with the position.
+        ValueError: the file cannot be read, is not YAML, has a duplicate key or no mapping; one line with the position.
     """
     try:
-        return yaml.load(path.read_text(), _Loader)
+        document = yaml.load(path.read_text(), _Loader) or {}
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
@@ -390,18 +394,9 @@ def read_yaml(path: Path) -> Any:
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         message = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise ValueError(f"{path}: cannot be read as YAML: {message}") from None
-
-
-def _read_params(params: Path) -> dict[str, dict[str, Any]]:
-    document = read_yaml(params) or {}
     if not isinstance(document, dict):
-        raise ValueError(f"{params}: must hold one section per stage, found {type(document).__name__}")
-    for name, section in document.items():
-        if name not in STAGES:
-            raise ValueError(f"{params}: unknown section {name!r}{nearest(str(name), STAGES)}")
-        if not isinstance(section, dict | None):
-            raise ValueError(f"{params}: section {name!r} must hold settings, found {section!r}")
-    return {name: section or {} for name, section in document.items()}
+        raise ValueError(f"{path}: must hold {content}, found {type(document).__name__}")
+    return document
 
 
 def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
@@ -422,14 +417,13 @@ def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
     return values
 
 
+def _runtime_settings(kind: type[BaseModel]) -> set[str]:
+    return {name for name, field in kind.model_fields.items() if field.json_schema_extra == {"runtime": True}}
+
+
 def lasting(config: BaseModel) -> dict[str, Any]:
     """Return the settings that determine the result of a stage: all but the runtime settings."""
-    runtime = {name for name, field in type(config).model_fields.items() if _is_runtime(field.json_schema_extra)}
-    return config.model_dump(exclude=runtime)
-
-
-def _is_runtime(extra: Any) -> bool:
-    return bool(extra and extra.get("runtime"))
+    return config.model_dump(exclude=_runtime_settings(type(config)))
 
 
 def as_table() -> str:
@@ -438,7 +432,7 @@ def as_table() -> str:
     for stage, kind in STAGES.items():
         lines += [f"## {stage}", "", (kind.__doc__ or "").strip(), "", "| setting | default | meaning |", "|---|---|---|"]
         for name, field in kind.model_fields.items():
-            note = " *Runtime.*" if _is_runtime(field.json_schema_extra) else ""
+            note = " *Runtime.*" if name in _runtime_settings(kind) else ""
             lines.append(f"| `{name}` | `{field.default!r}` | {field.description}{note} |")
         lines.append("")
     return "\n".join(lines)

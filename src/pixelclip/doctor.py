@@ -9,8 +9,6 @@ import re
 import shutil
 import subprocess
 import threading
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial, wraps
@@ -25,7 +23,7 @@ from pixelclip.s3 import connected, split
 SECONDS = 20.0
 """Time limit of one check."""
 _GIB = 1 << 30
-_SHARED, _DISK = 1 * _GIB, 10 * _GIB
+_SHARED, _DISK = 1, 10  # GiB needed
 State = Literal["ok", "missing", "failed", "not configured"]
 _Result = tuple[State, str] | tuple[State, str, str]
 
@@ -82,10 +80,11 @@ def run(s3: str = "", data: str = "", kfp: str = "", image: str = "", seconds: f
         "image": partial(container_image, image or os.environ.get("PIXELCLIP_IMAGE", ""), seconds),
     }
     findings = {what: Finding(what, "failed", f"no answer within {seconds:g} s") for what in checks}
-    threads = [
-        threading.Thread(target=lambda what, function: findings.update({what: function()}), args=check, daemon=True)
-        for check in checks.items()
-    ]
+
+    def check(what: str) -> None:
+        findings[what] = checks[what]()
+
+    threads = [threading.Thread(target=check, args=[what], daemon=True) for what in checks]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -132,26 +131,25 @@ def gpu() -> _Result:
 @_check("shared memory", "docker run --shm-size=8g, in a pod a memory volume at /dev/shm, or set train.workers=0")
 def shared_memory() -> _Result:
     """Check the size of /dev/shm, through which data loaders pass batches."""
-    size = shutil.disk_usage("/dev/shm").total
+    size = shutil.disk_usage("/dev/shm").total / _GIB
     if size < _SHARED:
-        raise ValueError(f"/dev/shm has {size / _GIB:.2f} GiB, data loaders need 1 or more")
-    return "ok", f"/dev/shm has {size / _GIB:.1f} GiB"
+        raise ValueError(f"/dev/shm has {size:.2f} GiB, data loaders need 1 or more")
+    return "ok", f"/dev/shm has {size:.1f} GiB"
 
 
 @_check("disk", "choose another --out, or another folder for downloads with PIXELCLIP_CACHE")
 def disk() -> _Result:
     """Check free space and permissions of the current folder and of the download cache."""
-    details, low = [], False
+    free = {}
     for name, path in (("here", Path.cwd()), ("downloads", cache_folder())):
         existing = next(folder for folder in (path, *path.parents) if folder.exists())
         if not os.access(existing, os.W_OK):
             raise ValueError(f"{path} is not writable ({name})")
-        free = shutil.disk_usage(existing).free
-        low = low or free < _DISK
-        details.append(f"{free / _GIB:.0f} GiB free in {path} ({name})")
-    if low:
-        raise ValueError(f"{', '.join(details)}, 10 GiB or more are needed")
-    return "ok", ", ".join(details)
+        free[f"{path} ({name})"] = shutil.disk_usage(existing).free / _GIB
+    details = ", ".join(f"{size:.0f} GiB free in {place}" for place, size in free.items())
+    if min(free.values()) < _DISK:
+        raise ValueError(f"{details}, 10 GiB or more are needed")
+    return "ok", details
 
 
 @_check("S3", "look at AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, and at the network")
@@ -190,8 +188,10 @@ def mlflow(seconds: float = SECONDS) -> _Result:
         raise ValueError(_line(error).replace(uri, public)) from None
     version = ""
     if uri.startswith("http"):
-        _, body = _get(f"{uri.rstrip('/')}/version", seconds / 2)
-        version = f" {body.decode(errors='replace')[:20]}" if re.fullmatch(rb"[\w.]+", body) else ""
+        import requests
+
+        body = requests.get(f"{uri.rstrip('/')}/version", timeout=seconds / 2).text
+        version = f" {body}" if re.fullmatch(r"[\w.]{1,20}", body) else ""
     return "ok", f"{public}: server{version} answers, its registry holds {len(models)} models"
 
 
@@ -210,16 +210,9 @@ def pipelines(endpoint: str, seconds: float = SECONDS) -> _Result:
     """Check the health of Kubeflow Pipelines, and its version against the SDK's."""
     if not endpoint:
         return "not configured", "no KFP_ENDPOINT", "set it to submit to a cluster"
-    url = f"{endpoint.rstrip('/')}/apis/v2beta1/healthz"
-    try:
-        status, body = _get(url, seconds / 2, os.environ.get("KFP_TOKEN", ""))
-    except OSError as error:
-        raise ValueError(f"{endpoint}: {_line(error)}") from None
-    if status in (401, 403) or (status == 200 and not body.lstrip().startswith(b"{")):
-        return "failed", f"{endpoint}: asks for a login (status {status})", "set KFP_TOKEN"
-    if status != 200:
-        raise ValueError(f"{url}: status {status}")
-    version, sdk = str(json.loads(body).get("tag_name", "")), metadata.version("kfp")
+    from pixelclip_pipelines.submit import health
+
+    version, sdk = str(health(endpoint, seconds / 2).get("tag_name", "")), metadata.version("kfp")
     details = f"{endpoint}: KFP {version or 'of unknown version'}, SDK {sdk}"
     if version and version.split(".")[0] != sdk.split(".")[0]:
         return "failed", details, "both must have the same major version"
@@ -247,15 +240,5 @@ def container_image(image: str, seconds: float = SECONDS) -> _Result:
     raise ValueError(f"{image}: {reason}")
 
 
-def _get(url: str, seconds: float, token: str = "") -> tuple[int, bytes]:
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
-    try:
-        with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=seconds) as reply:
-            return reply.status, reply.read(1 << 20)
-    except urllib.error.HTTPError as error:
-        with error:
-            return error.code, b""
-
-
 def _line(error: object) -> str:
-    return " ".join(str(getattr(error, "reason", error)).split())[:300] or type(error).__name__
+    return " ".join(str(error).split())[:300] or type(error).__name__

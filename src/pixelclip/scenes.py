@@ -58,9 +58,6 @@ def paint(seed: int, index: int, side: int = 128) -> Scene:
             return Scene(_develop(canvas), canvas.label, _caption([CLASSES[i] for i in np.flatnonzero(share)], rng))
 
 
-# ---------------------------------------------------------------------------------------------------- composition
-
-
 def _compose(canvas: Canvas) -> None:
     """Paint stuff from the top down, then things from far to near."""
     rng, side = canvas.rng, canvas.side
@@ -144,8 +141,6 @@ def _develop(canvas: Canvas) -> NDArray[np.uint8]:
     picture: NDArray[np.uint8] = (np.clip(image, 0, 1) * 255).astype(np.uint8)
     return picture
 
-
-# ---------------------------------------------------------------------------------------------------- captions
 
 _PHRASES = (
     "a photo of {}", "a photo of {}", "a photo of {}", "a picture of {}", "{}", "{}", "{}", "{} in the scene",

@@ -7,7 +7,6 @@ cluster (pipelines/sweep.py) writes the same ones.
 
 import base64
 import csv
-import hashlib
 import html
 import io
 import os
@@ -29,10 +28,10 @@ from pixelclip.benchmarks import open_labelled
 from pixelclip.config import STAGES, EvaluateConfig, TrainConfig, build, load, nearest, read_yaml
 from pixelclip.download import here
 from pixelclip.journal import RUN
-from pixelclip.server import connect, experiment_id
+from pixelclip.server import connect
 from pixelclip.shard_sources import list_shards
 from pixelclip.storage import read_json, write_atomically
-from pixelclip.tracking import PARENT_RUN, PIPELINE_RUN, Run, lineage
+from pixelclip.tracking import PARENT_RUN, PIPELINE_RUN, Run
 
 TABLE, RUNS, PLOT = "table.md", "runs.csv", "sweep.png"
 # Metrics of the table: key in evaluate's metrics, before the slash, and heading.
@@ -95,23 +94,15 @@ def read(file: Path, params: Path | None = None) -> tuple[str, list[SweepRun]]:
     Raises:
         ValueError: an unknown key or setting, or a value that is not allowed, in any row.
     """
-    document = read_yaml(file)
-    if not isinstance(document, dict):
-        raise ValueError(f"{file}: must hold rows of settings, found {type(document).__name__}")
+    document = read_yaml(file, "rows of settings")
     sweep = build(SweepFile, {"name": file.stem, **{str(key): value for key, value in document.items()}}, str(file))
-    base = {f"{stage}.{name}": value for stage in _STAGES for name, value in load(stage, params).model_dump().items()}
-    base |= _checked(sweep.settings, f"{file}: settings")
+    shared = _checked(sweep.settings, f"{file}: settings")
     runs = []
     for row, settings in sweep.rows.items():
         source = f"{file}: row {row!r}"
-        values = base | _checked(settings, source)
+        values = shared | _checked(settings, source)
         for seed in sweep.seeds:
-            configs: list[Any] = []
-            for stage in _STAGES:
-                chosen = {key.partition(".")[2]: value for key, value in values.items() if key.startswith(f"{stage}.")}
-                configs.append(
-                    build(STAGES[stage], chosen | ({"seed": seed} if stage == "train" else {}), f"{source}: {stage}")
-                )
+            configs = (load(stage, params, {**values, _SEED: seed}, source) for stage in _STAGES)
             runs.append(SweepRun(row, seed, settings or {}, *configs))
     return sweep.name, runs
 
@@ -153,9 +144,13 @@ def run(file: Path, masks: Path | str, labelled: Path | str, out: Path, params: 
         open_labelled(labelled, kind)
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: must be a folder, found a file")
-    parent, status = _start_parent(name, out), "FAILED"
+    connect()  # reports an unreachable server before anything is written
+    out.mkdir(parents=True, exist_ok=True)
+    parent, status = Run.start(out, name, {"stage": "sweep", "settings": {}, "inputs": {}}), "FAILED"
     runs: list[dict[str, Any]] = []
     try:
+        parent.tags({"sweep.out": str(out.resolve())})
+        parent.journal.deliver()  # a continued run is RUNNING again
         with _children_of(parent.run_id):
             for number, each in enumerate(planned, 1):
                 print(f"sweep: run {number} of {len(planned)}: {each.row}, seed {each.seed}", flush=True)
@@ -188,27 +183,6 @@ def _run_one(each: SweepRun, masks: Path | str, labelled: Path, folder: Path, pa
     finally:
         _tag_children(each, folder, parent)
     return {"row": each.row, "seed": each.seed, "settings": each.settings, "metrics": metrics, "error": failure}
-
-
-def _start_parent(name: str, out: Path) -> Run:
-    """Open the MLflow run of the sweep: MLFLOW_RUN_ID, the existing run of this name and folder, or a new one."""
-    client = connect()
-    identity = hashlib.sha256(f"{name}\n{out.resolve()}".encode()).hexdigest()[:16]
-    tags = {"sweep.id": identity, "sweep.out": str(out.resolve()), **lineage({"inputs": {}})}
-    run_id = external = os.environ.get("MLFLOW_RUN_ID")
-    try:
-        if not external:
-            experiment = experiment_id(client)
-            existing = client.search_runs([experiment], f"tags.`sweep.id` = '{identity}'", max_results=1)
-            run = existing[0] if existing else client.create_run(experiment, run_name=name, tags=tags)
-            run_id = run.info.run_id
-            client.update_run(run_id, status="RUNNING")
-        out.mkdir(parents=True, exist_ok=True)
-        parent = Run(client, out, str(run_id), owned=not external)
-        parent.tags(tags)
-        return parent
-    except MlflowException as error:
-        raise ValueError(f"MLflow rejected the run of the sweep: {error}") from None
 
 
 @contextmanager
@@ -317,11 +291,9 @@ def as_csv(runs: Sequence[Mapping[str, Any]]) -> str:
 
 def plot(name: str, rows: Sequence[Mapping[str, Any]]) -> bytes:
     """Draw the gain of every row as a PNG: a bar for the mean, a dot for every seed."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 1.4 + 0.45 * len(rows)), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for place, row in enumerate(rows):
         gains = _values(row["runs"], "gain")

@@ -38,6 +38,8 @@ PREPROCESS_CONFIG: dict[str, Any] = {
 }
 MAX_LOGIT_SCALE = math.log(100)  # CLIP's own bound
 ROUNDS = (2_000, 1_400, 1_800, 2_000)
+WEIGHT_DECAY = 0.1  # on matrices only
+LABEL_SMOOTHING = 0.05  # captions of other scenes often fit too
 PATCH_DROPOUT, WHOLE_IMAGES = 0.5, 0.3  # half the patches at twice the speed (FLIP), but in the last 30 % of steps
 
 
@@ -66,8 +68,6 @@ def train_clip(
     steps: int = 2_000,
     batch_size: int = 128,
     learning_rate: float = 1.2e-3,
-    weight_decay: float = 0.1,
-    label_smoothing: float = 0.05,
 ) -> dict[str, float]:
     """Train the toy CLIP on painted scenes and write it as an open_clip folder.
 
@@ -80,8 +80,6 @@ def train_clip(
         steps: Optimizer steps.
         batch_size: Image-caption pairs per step.
         learning_rate: Peak of the one-cycle schedule.
-        weight_decay: AdamW's weight decay, on matrices only.
-        label_smoothing: Label smoothing of the contrastive targets, because captions of other scenes often fit too.
 
     Returns:
         `loss` (mean of the last 50 steps) and `logit_scale`.
@@ -91,41 +89,30 @@ def train_clip(
     """
     if num_scenes < batch_size or steps < 1:
         raise ValueError(f"train_clip: num_scenes {num_scenes} (at least {batch_size}), steps {steps} (at least 1)")
-    images, captions = _paint_all(seed, num_scenes)
+    scenes = [paint(seed, index) for index in tqdm(range(num_scenes), "painting", unit="scene")]
+    images = torch.stack([torch.from_numpy(scene.image).permute(2, 0, 1) for scene in scenes])  # uint8 [N, 3, S, S]
+    tokenizer = open_clip.SimpleTokenizer(context_length=MODEL_CONFIG["text_cfg"]["context_length"])
+    captions = tokenizer([scene.caption for scene in scenes])  # [N, T]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = CLIP(**MODEL_CONFIG)
         if start is not None:
             model.load_state_dict(load_file(start / CLIP_WEIGHTS))
-        losses = _fit(model, images, captions, steps, batch_size, learning_rate, weight_decay, label_smoothing)
+        losses = _fit(model, images, captions, steps, batch_size, learning_rate)
     _fill_vocabulary(model, captions)
-    _write(model, out)
+    weights = {name: tensor.detach().half().contiguous() for name, tensor in model.state_dict().items()}
+    config = json.dumps({"model_cfg": MODEL_CONFIG, "preprocess_cfg": PREPROCESS_CONFIG}, indent=1)
+    write_atomically(out / CLIP_WEIGHTS, save(weights))
+    write_atomically(out / CLIP_CONFIG, config.encode())
     return {"loss": sum(losses[-50:]) / len(losses[-50:]), "logit_scale": model.logit_scale.exp().item()}
 
 
-def _paint_all(seed: int, number: int) -> tuple[Tensor, Tensor]:
-    """Paint scenes as uint8 [N, 3, S, S] with their tokenized captions [N, T]."""
-    scenes = [paint(seed, index) for index in tqdm(range(number), "painting", unit="scene")]
-    images = torch.stack([torch.from_numpy(scene.image).permute(2, 0, 1) for scene in scenes])
-    tokenizer = open_clip.SimpleTokenizer(context_length=MODEL_CONFIG["text_cfg"]["context_length"])
-    return images, tokenizer([scene.caption for scene in scenes])
-
-
-def _fit(
-    model: CLIP,
-    images: Tensor,
-    captions: Tensor,
-    steps: int,
-    batch_size: int,
-    learning_rate: float,
-    weight_decay: float,
-    label_smoothing: float,
-) -> list[float]:
+def _fit(model: CLIP, images: Tensor, captions: Tensor, steps: int, batch_size: int, learning_rate: float) -> list[float]:
     """Train in place; return the loss of every step."""
     matrices = [p for name, p in model.named_parameters() if p.ndim >= 2 and "embedding" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim < 2 or "embedding" in name]
     groups: list[dict[str, Any]] = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98), weight_decay=weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98), weight_decay=WEIGHT_DECAY, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
     target = torch.arange(batch_size)
     losses: list[float] = []
@@ -144,7 +131,7 @@ def _fit(
             text_features = model.encode_text(captions[chosen], normalize=True)
         logits = model.logit_scale.exp() * image_features.float() @ text_features.float().T  # [B, B]
         both = torch.cat([logits, logits.T])
-        loss = F.cross_entropy(both, target.repeat(2), label_smoothing=label_smoothing)
+        loss = F.cross_entropy(both, target.repeat(2), label_smoothing=LABEL_SMOOTHING)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -187,10 +174,3 @@ def _fill_vocabulary(model: CLIP, captions: Tensor) -> None:
     words = torch.tensor(sorted({token for name in CLASSES for token in tokenizer.encode(name)}))
     drawn = torch.randint(0, len(words), (len(weight),), generator=torch.Generator().manual_seed(0))
     weight[unused] = weight[words[drawn[unused]]]
-
-
-def _write(model: CLIP, out: Path) -> None:
-    weights = {name: tensor.detach().half().contiguous() for name, tensor in model.state_dict().items()}
-    config = json.dumps({"model_cfg": MODEL_CONFIG, "preprocess_cfg": PREPROCESS_CONFIG}, indent=1)
-    write_atomically(out / CLIP_WEIGHTS, save(weights))
-    write_atomically(out / CLIP_CONFIG, config.encode())
