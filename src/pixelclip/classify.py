@@ -19,6 +19,7 @@ from pixelclip.annotations import annotate, decode_masks, parse_annotation
 from pixelclip.backbone import Backbone
 from pixelclip.benchmarks import IGNORE
 from pixelclip.clusters import pool_masks
+from pixelclip.config import EvaluateConfig
 from pixelclip.felzenszwalb import felzenszwalb
 from pixelclip.labels import label_map
 from pixelclip.predict import best_class, class_scores, resize_shortest, slide_scores
@@ -51,29 +52,13 @@ def predict_whole(
     return [Predictions(list(maps), [0] * len(towers), 0) for maps in zip(*label_maps, strict=True)]
 
 
-def predict_windows(
-    towers: Sequence[Backbone],
-    image: Tensor,
-    classes: Tensor,
-    side: int,
-    crop: int,
-    stride: int,
-    feature_grid: int,
-    windows_at_once: int,
-) -> Predictions:
-    """Predict the label map of one image from overlapping windows, see `slide_scores`.
-
-    Args:
-        towers: dense features.
-        image: [1, 3, H, W], normalised.
-        classes: [K, C], unit length.
-        side: shortest edge in pixels after resizing; 0 keeps the size, but not below one patch.
-        crop, stride, feature_grid, windows_at_once: see `slide_scores`.
-    """
+def predict_windows(towers: Sequence[Backbone], image: Tensor, classes: Tensor, config: EvaluateConfig) -> Predictions:
+    """Predict the label map of one normalised image [1, 3, H, W] from overlapping windows, see `slide_scores`."""
     size, maps = (image.shape[2], image.shape[3]), []
     for tower in towers:
-        resized = resize_shortest(image, side or max(*tower.patch_size, min(size)))
-        scores = slide_scores(tower, resized, classes, crop, stride, feature_grid, windows_at_once)
+        side = config.slide_side or max(*tower.patch_size, min(size))  # 0 keeps the size, but not below one patch
+        resized = resize_shortest(image, side)
+        scores = slide_scores(tower, resized, classes, config.crop, config.stride, config.feature_grid, config.batch_size)
         maps.append(best_class(scores, size)[0])
     return Predictions(maps, [0] * len(towers), 0)
 

@@ -77,7 +77,7 @@ def protocol_of(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def conditions_of(protocol: Mapping[str, Any], inputs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Everything besides the model that determines the metrics; files are identified by content, not by path.
+    """Return all conditions besides the model that determine the metrics; files are identified by content, not by path.
 
     Args:
         protocol: see `protocol_of`.
@@ -102,15 +102,21 @@ def describe_protocol(protocol: dict[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in protocol.items() if key != "name" and value is not None)
 
 
-def describe_inputs(labelled: Path, dataset: LabelledSet, spec: str, config: EvaluateConfig) -> dict[str, dict[str, Any]]:
-    """Identify all inputs besides the model, as `describe` does: `labelled`; `clip` and `masks` if they are files."""
+def describe_inputs(labelled: Path, dataset: LabelledSet, config: EvaluateConfig) -> dict[str, dict[str, Any]]:
+    """Identify all inputs besides the model, as `describe` does: `labelled`; `clip` and `masks` if they are files.
+
+    Args:
+        labelled: labelled set.
+        dataset: the same set, opened.
+        config: resolved settings, with a CLIP.
+    """
     if config.kind == "folder":
         description = describe(labelled)
     else:  # a published benchmark also holds training images, which are not read
         files = {file for pair in dataset.pairs for file in pair}
         description = {"path": origin(labelled), **digest(labelled, files)}
     inputs = {"labelled": description}
-    if weights := clip_folder(spec):
+    if weights := clip_folder(config.clip):
         inputs["clip"] = describe(weights)
     if config.protocol == "masks" and config.masks == "given":
         inputs["masks"] = describe_shards(config.masks_folder)
@@ -134,11 +140,7 @@ def check_masks(dataset: LabelledSet, config: EvaluateConfig) -> None:
 
 
 def check_sides(backbone: Backbone, config: EvaluateConfig) -> None:
-    """Check that the input sizes in the settings fit the patches of an image tower.
-
-    Args:
-        backbone: the tower.
-        config: settings, with the side in pixels.
+    """Check that the input sizes in the resolved settings fit the patches of an image tower.
 
     Raises:
         ValueError: a side is smaller than a patch or, unless windows are cropped from it, not a multiple of the patch.
