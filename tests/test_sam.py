@@ -351,8 +351,8 @@ def test_file_that_is_not_a_checkpoint_is_rejected(plain, tmp_path, suffix):
 @pytest.mark.parametrize(
     ("value", "reason"),
     [
-        ([torch.zeros(1)], ": a list is found"),
-        ({"model": {"a": torch.zeros(1)}, "epoch": 3}, r"no tensors are found \(model, epoch\)"),
+        ([torch.zeros(1)], ": expected named tensors, found a list"),
+        ({"model": {"a": torch.zeros(1)}, "epoch": 3}, r"found entries that are not tensors \(model, epoch\)"),
     ],
 )
 def test_pth_with_other_content_is_rejected(tmp_path, value, reason):

@@ -36,15 +36,7 @@ _PIXELS_AT_ONCE = 1 << 25
 def predict_whole(
     towers: Sequence[Backbone], images: Tensor, sizes: Sequence[tuple[int, int]], classes: Tensor, feature_grid: int
 ) -> list[Predictions]:
-    """Predict label maps from one resized view of each image.
-
-    Args:
-        towers: dense features.
-        images: [B, 3, side, side], normalised.
-        sizes: (H, W) of each label map.
-        classes: [K, C], unit length.
-        feature_grid: see `class_scores`.
-    """
+    """Predict label maps of the given (H, W) from one resized view of each image, see `class_scores`."""
     label_maps = []
     for tower in towers:
         scores = class_scores(tower, images, classes, feature_grid)
