@@ -223,17 +223,9 @@ def test_images_without_masks_and_slivers_yield_empty_lists(sam, images):
     assert found[0] == [] and found[1] and len(found) == 3
 
 
-@pytest.mark.parametrize("image", [np.zeros((8, 8, 3)), np.zeros((8, 8), np.uint8), np.zeros((8, 8, 4), np.uint8)])
-def test_image_that_is_not_rgb_is_rejected(sam, image):
-    with pytest.raises(ValueError, match=r"image 0 is .*, expected uint8 \[H, W, 3\]"):
-        SamGenerator(sam)([image])
-
-
 def test_settings_without_points_are_rejected(sam):
     with pytest.raises(ValueError, match="points_per_side 3 leaves no point in crop layer 2"):
         SamGenerator(sam, points_per_side=3, crop_n_layers=2, crop_n_points_downscale_factor=2)
-    with pytest.raises(ValueError, match="points_per_batch is 0"):
-        SamGenerator(sam, points_per_batch=0)
 
 
 def test_small_holes_and_islands_are_removed():

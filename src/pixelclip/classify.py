@@ -105,10 +105,8 @@ class GivenMasks:
         where = f"{self._source}: {name}" if self._members is not None else str(Path(self._source, f"{name}.json"))
         try:
             document, _ = parse_annotation(self._read_bytes(name), size, may_be_empty=True)
-        except OSError as error:
-            raise ValueError(f"{where}: {error.strerror}") from None
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{where}: {getattr(error, 'strerror', error)}") from None
         return [entry for entry in document["annotations"] if _area(entry)]
 
     def _read_bytes(self, name: str) -> bytes:

@@ -24,14 +24,9 @@ BASELINE_STAGE = "evaluate_clip"
 
 
 def resolve_config(clip: str, labelled: Path, config: EvaluateConfig, side: int, residual: Residual) -> EvaluateClipConfig:
-    """Fill in the settings of `evaluate` that depend on the model: name, CLIP, side and residual.
+    """Fill in the settings of `evaluate` that depend on the set and the model: name, CLIP, side and residual.
 
-    Args:
-        clip: the CLIP that the model was trained from; `evaluate.clip` takes precedence.
-        labelled: the labelled set.
-        config: settings of `evaluate`.
-        side: the model's input side in pixels; `evaluate.side` takes precedence.
-        residual: of the model's last block, see `Backbone`.
+    `evaluate.clip` and `evaluate.side` take precedence over the CLIP and the side of the model's training.
     """
     resolved = {"name": metric_name(labelled, config), "clip": config.clip or clip, "side": config.side or side}
     return EvaluateClipConfig(**config.model_dump() | resolved, residual=residual)
@@ -59,12 +54,11 @@ def load_baseline(folder: Path, num_classes: int) -> tuple[EvaluationCounts, Lab
 
 
 def check_baseline(folder: Path, config: EvaluateClipConfig, inputs: Mapping[str, Mapping[str, Any]]) -> None:
-    """Check that a saved evaluation of CLIP was made under the conditions of a model's evaluation, by any version of the code.
+    """Check that a saved evaluation of CLIP, by any version of the code, has the conditions of a model's evaluation.
 
     Args:
         folder: output of stage `evaluate_clip`.
-        config: of the model's evaluation, see `resolve_config`.
-        inputs: of the model's evaluation, see `describe_inputs`.
+        config, inputs: those of the model's evaluation, see `resolve_config` and `describe_inputs`.
 
     Raises:
         ValueError: it differs; the message lists every difference.

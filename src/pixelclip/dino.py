@@ -21,7 +21,7 @@ from pixelclip.annotations import annotate
 from pixelclip.config import MasksConfig
 from pixelclip.images import nearest
 from pixelclip.kmeans import kmeans
-from pixelclip.pixels import resized_square
+from pixelclip.pixels import normalise, resized_square
 from pixelclip.ranks import pick_device, pick_precision
 from pixelclip.weights import check_fit, check_tensors, named, read_weights
 
@@ -84,14 +84,7 @@ def patch_tokens(dino: VisionTransformer, images: Tensor) -> Tensor:
 
     Returns:
         [B, h, w, D] with h = H // patch, w = W // patch.
-
-    Raises:
-        ValueError: the images have any other shape.
     """
-    patch = dino.patch_embed.patch_size[0]
-    sides = images.shape[2:]
-    if images.ndim != 4 or images.shape[1] != 3 or min(sides) < patch or any(side % patch for side in sides):
-        raise ValueError(f"images are {list(images.shape)}, expected [B, 3, H, W] with H and W multiples of {patch}")
     x = dino.patch_embed(images)  # [B, h, w, D]
     grid = (x.shape[1], x.shape[2])
     x = torch.cat([dino.cls_token.expand(len(x), -1, -1), x.flatten(1, 2)], dim=1) + _resize_position(dino, grid)
@@ -112,7 +105,7 @@ def segment(dino: VisionTransformer, images: Tensor, k: int, seeds: Sequence[int
         Cluster of every patch [B, h, w], int64, numbered from 0 without gaps.
 
     Raises:
-        ValueError: see `patch_tokens` and `kmeans`.
+        ValueError: as `kmeans`.
     """
     tokens = patch_tokens(dino, images)
     labels, _ = kmeans(tokens.flatten(1, 2), k, seeds)
@@ -135,8 +128,7 @@ def masks_of(dino: VisionTransformer, images: Tensor, visible: Tensor, k: int, s
     patch = dino.patch_embed.patch_size[0]
     sides = [max(patch, round(side / patch) * patch) for side in images.shape[2:]]
     images = F.interpolate(images, size=sides, mode="bilinear", align_corners=False, antialias=True)
-    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
-    labels = segment(dino, (images - mean) / std, k, seeds)  # [B, h, w]
+    labels = segment(dino, normalise(images, IMAGENET_MEAN, IMAGENET_STD), k, seeds)  # [B, h, w]
     labels = F.interpolate(labels[:, None].float(), size=visible.shape[1:], mode="nearest-exact")[:, 0].long()
     masks = (labels[:, None] == torch.arange(k, device=labels.device)[:, None, None]) & visible[:, None]  # [B, k, H', W']
     large = masks.flatten(2).sum(dim=2) > 1

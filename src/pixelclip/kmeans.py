@@ -17,13 +17,7 @@ _DOUBTFUL = 4096  # points whose distances are recomputed at once
 
 
 @torch.no_grad()
-def kmeans(
-    points: Tensor,
-    k: int,
-    seeds: Sequence[int],
-    iterations: int = 100,
-    restarts: int = 10,
-) -> tuple[Tensor, Tensor]:
+def kmeans(points: Tensor, k: int, seeds: Sequence[int], iterations: int = 100, restarts: int = 10) -> tuple[Tensor, Tensor]:
     """Cluster the points of every image independently, all images at once.
 
     The result of an image depends on its points and its seed, not on its batch. More restarts never increase the inertia.
@@ -40,14 +34,10 @@ def kmeans(
         the points to the centres that determined the labels.
 
     Raises:
-        ValueError: no points, non-finite points, a count below 1, or not one seed per image.
+        ValueError: no points, or non-finite points.
     """
     if points.ndim != 3 or points.shape[1] == 0 or not points.isfinite().all():
         raise ValueError(f"points are {list(points.shape)}, expected finite [B, P, D] with at least one point")
-    if min(k, iterations, restarts) < 1:
-        raise ValueError(f"k, iterations and restarts are {k}, {iterations} and {restarts}, must be at least 1")
-    if len(seeds) != len(points):
-        raise ValueError(f"{len(seeds)} seeds for {len(points)} images, expected one per image")
     if not len(points):
         return points.new_zeros(points.shape[:2], dtype=torch.long), points.new_zeros(0, dtype=torch.float64)
     k = min(k, points.shape[1])

@@ -196,12 +196,6 @@ def _resize_batch(batch: list[_Sample], side: int, clip: Clip, device: torch.dev
 def compute_metrics(counts: EvaluationCounts, num_images: int, masks: bool, labelled: Path) -> dict[str, float]:
     """Compute the metrics of CLIP, or of both towers, keyed by name without the set's label.
 
-    Args:
-        counts: counts of all images.
-        num_images: number of images in the labelled set.
-        masks: whether masks were classified.
-        labelled: labelled set, for messages.
-
     Raises:
         ValueError: no image, no labelled pixel or no labelled mask was evaluated.
     """

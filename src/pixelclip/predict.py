@@ -97,12 +97,7 @@ def slide_scores(
 
     Yields:
         [1, k, H, W] for consecutive groups of k classes.
-
-    Raises:
-        ValueError: windows would leave gaps.
     """
-    if not 0 < stride <= crop:
-        raise ValueError(f"windows of {crop} pixels every {stride} pixels leave gaps; 0 < stride <= crop is required")
     height, width = min(crop, image.shape[2]), min(crop, image.shape[3])
     corners = [(y, x) for y in _starts(image.shape[2], height, stride) for x in _starts(image.shape[3], width, stride)]
     windows = [(..., slice(y, y + height), slice(x, x + width)) for y, x in corners]

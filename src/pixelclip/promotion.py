@@ -45,13 +45,7 @@ def run(name: str, version: int, force: str = "") -> Decision:
 
 
 def rollback(name: str) -> str:
-    """Make `previous` the champion again; the champion becomes `previous`, so a second rollback undoes the first.
-
-    Args:
-        name: registered model.
-
-    Returns:
-        The new champion's version.
+    """Make `previous` the champion of a registered model again and return its version; a second rollback undoes the first.
 
     Raises:
         ValueError: unknown model, no `previous`, the champion was moved by another process, or MLflow is unreachable.

@@ -64,11 +64,7 @@ def metric_name(labelled: Path, config: EvaluateConfig) -> str:
 
 
 def protocol_of(config: EvaluateConfig) -> dict[str, Any]:
-    """Return the content of `protocol.json`; settings that the protocol does not use are None.
-
-    Args:
-        config: resolved settings, with the set's name and the side in pixels.
-    """
+    """Return the content of `protocol.json` for resolved settings; those that the protocol does not use are None."""
     used = {*_OPTIONS[config.protocol], *(_OPTIONS.get(config.masks, ()) if config.protocol == "masks" else ())}
     settings = config.model_dump()
     always = {key: settings[key] for key in ("name", "kind", "protocol", "templates")}
@@ -79,9 +75,7 @@ def protocol_of(config: EvaluateConfig) -> dict[str, Any]:
 def conditions_of(protocol: Mapping[str, Any], inputs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Return all conditions besides the model that determine the metrics; files are identified by content, not by path.
 
-    Args:
-        protocol: see `protocol_of`.
-        inputs: see `describe_inputs`.
+    Arguments are the results of `protocol_of` and `describe_inputs`, or the files that hold them.
     """
     md5 = {f"md5 of {key}": inputs[key]["md5"] for key in ("labelled", "masks") if key in inputs}
     return md5 | {key: value for key, value in protocol.items() if key != "masks_folder"}
@@ -103,13 +97,7 @@ def describe_protocol(protocol: dict[str, Any]) -> str:
 
 
 def describe_inputs(labelled: Path, dataset: LabelledSet, config: EvaluateConfig) -> dict[str, dict[str, Any]]:
-    """Identify all inputs besides the model, as `describe` does: `labelled`; `clip` and `masks` if they are files.
-
-    Args:
-        labelled: labelled set.
-        dataset: the same set, opened.
-        config: resolved settings, with a CLIP.
-    """
+    """Identify all inputs besides the model, as `describe` does: `labelled`; `clip` and `masks` if they are files."""
     if config.kind == "folder":
         description = describe(labelled)
     else:  # a published benchmark also holds training images, which are not read

@@ -89,7 +89,7 @@ class SamGenerator:
         precision: autocast dtype of the image encoder; None for float32, which reproduces the original's masks.
 
     Raises:
-        ValueError: a crop layer has no points, or `points_per_batch` is below 1.
+        ValueError: a crop layer has no points.
     """
 
     sam: Sam
@@ -113,8 +113,6 @@ class SamGenerator:
                 f"points_per_side {self.points_per_side} leaves no point in crop layer {self.crop_n_layers} "
                 f"at crop_n_points_downscale_factor {self.crop_n_points_downscale_factor}"
             )
-        if self.points_per_batch < 1:
-            raise ValueError(f"points_per_batch is {self.points_per_batch}, must be at least 1")
         self._grids = build_all_layer_point_grids(self.points_per_side, self.crop_n_layers, self.crop_n_points_downscale_factor)
         self._resize = ResizeLongestSide(self.sam.image_encoder.img_size)
         self._encoder = ImageEncoder(self.sam.image_encoder, self.precision)
@@ -128,13 +126,7 @@ class SamGenerator:
 
         Returns:
             SA-1B annotation entries of each image: compressed RLE, boxes as x y width height in pixels.
-
-        Raises:
-            ValueError: an image is not uint8 [H, W, 3].
         """
-        for i, image in enumerate(images):
-            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-                raise ValueError(f"image {i} is {image.dtype} {list(image.shape)}, expected uint8 [H, W, 3]")
         layouts = [generate_crop_boxes(image.shape[:2], self.crop_n_layers, self.crop_overlap_ratio) for image in images]
         layers = layouts[0][1] if layouts else []
         crops: list[list[_Crop]] = [[] for _ in images]
