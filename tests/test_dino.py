@@ -171,12 +171,6 @@ def test_timm_agrees_only_at_the_native_size(vit):
     assert (patch_tokens(vit, larger).flatten(1, 2) - vit.forward_features(larger)[:, 1:]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("size", [(1, 3, 20, 21), (1, 3, 0, 20), (3, 20, 20), (1, 1, 20, 20)])
-def test_images_of_another_shape_are_rejected(vit, size):
-    with pytest.raises(ValueError, match="multiples of 4"):
-        patch_tokens(vit, torch.zeros(size))
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -345,19 +339,16 @@ def test_empty_cluster_restarts_at_the_farthest_point(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("points", "options", "message"),
+    ("points", "message"),
     [
-        (torch.zeros(4, 3), {}, r"points are \[4, 3\]"),
-        (torch.zeros(1, 0, 3), {}, "at least one point"),
-        (torch.full((1, 4, 3), math.nan), {}, "expected finite"),
-        (torch.zeros(1, 4, 3), {"k": 0}, "must be at least 1"),
-        (torch.zeros(1, 4, 3), {"restarts": 0}, "must be at least 1"),
-        (torch.zeros(2, 4, 3), {}, "1 seeds for 2 images"),
+        (torch.zeros(4, 3), r"points are \[4, 3\]"),
+        (torch.zeros(1, 0, 3), "at least one point"),
+        (torch.full((1, 4, 3), math.nan), "expected finite"),
     ],
 )
-def test_invalid_input_of_kmeans_is_rejected(points, options, message):
+def test_invalid_input_of_kmeans_is_rejected(points, message):
     with pytest.raises(ValueError, match=message):
-        kmeans(points, **({"k": 2, "seeds": [0]} | options))
+        kmeans(points, 2, [0])
 
 
 def test_empty_batch_gives_no_labels():

@@ -14,12 +14,11 @@ from test_model import batch
 
 from pixelclip import train
 from pixelclip.backbone import Backbone
-from pixelclip.batch_generators import dino_generator
 from pixelclip.classify import classify_masks
 from pixelclip.config import MasksConfig
 from pixelclip.dataset import Batch, collate
 from pixelclip.decoder import Decoder
-from pixelclip.dino import load_dino, patch_tokens, segment
+from pixelclip.dino import dino_generator, load_dino, patch_tokens, segment
 from pixelclip.labels import label_map
 from pixelclip.model import PixelCLIP
 from pixelclip.predict import Predictor

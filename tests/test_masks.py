@@ -19,7 +19,6 @@ from pycocotools import mask as rle
 from skimage.segmentation import felzenszwalb as reference
 
 from pixelclip import masks as module
-from pixelclip import ranks
 from pixelclip.annotations import annotate, decode_masks
 from pixelclip.config import MasksConfig
 from pixelclip.dino import IMAGENET_MEAN, IMAGENET_STD
@@ -362,7 +361,7 @@ def test_weights_of_another_model_fail_early(checkpoints, tmp_path) -> None:
 
 def test_dino_sets_its_own_matmul_precision(checkpoints, tmp_path, monkeypatch) -> None:
     calls = []
-    monkeypatch.setattr(ranks, "pick_precision", lambda name, device: calls.append((name, device.type)))
+    monkeypatch.setattr("pixelclip.dino.pick_precision", lambda name, device: calls.append((name, device.type)))
     settings = {"weights": checkpoints["dino"], "device": "cpu", "max_bad_share": 0.5, **LOOSE}
     run(sources(tmp_path / "shards"), tmp_path / "out", config(generator="dino", **settings))
     assert calls == [("float32", "cpu")]

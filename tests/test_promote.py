@@ -9,8 +9,7 @@ from mlflow import MlflowClient
 from promoter import promote_again_and_again
 
 from pixelclip import promotion
-from pixelclip.gate import Decision
-from pixelclip.promotion import rollback, run
+from pixelclip.promotion import Decision, rollback, run
 
 NAME = "demo"
 

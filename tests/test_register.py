@@ -21,10 +21,9 @@ from PIL import Image
 
 from pixelclip import promotion, server
 from pixelclip.config import EvaluateConfig, RegisterConfig
-from pixelclip.gate import GateMetrics, decide
 from pixelclip.model_version import copy_code, fetch, markdown
 from pixelclip.predict import Predictor
-from pixelclip.promotion import metrics_of
+from pixelclip.promotion import GateMetrics, decide, metrics_of
 from pixelclip.protocol import protocol_of
 from pixelclip.register import run
 from pixelclip.server import experiment_id

@@ -218,7 +218,7 @@ def test_training_killed_by_sigkill_resumes_with_identical_losses(shards, config
 def test_only_the_main_process_identifies_the_inputs(shards, config, tmp_path, monkeypatch):
     broadcasts = iter([{"masks": {"md5": "0"}}, True, {"train/loss": 1.0}])  # inputs, finished, metrics
     second = SimpleNamespace(is_main=False, size=2, broadcast_object=lambda value: next(broadcasts))
-    monkeypatch.setattr(train, "join", lambda device: nullcontext(second))
+    monkeypatch.setattr(train, "init_process_group", lambda device: nullcontext(second))
     monkeypatch.setattr(train, "describe_shards", die)
     assert train.run(shards, tmp_path / "model", config()) == {"train/loss": 1.0}
 

@@ -65,13 +65,8 @@ class Backbone(nn.Module):
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """Return the trainable parameters: attention and position embedding of a ViT, or the whole tower of a ConvNeXt."""
-        if isinstance(self.visual, TimmModel):
-            trained = dict(self.visual.named_parameters())
-        else:
-            trained = {"positional_embedding": self.visual.positional_embedding}
-            for i, block in enumerate(self.visual.transformer.resblocks):
-                for name, parameter in block.attn.named_parameters():
-                    trained[f"transformer.resblocks.{i}.attn.{name}"] = parameter
+        whole, parameters = isinstance(self.visual, TimmModel), self.visual.named_parameters()
+        trained = {name: p for name, p in parameters if whole or name == "positional_embedding" or ".attn." in name}
         return {f"visual.{name}": parameter for name, parameter in trained.items()}
 
     def image_features(self, images: Tensor) -> Tensor:

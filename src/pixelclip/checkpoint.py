@@ -139,23 +139,15 @@ def save_model(
         residual: see `Backbone`.
         origin: the initial CLIP, `{"spec": ..., "md5": ...}`.
     """
-    tensors = {f"clip.{name}": tensor for name, tensor in clip.model.state_dict().items()}
-    tensors |= {f"prompts.{name}": tensor for name, tensor in prompts.state_dict().items()}
-    tensors |= {f"decoder.{name}": tensor for name, tensor in decoder.state_dict().items()}
-    # A state dict may hold a tensor under two names; safetensors requires tensors that do not share memory.
-    write_tensors(folder / WEIGHTS, {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()})
-    write_json(
-        folder / CONFIG,
-        {
-            "format": _FORMAT,
-            "model_cfg": clip.model_cfg,
-            "mean": clip.mean,
-            "std": clip.std,
-            "side": side,
-            "residual": residual,
-            "clip": origin,
-        },
-    )
+    tensors = {
+        # A state dict may hold a tensor under two names; safetensors requires tensors that do not share memory.
+        f"{part}.{name}": tensor.detach().cpu().contiguous().clone()
+        for part, module in (("clip", clip.model), ("prompts", prompts), ("decoder", decoder))
+        for name, tensor in module.state_dict().items()
+    }
+    write_tensors(folder / WEIGHTS, tensors)
+    config = {"format": _FORMAT, "model_cfg": clip.model_cfg, "mean": clip.mean, "std": clip.std}
+    write_json(folder / CONFIG, config | {"side": side, "residual": residual, "clip": origin})
 
 
 def load_model(folder: Path) -> Model:

@@ -19,6 +19,7 @@ from pixelclip.annotations import annotate, decode_masks, parse_annotation
 from pixelclip.backbone import Backbone
 from pixelclip.benchmarks import IGNORE
 from pixelclip.clusters import pool_masks
+from pixelclip.config import EvaluateConfig
 from pixelclip.felzenszwalb import felzenszwalb
 from pixelclip.labels import label_map
 from pixelclip.predict import best_class, class_scores, resize_shortest, slide_scores
@@ -35,15 +36,7 @@ _PIXELS_AT_ONCE = 1 << 25
 def predict_whole(
     towers: Sequence[Backbone], images: Tensor, sizes: Sequence[tuple[int, int]], classes: Tensor, feature_grid: int
 ) -> list[Predictions]:
-    """Predict label maps from one resized view of each image.
-
-    Args:
-        towers: dense features.
-        images: [B, 3, side, side], normalised.
-        sizes: (H, W) of each label map.
-        classes: [K, C], unit length.
-        feature_grid: see `class_scores`.
-    """
+    """Predict label maps of the given (H, W) from one resized view of each image, see `class_scores`."""
     label_maps = []
     for tower in towers:
         scores = class_scores(tower, images, classes, feature_grid)
@@ -51,29 +44,13 @@ def predict_whole(
     return [Predictions(list(maps), [0] * len(towers), 0) for maps in zip(*label_maps, strict=True)]
 
 
-def predict_windows(
-    towers: Sequence[Backbone],
-    image: Tensor,
-    classes: Tensor,
-    side: int,
-    crop: int,
-    stride: int,
-    feature_grid: int,
-    windows_at_once: int,
-) -> Predictions:
-    """Predict the label map of one image from overlapping windows, see `slide_scores`.
-
-    Args:
-        towers: dense features.
-        image: [1, 3, H, W], normalised.
-        classes: [K, C], unit length.
-        side: shortest edge in pixels after resizing; 0 keeps the size, but not below one patch.
-        crop, stride, feature_grid, windows_at_once: see `slide_scores`.
-    """
+def predict_windows(towers: Sequence[Backbone], image: Tensor, classes: Tensor, config: EvaluateConfig) -> Predictions:
+    """Predict the label map of one normalised image [1, 3, H, W] from overlapping windows, see `slide_scores`."""
     size, maps = (image.shape[2], image.shape[3]), []
     for tower in towers:
-        resized = resize_shortest(image, side or max(*tower.patch_size, min(size)))
-        scores = slide_scores(tower, resized, classes, crop, stride, feature_grid, windows_at_once)
+        side = config.slide_side or max(*tower.patch_size, min(size))  # 0 keeps the size, but not below one patch
+        resized = resize_shortest(image, side)
+        scores = slide_scores(tower, resized, classes, config.crop, config.stride, config.feature_grid, config.batch_size)
         maps.append(best_class(scores, size)[0])
     return Predictions(maps, [0] * len(towers), 0)
 
@@ -128,10 +105,8 @@ class GivenMasks:
         where = f"{self._source}: {name}" if self._members is not None else str(Path(self._source, f"{name}.json"))
         try:
             document, _ = parse_annotation(self._read_bytes(name), size, may_be_empty=True)
-        except OSError as error:
-            raise ValueError(f"{where}: {error.strerror}") from None
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{where}: {getattr(error, 'strerror', error)}") from None
         return [entry for entry in document["annotations"] if _area(entry)]
 
     def _read_bytes(self, name: str) -> bytes:

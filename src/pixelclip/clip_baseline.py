@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from pixelclip import __version__
 from pixelclip.backbone import Residual
 from pixelclip.config import EvaluateClipConfig, EvaluateConfig
 from pixelclip.measure import LabelMaps, TowerEvaluation
@@ -25,14 +24,9 @@ BASELINE_STAGE = "evaluate_clip"
 
 
 def resolve_config(clip: str, labelled: Path, config: EvaluateConfig, side: int, residual: Residual) -> EvaluateClipConfig:
-    """Fill in the settings of `evaluate` that depend on the model: name, CLIP, side and residual.
+    """Fill in the settings of `evaluate` that depend on the set and the model: name, CLIP, side and residual.
 
-    Args:
-        clip: the CLIP that the model was trained from; `evaluate.clip` takes precedence.
-        labelled: the labelled set.
-        config: settings of `evaluate`.
-        side: the model's input side in pixels; `evaluate.side` takes precedence.
-        residual: of the model's last block, see `Backbone`.
+    `evaluate.clip` and `evaluate.side` take precedence over the CLIP and the side of the model's training.
     """
     resolved = {"name": metric_name(labelled, config), "clip": config.clip or clip, "side": config.side or side}
     return EvaluateClipConfig(**config.model_dump() | resolved, residual=residual)
@@ -60,12 +54,11 @@ def load_baseline(folder: Path, num_classes: int) -> tuple[EvaluationCounts, Lab
 
 
 def check_baseline(folder: Path, config: EvaluateClipConfig, inputs: Mapping[str, Mapping[str, Any]]) -> None:
-    """Check that a saved evaluation of CLIP equals the one that the evaluation of a model would compute.
+    """Check that a saved evaluation of CLIP, by any version of the code, has the conditions of a model's evaluation.
 
     Args:
         folder: output of stage `evaluate_clip`.
-        config: of the model's evaluation, see `resolve_config`.
-        inputs: of the model's evaluation, see `describe_inputs`.
+        config, inputs: those of the model's evaluation, see `resolve_config` and `describe_inputs`.
 
     Raises:
         ValueError: it differs; the message lists every difference.
@@ -73,21 +66,19 @@ def check_baseline(folder: Path, config: EvaluateClipConfig, inputs: Mapping[str
     provenance = read_json(folder / PROVENANCE)
     if provenance.get("stage") != BASELINE_STAGE:
         raise ValueError(f"{folder}: is not an evaluation of CLIP, it was made by stage {provenance.get('stage')!r}")
-    saved = _conditions(provenance["version"], read_json(folder / PROTOCOL), provenance["settings"], provenance["inputs"])
-    expected = _conditions(__version__, protocol_of(config), config.model_dump(), inputs)
+    saved = _conditions(read_json(folder / PROTOCOL), provenance["settings"], provenance["inputs"])
+    expected = _conditions(protocol_of(config), config.model_dump(), inputs)
     keys = [key for key in dict.fromkeys([*saved, *expected]) if saved.get(key) != expected.get(key)]
     if keys:
         differences = "; ".join(f"{key} is {saved.get(key)!r}, expected {expected.get(key)!r}" for key in keys)
         raise ValueError(f"{folder}: this evaluation of CLIP does not match the evaluation of the model: {differences}")
 
 
-def _conditions(
-    version: str, protocol: dict[str, Any], settings: Mapping[str, Any], inputs: Mapping[str, Mapping[str, Any]]
-) -> dict[str, Any]:
-    """Everything that determines the metrics and label maps of CLIP."""
-    md5 = {"md5 of clip": inputs["clip"]["md5"]} if "clip" in inputs else {}
-    spec = settings["clip"]
+def _conditions(protocol: dict[str, Any], settings: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all conditions that determine the metrics and label maps of CLIP, except for the code."""
+    spec, md5 = settings["clip"], {}
     if "clip" in inputs:  # a folder names its architecture itself; for a single weight file it is part of the spec
         spec = spec.partition(":")[0] if inputs["clip"]["num_files"] == 1 else ""
+        md5 = {"md5 of clip": inputs["clip"]["md5"]}
     other = {"clip": spec, "residual": settings["residual"], "pictures": settings["pictures"]}
-    return {"version": version, **md5, **conditions_of(protocol, inputs), **other}
+    return md5 | conditions_of(protocol, inputs) | other

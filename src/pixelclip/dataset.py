@@ -29,12 +29,7 @@ from pixelclip.views import Sample, Views, draw, shrink, unpack
 
 
 @dataclass(frozen=True)
-class Batch:
-    """`weak`, `strong` [B, 3, side, side]; `masks` [N, H, W]; `image_index` [N]; `bad`: reasons of skipped samples.
-
-    `counts`, if given, is the number of masks of each image; the masks are then ordered by image.
-    """
-
+class _Images:
     weak: Tensor
     strong: Tensor
     masks: Tensor
@@ -44,30 +39,26 @@ class Batch:
     counts: list[int] | None = None
 
 
-@dataclass(frozen=True)
-class PackedBatch:
-    """A batch as sent from a worker to the device: its masks are packed, [N, ceil(H / 8), W], see `unpack`."""
+class Batch(_Images):
+    """`weak`, `strong` [B, 3, side, side]; `masks` [N, H, W]; `image_index` [N]; `bad`: reasons of skipped samples.
 
-    weak: Tensor
-    strong: Tensor
-    masks: Tensor
-    image_index: Tensor
-    bad: list[str]
-    sample_indices: list[int]
-    counts: list[int]
+    `counts`, if given, is the number of masks of each image; the masks are then ordered by image.
+    """
+
+
+class PackedBatch(_Images):
+    """A batch as sent from a worker to the device: its masks are packed, [N, ceil(H / 8), W], see `unpack`."""
 
     def pin_memory(self) -> "PackedBatch":
         """Copy to pinned memory; called by the DataLoader."""
-        weak, strong, masks, index = (x.pin_memory() for x in self._tensors())
+        weak, strong, masks, index = (x.pin_memory() for x in (self.weak, self.strong, self.masks, self.image_index))
         return PackedBatch(weak, strong, masks, index, self.bad, self.sample_indices, self.counts)
 
     def to(self, device: torch.device) -> Batch:
         """Copy to a device asynchronously and unpack the masks."""
-        weak, strong, masks, index = (x.to(device, non_blocking=True) for x in self._tensors())
+        tensors = (self.weak, self.strong, self.masks, self.image_index)
+        weak, strong, masks, index = (x.to(device, non_blocking=True) for x in tensors)
         return Batch(weak, strong, unpack(masks), index, self.bad, self.sample_indices, self.counts)
-
-    def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return self.weak, self.strong, self.masks, self.image_index
 
 
 class MaskedImages(Dataset[Sample | str]):

@@ -4,17 +4,25 @@ B images, P patches, D width, h w token grid.
 """
 
 import math
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from pixelclip.annotations import annotate
+from pixelclip.config import MasksConfig
+from pixelclip.images import nearest
 from pixelclip.kmeans import kmeans
+from pixelclip.pixels import normalise, resized_square
+from pixelclip.ranks import pick_device, pick_precision
 from pixelclip.weights import check_fit, check_tensors, named, read_weights
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -22,6 +30,29 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _ANCHORS = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.norm1.weight", "norm.weight")
 _HEAD_WIDTH = 64
+
+
+def dino_generator(weights: Path, config: MasksConfig) -> Callable[[list[tuple[str, Image.Image]]], Iterator[dict[str, Any]]]:
+    """Load DINO on the configured device as a function from keys and images to annotation documents.
+
+    Raises:
+        ValueError: as `load_dino`, or `masks.dino_side` is not a multiple of the patch size.
+    """
+    device = pick_device(config.device)
+    pick_precision("float32", device)  # earlier work in this process may have enabled TF32
+    dino = load_dino(weights).to(device)
+    if config.dino_side % (patch := dino.patch_embed.patch_size[0]):
+        raise ValueError(f"masks.dino_side {config.dino_side} is not a multiple of this DINO's patch size {patch}")
+
+    def generate(batch: list[tuple[str, Image.Image]]) -> Iterator[dict[str, Any]]:
+        views = [resized_square(image, config.dino_side, IMAGENET_MEAN, IMAGENET_STD, device) for _, image in batch]
+        seeds = [zlib.crc32(f"{config.seed} {key}".encode()) for key, _ in batch]
+        labels = segment(dino, torch.cat(views), config.dino_clusters, seeds).cpu().numpy()  # [B, h, w]
+        for (key, image), small in zip(batch, labels, strict=True):
+            large = small[nearest(image.height, small.shape[0])][:, nearest(image.width, small.shape[1])]
+            yield annotate((large == number for number in np.unique(large)), image.size, key)
+
+    return generate
 
 
 def load_dino(path: Path) -> VisionTransformer:
@@ -53,14 +84,7 @@ def patch_tokens(dino: VisionTransformer, images: Tensor) -> Tensor:
 
     Returns:
         [B, h, w, D] with h = H // patch, w = W // patch.
-
-    Raises:
-        ValueError: the images have any other shape.
     """
-    patch = dino.patch_embed.patch_size[0]
-    sides = images.shape[2:]
-    if images.ndim != 4 or images.shape[1] != 3 or min(sides) < patch or any(side % patch for side in sides):
-        raise ValueError(f"images are {list(images.shape)}, expected [B, 3, H, W] with H and W multiples of {patch}")
     x = dino.patch_embed(images)  # [B, h, w, D]
     grid = (x.shape[1], x.shape[2])
     x = torch.cat([dino.cls_token.expand(len(x), -1, -1), x.flatten(1, 2)], dim=1) + _resize_position(dino, grid)
@@ -81,7 +105,7 @@ def segment(dino: VisionTransformer, images: Tensor, k: int, seeds: Sequence[int
         Cluster of every patch [B, h, w], int64, numbered from 0 without gaps.
 
     Raises:
-        ValueError: see `patch_tokens` and `kmeans`.
+        ValueError: as `kmeans`.
     """
     tokens = patch_tokens(dino, images)
     labels, _ = kmeans(tokens.flatten(1, 2), k, seeds)
@@ -104,8 +128,7 @@ def masks_of(dino: VisionTransformer, images: Tensor, visible: Tensor, k: int, s
     patch = dino.patch_embed.patch_size[0]
     sides = [max(patch, round(side / patch) * patch) for side in images.shape[2:]]
     images = F.interpolate(images, size=sides, mode="bilinear", align_corners=False, antialias=True)
-    mean, std = (torch.tensor(v, device=images.device).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
-    labels = segment(dino, (images - mean) / std, k, seeds)  # [B, h, w]
+    labels = segment(dino, normalise(images, IMAGENET_MEAN, IMAGENET_STD), k, seeds)  # [B, h, w]
     labels = F.interpolate(labels[:, None].float(), size=visible.shape[1:], mode="nearest-exact")[:, 0].long()
     masks = (labels[:, None] == torch.arange(k, device=labels.device)[:, None, None]) & visible[:, None]  # [B, k, H', W']
     large = masks.flatten(2).sum(dim=2) > 1

@@ -21,7 +21,7 @@ from pixelclip.benchmarks import LabelledSet, open_labelled
 from pixelclip.checkpoint import Clip, Model, backbone_of, load_clip, load_model
 from pixelclip.clip_baseline import check_baseline, load_baseline, resolve_config
 from pixelclip.clip_sources import clip_folder
-from pixelclip.config import EvaluateClipConfig, EvaluateConfig
+from pixelclip.config import EvaluateConfig
 from pixelclip.download import here
 from pixelclip.measure import STATE, TowerEvaluation, compute_metrics, evaluate_towers, per_class_iou
 from pixelclip.protocol import (
@@ -80,7 +80,11 @@ def _run(
     dataset = open_labelled(labelled, config.kind)
     resolved = resolve_config(spec, labelled, config, loaded.side, loaded.residual)
     check_masks(dataset, config)
-    inputs = group.broadcast_object(_inputs(model, labelled, dataset, resolved, clip_evaluation) if group.is_main else None)
+    inputs: dict[str, dict[str, Any]] = {}
+    if group.is_main:
+        inputs = {"model": describe(model), **describe_inputs(labelled, dataset, resolved)}
+        inputs |= {"clip_evaluation": describe(clip_evaluation)} if clip_evaluation else {}
+    inputs = group.broadcast_object(inputs)
     stage = Stage("evaluate", out, inputs, config)
     if group.broadcast_object(stage.finished):
         return group.broadcast_object(stage.reuse() if group.is_main else {})
@@ -116,12 +120,7 @@ def _run(
 
 
 def _evaluate(
-    model: Model,
-    clip: Clip | Path,
-    dataset: LabelledSet,
-    config: EvaluateClipConfig,
-    group: ProcessGroup,
-    state: Path,
+    model: Model, clip: Clip | Path, dataset: LabelledSet, config: EvaluateConfig, group: ProcessGroup, state: Path
 ) -> tuple[TowerEvaluation, list[list[tuple[str, float]]]]:
     """Evaluate both towers, and find the nearest class names of every concept with their cosines.
 
@@ -153,17 +152,14 @@ def _evaluate(
 def _differ_by_image_tower_only(clip: Clip, other: Clip) -> bool:
     """Whether two CLIPs have the same classifier and preprocessing, so that one pass can evaluate both."""
 
-    def preprocessing_and_text(clip: Clip) -> tuple[Any, ...]:
-        return clip.mean, clip.std, clip.side, clip.model_cfg.get("text_cfg"), clip.model_cfg.get("quick_gelu")
-
+    same = (clip.mean, clip.std, clip.side) == (other.mean, other.std, other.side)
+    same &= all(clip.model_cfg.get(key) == other.model_cfg.get(key) for key in ("text_cfg", "quick_gelu"))
     tensors, others = clip.model.state_dict(), other.model.state_dict()
     names = [name for name in tensors if not name.startswith("visual.")]
-    return preprocessing_and_text(clip) == preprocessing_and_text(other) and all(
-        name in others and torch.equal(tensors[name], others[name]) for name in names
-    )
+    return same and all(name in others and torch.equal(tensors[name], others[name]) for name in names)
 
 
-def _classifier(clip: Clip, dataset: LabelledSet, config: EvaluateClipConfig, group: ProcessGroup) -> tuple[TextTower, Tensor]:
+def _classifier(clip: Clip, dataset: LabelledSet, config: EvaluateConfig, group: ProcessGroup) -> tuple[TextTower, Tensor]:
     text = TextTower(clip.model).to(group.device).eval()
     return text, classifier(text, dataset.classes, TEMPLATES[config.templates])
 
@@ -173,28 +169,16 @@ def run_all(
 ) -> Metrics:
     """Evaluate on several labelled sets, each into its own folder below `out`; a single one is written to `out` itself.
 
-    Args:
-        model: model folder.
-        labelled: see `parse_labelled_sets`.
-        out: output folder.
-        config: settings shared by all sets.
-        clip_evaluation: output of `evaluate_clip.run_all` for the same sets.
-
-    Returns:
-        The metrics of all sets, which are also written to `out/metrics.json`.
-
-    Raises:
-        ValueError: as `run`; or two sets have the same name.
+    Arguments, metrics and errors are those of `run`, for `labelled` those of `parse_labelled_sets`; `clip_evaluation` is the
+    output of `evaluate_clip.run_all` for the same sets.
     """
     sets = parse_labelled_sets(labelled, config)
-    if len(sets) == 1:
-        ((path, set_config),) = sets.values()
-        return run(model, path, out, set_config, clip_evaluation)
     metrics: Metrics = {}
     with init_process_group(config.device) as group:  # once: a process group cannot be left and joined again reliably
         for name, (path, set_config) in sets.items():
-            metrics |= _run(model, path, out / name, set_config, group, clip_evaluation and clip_evaluation / name)
-    if not group.is_main:
+            folder = name if len(sets) > 1 else "."
+            metrics |= _run(model, path, out / folder, set_config, group, clip_evaluation and clip_evaluation / folder)
+    if len(sets) == 1 or not group.is_main:
         return metrics
     write_json(out / METRICS, metrics)
     lines = [
@@ -204,13 +188,6 @@ def run_all(
     ]
     print("\n".join([f"{'mIoU':<24} {'CLIP':>9} {'PixelCLIP':>9}", *lines]), flush=True)
     return metrics
-
-
-def _inputs(
-    model: Path, labelled: Path, dataset: LabelledSet, config: EvaluateClipConfig, clip_evaluation: Path | None
-) -> dict[str, dict[str, Any]]:
-    inputs = {"model": describe(model), **describe_inputs(labelled, dataset, config.clip, config)}
-    return inputs | ({"clip_evaluation": describe(clip_evaluation)} if clip_evaluation else {})
 
 
 @torch.no_grad()

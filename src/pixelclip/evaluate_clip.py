@@ -75,7 +75,7 @@ def _run(
     config = resolve_config(clip, labelled, config, side, residual)
     dataset = open_labelled(labelled, config.kind)
     check_masks(dataset, config)
-    inputs = group.broadcast_object(describe_inputs(labelled, dataset, config.clip, config) if group.is_main else None)
+    inputs = group.broadcast_object(describe_inputs(labelled, dataset, config) if group.is_main else None)
     stage = Stage(BASELINE_STAGE, out, inputs, config)
     if group.broadcast_object(stage.finished):
         return group.broadcast_object(stage.reuse() if group.is_main else {})

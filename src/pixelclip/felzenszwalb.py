@@ -8,11 +8,7 @@ from pixelclip.images import to_rgb
 
 
 def felzenszwalb(image: Image.Image, scale: float, sigma: float, min_size: int) -> NDArray[np.int64]:
-    """Segment an image with scikit-image's `felzenszwalb`.
-
-    Returns:
-        Segment of every pixel [H, W], counted from 0.
-    """
+    """Return the segment of every pixel [H, W], counted from 0, by scikit-image's `felzenszwalb`."""
     from skimage.segmentation import felzenszwalb as segment
 
     return np.asarray(segment(np.asarray(to_rgb(image)), scale=scale, sigma=sigma, min_size=min_size))

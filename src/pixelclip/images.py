@@ -86,10 +86,8 @@ def open_image(path: Path) -> Image.Image:
     """
     try:
         return to_rgb(turn_upright(decode_image(path.read_bytes())))
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: {getattr(error, 'strerror', error)}") from None
 
 
 def encode_jpeg(image: Image.Image, quality: int) -> bytes:

@@ -17,13 +17,7 @@ _DOUBTFUL = 4096  # points whose distances are recomputed at once
 
 
 @torch.no_grad()
-def kmeans(
-    points: Tensor,
-    k: int,
-    seeds: Sequence[int],
-    iterations: int = 100,
-    restarts: int = 10,
-) -> tuple[Tensor, Tensor]:
+def kmeans(points: Tensor, k: int, seeds: Sequence[int], iterations: int = 100, restarts: int = 10) -> tuple[Tensor, Tensor]:
     """Cluster the points of every image independently, all images at once.
 
     The result of an image depends on its points and its seed, not on its batch. More restarts never increase the inertia.
@@ -40,14 +34,10 @@ def kmeans(
         the points to the centres that determined the labels.
 
     Raises:
-        ValueError: no points, non-finite points, a count below 1, or not one seed per image.
+        ValueError: no points, or non-finite points.
     """
     if points.ndim != 3 or points.shape[1] == 0 or not points.isfinite().all():
         raise ValueError(f"points are {list(points.shape)}, expected finite [B, P, D] with at least one point")
-    if min(k, iterations, restarts) < 1:
-        raise ValueError(f"k, iterations and restarts are {k}, {iterations} and {restarts}, must be at least 1")
-    if len(seeds) != len(points):
-        raise ValueError(f"{len(seeds)} seeds for {len(points)} images, expected one per image")
     if not len(points):
         return points.new_zeros(points.shape[:2], dtype=torch.long), points.new_zeros(0, dtype=torch.float64)
     k = min(k, points.shape[1])
@@ -79,13 +69,7 @@ def _take(points: Tensor, index: Tensor) -> Tensor:
 def _start(points: Tensor, norms: Tensor, random: Tensor) -> Tensor:
     """Initialise by greedy k-means++: of T points drawn by squared distance, take the one that lowers the inertia most.
 
-    Args:
-        points: [B, P, D].
-        norms: [B, P, 1].
-        random: [B, R, K, T], uniform in [0, 1).
-
-    Returns:
-        Centres [B, R, K, D]; some coincide if fewer than K points are distinct.
+    `random` [B, R, K, T] is uniform in [0, 1). Of the centres [B, R, K, D] some coincide if fewer than K points are distinct.
     """
     last = points.shape[1] - 1
     first, *others = random.unbind(2)
@@ -104,16 +88,9 @@ def _start(points: Tensor, norms: Tensor, random: Tensor) -> Tensor:
 
 
 def _lloyd(points: Tensor, norms: Tensor, start: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
-    """Move the centres of all restarts until no label changes; only distances of moved centres are recomputed.
+    """Move the centres [B, R, K, D] until no label changes; only distances of moved centres are recomputed.
 
-    Args:
-        points: [B, P, D], float64.
-        norms: [B, P, 1].
-        start: [B, R, K, D].
-        iterations: maximum number of updates of the centres.
-
-    Returns:
-        Labels [B, R, P], and inertia [B, R] at the centres that determined them.
+    Returns labels [B, R, P], and inertia [B, R] at the centres that determined them.
     """
     (batch, restarts, k, width), count = start.shape, points.shape[1]
     rows = torch.arange(batch * restarts * k, device=points.device)  # moved centres among S K with S = B R
@@ -194,15 +171,8 @@ def _nearest(points: Tensor, norms: Tensor, centres: Tensor, squares: Tensor, ru
 def _refill(points: Tensor, norms: Tensor, centres: Tensor, sizes: Tensor, labels: Tensor, runs: Tensor) -> Tensor:
     """Restart the first empty cluster of a run at the point farthest from its centre, the second at the next, and so on.
 
-    Args:
-        points: [B, P, D], with `norms` [B, P, 1].
-        centres: [S, K, D] that determined the labels; updated in place.
-        sizes: [S, K], number of points per cluster.
-        labels: [S, P].
-        runs: indices of the runs to check.
-
-    Returns:
-        Indices of the restarted centres among S K.
+    `centres` [S, K, D] determined the `labels` [S, P] and are updated in place; `sizes` [S, K] are the points per cluster.
+    Returns the indices of the restarted centres among S K.
     """
     rows = [runs[:0]]
     for run in runs[(sizes[runs] == 0).any(dim=1)].tolist():

@@ -43,9 +43,8 @@ def _labels(scores: Tensor, size: tuple[int, int]) -> Tensor:
     labels = torch.empty(len(cells), len(down[0]) * len(across[0]), dtype=torch.int32, device=scores.device)
     labels[cells] = classes[:, :1].int()
     if contested:
-        labels[cells[:contested]] = _best(corners, cells[:contested], classes[:contested], prefix_sizes, down, across).flatten(
-            1
-        )
+        best = _best(corners, cells[:contested], classes[:contested], prefix_sizes, down, across)
+        labels[cells[:contested]] = best.flatten(1)
     blocks = labels.view(len(rows), len(columns), len(down[0]), len(across[0]))
     return blocks[row[:, None], column, of_row[:, None], of_column].long()
 

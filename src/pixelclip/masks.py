@@ -5,7 +5,7 @@ Generators: `sam` and `dino` (k-means), `felzenszwalb` (graph segmentation, need
 
 import json
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, nullcontext
@@ -22,7 +22,6 @@ from tqdm import tqdm
 
 from pixelclip.annotations import annotate, parse_annotation
 from pixelclip.bad_samples import BadSamples
-from pixelclip.batch_generators import Generate, dino_generator, sam_generator
 from pixelclip.config import MasksConfig
 from pixelclip.download import local_copy
 from pixelclip.felzenszwalb import felzenszwalb
@@ -46,6 +45,8 @@ class Sample(NamedTuple):
 
 Masked = tuple[Sample, dict[str, Any]]
 """A sample with its annotation document. Where a function returns `... | str`, the string is the reason of a failure."""
+Generate = Callable[[list[tuple[str, Image.Image]]], Iterable[dict[str, Any]]]
+"""Keys and images of a batch -> their annotation documents."""
 
 
 def run(shards: Path | str, out: Path, config: MasksConfig) -> Metrics:
@@ -66,11 +67,10 @@ def run(shards: Path | str, out: Path, config: MasksConfig) -> Metrics:
     names = [tar.name for tar in tars]
     if duplicates := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"{shards}: masked shards keep their names, which must differ; duplicates: {', '.join(duplicates)}")
+    inputs = {"shards": describe_shards(shards)}
     if config.given_folder:
         _check_given(Path(config.given_folder), tars[0])
-    inputs = {"shards": describe_shards(shards)} | (
-        {"given": describe(Path(config.given_folder))} if config.given_folder else {}
-    )
+        inputs["given"] = describe(Path(config.given_folder))
     weights = local_copy(config.weights) if config.weights else None
     if weights:
         inputs["weights"] = {**describe(weights), "path": config.weights}
@@ -80,20 +80,25 @@ def run(shards: Path | str, out: Path, config: MasksConfig) -> Metrics:
         bad.found = [line for tar in tars for line in read_json(_summary(stage.out, tar))["bad"]]
         bad.stop_if_too_many(int(metrics["images"]) + len(bad.found))  # the finished run may have had a larger limit
         return metrics
-    load = {"sam": sam_generator, "dino": dino_generator}.get(config.generator)
     with stage, _start_pool(config.workers) as pool:
-        generate = load(weights, config) if load and weights else None
+        generate = _load_generator(weights, config) if weights else None
         images, masks = _mask_shards(tars, stage.folder, config, partial(_results, config, pool, generate), bad)
         bad.check(images + len(bad.found))
         if not images:
             raise ValueError(f"{shards}: none of its images could be masked")
-        metrics = {
-            "images": float(images),
-            "masks": float(masks),
-            "masks_per_image": masks / images,
-            "bad_images": float(len(bad.found)),
-        }
-        return stage.finish(metrics, files=["*.tar"])
+        counts = {"images": images, "masks": masks, "masks_per_image": masks / images, "bad_images": len(bad.found)}
+        return stage.finish({name: float(count) for name, count in counts.items()}, files=["*.tar"])
+
+
+def _load_generator(weights: Path, config: MasksConfig) -> Generate:
+    """Load SAM or DINO, and torch with it, which worker processes do not need."""
+    if config.generator == "sam":
+        from pixelclip.sam import sam_generator
+
+        return sam_generator(weights, config)
+    from pixelclip.dino import dino_generator
+
+    return dino_generator(weights, config)
 
 
 def _part_of(tars: list[Shard], part: str, shards: Path | str) -> list[Shard]:
@@ -211,13 +216,13 @@ def _prepare(sample: Sample, config: MasksConfig) -> Sample | str:
     key, data, annotation = sample
     if config.generator != "given":
         annotation = b""  # existing masks are replaced, so neither parsed nor resized
+    if config.given_folder:
+        path = Path(config.given_folder) / f"{key}.json"
+        try:
+            annotation = path.read_bytes()
+        except OSError as error:
+            return f"{path}: {error.strerror}"
     try:
-        if config.given_folder:
-            path = Path(config.given_folder) / f"{key}.json"
-            try:
-                annotation = path.read_bytes()
-            except OSError as error:
-                raise ValueError(f"{path}: {error.strerror}") from None
         return shrink(Sample(key, data, annotation), config.shortest_edge, config.jpeg_quality)
     except ValueError as error:
         return str(error)
@@ -255,7 +260,8 @@ def _mask_one(sample: Sample, config: MasksConfig) -> Masked | str:
     if isinstance(prepared, str):
         return prepared
     try:
-        return prepared, _largest(_GENERATORS[config.generator](prepared, config), config)
+        document = _from_given(prepared) if config.generator == "given" else _from_felzenszwalb(prepared, config)
+        return prepared, _largest(document, config)
     except ValueError as error:
         return str(error)
 
@@ -266,7 +272,7 @@ def _from_felzenszwalb(sample: Sample, config: MasksConfig) -> dict[str, Any]:
     return annotate((segments == number for number in np.unique(segments)), image.size, sample.key)
 
 
-def _from_given(sample: Sample, config: MasksConfig) -> dict[str, Any]:
+def _from_given(sample: Sample) -> dict[str, Any]:
     if not sample.annotation:
         raise ValueError("no JSON with masks beside the image")
     document, _ = parse_annotation(sample.annotation, decode_image(sample.image).size)
@@ -274,12 +280,6 @@ def _from_given(sample: Sample, config: MasksConfig) -> dict[str, Any]:
         if not isinstance(entry.get("area"), int | float):
             entry["area"] = int(rle.area(entry["segmentation"]))
     return document
-
-
-_GENERATORS: dict[str, Callable[[Sample, MasksConfig], dict[str, Any]]] = {
-    "felzenszwalb": _from_felzenszwalb,
-    "given": _from_given,
-}
 
 
 def _largest(document: dict[str, Any], config: MasksConfig) -> dict[str, Any]:

@@ -4,7 +4,7 @@ B images, T towers, K classes, C embedding width, H W image.
 """
 
 import io
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -99,7 +99,13 @@ def evaluate_towers(
     # A checkpoint fits only the same batches, shares and examples, so others have their own folder.
     state = state / f"processes-{group.size}_batch-{config.batch_size}_pictures-{config.pictures}"
     checkpoint = state / f"counts-{group.rank}-of-{group.size}.npz"
-    counts, indices = _start_or_resume(stage, towers, dataset, config, group, checkpoint)
+    batches = group.local_range(-(-len(dataset) // config.batch_size))  # whole ones, the same for any number of processes
+    indices = range(batches.start * config.batch_size, min(batches.stop * config.batch_size, len(dataset)))
+    counts = EvaluationCounts.zeros(towers, len(dataset.classes), indices.start)
+    if checkpoint.is_file():
+        counts.load(checkpoint)
+        if group.is_main:
+            print(f"{stage}: resumes after {counts.next_index} images", flush=True)
     bad = BadSamples(stage, config.max_bad_share, counts.bad_samples)
     given = GivenMasks(config.masks_folder) if config.protocol == "masks" and config.masks == "given" else None
     saved_index = counts.next_index
@@ -117,8 +123,10 @@ def evaluate_towers(
             counts.add_recalled(truths, similarities.cpu())
         for sample, predicted in zip(batch, predictions, strict=True):
             if sample.index in example_indices:
-                maps = {tower: labels.cpu().numpy() for tower, labels in zip(towers, predicted.label_maps, strict=True)}
-                _save_example(_example_file(state, sample.index), sample, maps)
+                label_maps = zip(towers, predicted.label_maps, strict=True)
+                arrays = {f"map{tower}": labels.cpu().numpy().astype(np.uint16) for tower, labels in label_maps}
+                arrays |= {"image": np.asarray(sample.image), "truth": sample.labels.astype(np.uint16)}
+                write_atomically(_example_file(state, sample.index), to_npz(**arrays))
         counts.next_index = batch[-1].index + 1
         if counts.next_index - saved_index >= config.checkpoint_every:
             counts.save(checkpoint)
@@ -127,46 +135,17 @@ def evaluate_towers(
     bad.found = counts.bad_samples
     (bad.check if group.is_main else bad.stop_if_too_many)(len(dataset))
     mine = [index for index in example_indices if index in indices and _example_file(state, index).is_file()]
-    files = chain(*group.all_gather_object([(index, _example_file(state, index).read_bytes()) for index in mine]))
-    return _with_examples(counts, dict(files))
-
-
-def _with_examples(counts: EvaluationCounts, files: Mapping[int, bytes]) -> TowerEvaluation:
-    evaluation = TowerEvaluation(counts, {tower: {} for tower in counts.confusions}, {})
-    for index, data in files.items():
+    evaluation = TowerEvaluation(counts, {tower: {} for tower in towers}, {})
+    for index, data in chain(*group.all_gather_object([(index, _example_file(state, index).read_bytes()) for index in mine])):
         with np.load(io.BytesIO(data), allow_pickle=False) as saved:
             evaluation.examples[index] = Image.fromarray(saved["image"]), saved["truth"]
-            for tower, maps in evaluation.label_maps.items():
-                maps[index] = saved[f"map{tower}"]
+            for name, maps in evaluation.label_maps.items():
+                maps[index] = saved[f"map{name}"]
     return evaluation
-
-
-def _start_or_resume(
-    stage: str,
-    towers: Collection[str],
-    dataset: LabelledSet,
-    config: EvaluateConfig,
-    group: ProcessGroup,
-    checkpoint: Path,
-) -> tuple[EvaluationCounts, range]:
-    """Return this process's counts and sample indices: whole batches, the same for any number of processes."""
-    batches = group.local_range(-(-len(dataset) // config.batch_size))
-    indices = range(batches.start * config.batch_size, min(batches.stop * config.batch_size, len(dataset)))
-    counts = EvaluationCounts.zeros(towers, len(dataset.classes), indices.start)
-    if checkpoint.is_file():
-        counts.load(checkpoint)
-        if group.is_main:
-            print(f"{stage}: resumes after {counts.next_index} images", flush=True)
-    return counts, indices
 
 
 def _example_file(state: Path, index: int) -> Path:
     return state / f"example-{index}.npz"
-
-
-def _save_example(path: Path, sample: _Sample, maps: Mapping[str, NDArray[np.integer]]) -> None:
-    arrays = {f"map{tower}": labels.astype(np.uint16) for tower, labels in maps.items()}
-    write_atomically(path, to_npz(image=np.asarray(sample.image), truth=sample.labels.astype(np.uint16), **arrays))
 
 
 def _read_samples(
@@ -199,15 +178,8 @@ def _predict(
     batch: list[_Sample], towers: list[Backbone], clip: Clip, classes: Tensor, config: EvaluateConfig
 ) -> list[Predictions]:
     if config.protocol == "slide":
-        windows: dict[str, int] = {
-            "side": config.slide_side,
-            "crop": config.crop,
-            "stride": config.stride,
-            "feature_grid": config.feature_grid,
-            "windows_at_once": config.batch_size,
-        }
         full_size = (normalise(to_tensor(sample.image).to(classes.device), clip.mean, clip.std)[None] for sample in batch)
-        return [predict_windows(towers, image, classes, **windows) for image in full_size]
+        return [predict_windows(towers, image, classes, config) for image in full_size]
     images = _resize_batch(batch, config.side, clip, classes.device)
     if config.protocol == "whole":
         return predict_whole(towers, images, [sample.labels.shape for sample in batch], classes, config.feature_grid)
@@ -222,13 +194,7 @@ def _resize_batch(batch: list[_Sample], side: int, clip: Clip, device: torch.dev
 
 
 def compute_metrics(counts: EvaluationCounts, num_images: int, masks: bool, labelled: Path) -> dict[str, float]:
-    """Compute the metrics, keyed by name without the set's label.
-
-    Args:
-        counts: of CLIP, or of both towers.
-        num_images: number of images in the labelled set.
-        masks: whether masks were classified.
-        labelled: labelled set, for messages.
+    """Compute the metrics of CLIP, or of both towers, keyed by name without the set's label.
 
     Raises:
         ValueError: no image, no labelled pixel or no labelled mask was evaluated.

@@ -27,7 +27,7 @@ class StepOutput:
         loss: [].
         concept_index: [N], concept of each mask.
         assignment: [N, K], softmax of the scaled cosines before Sinkhorn.
-        logits: [S, K, H, W] of the first S images of this process's first micro-batch with masks.
+        logits: [S, K, H, W] of the first S images of this process's first micro-batch with masks; empty without clustering.
         shown_index: concept of each mask of that micro-batch.
     """
 
@@ -151,7 +151,7 @@ class PixelCLIP(nn.Module):
             shown: number of images, from the first on, whose logits are returned.
 
         Returns:
-            The loss, and logits [shown, K, H, W] (without clustering, K is the largest number of masks of an image).
+            The loss, and logits [shown, K, H, W], which are empty without clustering.
         """
         features = F.normalize(self.student(batch.strong), dim=1)
         num_images, num_concepts = len(batch.strong), len(concepts)
@@ -162,14 +162,9 @@ class PixelCLIP(nn.Module):
             map_image, num_shown = images.repeat_interleave(num_concepts), shown * num_concepts
         else:
             maps = torch.einsum("nchw,nc->nhw", features[batch.image_index], mask_features)
-            targets, map_image = batch.masks, batch.image_index
-            num_shown = int((map_image < shown).sum()) if shown else 0
+            targets, map_image, num_shown = batch.masks, batch.image_index, 0
         loss, logits = decoded_loss(self.decoder, maps, targets, covered, map_image, terms, self.precision, num_shown)
-        if self.clustering or not shown:
-            return loss, logits.unflatten(0, (-1, num_concepts)) if self.clustering else logits[:, None]
-        position = _index_in_image(map_image[:num_shown])
-        empty = logits.new_full((shown, int(position.max()) + 1 if num_shown else 1, *targets.shape[1:]), -100.0)
-        return loss, empty.index_put((map_image[:num_shown], position), logits)
+        return loss, logits.unflatten(0, (-1, num_concepts))
 
     def count_terms(self, batch: Batch, covered: Tensor, num_concepts: int) -> Tensor:
         """Count the pixels times concepts that the loss of a batch averages over: []; `covered` is [B, H, W]."""
@@ -232,9 +227,3 @@ def _covered(batch: Batch) -> Tensor:
     """Return the pixels inside at least one mask: [B, H, W], bool."""
     one_concept = torch.zeros_like(batch.image_index)
     return merge_by_concept(batch.masks, batch.image_index, one_concept, len(batch.strong), 1)[:, 0]
-
-
-def _index_in_image(image_index: Tensor) -> Tensor:
-    """Return the index of each mask within its image: [N] -> [N]."""
-    same = image_index[:, None] == image_index
-    return same.tril(-1).sum(dim=1)

@@ -43,14 +43,8 @@ def create_name(client: MlflowClient, name: str) -> None:
 
 def find(client: MlflowClient, name: str, model_md5: str) -> ModelVersion | None:
     """Return the latest version with exactly these weights, or None."""
-    try:
-        versions = client.search_model_versions(f"name = '{name}'")
-    except MlflowException as error:
-        if is_missing(error):
-            return None
-        raise
-    same = [version for version in versions if version.tags.get("model.md5") == model_md5]
-    return max(same, key=lambda version: int(version.version)) if same else None
+    same = client.search_model_versions(f"name = '{name}' and tags.`model.md5` = '{model_md5}'")
+    return max(same, key=lambda version: int(version.version), default=None)
 
 
 def create(client: MlflowClient, model: Path, provenance: Mapping[str, Any], name: str) -> ModelVersion:

@@ -3,7 +3,7 @@
 B images, N masks, K concepts, H W mask grid.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +19,8 @@ from pixelclip.images import colour_labels, decode_image, fitted, nearest, to_rg
 from pixelclip.model import PixelCLIP, StepOutput
 from pixelclip.pixels import normalise, resize_square, to_tensor
 from pixelclip.rle import RunMasks
-from pixelclip.shard_format import Member, index_shard, read_part
-from pixelclip.shard_sources import Shard, list_shards
+from pixelclip.shard_format import index_shard, read_part
+from pixelclip.shard_sources import list_shards
 from pixelclip.storage import write_json
 
 GALLERY = "gallery.json"
@@ -50,11 +50,8 @@ def training_picture(
         logits, predicted = output.logits[image].max(dim=0)
         predicted = torch.where(logits > 0, predicted, -1).cpu()
         view = Image.fromarray(to_pixels(batch.strong[image], mean, std)).resize((side, side))
-        rows.append(
-            np.concatenate(
-                [np.asarray(view), colour_labels(labels, concepts), colour_labels(predicted.numpy(), concepts)], axis=1
-            )
-        )
+        panels = [np.asarray(view), colour_labels(labels, concepts), colour_labels(predicted.numpy(), concepts)]
+        rows.append(np.concatenate(panels, axis=1))
     return Image.fromarray(np.concatenate(rows))
 
 
@@ -80,10 +77,8 @@ def gallery(model: PixelCLIP, dataset: MaskedImages, folder: Path, device: torch
         image_index = torch.zeros(len(on_grid), dtype=torch.long, device=device)
         features = model.mask_features(pixels, on_grid.to(device), image_index)
         cosines = features @ F.normalize(concepts, dim=-1).T
-        nearest_concept = cosines.max(dim=-1)
-        for number, (cosine, concept) in enumerate(
-            zip(nearest_concept.values.tolist(), nearest_concept.indices.tolist(), strict=True)
-        ):
+        nearest_concepts = zip(*(column.tolist() for column in cosines.max(dim=-1)), strict=True)
+        for number, (cosine, concept) in enumerate(nearest_concepts):
             counts[concept] += 1
             kept = best[concept]
             if len(kept) < _GALLERY_BEST or cosine > kept[-1][0]:
@@ -117,7 +112,8 @@ def preview(masks: Path | str, count: int, path: Path) -> int:
         ValueError: no readable sample with masks.
     """
     rows: list[Image.Image] = []
-    for tar, member in _masked(masks):
+    samples = ((tar, member) for tar in list_shards(masks) for member in index_shard(tar)[0] if member.json_size)
+    for tar, member in samples:
         try:
             image = to_rgb(decode_image(read_part(tar, member.image_offset, member.image_size)))
             _, runs = parse_annotation(read_part(tar, member.json_offset, member.json_size), image.size)
@@ -136,12 +132,6 @@ def preview(masks: Path | str, count: int, path: Path) -> int:
         top += row.height
     sheet.save(path, quality=88)
     return len(rows)
-
-
-def _masked(masks: Path | str) -> Iterator[tuple[Shard, Member]]:
-    """Yield the samples with masks; shards are opened lazily."""
-    for tar in list_shards(masks):
-        yield from ((tar, member) for member in index_shard(tar)[0] if member.json_size)
 
 
 def _preview_row(image: Image.Image, masks: RunMasks) -> Image.Image:

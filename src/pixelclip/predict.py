@@ -97,12 +97,7 @@ def slide_scores(
 
     Yields:
         [1, k, H, W] for consecutive groups of k classes.
-
-    Raises:
-        ValueError: windows would leave gaps.
     """
-    if not 0 < stride <= crop:
-        raise ValueError(f"windows of {crop} pixels every {stride} pixels leave gaps; 0 < stride <= crop is required")
     height, width = min(crop, image.shape[2]), min(crop, image.shape[3])
     corners = [(y, x) for y in _starts(image.shape[2], height, stride) for x in _starts(image.shape[3], width, stride)]
     windows = [(..., slice(y, y + height), slice(x, x + width)) for y, x in corners]
@@ -236,14 +231,10 @@ def overlay(image: Image.Image, prediction: Prediction, opacity: float = 0.55) -
     picture.thumbnail((_LONGEST_EDGE, _LONGEST_EDGE))
     counts = np.bincount(prediction.labels.ravel(), minlength=len(prediction.classes))
     present = [int(i) for i in np.argsort(-counts, kind="stable") if counts[i]]
-    entries = [
-        (i, f"{_shorten(prediction.classes[i])}  {100 * counts[i] / counts.sum():.0f} %") for i in present[:_LEGEND_ENTRIES]
-    ]
+    limit = _LEGEND_CHARACTERS
+    names = [name if len(name) <= limit else f"{name[: limit - 1]}…" for name in prediction.classes]
+    entries = [(i, f"{names[i]}  {100 * counts[i] / counts.sum():.0f} %") for i in present[:_LEGEND_ENTRIES]]
     return _with_legend(picture, entries, palette(len(prediction.classes)))
-
-
-def _shorten(name: str) -> str:
-    return name if len(name) <= _LEGEND_CHARACTERS else f"{name[: _LEGEND_CHARACTERS - 1]}…"
 
 
 def _with_legend(picture: Image.Image, entries: list[tuple[int, str]], colours: NDArray[np.uint8]) -> Image.Image:

@@ -1,4 +1,4 @@
-"""Promotion and rollback of the champion, an alias of a registered model.
+"""Promotion and rollback of the champion, an alias of a registered model, and the gate in front of it.
 
 MLflow's aliases have no compare-and-set. A promotion therefore moves the alias, waits, reads it again and, if another process
 has moved it meanwhile, decides again against the new champion. docs/registry.md states the window that this leaves.
@@ -8,13 +8,13 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from pixelclip.config import RegisterConfig, nearest
-from pixelclip.gate import Decision, GateMetrics, decide
 from pixelclip.server import connect, first_line, is_missing, tracking_uri
 
 CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous", "challenger"
@@ -22,6 +22,46 @@ GATE = "gate"
 """Tag of a version: its role and the reason."""
 _ATTEMPTS = 10
 _SETTLE_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class GateMetrics:
+    """Metrics that the gate compares: mIoU and gain over CLIP in points, and an ID of the labelled set and protocol."""
+
+    miou: float
+    gain: float
+    measured_on: str
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Whether a model becomes champion, and why."""
+
+    champion: bool
+    reason: str
+
+
+def decide(challenger: GateMetrics, champion: GateMetrics | None, min_gain: float) -> Decision:
+    """Decide if a challenger becomes champion: enough gain over CLIP, and a higher mIoU than the champion.
+
+    Raises:
+        ValueError: a metric is not finite.
+    """
+    for metrics in filter(None, (challenger, champion)):
+        if not (math.isfinite(metrics.miou) and math.isfinite(metrics.gain)):
+            raise ValueError(f"the gate needs finite metrics, found mIoU {metrics.miou} and gain {metrics.gain}")
+    if challenger.gain < min_gain:
+        return Decision(False, f"gain {challenger.gain:.2f} over CLIP is below register.min_gain {min_gain:g}")
+    if champion is None:
+        return Decision(True, f"gain {challenger.gain:.2f} over CLIP, and there was no champion")
+    if champion.measured_on != challenger.measured_on:
+        return Decision(
+            False,
+            "the champion was evaluated on another labelled set or protocol, or by an older pixelclip; evaluate it again: "
+            "pixelclip evaluate --model models:/NAME@champion, then pixelclip register with that evaluation",
+        )
+    comparison = f"mIoU {challenger.miou:.2f} against the champion's {champion.miou:.2f}"
+    return Decision(challenger.miou > champion.miou, comparison)
 
 
 def run(name: str, version: int, force: str = "") -> Decision:
@@ -45,13 +85,7 @@ def run(name: str, version: int, force: str = "") -> Decision:
 
 
 def rollback(name: str) -> str:
-    """Make `previous` the champion again; the champion becomes `previous`, so a second rollback undoes the first.
-
-    Args:
-        name: registered model.
-
-    Returns:
-        The new champion's version.
+    """Make `previous` the champion of a registered model again and return its version; a second rollback undoes the first.
 
     Raises:
         ValueError: unknown model, no `previous`, the champion was moved by another process, or MLflow is unreachable.

@@ -64,11 +64,7 @@ def metric_name(labelled: Path, config: EvaluateConfig) -> str:
 
 
 def protocol_of(config: EvaluateConfig) -> dict[str, Any]:
-    """Return the content of `protocol.json`; settings that the protocol does not use are None.
-
-    Args:
-        config: resolved settings, with the set's name and the side in pixels.
-    """
+    """Return the content of `protocol.json` for resolved settings; those that the protocol does not use are None."""
     used = {*_OPTIONS[config.protocol], *(_OPTIONS.get(config.masks, ()) if config.protocol == "masks" else ())}
     settings = config.model_dump()
     always = {key: settings[key] for key in ("name", "kind", "protocol", "templates")}
@@ -77,11 +73,9 @@ def protocol_of(config: EvaluateConfig) -> dict[str, Any]:
 
 
 def conditions_of(protocol: Mapping[str, Any], inputs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Everything besides the model that determines the metrics; files are identified by content, not by path.
+    """Return all conditions besides the model that determine the metrics; files are identified by content, not by path.
 
-    Args:
-        protocol: see `protocol_of`.
-        inputs: see `describe_inputs`.
+    Arguments are the results of `protocol_of` and `describe_inputs`, or the files that hold them.
     """
     md5 = {f"md5 of {key}": inputs[key]["md5"] for key in ("labelled", "masks") if key in inputs}
     return md5 | {key: value for key, value in protocol.items() if key != "masks_folder"}
@@ -102,7 +96,7 @@ def describe_protocol(protocol: dict[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in protocol.items() if key != "name" and value is not None)
 
 
-def describe_inputs(labelled: Path, dataset: LabelledSet, spec: str, config: EvaluateConfig) -> dict[str, dict[str, Any]]:
+def describe_inputs(labelled: Path, dataset: LabelledSet, config: EvaluateConfig) -> dict[str, dict[str, Any]]:
     """Identify all inputs besides the model, as `describe` does: `labelled`; `clip` and `masks` if they are files."""
     if config.kind == "folder":
         description = describe(labelled)
@@ -110,7 +104,7 @@ def describe_inputs(labelled: Path, dataset: LabelledSet, spec: str, config: Eva
         files = {file for pair in dataset.pairs for file in pair}
         description = {"path": origin(labelled), **digest(labelled, files)}
     inputs = {"labelled": description}
-    if weights := clip_folder(spec):
+    if weights := clip_folder(config.clip):
         inputs["clip"] = describe(weights)
     if config.protocol == "masks" and config.masks == "given":
         inputs["masks"] = describe_shards(config.masks_folder)
@@ -134,11 +128,7 @@ def check_masks(dataset: LabelledSet, config: EvaluateConfig) -> None:
 
 
 def check_sides(backbone: Backbone, config: EvaluateConfig) -> None:
-    """Check that the input sizes in the settings fit the patches of an image tower.
-
-    Args:
-        backbone: the tower.
-        config: settings, with the side in pixels.
+    """Check that the input sizes in the resolved settings fit the patches of an image tower.
 
     Raises:
         ValueError: a side is smaller than a patch or, unless windows are cropped from it, not a multiple of the patch.

@@ -16,9 +16,8 @@ from typing import Any
 from pixelclip import model_version
 from pixelclip.checkpoint import read_config
 from pixelclip.config import RegisterConfig
-from pixelclip.gate import GateMetrics
 from pixelclip.model_version import EVALUATION, REGISTRATION
-from pixelclip.promotion import CHALLENGER, CHAMPION, pass_gate, registry, write_metrics
+from pixelclip.promotion import CHALLENGER, CHAMPION, GateMetrics, pass_gate, registry, write_metrics
 from pixelclip.protocol import PROTOCOL, conditions_of
 from pixelclip.server import tracking_uri, transfer
 from pixelclip.stage import METRICS, PROVENANCE, Metrics, Stage, describe

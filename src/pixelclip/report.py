@@ -1,7 +1,6 @@
 """Self-contained report.html: image, CLIP, PixelCLIP and truth side by side, IoU per class, loss curve, concept gallery."""
 
 import base64
-import io
 import json
 from dataclasses import dataclass
 from importlib import resources
@@ -13,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pixelclip.images import colour_labels, fitted, palette
+from pixelclip.images import colour_labels, encode_jpeg, fitted, palette
 from pixelclip.journal import CURVES
 from pixelclip.pictures import GALLERY
 from pixelclip.provenance import flatten
@@ -78,9 +77,7 @@ def write_report(
 
 
 def _data_uri(image: Image.Image) -> str:
-    buffer = io.BytesIO()
-    image.convert("RGB").save(buffer, "JPEG", quality=88)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return "data:image/jpeg;base64," + base64.b64encode(encode_jpeg(image, quality=88)).decode()
 
 
 def _example(example: Example, classes: list[str]) -> dict[str, Any]:

@@ -3,14 +3,16 @@
 B images, N masks, P points, C embedding width, H W size of an image or crop, h w size of the decoder's output.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from PIL import Image
 from pycocotools import mask as rle
 from segment_anything.modeling import Sam
 from segment_anything.utils.amg import (
@@ -27,10 +29,28 @@ from segment_anything.utils.transforms import ResizeLongestSide
 from torch import Tensor
 from torchvision.ops.boxes import batched_nms, box_area
 
+from pixelclip.annotations import annotate
+from pixelclip.config import MasksConfig
+from pixelclip.ranks import pick_device, pick_precision
 from pixelclip.sam_decoder import PointDecoder
 from pixelclip.sam_encoder import ImageEncoder
+from pixelclip.sam_weights import load_sam
 
 _CHUNK_PIXELS = 2**26  # full-size logits in memory at once: 256 MiB
+
+
+def sam_generator(weights: Path, config: MasksConfig) -> Callable[[list[tuple[str, Image.Image]]], Iterator[dict[str, Any]]]:
+    """Load SAM on the configured device as a function from keys and images to annotation documents."""
+    prefix, device = "sam_", pick_device(config.device)
+    settings = {name.removeprefix(prefix): value for name, value in config.model_dump().items() if name.startswith(prefix)}
+    settings["precision"] = pick_precision(config.sam_precision, device)
+    generator = SamGenerator(load_sam(weights).to(device), **settings)
+
+    def generate(batch: list[tuple[str, Image.Image]]) -> Iterator[dict[str, Any]]:
+        for (key, image), entries in zip(batch, generator([np.asarray(image) for _, image in batch]), strict=True):
+            yield {**annotate([], image.size, key), "annotations": entries}
+
+    return generate
 
 
 @dataclass(frozen=True)
@@ -69,7 +89,7 @@ class SamGenerator:
         precision: autocast dtype of the image encoder; None for float32, which reproduces the original's masks.
 
     Raises:
-        ValueError: a crop layer has no points, or `points_per_batch` is below 1.
+        ValueError: a crop layer has no points.
     """
 
     sam: Sam
@@ -93,8 +113,6 @@ class SamGenerator:
                 f"points_per_side {self.points_per_side} leaves no point in crop layer {self.crop_n_layers} "
                 f"at crop_n_points_downscale_factor {self.crop_n_points_downscale_factor}"
             )
-        if self.points_per_batch < 1:
-            raise ValueError(f"points_per_batch is {self.points_per_batch}, must be at least 1")
         self._grids = build_all_layer_point_grids(self.points_per_side, self.crop_n_layers, self.crop_n_points_downscale_factor)
         self._resize = ResizeLongestSide(self.sam.image_encoder.img_size)
         self._encoder = ImageEncoder(self.sam.image_encoder, self.precision)
@@ -108,13 +126,7 @@ class SamGenerator:
 
         Returns:
             SA-1B annotation entries of each image: compressed RLE, boxes as x y width height in pixels.
-
-        Raises:
-            ValueError: an image is not uint8 [H, W, 3].
         """
-        for i, image in enumerate(images):
-            if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-                raise ValueError(f"image {i} is {image.dtype} {list(image.shape)}, expected uint8 [H, W, 3]")
         layouts = [generate_crop_boxes(image.shape[:2], self.crop_n_layers, self.crop_overlap_ratio) for image in images]
         layers = layouts[0][1] if layouts else []
         crops: list[list[_Crop]] = [[] for _ in images]
@@ -141,17 +153,9 @@ class SamGenerator:
     def _mask_crop(
         self, embedding: Tensor, shown: tuple[int, int], box: list[int], layer: int, image_size: tuple[int, int]
     ) -> _Crop | None:
-        """Decode and filter the masks of one crop.
+        """Decode the masks of one crop from its embedding [C, h, w]; for `box` and `shown` see `_Crop`.
 
-        Args:
-            embedding: [C, h, w] of the crop.
-            shown: H and W of the encoder's input for the crop, without padding.
-            box: x0 y0 x1 y1 of the crop in the image.
-            layer: crop layer, which selects the grid of points.
-            image_size: H and W of the image.
-
-        Returns:
-            Masks that pass the thresholds, are not cut off by the crop and are not duplicates; None if the decoder finds none.
+        Masks below the thresholds, masks that the crop cuts off, and duplicates are dropped. None if the decoder finds none.
         """
         x0, y0, x1, y1 = box
         size = (y1 - y0, x1 - x0)

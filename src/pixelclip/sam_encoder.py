@@ -37,14 +37,7 @@ class ImageEncoder:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Encode images.
-
-        Args:
-            images: [B, 3, S, S] from `Sam.preprocess`.
-
-        Returns:
-            Features [B, C', S / patch, S / patch], float32.
-        """
+        """Encode images [B, 3, S, S] from `Sam.preprocess` as features [B, C', S / patch, S / patch], float32."""
         encoder = self.encoder
         with torch.autocast(images.device.type, self.precision, enabled=self.precision is not None):
             x = encoder.patch_embed(images)

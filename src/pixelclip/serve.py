@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pixelclip.class_names import parse_names
 from pixelclip.config import build
 from pixelclip.images import decode_image
-from pixelclip.predict import Prediction, Predictor, label_image, overlay
+from pixelclip.predict import Predictor, label_image, overlay
 
 ARTIFACT = "pixelclip"
 SIGNATURE = ModelSignature(
@@ -89,13 +89,7 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
                 rows.append(self._segment(image, classes, options))
             except ValueError as error:
                 raise MlflowException.invalid_parameter_value(f"row {number}: {error}") from None
-        columns = [
-            "label_map",
-            "classes",
-            "shares",
-            "scores",
-            *(name for name in ("overlay", "score_maps") if options.get(name)),
-        ]
+        columns = [column.name for column in SIGNATURE.outputs.inputs if column.required or options.get(column.name)]
         return pd.DataFrame(rows, columns=columns)
 
     def _segment(self, data: Any, classes: Any, options: dict[str, Any]) -> dict[str, Any]:
@@ -115,7 +109,9 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         if options.get("overlay"):
             row["overlay"] = _png(overlay(image, prediction))
         if options.get("score_maps"):
-            row["score_maps"] = _npy(prediction)
+            buffer = io.BytesIO()
+            np.save(buffer, prediction.scores.astype(np.float32), allow_pickle=False)
+            row["score_maps"] = buffer.getvalue()
         return row
 
 
@@ -128,15 +124,14 @@ def _check_cell(column: str, cell: Any, types: tuple[type, ...], expected: str) 
 
 def _check_classes(classes: str, limits: Limits) -> None:
     # Every name is encoded in eight templates, and the tokenizer's time grows with the square of its length.
-    num_classes = classes.count(",") + 1
-    num_names = num_classes + classes.count("|")
-    if num_classes > limits.max_classes:
-        raise ValueError(f"classes: {num_classes} names; at most {limits.max_classes} are allowed")
-    if num_names > limits.max_names:
-        raise ValueError(f"classes: {num_names} names with synonyms; at most {limits.max_names} are allowed")
-    longest = max(map(len, re.split("[,|]", classes)))
-    if longest > limits.max_characters:
-        raise ValueError(f"classes: a name of {longest} characters; at most {limits.max_characters} are allowed")
+    names = re.split("[,|]", classes)
+    for limit, found, text in (
+        (limits.max_classes, classes.count(",") + 1, "{} names"),
+        (limits.max_names, len(names), "{} names with synonyms"),
+        (limits.max_characters, max(map(len, names)), "a name of {} characters"),
+    ):
+        if found > limit:
+            raise ValueError(f"classes: {text.format(found)}; at most {limit} are allowed")
 
 
 def _bytes(data: bytes | str, limit: int) -> bytes:
@@ -155,12 +150,6 @@ def _bytes(data: bytes | str, limit: int) -> bytes:
 def _png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-def _npy(prediction: Prediction) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, prediction.scores.astype(np.float32), allow_pickle=False)
     return buffer.getvalue()
 
 

@@ -48,18 +48,15 @@ def connect() -> MlflowClient:
         client = MlflowClient(uri)
         client.search_experiments(max_results=1)
     except Exception as error:  # MLflow raises many kinds here, from SQLAlchemy's to its own
+        problem = f"cannot be used (MLFLOW_TRACKING_URI): {first_line(error)}"
         if "error code 403" in str(error):
-            raise ValueError(
-                f"MLflow at {uri} refuses this request (403): the user may not read experiments, or the server's "
-                "--allowed-hosts lacks this host and port"
-            ) from None
-        if "error code 401" in str(error):
+            lacking = "the user may not read experiments, or the server's --allowed-hosts lacks this host and port"
+            problem = f"refuses this request (403): {lacking}"
+        elif "error code 401" in str(error):
             user = os.environ.get("MLFLOW_TRACKING_USERNAME")
             who = f"user {user!r} with this password" if user else "a request without a user"
-            raise ValueError(
-                f"MLflow at {uri} refuses {who}: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or _TOKEN)"
-            ) from None
-        raise ValueError(f"MLflow at {uri} cannot be used (MLFLOW_TRACKING_URI): {first_line(error)}") from None
+            problem = f"refuses {who}: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or _TOKEN)"
+        raise ValueError(f"MLflow at {uri} {problem}") from None
     return client
 
 

@@ -33,12 +33,8 @@ _CLOSE_SECONDS = 30.0
 
 def lineage(provenance: Mapping[str, Any]) -> dict[str, str]:
     """Return lineage tags: code and data of the whole chain, pipeline run, parent run."""
-    tags = tags_of(provenance)
-    if pipeline_run := os.environ.get(PIPELINE_RUN):
-        tags["kfp.run_id"] = pipeline_run
-    if parent := os.environ.get(PARENT_RUN):
-        tags["mlflow.parentRunId"] = parent
-    return tags
+    runs = {"kfp.run_id": os.environ.get(PIPELINE_RUN), "mlflow.parentRunId": os.environ.get(PARENT_RUN)}
+    return tags_of(provenance) | {tag: run_id for tag, run_id in runs.items() if run_id}
 
 
 class Run:
@@ -91,11 +87,6 @@ class Run:
 
         If the server has no such run, all curves and settings go to the run MLFLOW_RUN_ID or to a new one.
 
-        Args:
-            client: a connected client.
-            model: model folder.
-            provenance: the model's provenance.
-
         Raises:
             ValueError: MLflow rejects a request.
         """
@@ -117,12 +108,7 @@ class Run:
         """Attach to the run MLFLOW_RUN_ID, or else to the run that trained a model.
 
         If the two differ (Kubeflow's MLflow plugin creates a run per task), final metrics and tags go to both, so that the
-        training's run has all metrics of its model.
-
-        Args:
-            model: model folder.
-            folder: folder of the attaching stage, for its journal.
-            provenance: the model's provenance.
+        training's run has all metrics of its model. The journal is in the folder of the attaching stage.
 
         Raises:
             ValueError: MLflow is unreachable or rejects a request.

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,9 @@ def run(masks: Path | str, out: Path, config: TrainConfig) -> Metrics:
         clip = load_clip(config.clip)
         check_side("train.side", config.side, Backbone(clip.model.visual, config.residual))
         with stage if group.is_main else nullcontext():
-            dataset = MaskedImages(shards, _views(config, clip), config.seed, dino is None, config.shards_at_once)
+            shared = config.model_dump(include={field.name for field in fields(Views)})
+            views = Views(**shared, mean=clip.mean, std=clip.std)
+            dataset = MaskedImages(shards, views, config.seed, dino is None, config.shards_at_once)
             tracked = Run.start(stage.folder, name=out.name, provenance=stage.provenance()) if group.is_main else None
             try:
                 metrics = _train(stage, clip, dino and load_dino(dino), dataset, config, group, tracked)
@@ -279,23 +281,6 @@ def new_concepts(text: TextTower, config: TrainConfig) -> Prompts | Vectors:
         return Vectors(torch.randn(config.concepts, text.embed_dim, generator=generator), learn=True)
     words = torch.randint(0, text.tokenizer.sot_token_id, (config.concepts, config.prompt_tokens), generator=generator)
     return Prompts(text, words, learn=config.concept_kind == "prompts")
-
-
-def _views(config: TrainConfig, clip: Clip) -> Views:
-    return Views(
-        side=config.side,
-        mask_grid=config.mask_grid,
-        shortest_edge=config.shortest_edge,
-        longest_edge=config.longest_edge,
-        crop=config.crop,
-        color_jitter=config.color_jitter,
-        flip=config.flip,
-        strong_view=config.strong_view,
-        cutout_min=config.cutout_min,
-        cutout_max=config.cutout_max,
-        mean=clip.mean,
-        std=clip.std,
-    )
 
 
 def new_decoder(seed: int) -> Decoder:

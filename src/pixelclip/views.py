@@ -190,9 +190,7 @@ def _shift_hue(pixels: Tensor, shift: float) -> Tensor:
         green - blue,
         torch.where(highest == green, (blue - red).add_(chroma, alpha=2), (red - green).add_(chroma, alpha=4)),
     )
-    hue = (
-        side.div_(chroma.clamp_min(1e-9)).add_(6 * shift).remainder_(6)
-    )  # one unit per side of the hexagon; arbitrary for grey
+    hue = side.div_(chroma.clamp_min(1e-9)).add_(6 * shift).remainder_(6)  # in sides of the hexagon; arbitrary for grey
     shifted = torch.empty_like(pixels)
     for channel, (place, sign) in enumerate(((3, 1), (2, -1), (4, -1))):
         torch.sub(hue, place, out=shifted[channel]).abs_().mul_(sign).add_(0.5 - 1.5 * sign).clamp_(0, 1)
