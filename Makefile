@@ -18,7 +18,7 @@ demo: .venv/installed  ## The whole pipeline on painted scenes, 5 to 15 minutes 
 
 demo-docker: .venv/installed image  ## The same in containers, with data from DVC on S3 and MLflow on PostgreSQL: runs/demo-docker/
 	@servers=$$(mktemp -d) && PATH=$(CURDIR)/$(BIN):$$PATH PIXELCLIP_IMAGE=pixelclip:dev \
-		$(BIN)/python tests/services.py $$servers deploy/demo_docker.sh $(CURDIR)/runs/demo-docker
+		$(BIN)/python tests/helpers/services.py $$servers deploy/demo_docker.sh $(CURDIR)/runs/demo-docker
 
 test: .venv/installed  ## All fast tests, in two processes
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
@@ -29,8 +29,8 @@ test-services: .venv/installed  ## Tests against real S3, PostgreSQL, MLflow and
 test-docker: .venv/installed  ## Tests that need a Docker engine and the image of `make image`
 	@$(BIN)/python -m pytest -m docker
 
-bench: .venv/installed  ## Speed and memory against baselines: a table and benchmarks/results.json
-	@$(BIN)/python -m benchmarks
+bench: .venv/installed  ## Speed and memory against baselines: a table and bench/results.json
+	@$(BIN)/python -m bench
 
 lint: .venv/installed  ## Ruff and the type checker
 	@$(BIN)/ruff check .

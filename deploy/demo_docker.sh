@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The demo as on a cluster: data from DVC, every step in a container, a registered model. `make demo-docker` starts the servers of
-# tests/services.py and calls this with their addresses and keys in the environment.
+# tests/helpers/services.py and calls this with their addresses and keys in the environment.
 set -euo pipefail
 out=$1
 data=$out/data

@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from pixelclip.storage import write_atomically
+from pixelclip.storage.files import write_atomically
 
 LOCATION = "location"
 """Metadata key with the path or prefix of the content, if it is not stored at the artifact's own path."""

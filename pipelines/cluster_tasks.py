@@ -2,7 +2,7 @@
 
 from kfp import dsl, kubernetes
 
-from pixelclip.tracking import PIPELINE_RUN
+from pixelclip.tracking.run import PIPELINE_RUN
 from pixelclip_pipelines.cluster_config import Cluster, pod_environment, seconds
 
 RUN_LABEL = "metadata.labels['pipeline/runid']"

@@ -20,7 +20,7 @@ from docker.errors import APIError, DockerException
 from kfp.local import docker_task_handler
 from requests import RequestException
 
-from pixelclip.storage import read_json
+from pixelclip.storage.files import read_json
 from pixelclip_pipelines.artifacts import LOCATION
 
 _PARAMETERS = ["client", "image", "command", "volumes", "container_run_args"]

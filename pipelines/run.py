@@ -15,11 +15,11 @@ from kfp import compiler, local
 
 from pixelclip.config import load_all, nearest
 from pixelclip.fetch_data import has_secret, without_login
-from pixelclip.s3 import is_s3
-from pixelclip.server import connect, tracking_uri
-from pixelclip.stage import METRICS
-from pixelclip.storage import read_json
-from pixelclip.tracking import PIPELINE_RUN
+from pixelclip.storage.files import read_json
+from pixelclip.storage.s3 import is_s3
+from pixelclip.tracking.run import PIPELINE_RUN
+from pixelclip.tracking.server import connect, tracking_uri
+from pixelclip.workflow.stage import METRICS
 from pixelclip_pipelines.cluster_config import image_of, read
 from pixelclip_pipelines.docker_runner import containers
 from pixelclip_pipelines.pixelclip import SETTING_OF, build, pixelclip

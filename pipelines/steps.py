@@ -19,11 +19,11 @@ from typing import Any
 import yaml
 
 from pixelclip import __version__
-from pixelclip.code_version import CHANGED, UNKNOWN, code_revision
 from pixelclip.config import TrainConfig, load
-from pixelclip.provenance import origins, source
-from pixelclip.stage import METRICS, PROVENANCE, Metrics
-from pixelclip.storage import read_json
+from pixelclip.storage.files import read_json
+from pixelclip.workflow.code_version import CHANGED, UNKNOWN, code_revision
+from pixelclip.workflow.provenance import origins, source
+from pixelclip.workflow.stage import METRICS, PROVENANCE, Metrics
 from pixelclip_pipelines.artifacts import located, place, point, writable
 
 _TRAINING_SETTINGS_OF_CLIP = ("train.side", "train.residual")
@@ -59,7 +59,7 @@ def pinned_clip(clip: str, settings: Mapping[str, Any], workspace: str) -> tuple
         Version of the CLIP's weights and of the code; and only those settings that the evaluation reads, so that other
         training settings do not repeat it.
     """
-    from pixelclip.clip_sources import clip_version
+    from pixelclip.models.clip_sources import clip_version
 
     chosen = {key: value for key, value in settings.items() if key.startswith("evaluate.") or key in _TRAINING_SETTINGS_OF_CLIP}
     revision = code_revision()
@@ -110,7 +110,7 @@ def gathered(masks: Any, parts: Sequence[Any] | None) -> Iterator[Path | str]:
 
 def processes(device: str) -> int:
     """Return the number of training processes: one per GPU of the pod, at least one; raise as `ranks.count_gpus`."""
-    from pixelclip.ranks import count_gpus
+    from pixelclip.distributed import count_gpus
 
     return max(1, count_gpus()) if device in ("auto", "cuda") else 1
 
@@ -142,8 +142,8 @@ def close_run(state: str) -> None:
     Raises:
         ValueError: the id of the pipeline run is not set, or MLflow is unreachable.
     """
-    from pixelclip.server import connect, experiment_id
-    from pixelclip.tracking import PIPELINE_RUN
+    from pixelclip.tracking.run import PIPELINE_RUN
+    from pixelclip.tracking.server import connect, experiment_id
 
     if run_id := os.environ.get("MLFLOW_RUN_ID"):
         print(f"finish: MLflow run {run_id} is left to the plugin that started it", flush=True)
@@ -166,7 +166,7 @@ def close_run(state: str) -> None:
 
 def links(registration: Path, evaluation: Path) -> str:
     """Return a model's registration as Markdown: MLflow run, registered version, and the version of all its data."""
-    from pixelclip.model_version import REGISTRATION, markdown
+    from pixelclip.registry.model_version import REGISTRATION, markdown
 
     registered = read_json(registration / REGISTRATION)
     lines = [markdown(registration)]

@@ -12,9 +12,9 @@ from kubernetes import client, config
 from urllib3.exceptions import HTTPError
 
 from pixelclip.config import TrainConfig
-from pixelclip.stage import METRICS, Metrics
-from pixelclip.storage import read_json
-from pixelclip.tracking import PARENT_RUN, PIPELINE_RUN
+from pixelclip.storage.files import read_json
+from pixelclip.tracking.run import PARENT_RUN, PIPELINE_RUN
+from pixelclip.workflow.stage import METRICS, Metrics
 from pixelclip_pipelines.cluster_config import Cluster, pod_environment, seconds
 
 GROUP, VERSION, PLURAL = "trainer.kubeflow.org", "v1alpha1", "trainjobs"

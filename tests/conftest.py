@@ -1,27 +1,19 @@
 """Shared inputs and fixtures. Of the code under test they change only waits and retries of downloads."""
 
 import inspect
-import io
-import json
 import os
-import signal
 import sys
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import boto3
-import numpy as np
 import pytest
-import services
-import two_ranks
 from moto.server import ThreadedMotoServer
-from numpy.typing import NDArray
-from PIL import Image
-from pycocotools import mask as rle
 
-from pixelclip import download, shard_sources
+from helpers import services, two_ranks
+from pixelclip.data import shard_sources
+from pixelclip.storage import download
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -43,59 +35,12 @@ def stop_server_of_ranks() -> Iterator[None]:
     two_ranks.stop()
 
 
-def pixels(height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:
-    """Make an image of four flat quarters with a little noise."""
-    generator = np.random.default_rng(seed)
-    quarters = generator.integers(0, 256, (2, 2, 3))
-    image = quarters[(np.arange(height) * 2 // height)[:, None], np.arange(width) * 2 // width]
-    return np.clip(image + generator.integers(-2, 3, image.shape), 0, 255).astype(np.uint8)
-
-
-def encoded(image: NDArray[Any] | Image.Image, kind: str = "JPEG", **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def annotation(masks: NDArray[Any]) -> bytes:
-    """Encode masks [N, H, W] as SA-1B's annotation JSON."""
-    codes = [rle.encode(np.asfortranarray(mask, dtype=np.uint8)) for mask in masks]
-    entries = [
-        {"segmentation": {"size": list(c["size"]), "counts": c["counts"].decode()}, "area": int(rle.area(c))} for c in codes
-    ]
-    return json.dumps({"image": {"image_id": 0}, "annotations": entries}).encode()
-
-
-def write_tar(path: Path, members: dict[str, bytes], kind: int = tarfile.PAX_FORMAT) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", format=kind) as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
-
-
-def read_tar(path: Path) -> dict[str, bytes]:
-    """Read every file of a tar by the standard library."""
-    with tarfile.open(path) as tar:
-        return {member.name: tar.extractfile(member).read() for member in tar if member.isfile()}
-
-
-def write_files(folder: Path, files: dict[str, bytes]) -> Path:
-    for name, data in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
-    return folder
-
-
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PIXELCLIP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(download, "_WAITS", (0.0, 0.0))
     monkeypatch.setattr(shard_sources, "_local_copies", {})  # would name copies in the folder of another test
-    monkeypatch.setattr("pixelclip.s3._ATTEMPTS", 2)
+    monkeypatch.setattr("pixelclip.storage.s3._ATTEMPTS", 2)
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.delenv(name, raising=False)
     return tmp_path / "cache"
@@ -165,8 +110,3 @@ def _up(server: services.Server) -> None:
     if server.process is None:
         server.start()
     server.wait()
-
-
-def die(*_: object, **__: object) -> None:
-    """Kill this process, as the kernel does when memory runs out. Worker processes import this small file quickly."""
-    os.kill(os.getpid(), signal.SIGKILL)

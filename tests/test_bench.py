@@ -10,10 +10,10 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-from benchmarks import loader  # noqa: E402
-from benchmarks.__main__ import NAMES  # noqa: E402
-from benchmarks.case import Case, compare  # noqa: E402
-from pixelclip.dataset import MaskedImages, collate  # noqa: E402
+from bench import loader  # noqa: E402
+from bench.__main__ import NAMES  # noqa: E402
+from bench.case import Case, compare  # noqa: E402
+from pixelclip.data.dataset import MaskedImages, collate  # noqa: E402
 
 
 def same(one: int, other: int) -> str:
@@ -41,14 +41,14 @@ def test_different_results_are_not_timed():
 
 def test_memory_counts_temporary_allocations():
     # In a separate process, as in `make bench`: memory freed by others meanwhile would be subtracted.
-    work = 'from benchmarks.case import peak_memory; print(peak_memory(lambda: bytearray(b"x" * (64 << 20)) and None)["above"])'
+    work = 'from bench.case import peak_memory; print(peak_memory(lambda: bytearray(b"x" * (64 << 20)) and None)["above"])'
     above = int(subprocess.run([sys.executable, "-c", work], cwd=ROOT, capture_output=True, check=True).stdout)
     assert 64 << 20 <= above < 256 << 20
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_benchmark_can_be_made(name):
-    assert callable(importlib.import_module(f"benchmarks.{name}").make)
+    assert callable(importlib.import_module(f"bench.{name}").make)
 
 
 def test_both_sides_of_the_loader_make_the_same_samples(tmp_path):
@@ -61,6 +61,6 @@ def test_both_sides_of_the_loader_make_the_same_samples(tmp_path):
 
 
 def test_unknown_benchmark_is_rejected():
-    done = subprocess.run([sys.executable, "-m", "benchmarks", "speed"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "bench", "speed"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode != 0
     assert "unknown benchmark 'speed'; there are train_step" in done.stderr

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import kubernetes_validate
 import pytest
-import services
 import yaml
 from compose_spec import PyCompose
 from mlflow import MlflowClient
+
+from helpers import services
 
 ROOT = Path(__file__).parents[1]
 DEPLOY = ROOT / "deploy"

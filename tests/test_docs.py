@@ -7,7 +7,7 @@ import pytest
 import typer
 import yaml
 
-from pixelclip.cli import app
+from pixelclip.cli.app import app
 from pixelclip.config import as_table
 
 ROOT = Path(__file__).parents[1]

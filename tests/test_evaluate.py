@@ -5,71 +5,35 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass, field
 from pathlib import Path
 
-import mlflow
 import numpy as np
 import pytest
-import tiny
 import torch
 import torch.nn.functional as F
-import two_ranks
-from conftest import annotation, encoded, write_files
 from PIL import Image
 
+from helpers import evaluations, tiny, two_ranks
+from helpers.evaluations import CONFIG, KilledError, Reads, naive_iou, result, with_settings
+from helpers.fake_data import annotation, encoded, write_files
 from pixelclip import evaluate as stage
-from pixelclip import evaluate_clip, tracking
-from pixelclip.backbone import Backbone
-from pixelclip.benchmarks import KINDS, LabelledSet, open_folder
-from pixelclip.checkpoint import backbone_of, load_clip, load_model
+from pixelclip import evaluate_clip
 from pixelclip.config import EvaluateConfig, build
+from pixelclip.data.labelled_sets import KINDS, open_folder
+from pixelclip.data.tensors import normalise, resize_square, to_tensor
+from pixelclip.distributed import ProcessGroup
 from pixelclip.evaluate import run
-from pixelclip.felzenszwalb import felzenszwalb
-from pixelclip.measure import compute_metrics, evaluate_towers
-from pixelclip.pixels import normalise, resize_square, to_tensor
-from pixelclip.predict import Predictor, class_scores
-from pixelclip.ranks import ProcessGroup
-from pixelclip.storage import read_json
-from pixelclip.tally import CLIP, OURS, ConfusionMatrix, count_recalled
-from pixelclip.text import TEMPLATES, TextTower, classifier
+from pixelclip.evaluation.confusion import CLIP, OURS, ConfusionMatrix, count_recalled
+from pixelclip.evaluation.evaluator import compute_metrics, evaluate_towers
+from pixelclip.inference.predictor import Predictor, class_scores
+from pixelclip.mask_generators.felzenszwalb import felzenszwalb
+from pixelclip.models.backbone import Backbone
+from pixelclip.models.checkpoint import backbone_of, load_clip, load_model
+from pixelclip.models.text import TEMPLATES, TextTower, classifier
+from pixelclip.storage.files import read_json
+from pixelclip.tracking import run as tracking
 
-CONFIG = EvaluateConfig(name="set", device="cpu", batch_size=2, pictures=2)
-
-
-def with_settings(**settings) -> EvaluateConfig:
-    return EvaluateConfig(**(CONFIG.model_dump() | settings))
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Path:
-    """Folder with a CLIP, an untrained model, a changed model and a labelled set."""
-    base = tmp_path_factory.mktemp("made")
-    clip = tiny.clip_folder(base / "clip")
-    tiny.model_folder(base / "untrained", clip)
-    tiny.model_folder(base / "changed", clip, change=0.05)
-    tiny.labelled_set(base / "labelled")
-    return base
-
-
-@pytest.fixture
-def client(monkeypatch, tmp_path) -> mlflow.MlflowClient:
-    return tiny.mlflow_at(monkeypatch, tmp_path / "mlflow")
-
-
-def naive_iou(truths: list[np.ndarray], predictions: list[np.ndarray], classes: int) -> list[float | None]:
-    """IoU computed pixel by pixel; None for a class without labelled pixels."""
-    pairs = [
-        (t, f)
-        for truth, predicted in zip(truths, predictions, strict=True)
-        for t, f in zip(truth.flat, predicted.flat, strict=True)
-    ]
-    pairs = [(t, f) for t, f in pairs if t != 255]
-    result = []
-    for k in range(classes):
-        both, either = sum(t == k == f for t, f in pairs), sum(k in (t, f) for t, f in pairs)
-        result.append(both / either if any(t == k for t, _ in pairs) else None)
-    return result
+client, made, reads, seven = evaluations.client, evaluations.made, evaluations.reads, evaluations.seven
 
 
 def test_iou_and_accuracy_equal_a_naive_loop():
@@ -450,39 +414,6 @@ def test_folder_name_invalid_in_a_metric_is_rejected(made, client, tmp_path):
 
 # Resume; several processes.
 
-RESULT = ("confusion.json", "metrics.json", "per_class.json", "protocol.json", "table.txt", "report.html")
-
-
-def result(out: Path) -> dict[str, str]:
-    assert sorted(path.name for path in out.iterdir()) == sorted([*RESULT, "provenance.json", "run.json"])
-    return {name: (out / name).read_text() for name in RESULT}
-
-
-class KilledError(Exception):
-    pass
-
-
-@dataclass
-class Reads:
-    """Indices of the images read; reading index `kill_at` kills the stage."""
-
-    kill_at: int = -1
-    seen: list[int] = field(default_factory=list)
-
-
-@pytest.fixture
-def reads(monkeypatch) -> Reads:
-    read, reads = LabelledSet.read, Reads()
-
-    def watched(self, index):
-        if index == reads.kill_at:
-            raise KilledError
-        reads.seen.append(index)
-        return read(self, index)
-
-    monkeypatch.setattr(LabelledSet, "read", watched)
-    return reads
-
 
 def kill_reading(index: int, reads: Reads, *arguments) -> None:
     reads.kill_at = index
@@ -490,14 +421,6 @@ def kill_reading(index: int, reads: Reads, *arguments) -> None:
         run(*arguments)
     reads.kill_at = -1
     reads.seen.clear()
-
-
-@pytest.fixture(scope="module")
-def seven(made) -> Path:
-    """Seven images, the second one unreadable."""
-    labelled = tiny.labelled_set(made / "seven", images=7)
-    (labelled / "images" / "1.png").write_bytes(b"no image")
-    return labelled
 
 
 @pytest.mark.parametrize("protocol", ["whole", "slide", "masks"])

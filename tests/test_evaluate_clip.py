@@ -8,23 +8,22 @@ from pathlib import Path
 import mlflow
 import numpy as np
 import pytest
-import test_evaluate
-import tiny
 import torch
-from conftest import annotation, write_files
 from PIL import Image
-from test_evaluate import CONFIG, KilledError, Reads, naive_iou, result, with_settings
 
+from helpers import evaluations, tiny
+from helpers.evaluations import CONFIG, KilledError, Reads, naive_iou, result, with_settings
+from helpers.fake_data import annotation, write_files
 from pixelclip import evaluate, evaluate_clip
-from pixelclip.benchmarks import LabelledSet
-from pixelclip.clip_baseline import COUNTS, MAPS
 from pixelclip.config import EvaluateClipConfig, EvaluateConfig, lasting
+from pixelclip.data.labelled_sets import LabelledSet
 from pixelclip.evaluate_clip import run
-from pixelclip.measure import evaluate_towers
-from pixelclip.predict import Predictor
-from pixelclip.storage import read_json, write_json
+from pixelclip.evaluation.clip_baseline import COUNTS, MAPS
+from pixelclip.evaluation.evaluator import evaluate_towers
+from pixelclip.inference.predictor import Predictor
+from pixelclip.storage.files import read_json, write_json
 
-made, client, reads, seven = test_evaluate.made, test_evaluate.client, test_evaluate.reads, test_evaluate.seven
+made, client, reads, seven = evaluations.made, evaluations.client, evaluations.reads, evaluations.seven
 PROTOCOLS = {
     "whole": {},
     "slide": {"protocol": "slide", "slide_side": 40, "crop": 24, "stride": 10},

@@ -14,17 +14,16 @@ from pathlib import Path
 from wsgiref.simple_server import WSGIRequestHandler, make_server
 
 import pytest
-import services
-import tiny
-from conftest import write_files
 from dulwich.repo import Repo
 from dulwich.server import DictBackend
 from dulwich.web import make_wsgi_chain
 
+from helpers import services, tiny
+from helpers.fake_data import write_files
 from pixelclip.config import FetchDataConfig
 from pixelclip.fetch_data import about, run
-from pixelclip.stage import describe
-from pixelclip.storage import digest, read_json
+from pixelclip.storage.files import digest, read_json
+from pixelclip.workflow.stage import describe
 
 IMAGES = {"a/1.jpg": b"one", "a/2.jpg": b"two", "3.jpg": b"three" * 1000}
 PLAIN = {"readme.txt": b"hello", "conf/x.yaml": b"x: 1", "conf/deep/y.yaml": b"y: 2"}
@@ -271,7 +270,7 @@ def test_dvc_in_a_subfolder_of_the_repository(tmp_path):
 def test_no_clone_is_left(repo, tmp_path, monkeypatch):
     place = tmp_path / "temporary"
     place.mkdir()
-    code = "import sys; from pixelclip.cli import main; main()"
+    code = "import sys; from pixelclip.cli.app import main; main()"
     words = ["fetch_data", "--repo", f"file://{repo}", "--out", str(tmp_path / "out"), "path=data/images", "revision=v1"]
     subprocess.run([sys.executable, "-c", code, *words], check=True, env=os.environ | {"TMPDIR": str(place)})
     assert fetched(tmp_path / "out") == IMAGES

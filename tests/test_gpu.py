@@ -2,35 +2,31 @@
 
 import numpy as np
 import pytest
-import test_classify
-import test_dino
-import test_sam
-import test_train
-import tiny
 import torch
-from conftest import pixels
 from PIL import Image
-from test_model import batch
 
+from helpers import mask_classes, random_dino, random_sam, tiny, training
+from helpers.fake_data import pixels
+from helpers.samples import batch
 from pixelclip import train
-from pixelclip.backbone import Backbone
-from pixelclip.classify import classify_masks
 from pixelclip.config import MasksConfig
-from pixelclip.dataset import Batch, collate
-from pixelclip.decoder import Decoder
-from pixelclip.dino import dino_generator, load_dino, patch_tokens, segment
-from pixelclip.labels import label_map
-from pixelclip.model import PixelCLIP
-from pixelclip.predict import Predictor
-from pixelclip.ranks import pick_precision
-from pixelclip.sam import SamGenerator
-from pixelclip.tally import ConfusionMatrix
-from pixelclip.text import Prompts, TextTower
-from pixelclip.views import Sample
+from pixelclip.data.dataset import Batch, collate
+from pixelclip.data.views import Sample
+from pixelclip.distributed import pick_precision
+from pixelclip.evaluation.classify import classify_masks
+from pixelclip.evaluation.confusion import ConfusionMatrix
+from pixelclip.inference.label_map import label_map
+from pixelclip.inference.predictor import Predictor
+from pixelclip.mask_generators.dino import dino_generator, load_dino, patch_tokens, segment
+from pixelclip.mask_generators.sam import SamGenerator
+from pixelclip.models.backbone import Backbone
+from pixelclip.models.decoder import Decoder
+from pixelclip.models.pixelclip import PixelCLIP
+from pixelclip.models.text import Prompts, TextTower
 
 pytestmark = pytest.mark.gpu
 DEVICE = torch.device("cuda")
-clip, shards, config = test_train.clip, test_train.shards, test_train.config
+clip, shards, config = training.clip, training.shards, training.config
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +38,7 @@ def float32():
 def test_gpu_trains_like_the_cpu(shards, config, tmp_path):
     for name in ("cpu", "cuda"):
         train.run(shards, tmp_path / name, config(device=name, steps=10, strong_view=False))
-    on_cpu, on_gpu = (torch.tensor(test_train.losses(tmp_path / name)) for name in ("cpu", "cuda"))
+    on_cpu, on_gpu = (torch.tensor(training.losses(tmp_path / name)) for name in ("cpu", "cuda"))
     torch.testing.assert_close(on_gpu, on_cpu, atol=2e-3, rtol=0)
 
 
@@ -50,7 +46,7 @@ def test_gpu_trains_like_the_cpu(shards, config, tmp_path):
 def test_low_precision_learns(shards, config, tmp_path, precision):
     settings = {"steps": 60, "precision": precision, "learning_rate_decoder": 2e-3, "strong_view": False}
     train.run(shards, tmp_path / "model", config(device="cuda", **settings))
-    losses = test_train.losses(tmp_path / "model")
+    losses = training.losses(tmp_path / "model")
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
 
 
@@ -86,14 +82,14 @@ def test_pinned_batch_is_unchanged_on_the_device():
 @pytest.fixture(scope="module")
 def dino_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("dino") / "dino.pth"
-    torch.save(test_dino.weights(), path)
+    torch.save(random_dino.weights(), path)
     return path
 
 
 def test_dino_segments_like_the_cpu(dino_file):
     on_gpu, on_cpu = load_dino(dino_file).to(DEVICE), load_dino(dino_file)
     for size in ((20, 20), (28, 36)):  # the native grid, and one with a resized position embedding
-        images = test_dino.images(2, 3, *size)
+        images = random_dino.images(2, 3, *size)
         torch.testing.assert_close(
             patch_tokens(on_gpu, images.to(DEVICE)).cpu(), patch_tokens(on_cpu, images), atol=1e-3, rtol=1e-3
         )
@@ -122,36 +118,36 @@ def test_predictor_resets_the_global_tf32_flags(tmp_path):
 @pytest.mark.parametrize("settings", ["loose", "crops", "clean crops"])
 def test_sam_finds_the_same_masks_as_the_cpu(settings):
     images = [pixels(96, 160, 0), pixels(150, 90, 1)]
-    on_gpu, on_cpu = (test_sam.make_local(test_sam.make_sam()).to(device) for device in (DEVICE, "cpu"))
-    actual, expected = (SamGenerator(sam, **test_sam.SETTINGS[settings])(images) for sam in (on_gpu, on_cpu))
+    on_gpu, on_cpu = (random_sam.make_local(random_sam.make_sam()).to(device) for device in (DEVICE, "cpu"))
+    actual, expected = (SamGenerator(sam, **random_sam.SETTINGS[settings])(images) for sam in (on_gpu, on_cpu))
     for some, others in zip(actual, expected, strict=True):
         assert abs(len(some) - len(others)) <= 0.05 * len(others)  # a mask near a threshold may be lost
-        for best in (test_sam.best_ious(some, others), test_sam.best_ious(others, some)):
+        for best in (random_sam.best_ious(some, others), random_sam.best_ious(others, some)):
             assert np.median(best) > 0.98 and best.mean() > 0.95
 
 
 def test_sam_in_bfloat16_finds_similar_masks():
     images = [pixels(96, 160, 0), pixels(150, 90, 1)]
-    sam = test_sam.make_local(test_sam.make_sam()).to(DEVICE)
-    exact, short = (SamGenerator(sam, **test_sam.LOOSE, precision=precision)(images) for precision in (None, torch.bfloat16))
+    sam = random_sam.make_local(random_sam.make_sam()).to(DEVICE)
+    exact, short = (SamGenerator(sam, **random_sam.LOOSE, precision=precision)(images) for precision in (None, torch.bfloat16))
     assert exact != short
     for some, others in zip(short, exact, strict=True):
-        for best in (test_sam.best_ious(some, others), test_sam.best_ious(others, some)):
+        for best in (random_sam.best_ious(some, others), random_sam.best_ious(others, some)):
             assert np.median(best) > 0.95 and best.mean() > 0.85
 
 
 def test_mask_classification_equals_the_cpu():
     generator = torch.Generator().manual_seed(0)
-    features = torch.randn(2, test_classify.WIDE, 5, 6, generator=generator)  # of two towers
-    classes = torch.randn(test_classify.NUM_CLASSES, test_classify.WIDE, generator=generator)
-    masks = test_classify.entries(test_classify.some_masks())
-    size = (test_classify.HEIGHT, test_classify.WIDTH)
-    truth = torch.randint(0, test_classify.NUM_CLASSES, size, generator=generator).numpy().astype(np.uint8)
+    features = torch.randn(2, mask_classes.WIDE, 5, 6, generator=generator)  # of two towers
+    classes = torch.randn(mask_classes.NUM_CLASSES, mask_classes.WIDE, generator=generator)
+    masks = mask_classes.entries(mask_classes.some_masks())
+    size = (mask_classes.HEIGHT, mask_classes.WIDTH)
+    truth = torch.randint(0, mask_classes.NUM_CLASSES, size, generator=generator).numpy().astype(np.uint8)
     truth[:3] = 255
     found, expected = (classify_masks(features.to(d), masks, classes.to(d), truth) for d in (DEVICE, "cpu"))
     assert (found.correct_masks, found.num_masks) == (expected.correct_masks, expected.num_masks)
     confusions = []
     for labels, device in ((found.label_maps[0], DEVICE), (expected.label_maps[0], "cpu")):
-        confusions.append(ConfusionMatrix.zeros(test_classify.NUM_CLASSES))
+        confusions.append(ConfusionMatrix.zeros(mask_classes.NUM_CLASSES))
         confusions[-1].add(truth, labels.to(device))
     assert np.array_equal(confusions[0].counts, confusions[1].counts) and confusions[0].counts.sum() == (truth != 255).sum()

@@ -9,22 +9,21 @@ from threading import Event
 
 import numpy as np
 import pytest
-import test_dino
-import test_sam
 import torch
 import torch.nn.functional as F
-from conftest import annotation, die, encoded, pixels, read_tar, write_files, write_tar
 from PIL import Image
 from pycocotools import mask as rle
 from skimage.segmentation import felzenszwalb as reference
 
+from helpers import random_dino, random_sam
+from helpers.fake_data import annotation, die, encoded, pixels, read_tar, write_files, write_tar
 from pixelclip import masks as module
-from pixelclip.annotations import annotate, decode_masks
 from pixelclip.config import MasksConfig
-from pixelclip.dino import IMAGENET_MEAN, IMAGENET_STD
-from pixelclip.felzenszwalb import felzenszwalb
+from pixelclip.data.annotations import annotate, decode_masks
+from pixelclip.data.shard_sources import describe_shards, list_shards
+from pixelclip.mask_generators.dino import IMAGENET_MEAN, IMAGENET_STD
+from pixelclip.mask_generators.felzenszwalb import felzenszwalb
 from pixelclip.masks import Sample, run, shrink
-from pixelclip.shard_sources import describe_shards, list_shards
 
 HEIGHT, WIDTH = 24, 32
 JPEG = encoded(pixels(HEIGHT, WIDTH), quality=95)
@@ -279,8 +278,8 @@ def test_resume_keeps_the_shards_finished_before_a_kill(tmp_path: Path, monkeypa
 def checkpoints(tmp_path_factory) -> dict[str, str]:
     """Save a tiny SAM and a tiny DINO with random weights."""
     folder = tmp_path_factory.mktemp("weights")
-    torch.save(test_sam.make_sam().state_dict(), folder / "sam.pth")
-    torch.save(test_dino.weights(), folder / "dino.pth")
+    torch.save(random_sam.make_sam().state_dict(), folder / "sam.pth")
+    torch.save(random_dino.weights(), folder / "dino.pth")
     return {name: str(folder / f"{name}.pth") for name in ("sam", "dino")}
 
 
@@ -334,13 +333,13 @@ def test_dino_masks_are_its_segments_resized_to_the_image(checkpoints, tmp_path)
     shards = write_tar(tmp_path / "shards" / "0.tar", {"0b.jpg": encoded(fine, "PNG")}).parent
     settings = {"weights": checkpoints["dino"], "dino_side": 20, "dino_clusters": 3, "device": "cpu"}
     run(shards, tmp_path / "out", config(generator="dino", **settings))
-    dino = test_dino.load_dino(Path(checkpoints["dino"]))
+    dino = random_dino.load_dino(Path(checkpoints["dino"]))
     tensor = torch.from_numpy(fine).permute(2, 0, 1) / 255
     mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
 
     def labels(antialias: bool) -> np.ndarray:
         small = F.interpolate(((tensor - mean) / std)[None], size=(20, 20), mode="bilinear", antialias=antialias)
-        return test_dino.segment(dino, small, 3, [zlib.crc32(b"0 0b")])[0].numpy()
+        return random_dino.segment(dino, small, 3, [zlib.crc32(b"0 0b")])[0].numpy()
 
     assert not np.array_equal(labels(antialias=True), labels(antialias=False))
     found = masked(tmp_path / "out" / "0.tar", "0b")
@@ -361,7 +360,7 @@ def test_weights_of_another_model_fail_early(checkpoints, tmp_path) -> None:
 
 def test_dino_sets_its_own_matmul_precision(checkpoints, tmp_path, monkeypatch) -> None:
     calls = []
-    monkeypatch.setattr("pixelclip.dino.pick_precision", lambda name, device: calls.append((name, device.type)))
+    monkeypatch.setattr("pixelclip.mask_generators.dino.pick_precision", lambda name, device: calls.append((name, device.type)))
     settings = {"weights": checkpoints["dino"], "device": "cpu", "max_bad_share": 0.5, **LOOSE}
     run(sources(tmp_path / "shards"), tmp_path / "out", config(generator="dino", **settings))
     assert calls == [("float32", "cpu")]
@@ -372,7 +371,7 @@ def test_failing_generator_names_its_images(checkpoints, tmp_path, monkeypatch, 
     def fail(*_: object) -> None:
         raise raised("out of luck")
 
-    monkeypatch.setattr("pixelclip.dino.segment", fail)
+    monkeypatch.setattr("pixelclip.mask_generators.dino.segment", fail)
     settings = {"weights": checkpoints["dino"], "device": "cpu", "max_bad_share": 0.5, **LOOSE}
     with pytest.raises(kind, match=r"shards/0\.tar: 0a, 0b, 0c: out of luck"):
         run(sources(tmp_path / "shards"), tmp_path / "out", config(generator="dino", **settings))

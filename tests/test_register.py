@@ -5,30 +5,31 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 import mlflow
 import numpy as np
 import pandas as pd
 import pytest
-import tiny
-from artifact_server import slow_artifacts
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
 from PIL import Image
 
-from pixelclip import promotion, server
-from pixelclip.config import EvaluateConfig, RegisterConfig
-from pixelclip.model_version import copy_code, fetch, markdown
-from pixelclip.predict import Predictor
-from pixelclip.promotion import GateMetrics, decide, metrics_of
-from pixelclip.protocol import protocol_of
+from helpers import tiny
+from helpers.artifact_server import slow_artifacts
+from helpers.registrations import evaluation, evaluation_of
+from pixelclip.config import RegisterConfig
+from pixelclip.inference.predictor import Predictor
 from pixelclip.register import run
-from pixelclip.server import experiment_id
-from pixelclip.stage import describe
-from pixelclip.storage import digest, read_json, write_json
+from pixelclip.registry import promotion
+from pixelclip.registry.gate import GateMetrics, decide
+from pixelclip.registry.model_version import copy_code, fetch, markdown
+from pixelclip.registry.promotion import metrics_of
+from pixelclip.storage.files import read_json
+from pixelclip.tracking import server
+from pixelclip.tracking.server import experiment_id
+from pixelclip.workflow.stage import describe
 
 NAME = "demo"
 CONFIG = RegisterConfig(name=NAME, min_gain=1.0)
@@ -88,38 +89,6 @@ def made(tmp_path_factory) -> Path:
 @pytest.fixture
 def client(made, monkeypatch, tmp_path) -> MlflowClient:
     return tiny.mlflow_at(monkeypatch, tmp_path / "mlflow", copy_of=made / "mlflow" / "mlflow.db")
-
-
-def evaluation(folder: Path, model: Path, miou: float, gain: float, **settings: object) -> Path:
-    """Write the output of `evaluate`."""
-    return evaluation_of(folder, model, {"miou/set": miou, "gain/set": gain}, **settings)
-
-
-def evaluation_of(
-    folder: Path, model: Path, metrics: Mapping[str, float], labelled: str = "l1", masks_md5: str = "", **settings: object
-) -> Path:
-    folder.mkdir()
-    write_json(folder / "metrics.json", dict(metrics))
-    inputs = {"model": describe(model), "labelled": {"path": "/there/set", "md5": labelled, "num_files": 1, "size": 1}}
-    if masks_md5:
-        inputs["masks"] = inputs["labelled"] | {"path": settings["masks_folder"], "md5": masks_md5}
-    config = EvaluateConfig(**settings)
-    side = config.side or read_json(model / "config.json")["side"]
-    write_json(folder / "protocol.json", protocol_of(config.model_copy(update={"name": config.name or "set", "side": side})))
-    chosen = config.model_dump(exclude={"batch_size", "pictures", "device"})
-    write_json(
-        folder / "provenance.json",
-        {
-            "stage": "evaluate",
-            "fingerprint": "f3",
-            "settings": chosen,
-            "inputs": inputs,
-            "version": "0.1.0",
-            "revision": "abc",
-            "output": digest(folder, [folder / "metrics.json"]),
-        },
-    )
-    return folder
 
 
 def aliases(client: MlflowClient) -> dict[str, str]:

@@ -10,21 +10,20 @@ import boto3
 import mlflow
 import psycopg2
 import pytest
-import services
-import tiny
 from mlflow import MlflowClient
-from test_promote import meet
-from test_register import evaluation
-from test_tracking import PROVENANCE
 
-from pixelclip import tracking
+from helpers import services, tiny
+from helpers.mlflow_runs import PROVENANCE
+from helpers.promotions import meet
+from helpers.registrations import evaluation
 from pixelclip.config import RegisterConfig
-from pixelclip.download import local_copy
-from pixelclip.model_version import fetch
-from pixelclip.predict import Predictor
+from pixelclip.inference.predictor import Predictor
 from pixelclip.register import run as register
-from pixelclip.storage import digest, read_json
-from pixelclip.tracking import Run
+from pixelclip.registry.model_version import fetch
+from pixelclip.storage.download import local_copy
+from pixelclip.storage.files import digest, read_json
+from pixelclip.tracking import run as tracking
+from pixelclip.tracking.run import Run
 
 pytestmark = [
     pytest.mark.services,
@@ -125,7 +124,7 @@ def test_download_survives_a_restart_of_the_server(s3, big, cache):
 def test_failed_download_leaves_no_files_and_can_be_repeated(s3, big, cache, monkeypatch):
     watcher = when(lambda: arrived(cache) > 8 << 20, s3.server.kill)
     with monkeypatch.context() as patch:
-        patch.setattr("pixelclip.s3._ATTEMPTS", 2)
+        patch.setattr("pixelclip.storage.s3._ATTEMPTS", 2)
         with pytest.raises(ValueError, match=r"s3://data/big\.tar: "):
             local_copy("s3://data/big.tar")
     watcher.join()
@@ -138,7 +137,7 @@ def test_failed_download_leaves_no_files_and_can_be_repeated(s3, big, cache, mon
 def test_unreachable_server_is_named_and_a_later_download_succeeds(s3, big, cache, monkeypatch):
     s3.server.kill()
     with monkeypatch.context() as patch:
-        patch.setattr("pixelclip.s3._ATTEMPTS", 2)
+        patch.setattr("pixelclip.storage.s3._ATTEMPTS", 2)
         with pytest.raises(ValueError, match=rf"big\.tar: .*{s3.endpoint}.*, and no complete copy is in {cache}"):
             local_copy("s3://data/big.tar")
     s3.server.start()

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import annotation, encoded, pixels, read_tar, write_files, write_tar
 from PIL import Image
 
-from pixelclip.annotations import parse_annotation
-from pixelclip.bad_samples import BadSamples
+from helpers.fake_data import annotation, encoded, pixels, read_tar, write_files, write_tar
 from pixelclip.config import ShardsConfig
-from pixelclip.shard_format import ShardWriter, index_shard, read_part
-from pixelclip.shard_sources import list_shards
+from pixelclip.data.annotations import parse_annotation
+from pixelclip.data.shard_format import ShardWriter, index_shard, read_part
+from pixelclip.data.shard_sources import list_shards
 from pixelclip.shards import run
+from pixelclip.workflow.bad_samples import BadSamples
 
 JPEG = encoded(pixels(20, 30), quality=90)
 

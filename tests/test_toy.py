@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pixelclip.scenes import CLASSES, Scene, paint
-from pixelclip.toy_clip import train_clip
+from pixelclip.toy_scenes.scenes import CLASSES, Scene, paint
+from pixelclip.toy_scenes.toy_clip import train_clip
 
 HELD_OUT = 20_240_919  # a seed whose scenes no training has seen
 WEIGHTS = Path(str(files("pixelclip"))) / "assets" / "toy_clip"

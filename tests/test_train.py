@@ -9,70 +9,20 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-import conftest
 import numpy as np
 import pytest
-import test_dino
-import tiny
 import torch
 from mlflow import MlflowClient
 from safetensors.torch import load_file
 
+from helpers import fake_data, random_dino, tiny, training
+from helpers.training import Killed, kill_at, losses
 from pixelclip import train
-from pixelclip.checkpoint import load_clip, load_model
-from pixelclip.config import TrainConfig
-from pixelclip.model import PixelCLIP
-from pixelclip.text import TEMPLATES, classifier
+from pixelclip.models.checkpoint import load_clip, load_model
+from pixelclip.models.pixelclip import PixelCLIP
+from pixelclip.models.text import TEMPLATES, classifier
 
-SMALL = {
-    "side": 32,
-    "shortest_edge": 32,
-    "longest_edge": 64,
-    "crop": 28,
-    "mask_grid": 24,
-    "batch_size": 4,
-    "concepts": 4,
-    "prompt_tokens": 2,
-    "learning_rate_backbone": 1e-4,
-    "gradient_clip": 1.0,
-    "device": "cpu",
-    "workers": 0,
-    "log_every": 1,
-    "precision": "float32",
-}
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory) -> Path:
-    """Write twelve images with one mask per quarter."""
-    folder, members = tmp_path_factory.mktemp("masks"), {}
-    quarters = np.zeros((4, 40, 48), bool)
-    for number, (rows, columns) in enumerate(((slice(0, 20), slice(0, 24)), (slice(0, 20), slice(24, 48)))):
-        quarters[number, rows, columns] = quarters[number + 2, slice(20, 40), columns] = True
-    for number in range(12):
-        members[f"{number}.jpg"] = conftest.encoded(conftest.pixels(40, 48, number))
-        members[f"{number}.json"] = conftest.annotation(quarters)
-    conftest.write_tar(folder / "000000.tar", members)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory) -> Path:
-    return tiny.clip_folder(tmp_path_factory.mktemp("clip"))
-
-
-@pytest.fixture
-def config(clip, tmp_path, monkeypatch):
-    tiny.mlflow_at(monkeypatch, tmp_path / "mlflow")
-
-    def make(**settings) -> TrainConfig:
-        return TrainConfig(**{**SMALL, "clip": str(clip), "steps": 6, "checkpoint_every": 2, "picture_every": 3, **settings})
-
-    return make
-
-
-def losses(folder: Path) -> list[float]:
-    return [json.loads(line)["metrics"]["train/loss"] for line in (folder / "curves.jsonl").read_text().splitlines()]
+clip, config, shards = training.clip, training.config, training.shards
 
 
 def test_training_writes_a_complete_model_folder(shards, config, clip, tmp_path):
@@ -112,24 +62,8 @@ def test_gallery_is_computed_on_the_training_device(shards, config, tmp_path, mo
     assert calls == [torch.device("cpu:0"), "cpu"]
 
 
-class Killed(BaseException):
-    pass
-
-
 def die(*args, **kwargs):
     raise Killed
-
-
-def kill_at(update: int, patch: pytest.MonkeyPatch) -> None:
-    """Kill the training before the teacher update with this index; steps without masks have none."""
-    move, count = PixelCLIP.update_teacher, iter(range(100))
-
-    def move_or_die(self, momentum):
-        if next(count) == update:
-            raise Killed
-        move(self, momentum)
-
-    patch.setattr(PixelCLIP, "update_teacher", move_or_die)
 
 
 @pytest.mark.parametrize("killed_at", [1, 3, 5])
@@ -153,9 +87,9 @@ def flawed(folder: Path) -> Path:
     dot[0, 3, 3] = True
     members = {}
     for number in range(5):
-        members[f"{number}.jpg"] = conftest.encoded(conftest.pixels(40, 48, number))[: -60 if number == 3 else None]
-        members[f"{number}.json"] = conftest.annotation(dot if number == 4 else np.ones((1, 40, 48), bool))
-    conftest.write_tar(folder / "0.tar", members)
+        members[f"{number}.jpg"] = fake_data.encoded(fake_data.pixels(40, 48, number))[: -60 if number == 3 else None]
+        members[f"{number}.json"] = fake_data.annotation(dot if number == 4 else np.ones((1, 40, 48), bool))
+    fake_data.write_tar(folder / "0.tar", members)
     return folder
 
 
@@ -178,9 +112,9 @@ def test_counters_survive_two_interruptions(config, tmp_path, monkeypatch, capsy
 
 
 def test_share_of_bad_samples_is_judged_alike_at_the_start_and_the_end(config, tmp_path):
-    members = {f"{number}.jpg": conftest.encoded(conftest.pixels(40, 48, number)) for number in range(4)}
-    members |= {f"{number}.json": conftest.annotation(np.ones((1, 40, 48), bool)) for number in range(5)}
-    conftest.write_tar(tmp_path / "masks" / "0.tar", members)
+    members = {f"{number}.jpg": fake_data.encoded(fake_data.pixels(40, 48, number)) for number in range(4)}
+    members |= {f"{number}.json": fake_data.annotation(np.ones((1, 40, 48), bool)) for number in range(5)}
+    fake_data.write_tar(tmp_path / "masks" / "0.tar", members)
     settings = {"batch_size": 1, "steps": 3}
     train.run(tmp_path / "masks", tmp_path / "model", config(**settings, max_bad_share=0.2))
     with pytest.raises(ValueError, match=r"1 of 5 samples cannot be used:\n.*4\.json: has no image\nallowed are 19\.0%"):
@@ -241,8 +175,8 @@ def test_non_finite_loss_stops_before_the_optimizer_step(shards, config, tmp_pat
 def test_masks_that_vanish_on_the_grid_are_an_error(config, tmp_path, steps):
     dots = np.zeros((1, 40, 48), bool)
     dots[0, 3, 3] = True
-    members = {"a.jpg": conftest.encoded(conftest.pixels(40, 48)), "a.json": conftest.annotation(dots)}
-    conftest.write_tar(tmp_path / "dots" / "0.tar", members)
+    members = {"a.jpg": fake_data.encoded(fake_data.pixels(40, 48)), "a.json": fake_data.annotation(dots)}
+    fake_data.write_tar(tmp_path / "dots" / "0.tar", members)
     with pytest.raises(ValueError, match=rf"step {min(steps, 11)}: {min(steps, 11)} batches contained no mask"):
         train.run(tmp_path / "dots", tmp_path / "model", config(steps=steps))
 
@@ -310,16 +244,16 @@ def test_concept_names_from_a_file_are_validated(shards, config, tmp_path):
 
 
 def test_dino_masks_during_training_do_not_depend_on_accumulation(config, tmp_path):
-    members = {f"{number}.jpg": conftest.encoded(conftest.pixels(40, 48, number)) for number in range(8)}
-    conftest.write_tar(tmp_path / "images" / "0.tar", members)
-    torch.save(test_dino.weights(), tmp_path / "dino.pth")
+    members = {f"{number}.jpg": fake_data.encoded(fake_data.pixels(40, 48, number)) for number in range(8)}
+    fake_data.write_tar(tmp_path / "images" / "0.tar", members)
+    torch.save(random_dino.weights(), tmp_path / "dino.pth")
     settings = {"dino": str(tmp_path / "dino.pth"), "dino_clusters": 3, "strong_view": True}
     for name, accumulate in (("one", 1), ("two", 1), ("accumulated", 4)):
         train.run(tmp_path / "images", tmp_path / name, config(**settings, accumulate=accumulate))
     assert losses(tmp_path / "one") == losses(tmp_path / "two")
     assert losses(tmp_path / "accumulated") == pytest.approx(losses(tmp_path / "one"), abs=1e-5)
     members["9.jpg"] = members["0.jpg"][:-60]  # a micro-batch with only this image has no image
-    conftest.write_tar(tmp_path / "broken" / "0.tar", members)
+    fake_data.write_tar(tmp_path / "broken" / "0.tar", members)
     metrics = train.run(tmp_path / "broken", tmp_path / "four", config(**settings, accumulate=4, max_bad_share=0.5))
     assert metrics["train/bad_samples"] > 0
     assert all(0 < loss < 2 for loss in losses(tmp_path / "one"))

@@ -1,5 +1,5 @@
 """`python -m pixelclip`."""
 
-from pixelclip.cli import main
+from pixelclip.cli.app import main
 
 main()

@@ -16,15 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pixelclip.backbone import Backbone
-from pixelclip.benchmarks import LabelledSet, open_labelled
-from pixelclip.checkpoint import Clip, Model, backbone_of, load_clip, load_model
-from pixelclip.clip_baseline import check_baseline, load_baseline, resolve_config
-from pixelclip.clip_sources import clip_folder
 from pixelclip.config import EvaluateConfig
-from pixelclip.download import here
-from pixelclip.measure import STATE, TowerEvaluation, compute_metrics, evaluate_towers, per_class_iou
-from pixelclip.protocol import (
+from pixelclip.data.labelled_sets import LabelledSet, open_labelled
+from pixelclip.distributed import ProcessGroup, init_process_group
+from pixelclip.evaluation.clip_baseline import check_baseline, load_baseline, resolve_config
+from pixelclip.evaluation.confusion import CLIP, OURS
+from pixelclip.evaluation.evaluator import STATE, TowerEvaluation, compute_metrics, evaluate_towers, per_class_iou
+from pixelclip.evaluation.protocol import (
     PROTOCOL,
     check_masks,
     check_sides,
@@ -34,13 +32,15 @@ from pixelclip.protocol import (
     parse_labelled_sets,
     protocol_of,
 )
-from pixelclip.ranks import ProcessGroup, init_process_group
-from pixelclip.report import Example, write_report
-from pixelclip.stage import METRICS, PROVENANCE, Metrics, Stage, describe
-from pixelclip.storage import read_json, write_atomically, write_json
-from pixelclip.tally import CLIP, OURS
-from pixelclip.text import TEMPLATES, TextTower, classifier
-from pixelclip.tracking import Run
+from pixelclip.models.backbone import Backbone
+from pixelclip.models.checkpoint import Clip, Model, backbone_of, load_clip, load_model
+from pixelclip.models.clip_sources import clip_folder
+from pixelclip.models.text import TEMPLATES, TextTower, classifier
+from pixelclip.storage.download import here
+from pixelclip.storage.files import read_json, write_atomically, write_json
+from pixelclip.tracking.run import Run
+from pixelclip.visualization.report import Example, write_report
+from pixelclip.workflow.stage import METRICS, PROVENANCE, Metrics, Stage, describe
 
 REPORT, PER_CLASS, TABLE = "report.html", "per_class.json", "table.txt"
 CONFUSION = "confusion.json"

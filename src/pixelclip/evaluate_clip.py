@@ -9,14 +9,13 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-from pixelclip.backbone import Backbone, Residual
-from pixelclip.benchmarks import open_labelled
-from pixelclip.checkpoint import load_clip
-from pixelclip.clip_baseline import BASELINE_STAGE, COUNTS, MAPS, resolve_config, save_baseline
 from pixelclip.config import EvaluateConfig
-from pixelclip.download import here
-from pixelclip.measure import STATE, compute_metrics, evaluate_towers
-from pixelclip.protocol import (
+from pixelclip.data.labelled_sets import open_labelled
+from pixelclip.distributed import ProcessGroup, init_process_group
+from pixelclip.evaluation.clip_baseline import BASELINE_STAGE, COUNTS, MAPS, resolve_config, save_baseline
+from pixelclip.evaluation.confusion import CLIP
+from pixelclip.evaluation.evaluator import STATE, compute_metrics, evaluate_towers
+from pixelclip.evaluation.protocol import (
     PROTOCOL,
     check_masks,
     check_sides,
@@ -26,11 +25,12 @@ from pixelclip.protocol import (
     parse_labelled_sets,
     protocol_of,
 )
-from pixelclip.ranks import ProcessGroup, init_process_group
-from pixelclip.stage import METRICS, Metrics, Stage
-from pixelclip.storage import write_json
-from pixelclip.tally import CLIP
-from pixelclip.text import TEMPLATES, TextTower, classifier
+from pixelclip.models.backbone import Backbone, Residual
+from pixelclip.models.checkpoint import load_clip
+from pixelclip.models.text import TEMPLATES, TextTower, classifier
+from pixelclip.storage.download import here
+from pixelclip.storage.files import write_json
+from pixelclip.workflow.stage import METRICS, Metrics, Stage
 
 
 def run(clip: str, labelled: Path | str, out: Path, config: EvaluateConfig, side: int, residual: Residual) -> Metrics:

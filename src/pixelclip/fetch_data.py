@@ -18,8 +18,8 @@ from typing import Any
 from tqdm import tqdm
 
 from pixelclip.config import FetchDataConfig
-from pixelclip.stage import METRICS, PROVENANCE, Metrics, Stage, describe
-from pixelclip.storage import digest, file_md5, read_json
+from pixelclip.storage.files import digest, file_md5, read_json
+from pixelclip.workflow.stage import METRICS, PROVENANCE, Metrics, Stage, describe
 
 _AT_ONCE = 16
 

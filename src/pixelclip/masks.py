@@ -20,16 +20,16 @@ from PIL import Image
 from pycocotools import mask as rle
 from tqdm import tqdm
 
-from pixelclip.annotations import annotate, parse_annotation
-from pixelclip.bad_samples import BadSamples
 from pixelclip.config import MasksConfig
-from pixelclip.download import local_copy
-from pixelclip.felzenszwalb import felzenszwalb
-from pixelclip.images import decode_image, encode_jpeg, nearest, to_rgb
-from pixelclip.shard_format import Member, ShardWriter, index_shard, read_part
-from pixelclip.shard_sources import Shard, describe_shards, list_shards
-from pixelclip.stage import Metrics, Stage, describe
-from pixelclip.storage import read_json, write_json
+from pixelclip.data.annotations import annotate, parse_annotation
+from pixelclip.data.images import decode_image, encode_jpeg, nearest, to_rgb
+from pixelclip.data.shard_format import Member, ShardWriter, index_shard, read_part
+from pixelclip.data.shard_sources import Shard, describe_shards, list_shards
+from pixelclip.mask_generators.felzenszwalb import felzenszwalb
+from pixelclip.storage.download import local_copy
+from pixelclip.storage.files import read_json, write_json
+from pixelclip.workflow.bad_samples import BadSamples
+from pixelclip.workflow.stage import Metrics, Stage, describe
 
 _WINDOW = 64  # samples in flight between the main process and the workers
 _T = TypeVar("_T")
@@ -93,10 +93,10 @@ def run(shards: Path | str, out: Path, config: MasksConfig) -> Metrics:
 def _load_generator(weights: Path, config: MasksConfig) -> Generate:
     """Load SAM or DINO, and torch with it, which worker processes do not need."""
     if config.generator == "sam":
-        from pixelclip.sam import sam_generator
+        from pixelclip.mask_generators.sam import sam_generator
 
         return sam_generator(weights, config)
-    from pixelclip.dino import dino_generator
+    from pixelclip.mask_generators.dino import dino_generator
 
     return dino_generator(weights, config)
 

@@ -13,16 +13,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pixelclip import model_version
-from pixelclip.checkpoint import read_config
 from pixelclip.config import RegisterConfig
-from pixelclip.model_version import EVALUATION, REGISTRATION
-from pixelclip.promotion import CHALLENGER, CHAMPION, GateMetrics, pass_gate, registry, write_metrics
-from pixelclip.protocol import PROTOCOL, conditions_of
-from pixelclip.server import tracking_uri, transfer
-from pixelclip.stage import METRICS, PROVENANCE, Metrics, Stage, describe
-from pixelclip.storage import read_json, write_json
-from pixelclip.tracking import lineage
+from pixelclip.evaluation.protocol import PROTOCOL, conditions_of
+from pixelclip.models.checkpoint import read_config
+from pixelclip.registry import model_version
+from pixelclip.registry.gate import GateMetrics
+from pixelclip.registry.model_version import EVALUATION, REGISTRATION
+from pixelclip.registry.promotion import CHALLENGER, CHAMPION, pass_gate, registry, write_metrics
+from pixelclip.storage.files import read_json, write_json
+from pixelclip.tracking.run import lineage
+from pixelclip.tracking.server import tracking_uri, transfer
+from pixelclip.workflow.stage import METRICS, PROVENANCE, Metrics, Stage, describe
 
 _SHOWN_CHARACTERS = 60  # of a damaged entry
 

@@ -8,13 +8,13 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-from pixelclip.bad_samples import BadSamples
 from pixelclip.config import ShardsConfig
-from pixelclip.download import here
-from pixelclip.images import IMAGE_SUFFIXES, decode_image, encode_jpeg, to_rgb, turn_upright
-from pixelclip.shard_format import ShardWriter
-from pixelclip.stage import Metrics, Stage, describe
-from pixelclip.storage import files_below
+from pixelclip.data.images import IMAGE_SUFFIXES, decode_image, encode_jpeg, to_rgb, turn_upright
+from pixelclip.data.shard_format import ShardWriter
+from pixelclip.storage.download import here
+from pixelclip.storage.files import files_below
+from pixelclip.workflow.bad_samples import BadSamples
+from pixelclip.workflow.stage import Metrics, Stage, describe
 
 _NAMED = 10  # suffixes of ignored files named one by one; the rest are counted
 

@@ -6,9 +6,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from pixelclip.config import ToyConfig
-from pixelclip.images import encode_jpeg
-from pixelclip.scenes import CLASSES, paint
-from pixelclip.stage import Metrics, Stage
+from pixelclip.data.images import encode_jpeg
+from pixelclip.toy_scenes.scenes import CLASSES, paint
+from pixelclip.workflow.stage import Metrics, Stage
 
 
 def run(out: Path, config: ToyConfig) -> Metrics:

@@ -18,25 +18,25 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from tqdm import tqdm
 
-from pixelclip.backbone import Backbone, check_side
-from pixelclip.bad_samples import BadSamples
-from pixelclip.checkpoint import CONFIG, WEIGHTS, Clip, load_clip, save_model
-from pixelclip.class_names import names_file, names_of
-from pixelclip.clip_sources import clip_folder
 from pixelclip.config import TrainConfig
-from pixelclip.dataset import Batch, MaskedImages, load_batches, sample_indices
-from pixelclip.decoder import Decoder
-from pixelclip.dino import load_dino, masks_of
-from pixelclip.download import local_copy
-from pixelclip.model import PixelCLIP
-from pixelclip.pictures import gallery, training_picture
-from pixelclip.ranks import ProcessGroup, copy_to_host_async, init_process_group, pick_precision
-from pixelclip.resume import Progress, load_state, save_state
-from pixelclip.shard_sources import describe_shards, list_shards
-from pixelclip.stage import Metrics, Stage, describe
-from pixelclip.text import TEMPLATES, Prompts, TextTower, Vectors, classifier
-from pixelclip.tracking import Run
-from pixelclip.views import Views
+from pixelclip.data.class_names import names_file, names_of
+from pixelclip.data.dataset import Batch, MaskedImages, load_batches, sample_indices
+from pixelclip.data.shard_sources import describe_shards, list_shards
+from pixelclip.data.views import Views
+from pixelclip.distributed import ProcessGroup, copy_to_host_async, init_process_group, pick_precision
+from pixelclip.mask_generators.dino import load_dino, masks_of
+from pixelclip.models.backbone import Backbone, check_side
+from pixelclip.models.checkpoint import CONFIG, WEIGHTS, Clip, load_clip, save_model
+from pixelclip.models.clip_sources import clip_folder
+from pixelclip.models.decoder import Decoder
+from pixelclip.models.pixelclip import PixelCLIP
+from pixelclip.models.text import TEMPLATES, Prompts, TextTower, Vectors, classifier
+from pixelclip.models.training_state import Progress, load_state, save_state
+from pixelclip.storage.download import local_copy
+from pixelclip.tracking.run import Run
+from pixelclip.visualization.pictures import gallery, training_picture
+from pixelclip.workflow.bad_samples import BadSamples
+from pixelclip.workflow.stage import Metrics, Stage, describe
 
 STATE = "state.safetensors"
 _PICTURE_IMAGES = 4

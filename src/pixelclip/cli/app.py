@@ -1,0 +1,404 @@
+"""Command line: one command per stage, and predict, settings, doctor, pipeline, ... It only parses and calls."""
+
+import sys
+import tempfile
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pixelclip.cli import pipeline as cli_cluster
+from pixelclip.cli.pipeline import Cluster, Image, Nodes, Overrides, Params, Repo, Revision
+from pixelclip.config import ImportConfig, as_table, build, device_name, load, parse_overrides
+from pixelclip.storage.download import here
+from pixelclip.storage.s3 import is_s3
+from pixelclip.storage.upload import upload
+from pixelclip.workflow.output import outbox
+
+_MODEL = "Model folder, s3://bucket/folder, or models:/NAME@ALIAS."
+
+
+def _local(path: Path) -> Path:
+    """Reject an s3:// URI where only a local path is supported: it would become a folder called `s3:`."""
+    if path.parts[:1] and path.parts[0].lower() == "s3:":
+        raise ValueError(f"s3://{Path(*path.parts[1:])}: must be a path on this machine")
+    return path
+
+
+Out = Annotated[str, typer.Option(help="Output folder or s3://bucket/folder; a finished result is reused.")]
+Labelled = Annotated[
+    list[str], typer.Option(help="Labelled set: FOLDER (layout: setting kind) or KIND:FOLDER; several go into OUT/NAME.")
+]
+YamlOut = Annotated[Path, typer.Option(callback=_local, help="YAML file to write.")]
+Sweep = Annotated[Path, typer.Argument(help="YAML file with rows of settings and the seeds of each.")]
+Registered = Annotated[str, typer.Argument(help="models:/NAME@ALIAS or models:/NAME/VERSION.")]
+Settings = Annotated[list[str] | None, typer.Argument(metavar="[NAME=VALUE]...", help="Settings; see `pixelclip settings`.")]
+
+app = typer.Typer(
+    name="pixelclip",
+    help="Teach CLIP where things are, from images that nobody labelled.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+pipeline = typer.Typer(help="Kubeflow pipeline: run it locally or on a cluster.", no_args_is_help=True)
+app.add_typer(pipeline, name="pipeline")
+pipeline.command()(cli_cluster.submit)
+pipeline.command()(cli_cluster.status)
+pipeline.add_typer(cli_cluster.schedule, name="schedule")
+
+
+def _config(stage: str, params: Path | None, settings: list[str] | None) -> Any:
+    overrides = parse_overrides(settings or [])
+    foreign = [name for name in overrides if "." in name and not name.startswith(f"{stage}.")]
+    if foreign:
+        raise ValueError(f"{foreign[0]} is not a setting of stage {stage}")
+    return load(stage, params, overrides)
+
+
+def _run(stage: str, out: str, params: Path | None, settings: list[str] | None, *inputs: str) -> None:
+    """Run a stage, whose function takes its inputs, an output folder and its settings."""
+    config = _config(stage, params, settings)
+    with outbox(out) as folder:
+        import_module(f"pixelclip.{stage}").run(*inputs, folder, config)
+
+
+@app.command()
+def toy(out: Out, params: Params = None, settings: Settings = None) -> None:
+    """Paint scenes: training images without labels, and a labelled set for evaluation."""
+    _run("toy", out, params, settings)
+
+
+@app.command("fetch_data")
+def fetch_data(
+    repo: Annotated[str, typer.Option(help="Git repository with DVC data: folder or URL.")],
+    out: Out,
+    params: Params = None,
+    settings: Settings = None,
+) -> None:
+    """Fetch DVC-tracked data of one git revision."""
+    _run("fetch_data", out, params, settings, repo)
+
+
+@app.command()
+def shards(
+    images: Annotated[str, typer.Option(help="Folder of images, searched recursively.")],
+    out: Out,
+    params: Params = None,
+    settings: Settings = None,
+) -> None:
+    """Pack a folder of images into tar shards."""
+    _run("shards", out, params, settings, images)
+
+
+@app.command()
+def masks(
+    shards: Annotated[str, typer.Option(help="Shards: a folder, a manifest, or s3://bucket/folder.")],
+    out: Out,
+    params: Params = None,
+    part: Annotated[str, typer.Option(help="i/n: only the i-th of n parts of the shards; same as setting masks.part.")] = "",
+    preview: Annotated[int, typer.Option(help="Write OUT/preview.jpg with the masks of this many images.", min=0, max=250)] = 0,
+    settings: Settings = None,
+) -> None:
+    """Make class-agnostic masks for every image of the shards."""
+    _run("masks", out, params, [*(settings or []), *([f"part={part}"] if part else [])], shards)
+    if preview:
+        from pixelclip.visualization.pictures import preview as write_preview
+
+        file = f"{out.rstrip('/')}/preview.jpg"
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "preview.jpg") if is_s3(out) else Path(file)
+            count = write_preview(out, preview, path)
+            if is_s3(out):
+                upload(path, file)
+        print(f"{count} images: {file}")
+
+
+@app.command()
+def train(
+    masks: Annotated[str, typer.Option(help="Shards with masks: a folder, a manifest, or s3://bucket/folder.")],
+    out: Out,
+    params: Params = None,
+    settings: Settings = None,
+) -> None:
+    """Train PixelCLIP on shards with masks, starting from a CLIP."""
+    _run("train", out, params, settings, masks)
+
+
+@app.command("evaluate_clip")
+def evaluate_clip(
+    labelled: Labelled,
+    out: Out,
+    clip: Annotated[str, typer.Option(help="CLIP that models are trained from; default: train.clip of --params.")] = "",
+    side: Annotated[int, typer.Option(help="Side of CLIP's input in pixels; default: train.side of --params.", min=0)] = 0,
+    residual: Annotated[str, typer.Option(help="cls or patch; default: train.residual of --params.")] = "",
+    params: Params = None,
+    settings: Settings = None,
+) -> None:
+    """Evaluate plain CLIP on labelled sets, once for all models trained from it (settings of evaluate)."""
+    config = _config("evaluate", params, settings)
+    options = {"clip": clip, "side": side, "residual": residual}
+    training = load("train", params, {name: value for name, value in options.items() if value})
+    from pixelclip.evaluate_clip import run_all
+
+    with outbox(out) as folder:
+        run_all(training.clip, labelled, folder, config, training.side, training.residual)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Option(help=_MODEL)],
+    labelled: Labelled,
+    out: Out,
+    clip_evaluation: Annotated[str, typer.Option(help="Output of evaluate_clip; CLIP is then not evaluated again.")] = "",
+    params: Params = None,
+    settings: Settings = None,
+) -> None:
+    """Evaluate a model and the CLIP it was trained from on labelled sets."""
+    config = _config("evaluate", params, settings)
+    from pixelclip.evaluate import run_all
+
+    with outbox(out) as folder:
+        run_all(_path(model), labelled, folder, config, _path(clip_evaluation) if clip_evaluation else None)
+
+
+@app.command()
+def sweep(
+    file: Sweep,
+    masks: Annotated[str, typer.Option(help="Shards with masks.")],
+    labelled: Annotated[str, typer.Option(help="Labelled set to evaluate on.")],
+    out: Annotated[Path, typer.Option(callback=_local, help="Folder for runs, table and plot; finished runs are reused.")],
+    params: Params = None,
+) -> None:
+    """Train and evaluate rows of settings with several seeds; write one table and one plot."""
+    from pixelclip.commands.sweep import run
+
+    run(file, masks, labelled, out, params)
+
+
+@app.command()
+def register(
+    model: Annotated[str, typer.Option(help=_MODEL)],
+    evaluation: Annotated[str, typer.Option(help="Output of evaluate for this model.")],
+    out: Out,
+    params: Params = None,
+    settings: Settings = None,
+) -> None:
+    """Register a model in MLflow and promote it to champion if it passes the gate."""
+    config = _config("register", params, settings)
+    from pixelclip.register import run
+
+    with outbox(out) as folder:
+        run(_path(model), _path(evaluation), folder, config)
+
+
+@app.command()
+def promote(
+    name: Annotated[str, typer.Argument(help="Name of the registered model.")],
+    version: Annotated[int | None, typer.Argument(help="Version to promote.")] = None,
+    rollback: Annotated[bool, typer.Option("--rollback", help="Restore the previous champion.")] = False,
+    force: Annotated[str, typer.Option(metavar="REASON", help="Promote against the gate; the reason is recorded.")] = "",
+) -> None:
+    """Promote a registered version to champion if it beats the current one (else exit code 1)."""
+    from pixelclip.registry.promotion import rollback as roll_back
+    from pixelclip.registry.promotion import run
+
+    if rollback == (version is not None):
+        raise ValueError("promote: give either VERSION or --rollback")
+    if version is None:
+        roll_back(name)
+    elif not run(name, version, force).champion:
+        raise typer.Exit(1)
+
+
+@app.command()
+def lineage(
+    model: Registered,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show the origin of a registered model: run, settings, data, code, image."""
+    from pixelclip.registry.lineage import run
+
+    run(model, as_json)
+
+
+@app.command()
+def reproduce(
+    model: Registered,
+    out: Annotated[Path, typer.Option(callback=_local, help="Output folder; finished parts are reused.")],
+    train: Annotated[bool, typer.Option("--train", help="Also train again, and evaluate the new model.")] = False,
+    tolerance: Annotated[float, typer.Option(help="Largest difference of equal metrics, in points.", min=0)] = 0.01,
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME=VALUE]...", help="Runtime settings, e.g. evaluate.device=cpu.")
+    ] = None,
+) -> None:
+    """Restore the data and settings of a registered model and evaluate it again (exit code 1 if metrics differ)."""
+    from pixelclip.commands.reproduce import run
+
+    if not run(model, out, train=train, tolerance=tolerance, runtime=parse_overrides(settings or [])):
+        raise typer.Exit(1)
+
+
+@app.command()
+def predict(
+    photo: Annotated[Path, typer.Argument(callback=_local, help="Image of any size.")],
+    classes: Annotated[
+        str, typer.Option(help='"dog|puppy,grass,sky" (bar between synonyms), or a .txt file, one class per line.')
+    ],
+    model: Annotated[str, typer.Option(help=_MODEL)],
+    out: Annotated[
+        Path,
+        typer.Option(callback=_local, help="PNG file for the label map; the overlay is written beside it as *.overlay.png."),
+    ],
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+) -> None:
+    """Segment a photo into the given classes."""
+    from pixelclip.data.class_names import names_of
+    from pixelclip.data.images import open_image
+    from pixelclip.inference.predictor import Predictor, label_image, overlay
+    from pixelclip.storage.files import check_place
+
+    device_name(device)
+    if out.suffix.lower() != ".png":
+        raise ValueError(f"{out}: the label map must be a .png file")
+    if photo.resolve() in (out.resolve(), out.with_suffix(".overlay.png").resolve()):
+        raise ValueError(f"{out}: would overwrite the photo")
+    names = names_of(classes)
+    image = open_image(photo)
+    check_place(out)
+    prediction = Predictor.load(_path(model), device)(image, names)
+    label_image(prediction.labels).save(out)
+    overlay_path = out.with_suffix(".overlay.png")
+    overlay(image, prediction).save(overlay_path)
+    shares = [(float((prediction.labels == index).mean()), name) for index, name in enumerate(names)]
+    print("\n".join(f"{100 * share:5.1f} %  {name}" for share, name in sorted(shares, reverse=True) if share))
+    print(f"{out} (values are class indices), {overlay_path}")
+
+
+@app.command("import")
+def import_(
+    checkpoint: Annotated[str, typer.Argument(help=".pth file released with the reference implementation of PixelCLIP.")],
+    out: Out,
+    clip: Annotated[str, typer.Option(help="open_clip's name of its CLIP, or a folder; default: detected by its shapes.")] = "",
+    side: Annotated[int, typer.Option(help="Side of CLIP's input in pixels; 0: about 320 (ViT), 640 (ConvNeXt).")] = 0,
+) -> None:
+    """Convert a checkpoint of the reference implementation to a model folder."""
+    from pixelclip.models.convert import run
+
+    with outbox(out) as folder:
+        run(_path(checkpoint), folder, build(ImportConfig, {"clip": clip, "side": side}, "import"))
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Option(help=_MODEL)],
+    out: Annotated[Path, typer.Option(callback=_local, help="Folder for the open_clip config and weights.")],
+) -> None:
+    """Export a model's CLIP as plain open_clip weights, for open_clip.create_model("local-dir:OUT")."""
+    from pixelclip.models.convert import export as write_clip
+
+    write_clip(_path(model), out)
+
+
+@app.command()
+def settings() -> None:
+    """Print every setting of every stage with its default, as Markdown."""
+    print(as_table())
+
+
+@app.command()
+def doctor(
+    s3: Annotated[str, typer.Option(help="s3://bucket or s3://bucket/prefix that runs read.")] = "",
+    data: Annotated[str, typer.Option(help="Git repository with DVC data: folder or URL; default: the current folder.")] = "",
+    kfp: Annotated[str, typer.Option(help="URL of Kubeflow Pipelines; default: KFP_ENDPOINT.")] = "",
+    image: Annotated[str, typer.Option(help="Container image for the cluster; default: PIXELCLIP_IMAGE.")] = "",
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Check everything that a run needs and suggest fixes; exit code 1 if something configured fails."""
+    from pixelclip.commands.doctor import as_json, as_text, run
+
+    findings = run(s3, data, kfp, image)
+    print(as_json(findings) if json else as_text(findings))
+    raise typer.Exit(any(finding.state == "failed" for finding in findings))
+
+
+@app.command()
+def toy_clip(out: Annotated[Path, typer.Option(callback=_local, help="Output folder, in open_clip's format.")]) -> None:
+    """Train the shipped toy CLIP again, on painted scenes and their captions (an hour on 2 cores)."""
+    from pixelclip.toy_scenes.toy_clip import remake
+
+    remake(out)
+
+
+@pipeline.command("run")
+def pipeline_run(
+    images: Annotated[str, typer.Option(help="Unlabelled images: folder, s3://, or path in --repo.")],
+    labelled: Annotated[str, typer.Option(help="Labelled set, located as --images: images/, labels/, classes.txt.")],
+    out: Annotated[Path, typer.Option(callback=_local, help="Workspace: finished stages are reused, others resume.")],
+    repo: Repo = "",
+    revision: Revision = "",
+    params: Params = None,
+    runner: Annotated[str, typer.Option(help="subprocess, or docker (in image PIXELCLIP_IMAGE).")] = "subprocess",
+    settings: Overrides = None,
+) -> None:
+    """Run the whole pipeline on this machine, without a cluster."""
+    from pixelclip_pipelines.run import run_locally
+
+    run_locally(images, labelled, out, params, parse_overrides(settings or []), repo, revision, runner)
+
+
+@pipeline.command("compile")
+def pipeline_compile(
+    out: YamlOut = Path("pixelclip.yaml"),
+    cluster: Cluster = None,
+    nodes: Nodes = 1,
+    image: Image = "",
+) -> None:
+    """Write the pipeline as YAML for a cluster."""
+    from pixelclip_pipelines.run import compile_to
+
+    compile_to(out, cluster, nodes, image)
+    print(out)
+
+
+@pipeline.command("compile-sweep")
+def pipeline_compile_sweep(
+    file: Sweep,
+    out: YamlOut = Path("pixelclip-sweep.yaml"),
+    params: Params = None,
+    workspace: Annotated[str, typer.Option(help="Folder on a mounted volume where killed runs resume; empty: none.")] = "",
+    cluster: Cluster = None,
+    image: Image = "",
+) -> None:
+    """Write a sweep as a pipeline for a cluster; its runs are parallel."""
+    from pixelclip_pipelines.sweep import compile_to
+
+    compile_to(file, out, params, workspace, cluster, image)
+    print(out)
+
+
+def _path(spec: str) -> Path:
+    """Resolve a path, URI or registered model to a local path."""
+    if not spec.startswith("models:/"):
+        return here(spec)
+    try:
+        from pixelclip.registry.model_version import fetch
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{spec}: needs the extra `train` (pip install 'pixelclip[train]'): {error.name} is missing") from None
+    return fetch(spec)
+
+
+def main() -> None:
+    """Run a command; report errors of input or disk in one message with exit code 2."""
+    try:
+        app()
+    except ValueError as error:
+        message = str(error)
+    except OSError as error:  # mostly of the disk: missing folder, no permission, no space left
+        message = f"{error.filename}: {error.strerror}" if error.filename else " ".join(str(error).split())
+    else:
+        return
+    print(f"pixelclip: {message}", file=sys.stderr)
+    sys.exit(2)

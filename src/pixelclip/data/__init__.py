@@ -1,0 +1,1 @@
+"""Images, masks, shards, labelled sets, and the batches of a training."""

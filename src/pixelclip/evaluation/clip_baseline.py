@@ -1,0 +1,84 @@
+"""Evaluation of the original CLIP, saved once and reused by the evaluation of every model that was trained from it.
+
+K classes, H W image.
+"""
+
+import io
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pixelclip.config import EvaluateClipConfig, EvaluateConfig
+from pixelclip.evaluation.confusion import CLIP, EvaluationCounts, to_npz
+from pixelclip.evaluation.evaluator import LabelMaps, TowerEvaluation
+from pixelclip.evaluation.protocol import PROTOCOL, conditions_of, metric_name, protocol_of
+from pixelclip.models.backbone import Residual
+from pixelclip.storage.files import read_json, write_atomically
+from pixelclip.workflow.stage import PROVENANCE
+
+COUNTS, MAPS = "counts.npz", "maps.npz"
+BASELINE_STAGE = "evaluate_clip"
+
+
+def resolve_config(clip: str, labelled: Path, config: EvaluateConfig, side: int, residual: Residual) -> EvaluateClipConfig:
+    """Fill in the settings of `evaluate` that depend on the set and the model: name, CLIP, side and residual.
+
+    `evaluate.clip` and `evaluate.side` take precedence over the CLIP and the side of the model's training.
+    """
+    resolved = {"name": metric_name(labelled, config), "clip": config.clip or clip, "side": config.side or side}
+    return EvaluateClipConfig(**config.model_dump() | resolved, residual=residual)
+
+
+def save_baseline(folder: Path, evaluation: TowerEvaluation) -> None:
+    """Write confusion counts and the label maps of the report's pictures."""
+    evaluation.counts.save(folder / COUNTS)
+    write_atomically(folder / MAPS, to_npz(**{str(index): labels for index, labels in evaluation.label_maps[CLIP].items()}))
+
+
+def load_baseline(folder: Path, num_classes: int) -> tuple[EvaluationCounts, LabelMaps]:
+    """Load what `save_baseline` wrote.
+
+    Raises:
+        ValueError: a file cannot be read.
+    """
+    counts = EvaluationCounts.zeros([CLIP], num_classes, 0)
+    try:
+        counts.load(folder / COUNTS)
+        with np.load(io.BytesIO((folder / MAPS).read_bytes()), allow_pickle=False) as saved:
+            return counts, {int(index): saved[index] for index in saved.files}
+    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{folder}: {COUNTS} and {MAPS} cannot be read: {error}") from None
+
+
+def check_baseline(folder: Path, config: EvaluateClipConfig, inputs: Mapping[str, Mapping[str, Any]]) -> None:
+    """Check that a saved evaluation of CLIP, by any version of the code, has the conditions of a model's evaluation.
+
+    Args:
+        folder: output of stage `evaluate_clip`.
+        config, inputs: those of the model's evaluation, see `resolve_config` and `describe_inputs`.
+
+    Raises:
+        ValueError: it differs; the message lists every difference.
+    """
+    provenance = read_json(folder / PROVENANCE)
+    if provenance.get("stage") != BASELINE_STAGE:
+        raise ValueError(f"{folder}: is not an evaluation of CLIP, it was made by stage {provenance.get('stage')!r}")
+    saved = _conditions(read_json(folder / PROTOCOL), provenance["settings"], provenance["inputs"])
+    expected = _conditions(protocol_of(config), config.model_dump(), inputs)
+    keys = [key for key in dict.fromkeys([*saved, *expected]) if saved.get(key) != expected.get(key)]
+    if keys:
+        differences = "; ".join(f"{key} is {saved.get(key)!r}, expected {expected.get(key)!r}" for key in keys)
+        raise ValueError(f"{folder}: this evaluation of CLIP does not match the evaluation of the model: {differences}")
+
+
+def _conditions(protocol: dict[str, Any], settings: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return all conditions that determine the metrics and label maps of CLIP, except for the code."""
+    spec, md5 = settings["clip"], {}
+    if "clip" in inputs:  # a folder names its architecture itself; for a single weight file it is part of the spec
+        spec = spec.partition(":")[0] if inputs["clip"]["num_files"] == 1 else ""
+        md5 = {"md5 of clip": inputs["clip"]["md5"]}
+    other = {"clip": spec, "residual": settings["residual"], "pictures": settings["pictures"]}
+    return md5 | conditions_of(protocol, inputs) | other

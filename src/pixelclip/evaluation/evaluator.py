@@ -1,0 +1,230 @@
+"""Evaluate image towers on a labelled set, in one or several processes, with checkpoints (method.md, "Inference").
+
+B images, T towers, K classes, C embedding width, H W image.
+"""
+
+import io
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from pixelclip.config import EvaluateConfig
+from pixelclip.data.labelled_sets import LabelledSet
+from pixelclip.data.tensors import normalise, resized_square, to_tensor
+from pixelclip.distributed import ProcessGroup, pick_precision
+from pixelclip.evaluation.classify import (
+    Annotations,
+    GivenMasks,
+    classify_masks,
+    predict_whole,
+    predict_windows,
+    segment_masks,
+    truth_masks,
+)
+from pixelclip.evaluation.confusion import CLIP, OURS, EvaluationCounts, Predictions, to_npz
+from pixelclip.models.backbone import Backbone
+from pixelclip.models.checkpoint import Clip
+from pixelclip.storage.files import write_atomically
+from pixelclip.workflow.bad_samples import BadSamples
+
+STATE = "state"
+"""Folder in the unfinished output of a stage: counts and examples from which an interrupted evaluation resumes."""
+LabelMaps = dict[int, NDArray[np.uint16]]
+"""Label maps by sample index."""
+
+
+@dataclass(frozen=True)
+class TowerEvaluation:
+    """Result of `evaluate_towers`.
+
+    Args:
+        counts: summed over all images.
+        label_maps: for each tower the label maps of the examples.
+        examples: image and truth [H, W] of the report's pictures, by sample index.
+    """
+
+    counts: EvaluationCounts
+    label_maps: dict[str, LabelMaps]
+    examples: dict[int, tuple[Image.Image, NDArray[np.uint16]]]
+
+
+@dataclass(frozen=True)
+class _Sample:
+    index: int
+    image: Image.Image
+    labels: NDArray[np.uint8]
+    masks: Annotations
+
+
+@torch.no_grad()
+def evaluate_towers(
+    towers: Mapping[str, Backbone],
+    clip: Clip,
+    classes: Tensor,
+    dataset: LabelledSet,
+    config: EvaluateConfig,
+    group: ProcessGroup,
+    state: Path,
+    stage: str = "evaluate",
+) -> TowerEvaluation:
+    """Evaluate towers on the same images with the same classifier and protocol; their results are independent.
+
+    Args:
+        towers: `OURS`, `CLIP` or both; their precision is set from the settings.
+        clip: the CLIP that the towers belong to.
+        classes: [K, C], its classifier.
+        dataset: labelled set; every process evaluates its share of the batches.
+        config: settings, with the side in pixels.
+        group: process group; every process returns the full result.
+        state: folder for checkpoints and examples; an interrupted evaluation resumes from it.
+        stage: name of the stage in messages.
+
+    Raises:
+        ValueError: too many unreadable samples.
+    """
+    towers = {name: tower.to(group.device).eval() for name, tower in towers.items()}
+    for tower in towers.values():
+        tower.precision = pick_precision(config.precision, group.device)
+    example_indices = np.linspace(0, len(dataset) - 1, min(config.pictures, len(dataset))).round().astype(int).tolist()
+    # A checkpoint fits only the same batches, shares and examples, so others have their own folder.
+    state = state / f"processes-{group.size}_batch-{config.batch_size}_pictures-{config.pictures}"
+    checkpoint = state / f"counts-{group.rank}-of-{group.size}.npz"
+    batches = group.local_range(-(-len(dataset) // config.batch_size))  # whole ones, the same for any number of processes
+    indices = range(batches.start * config.batch_size, min(batches.stop * config.batch_size, len(dataset)))
+    counts = EvaluationCounts.zeros(towers, len(dataset.classes), indices.start)
+    if checkpoint.is_file():
+        counts.load(checkpoint)
+        if group.is_main:
+            print(f"{stage}: resumes after {counts.next_index} images", flush=True)
+    bad = BadSamples(stage, config.max_bad_share, counts.bad_samples)
+    given = GivenMasks(config.masks_folder) if config.protocol == "masks" and config.masks == "given" else None
+    saved_index = counts.next_index
+    bar = tqdm(
+        range(saved_index, indices.stop), stage, indices.stop, unit="image", initial=saved_index, disable=not group.is_main
+    )
+    samples = _read_samples(dataset, bar, config, given, bad)
+    while batch := list(islice(samples, config.batch_size)):
+        truths = [sample.labels for sample in batch]
+        predictions = _predict(batch, list(towers.values()), clip, classes, config)
+        counts.add(truths, predictions)
+        if CLIP in towers:
+            whole_images = _resize_batch(batch, clip.side, clip, group.device)
+            similarities = F.normalize(towers[CLIP].image_features(whole_images), dim=-1) @ classes.T
+            counts.add_recalled(truths, similarities.cpu())
+        for sample, predicted in zip(batch, predictions, strict=True):
+            if sample.index in example_indices:
+                label_maps = zip(towers, predicted.label_maps, strict=True)
+                arrays = {f"map{tower}": labels.cpu().numpy().astype(np.uint16) for tower, labels in label_maps}
+                arrays |= {"image": np.asarray(sample.image), "truth": sample.labels.astype(np.uint16)}
+                write_atomically(_example_file(state, sample.index), to_npz(**arrays))
+        counts.next_index = batch[-1].index + 1
+        if counts.next_index - saved_index >= config.checkpoint_every:
+            counts.save(checkpoint)
+            saved_index = counts.next_index
+    counts.all_reduce(group)
+    bad.found = counts.bad_samples
+    (bad.check if group.is_main else bad.stop_if_too_many)(len(dataset))
+    mine = [index for index in example_indices if index in indices and _example_file(state, index).is_file()]
+    evaluation = TowerEvaluation(counts, {tower: {} for tower in towers}, {})
+    for index, data in chain(*group.all_gather_object([(index, _example_file(state, index).read_bytes()) for index in mine])):
+        with np.load(io.BytesIO(data), allow_pickle=False) as saved:
+            evaluation.examples[index] = Image.fromarray(saved["image"]), saved["truth"]
+            for name, maps in evaluation.label_maps.items():
+                maps[index] = saved[f"map{name}"]
+    return evaluation
+
+
+def _example_file(state: Path, index: int) -> Path:
+    return state / f"example-{index}.npz"
+
+
+def _read_samples(
+    dataset: LabelledSet, indices: Iterable[int], config: EvaluateConfig, given: GivenMasks | None, bad: BadSamples
+) -> Iterator[_Sample]:
+    for index in indices:
+        try:
+            image, labels = dataset.read(index)
+            masks = _masks(dataset.pairs[index][0], image, labels, config, given)
+        except ValueError as error:
+            bad.found.append(str(error))
+            bad.stop_if_too_many(len(dataset))
+            continue
+        yield _Sample(index, image, labels, masks)
+
+
+def _masks(
+    path: Path, image: Image.Image, labels: NDArray[np.uint8], config: EvaluateConfig, given: GivenMasks | None
+) -> Annotations:
+    if config.protocol != "masks":
+        return []
+    if given:
+        return given.read(path.stem, image.size)
+    if config.masks == "felzenszwalb":
+        return segment_masks(image, config.felzenszwalb_scale, config.felzenszwalb_sigma, config.felzenszwalb_min_size)
+    return truth_masks(labels)
+
+
+def _predict(
+    batch: list[_Sample], towers: list[Backbone], clip: Clip, classes: Tensor, config: EvaluateConfig
+) -> list[Predictions]:
+    if config.protocol == "slide":
+        full_size = (normalise(to_tensor(sample.image).to(classes.device), clip.mean, clip.std)[None] for sample in batch)
+        return [predict_windows(towers, image, classes, config) for image in full_size]
+    images = _resize_batch(batch, config.side, clip, classes.device)
+    if config.protocol == "whole":
+        return predict_whole(towers, images, [sample.labels.shape for sample in batch], classes, config.feature_grid)
+    features = torch.stack([tower(images) for tower in towers], dim=1)  # [B, T, C, h, w]
+    return [
+        classify_masks(feature, sample.masks, classes, sample.labels) for feature, sample in zip(features, batch, strict=True)
+    ]
+
+
+def _resize_batch(batch: list[_Sample], side: int, clip: Clip, device: torch.device) -> Tensor:
+    return torch.cat([resized_square(sample.image, side, clip.mean, clip.std, device) for sample in batch])
+
+
+def compute_metrics(counts: EvaluationCounts, num_images: int, masks: bool, labelled: Path) -> dict[str, float]:
+    """Compute the metrics of CLIP, or of both towers, keyed by name without the set's label.
+
+    Raises:
+        ValueError: no image, no labelled pixel or no labelled mask was evaluated.
+    """
+    confusions = counts.confusions
+    if len(counts.bad_samples) == num_images:
+        raise ValueError(f"{labelled}: none of the {num_images} images could be evaluated, for the reasons above")
+    if not confusions[CLIP].counts.any():
+        raise ValueError(f"{labelled}: the label maps contain no labelled pixel")
+    metrics = {f"miou{tower}": confusion.miou() for tower, confusion in confusions.items()}
+    if OURS in confusions:
+        metrics["gain"] = metrics["miou"] - metrics["miou_clip"]
+    metrics |= {f"pixel_accuracy{tower}": confusion.pixel_accuracy() for tower, confusion in confusions.items()}
+    if masks:
+        *correct, num_masks = counts.masks.tolist()
+        if not num_masks:
+            raise ValueError(f"{labelled}: no mask covers a labelled pixel")
+        metrics |= {f"mask_accuracy{tower}": 100 * hits / num_masks for tower, hits in zip(confusions, correct, strict=True)}
+    recalled, present = counts.recalled.tolist()
+    metrics["image_recall_clip"] = recalled / max(present, 1)
+    metrics["images"] = float(num_images - len(counts.bad_samples))
+    return metrics
+
+
+def per_class_iou(names: list[str], counts: EvaluationCounts) -> list[dict[str, Any]]:
+    """Return one row per class: IoU of both towers in points (None without labelled pixels), number of labelled pixels."""
+
+    def points(value: float) -> float | None:
+        return None if np.isnan(value) else round(100 * float(value), 4)
+
+    ours, clip = counts.confusions[OURS], counts.confusions[CLIP]
+    columns = zip(names, ours.iou(), clip.iou(), ours.counts.sum(axis=1), strict=True)
+    return [{"class": name, "iou": points(a), "iou_clip": points(b), "pixels": int(n)} for name, a, b, n in columns]

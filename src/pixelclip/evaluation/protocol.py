@@ -1,0 +1,141 @@
+"""Evaluation protocol: names of labelled sets, labels of metrics, the settings that determine a metric, and validation."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pixelclip.config import EvaluateConfig
+from pixelclip.data.labelled_sets import KINDS, LabelledSet
+from pixelclip.data.shard_sources import describe_shards
+from pixelclip.models.backbone import Backbone, check_patch, check_side
+from pixelclip.models.clip_sources import clip_folder
+from pixelclip.storage.cache import origin
+from pixelclip.storage.download import here
+from pixelclip.storage.files import digest
+from pixelclip.storage.s3 import is_s3
+from pixelclip.workflow.stage import describe
+
+PROTOCOL = "protocol.json"
+_OPTIONS = {
+    "whole": ("side", "feature_grid"),
+    "slide": ("slide_side", "crop", "stride", "feature_grid"),
+    "masks": ("side", "masks"),
+    "given": ("masks_folder",),
+    "felzenszwalb": ("felzenszwalb_scale", "felzenszwalb_sigma", "felzenszwalb_min_size"),
+}
+"""Settings that a protocol, or a source of its masks, depends on."""
+
+
+def parse_labelled_sets(labelled: Sequence[str], config: EvaluateConfig) -> dict[str, tuple[Path, EvaluateConfig]]:
+    """Map the name of each labelled set to its folder and settings.
+
+    Args:
+        labelled: `FOLDER` of the kind in the settings, or `KIND:FOLDER`; a folder may be `s3://bucket/folder`.
+        config: settings shared by all sets.
+
+    Raises:
+        ValueError: two sets have the same name, or a name is not valid in a metric.
+    """
+    sets: dict[str, tuple[Path, EvaluateConfig]] = {}
+    for word in labelled:
+        kind, _, folder = word.partition(":")
+        set_config = config if kind not in KINDS else config.model_copy(update={"kind": kind})
+        path = here(folder if kind in KINDS else word)
+        name = metric_name(path, set_config)
+        if name in sets:
+            raise ValueError(f"two labelled sets have the name {name!r}: {sets[name][0]} and {path}; evaluate them one by one")
+        sets[name] = (path, set_config)
+    return sets
+
+
+def metric_name(labelled: Path, config: EvaluateConfig) -> str:
+    """Return the name of a labelled set in metrics.
+
+    Raises:
+        ValueError: MLflow allows no metric with that name.
+    """
+    name = config.name or (labelled.resolve().name if config.kind == "folder" else config.kind)
+    if not re.fullmatch(r"[\w.\- :]+", name):
+        raise ValueError(
+            f"{labelled}: MLflow allows no metric named {name!r} (only letters, digits, _ - . : and blanks); set evaluate.name"
+        )
+    return name
+
+
+def protocol_of(config: EvaluateConfig) -> dict[str, Any]:
+    """Return the content of `protocol.json` for resolved settings; those that the protocol does not use are None."""
+    used = {*_OPTIONS[config.protocol], *(_OPTIONS.get(config.masks, ()) if config.protocol == "masks" else ())}
+    settings = config.model_dump()
+    always = {key: settings[key] for key in ("name", "kind", "protocol", "templates")}
+    always |= {} if config.precision == "float32" else {"precision": config.precision}
+    return always | {key: settings[key] if key in used else None for options in _OPTIONS.values() for key in options}
+
+
+def conditions_of(protocol: Mapping[str, Any], inputs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return all conditions besides the model that determine the metrics; files are identified by content, not by path.
+
+    Arguments are the results of `protocol_of` and `describe_inputs`, or the files that hold them.
+    """
+    md5 = {f"md5 of {key}": inputs[key]["md5"] for key in ("labelled", "masks") if key in inputs}
+    return md5 | {key: value for key, value in protocol.items() if key != "masks_folder"}
+
+
+def metric_label(protocol: dict[str, Any]) -> str:
+    """Return the part of a metric's name after the slash: the set's name, plus any deviation from the paper's protocol.
+
+    Sizes and templates are not part of it, so that all runs of a sweep share one name. The tag `protocol.NAME` records them.
+    """
+    masks = f"-{protocol['masks']}" if protocol["masks"] not in (None, "truth") else ""
+    deviation = "" if protocol["protocol"] == "whole" else f".{protocol['protocol']}{masks}"
+    return protocol["name"] + deviation
+
+
+def describe_protocol(protocol: dict[str, Any]) -> str:
+    """Format a protocol as one line of text, without the set's name."""
+    return ", ".join(f"{key} {value}" for key, value in protocol.items() if key != "name" and value is not None)
+
+
+def describe_inputs(labelled: Path, dataset: LabelledSet, config: EvaluateConfig) -> dict[str, dict[str, Any]]:
+    """Identify all inputs besides the model, as `describe` does: `labelled`; `clip` and `masks` if they are files."""
+    if config.kind == "folder":
+        description = describe(labelled)
+    else:  # a published benchmark also holds training images, which are not read
+        files = {file for pair in dataset.pairs for file in pair}
+        description = {"path": origin(labelled), **digest(labelled, files)}
+    inputs = {"labelled": description}
+    if weights := clip_folder(config.clip):
+        inputs["clip"] = describe(weights)
+    if config.protocol == "masks" and config.masks == "given":
+        inputs["masks"] = describe_shards(config.masks_folder)
+    return inputs
+
+
+def check_masks(dataset: LabelledSet, config: EvaluateConfig) -> None:
+    """Check that given masks exist and that image names identify them uniquely.
+
+    Raises:
+        ValueError: the folder is missing, or two images have the same name.
+    """
+    if config.protocol != "masks" or config.masks != "given":
+        return
+    if not is_s3(config.masks_folder) and not Path(config.masks_folder).exists():
+        raise ValueError(f"evaluate.masks_folder {config.masks_folder}: no such folder")
+    stems: dict[str, Path] = {}
+    for image, _ in dataset.pairs:
+        if (other := stems.setdefault(image.stem, image)) != image:
+            raise ValueError(f"masks are matched by image name, but two images are named {image.stem}: {other} and {image}")
+
+
+def check_sides(backbone: Backbone, config: EvaluateConfig) -> None:
+    """Check that the input sizes in the resolved settings fit the patches of an image tower.
+
+    Raises:
+        ValueError: a side is smaller than a patch or, unless windows are cropped from it, not a multiple of the patch.
+    """
+    if config.protocol != "slide":
+        check_side("evaluate.side", config.side, backbone)
+        return
+    check_patch("evaluate.crop", config.crop, backbone)
+    if config.slide_side:
+        check_patch("evaluate.slide_side", config.slide_side, backbone)

@@ -1,0 +1,1 @@
+"""Segment images by class names."""

@@ -1,0 +1,254 @@
+"""Predictor: segment an image into named classes (PixelCLIP, section 3.4).
+
+B images, K classes, C embedding width, h w feature grid, H W image.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from pixelclip.data.class_names import check_names
+from pixelclip.data.images import colour_labels, palette, to_rgb, turn_upright
+from pixelclip.data.tensors import resized_square
+from pixelclip.distributed import pick_device, pick_precision
+from pixelclip.inference.label_map import label_map
+from pixelclip.models.backbone import Backbone
+from pixelclip.models.checkpoint import Clip, Model, backbone_of, load_model
+from pixelclip.models.text import TEMPLATES, TextTower, classifier
+
+_CLASSES_AT_ONCE = 16
+_EPSILON = 1e-12  # of F.normalize
+MAX_CLASSES = 65535  # limit of a 16-bit label map
+_LONGEST_EDGE = 16384  # of an overlay: the legend of a strip of a million pixels would take gigabytes
+_LEGEND_ENTRIES, _LEGEND_CHARACTERS = 100, 60
+
+
+def class_scores(backbone: Backbone, images: Tensor, classes: Tensor, feature_grid: int = 64) -> Tensor:
+    """Compute the cosine of every location with every class.
+
+    Args:
+        backbone: dense features.
+        images: [B, 3, H, W], normalised; padded with their last pixels to multiples of the patch.
+        classes: [K, C], unit length.
+        feature_grid: side of the grid to which features are resized bilinearly first.
+
+    Returns:
+        [B, K, feature_grid, feature_grid].
+    """
+    features = _to_grid(*_padded_features(backbone, images), feature_grid)
+    return torch.einsum("bchw,kc->bkhw", F.normalize(features, dim=1), classes)
+
+
+_Share = tuple[float, float]
+
+
+def _padded_features(backbone: Backbone, images: Tensor) -> tuple[Tensor, _Share]:
+    """Compute dense features [B, C, h, w] of the padded image, and the share of their height and width without padding."""
+    height, width = images.shape[2:]
+    below, beside = (-edge % patch for edge, patch in zip((height, width), backbone.patch_size, strict=True))
+    if below or beside:  # a tower drops partial patches, so the features would appear stretched over the image
+        images = F.pad(images, (0, beside, 0, below), mode="replicate")
+    return backbone(images), (height / (height + below), width / (width + beside))
+
+
+def _to_grid(features: Tensor, share: _Share, grid: int) -> Tensor:
+    """Resize the unpadded share of features [B, C, h, w] bilinearly to a grid: [B, C, grid, grid]."""
+    if share == (1, 1):
+        return F.interpolate(features, size=(grid, grid), mode="bilinear", align_corners=False)
+    centers = (torch.arange(grid, device=features.device, dtype=features.dtype) + 0.5) * (2 / grid)
+    rows, columns = torch.meshgrid(*(centers * part - 1 for part in share), indexing="ij")
+    points = torch.stack([columns, rows], dim=-1).expand(len(features), -1, -1, -1)
+    return F.grid_sample(features, points, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def slide_scores(
+    backbone: Backbone,
+    image: Tensor,
+    classes: Tensor,
+    crop: int,
+    stride: int,
+    feature_grid: int = 64,
+    windows_at_once: int = 8,
+) -> Iterator[Tensor]:
+    """Average cosines over overlapping windows, a few classes at a time.
+
+    Each window is scored like an image in `class_scores`, at its own size. Its scores are resized bilinearly to its pixels,
+    and each pixel gets the mean over the windows that cover it. Windows start every `stride` pixels, the last ones flush with
+    the border; along an axis shorter than `crop` there is one window.
+
+    Memory: scores of all classes are held only at the resolution of the backbone, [windows, K, h, w] (with patches of 16
+    pixels and a crop of three strides 1/28 of the scores at full size). Scores at full size are held for a few classes.
+
+    Args:
+        backbone: dense features.
+        image: [1, 3, H, W], normalised.
+        classes: [K, C], unit length.
+        crop: side of a window in pixels.
+        stride: pixels between windows, at most `crop`.
+        feature_grid: see `class_scores`; per window.
+        windows_at_once: windows per forward pass.
+
+    Yields:
+        [1, k, H, W] for consecutive groups of k classes.
+    """
+    height, width = min(crop, image.shape[2]), min(crop, image.shape[3])
+    corners = [(y, x) for y in _starts(image.shape[2], height, stride) for x in _starts(image.shape[3], width, stride)]
+    windows = [(..., slice(y, y + height), slice(x, x + width)) for y, x in corners]
+    window_products: list[Tensor] = []
+    norms: list[Tensor] = []
+    share = (1.0, 1.0)
+    for first in range(0, len(windows), windows_at_once):
+        features, share = _padded_features(
+            backbone, torch.cat([image[window] for window in windows[first : first + windows_at_once]])
+        )
+        window_products.append(torch.einsum("bchw,kc->bkhw", features, classes))
+        features = _to_grid(features, share, feature_grid)
+        norms += features.norm(dim=1, keepdim=True).clamp_min(_EPSILON).split(1)
+    products = torch.cat(window_products)
+    del window_products  # frees half the memory
+    times_covered = image.new_zeros(image.shape[2:])
+    for window in windows:
+        times_covered[window] += 1
+    for chunk in products.split(_CLASSES_AT_ONCE, dim=1):
+        total = image.new_zeros(1, chunk.shape[1], *image.shape[2:])
+        for window, product, norm in zip(windows, chunk.split(1), norms, strict=True):
+            # Interpolation commutes with the product, so the features on the grid need not be kept.
+            total[window] += resize_scores(_to_grid(product, share, feature_grid) / norm, (height, width))
+        yield total / times_covered
+
+
+def _starts(length: int, window: int, stride: int) -> list[int]:
+    return [*range(0, length - window, stride), length - window]
+
+
+def resize_shortest(image: Tensor, side: int) -> Tensor:
+    """Resize [B, 3, H, W] to a shortest edge of `side` pixels, bilinearly without antialiasing, like `resize_square`."""
+    height, width = (max(side, round(edge * side / min(image.shape[2:]))) for edge in image.shape[2:])
+    return F.interpolate(image, size=(height, width), mode="bilinear", align_corners=False)
+
+
+def resize_scores(scores: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize scores [B, K, h, w] bilinearly to the image: [B, K, H, W]."""
+    return F.interpolate(scores, size=size, mode="bilinear", align_corners=False)
+
+
+def best_class(groups: Iterable[Tensor], size: tuple[int, int]) -> Tensor:
+    """Return the best class of every pixel [B, H, W], int64, from scores [B, k, h, w] of consecutive groups of classes.
+
+    Scores at full size are held for one group at a time; the lowest class wins on a tie.
+    """
+    best = labels = None
+    start = 0
+    for group in groups:
+        top, index = resize_scores(group, size).max(dim=1)
+        if best is None or labels is None:
+            best, labels = top, index
+        else:
+            better = top > best
+            best, labels = torch.where(better, top, best), torch.where(better, index + start, labels)
+        start += group.shape[1]
+    assert labels is not None
+    return labels
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """`labels` [H, W] are indices into `classes`; `scores` [K, h, w] are cosines on the feature grid."""
+
+    labels: NDArray[np.uint16]
+    scores: NDArray[np.float32]
+    classes: list[str]
+
+
+class Predictor:
+    """Segment images into arbitrary named classes.
+
+    Args:
+        model: a loaded model.
+        device: auto, cpu, cuda, ...
+        feature_grid: see `class_scores`.
+    """
+
+    def __init__(self, model: Model, device: str = "auto", feature_grid: int = 64) -> None:
+        self.device = pick_device(device)
+        self.clip: Clip = model.clip
+        self.side = model.side
+        self.feature_grid = feature_grid
+        self.backbone = backbone_of(model).to(self.device).eval()
+        self.text = TextTower(model.clip.model).to(self.device).eval()
+        self._classifiers: dict[tuple[str, ...], Tensor] = {}
+
+    @classmethod
+    def load(cls, folder: Path, device: str = "auto") -> "Predictor":
+        """Load a model folder; raises ValueError as `load_model` and `pick_device`."""
+        return cls(load_model(folder), device)
+
+    @torch.no_grad()
+    def __call__(self, image: Image.Image, classes: Sequence[str]) -> Prediction:
+        """Segment one image of any size.
+
+        Args:
+            image: any mode; rotated according to its EXIF orientation.
+            classes: at least one name; "a, b" are synonyms of one class.
+
+        Raises:
+            ValueError: invalid class names.
+        """
+        pick_precision("float32", self.device)  # earlier work in this process may have enabled TF32
+        names = check_names(classes)
+        if len(names) > MAX_CLASSES:
+            raise ValueError(f"classes: at most {MAX_CLASSES} names are allowed, found {len(names)}")
+        cached = self._classifiers  # other threads may replace it
+        if tuple(names) not in cached:
+            self._classifiers = cached = {tuple(names): classifier(self.text, names, TEMPLATES["ensemble"])}
+        upright = turn_upright(image)
+        pixels = resized_square(upright, self.side, self.clip.mean, self.clip.std, self.device)
+        scores = class_scores(self.backbone, pixels, cached[tuple(names)], self.feature_grid)
+        labels = label_map(scores, (upright.height, upright.width))[0]
+        return Prediction(labels.cpu().numpy().astype(np.uint16), scores[0].cpu().numpy(), names)
+
+
+def label_image(labels: NDArray[np.uint16]) -> Image.Image:
+    """Convert a label map to an image, 8 bit if the values fit, else 16 bit."""
+    return Image.fromarray(labels.astype(np.uint8) if labels.max(initial=0) < 256 else labels)
+
+
+def overlay(image: Image.Image, prediction: Prediction, opacity: float = 0.55) -> Image.Image:
+    """Blend the image with its label colours and add a legend of the predicted classes, largest first.
+
+    Edges are limited to 16,384 pixels, the legend to 100 classes and names to 60 characters.
+    """
+    photo = np.asarray(to_rgb(turn_upright(image)), dtype=np.float32)
+    colours = colour_labels(prediction.labels, len(prediction.classes)).astype(np.float32)
+    picture = Image.fromarray(np.round(photo * (1 - opacity) + colours * opacity).astype(np.uint8))
+    picture.thumbnail((_LONGEST_EDGE, _LONGEST_EDGE))
+    counts = np.bincount(prediction.labels.ravel(), minlength=len(prediction.classes))
+    present = [int(i) for i in np.argsort(-counts, kind="stable") if counts[i]]
+    limit = _LEGEND_CHARACTERS
+    names = [name if len(name) <= limit else f"{name[: limit - 1]}…" for name in prediction.classes]
+    entries = [(i, f"{names[i]}  {100 * counts[i] / counts.sum():.0f} %") for i in present[:_LEGEND_ENTRIES]]
+    return _with_legend(picture, entries, palette(len(prediction.classes)))
+
+
+def _with_legend(picture: Image.Image, entries: list[tuple[int, str]], colours: NDArray[np.uint8]) -> Image.Image:
+    size = max(12, min(picture.height // 18, 40))
+    font = ImageFont.load_default(size)
+    row, column = round(size * 1.6), round(max(font.getlength(text) for _, text in entries)) + 3 * size
+    columns = max(1, picture.width // column)
+    rows = -(-len(entries) // columns)
+    canvas = Image.new("RGB", (max(picture.width, column), picture.height + rows * row + size // 2), "white")
+    canvas.paste(picture, (0, 0))
+    draw = ImageDraw.Draw(canvas)
+    for position, (index, text) in enumerate(entries):
+        left = (position % columns) * column + size // 2
+        top = picture.height + size // 2 + (position // columns) * row
+        draw.rectangle((left, top, left + size, top + size), fill=tuple(int(v) for v in colours[index]))
+        draw.text((left + size * 1.5, top - size * 0.1), text, fill="black", font=font)
+    return canvas

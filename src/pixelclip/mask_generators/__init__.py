@@ -1,0 +1,1 @@
+"""Class-agnostic masks of an image."""

@@ -1,0 +1,298 @@
+"""Load a CLIP; save and load a PixelCLIP as a folder of safetensors and JSON, without pickles.
+
+A model folder holds `model.safetensors` (the CLIP under `clip.` with open_clip's names, `prompts.tokens`, `decoder.*`),
+`config.json` and `provenance.json`.
+"""
+
+import json
+import logging
+import os
+import pickle
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import open_clip
+import torch
+from open_clip.transformer import QuickGELU
+from pydantic import BaseModel, Field, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pixelclip.config import nearest
+from pixelclip.models.backbone import Backbone, Residual
+from pixelclip.models.clip_sources import clip_folder
+from pixelclip.models.text import Prompts, TextTower, Vectors
+from pixelclip.models.weights import check_fit, check_tensors, named, read_weights
+from pixelclip.storage.files import read_json, write_json
+from pixelclip.workflow.stage import PROVENANCE
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+CLIP_WEIGHTS, CLIP_CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
+"""Files in a folder of open_clip."""
+_FORMAT = 1
+_MAX_MESSAGE = 300  # characters of an error message of open_clip or torch
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A CLIP: the open_clip model, the config that rebuilds it, mean and standard deviation of its images (RGB, 0 to 1)."""
+
+    model: open_clip.CLIP
+    model_cfg: dict[str, Any]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @property
+    def side(self) -> int:
+        """Side in pixels of the images that the CLIP was trained on."""
+        size = self.model_cfg["vision_cfg"].get("image_size", 224)
+        return int(size if isinstance(size, int) else size[0])
+
+
+@dataclass(frozen=True)
+class Model:
+    """A loaded PixelCLIP: its CLIP with the trained image tower, its image side in pixels, its prompts, its config.json."""
+
+    clip: Clip
+    side: int
+    residual: Residual
+    prompts: Prompts | Vectors
+    config: dict[str, Any]
+
+
+def load_clip(spec: str) -> Clip:
+    """Load a CLIP in float32 on the CPU.
+
+    Args:
+        spec: `toy` (shipped with the package), a folder with `open_clip_config.json` and weights, `NAME:PRETRAINED` of
+            open_clip (downloaded once), or `NAME:FILE` with a path, a URL or `s3://`.
+
+    Raises:
+        ValueError: the name is unknown, or the weights do not fit.
+    """
+    folder = clip_folder(spec)
+    if folder is None or not folder.is_dir():
+        _check_name(spec, folder)
+    try:
+        if folder is not None and folder.is_dir():
+            cfg = read_json(folder / CLIP_CONFIG)
+            model_cfg, preprocess = cfg["model_cfg"], cfg.get("preprocess_cfg", {})
+            model = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True)
+        else:
+            name, _, weights = spec.partition(":")
+            model = open_clip.create_model(name, pretrained=str(folder or weights), require_pretrained=True)
+            model_cfg, preprocess = dict(open_clip.get_model_config(name)), getattr(model.visual, "preprocess_cfg", {})
+            model_cfg["quick_gelu"] = any(isinstance(part, QuickGELU) for part in model.modules())
+    except KeyError as error:
+        raise ValueError(f"CLIP {spec!r}: {folder}/{CLIP_CONFIG} has no entry {error}") from None
+    except pickle.UnpicklingError:  # torch's own message recommends executing the pickle
+        raise ValueError(f"CLIP {spec!r}: the file is not a plain state dict; other pickles are rejected") from None
+    except (TypeError, ValueError, RuntimeError, OSError, AssertionError, SafetensorError) as error:
+        raise ValueError(f"CLIP {spec!r}: {_reason(error, folder)}") from None
+    mean = tuple(preprocess.get("mean", open_clip.OPENAI_DATASET_MEAN))
+    std = tuple(preprocess.get("std", open_clip.OPENAI_DATASET_STD))
+    return Clip(model.float().eval(), model_cfg, mean, std)
+
+
+def _check_name(spec: str, file: Path | None) -> None:
+    """Raise ValueError if open_clip has no such name or weights; open_clip itself would log a line first."""
+    name, _, weights = spec.partition(":")
+    if name not in open_clip.list_models():
+        raise ValueError(f"CLIP {spec!r}: no folder and no CLIP with that name{nearest(name, open_clip.list_models())}")
+    if not weights:
+        raise ValueError(f"CLIP {spec!r}: weights are missing: use {name}:PRETRAINED or {name}:FILE")
+    if file is None and not open_clip.get_pretrained_cfg(name, weights):
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        known = f"the pretrained ones are {', '.join(tags)}" if tags else f"open_clip has none pretrained, use {name}:FILE"
+        raise ValueError(f"CLIP {spec!r}: no file {weights} and no weights with that name; {known}")
+
+
+def _reason(error: Exception, file: Path | None) -> str:
+    """Explain why a CLIP could not be loaded; list a few names of wrong weights instead of hundreds of missing ones."""
+    try:
+        state = check_tensors(read_weights(file)) if file is not None and file.is_file() else {}
+    except ValueError:
+        state = {}
+    if state and not any(name.startswith(("visual.", "module.visual.")) for name in state):
+        return f"{file} holds {named(state)}; a CLIP's state dict is expected (visual.*, ...)"
+    if "TorchScript" in str(error):  # torch's own message recommends loading it unsafely
+        return f"{file} is a TorchScript archive, as published by OpenAI; use NAME:openai or a state dict"
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    size = f"; {file} belongs to a CLIP of another size" if state else ""
+    return " ".join(line.strip() for line in lines[:3])[:_MAX_MESSAGE] + size
+
+
+def save_model(
+    folder: Path, clip: Clip, prompts: nn.Module, decoder: nn.Module, *, side: int, residual: Residual, origin: dict[str, Any]
+) -> None:
+    """Write `model.safetensors` and `config.json`; the Stage writes the provenance.
+
+    Args:
+        folder: model folder.
+        clip: CLIP with the trained image tower.
+        prompts: concepts.
+        decoder: mask decoder (saved for further training; unused in inference).
+        side: side in pixels of the images in training.
+        residual: see `Backbone`.
+        origin: the initial CLIP, `{"spec": ..., "md5": ...}`.
+    """
+    tensors = {
+        # A state dict may hold a tensor under two names; safetensors requires tensors that do not share memory.
+        f"{part}.{name}": tensor.detach().cpu().contiguous().clone()
+        for part, module in (("clip", clip.model), ("prompts", prompts), ("decoder", decoder))
+        for name, tensor in module.state_dict().items()
+    }
+    write_tensors(folder / WEIGHTS, tensors)
+    config = {"format": _FORMAT, "model_cfg": clip.model_cfg, "mean": clip.mean, "std": clip.std}
+    write_json(folder / CONFIG, config | {"side": side, "residual": residual, "clip": origin})
+
+
+def load_model(folder: Path) -> Model:
+    """Load a model folder in float32 on the CPU.
+
+    Raises:
+        ValueError: the folder is incomplete, has another format, or its weights do not fit its config.
+    """
+    missing = [name for name in (WEIGHTS, CONFIG, PROVENANCE) if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(
+            f"{folder}: is not a complete model folder: {', '.join(missing)} missing; "
+            f"it must hold {WEIGHTS}, {CONFIG} and {PROVENANCE}"
+        )
+    config = read_config(folder)
+    cfg, mean, std = config["model_cfg"], tuple(config["mean"]), tuple(config["std"])
+    tensors = read_tensors(folder / WEIGHTS)
+    try:
+        model = build_clip(cfg)
+    except Exception as error:  # invalid values make open_clip raise all kinds of exceptions
+        reason = f"entry {error} is missing" if isinstance(error, KeyError) else str(error).partition("\n")[0]
+        raise ValueError(f"{folder / CONFIG}: model_cfg: open_clip cannot build a CLIP from it: {reason}") from None
+    weights = _with_prefix(tensors, "clip.")
+    try:
+        check_fit(weights, model.state_dict())
+        model.load_state_dict(weights)  # before the prompts, whose fixed words it embeds
+        prompts = load_prompts(_with_prefix(tensors, "prompts."), TextTower(model))
+    except ValueError as error:
+        raise ValueError(f"{folder / WEIGHTS}: does not fit {CONFIG}: {error}") from None
+    return Model(Clip(model.eval(), cfg, mean, std), config["side"], config["residual"], prompts.requires_grad_(False), config)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read and validate the `config.json` of a model folder.
+
+    Raises:
+        ValueError: the file is missing, not JSON, of another format, or has an invalid entry; the message is one line.
+    """
+    path = folder / CONFIG
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise ValueError(f"{path}: must be an object with a model's settings, found {type(config).__name__}")
+    if config.get("format") != _FORMAT:
+        raise ValueError(f"{path}: unsupported format {config.get('format')!r}; this version reads {_FORMAT}")
+    try:
+        _Config.model_validate(config)
+    except ValidationError as error:
+        fault = error.errors()[0]  # one is enough: the file is not edited by hand, so it is damaged
+        name = ".".join(str(part) for part in fault["loc"])
+        if fault["type"] == "missing":
+            raise ValueError(f"{path}: entry {name!r} is missing") from None
+        raise ValueError(f"{path}: {name}: {fault['msg']} (found {fault['input']!r})") from None
+    return config
+
+
+class _ModelConfig(BaseModel):
+    embed_dim: int = Field(ge=1)
+    vision_cfg: dict[str, Any]
+    text_cfg: dict[str, Any]
+
+
+class _Origin(BaseModel):
+    spec: str
+    md5: str
+
+
+_Three = Annotated[list[Annotated[float, Field(allow_inf_nan=False)]], Field(min_length=3, max_length=3)]
+_ThreePositive = Annotated[list[Annotated[float, Field(gt=0, allow_inf_nan=False)]], Field(min_length=3, max_length=3)]
+
+
+class _Config(BaseModel, strict=True):
+    """Schema of `config.json`; open_clip validates the contents of `vision_cfg` and `text_cfg`."""
+
+    model_cfg: _ModelConfig
+    mean: _Three
+    std: _ThreePositive
+    side: int = Field(ge=1)
+    residual: Residual
+    clip: _Origin
+
+
+def load_prompts(state: dict[str, Tensor], text: TextTower) -> Prompts | Vectors:
+    """Build the concepts of a state dict; raise ValueError if it does not fit the text tower."""
+    if "values" in state:
+        check_fit(state, {"values": torch.empty(len(state["values"]), text.embed_dim, device="meta")})
+        return Vectors(state["values"], learn=False)
+    if "tokens" not in state:
+        raise ValueError("neither prompts.tokens nor prompts.values found")
+    if state["tokens"].ndim != 3:
+        raise ValueError(f"prompts.tokens is {list(state['tokens'].shape)} instead of [concepts, tokens, {text.width}]")
+    prompts = Prompts(text, torch.zeros(state["tokens"].shape[:2], dtype=torch.long))
+    check_fit(state, prompts.state_dict())
+    prompts.load_state_dict(state)
+    return prompts
+
+
+def build_clip(model_cfg: dict[str, Any]) -> open_clip.CLIP:
+    """Build an open_clip CLIP with random weights from its config, without logging or download."""
+    cfg = {key: value for key, value in model_cfg.items() if key in ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu")}
+    cfg = json.loads(json.dumps(cfg))
+    if "timm_model_name" in cfg["vision_cfg"]:
+        cfg["vision_cfg"]["timm_model_pretrained"] = False
+    return open_clip.CLIP(**cfg)
+
+
+def backbone_of(model: Model) -> Backbone:
+    """Return the image tower as a backbone for dense features."""
+    return Backbone(model.clip.model.visual, model.residual)
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read a safetensors file.
+
+    Raises:
+        ValueError: the file is missing, truncated or not a safetensors file.
+    """
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: cannot be read as safetensors: {error}") from None
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file atomically.
+
+    Raises:
+        OSError: the file cannot be written; safetensors' own error does not name the file.
+    """
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        save_file(tensors, temporary, metadata=metadata)
+    except SafetensorError as error:
+        if number := re.search(r"\(os error (\d+)\)", str(error)):
+            code = int(number[1])
+            raise OSError(code, os.strerror(code), str(path)) from None
+        raise
+    with temporary.open("rb+") as file:
+        os.fsync(file.fileno())
+    temporary.chmod(0o644)  # safetensors makes it readable by its owner alone
+    temporary.replace(path)
+
+
+def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+# open_clip warns about resizing and defaults on every load; real problems raise an error instead.
+logging.getLogger("open_clip").setLevel(logging.ERROR)

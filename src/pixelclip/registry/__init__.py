@@ -1,0 +1,1 @@
+"""MLflow's model registry: the gate, promotion, model versions and their lineage."""

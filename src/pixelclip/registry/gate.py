@@ -1,0 +1,44 @@
+"""The gate in front of `champion`: compare a challenger's metrics with the champion's."""
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class GateMetrics:
+    """Metrics that the gate compares: mIoU and gain over CLIP in points, and an ID of the labelled set and protocol."""
+
+    miou: float
+    gain: float
+    measured_on: str
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Whether a model becomes champion, and why."""
+
+    champion: bool
+    reason: str
+
+
+def decide(challenger: GateMetrics, champion: GateMetrics | None, min_gain: float) -> Decision:
+    """Decide if a challenger becomes champion: enough gain over CLIP, and a higher mIoU than the champion.
+
+    Raises:
+        ValueError: a metric is not finite.
+    """
+    for metrics in filter(None, (challenger, champion)):
+        if not (math.isfinite(metrics.miou) and math.isfinite(metrics.gain)):
+            raise ValueError(f"the gate needs finite metrics, found mIoU {metrics.miou} and gain {metrics.gain}")
+    if challenger.gain < min_gain:
+        return Decision(False, f"gain {challenger.gain:.2f} over CLIP is below register.min_gain {min_gain:g}")
+    if champion is None:
+        return Decision(True, f"gain {challenger.gain:.2f} over CLIP, and there was no champion")
+    if champion.measured_on != challenger.measured_on:
+        return Decision(
+            False,
+            "the champion was evaluated on another labelled set or protocol, or by an older pixelclip; evaluate it again: "
+            "pixelclip evaluate --model models:/NAME@champion, then pixelclip register with that evaluation",
+        )
+    comparison = f"mIoU {challenger.miou:.2f} against the champion's {champion.miou:.2f}"
+    return Decision(challenger.miou > champion.miou, comparison)

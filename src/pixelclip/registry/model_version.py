@@ -1,0 +1,129 @@
+"""A version of a registered model: create it with the model's weights and code, find it, fetch it, describe it."""
+
+import shutil
+import tempfile
+import warnings
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import mlflow
+from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+from packaging.requirements import Requirement
+
+import pixelclip
+from pixelclip.inference import serving
+from pixelclip.models.checkpoint import CONFIG, WEIGHTS
+from pixelclip.storage.files import read_json
+from pixelclip.tracking.journal import RUN
+from pixelclip.tracking.run import Run
+from pixelclip.tracking.server import connect, first_line, is_missing, tracking_uri, transfer
+from pixelclip.workflow.stage import PROVENANCE
+
+REGISTRATION = "registration.json"
+EVALUATION = "evaluation"
+"""Tag of a version: path of its evaluation among the artifacts of its run."""
+
+
+def create_name(client: MlflowClient, name: str) -> None:
+    """Create a registered model unless it exists.
+
+    Raises:
+        ValueError: MLflow rejects the name.
+    """
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise ValueError(f"register.name {name!r} is refused by MLflow at {tracking_uri()}: {first_line(error)}") from None
+
+
+def find(client: MlflowClient, name: str, model_md5: str) -> ModelVersion | None:
+    """Return the latest version with exactly these weights, or None."""
+    same = client.search_model_versions(f"name = '{name}' and tags.`model.md5` = '{model_md5}'")
+    return max(same, key=lambda version: int(version.version), default=None)
+
+
+def create(client: MlflowClient, model: Path, provenance: Mapping[str, Any], name: str) -> ModelVersion:
+    """Log a model to the run that trained it, with the code to serve it, and create a version of `name` from it."""
+    run_id = Run.trained(client, model, provenance)
+    status = client.get_run(run_id).info.status
+    try:
+        with transfer(), mlflow.start_run(run_id=run_id), tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            # The signature is explicit, so MLflow needs no example to infer it.
+            warnings.filterwarnings("ignore", ".*input example was not provided", UserWarning)
+            logged = mlflow.pyfunc.log_model(
+                name="model",
+                python_model=serving.__file__,
+                artifacts={serving.ARTIFACT: str(_inference_files(model, Path(folder)))},
+                signature=serving.SIGNATURE,
+                code_paths=[str(copy_code(Path(pixelclip.__file__).parent, Path(folder)))],
+                pip_requirements=_requirements(),
+            )
+    finally:
+        client.update_run(run_id, status=status)  # `start_run` ends the run, which another process may own
+    return client.create_model_version(
+        name,
+        source=logged.model_uri,
+        run_id=run_id,
+        model_id=logged.model_id,
+        tags={"model.md5": provenance["output"]["md5"]},
+    )
+
+
+def copy_code(package: Path, folder: Path) -> Path:
+    """Copy the modules of a package and its subpackages, without assets, to `folder/code`: a served model ships its code."""
+    copy = folder / "code" / package.name
+    for file in package.rglob("*.py"):
+        path = file.relative_to(package)
+        if "assets" not in path.parts:
+            (copy / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy / path)
+    return copy
+
+
+def fetch(uri: str, folder: Path | None = None) -> Path:
+    """Download `models:/NAME@ALIAS` or `models:/NAME/VERSION` and return its model folder.
+
+    Raises:
+        ValueError: MLflow is unreachable or has no such model.
+    """
+    connect()
+    try:
+        with transfer():
+            root = Path(mlflow.artifacts.download_artifacts(uri, dst_path=None if folder is None else str(folder)))
+    except MlflowException as error:
+        missing = is_missing(error) or error.error_code == "INVALID_PARAMETER_VALUE"  # the latter for an alias
+        problem = "no such model at" if missing else "cannot be fetched from"
+        raise ValueError(f"{uri}: {problem} {tracking_uri()}: {first_line(error)}") from None
+    weights = list(root.rglob(WEIGHTS))
+    if len(weights) != 1:
+        raise ValueError(f"{uri}: is not a pixelclip model: it has {len(weights)} files {WEIGHTS}")
+    return weights[0].parent
+
+
+def markdown(out: Path) -> str:
+    """Format a registration for the KFP page: version, role, reason, and the run, as a link to a server."""
+    registration = read_json(out / REGISTRATION)
+    uri, run_id = registration["tracking_uri"], registration["run_id"]
+    run = f"[run `{run_id}`]({uri.rstrip('/')}/#/runs/{run_id})" if uri.startswith("http") else f"run `{run_id}`"
+    return f"**{registration['model_uri']}** is **{registration['role']}**: {registration['reason']}\n\nMLflow {run} at {uri}\n"
+
+
+def _requirements() -> list[str]:
+    """Return the package's requirements without extras, pinned to the installed versions."""
+    requirements = [Requirement(line) for line in metadata.requires("pixelclip") or []]
+    return [f"{each.name}=={metadata.version(each.name)}" for each in requirements if each.marker is None]
+
+
+def _inference_files(model: Path, folder: Path) -> Path:
+    """Copy the files that inference needs; a training leaves pictures and curves beside them."""
+    copy = folder / serving.ARTIFACT
+    copy.mkdir()
+    for name in (WEIGHTS, CONFIG, PROVENANCE, RUN):
+        if (model / name).is_file():
+            shutil.copyfile(model / name, copy / name)
+    return copy

@@ -1,0 +1,1 @@
+"""Atomic files and checksums, and copies of URLs and `s3://` objects in a bounded, shared cache."""

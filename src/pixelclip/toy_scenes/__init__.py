@@ -1,0 +1,1 @@
+"""Painted scenes and the small CLIP that was trained on their captions."""

@@ -1,0 +1,144 @@
+"""Journal of a run: metrics on their way to MLflow, which survive a server that is slow or gone.
+
+Points of curves are appended to `curves.jsonl` first and delivered from there; `run.json` records the run and how many points
+its server has. There is no thread: `deliver` is called while a stage works and limits its own share of the time, `flush` is
+called at the end.
+"""
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from mlflow import MlflowClient
+from mlflow.entities import Metric
+
+from pixelclip.storage.files import read_json, write_json
+from pixelclip.tracking.server import first_line, request_limits, tracking_uri
+
+CURVES, RUN = "curves.jsonl", "run.json"
+_BATCH = 500  # metrics per request; MLflow accepts 1000
+_SECONDS = 10  # for one request, and for one call of `deliver` before it stops between two requests
+_TIMES_LONGER = 20  # pause after a delivery, so that a slow server takes at most 5 % of a training's time
+_LONGEST_PAUSE = 300.0
+
+
+class Journal:
+    """Points of curves and other requests of one run, delivered in order and each point once.
+
+    Args:
+        client: a connected client.
+        folder: folder of `curves.jsonl` and `run.json`.
+        run_id: ID of an existing run.
+    """
+
+    def __init__(self, client: MlflowClient, folder: Path, run_id: str) -> None:
+        self._client, self._folder, self._run_id = client, folder, run_id
+        lines = _complete_lines(folder / CURVES)
+        state = read_json(folder / RUN) if (folder / RUN).is_file() else {}
+        same_run = state.get("run_id") == run_id and state.get("tracking_uri") == tracking_uri()
+        self._num_delivered = min(int(state["delivered"]), len(lines)) if same_run else 0
+        self._last_step = json.loads(lines[-1])["step"] if lines else -1
+        self._server_steps: dict[str, int] = {}  # last step of each curve on the server
+        self._pause, self._next_attempt = 0.0, 0.0
+        self.points = lines[self._num_delivered :]
+        """Undelivered points, as JSON."""
+        self.requests: list[Callable[[], None]] = []
+        """Undelivered requests of other kinds. They are lost when the process ends."""
+        self.error = ""
+        """First line of the error that stopped the last delivery; empty after a success."""
+        self._save()
+
+    @property
+    def pending(self) -> bool:
+        """True while something is undelivered."""
+        return bool(self.points or self.requests)
+
+    def append(self, metrics: Mapping[str, float], step: int) -> None:
+        """Append one point to every curve, unless the journal already has this step (after a resume)."""
+        if step <= self._last_step:
+            return
+        line = json.dumps({"step": step, "time": int(time.time() * 1000), "metrics": dict(metrics)})
+        with (self._folder / CURVES).open("a") as file:
+            file.write(line + "\n")
+        self.points.append(line)
+        self._last_step = step
+
+    def deliver(self) -> None:
+        """Deliver what is pending if the last attempt is long enough ago; never raises for a failing server."""
+        start = time.monotonic()
+        if start < self._next_attempt:
+            return
+        with request_limits(timeout=_SECONDS, retries=0):
+            self._attempt(start + _SECONDS)
+        end = time.monotonic()
+        self._pause = min(max(1.0, 2 * self._pause), _LONGEST_PAUSE) if self.error else 0.0
+        self._next_attempt = end + max(self._pause, _TIMES_LONGER * (end - start))
+
+    def flush(self, seconds: float) -> bool:
+        """Try to deliver everything, for about this long; return True if it succeeded."""
+        deadline = time.monotonic() + seconds
+        self._attempt()
+        while self.pending and time.monotonic() < deadline:
+            time.sleep(min(1.0, seconds))
+            self._attempt()
+        return not self.pending
+
+    def _attempt(self, deadline: float = math.inf) -> None:
+        try:
+            while self.pending and time.monotonic() < deadline:
+                if self.points:
+                    self._send_points()
+                else:
+                    self.requests[0]()
+                    self.requests.pop(0)
+        except Exception as error:  # whatever fails in MLflow or the network, the stage continues
+            if not self.error:
+                print(f"MLflow at {tracking_uri()} is lost ({first_line(error)}); delivery is retried later", flush=True)
+            self.error = first_line(error)
+            return
+        if self.error and not self.pending:
+            print(f"MLflow at {tracking_uri()} is back; everything is delivered", flush=True)
+            self.error = ""
+
+    def _send_points(self) -> None:
+        metrics: list[Metric] = []
+        count = 0
+        for line in self.points:
+            point = json.loads(line)
+            if metrics and len(metrics) + len(point["metrics"]) > _BATCH:
+                break
+            metrics += [Metric(name, value, point["time"], point["step"]) for name, value in point["metrics"].items()]
+            count += 1
+        if new := [metric for metric in metrics if metric.step > self._last_step_of(metric.key)]:
+            self._client.log_batch(self._run_id, metrics=new)
+            self._server_steps |= {metric.key: metric.step for metric in new}
+        del self.points[:count]
+        self._num_delivered += count
+        self._save()
+
+    def _last_step_of(self, curve: str) -> int:
+        """Last step on the server: a retried pod joins its run with an empty journal and trains from the start."""
+        if curve not in self._server_steps:
+            history = self._client.get_metric_history(self._run_id, curve)
+            self._server_steps[curve] = max((metric.step for metric in history), default=-1)
+        return self._server_steps[curve]
+
+    def _save(self) -> None:
+        state = {"run_id": self._run_id, "tracking_uri": tracking_uri(), "delivered": self._num_delivered}
+        with contextlib.suppress(PermissionError):  # in a read-only model folder; points are then compared with the server's
+            write_json(self._folder / RUN, state)
+
+
+def _complete_lines(path: Path) -> list[str]:
+    """Read the complete lines of a journal and remove a last line that a killed process left incomplete."""
+    if not path.is_file():
+        return []
+    content = path.read_text()
+    lines = content.splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()
+        path.write_text("".join(lines))
+    return [line.rstrip("\n") for line in lines]

@@ -1,0 +1,240 @@
+"""The MLflow run of a pipeline run: started by a training, joined by the stages after it.
+
+Metrics pass through a journal (`journal.py`), so an unreachable server costs neither the training nor its curves: the next
+`log`, the next stage or the same command again delivers them.
+"""
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+from mlflow import MlflowClient
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+
+from pixelclip.storage.files import read_json
+from pixelclip.tracking.journal import CURVES, RUN, Journal
+from pixelclip.tracking.server import connect, experiment_id, first_line, is_missing, tracking_uri
+from pixelclip.workflow.provenance import data, flatten, source
+from pixelclip.workflow.provenance import tags as tags_of
+
+PIPELINE_RUN = "PIXELCLIP_PIPELINE_RUN"
+"""Environment variable with the ID of the pipeline run that a stage belongs to."""
+PARENT_RUN = "PIXELCLIP_PARENT_RUN"
+"""Environment variable with the ID of the parent of new MLflow runs."""
+_PARAMS_PER_REQUEST = 90  # MLflow accepts 100
+_CLOSE_SECONDS = 30.0
+
+
+def lineage(provenance: Mapping[str, Any]) -> dict[str, str]:
+    """Return lineage tags: code and data of the whole chain, pipeline run, parent run."""
+    runs = {"kfp.run_id": os.environ.get(PIPELINE_RUN), "mlflow.parentRunId": os.environ.get(PARENT_RUN)}
+    return tags_of(provenance) | {tag: run_id for tag, run_id in runs.items() if run_id}
+
+
+class Run:
+    """An MLflow run with its journal.
+
+    Args:
+        client: a connected client.
+        folder: folder of the journal (`curves.jsonl`, `run.json`).
+        run_id: ID of an existing run.
+        owned: True if this process ends the run.
+    """
+
+    def __init__(self, client: MlflowClient, folder: Path, run_id: str, owned: bool) -> None:
+        self.client, self.run_id = client, run_id
+        self.journal = Journal(client, folder, run_id)
+        self._owned = owned
+        self._run_ids = [run_id]  # all that receive final metrics and tags
+
+    @classmethod
+    def start(cls, folder: Path, name: str, provenance: Mapping[str, Any]) -> Self:
+        """Start the run of a training, or continue the one of an interrupted training in `folder`.
+
+        The first of these is used: the run MLFLOW_RUN_ID (which is never ended here), the run of an interrupted training, a new
+        child of PIXELCLIP_PARENT_RUN, the run tagged with the ID of this pipeline run, a new run. An interrupted training
+        continues its run even while the server does not respond.
+
+        Raises:
+            ValueError: MLflow is unreachable or rejects a request.
+        """
+        env_run = os.environ.get("MLFLOW_RUN_ID")
+        with _one_error(env_run):
+            client, resumed = (connect(), None) if env_run else _resumed(folder)
+            tags = lineage(provenance)
+            if env_run:
+                tags.pop("mlflow.parentRunId", None)  # its creator chose the parent
+            run_id = env_run or resumed or _of_pipeline(client, tags)
+            if run_id is None:
+                run_id = client.create_run(experiment_id(client), run_name=name, tags=tags).info.run_id
+            run = cls(client, folder, run_id, owned=not env_run)
+            describe = partial(run._describe, provenance, tags)
+            if resumed:
+                run.journal.requests.append(describe)  # mostly known to the server already, which may be unreachable now
+            else:
+                describe()
+        return run
+
+    @classmethod
+    def trained(cls, client: MlflowClient, model: Path, provenance: Mapping[str, Any]) -> str:
+        """Return the ID of the run that trained a model, after delivering the undelivered part of its curves.
+
+        If the server has no such run, all curves and settings go to the run MLFLOW_RUN_ID or to a new one.
+
+        Raises:
+            ValueError: MLflow rejects a request.
+        """
+        env_run = os.environ.get("MLFLOW_RUN_ID")
+        with _one_error(env_run):
+            existing = _existing(client, model)
+            run_id = existing or env_run
+            if run_id is None:
+                run_id = client.create_run(experiment_id(client), run_name=model.name, tags=lineage(provenance)).info.run_id
+            run = cls(client, model, run_id, owned=run_id != env_run)
+            if existing is None or run.journal.pending:
+                run.params(flatten(provenance))
+                run.datasets(provenance, "training")
+                run.finish()
+        return run_id
+
+    @classmethod
+    def attach(cls, model: Path, folder: Path, provenance: Mapping[str, Any]) -> Self:
+        """Attach to the run MLFLOW_RUN_ID, or else to the run that trained a model.
+
+        If the two differ (Kubeflow's MLflow plugin creates a run per task), final metrics and tags go to both, so that the
+        training's run has all metrics of its model. The journal is in the folder of the attaching stage.
+
+        Raises:
+            ValueError: MLflow is unreachable or rejects a request.
+        """
+        client = connect()
+        run_id = cls.trained(client, model, provenance)
+        env_run = os.environ.get("MLFLOW_RUN_ID")
+        with _one_error(env_run):
+            if env_run:
+                client.get_run(env_run)
+        run = cls(client, folder, env_run or run_id, owned=False)
+        run._run_ids = list(dict.fromkeys([run.run_id, run_id]))
+        return run
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Add one point to every curve; steps that the journal already has (after a resume) are skipped."""
+        self.journal.append(metrics, step)
+        self.journal.deliver()
+
+    def values(self, metrics: Mapping[str, float]) -> None:
+        """Set final metrics without a curve, at the next delivery."""
+        now = int(time.time() * 1000)
+        points = [Metric(name, float(value), now, 0) for name, value in metrics.items()]
+        for run_id in self._run_ids:
+            self.journal.requests.append(partial(self.client.log_batch, run_id, metrics=points))
+
+    def params(self, params: Mapping[str, Any]) -> None:
+        """Log settings; MLflow keeps the first value of each."""
+        existing = self.client.get_run(self.run_id).data.params
+        new = [Param(name, str(value)[:500]) for name, value in params.items() if name not in existing]
+        for start in range(0, len(new), _PARAMS_PER_REQUEST):
+            self.client.log_batch(self.run_id, params=new[start : start + _PARAMS_PER_REQUEST])
+
+    def tags(self, tags: Mapping[str, str]) -> None:
+        """Set tags."""
+        for run_id in self._run_ids:
+            self.client.log_batch(run_id, tags=[RunTag(name, str(value)[:5000]) for name, value in tags.items()])
+
+    def datasets(self, provenance: Mapping[str, Any], context: str) -> None:
+        """Log the data at the start of a chain as MLflow datasets, identified by MD5."""
+        inputs = []
+        for name, described in data(provenance).items():
+            fetched = source(described)
+            digest = str(fetched.get("md5", described["md5"]))[:36]  # MLflow's limit, and the length of DVC's MD5 of a folder
+            origin = json.dumps(fetched or {"uri": described["path"]})
+            dataset = Dataset(name=name, digest=digest, source_type="dvc" if fetched else "local", source=origin)
+            inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", context)]))
+        if inputs:
+            self.client.log_inputs(self.run_id, datasets=inputs)
+
+    def artifact(self, path: Path, below: str | None = None) -> None:
+        """Upload a file at the next delivery; the file must exist until `finish`."""
+        self.journal.requests.append(partial(self.client.log_artifact, self.run_id, str(path), below))
+
+    def finish(self, status: str = "FINISHED") -> bool:
+        """Deliver everything pending and end the run; return False, after a message, if something stays undelivered."""
+        if not self.journal.flush(_CLOSE_SECONDS):
+            print(
+                f"MLflow at {tracking_uri()} is lost ({self.journal.error}): run {self.run_id} lacks "
+                f"{len(self.journal.points)} points of curves, which the next stage delivers from {CURVES}, and "
+                f"{len(self.journal.requests)} requests (metrics, tags, files), which are not repeated; the result folder "
+                "has their content",
+                flush=True,
+            )
+            return False
+        if self._owned:
+            try:
+                self.client.set_terminated(self.run_id, status)
+            except Exception as error:  # MLflow raises many kinds, see `connect`
+                print(f"MLflow at {tracking_uri()}: the run could not be closed: {first_line(error)}", flush=True)
+        return True
+
+    def _describe(self, provenance: Mapping[str, Any], tags: Mapping[str, str]) -> None:
+        if self._owned:
+            self.client.update_run(self.run_id, status="RUNNING")
+        self.params(flatten(provenance))
+        self.tags(tags)
+        self.datasets(provenance, "training")
+
+
+@contextlib.contextmanager
+def _one_error(env_run: str | None) -> Iterator[None]:
+    """Turn MLflow's exceptions into a ValueError of one line."""
+    try:
+        yield
+    except MlflowException as error:
+        which = f" {env_run} (MLFLOW_RUN_ID)" if env_run else ""
+        raise ValueError(f"MLflow at {tracking_uri()} refused the run{which}: {first_line(error)}") from None
+
+
+def _existing(client: MlflowClient, folder: Path) -> str | None:
+    """Return the ID of the run that `run.json` in a folder names; None without one or if the server has no such run."""
+    if not (folder / RUN).is_file():
+        return None
+    try:
+        info = client.get_run(read_json(folder / RUN)["run_id"]).info
+    except MlflowException as error:
+        if is_missing(error):
+            return None
+        raise
+    return str(info.run_id) if info.lifecycle_stage == "active" else None  # MLflow rejects changes to a deleted run
+
+
+def _resumed(folder: Path) -> tuple[MlflowClient, str | None]:
+    """Return a client and the run of an interrupted training; if its server does not respond, trust `run.json`.
+
+    If the server turns out to have lost the run, the next stage delivers all curves to a new one.
+    """
+    state = read_json(folder / RUN) if (folder / RUN).is_file() else {}
+    client = None
+    try:
+        client = connect()
+        return client, _existing(client, folder)
+    except (ValueError, MlflowException) as error:
+        uri = tracking_uri()
+        if state.get("tracking_uri") != uri or not (client or uri.startswith("http")):  # a local file will not come back
+            raise
+        print(f"{first_line(error)}; training continues in MLflow run {state['run_id']}", flush=True)
+        return client or MlflowClient(uri), str(state["run_id"])
+
+
+def _of_pipeline(client: MlflowClient, tags: Mapping[str, str]) -> str | None:
+    pipeline_run = tags.get("kfp.run_id")
+    if pipeline_run is None or "mlflow.parentRunId" in tags:
+        return None
+    query = f"tags.`kfp.run_id` = '{pipeline_run}'"
+    runs = client.search_runs([experiment_id(client)], query, order_by=["attributes.start_time ASC"])
+    top_level = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    return str(top_level[0].info.run_id) if top_level else None

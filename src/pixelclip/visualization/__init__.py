@@ -1,0 +1,1 @@
+"""Pictures of masks and predictions, and the HTML report."""

@@ -1,0 +1,166 @@
+"""Pictures of training views and concept maps, a gallery of each concept's nearest masks, and previews of masked shards.
+
+B images, N masks, K concepts, H W mask grid.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from pixelclip.data.annotations import parse_annotation
+from pixelclip.data.dataset import Batch, MaskedImages
+from pixelclip.data.images import colour_labels, decode_image, fitted, nearest, to_rgb
+from pixelclip.data.rle import RunMasks
+from pixelclip.data.shard_format import index_shard, read_part
+from pixelclip.data.shard_sources import list_shards
+from pixelclip.data.tensors import normalise, resize_square, to_tensor
+from pixelclip.models.pixelclip import PixelCLIP, StepOutput
+from pixelclip.storage.files import write_json
+
+GALLERY = "gallery.json"
+_GALLERY_IMAGES, _GALLERY_BEST, _THUMBNAIL = 256, 6, 96
+_PREVIEW = (1200, 240)  # largest width and height of an image in a preview
+
+
+def to_pixels(normalised: Tensor, mean: Sequence[float], std: Sequence[float]) -> NDArray[np.uint8]:
+    """Invert `normalise`: [3, H, W] to [H, W, 3], uint8."""
+    image = normalised.cpu() * torch.tensor(std).view(3, 1, 1) + torch.tensor(mean).view(3, 1, 1)
+    return np.round(image.clamp(0, 1).permute(1, 2, 0).numpy() * 255).astype(np.uint8)
+
+
+def training_picture(
+    micro_batches: Sequence[Batch], output: StepOutput, mean: Sequence[float], std: Sequence[float]
+) -> Image.Image:
+    """Draw one row per image: student view, masks coloured by concept, and the student's concept maps."""
+    rows = []
+    batch = next(batch for batch in micro_batches if len(batch.masks))  # `output.logits` belongs to this one
+    concepts = output.logits.shape[1]
+    side = batch.masks.shape[-1]
+    for image in range(len(output.logits)):
+        of_image = (batch.image_index == image).cpu()
+        labels = np.full(batch.masks.shape[1:], -1)
+        for mask, concept in zip(batch.masks.cpu()[of_image], output.shown_index.cpu()[of_image].tolist(), strict=True):
+            labels[mask.numpy()] = concept
+        logits, predicted = output.logits[image].max(dim=0)
+        predicted = torch.where(logits > 0, predicted, -1).cpu()
+        view = Image.fromarray(to_pixels(batch.strong[image], mean, std)).resize((side, side))
+        panels = [np.asarray(view), colour_labels(labels, concepts), colour_labels(predicted.numpy(), concepts)]
+        rows.append(np.concatenate(panels, axis=1))
+    return Image.fromarray(np.concatenate(rows))
+
+
+@torch.no_grad()
+def gallery(model: PixelCLIP, dataset: MaskedImages, folder: Path, device: torch.device) -> None:
+    """Write a gallery of the masks nearest to each concept, from a sample of training images.
+
+    It consists of `gallery.json` (`[{"concept", "masks", "best": [{"file", "cosine"}]}]`, most used concept first) and one
+    thumbnail per mask below `gallery/`. Unreadable samples are skipped.
+    """
+    views = dataset.views
+    concepts = model.concepts()
+    best: list[list[tuple[float, Image.Image]]] = [[] for _ in concepts]
+    counts = [0] * len(concepts)
+    for index in range(min(_GALLERY_IMAGES, len(dataset))):
+        try:
+            image, masks = dataset.read(index)
+        except ValueError:
+            continue
+        rows, columns = (nearest(views.mask_grid, edge) for edge in masks.size)
+        on_grid = torch.from_numpy(masks.sample(rows, columns))  # [N, H, W]
+        pixels = resize_square(normalise(to_tensor(image), views.mean, views.std)[None], views.side).to(device)
+        image_index = torch.zeros(len(on_grid), dtype=torch.long, device=device)
+        features = model.mask_features(pixels, on_grid.to(device), image_index)
+        cosines = features @ F.normalize(concepts, dim=-1).T
+        nearest_concepts = zip(*(column.tolist() for column in cosines.max(dim=-1)), strict=True)
+        for number, (cosine, concept) in enumerate(nearest_concepts):
+            counts[concept] += 1
+            kept = best[concept]
+            if len(kept) < _GALLERY_BEST or cosine > kept[-1][0]:
+                kept.append((cosine, _thumbnail(image, masks.decode(number))))
+                kept.sort(key=lambda entry: -entry[0])
+                del kept[_GALLERY_BEST:]
+    (folder / "gallery").mkdir(exist_ok=True)
+    entries = []
+    for concept in sorted(range(len(best)), key=lambda c: -counts[c]):
+        files = []
+        for rank, (cosine, thumbnail) in enumerate(best[concept]):
+            name = f"gallery/{concept:03d}-{rank}.jpg"
+            thumbnail.save(folder / name, quality=85)
+            files.append({"file": name, "cosine": round(cosine, 4)})
+        entries.append({"concept": concept, "masks": counts[concept], "best": files})
+    write_json(folder / GALLERY, entries)
+
+
+def preview(masks: Path | str, count: int, path: Path) -> int:
+    """Write a preview of masked shards: one row per image with its masks in colours, smaller ones on top.
+
+    Args:
+        masks: Shards with masks.
+        count: maximum number of images.
+        path: JPEG file to write.
+
+    Returns:
+        Number of images shown; unreadable samples are reported and skipped.
+
+    Raises:
+        ValueError: no readable sample with masks.
+    """
+    rows: list[Image.Image] = []
+    samples = ((tar, member) for tar in list_shards(masks) for member in index_shard(tar)[0] if member.json_size)
+    for tar, member in samples:
+        try:
+            image = to_rgb(decode_image(read_part(tar, member.image_offset, member.image_size)))
+            _, runs = parse_annotation(read_part(tar, member.json_offset, member.json_size), image.size)
+        except ValueError as error:
+            print(f"preview: {tar}: {member.key}: {error}", flush=True)
+            continue
+        rows.append(_preview_row(image, runs))
+        if len(rows) == count:
+            break
+    if not rows:
+        raise ValueError(f"{masks}: contains no readable image with masks")
+    sheet = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white")
+    top = 0
+    for row in rows:
+        sheet.paste(row, (0, top))
+        top += row.height
+    sheet.save(path, quality=88)
+    return len(rows)
+
+
+def _preview_row(image: Image.Image, masks: RunMasks) -> Image.Image:
+    width, height = fitted(image.size, _PREVIEW)
+    photo = np.asarray(image.resize((width, height)), np.float32)
+    small = masks.sample(nearest(height, image.height), nearest(width, image.width))  # [N, h, w]
+    labels = np.full((height, width), -1)
+    for number in np.argsort(-small.sum(axis=(1, 2)), kind="stable"):
+        labels[small[number]] = number
+    painted = np.where(labels[..., None] >= 0, 0.35 * photo + 0.65 * colour_labels(labels, len(small)), photo * 0.4)
+    edge = np.zeros(labels.shape, bool)
+    edge[1:] |= labels[1:] != labels[:-1]
+    edge[:, 1:] |= labels[:, 1:] != labels[:, :-1]
+    painted[edge] = 255
+    return Image.fromarray(np.concatenate([photo, painted], axis=1).round().astype(np.uint8))
+
+
+def _thumbnail(image: Image.Image, mask: NDArray[np.bool_]) -> Image.Image:
+    """Crop the image around a mask and fade the pixels outside it."""
+    rows, columns = np.nonzero(mask)
+    if len(rows) == 0:
+        return Image.new("RGB", (_THUMBNAIL, _THUMBNAIL), "white")
+    margin = 4
+    top, bottom = max(rows.min() - margin, 0), min(rows.max() + margin + 1, mask.shape[0])
+    left, right = max(columns.min() - margin, 0), min(columns.max() + margin + 1, mask.shape[1])
+    pixels = np.asarray(image, dtype=np.float32)[top:bottom, left:right]
+    inside = mask[top:bottom, left:right, None].astype(np.float32)
+    shown = Image.fromarray(np.round(pixels * inside + (pixels * 0.15 + 210) * (1 - inside)).clip(0, 255).astype(np.uint8))
+    shown = shown.resize(fitted(shown.size, (_THUMBNAIL, _THUMBNAIL)), Image.Resampling.BILINEAR)
+    canvas = Image.new("RGB", (_THUMBNAIL, _THUMBNAIL), "white")
+    canvas.paste(shown, ((_THUMBNAIL - shown.width) // 2, (_THUMBNAIL - shown.height) // 2))
+    return canvas

@@ -1,0 +1,1 @@
+"""Atomic, resumable stages, their provenance and their outputs in a store."""

@@ -1,0 +1,53 @@
+"""Outputs of stages in a store: `s3://bucket/folder` holds a whole result or nothing."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from pixelclip.storage import cache, s3
+from pixelclip.storage.download import local_copy
+from pixelclip.storage.files import read_json
+from pixelclip.storage.upload import upload_folder
+from pixelclip.workflow.stage import METRICS, PROVENANCE
+
+
+@contextmanager
+def outbox(out: str) -> Iterator[Path]:
+    """Yield the local folder in which a stage writes `out`; upload it when the `with` block ends.
+
+    Provenance is uploaded last, so a reader sees the whole result or none. Of a finished result in the store only provenance
+    and metrics are downloaded, for the stage to recognise it; nothing is uploaded again. An interrupted stage resumes on the
+    same machine.
+
+    Args:
+        out: local path, or `s3://bucket/folder`.
+
+    Raises:
+        ValueError: the store refuses or is lost; the same command then resumes.
+    """
+    if not s3.is_s3(out):
+        yield Path(out)
+        return
+    out = out.rstrip("/")
+    folder = cache.home(out) / "out" / out.rpartition("/")[2]
+    if os.environ.get("RANK", "0") != "0":  # only the main process of a process group writes
+        yield folder
+        return
+    existing = [one.uri.removeprefix(f"{out}/") for one in s3.list_below(out)]
+    finished = PROVENANCE in existing
+    if finished:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        for name in (PROVENANCE, METRICS):
+            shutil.copyfile(local_copy(f"{out}/{name}"), folder / name)
+    elif any(name.endswith(f"/{PROVENANCE}") for name in existing):  # several results side by side
+        shutil.copytree(local_copy(f"{out}/"), folder, dirs_exist_ok=True)
+    elif others := [name for name in existing if not (folder / name).is_file()]:
+        raise ValueError(f"{out}: holds {others[0]}, which no finished stage of pixelclip wrote; choose a new prefix")
+    yield folder
+    if finished and read_json(folder / PROVENANCE) == read_json(local_copy(f"{out}/{PROVENANCE}")):
+        return
+    upload_folder(folder, out, last=PROVENANCE)
+    shutil.rmtree(folder.parent)

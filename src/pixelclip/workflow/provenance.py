@@ -1,0 +1,73 @@
+"""Read provenance: the settings, stages and data of a whole chain, and lineage tags.
+
+A stage's provenance nests that of every input made by a stage. A stage that fetched data has a `source`: `git_sha`, `path`,
+`md5`, `nfiles`, `size`, and `repo` where known.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from pixelclip import __version__
+from pixelclip.workflow.code_version import code_image, code_revision
+
+WEIGHTS = ("model", "clip", "dino", "weights")
+"""Inputs that are models, not data."""
+
+
+def chain(provenance: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Yield the provenance of a result and of all earlier stages, the nearest first."""
+    yield provenance
+    for described in provenance["inputs"].values():
+        if "provenance" in described:
+            yield from chain(described["provenance"])
+
+
+def inputs(provenance: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any], str]]:
+    """Yield name, description and reading stage of every input of the chain, the nearest first."""
+    for stage in chain(provenance):
+        if stage.get("stage") == "evaluate_clip" and stage is not provenance:
+            continue  # `evaluate` reads the same inputs
+        for name, described in stage["inputs"].items():
+            yield name, described, stage.get("stage", "")
+
+
+def source(described: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the origin of a fetched input; empty if no stage fetched it."""
+    return dict(described.get("provenance", {}).get("source", {}))
+
+
+def flatten(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a chain as `stage.setting`; of two stages with one name, the nearer counts."""
+    params: dict[str, Any] = {}
+    for stage in chain(provenance):
+        params = {f"{stage['stage']}.{name}": value for name, value in stage["settings"].items()} | params
+    return params
+
+
+def tags(provenance: Mapping[str, Any]) -> dict[str, str]:
+    """Return lineage tags: code (revision, version, image) and every input of the chain.
+
+    An input has `data.NAME.md5` and `data.NAME.path`. For a fetched input these and further tags, such as
+    `data.NAME.git_sha`, are those of its source.
+    """
+    lineage = {
+        "code.revision": str(provenance.get("revision") or code_revision()),
+        "code.version": str(provenance.get("version") or __version__),
+    }
+    if image := provenance.get("image") or code_image():
+        lineage["code.image"] = image
+    for name, described, _ in inputs(provenance):
+        origin = {"md5": described["md5"], "path": described["path"]} | source(described)
+        lineage |= {f"data.{name}.{key}": str(value) for key, value in origin.items()}
+    return lineage
+
+
+def origins(provenance: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any], str]]:
+    """Yield those `inputs` that no stage made or that were fetched: the data and weights at the start of the chain."""
+    return (each for each in inputs(provenance) if "provenance" not in each[1] or source(each[1]))
+
+
+def data(provenance: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Map names to `origins` without weights; of two with one name, the nearer counts."""
+    farthest_first = reversed([*origins(provenance)])
+    return {name: described for name, described, _ in farthest_first if name not in WEIGHTS}

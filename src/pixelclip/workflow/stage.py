@@ -1,0 +1,213 @@
+"""Run a stage: write a folder atomically, resume after an interruption, record provenance.
+
+A stage works in a hidden sibling of its output folder, named by the stage's fingerprint, and renames it when everything is
+complete. An interrupted stage therefore leaves either nothing or partial work that the same command resumes.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from pydantic import BaseModel
+
+from pixelclip import __version__
+from pixelclip.config import lasting
+from pixelclip.storage.cache import origin
+from pixelclip.storage.files import digest, files_below, read_json, write_json
+from pixelclip.workflow.code_version import code_image, code_revision
+
+Metrics = dict[str, float]
+PROVENANCE = "provenance.json"
+METRICS = "metrics.json"
+
+
+class Stage:
+    """One run of a stage.
+
+    Args:
+        name: name of the stage.
+        out: output folder.
+        inputs: the stage's inputs, each from `describe`.
+        config: settings of the stage.
+        source: for fetched data, the `repo` and commit (`git_sha`); more keys may be added before `finish`.
+
+    Raises:
+        ValueError: `out` is not empty and not a result of the same inputs and settings.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        out: Path,
+        inputs: Mapping[str, dict[str, Any]],
+        config: BaseModel,
+        source: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.name = name
+        self.out = out.absolute()
+        self.settings = lasting(config)
+        self.inputs = dict(inputs)
+        self.source = dict(source or {})
+        self._md5s = {key: value["md5"] for key, value in self.inputs.items()}
+        # Partial work is resumed by the same version only. A finished result is compared without it, see _difference.
+        identity = [name, __version__, self.settings, self._md5s]
+        identity += [self.source["git_sha"]] if self.source else []
+        self.fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        self.folder = self.out.with_name(f".{self.out.name}.{self.fingerprint[:12]}.partial")
+        self._check_out()
+
+    @property
+    def finished(self) -> bool:
+        """Whether `out` already holds the result of these inputs and settings."""
+        return (self.out / PROVENANCE).is_file()
+
+    def reuse(self) -> Metrics:
+        """Return the metrics of the finished result, and print that it is reused and by which code it was made."""
+        recorded = read_json(self.out / PROVENANCE)
+        made_by, current = _code(recorded), _code({"version": __version__, "revision": code_revision()})
+        reason = "same inputs and settings" if made_by == current else f"made by {made_by}; this is {current}"
+        print(f"{self.name}: reused {_short(self.out)} ({reason})", flush=True)
+        return dict(read_json(self.out / METRICS))
+
+    def __enter__(self) -> Self:
+        siblings, resumed = self._siblings(), self.folder.is_dir()
+        for folder in siblings:
+            with suppress(FileNotFoundError, PermissionError):  # finished meanwhile, or not readable by this user
+                os.close(self._lock(folder))
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"{self.out}: cannot be made: {error.strerror}") from None
+        self._handle = self._lock(self.folder)
+        print(f"{self.name}: {'continues an interrupted run' if resumed else 'starts'} → {_short(self.out)}", flush=True)
+        if not resumed and siblings:
+            names = ", ".join(_short(folder) for folder in siblings)
+            print(f"{self.name}: unfinished work of other inputs, settings or versions can be removed: {names}", flush=True)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename is None:
+            error.filename = str(self.folder)  # a failed write names no file; the message must name the full disk
+        os.close(self._handle)
+
+    def finish(self, metrics: Metrics, files: Sequence[str]) -> Metrics:
+        """Write metrics and provenance, and move the folder to `out`.
+
+        Args:
+            metrics: finite numbers by name.
+            files: glob patterns of the files whose content identifies the result to later stages.
+
+        Returns:
+            `metrics`.
+        """
+        chosen = [path for path in files_below(self.folder) if any(path.match(pattern) for pattern in files)]
+        write_json(self.folder / METRICS, metrics)
+        write_json(
+            self.folder / PROVENANCE,
+            {
+                **self.provenance(),
+                **({"source": self.source} if self.source else {}),
+                "output": digest(self.folder, chosen),
+                "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            },
+        )
+        try:
+            self.folder.replace(self.out)  # `out` is missing or empty, see _check_out
+        except OSError as error:
+            raise ValueError(
+                f"{self.out}: cannot be replaced ({error.strerror}); "
+                f"the finished result is in {self.folder}: move that folder to where you want it"
+            ) from None
+        return metrics
+
+    def provenance(self) -> dict[str, Any]:
+        """Return stage, settings, inputs, code version and container image."""
+        image = code_image()
+        return {
+            "stage": self.name,
+            "fingerprint": self.fingerprint,
+            "settings": self.settings,
+            "inputs": self.inputs,
+            "version": __version__,
+            "revision": code_revision(),
+        } | ({"image": image} if image else {})
+
+    def _lock(self, folder: Path) -> int:
+        """Lock a folder until the returned handle is closed."""
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(handle)
+            raise ValueError(
+                f"{self.out}: another process is writing this folder ({_short(folder)}); wait for it or choose another folder"
+            ) from None
+        return handle
+
+    def _siblings(self) -> list[Path]:
+        """Unfinished work for `out` with other fingerprints."""
+        name = re.compile(rf"\.{re.escape(self.out.name)}\.[0-9a-f]{{12}}\.partial")
+        return sorted(path for path in self.out.parent.glob(".*.partial") if name.fullmatch(path.name) and path != self.folder)
+
+    def _check_out(self) -> None:
+        if not self.out.exists():
+            return
+        if not self.out.is_dir():
+            raise ValueError(f"{self.out}: must be a folder, found a file")
+        if not any(self.out.iterdir()):
+            return
+        if not (self.out / PROVENANCE).is_file():
+            raise ValueError(f"{self.out}: contains files that pixelclip did not create; choose an empty or new folder")
+        recorded = read_json(self.out / PROVENANCE)
+        if difference := self._difference(recorded):
+            raise ValueError(
+                f"{self.out}: holds a finished result of stage {recorded.get('stage')!r} with other inputs or settings "
+                f"({difference}); remove it or choose another folder"
+            )
+
+    def _difference(self, recorded: dict[str, Any]) -> str:
+        """Everything that keeps a recorded result from being reused; the code that made it does not."""
+        before, now = recorded.get("settings", {}), json.loads(json.dumps(self.settings))
+        changes = {
+            "stage": (recorded.get("stage"), self.name),
+            "commit": (recorded.get("source", {}).get("git_sha"), self.source.get("git_sha")),
+        }
+        for key in {**now, **before}:
+            old, new = (repr(settings[key]) if key in settings else "none" for settings in (before, now))
+            changes[f"{self.name}.{key}"] = old, new
+        inputs = recorded.get("inputs", {})
+        other = [key for key in {**self.inputs, **inputs} if inputs.get(key, {}).get("md5") != self._md5s.get(key)]
+        return ", ".join(
+            [f"{key} {old} → {new}" for key, (old, new) in changes.items() if old != new] + [f"other {key}" for key in other]
+        )
+
+
+def _code(provenance: Mapping[str, Any]) -> str:
+    return f"version {provenance.get('version')}, revision {provenance.get('revision')}"
+
+
+def describe(path: Path) -> dict[str, Any]:
+    """Return path, md5, number of files and size of an input and, if a stage made it, its provenance.
+
+    Raises:
+        ValueError: the file or folder does not exist.
+    """
+    location = {"path": origin(path)}
+    if (path / PROVENANCE).is_file():
+        provenance = read_json(path / PROVENANCE)
+        if isinstance(provenance, dict) and isinstance(provenance.get("output"), dict):  # else not written by a stage
+            return {**location, **provenance["output"], "provenance": provenance}
+    return {**location, **digest(path)}
+
+
+def _short(path: Path) -> str:
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

@@ -1,0 +1,174 @@
+"""Command line: every command has help, every mistake is one message with exit code 2."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from PIL import Image
+
+from helpers import command_line
+from helpers.fake_data import encoded, pixels, write_tar
+from pixelclip.cli import app as cli
+from pixelclip.config import SETTINGS, STAGES
+from pixelclip.storage.s3 import is_s3, list_below
+
+pixelclip = command_line.pixelclip
+
+
+def commands() -> list[tuple[str, ...]]:
+    root = typer.main.get_command(cli.app)
+
+    def below(group, words: tuple[str, ...]) -> list[tuple[str, ...]]:
+        found: list[tuple[str, ...]] = []
+        for name, command in group.commands.items():
+            found += below(command, (*words, name)) if hasattr(command, "commands") else [(*words, name)]
+        return found
+
+    return below(root, ())
+
+
+def test_every_stage_has_a_command():
+    assert {(stage,) for stage in SETTINGS} <= set(commands())
+    assert {("predict",), ("settings",), ("pipeline", "run"), ("pipeline", "compile")} <= set(commands())
+
+
+def test_help_lists_every_command(pixelclip):
+    code, out, _ = pixelclip("--help")
+    assert code == 0
+    assert all(words[0] in out for words in commands())
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_every_command_has_help_that_explains_every_option(pixelclip, words):
+    code, out, _ = pixelclip(*words, "--help")
+    assert code == 0
+    command = typer.main.get_command(cli.app)
+    for word in words:
+        command = command.commands[word]
+    assert command.help and command.help.split(".")[0].split("\n")[0][:40] in out
+    for parameter in command.params:
+        assert parameter.help, f"{parameter.name} of {' '.join(words)} is not explained"
+        assert parameter.opts[0] in out or parameter.metavar in out or parameter.name.upper() in out
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("train", "--masks", "m", "--out", "o", "stpes=3"), "unknown setting 'stpes', did you mean 'steps'?"),
+        (("train", "--masks", "m", "--out", "o", "steps=many"), "steps: "),
+        (("train", "--masks", "m", "--out", "o", "steps"), "settings are written NAME=VALUE, found 'steps'"),
+        (("train", "--masks", "m", "--out", "o", "evaluate.side=3"), "evaluate.side is not a setting of stage train"),
+        (("toy", "--out", "o", "sead=3"), "unknown setting 'sead', did you mean 'seed'?"),
+        (("evaluate", "--model", "m", "--labelled", "l", "--out", "o", "template=single"), "did you mean 'templates'?"),
+        (("register", "--model", "m", "--evaluation", "e", "--out", "o", "min_gian=1"), "did you mean 'min_gain'?"),
+        (("shards", "--images", "i", "--out", "o", "--params", "no.yaml"), "no.yaml: cannot be read as YAML"),
+        (("masks", "--shards", "nowhere", "--out", "o"), "nowhere"),
+        (("evaluate", "--model", "nowhere", "--labelled", "l", "--out", "o"), "nowhere: is not a complete model folder"),
+        (("register", "--model", "nowhere", "--evaluation", "e", "--out", "o"), "nowhere/provenance.json: no such file"),
+    ],
+)
+def test_mistake_is_one_line_with_exit_code_2(pixelclip, monkeypatch, tmp_path, words, message):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = pixelclip(*words)
+    assert code == 2
+    assert err.startswith("pixelclip: ") and message in err and err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+SMALL = ("train_scenes=1", "test_scenes=1", "side=32")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("toy", "--out", "/proc/x", *SMALL), "/proc/x: cannot be made: No such file or directory"),
+        (("toy", "--out", "file/x", *SMALL), "file/x: cannot be made: Not a directory"),
+        (
+            ("predict", "photo.png", "--classes", "a,b", "--model", "m", "--out", "file/x.png"),
+            "file/x.png: cannot be written: ",
+        ),
+        (
+            ("predict", "photo.png", "--classes", "a,b", "--model", "m", "--out", "/proc/x.png"),
+            "/proc/x.png: cannot be written",
+        ),
+        (("predict", "photo.png", "--classes", "a,b", "--model", "m", "--out", "dir.png"), "dir.png: must be a file, found a"),
+        (("export", "--model", "m", "--out", "file"), "file/open_clip_model.safetensors: cannot be written: "),
+        (("pipeline", "compile", "--out", "/proc/x.yaml"), "/proc/x.yaml: No such file or directory"),
+    ],
+    ids=lambda words: " ".join(words[:1]) if isinstance(words, tuple) else "",
+)
+def test_unwritable_output_is_one_line_with_exit_code_2(pixelclip, monkeypatch, tmp_path, words, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PIXELCLIP_IMAGE", "registry/pixelclip:1")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "dir.png").mkdir()
+    (tmp_path / "m").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "photo.png")
+    code, _, err = pixelclip(*words)
+    assert code == 2
+    assert err.startswith("pixelclip: ") and message in err and err.count("\n") == 1
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("predict", "s3://b/x.png", "--classes", "a,b", "--model", "m", "--out", "x.png"),
+        ("predict", "x.png", "--classes", "a,b", "--model", "m", "--out", "s3://b/x.png"),
+        ("export", "--model", "m", "--out", "s3://b/x.png"),
+        ("sweep", "s.yaml", "--masks", "m", "--labelled", "l", "--out", "s3://b/x.png"),
+        ("pipeline", "run", "--images", "i", "--labelled", "l", "--out", "S3://b/x.png"),
+        ("pipeline", "compile", "--out", "s3://b/x.png"),
+        ("reproduce", "models:/a/1", "--out", "s3://b/x.png"),
+    ],
+    ids=" ".join,
+)
+def test_s3_is_rejected_where_only_local_paths_work(pixelclip, monkeypatch, tmp_path, words):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = pixelclip(*words)
+    assert (code, err) == (2, "pixelclip: s3://b/x.png: must be a path on this machine\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("out", ["s3://data/masks", "masks"])
+def test_preview_is_written_beside_the_masks(pixelclip, bucket, monkeypatch, tmp_path, out):
+    monkeypatch.chdir(tmp_path)
+    write_tar(tmp_path / "shards" / "0.tar", {"a.jpg": encoded(pixels(40, 48))})
+    words = ("masks", "--shards", "shards", "--out", out, "--preview", 1, "workers=0", "felzenszwalb_min_size=5")
+    code, said, _ = pixelclip(*words)
+    assert code == 0 and said.endswith(f"1 images: {out}/preview.jpg\n")
+    assert not (tmp_path / "preview.jpg").exists()
+    there = [one.uri for one in list_below("s3://data/masks")] if is_s3(out) else [str(path) for path in Path(out).iterdir()]
+    assert f"{out}/preview.jpg" in there
+
+
+def test_unknown_command_or_option_has_exit_code_2(pixelclip):
+    code, _, err = pixelclip("trian")
+    assert code == 2 and "trian" in err
+    code, _, err = pixelclip("train", "--mask", "x")
+    assert code == 2 and "--mask" in err
+
+
+def test_settings_prints_every_setting(pixelclip):
+    code, out, _ = pixelclip("settings")
+    assert code == 0
+    for stage, kind in STAGES.items():
+        section = out.split(f"## {stage}\n")[1].split("\n## ")[0]
+        rows = [line for line in section.splitlines() if line.startswith("| `")]
+        assert len(rows) == len(kind.model_fields)
+        for (name, field), row in zip(kind.model_fields.items(), rows, strict=True):
+            assert row.startswith(f"| `{name}` | `{field.default!r}` | ") and len(row.split("|")[3].strip()) > 10
+
+
+def test_params_and_overrides_reach_the_stage(pixelclip, tmp_path):
+    (tmp_path / "params.yaml").write_text("toy:\n  train_scenes: 3\n  test_scenes: 2\n  side: 32\n")
+    words = ("toy", "--out", tmp_path / "toy", "--params", tmp_path / "params.yaml", "toy.test_scenes=1")
+    code, _, _ = pixelclip(*words)
+    assert code == 0
+    assert len(list((tmp_path / "toy" / "images").rglob("*.*"))) == 3
+    assert len(list((tmp_path / "toy" / "toy" / "labels").iterdir())) == 1
+
+
+def test_command_is_installed():
+    assert Path(sys.executable).with_name("pixelclip").is_file()

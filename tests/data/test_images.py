@@ -1,0 +1,151 @@
+"""Decode, convert and colour images; compared with Pillow and numpy."""
+
+import colorsys
+import io
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from helpers.fake_data import encoded, pixels
+from pixelclip.data.images import (
+    colour_labels,
+    decode_image,
+    encode_jpeg,
+    image_size,
+    open_image,
+    palette,
+    to_rgb,
+    turn_upright,
+)
+
+
+def with_orientation(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
+@pytest.mark.parametrize("data", [b"", b"no image", encoded(pixels(40, 30))[:-200], encoded(pixels(40, 30), "PNG")[:-60]])
+def test_incomplete_or_invalid_image_is_rejected(data: bytes, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="unreadable image"):
+        decode_image(data)
+    with pytest.raises(ValueError, match="unreadable image"):
+        decode_image(data, shrink=2)
+    (tmp_path / "bad é.jpg").write_bytes(data)
+    with pytest.raises(ValueError, match=r"bad é\.jpg: unreadable image"):
+        open_image(tmp_path / "bad é.jpg")
+
+
+@pytest.mark.parametrize("size", [(8, 15), (64, 80), (65, 79)])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_only_jpegs_are_shrunk_while_decoding(size: tuple[int, int], mode: str) -> None:
+    image = Image.new("RGB", size, (200, 100, 50)).convert(mode)
+    for shrink in (1, 2, 4, 8):
+        found = decode_image(encoded(image, quality=95), shrink=shrink)
+        assert found.size == tuple(-(-edge // shrink) for edge in size)
+        assert found.mode == mode
+        assert np.abs(np.asarray(found, int) - np.asarray(image, int)[0, 0]).max() <= 3
+        assert decode_image(encoded(image, "TIFF"), shrink=shrink).size == size
+    assert image_size(encoded(image)) == size
+
+
+def huge(edge: int) -> bytes:
+    """Make a PNG whose header states edge x edge pixels, without pixel data."""
+    header = struct.pack(">IIBBBBB", edge, edge, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")]
+    data = [struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(data)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("edge", [10_000, 20_000])  # Pillow's defaults warn about the first and reject the second
+def test_oversized_image_is_rejected_before_decoding(edge: int) -> None:
+    assert image_size(huge(edge)) == (edge, edge)
+    with pytest.raises(ValueError, match=rf"^image: {edge} x {edge} pixels; at most 16000000 are allowed$"):
+        decode_image(huge(edge), max_pixels=16_000_000)
+
+
+@pytest.mark.filterwarnings("error")
+def test_large_image_is_decoded() -> None:
+    large = Image.new("1", (16_000, 12_000), 1)  # one bit per pixel
+    assert decode_image(encoded(large, "PNG")).size == large.size
+
+
+def test_missing_file_is_reported(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"none\.jpg: No such file"):
+        open_image(tmp_path / "none.jpg")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+@pytest.mark.parametrize(("orientation", "turns"), [(1, 0), (3, 2), (6, 3), (8, 1)])
+def test_open_image_applies_exif_orientation(tmp_path: Path, kind: str, orientation: int, turns: int) -> None:
+    stored = pixels(8, 12)
+    path = tmp_path / f"image.{kind}"
+    path.write_bytes(encoded(stored, kind, exif=with_orientation(orientation)))
+    assert np.array_equal(np.asarray(open_image(path)), np.rot90(stored, turns))
+
+
+def test_open_image_converts_to_rgb(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(encoded(np.full((4, 4), 0x8040, np.uint16), "PNG"))
+    assert np.unique(np.asarray(open_image(tmp_path / "a.png"))).tolist() == [0x80]
+    (tmp_path / "b.tif").write_bytes(encoded(np.ones((4, 4), np.float32), "TIFF"))
+    with pytest.raises(ValueError, match=r"b\.tif: .*found 32"):
+        open_image(tmp_path / "b.tif")
+
+
+def test_damaged_exif_is_rejected() -> None:
+    exif = with_orientation(6)
+    exif[0x010F] = "maker"
+    good = encoded(pixels(8, 12), "WEBP", exif=exif)
+    at = good.index(b"EXIF") + 8
+    with pytest.raises(ValueError, match="unreadable EXIF"):
+        turn_upright(decode_image(good[:at] + b"\xffM" + good[at + 2 :]))
+
+
+def test_16_bit_images_keep_their_upper_8_bits() -> None:
+    tones = np.arange(0, 65536, 16, dtype=np.uint16).reshape(64, 64)
+    found = np.asarray(to_rgb(decode_image(encoded(tones, "PNG"))))
+    assert np.array_equal(found, np.repeat((tones // 256).astype(np.uint8)[..., None], 3, axis=2))
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_32_bit_images_are_rejected(kind: type) -> None:
+    with pytest.raises(ValueError, match="expected 8 or 16 bits per channel, found 32"):
+        to_rgb(Image.fromarray(np.ones((4, 4), kind)))
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "CMYK", "P", "1"])
+def test_every_mode_is_encoded_as_an_rgb_jpeg(mode: str) -> None:
+    source = Image.new("RGB", (16, 16), (255, 255, 255)).convert(mode)
+    jpeg = Image.open(io.BytesIO(encode_jpeg(source, 95)))
+    assert (jpeg.format, jpeg.mode, jpeg.size) == ("JPEG", "RGB", (16, 16))
+    assert np.asarray(jpeg).min() > 250
+
+
+def test_palette_with_transparency_is_converted() -> None:
+    source = Image.fromarray(pixels(8, 8)).convert("P")
+    data = encoded(source, "PNG", transparency=bytes(range(256)))
+    assert np.array_equal(np.asarray(to_rgb(decode_image(data))), np.asarray(source.convert("RGB")))
+
+
+def test_palette_colours_are_distinct() -> None:
+    colours = palette(171)
+    assert len(np.unique(colours, axis=0)) == 171
+    assert np.array_equal(palette(5), colours[:5])
+    for colour in colours[:12]:
+        _, saturation, value = colorsys.rgb_to_hsv(*colour / 255)
+        assert min(abs(saturation - 0.55), abs(saturation - 0.95)) < 0.01
+        assert min(abs(value - 0.95), abs(value - 0.65)) < 0.01
+
+
+def test_labels_are_coloured_and_others_are_black() -> None:
+    labels = np.array([[0, 2, 255], [3, 1, 2]])
+    painted = colour_labels(labels, 3)
+    colours = palette(3)
+    assert painted.shape == (2, 3, 3)
+    assert np.array_equal(painted[0, 1], colours[2]) and np.array_equal(painted[1, 1], colours[1])
+    assert not painted[0, 2].any() and not painted[1, 0].any()

@@ -1,0 +1,24 @@
+"""Run the command line in this process."""
+
+import sys
+
+import pytest
+
+from pixelclip.cli import app as cli
+
+
+@pytest.fixture
+def pixelclip(monkeypatch, capsys):
+    """Runs a command; returns exit code, output, errors."""
+
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["pixelclip", *map(str, words)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run

@@ -1,0 +1,495 @@
+"""Helpers of the component bodies."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from kfp import dsl
+from safetensors.torch import load_file
+
+from helpers import fake_data, tiny, training
+from pixelclip import train
+from pixelclip.config import MasksConfig, TrainConfig
+from pixelclip.data.shard_sources import describe_shards, list_shards
+from pixelclip.evaluate import CONFUSION
+from pixelclip.evaluation.confusion import OTHERS, ConfusionMatrix
+from pixelclip.masks import run as make_masks
+from pixelclip.storage.files import write_json
+from pixelclip.tracking.run import PIPELINE_RUN
+from pixelclip.workflow.code_version import code_image
+from pixelclip_components.evaluate_clip.component import evaluate_clip
+from pixelclip_components.finish.component import finish
+from pixelclip_components.masks.component import masks as masks_component
+from pixelclip_components.pin_revision.component import pin_revision
+from pixelclip_pipelines.artifacts import located, place
+from pixelclip_pipelines.cluster_config import Step, pod_environment
+from pixelclip_pipelines.steps import (
+    close_run,
+    fetched,
+    gathered,
+    links,
+    pinned,
+    pinned_clip,
+    processes,
+    show_confusion,
+    train_by,
+)
+
+clip, shards = training.clip, training.shards
+ROOT = Path(__file__).parents[2]
+
+
+def artifact(path: Path, **metadata: str) -> dsl.Dataset:
+    return dsl.Dataset(name="data", uri=str(path), metadata=metadata)
+
+
+# Data.
+
+
+@pytest.mark.parametrize("path", ["/data/images", "s3://bucket/images"])
+def test_without_a_repository_the_output_is_a_pointer(tmp_path, path):
+    output = artifact(tmp_path / "step" / "data")
+    metrics, version = fetched(output, "", path, "unpinned-1", {}, str(tmp_path / "space"))
+    assert metrics == {} and version.startswith("unpinned-")
+    _, again = fetched(artifact(tmp_path / "other" / "data"), "", path, "unpinned-1", {}, str(tmp_path / "space"))
+    assert again != version, "data without a version may have changed"
+    passed_on = artifact(tmp_path / "step" / "data", **output.metadata)
+    assert str(located(passed_on)) == path
+    assert isinstance(located(passed_on), str if path.startswith("s3") else Path)
+    # KFP uploads the file at the artifact's path, and rejects a URI outside the run's bucket.
+    assert output.uri == str(tmp_path / "step" / "data") and (tmp_path / "step" / "data").read_text() == f"{path}\n"
+    assert not (tmp_path / "space").exists()
+
+
+def test_artifact_without_location_is_located_at_its_path(tmp_path):
+    assert located(artifact(tmp_path)) == tmp_path
+
+
+def test_component_writes_to_artifact_or_workspace(tmp_path: Path) -> None:
+    def output() -> SimpleNamespace:
+        return SimpleNamespace(path=str(tmp_path / "kfp" / "masks"), uri="s3://bucket/masks", metadata={})
+
+    alone, shared = output(), output()
+    assert place(alone, "", "masks") == tmp_path / "kfp" / "masks" and alone.metadata == {}
+    assert not (tmp_path / "kfp").exists()
+    assert place(shared, str(tmp_path), "masks") == tmp_path / "masks"
+    # KFP's launcher fails on an artifact whose URI is a path, so the URI does not change and a pointer is uploaded.
+    assert shared.uri == "s3://bucket/masks" and shared.metadata == {"location": str(tmp_path / "masks")}
+    assert (tmp_path / "kfp" / "masks").read_text() == f"{tmp_path / 'masks'}\n"
+
+
+def test_unwritable_workspace_is_rejected_with_one_line(tmp_path: Path) -> None:
+    output = SimpleNamespace(path=str(tmp_path / "kfp" / "masks"), uri="s3://bucket/masks", metadata={})
+    (tmp_path / "file").write_text("")
+    for workspace in (tmp_path / "file" / "space", Path("/proc/space")):
+        with pytest.raises(
+            ValueError, match=rf"^workspace {workspace}: user \d+ cannot write there \(.+\); see docs/cluster.md"
+        ):
+            place(output, str(workspace), "masks")
+    assert output.metadata == {}
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory) -> Path:
+    """A DVC repository with two commits on a branch, a third that changes another file, and tags."""
+    folder = tmp_path_factory.mktemp("repository")
+
+    def git(*words: str) -> None:
+        tiny.git(folder, *words)
+
+    git("init", "-b", "main")
+    (folder / ".dvc").mkdir()
+    (folder / ".dvc" / "config").write_text("[core]\n    analytics = false\n")
+    (folder / "a").write_text("1")
+    git("add", "-A")
+    git("commit", "-m", "one")
+    git("tag", "v1")
+    (folder / "a").write_text("2")
+    git("commit", "-am", "two")
+    (folder / "b").write_text("another file")
+    git("add", "-A")
+    git("commit", "-m", "three")
+    git("tag", "more")
+    git("reset", "--hard", "HEAD~1")
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_revision_is_resolved_to_its_commit(repository):
+    def sha(name: str) -> str:
+        found = subprocess.run(["git", "rev-parse", name], cwd=repository, check=True, capture_output=True, text=True)
+        return found.stdout.strip()
+
+    for name in ("main", "v1"):
+        assert pinned(str(repository), name, "") == (sha(name), sha(name))
+    assert pinned(str(repository), "", "")[0] == sha("main") != sha("v1")
+    assert pinned(str(repository), sha("v1")[:10], "")[0] == sha("v1")
+    full = "0123456789" * 4
+    assert pinned("nowhere", full, "") == (full, full), "a full SHA needs no repository"
+    first, second = (pin_revision.python_func("", "", "toy", {})[:2] for _ in range(2))
+    assert first[0] == second[0] == "", "there is no commit"
+    assert first[1].startswith("unpinned-") and first[1] != second[1], "unversioned data are fetched again by every run"
+    assert pin_revision.python_func("nowhere", full, "toy", {})[:2] == (full, full)
+    with pytest.raises(ValueError, match="there is no revision 'nope'"):
+        pinned(str(repository), "nope", "")
+    with pytest.raises(ValueError, match="nothing: is no git repository"):
+        pinned(str(repository / "nothing"), "main", "")
+    with pytest.raises(ValueError, match=r"data\.git: is no git repository") as refused:
+        pinned("https://user:very-secret@127.0.0.1:9/data.git", "main", "")
+    assert "very-secret" not in str(refused.value)
+
+
+def test_first_step_rejects_an_unwritable_workspace(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="cannot write there"):
+        pin_revision.python_func("", "", "toy", {}, str(tmp_path / "file" / "space"))
+
+
+def test_fetch_into_a_workspace_gets_a_unique_cache_key(tmp_path):
+    full, given = "0123456789" * 4, {"repo": "nowhere", "clip": "toy", "settings": {}, "workspace": str(tmp_path)}
+    (commit, first, *_), (_, second, *_) = (pin_revision.python_func(revision=full, **given) for _ in range(2))
+    assert commit == full and first.startswith("unpinned-") and first != second
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_version_of_fetched_data_depends_on_their_content(repository, tmp_path):
+    def versions(workspace: str) -> list[str]:
+        found = []
+        for name in ("v1", "main", "more"):
+            output = artifact(tmp_path / f"{name}{len(workspace)}" / "data")
+            space = workspace and f"{workspace}/{name}"
+            metrics, version = fetched(output, str(repository), "a", pinned(str(repository), name, "")[0], {}, space)
+            assert metrics["files"] == 1
+            found.append(version)
+        return found
+
+    one, two, three = versions("")
+    assert one.startswith("a md5 ") and one != two
+    assert two == three, "another commit with the same data has the same version"
+    assert versions(str(tmp_path / "space")) == [one, two, three]
+
+
+# Cache key of the CLIP evaluation.
+
+
+def test_clip_version_depends_on_weights_and_code(tmp_path, monkeypatch):
+    monkeypatch.setenv("PIXELCLIP_REVISION", "r1")
+    folder = tiny.clip_folder(tmp_path / "clip")
+    known = pinned_clip(str(folder), {}, "")
+    assert known == pinned_clip(str(folder), {}, "")
+    tiny.clip_folder(folder, seed=1)
+    changed = pinned_clip(str(folder), {}, "")
+    assert changed != known and changed[0].startswith(f"{folder} md5 ")
+    (tmp_path / "w.pt").write_bytes(b"1")
+    file = pinned_clip(f"ViT-B-16:{tmp_path}/w.pt", {}, "")[0]
+    (tmp_path / "w.pt").write_bytes(b"2")
+    assert pinned_clip(f"ViT-B-16:{tmp_path}/w.pt", {}, "")[0] != file
+    assert pinned_clip("ViT-B-16:openai", {}, "")[0].startswith("ViT-B-16:openai code ")
+    assert pinned_clip("ViT-B-16:openai", {}, "") != pinned_clip("ViT-B-16-quickgelu:openai", {}, "")
+    # The evaluated CLIP counts, and so does the code.
+    assert pinned_clip("ViT-B-16:openai", {"evaluate.clip": str(folder)}, "")[0] == changed[0]
+    monkeypatch.setenv("PIXELCLIP_REVISION", "r2")
+    assert pinned_clip(str(folder), {}, "")[0] != changed[0]
+
+
+@pytest.mark.parametrize("revision", ["r1+changes", "unknown"])
+def test_uncommitted_code_gets_a_unique_cache_key(monkeypatch, revision):
+    monkeypatch.setenv("PIXELCLIP_REVISION", revision)
+    first, second = (pinned_clip("toy", {}, "")[0] for _ in range(2))
+    assert first != second and f"{revision} unpinned-" in first
+
+
+def test_other_training_settings_do_not_repeat_the_clip_evaluation(monkeypatch):
+    monkeypatch.setenv("PIXELCLIP_REVISION", "r1")
+    of_clip = {"evaluate.templates": "single", "train.side": 96.0, "train.residual": "patch", "evaluate.pictures": 3.0}
+    others = {"train.teacher_momentum": 0.9, "masks.seed": 3.0, "shards.images_per_shard": 5.0}
+    assert pinned_clip("toy", {**others, **of_clip}, "") == pinned_clip("toy", of_clip, "")
+    assert pinned_clip("toy", of_clip, "")[1] == of_clip
+
+
+@pytest.mark.parametrize(
+    ("settings", "workspace"), [({}, "/mnt/space"), ({"evaluate.masks": "given", "evaluate.masks_folder": "/masks"}, "")]
+)
+def test_workspace_and_given_masks_get_a_unique_cache_key(settings, workspace):
+    first, second = (pinned_clip("toy", settings, workspace)[0] for _ in range(2))
+    assert first != second
+
+
+def test_evaluate_clip_component_passes_its_inputs(tmp_path):
+    labelled, output = tiny.labelled_set(tmp_path / "labelled"), artifact(tmp_path / "step" / "evaluation")
+    logged: dict[str, float] = {}
+    settings = {"train.side": 48.0, "train.residual": "patch", "evaluate.templates": "single", "evaluate.device": "cpu"}
+    spec, metrics = str(tiny.clip_folder(tmp_path / "clip")), SimpleNamespace(log_metric=logged.__setitem__)
+    evaluate_clip.python_func(artifact(labelled), output, metrics, spec, "c1", "d1", settings)
+    assert logged == json.loads((tmp_path / "step" / "evaluation" / "metrics.json").read_text())
+    assert (output.metadata["clip_version"], output.metadata["data_version"]) == ("c1", "d1")
+    made = json.loads((tmp_path / "step" / "evaluation" / "provenance.json").read_text())["settings"]
+    assert {key: made[key] for key in ("clip", "side", "residual", "templates", "name")} == {
+        **{"clip": spec, "side": 48, "residual": "patch", "templates": "single", "name": "labelled"}
+    }
+    assert located(output) == tmp_path / "step" / "evaluation"
+
+
+# Parts of masks.
+
+
+def test_parts_of_masks_are_gathered_as_one_folder(tmp_path):
+    halves = np.zeros((2, 40, 48), bool)
+    halves[0, :, :24] = halves[1, :, 24:] = True
+    for number in range(5):
+        key = f"{number}"
+        members = {
+            f"{key}.jpg": fake_data.encoded(fake_data.pixels(40, 48, number)),
+            f"{key}.json": fake_data.annotation(halves),
+        }
+        fake_data.write_tar(tmp_path / "shards" / f"{number}.tar", members)
+    made = []
+    for number in (1, 2, 3):
+        output = SimpleNamespace(path=str(tmp_path / f"step-{number}" / "masks"), uri="")
+        metrics = SimpleNamespace(log_metric=lambda *_: None)
+        source = artifact(tmp_path / "shards")
+        masks_component.python_func(source, output, metrics, "given", {"masks.workers": 0.0}, part=f"{number}/3")
+        made.append(artifact(Path(output.path)))
+    with gathered(None, made) as folder:
+        names = sorted(path.name for path in list_shards(folder))
+        described = describe_shards(folder)
+    assert names == [f"{number}.tar" for number in range(5)]
+    assert described["num_files"] == 5 and described["provenance"]["stage"] == "masks"
+    assert not folder.exists() and all(Path(each.path).is_dir() for each in made), "links are removed, their targets are kept"
+    elsewhere = [artifact(tmp_path / "kfp" / each.name, location=each.path) for each in made]
+    with gathered(None, elsewhere) as folder:
+        assert sorted(path.name for path in list_shards(folder)) == names, "in a workspace artifacts are pointers"
+    with gathered(None, made[:2]) as folder, pytest.raises(ValueError, match="but not 3/3"):
+        list_shards(folder)
+
+
+def test_masks_of_one_step_are_used_directly(tmp_path):
+    with gathered(artifact(tmp_path), None) as folder:
+        assert folder == tmp_path
+
+
+def test_parts_share_a_workspace(tmp_path, shards):
+    def run(part: str, space: Path) -> str:
+        output = artifact(tmp_path / f"step-{space.name}" / "masks")
+        metrics = SimpleNamespace(log_metric=lambda *_: None)
+        settings = {"masks.workers": 0.0, "masks.max_bad_share": 1.0}
+        masks_component.python_func(artifact(shards), output, metrics, "given", settings, part=part, workspace=str(space))
+        return str(located(output))
+
+    assert run("1/1", tmp_path / "a") == str(tmp_path / "a" / "masks" / "1-of-1")
+    assert run("", tmp_path / "b") == str(tmp_path / "b" / "masks")
+    make_masks(shards, tmp_path / "alone", MasksConfig(generator="given", workers=0, max_bad_share=1))
+    assert describe_shards(tmp_path / "b" / "masks")["md5"] == describe_shards(tmp_path / "alone")["md5"]
+
+
+# Several processes.
+
+
+def test_step_starts_one_process_per_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert [processes(device) for device in ("auto", "cuda", "cpu", "cuda:1")] == [4, 4, 1, 1]
+    for name, value in pod_environment(Step(gpus=5), "r/p:1").items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="CUDA finds 4 of the 5 GPUs"):
+        processes("auto")
+    assert code_image() == "r/p:1"
+    monkeypatch.delenv("PIXELCLIP_GPUS")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert processes("auto") == 1
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_same_model_as_one(shards, clip, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    tiny.mlflow_at(monkeypatch, tmp_path / "mlflow")
+    config = TrainConfig(**{**training.SETTINGS, "steps": 4}, clip=str(clip))
+    alone = train_by(1, shards, tmp_path / "alone", config)
+    both = train_by(2, shards, tmp_path / "both", config)
+    assert both == json.loads((tmp_path / "both" / "metrics.json").read_text())
+    assert both["train/loss"] == pytest.approx(alone["train/loss"], abs=1e-5)
+    made_by = [json.loads((tmp_path / name / "provenance.json").read_text())["fingerprint"] for name in ("alone", "both")]
+    assert made_by[0] == made_by[1], "the processes get exactly the same settings"
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("alone", "both"))
+    assert all(torch.allclose(tensor, two[name], atol=2e-3, rtol=1e-3) for name, tensor in one.items())
+
+
+def test_failed_process_fails_the_step(clip, tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    tiny.mlflow_at(monkeypatch, tmp_path / "mlflow")
+    config = TrainConfig(**training.SMALL, clip=str(clip))
+    with pytest.raises(SystemExit) as ended:
+        train_by(2, tmp_path / "nothing", tmp_path / "model", config)
+    assert ended.value.code != 0
+    assert "no such folder or manifest of shards" in capfd.readouterr().err
+    assert not (tmp_path / "model").exists()
+
+
+# The end of a run.
+
+
+def started(client, tag: str, monkeypatch) -> str:
+    monkeypatch.setenv(PIPELINE_RUN, tag)
+    experiment = client.get_experiment_by_name("pixelclip")
+    number = experiment.experiment_id if experiment else client.create_experiment("pixelclip")
+    return client.create_run(number, tags={"kfp.run_id": tag}).info.run_id
+
+
+@pytest.mark.parametrize(("state", "expected"), [("SUCCEEDED", "FINISHED"), ("FAILED", "FAILED"), ("CANCELLED", "KILLED")])
+def test_run_is_closed_with_the_status_of_the_steps(tmp_path, monkeypatch, state, expected):
+    client = tiny.mlflow_at(monkeypatch, tmp_path)
+    other = started(client, "b", monkeypatch)
+    mine = [started(client, "a", monkeypatch) for _ in range(2)]
+    client.set_terminated(mine[1], "FINISHED")  # train succeeded; a later step failed
+    finish.python_func(SimpleNamespace(state=state))
+    assert [client.get_run(run).info.status for run in mine] == [expected] * 2
+    assert client.get_run(other).info.status == "RUNNING"
+
+
+@pytest.mark.parametrize(("registered", "expected"), [(True, "FINISHED"), (False, "FAILED")])
+def test_unknown_status_is_derived_from_the_registry(tmp_path, monkeypatch, registered, expected):
+    client = tiny.mlflow_at(monkeypatch, tmp_path)
+    run = started(client, "a", monkeypatch)
+    if registered:
+        client.create_registered_model("m")
+        client.create_model_version("m", source="file:///nowhere", run_id=run)
+    close_run("RUNNING")
+    assert client.get_run(run).info.status == expected
+
+
+def test_run_of_the_mlflow_plugin_is_not_closed(tmp_path, monkeypatch, capsys):
+    client = tiny.mlflow_at(monkeypatch, tmp_path)
+    run = started(client, "a", monkeypatch)
+    monkeypatch.setenv("MLFLOW_RUN_ID", run)
+    close_run("FAILED")
+    assert client.get_run(run).info.status == "RUNNING" and "left to the plugin" in capsys.readouterr().out
+
+
+def test_without_training_no_run_is_closed(tmp_path, monkeypatch, capsys):
+    tiny.mlflow_at(monkeypatch, tmp_path)
+    monkeypatch.setenv(PIPELINE_RUN, "a")
+    close_run("FAILED")
+    assert "no MLflow run to close" in capsys.readouterr().out
+    monkeypatch.delenv(PIPELINE_RUN)
+    with pytest.raises(ValueError, match=PIPELINE_RUN):
+        close_run("FAILED")
+
+
+# Pages of KFP.
+
+
+def evaluation_of(folder: Path) -> Path:
+    """Write the provenance of an evaluation of a model whose images come from a DVC repository."""
+
+    def described(name: str, made_by: dict | None = None) -> dict:
+        return {"path": f"/data/{name}", "md5": name[0] * 32} | ({"provenance": made_by} if made_by else {})
+
+    def stage(name: str, inputs: dict, **settings: str) -> dict:
+        return {"stage": name, "settings": settings, "inputs": inputs}
+
+    fetched_images = stage("fetch_data", {}, path="data/images", revision="main") | {"source": {"git_sha": "c0ffee"}}
+    masks = stage("masks", {"shards": described("shards", stage("shards", {"images": described("images", fetched_images)}))})
+    model = stage("train", {"masks": described("masks", masks), "clip": described("clip")})
+    inputs = {"model": described("model", model), "labelled": described("toy"), "clip": described("clip")}
+    write_json(folder / "provenance.json", stage("evaluate", inputs))
+    return folder
+
+
+@pytest.mark.parametrize("uri", ["http://mlflow.example:5000/", "sqlite:///mlflow.db"])
+def test_page_links_run_version_and_data(tmp_path, uri):
+    registered = {"name": "m", "version": 7, "role": "champion", "reason": "better", "run_id": "r1", "model_uri": "models:/m/7"}
+    write_json(tmp_path / "registered" / "registration.json", {**registered, "tracking_uri": uri})
+    text = links(tmp_path / "registered", evaluation_of(tmp_path / "evaluation"))
+    addresses = re.findall(r"\]\(([^)]*)\)", text)
+    base = "http://mlflow.example:5000/#"
+    assert addresses == ([f"{base}/runs/r1", f"{base}/models/m/versions/7"] if uri.startswith("http") else [])
+    rows = {
+        row[0]: row[1:] for row in (re.findall(r"(?<=\| )[^|]+(?= \|)", line) for line in text.splitlines()) if len(row) == 4
+    }
+    assert rows["images"] == [f"`{'i' * 32}`", "c0ffee", "/data/images"]
+    assert rows["labelled"] == [f"`{'t' * 32}`", "–", "/data/toy"]
+    assert set(rows) == {"data", "images", "labelled", "clip"}
+
+
+def test_confusion_of_the_most_frequent_classes():
+    counts = np.array([[5, 1, 0, 0, 2], [0, 30, 4, 0, 0], [0, 0, 0, 0, 0], [3, 0, 0, 9, 0]])  # last column: no class predicted
+    confusion = ConfusionMatrix(counts)
+    names = ["cat", "sky", "ghost", "sea"]
+    assert confusion.largest(names, 2) == {
+        "classes": ["sky", "sea", OTHERS],
+        "counts": [[30, 0, 4], [0, 9, 3], [1, 0, 7]],
+    }
+    assert confusion.largest(names, 10) == {
+        "classes": ["sky", "sea", "cat", OTHERS],
+        "counts": [[30, 0, 0, 4], [0, 9, 3, 0], [1, 0, 5, 2], [0, 0, 0, 0]],
+    }
+    small = ConfusionMatrix(np.array([[2, 1, 0], [0, 3, 0]]))
+    assert small.largest(["a", "b"], 10) == {"classes": ["a", "b"], "counts": [[2, 1], [0, 3]]}
+
+
+def test_confusion_is_logged_to_kfp(tmp_path):
+    write_json(tmp_path / CONFUSION, {"classes": ["a", "b"], "counts": [[2, 1], [0, 3]]})
+    shown = dsl.ClassificationMetrics(name="confusion", uri="")
+    show_confusion(shown, tmp_path)
+    matrix = shown.metadata["confusionMatrix"]
+    assert [each["displayName"] for each in matrix["annotationSpecs"]] == ["a", "b"]
+    assert [each["row"] for each in matrix["rows"]] == [[2, 1], [0, 3]]
+    before = dsl.ClassificationMetrics(name="confusion", uri="")
+    show_confusion(before, tmp_path / "nothing")
+    assert before.metadata == {}
+
+
+def test_one_process_calls_the_stage_directly(monkeypatch, tmp_path):
+    seen = []
+    monkeypatch.setattr(train, "run", lambda *given: seen.append(given) or {"train/loss": 1.0})
+    config = TrainConfig()
+    assert train_by(1, tmp_path, tmp_path / "out", config) == {"train/loss": 1.0}
+    assert seen == [(tmp_path, tmp_path / "out", config)]
+
+
+@pytest.mark.parametrize("step", ["pin_revision", "train_job", "finish"])
+def test_readme_names_every_input_and_output(step):
+    spec = getattr(import_module(f"pixelclip_components.{step}.component"), step).component_spec
+    text = (ROOT / "components" / step / "README.md").read_text()
+    for name in [*(spec.inputs or {}), *(spec.outputs or {})]:
+        assert f"`{name}`" in text, name
+
+
+RUNTIME = """
+import ast, json, sys, traceback
+failed = False
+for name, source in json.load(sys.stdin).items():
+    try:
+        exec(source, names := {})
+        (function,) = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
+        imports = [node for node in function.body if isinstance(node, ast.Import | ast.ImportFrom)]
+        exec(compile(ast.Module(imports, []), name, "exec"), names)
+    except Exception:
+        failed = True
+        print(name, traceback.format_exc())
+import pixelclip_pipelines.artifacts, pixelclip_pipelines.cluster_config
+import pixelclip_pipelines.steps, pixelclip_pipelines.trainjob
+sys.exit(failed)
+"""
+
+
+def test_components_and_their_imports_work_in_a_running_step():
+    """KFP runs steps with _KFP_RUNTIME=true, which leaves most of kfp.dsl and all of kfp.kubernetes out."""
+    sources = {}
+    for path in sorted((ROOT / "components").glob("*/component.py")):
+        component = getattr(import_module(f"pixelclip_components.{path.parent.name}.component"), path.parent.name)
+        sources[path.parent.name] = component.component_spec.implementation.container.command[-1]
+    assert len(sources) == 11
+    environment = os.environ | {"_KFP_RUNTIME": "true"}
+    result = subprocess.run(
+        [sys.executable, "-c", RUNTIME], input=json.dumps(sources), env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout + result.stderr

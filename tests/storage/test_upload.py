@@ -1,0 +1,45 @@
+"""Uploads to moto's server: content, checksums of the requests, unchanged files skipped."""
+
+import hashlib
+import os
+
+import pytest
+from botocore.httpsession import URLLib3Session
+
+from helpers.fake_data import write_files
+from pixelclip.storage import upload as module
+from pixelclip.storage.download import local_copy
+from pixelclip.storage.s3 import list_below
+from pixelclip.storage.upload import upload, upload_folder
+
+PART = 5 << 20  # the smallest part that S3 accepts
+
+
+@pytest.mark.parametrize("size", [0, 10, PART, 2 * PART, 2 * PART + 7])
+def test_uploaded_file_is_downloaded_unchanged(bucket, tmp_path, monkeypatch, size):
+    monkeypatch.setattr(module, "_PART", PART)
+    (tmp_path / "file").write_bytes(content := os.urandom(size))
+    upload(tmp_path / "file", "s3://data/some/key")
+    assert bucket.get_object(Bucket="data", Key="some/key")["Body"].read() == content
+    assert local_copy("s3://data/some/key").read_bytes() == content
+    (listed,) = list_below("s3://data/some")
+    assert (listed.etag, listed.size) == (module._etag(tmp_path / "file"), size)
+
+
+def test_unchanged_files_are_not_uploaded_again(bucket, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_PART", PART)
+    write_files(tmp_path, {"a": b"a", "big": bytes(PART + 1), "sub/b": b"b", "last": b"last"})
+    upload_folder(tmp_path, "s3://data/set", last="last")
+    write_files(tmp_path, {"sub/b": b"c", "new": b"new"})
+    sent = []
+    monkeypatch.setattr(module, "_upload", lambda client, path, uri: sent.append(uri))
+    upload_folder(tmp_path, "s3://data/set", last="new")
+    assert sent == ["s3://data/set/sub/b", "s3://data/set/new"]
+
+
+def test_request_has_the_sha256_of_its_content(bucket, tmp_path, monkeypatch):
+    (tmp_path / "file").write_bytes(b"content")
+    sent, send = [], URLLib3Session.send
+    monkeypatch.setattr(URLLib3Session, "send", lambda self, request: sent.append(request) or send(self, request))
+    upload(tmp_path / "file", "s3://data/file")
+    assert [request.headers["X-Amz-Content-SHA256"] for request in sent] == [hashlib.sha256(b"content").hexdigest().encode()]

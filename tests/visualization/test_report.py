@@ -1,0 +1,129 @@
+"""report.html is complete, self-contained, and escapes class names."""
+
+import base64
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from helpers import tiny
+from pixelclip.visualization.report import Example, write_report
+
+CLASSES = ["<b>&", 'a "quoted" <script>alert(1)</script>', "sky"]
+ROWS = [
+    {"class": CLASSES[0], "iou": 40.0, "iou_clip": 20.0, "pixels": 7},
+    {"class": CLASSES[1], "iou": None, "iou_clip": None, "pixels": 0},
+    {"class": CLASSES[2], "iou": 60.0, "iou_clip": 50.0, "pixels": 9},
+]
+METRICS = {
+    "miou/set": 50.0, "miou_clip/set": 35.0, "gain/set": 15.0, "pixel_accuracy/set": 61.0,
+    "pixel_accuracy_clip/set": 42.0, "image_recall_clip/set": 0.5, "images/set": 2.0,
+}  # fmt: skip
+
+
+class Page(HTMLParser):
+    """Parsed page: tags with their attributes, and the text."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.source = path.read_text()
+        self.feed(self.source)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text += data
+
+    def pictures(self) -> list[Image.Image]:
+        sources = [attributes["src"] for tag, attributes in self.tags if tag == "img"]
+        assert all(source.startswith("data:image/jpeg;base64,") for source in sources)
+        return [Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2], validate=True))) for source in sources]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    base = tmp_path_factory.mktemp("report")
+    return tiny.model_folder(base / "model", tiny.clip_folder(base / "clip"))
+
+
+LABELS = np.array([[0, 2], [255, 2]], np.uint8)
+EXAMPLE = Example(Image.new("RGB", (20, 10), "red"), LABELS, LABELS, LABELS)
+
+
+def report(path: Path, model: Path, words=((),), example: Example = EXAMPLE) -> Page:
+    write_report(
+        path,
+        name="set",
+        protocol="whole, side 144",
+        metrics=METRICS,
+        per_class=ROWS,
+        examples=[example],
+        classes=CLASSES,
+        model=model,
+        words=list(words),
+    )
+    return Page(path)
+
+
+def test_report_loads_no_external_resource(model, tmp_path):
+    page = report(tmp_path / "report.html", model)
+    for tag, attributes in page.tags:
+        assert tag not in ("script", "link", "iframe", "object")
+        for name in ("src", "href", "srcset", "data", "poster"):
+            assert attributes.get(name, "data:").startswith("data:"), (tag, attributes)
+    assert not re.search(r"url\(|@import|https?://", page.source)
+
+
+def test_class_names_are_escaped(model, tmp_path):
+    page = report(tmp_path / "report.html", model)
+    assert "<b>&" not in page.source and "&lt;b&gt;&amp;" in page.source
+    assert all(name in page.text for name in CLASSES)
+
+
+def test_report_contains_metrics_pictures_and_settings(model, tmp_path):
+    page = report(tmp_path / "report.html", model)
+    assert all(text in page.text for text in ("50.0", "+15.0", "20.0 → 40.0", "not in this set", "train.steps", "given"))
+    image, clip, ours, truth = page.pictures()
+    assert image.size == clip.size == ours.size == truth.size == (320, 160)
+    assert np.asarray(image).mean(axis=(0, 1)) == pytest.approx([254, 0, 0], abs=2)
+    left, right = np.asarray(truth)[40, 80], np.asarray(truth)[40, 240]
+    assert np.abs(left.astype(int) - right).max() > 50  # two classes, two colours
+    assert np.asarray(truth)[120, 80].max() < 20  # ignored: black
+
+
+@pytest.mark.parametrize(("size", "shown"), [((1, 60_000), (1, 1280)), ((60_000, 1), (320, 1))])
+def test_pictures_of_a_strip_fit_into_a_jpeg(model, tmp_path, size, shown):
+    labels = np.zeros(size[::-1], np.uint8)
+    page = report(tmp_path / "report.html", model, example=Example(Image.new("RGB", size), labels, labels, labels))
+    assert {picture.size for picture in page.pictures()} == {shown}
+
+
+def test_classes_are_sorted_by_iou_with_absent_ones_last(model, tmp_path):
+    text = report(tmp_path / "report.html", model).text
+    assert text.index("50.0 → 60.0") < text.index("20.0 → 40.0") < text.index("not in this set")
+
+
+def test_curve_and_gallery_are_shown_if_the_model_has_them(tmp_path):
+    model = tiny.model_folder(tmp_path / "model", tiny.clip_folder(tmp_path / "clip"))
+    plain = report(tmp_path / "plain.html", model)
+    assert "polyline" not in [tag for tag, _ in plain.tags] and "Training loss" not in plain.text
+
+    points = [{"step": step, "time": 1, "metrics": {"train/loss": loss}} for step, loss in ((10, 2.0), (20, 1.0), (40, 0.5))]
+    (model / "curves.jsonl").write_text("".join(json.dumps(point) + "\n" for point in points))
+    (model / "gallery").mkdir()
+    Image.new("RGB", (8, 8), "blue").save(model / "gallery" / "0.jpg")
+    best = [{"file": "gallery/0.jpg", "cosine": 0.25}, {"file": "gallery/gone.jpg", "cosine": 0.2}]
+    (model / "gallery.json").write_text(json.dumps([{"concept": 1, "masks": 4, "best": best}]))
+    page = report(tmp_path / "full.html", model, words=([("no", 0.0)], [(CLASSES[0], 0.5), ("sky", 0.25)]))
+    (_, curve) = [attributes for tag, attributes in page.tags if tag == "polyline"]
+    assert curve["points"] == "150.0,0.0 300.0,120.0 600.0,180.0"
+    assert f"{CLASSES[0]}, sky" in page.text and "concept 1 · 4 masks · cosine 0.5" in page.text
+    assert len(page.pictures()) == 4 + 1
