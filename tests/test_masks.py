@@ -21,7 +21,7 @@ from pixelclip import masks as module
 from pixelclip.config import MasksConfig
 from pixelclip.data.annotations import annotate, decode_masks
 from pixelclip.data.shard_sources import describe_shards, list_shards
-from pixelclip.mask_generators.dino import IMAGENET_MEAN, IMAGENET_STD
+from pixelclip.mask_generators.dino import IMAGENET_MEAN, IMAGENET_STD, load_dino, segment
 from pixelclip.mask_generators.felzenszwalb import felzenszwalb
 from pixelclip.masks import Sample, run, shrink
 
@@ -333,13 +333,13 @@ def test_dino_masks_are_its_segments_resized_to_the_image(checkpoints, tmp_path)
     shards = write_tar(tmp_path / "shards" / "0.tar", {"0b.jpg": encoded(fine, "PNG")}).parent
     settings = {"weights": checkpoints["dino"], "dino_side": 20, "dino_clusters": 3, "device": "cpu"}
     run(shards, tmp_path / "out", config(generator="dino", **settings))
-    dino = random_dino.load_dino(Path(checkpoints["dino"]))
+    dino = load_dino(Path(checkpoints["dino"]))
     tensor = torch.from_numpy(fine).permute(2, 0, 1) / 255
     mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
 
     def labels(antialias: bool) -> np.ndarray:
         small = F.interpolate(((tensor - mean) / std)[None], size=(20, 20), mode="bilinear", antialias=antialias)
-        return random_dino.segment(dino, small, 3, [zlib.crc32(b"0 0b")])[0].numpy()
+        return segment(dino, small, 3, [zlib.crc32(b"0 0b")])[0].numpy()
 
     assert not np.array_equal(labels(antialias=True), labels(antialias=False))
     found = masked(tmp_path / "out" / "0.tar", "0b")

@@ -151,6 +151,8 @@ def test_broken_driver_fails(monkeypatch, tmp_path, code, message):
 
 
 def test_unreachable_s3_fails(monkeypatch, closed):
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setattr("pixelclip.storage.s3._ATTEMPTS", 2)
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{closed}")
     finding = doctor.storage("s3://data/images")
     assert (

@@ -134,7 +134,7 @@ def test_image_of_unknown_range_is_rejected(folder: Path) -> None:
         (b"road\n\nsky\n", "blank class name at position 2"),
         (b"road\n , \nsky\n", "blank class name at position 2"),
         (b"road\nsky\n road\n", "found twice: 'road'"),
-        (b"stra\xdfe\n", "cannot be read"),
+        (b"stra\xdfe\n", "cannot read class names"),
     ],
 )
 def test_invalid_class_names_are_rejected(tmp_path: Path, content: bytes, message: str) -> None:

@@ -79,7 +79,7 @@ def test_interrupted_work_is_not_resumed_by_another_version(out, source, monkeyp
     interrupted = make(out, source)
     with interrupted:
         (interrupted.folder / "half.tar").write_bytes(b"half")
-    monkeypatch.setattr(stage_module, "__version__", "0.2.0")
+    monkeypatch.setattr(stage_module, "__version__", "9.9.9")
     with make(out, source) as stage:
         assert list(stage.folder.iterdir()) == []
     assert (interrupted.folder / "half.tar").read_bytes() == b"half"

@@ -134,9 +134,18 @@ def evaluate_towers(
     counts.all_reduce(group)
     bad.found = counts.bad_samples
     (bad.check if group.is_main else bad.stop_if_too_many)(len(dataset))
-    mine = [index for index in example_indices if index in indices and _example_file(state, index).is_file()]
+    own_examples = [_example_file(state, index) for index in example_indices if index in indices]
+    return _with_examples(counts, towers, own_examples, group)
+
+
+def _with_examples(
+    counts: EvaluationCounts, towers: Iterable[str], files: Iterable[Path], group: ProcessGroup
+) -> TowerEvaluation:
+    """Combine the counts with the saved examples of all processes."""
     evaluation = TowerEvaluation(counts, {tower: {} for tower in towers}, {})
-    for index, data in chain(*group.all_gather_object([(index, _example_file(state, index).read_bytes()) for index in mine])):
+    own = [(path.stem, path.read_bytes()) for path in files if path.is_file()]
+    for stem, data in chain(*group.all_gather_object(own)):
+        index = int(stem.removeprefix("example-"))
         with np.load(io.BytesIO(data), allow_pickle=False) as saved:
             evaluation.examples[index] = Image.fromarray(saved["image"]), saved["truth"]
             for name, maps in evaluation.label_maps.items():
