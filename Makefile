@@ -63,6 +63,6 @@ requirements: .venv/installed  ## Pin the newest allowed versions in requirement
 	@echo "installing into .venv (about 6 GB, a few minutes the first time) ..."
 	@$(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install -q --disable-pip-version-check uv
-	@$(BIN)/uv pip install -q --python $(BIN)/python -r requirements.txt
+	@$(BIN)/uv pip install -q --compile-bytecode --python $(BIN)/python -r requirements.txt
 	@$(BIN)/uv pip install -q --python $(BIN)/python --no-deps -e .
 	@touch $@

@@ -4,6 +4,7 @@ B images, K concepts, L prompt tokens per concept, C embedding width, T text pos
 """
 
 from collections.abc import Sequence
+from functools import cache
 
 import open_clip
 import torch
@@ -30,6 +31,11 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
 _PLACEHOLDER = 39025  # BPE token of "{}"
 
 
+@cache
+def _tokenizer(context_length: int) -> open_clip.SimpleTokenizer:
+    return open_clip.SimpleTokenizer(context_length=context_length)  # reads its vocabulary of 49,408 tokens anew
+
+
 class TextTower(nn.Module):
     """CLIP's text tower, called with token embeddings; shares the modules of open_clip's model.
 
@@ -54,7 +60,7 @@ class TextTower(nn.Module):
         self.text_projection = clip.text_projection
         self.attn_mask: Tensor | None
         self.register_buffer("attn_mask", clip.attn_mask, persistent=False)
-        self.tokenizer = open_clip.SimpleTokenizer(context_length=int(clip.context_length))
+        self.tokenizer = _tokenizer(int(clip.context_length))
 
     @property
     def width(self) -> int:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,14 @@ def split(uri: str) -> tuple[str, str]:
     return bucket, key
 
 
+@cache
+def _loader() -> Any:
+    """Return botocore's loader of API descriptions, shared since reading them takes most of the time to make a client."""
+    from botocore.loaders import create_loader
+
+    return create_loader()
+
+
 @contextmanager
 def connected(uri: str) -> Iterator[Any]:
     """Open a boto3 client configured by the usual AWS variables and files (AWS_ENDPOINT_URL for stores other than Amazon's).
@@ -66,6 +75,7 @@ def connected(uri: str) -> Iterator[Any]:
     """
     try:
         import boto3.session
+        import botocore.session
         from botocore.config import Config
         from botocore.exceptions import BotoCoreError
     except ImportError:
@@ -80,7 +90,9 @@ def connected(uri: str) -> Iterator[Any]:
         s3={"payload_signing_enabled": True},
     )
     try:
-        client = boto3.session.Session().client("s3", config=config)
+        session = botocore.session.get_session()
+        session.register_component("data_loader", _loader())
+        client = boto3.session.Session(botocore_session=session).client("s3", config=config)
     except (BotoCoreError, ValueError) as error:
         raise ValueError(f"{uri}: {error}") from None
     with closing(client), _explained(uri, client.meta.endpoint_url):
