@@ -162,7 +162,7 @@ def test_path_of_the_clip_does_not_matter(made, client, tmp_path):
 
 def test_other_or_damaged_folder_is_rejected(made, client, tmp_path):
     arguments = (made / "changed", made / "labelled", tmp_path / "out", CONFIG)
-    with pytest.raises(ValueError, match=r"changed: is not an evaluation of CLIP, it was made by stage 'train'"):
+    with pytest.raises(ValueError, match=r"changed: expected the output of evaluate_clip, found that of 'train'"):
         evaluate.run(*arguments, made / "changed")
     with pytest.raises(ValueError, match=r"nothing: no such file or folder"):
         evaluate.run(*arguments, tmp_path / "nothing")
@@ -187,7 +187,7 @@ def test_image_read_by_only_one_evaluation_is_rejected(made, client, tmp_path, m
         return read(self, index)
 
     monkeypatch.setattr(LabelledSet, "read", fail_once)
-    message = r"clip: covers other pixels or masks .*bad samples: none; in this evaluation: 1\.png: read error"
+    message = r"clip: covers different pixels or masks .*bad samples: none; in this evaluation: 1\.png: read error"
     with pytest.raises(ValueError, match=message):
         evaluate.run(made / "changed", made / "labelled", tmp_path / "out", config, tmp_path / "clip")
 

@@ -108,7 +108,7 @@ def test_file_names_that_are_not_unicode_are_packed_and_reported(tmp_path: Path,
 
 
 def test_too_many_bad_images_stop_the_stage_without_output(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"(?s)1 of 3 .*bad\.jpg: unreadable.*allowed are 5\.0% \(shards\.max_bad_share\)"):
+    with pytest.raises(ValueError, match=r"(?s)1 of 3 .*bad\.jpg: unreadable.*the limit is 5\.0% \(shards\.max_bad_share\)"):
         pack(tmp_path, {"a.jpg": JPEG, "b.jpg": JPEG, "bad.jpg": b"x"})
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="none of its 1 images can be used"):
@@ -122,7 +122,7 @@ def test_only_the_first_ten_bad_samples_are_listed() -> None:
         bad.add(f"image{index}", "broken")
     with pytest.raises(ValueError, match=r"(?s)12 of 20.*image9: broken\n  and 2 more\n"):
         bad.check(20)
-    bad.max_share = 12 / 20
+    bad.max_fraction = 12 / 20
     bad.check(20)
 
 
@@ -250,16 +250,16 @@ def test_shards_are_listed_from_a_folder_or_a_manifest(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"list\.txt: 1 of its shards are missing, the first is .*c\.tar"):
         list_shards(manifest)
     manifest.write_text("# nothing\n")
-    with pytest.raises(ValueError, match=r"list\.txt: holds no shard"):
+    with pytest.raises(ValueError, match=r"list\.txt: contains no shard"):
         list_shards(manifest)
 
 
 def test_location_without_shards_is_rejected(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="holds no shard"):
+    with pytest.raises(ValueError, match="contains no shard"):
         list_shards(tmp_path)
     with pytest.raises(ValueError, match="none: no such folder or manifest"):
         list_shards(tmp_path / "none")
-    with pytest.raises(ValueError, match=r"a\.tar: is no manifest"):
+    with pytest.raises(ValueError, match=r"a\.tar: is not a shard manifest"):
         list_shards(write_tar(tmp_path / "a.tar", {"a.jpg": JPEG}))
 
 

@@ -57,7 +57,7 @@ def test_manifest_lists_local_and_remote_shards(bucket, tmp_path):
 @pytest.mark.parametrize(
     ("uri", "message"),
     [
-        ("s3://data/nothing", "s3://data/nothing: holds no shard"),
+        ("s3://data/nothing", "s3://data/nothing: contains no shard"),
         ("s3://nowhere/a", "s3://nowhere/a: there is no such bucket"),
         ("s3:///a", "s3:///a: s3://bucket/key is expected"),
         ("s3:/data/a", "s3:/data/a: no such folder or manifest"),
@@ -114,7 +114,7 @@ def test_incomplete_mask_parts_in_a_store_are_rejected(bucket, tmp_path):
         out = tmp_path / "parts" / f"part{number}"
         masks.run(here, out, MasksConfig(workers=0, generator="given", part=f"{number}/3"))
     put(bucket, tmp_path / "parts", "parts")
-    with pytest.raises(ValueError, match="s3://data/parts: holds parts of masks, but not 2/3"):
+    with pytest.raises(ValueError, match="s3://data/parts: contains mask parts, but not 2/3"):
         list_shards("s3://data/parts")
     masks.run(here, tmp_path / "parts" / "part2", MasksConfig(workers=0, generator="given", part="2/3"))
     put(bucket, tmp_path / "parts", "parts")

@@ -117,7 +117,7 @@ def test_crop_is_never_decoded_smaller_than_its_view(size, side, crop, edges):
     drawn = replace(PLAIN, side=side, crop=crop, shortest_edge=edges[0], longest_edge=sum(edges))
     scale = min(edges[0] / min(size), sum(edges) / max(size))
     smallest = min(crop / scale, *size)
-    by = views.shrink(size, drawn)
+    by = views.shrink_factor(size, drawn)
     assert by == 1 or smallest / by >= side
     assert by == 8 or smallest / (2 * by) < side
 
@@ -130,7 +130,7 @@ def test_a_view_of_a_large_image_is_near_that_of_its_full_decoding(tmp_path: Pat
     masks = blobs(301, 403)
     tar = write_tar(tmp_path / "0.tar", {"a.jpg": encoded(picture, kind), "a.json": annotation(masks)})
     dataset = MaskedImages([tar], replace(PLAIN, shortest_edge=301, longest_edge=403, crop=130), seed=0)
-    assert views.shrink((403, 301), dataset.views) == 4
+    assert views.shrink_factor((403, 301), dataset.views) == 4
     image, runs = dataset.read(0)
     assert image.size == (403, 301)
     for position in range(5):

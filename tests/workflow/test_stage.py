@@ -53,8 +53,8 @@ def test_finished_stage_is_reused(out: Path, source: Path, capsys: pytest.Captur
     ("version", "revision", "message"),
     [
         ("0.1.0", "abc", "(same inputs and settings)"),
-        ("0.1.0", "def", "(made by version 0.1.0, revision abc; this is version 0.1.0, revision def)"),
-        ("0.2.0", "abc", "(made by version 0.1.0, revision abc; this is version 0.2.0, revision abc)"),
+        ("0.1.0", "def", "(written by version 0.1.0, revision abc; this is version 0.1.0, revision def)"),
+        ("0.2.0", "abc", "(written by version 0.1.0, revision abc; this is version 0.2.0, revision abc)"),
     ],
 )
 def test_result_of_other_code_is_reused_and_both_revisions_are_printed(
@@ -141,10 +141,10 @@ def test_fingerprint_ignores_runtime_settings_and_input_paths(out: Path, source:
 
 def test_finished_result_of_other_settings_is_an_error_naming_the_setting(out: Path, source: Path) -> None:
     complete(out, source)
-    with pytest.raises(ValueError, match=r"out: holds a finished result .*masks\.max_masks 0 → 3\); remove it"):
+    with pytest.raises(ValueError, match=r"out: contains a finished result .*masks\.max_masks 0 → 3\); remove it"):
         make(out, source, max_masks=3)
     (source / "a.bin").write_bytes(b"2")
-    with pytest.raises(ValueError, match="other shards"):
+    with pytest.raises(ValueError, match="different shards"):
         make(out, source)
     assert (out / "0.tar").read_bytes() == b"result"
 
@@ -193,7 +193,9 @@ def test_start_lists_unfinished_work_of_other_settings_and_leaves_it(out, source
     complete(out, source)
     lines = capsys.readouterr().out.splitlines()
     names = ", ".join(sorted(f"deep/{left[number].folder.name}" for number in (1, 2, 3)))
-    assert lines[1:] == [f"masks: unfinished work of other inputs, settings or versions can be removed: {names}"]
+    assert lines[1:] == [
+        f"masks: partial results of other inputs, settings or versions remain; delete them if not needed: {names}"
+    ]
     assert all((stage.folder / "half.tar").read_bytes() == b"half" for stage in left.values())
 
 

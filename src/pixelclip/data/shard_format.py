@@ -1,7 +1,7 @@
 """Index, read and write tar shards that WebDataset can stream.
 
 A sample is `KEY.jpg` and, once masked, `KEY.json` in SA-1B's annotation format. Reading uses an index of member offsets, so
-samples are reached in any order: shuffling is global and resuming exact.
+samples can be read in any order, which makes shuffling global and resuming exact.
 """
 
 import io
@@ -72,7 +72,7 @@ def read_part(path: Shard, offset: int, size: int) -> bytes:
 
 
 class ShardWriter:
-    """Write samples into one tar, reproducible byte for byte; the file has its final name only once it is complete."""
+    """Write samples into one tar, reproducible byte for byte; the file gets its final name only when it is complete."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
