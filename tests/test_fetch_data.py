@@ -1,4 +1,4 @@
-"""Fetching data by git revision from real DVC repositories: content, identity and every kind of failure."""
+"""Fetch data by git revision from real DVC repositories: content, identity and every kind of failure."""
 
 import base64
 import contextlib
@@ -38,7 +38,7 @@ def made(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def repo(made, tmp_path) -> Path:
-    """A repository as on a cluster: no cache, only commits and the remote."""
+    """Create a repository as on a cluster: no cache, only commits and the remote."""
     shutil.copytree(made, tmp_path / "dvc")
     repo = tmp_path / "dvc" / "repo"
     config = repo / ".dvc" / "config"
@@ -64,7 +64,7 @@ def test_folder_tracked_by_dvc(repo, tmp_path):
     metrics = run(str(repo), out, FetchDataConfig(path="data/images", revision="v1"))
     assert fetched(out) == IMAGES
     size = sum(len(content) for content in IMAGES.values())
-    # DVC's own MD5 of a folder: of a JSON list of its files, in its own order.
+    # DVC's own MD5 of a folder is that of a JSON list of its files, in DVC's order.
     listed = [{"md5": hashlib.md5(IMAGES[name]).hexdigest(), "relpath": name} for name in sorted(IMAGES)]
     md5 = hashlib.md5(json.dumps(listed, sort_keys=True).encode()).hexdigest() + ".dir"
     assert f"md5: {md5}" in (repo / "data" / "images.dvc").read_text()
@@ -270,18 +270,18 @@ def test_dvc_in_a_subfolder_of_the_repository(tmp_path):
 
 
 def test_no_clone_is_left(repo, tmp_path, monkeypatch):
-    place = tmp_path / "temporary"
-    place.mkdir()
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
     code = "import sys; from pixelclip.cli.app import main; main()"
     words = ["fetch_data", "--repo", f"file://{repo}", "--out", str(tmp_path / "out"), "path=data/images", "revision=v1"]
-    subprocess.run([sys.executable, "-c", code, *words], check=True, env=os.environ | {"TMPDIR": str(place)})
+    subprocess.run([sys.executable, "-c", code, *words], check=True, env=os.environ | {"TMPDIR": str(temporary)})
     assert fetched(tmp_path / "out") == IMAGES
-    assert list(place.iterdir()) == []
+    assert list(temporary.iterdir()) == []
 
 
 @pytest.fixture
 def remote(s3, tmp_path) -> str:
-    """A prefix for this test in the S3 server."""
+    """Return a prefix for this test on the S3 server."""
     return f"s3://dvc/{tmp_path.name}"
 
 

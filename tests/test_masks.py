@@ -152,7 +152,7 @@ def uncompressed() -> bytes:
 
 
 BAD = {
-    "wrong size": (annotation(STRIPES[:, 1:]), "mask of size 32x23, its image is 32x24"),
+    "wrong size": (annotation(STRIPES[:, 1:]), "mask has size 32x23, but the image is 32x24"),
     "no JSON": (b"{", "unreadable JSON"),
     "uncompressed": (uncompressed(), "counts must be a compressed RLE"),
     "empty": (b'{"annotations": []}', "no mask found"),

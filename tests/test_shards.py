@@ -69,7 +69,7 @@ def test_jpegs_that_are_not_rgb_are_reencoded(tmp_path: Path, mode: str) -> None
 
 def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # shown turned clockwise by a quarter
+    exif[0x0112] = 6  # shown rotated by 90 degrees clockwise
     stored = np.zeros((8, 16, 3), np.uint8)
     stored[:, :8] = 255  # the stored left is the shown top
     image = opened(pack(tmp_path, {"a.jpg": encoded(stored, exif=exif, quality=95)})["a.jpg"])
@@ -205,14 +205,14 @@ def test_json_without_an_image_is_reported(tmp_path: Path) -> None:
     assert bad == [(f"{tmp_path}/a.tar: a.json", "has no image")]
 
 
-@pytest.mark.parametrize("lost", [1, 600, 5000])
-def test_truncated_tar_keeps_complete_members_and_reports_the_cut(tmp_path: Path, lost: int) -> None:
+@pytest.mark.parametrize("removed", [1, 600, 5000])
+def test_truncated_tar_keeps_complete_members_and_reports_the_cut(tmp_path: Path, removed: int) -> None:
     path = write_tar(tmp_path / "a.tar", {f"{i}.jpg": bytes([i]) * 4000 for i in range(4)})
     with tarfile.open(path) as tar:
         starts = [member.offset_data for member in tar]
-    path.write_bytes(path.read_bytes()[: starts[3] + 4000 - lost])
+    path.write_bytes(path.read_bytes()[: starts[3] + 4000 - removed])
     members, bad = index_shard(path)
-    whole = 3 if lost < 4000 else 2
+    whole = 3 if removed < 4000 else 2
     assert [member.key for member in members] == [str(i) for i in range(whole)]
     assert bad and all("a.tar" in name and ("truncated" in why or "damaged" in why) for name, why in bad)
 
@@ -284,7 +284,7 @@ def test_annotation_in_sa1b_format_is_accepted() -> None:
         (document([7], "ng0"), "size must be two integers"),
         (document([7.0, 9.0], "ng0"), "size must be two integers"),
         (document([7, 9], [63]), "counts must be a compressed RLE"),
-        (document([9, 7], "o1"), "mask of size 7x9, its image is 9x7"),
+        (document([9, 7], "o1"), "mask has size 7x9, but the image is 9x7"),
         (document([7, 9], ""), "damaged RLE"),
         (document([7, 9], "o"), "damaged RLE"),
         (document([7, 9], "oooooooo1"), "damaged RLE"),

@@ -94,7 +94,7 @@ def flawed(folder: Path) -> Path:
 
 
 def test_counters_survive_two_interruptions(config, tmp_path, monkeypatch, capsys):
-    """With one image per step some steps have no mask; after the second kill only such a step remains."""
+    """With one image per step, some steps have no mask; after the second kill only such a step remains."""
     settings = {"batch_size": 1, "steps": 9, "seed": 3, "max_bad_share": 0.2, "checkpoint_every": 1}
     masks = flawed(tmp_path / "masks")
     undisturbed = train.run(masks, tmp_path / "whole", config(**settings))
@@ -111,7 +111,7 @@ def test_counters_survive_two_interruptions(config, tmp_path, monkeypatch, capsy
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
 
 
-def test_share_of_bad_samples_is_judged_alike_at_the_start_and_the_end(config, tmp_path):
+def test_limit_of_bad_samples_is_the_same_at_the_start_and_the_end(config, tmp_path):
     members = {f"{number}.jpg": fake_data.encoded(fake_data.pixels(40, 48, number)) for number in range(4)}
     members |= {f"{number}.json": fake_data.annotation(np.ones((1, 40, 48), bool)) for number in range(5)}
     fake_data.write_tar(tmp_path / "masks" / "0.tar", members)
@@ -210,14 +210,14 @@ def test_optimizer_groups_cover_all_parameters_and_exempt_norms_from_decay(confi
             assert (id(parameter) in decayed) is (plain and not embedding), name
 
 
-def test_schedule_is_a_cosine_to_the_final_share():
+def test_schedule_is_a_cosine_to_the_final_learning_rate():
     assert train.cosine_factor(0, 100, 0.5) == 1
     assert train.cosine_factor(50, 100, 0.5) == pytest.approx(0.75)
     assert train.cosine_factor(100, 100, 0.5) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("kind", ["fixed_prompts", "vectors", "names"])
-def test_other_kinds_of_concepts_can_be_trained(shards, config, clip, tmp_path, kind):
+def test_every_kind_of_concepts_can_be_trained(shards, config, clip, tmp_path, kind):
     names = {"concept_names": "dog|puppy,grass,sky"} if kind == "names" else {}
     train.run(shards, tmp_path / "model", config(concept_kind=kind, learning_rate_prompts=0.1, **names))
     model = load_model(tmp_path / "model")

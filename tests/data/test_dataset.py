@@ -24,7 +24,7 @@ from pixelclip.distributed import ProcessGroup
 
 
 def coordinates(height: int, width: int) -> Image.Image:
-    """Make an image whose red and green are four times the column and the row; at most 64 pixels per side."""
+    """Create an image whose red and green are four times the column and the row; at most 64 pixels per side."""
     rows, columns = np.mgrid[:height, :width]
     return Image.fromarray(np.stack([columns * 4, rows * 4, np.full_like(rows, 200)], axis=-1).astype(np.uint8))
 
@@ -153,7 +153,7 @@ def test_sample_depends_only_on_seed_and_position(shards: list[Path]) -> None:
 
 def test_every_epoch_visits_each_sample_once_in_a_new_order(shards: list[Path]) -> None:
     dataset = MaskedImages(shards, FULL, seed=0)
-    epochs = [[dataset.member(7 * epoch + place) for place in range(7)] for epoch in range(4)]
+    epochs = [[dataset.member(7 * epoch + offset) for offset in range(7)] for epoch in range(4)]
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 1
 
@@ -177,7 +177,7 @@ def test_sample_is_read_with_its_own_masks(shards: list[Path]) -> None:
 BAD = {
     "image": (b"no image", annotation(blobs(40, 61)), "unreadable image"),
     "json": (encoded(pixels(40, 61)), b"{", "unreadable JSON"),
-    "size": (encoded(pixels(40, 61)), annotation(blobs(61, 40)), "mask of size 40x61, its image is 61x40"),
+    "size": (encoded(pixels(40, 61)), annotation(blobs(61, 40)), "mask has size 40x61, but the image is 61x40"),
     "no masks": (encoded(pixels(40, 61)), b'{"annotations": []}', "no mask found"),
     "rle": (encoded(pixels(40, 61)), b'{"annotations": [{"segmentation": {"size": [40, 61], "counts": "oo"}}]}', "damaged RLE"),
 }

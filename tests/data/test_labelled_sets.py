@@ -567,7 +567,7 @@ def test_unusable_json_is_rejected(tree: Callable[..., Path], document: Any, mes
     [
         (3, [[0, 1, 0], [0, 0, 0]], r"found label 3; allowed: 2, 9, 18 to 19, .* 454, 458 \(classes\) and 0 \(ignore\)"),
         (459, [[0, 1, 0], [0, 0, 0]], "found label 459"),
-        (284, [[0, 1], [0, 0], [0, 0]], "mask of size 2x3, its image is 3x2"),
+        (284, [[0, 1], [0, 0], [0, 0]], "mask has size 2x3, but the image is 3x2"),
     ],
 )
 def test_unusable_mask_is_rejected(tree: Callable[..., Path], category: int, mask: Labels, message: str) -> None:

@@ -126,7 +126,7 @@ def test_training_shuffles_within_groups_of_shards(tmp_path):
     folder = sources(tmp_path / "here", 5)
     dataset = MaskedImages(list_shards(folder), FULL, seed=1, shards_at_once=2)
     for epoch in range(3):
-        order = [dataset.member(epoch * 10 + place) for place in range(10)]
+        order = [dataset.member(epoch * 10 + offset) for offset in range(10)]
         assert sorted(order) == list(range(10))
         shards = [member // 2 for member in order]  # two images per shard
         groups = [set(shards[:4]), set(shards[4:8]), set(shards[8:])]
@@ -142,7 +142,7 @@ def test_next_shards_are_prefetched(bucket, cache, tmp_path, monkeypatch):
     opened = []
     read = RemoteFile.open
     monkeypatch.setattr(RemoteFile, "open", lambda self, mode="rb": opened.append(self.name) or read(self, mode))
-    first, second = (f"{dataset.member(place) // 2}.tar" for place in (0, 2))
+    first, second = (f"{dataset.member(position) // 2}.tar" for position in (0, 2))
     assert not isinstance(dataset[0], str)
     for thread in [thread for thread in threading.enumerate() if thread.name.endswith("(_prefetch)")]:
         thread.join()

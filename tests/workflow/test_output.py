@@ -1,4 +1,4 @@
-"""Outputs of stages in a store: whole or absent, reused, never overwritten. Against moto's server."""
+"""Outputs of stages in a store are complete or absent, reused, and never overwritten; tested on moto's server."""
 
 from pathlib import Path
 
