@@ -134,7 +134,9 @@ def test_missing_gpus_of_a_pod_are_an_error(monkeypatch):
         pass
 
 
-@pytest.mark.parametrize(("device", "message"), [("cuda:1", "each needs its own device"), ("cuda", "its machine has 0 GPUs")])
+@pytest.mark.parametrize(
+    ("device", "message"), [("cuda:1", "each process needs its own device"), ("cuda", "its machine has 0 GPUs")]
+)
 def test_each_rank_has_its_own_gpu(monkeypatch, device, message):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():

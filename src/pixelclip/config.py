@@ -124,7 +124,7 @@ class MasksConfig(_Settings):
             raise ValueError(f"given_folder must be empty unless generator is given (found {found})")
         numbers = re.fullmatch(r"(\d+)/(\d+)", self.part)
         if self.part and not (numbers and 1 <= int(numbers[1]) <= int(numbers[2])):
-            raise ValueError(f"part must be i/n with 1 <= i <= n, such as 1/8 (found {self.part!r})")
+            raise ValueError(f"part must be written i/n with 1 <= i <= n, such as 1/8 (found {self.part!r})")
         return self
 
 

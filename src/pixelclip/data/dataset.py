@@ -200,20 +200,20 @@ def collate(samples: Sequence[TrainingSample | str]) -> PackedBatch:
     )
 
 
-def sample_indices(batch_size: int, share: range, pieces: int, start: int, stop: int) -> Iterator[list[int]]:
+def sample_indices(batch_size: int, local: range, pieces: int, start: int, stop: int) -> Iterator[list[int]]:
     """Yield the stream positions of every micro-batch of this process.
 
     Args:
         batch_size: images per optimizer step over all processes.
-        share: this process's part of `range(batch_size)`.
+        local: this process's part of `range(batch_size)`.
         pieces: number of micro-batches per step.
         start: first step.
         stop: step after the last.
     """
-    cuts = [len(share) * piece // pieces for piece in range(pieces + 1)]
+    cuts = [len(local) * piece // pieces for piece in range(pieces + 1)]
     for step in range(start, stop):
         for first, last in pairwise(cuts):
-            yield [step * batch_size + place for place in share[first:last]]
+            yield [step * batch_size + offset for offset in local[first:last]]
 
 
 def load_batches(dataset: MaskedImages, lists: Iterable[list[int]], workers: int, pin: bool) -> DataLoader[PackedBatch]:

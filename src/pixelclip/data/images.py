@@ -98,7 +98,7 @@ def encode_jpeg(image: Image.Image, quality: int) -> bytes:
 
 
 def fitted(size: tuple[int, int], box: tuple[int, int]) -> tuple[int, int]:
-    """Return the largest (width, height) with the aspect ratio of `size` that fits a box; at least one pixel each."""
+    """Return the (width, height) of an image scaled to fit a box with its aspect ratio kept; at least one pixel each."""
     scale = min(box[0] / size[0], box[1] / size[1])
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 

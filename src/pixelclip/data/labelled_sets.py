@@ -236,7 +236,7 @@ KINDS = tuple(_OPENERS)
 
 
 def _benchmark(kind: str, pairs: Pairs, values: Mapping[int, int], masks: list[bytes] | None = None) -> LabelledSet:
-    # Official names, made readable. COCO-Stuff: the endings -other and -stuff are dropped, materials come first ("wall-brick"
+    # Official names in readable form. COCO-Stuff: the endings -other and -stuff are dropped, materials come first ("wall-brick"
     # becomes "brick wall"), other hyphens become blanks ("wall panel", "window blind"), "structural" becomes "structure".
     # Compounds are split ("potted plant").
     names = resources.files("pixelclip").joinpath(f"assets/classes/{kind}.txt").read_text(encoding="utf-8")

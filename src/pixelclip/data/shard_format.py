@@ -54,7 +54,7 @@ def index_shard(path: Shard) -> tuple[list[Member], list[tuple[str, str]]]:
                         bad.append((f"{path}: {member.name}", "not read: images in a shard must be named KEY.jpg"))
                 file.seek(tar.offset)
                 if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile stops at a damaged header without error
-                    reason = f"damaged tar: at byte {tar.offset} neither a member nor the end; the rest is lost"
+                    reason = f"damaged tar: at byte {tar.offset} neither a member nor the end; the rest is skipped"
                     bad.append((str(path), reason))
             except tarfile.ReadError as error:
                 bad.append((str(path), f"damaged tar: {error}"))

@@ -176,8 +176,8 @@ def _saturate(pixels: Tensor, factor: float) -> Tensor:
     """Multiply the saturation of HSV, clipped at 1; hue and value are kept."""
     value = pixels.amax(dim=0)
     chroma = value - pixels.amin(dim=0)  # saturation times value
-    lost = (value - pixels).mul_((value / chroma.clamp_min(1e-9)).clamp_(max=factor))
-    return (value - lost).clamp_min_(0)  # rounding may give values below 0
+    removed = (value - pixels).mul_((value / chroma.clamp_min(1e-9)).clamp_(max=factor))
+    return (value - removed).clamp_min_(0)  # rounding may give values below 0
 
 
 def _shift_hue(pixels: Tensor, shift: float) -> Tensor:

@@ -67,7 +67,7 @@ class Stage:
 
     @property
     def finished(self) -> bool:
-        """Whether `out` already holds the result of these inputs and settings."""
+        """Whether `out` already contains the result of these inputs and settings."""
         return (self.out / PROVENANCE).is_file()
 
     def reuse(self) -> Metrics:
