@@ -1,4 +1,4 @@
-"""Shared inputs and fixtures. Of the code under test they change only waits and retries of downloads."""
+"""Shared fixtures. The only code under test that they change is the waits and retries of downloads."""
 
 import inspect
 import os
@@ -39,7 +39,7 @@ def stop_server_of_ranks() -> Iterator[None]:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PIXELCLIP_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(download, "_WAITS", (0.0, 0.0))
-    monkeypatch.setattr(shard_sources, "_local_copies", {})  # would name copies in the folder of another test
+    monkeypatch.setattr(shard_sources, "_local_copies", {})  # otherwise it names copies in the folder of another test
     monkeypatch.setattr("pixelclip.storage.s3._ATTEMPTS", 2)
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
         monkeypatch.delenv(name, raising=False)

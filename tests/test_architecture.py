@@ -1,4 +1,4 @@
-"""The two laws of docs/architecture.md, the size of modules and functions, light imports, and no pickle."""
+"""The rules of docs/architecture.md: imports between packages, size of modules and functions, light imports, no pickle."""
 
 import ast
 import re
@@ -80,10 +80,10 @@ print("inference works")
 
 
 def test_each_entry_point_imports_no_more_than_it_needs():
-    """One process for three checks, from the lightest to the heaviest, because an import of torch takes seconds.
+    """Make three checks in one process, from the lightest to the heaviest, because importing torch takes seconds.
 
-    Help imports no heavy package. A worker of the loader does not import torchvision, which imports torch's compiler.
-    Inference needs no package of the training extra.
+    Help imports no heavy package. A loader worker does not import torchvision, which imports torch's compiler. Inference
+    needs no package of the training extra.
     """
     done = subprocess.run([sys.executable, "-c", IMPORTS], check=True, capture_output=True, text=True)
     assert done.stdout.splitlines() == ["help:", "loader worker:", "inference works"]

@@ -134,8 +134,10 @@ def test_missing_gpus_of_a_pod_are_an_error(monkeypatch):
         pass
 
 
-@pytest.mark.parametrize(("device", "message"), [("cuda:1", "each needs its own device"), ("cuda", "its machine has 0 GPUs")])
-def test_ranks_never_share_a_gpu(monkeypatch, device, message):
+@pytest.mark.parametrize(
+    ("device", "message"), [("cuda:1", "each process needs its own device"), ("cuda", "its machine has 0 GPUs")]
+)
+def test_each_rank_has_its_own_gpu(monkeypatch, device, message):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     for name, value in {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1"}.items():
         monkeypatch.setenv(name, value)
@@ -154,7 +156,7 @@ def test_single_process_uses_the_requested_gpu(monkeypatch, device, current):
 
 
 def test_copy_to_host_waits_on_the_stream_of_its_gpu(monkeypatch):
-    """Records the calls of torch.cuda, so that the test needs no GPU."""
+    """Record the calls of torch.cuda, so that the test needs no GPU."""
     calls = []
     event = SimpleNamespace(record=calls.append, synchronize=lambda: calls.append("waited"))
     monkeypatch.setattr(torch.cuda, "Event", lambda: event)
@@ -168,7 +170,7 @@ def test_copy_to_host_waits_on_the_stream_of_its_gpu(monkeypatch):
 
 
 def test_all_gather_exchanges_counts_on_the_cpu(monkeypatch):
-    """Counts on a GPU would need a synchronization."""
+    """Counts on a GPU would require a synchronization."""
     backends, devices = [], []
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda backend, timeout: backends.append(backend))
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)

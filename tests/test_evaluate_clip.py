@@ -60,7 +60,7 @@ def test_evaluation_of_clip_agrees_with_the_predictor(made, tmp_path, capsys):
     names = ("miou_clip", "pixel_accuracy_clip", "image_recall_clip", "images")
     assert list(metrics) == [f"{name}/set" for name in names]
     assert read_json(tmp_path / "out" / "metrics.json") == metrics
-    with np.load(tmp_path / "out" / MAPS) as maps:  # of the first and the last picture, which a report shows
+    with np.load(tmp_path / "out" / MAPS) as maps:  # of the first and the last image, which a report shows
         assert {name: (maps[name] == predictions[int(name)]).all() for name in maps.files} == {"0": True, "2": True}
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         *("metrics.json", "provenance.json", "protocol.json", COUNTS, MAPS)
@@ -74,7 +74,7 @@ def test_evaluation_of_clip_agrees_with_the_predictor(made, tmp_path, capsys):
 def test_evaluation_with_saved_clip_gives_identical_files(made, seven, client, tmp_path, monkeypatch, protocol):
     config = config_of(protocol, tmp_path / "masks", made / "seven", max_bad_share=0.2, pictures=7)
     whole = evaluate.run(made / "changed", seven, tmp_path / "whole", config)
-    assert whole["images/" + next(iter(whole)).partition("/")[2]] == 6  # the second image cannot be read
+    assert whole["images/" + next(iter(whole)).partition("/")[2]] == 6  # the second image is unreadable
 
     alone = of_clip(made, seven, tmp_path / "clip", config)
     assert alone.items() <= whole.items() and "gain" not in str(alone)
@@ -93,7 +93,7 @@ def test_evaluation_with_saved_clip_gives_identical_files(made, seven, client, t
     assert set(inputs) == {"model", "labelled", "clip", "clip_evaluation"} | ({"masks"} if protocol == "masks-given" else set())
 
 
-def test_folder_name_that_is_no_valid_setting_is_accepted(made, client, tmp_path):
+def test_folder_name_invalid_in_a_setting_is_accepted(made, client, tmp_path):
     labelled = tiny.labelled_set(tmp_path / "my set", images=1)
     config = with_settings(name="")
     assert "miou_clip/my set" in of_clip(made, labelled, tmp_path / "clip", config)
@@ -135,7 +135,7 @@ def with_other_masks(made: Path, tmp_path: Path) -> dict[str, object]:
     ],
     ids=lambda value: value.__name__ if callable(value) else str(value)[:40],
 )
-def test_saved_clip_under_other_conditions_is_rejected_with_the_differences(made, client, tmp_path, change, differences):
+def test_saved_clip_under_different_conditions_is_rejected_with_the_differences(made, client, tmp_path, change, differences):
     case = change(made, tmp_path) if callable(change) else change
     out, side, residual = tmp_path / "clip", case.get("side", tiny.SIDE), case.get("residual", "cls")
     run(str(made / "clip"), made / "labelled", out, case.get("before", CONFIG), side, residual)
@@ -162,7 +162,7 @@ def test_path_of_the_clip_does_not_matter(made, client, tmp_path):
 
 def test_other_or_damaged_folder_is_rejected(made, client, tmp_path):
     arguments = (made / "changed", made / "labelled", tmp_path / "out", CONFIG)
-    with pytest.raises(ValueError, match=r"changed: is not an evaluation of CLIP, it was made by stage 'train'"):
+    with pytest.raises(ValueError, match=r"changed: expected the output of evaluate_clip, found that of 'train'"):
         evaluate.run(*arguments, made / "changed")
     with pytest.raises(ValueError, match=r"nothing: no such file or folder"):
         evaluate.run(*arguments, tmp_path / "nothing")
@@ -187,7 +187,7 @@ def test_image_read_by_only_one_evaluation_is_rejected(made, client, tmp_path, m
         return read(self, index)
 
     monkeypatch.setattr(LabelledSet, "read", fail_once)
-    message = r"clip: covers other pixels or masks .*bad samples: none; in this evaluation: 1\.png: read error"
+    message = r"clip: covers different pixels or masks .*bad samples: none; in this evaluation: 1\.png: read error"
     with pytest.raises(ValueError, match=message):
         evaluate.run(made / "changed", made / "labelled", tmp_path / "out", config, tmp_path / "clip")
 
@@ -214,7 +214,7 @@ def test_fingerprint_depends_on_side_residual_and_pictures(made, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             run(str(made / "clip"), made / "labelled", tmp_path / "out", config, side, residual)
-    # evaluate.side takes precedence over the side of the training.
+    # evaluate.side takes precedence over the side of training.
     first, second = (
         run(str(made / "clip"), made / "labelled", tmp_path / "own", with_settings(side=56), side, "cls") for side in (48, 40)
     )

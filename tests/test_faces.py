@@ -18,8 +18,8 @@ DVC = yaml.safe_load((ROOT / "dvc.yaml").read_text())
 COMMANDS = typer.main.get_command(app).commands
 NAMES = [*STAGES, "evaluate_clip"]
 OF_TRAINING = {"clip", "side", "residual"}  # settings of train that evaluate_clip reads, besides section evaluate
-PIPELINE_STAGES = [stage for stage in NAMES if stage != "toy"]  # scenes are painted before the pipeline runs
-DVC_STAGES = [stage for stage in NAMES if stage != "fetch_data"]  # DVC itself has the data that it tracks
+PIPELINE_STAGES = [stage for stage in NAMES if stage != "toy"]  # scenes are painted before the pipeline starts
+DVC_STAGES = [stage for stage in NAMES if stage != "fetch_data"]  # DVC already has the data that it tracks
 
 
 def run_inputs(stage: str) -> list[str]:
@@ -31,7 +31,7 @@ def run_inputs(stage: str) -> list[str]:
 
 
 def named(stage: str) -> set[str]:
-    """Return the inputs that commands and components must name; others default to settings of the training."""
+    """Return the inputs that commands and components must name; others default to settings of `train`."""
     return set(run_inputs(stage)) - (OF_TRAINING if stage == "evaluate_clip" else set())
 
 
@@ -70,7 +70,7 @@ def test_dvc_stage_depends_on_every_module_and_lasting_setting(stage):
     entry = DVC["stages"][stage]
     code = {dep for dep in entry["deps"] if dep.startswith("src/pixelclip") and "assets" not in dep}
     imported = {f"src/pixelclip/{child(module)}" for module in imported_with_theirs(stage)}
-    assert code == ({"src/pixelclip"} if stage == "register" else imported)  # which ships the package with the model
+    assert code == ({"src/pixelclip"} if stage == "register" else imported)  # register ships the package with the model
     expected = {f"{stage}.{name}" for name in lasting(SETTINGS[stage]())}
     if stage == "evaluate_clip":
         own = {f"evaluate.{name}" for name in lasting(SETTINGS[stage]()) if name != "residual"}

@@ -1,4 +1,4 @@
-"""Fetching data by git revision from real DVC repositories: content, identity and every kind of failure."""
+"""Fetch data by git revision from real DVC repositories: content, identity and every kind of failure."""
 
 import base64
 import contextlib
@@ -38,7 +38,7 @@ def made(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def repo(made, tmp_path) -> Path:
-    """A repository as on a cluster: no cache, only commits and the remote."""
+    """Create a repository as on a cluster: no cache, only commits and the remote."""
     shutil.copytree(made, tmp_path / "dvc")
     repo = tmp_path / "dvc" / "repo"
     config = repo / ".dvc" / "config"
@@ -64,7 +64,7 @@ def test_folder_tracked_by_dvc(repo, tmp_path):
     metrics = run(str(repo), out, FetchDataConfig(path="data/images", revision="v1"))
     assert fetched(out) == IMAGES
     size = sum(len(content) for content in IMAGES.values())
-    # DVC's own MD5 of a folder: of a JSON list of its files, in its own order.
+    # DVC's own MD5 of a folder is that of a JSON list of its files, in DVC's order.
     listed = [{"md5": hashlib.md5(IMAGES[name]).hexdigest(), "relpath": name} for name in sorted(IMAGES)]
     md5 = hashlib.md5(json.dumps(listed, sort_keys=True).encode()).hexdigest() + ".dir"
     assert f"md5: {md5}" in (repo / "data" / "images.dvc").read_text()
@@ -158,7 +158,7 @@ def test_fetched_stage_output_keeps_its_provenance(tmp_path):
 
 def test_data_with_a_reserved_file_name_is_rejected(tmp_path):
     tiny.dvc_repository(tmp_path / "repo", str(tmp_path / "remote"), {"set": {"metrics.json": b"{}", "a": b"a"}}, {})
-    with pytest.raises(ValueError, match=r"set at .*: holds a file metrics\.json, a name that pixelclip reserves"):
+    with pytest.raises(ValueError, match=r"set at .*: contains metrics\.json, a file name that pixelclip reserves"):
         run(str(tmp_path / "repo"), tmp_path / "out", FetchDataConfig(path="set"))
     assert not (tmp_path / "out").exists()
 
@@ -178,18 +178,20 @@ def test_missing_repository_revision_and_path_are_named(repo, tmp_path):
     assert "there is no revision" in refusal(f"file://{repo}", out, revision="v9")
     assert "there is no revision" in refusal(repo, out, revision="0" * 40)
     message = refusal(repo, out, path="data/imagse")
-    assert f"{repo}: data/imagse at {commit(repo)[:12]}: there is no such path (fetch_data.path); data holds images" in message
-    assert "there is no such path (fetch_data.path); the repository holds conf, data, one.bin" in refusal(
+    assert (
+        f"{repo}: data/imagse at {commit(repo)[:12]}: there is no such path (fetch_data.path); data contains images" in message
+    )
+    assert "there is no such path (fetch_data.path); the repository contains conf, data, one.bin" in refusal(
         repo, out, path="nope"
     )
     for nowhere in (tmp_path / "none", tmp_path, f"file://{tmp_path}/none"):
-        assert f"{nowhere}: is no git repository that can be read" in refusal(nowhere, out)
+        assert f"{nowhere}: not a readable git repository" in refusal(nowhere, out)
 
 
 def test_unreachable_repository_is_named_without_its_token(tmp_path):
     (port,) = services.free_ports(1)
     message = refusal(f"http://user:geheim@127.0.0.1:{port}/data.git", tmp_path / "out")
-    assert message.startswith(f"http://127.0.0.1:{port}/data.git: is no git repository that can be read")
+    assert message.startswith(f"http://127.0.0.1:{port}/data.git: not a readable git repository")
     assert "geheim" not in message
 
 
@@ -204,7 +206,7 @@ def test_file_missing_in_the_remote_is_named_and_the_others_are_kept(repo, tmp_p
     message = refusal(repo, tmp_path / "out")
     assert (
         f"{repo}: data/images at {commit(repo)[:12]}: " in message
-        and "data/images/a/2.jpg is missing in the DVC remote" in message
+        and "data/images/a/2.jpg is missing from the DVC remote" in message
     )
     object_of(repo, b"two").write_bytes(kept)
     run(str(repo), tmp_path / "out", FetchDataConfig(path="data/images"))
@@ -215,7 +217,7 @@ def test_damaged_file_is_named_and_rejected(repo, tmp_path):
     damaged = object_of(repo, b"two")
     damaged.chmod(0o644)
     damaged.write_bytes(b"twX")
-    assert "data/images/a/2.jpg is damaged in the remote (md5 " in refusal(repo, tmp_path / "out")
+    assert "data/images/a/2.jpg is damaged in the DVC remote (MD5 mismatch: expected " in refusal(repo, tmp_path / "out")
 
 
 def test_missing_remote(repo, tmp_path):
@@ -268,18 +270,18 @@ def test_dvc_in_a_subfolder_of_the_repository(tmp_path):
 
 
 def test_no_clone_is_left(repo, tmp_path, monkeypatch):
-    place = tmp_path / "temporary"
-    place.mkdir()
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
     code = "import sys; from pixelclip.cli.app import main; main()"
     words = ["fetch_data", "--repo", f"file://{repo}", "--out", str(tmp_path / "out"), "path=data/images", "revision=v1"]
-    subprocess.run([sys.executable, "-c", code, *words], check=True, env=os.environ | {"TMPDIR": str(place)})
+    subprocess.run([sys.executable, "-c", code, *words], check=True, env=os.environ | {"TMPDIR": str(temporary)})
     assert fetched(tmp_path / "out") == IMAGES
-    assert list(place.iterdir()) == []
+    assert list(temporary.iterdir()) == []
 
 
 @pytest.fixture
 def remote(s3, tmp_path) -> str:
-    """A prefix for this test in the S3 server."""
+    """Return a prefix for this test on the S3 server."""
     return f"s3://dvc/{tmp_path.name}"
 
 
@@ -333,7 +335,7 @@ def test_s3_refusal_is_one_clear_line(s3, remote, tmp_path, monkeypatch):
     tiny.git(repo, "commit", "-qam", "the bucket")
     md5 = hashlib.md5(b"two").hexdigest()
     s3.client().delete_object(Bucket="dvc", Key=f"{tmp_path.name}/files/md5/{md5[:2]}/{md5[2:]}")
-    assert "data/images/a/2.jpg is missing in the DVC remote" in refusal(repo, out)
+    assert "data/images/a/2.jpg is missing from the DVC remote" in refusal(repo, out)
 
 
 # A git server that requires a login.
@@ -375,7 +377,7 @@ def test_login_from_git_variables_is_not_recorded(repo, tmp_path, monkeypatch):
         monkeypatch.setenv("GIT_CONFIG_COUNT", "1")
         monkeypatch.setenv("GIT_CONFIG_KEY_0", f"url.http://bot:wrong-secret@{address}/.insteadOf")
         monkeypatch.setenv("GIT_CONFIG_VALUE_0", f"http://{address}/")
-        with pytest.raises(ValueError, match="is no git repository that can be read") as refused:
+        with pytest.raises(ValueError, match="not a readable git repository") as refused:
             run(f"http://{address}/data.git", tmp_path / "out", config)
         assert "wrong-secret" not in str(refused.value)
         monkeypatch.setenv("GIT_CONFIG_KEY_0", f"url.http://bot:very-secret@{address}/.insteadOf")

@@ -11,7 +11,7 @@ from helpers.samples import batch
 from pixelclip import train
 from pixelclip.config import MasksConfig
 from pixelclip.data.dataset import Batch, collate
-from pixelclip.data.views import Sample
+from pixelclip.data.views import TrainingSample
 from pixelclip.distributed import pick_precision
 from pixelclip.evaluation.classify import classify_masks
 from pixelclip.evaluation.confusion import ConfusionMatrix
@@ -73,7 +73,7 @@ def test_label_map_equals_the_cpu():
 def test_pinned_batch_is_unchanged_on_the_device():
     masks = torch.rand(5, 16, 16) < 0.5
     bits = (masks.view(5, 2, 8, 16) * 2 ** torch.arange(8)[:, None]).sum(dim=2).byte()
-    packed = collate([Sample(torch.rand(3, 8, 8), torch.rand(3, 8, 8), bits)]).pin_memory()
+    packed = collate([TrainingSample(torch.rand(3, 8, 8), torch.rand(3, 8, 8), bits)]).pin_memory()
     assert packed.weak.is_pinned() and packed.masks.is_pinned()
     on_gpu = packed.to(torch.device("cuda"))
     assert torch.equal(on_gpu.masks.cpu(), masks) and torch.equal(on_gpu.strong.cpu(), packed.strong)

@@ -152,7 +152,7 @@ def uncompressed() -> bytes:
 
 
 BAD = {
-    "wrong size": (annotation(STRIPES[:, 1:]), "mask of size 32x23, its image is 32x24"),
+    "wrong size": (annotation(STRIPES[:, 1:]), "mask has size 32x23, but the image is 32x24"),
     "no JSON": (b"{", "unreadable JSON"),
     "uncompressed": (uncompressed(), "counts must be a compressed RLE"),
     "empty": (b'{"annotations": []}', "no mask found"),
@@ -211,14 +211,14 @@ def damaged(folder: Path, bad: list[int]) -> Path:
 def test_finished_shards_are_kept_when_a_low_limit_stops_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shards, made, plain = damaged(tmp_path / "shards", [1, 3, 0, 0]), [], module._mask_shard
     monkeypatch.setattr(module, "_mask_shard", lambda tar, *rest: made.append(tar.name) or plain(tar, *rest))
-    with pytest.raises(ValueError, match=r"(?s)masks: 4 of 20 .*allowed are 5\.0% \(masks\.max_bad_share\)"):
+    with pytest.raises(ValueError, match=r"(?s)masks: 4 of 20 .*the limit is 5\.0% \(masks\.max_bad_share\)"):
         run(shards, tmp_path / "out", config())  # 4 of 40 exceed the limit even if all others are good
     assert made == ["0.tar", "1.tar"]
     metrics = run(shards, tmp_path / "out", config(max_bad_share=0.1))
     assert (metrics["images"], metrics["bad_images"]) == (36, 4)
     assert made == ["0.tar", "1.tar", "2.tar", "3.tar"]
     assert run(shards, tmp_path / "out", config(max_bad_share=0.2)) == metrics
-    with pytest.raises(ValueError, match=r"(?s)masks: 4 of 40 .*0-0: unreadable image.*allowed are 9\.0%"):
+    with pytest.raises(ValueError, match=r"(?s)masks: 4 of 40 .*0-0: unreadable image.*the limit is 9\.0%"):
         run(shards, tmp_path / "out", config(max_bad_share=0.09))
 
 
@@ -353,7 +353,7 @@ def test_weights_of_another_model_fail_early(checkpoints, tmp_path) -> None:
         run(shards, tmp_path / "out", config(generator="sam", weights=checkpoints["dino"]))
     with pytest.raises(ValueError, match=r"sam\.pth: .*DINO"):
         run(shards, tmp_path / "out", config(generator="dino", weights=checkpoints["sam"]))
-    with pytest.raises(ValueError, match="sam and dino need them"):
+    with pytest.raises(ValueError, match="weights is required for generator sam or dino and must be empty otherwise"):
         config(generator="sam")
     assert not (tmp_path / "out").exists()
 
@@ -382,7 +382,7 @@ def test_parts_equal_the_whole_and_a_missing_part_is_reported(tmp_path) -> None:
     run(shards, tmp_path / "whole", config(max_bad_share=0.5))
     for number in (1, 3):
         run(shards, tmp_path / "parts" / str(number), config(max_bad_share=0.5, part=f"{number}/3"))
-    with pytest.raises(ValueError, match=r"parts: holds parts of masks, but not 2/3"):
+    with pytest.raises(ValueError, match=r"parts: contains mask parts, but not 2/3"):
         list_shards(tmp_path / "parts")
     run(shards, tmp_path / "parts" / "2", config(max_bad_share=0.5, part="2/3"))
     found = {path.name: read_tar(path) for path in list_shards(tmp_path / "parts")}
@@ -432,7 +432,7 @@ def test_parts_with_different_settings_are_rejected(tmp_path) -> None:
     shards = sources(tmp_path / "shards", 2)
     run(shards, tmp_path / "parts" / "one", config(max_bad_share=0.5, part="1/2"))
     run(shards, tmp_path / "parts" / "two", config(max_bad_share=0.5, part="2/2", max_masks=1))
-    with pytest.raises(ValueError, match=r"parts: holds parts of masks of other settings, shards or numbers: one, two"):
+    with pytest.raises(ValueError, match=r"parts: contains mask parts from different runs .*: one, two"):
         list_shards(tmp_path / "parts")
 
 
@@ -443,5 +443,5 @@ def test_side_that_does_not_fit_the_patch_is_rejected(checkpoints, tmp_path) -> 
 
 
 def test_given_folder_is_rejected_for_other_generators() -> None:
-    with pytest.raises(ValueError, match="only generator given reads it"):
+    with pytest.raises(ValueError, match="given_folder must be empty unless generator is given"):
         config(given_folder="somewhere")

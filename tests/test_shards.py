@@ -69,7 +69,7 @@ def test_jpegs_that_are_not_rgb_are_reencoded(tmp_path: Path, mode: str) -> None
 
 def test_exif_orientation_is_applied(tmp_path: Path) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # shown turned clockwise by a quarter
+    exif[0x0112] = 6  # shown rotated by 90 degrees clockwise
     stored = np.zeros((8, 16, 3), np.uint8)
     stored[:, :8] = 255  # the stored left is the shown top
     image = opened(pack(tmp_path, {"a.jpg": encoded(stored, exif=exif, quality=95)})["a.jpg"])
@@ -108,7 +108,7 @@ def test_file_names_that_are_not_unicode_are_packed_and_reported(tmp_path: Path,
 
 
 def test_too_many_bad_images_stop_the_stage_without_output(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"(?s)1 of 3 .*bad\.jpg: unreadable.*allowed are 5\.0% \(shards\.max_bad_share\)"):
+    with pytest.raises(ValueError, match=r"(?s)1 of 3 .*bad\.jpg: unreadable.*the limit is 5\.0% \(shards\.max_bad_share\)"):
         pack(tmp_path, {"a.jpg": JPEG, "b.jpg": JPEG, "bad.jpg": b"x"})
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="none of its 1 images can be used"):
@@ -122,7 +122,7 @@ def test_only_the_first_ten_bad_samples_are_listed() -> None:
         bad.add(f"image{index}", "broken")
     with pytest.raises(ValueError, match=r"(?s)12 of 20.*image9: broken\n  and 2 more\n"):
         bad.check(20)
-    bad.max_share = 12 / 20
+    bad.max_fraction = 12 / 20
     bad.check(20)
 
 
@@ -205,14 +205,14 @@ def test_json_without_an_image_is_reported(tmp_path: Path) -> None:
     assert bad == [(f"{tmp_path}/a.tar: a.json", "has no image")]
 
 
-@pytest.mark.parametrize("lost", [1, 600, 5000])
-def test_truncated_tar_keeps_complete_members_and_reports_the_cut(tmp_path: Path, lost: int) -> None:
+@pytest.mark.parametrize("removed", [1, 600, 5000])
+def test_truncated_tar_keeps_complete_members_and_reports_the_cut(tmp_path: Path, removed: int) -> None:
     path = write_tar(tmp_path / "a.tar", {f"{i}.jpg": bytes([i]) * 4000 for i in range(4)})
     with tarfile.open(path) as tar:
         starts = [member.offset_data for member in tar]
-    path.write_bytes(path.read_bytes()[: starts[3] + 4000 - lost])
+    path.write_bytes(path.read_bytes()[: starts[3] + 4000 - removed])
     members, bad = index_shard(path)
-    whole = 3 if lost < 4000 else 2
+    whole = 3 if removed < 4000 else 2
     assert [member.key for member in members] == [str(i) for i in range(whole)]
     assert bad and all("a.tar" in name and ("truncated" in why or "damaged" in why) for name, why in bad)
 
@@ -250,16 +250,16 @@ def test_shards_are_listed_from_a_folder_or_a_manifest(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"list\.txt: 1 of its shards are missing, the first is .*c\.tar"):
         list_shards(manifest)
     manifest.write_text("# nothing\n")
-    with pytest.raises(ValueError, match=r"list\.txt: holds no shard"):
+    with pytest.raises(ValueError, match=r"list\.txt: contains no shard"):
         list_shards(manifest)
 
 
 def test_location_without_shards_is_rejected(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="holds no shard"):
+    with pytest.raises(ValueError, match="contains no shard"):
         list_shards(tmp_path)
     with pytest.raises(ValueError, match="none: no such folder or manifest"):
         list_shards(tmp_path / "none")
-    with pytest.raises(ValueError, match=r"a\.tar: is no manifest"):
+    with pytest.raises(ValueError, match=r"a\.tar: is not a shard manifest"):
         list_shards(write_tar(tmp_path / "a.tar", {"a.jpg": JPEG}))
 
 
@@ -284,7 +284,7 @@ def test_annotation_in_sa1b_format_is_accepted() -> None:
         (document([7], "ng0"), "size must be two integers"),
         (document([7.0, 9.0], "ng0"), "size must be two integers"),
         (document([7, 9], [63]), "counts must be a compressed RLE"),
-        (document([9, 7], "o1"), "mask of size 7x9, its image is 9x7"),
+        (document([9, 7], "o1"), "mask has size 7x9, but the image is 9x7"),
         (document([7, 9], ""), "damaged RLE"),
         (document([7, 9], "o"), "damaged RLE"),
         (document([7, 9], "oooooooo1"), "damaged RLE"),

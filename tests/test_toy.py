@@ -13,7 +13,7 @@ from PIL import Image
 from pixelclip.toy_scenes.scenes import CLASSES, Scene, paint
 from pixelclip.toy_scenes.toy_clip import train_clip
 
-HELD_OUT = 20_240_919  # a seed whose scenes no training has seen
+HELD_OUT = 20_240_919  # a seed whose scenes are in no training run
 WEIGHTS = Path(str(files("pixelclip"))) / "assets" / "toy_clip"
 TEMPLATES = (
     "itap of a {}.", "a bad photo of the {}.", "a origami {}.", "a photo of the large {}.", "a {} in a video game.",

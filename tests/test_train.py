@@ -94,7 +94,7 @@ def flawed(folder: Path) -> Path:
 
 
 def test_counters_survive_two_interruptions(config, tmp_path, monkeypatch, capsys):
-    """With one image per step some steps have no mask; after the second kill only such a step remains."""
+    """With one image per step, some steps have no mask; after the second kill only such a step remains."""
     settings = {"batch_size": 1, "steps": 9, "seed": 3, "max_bad_share": 0.2, "checkpoint_every": 1}
     masks = flawed(tmp_path / "masks")
     undisturbed = train.run(masks, tmp_path / "whole", config(**settings))
@@ -111,13 +111,13 @@ def test_counters_survive_two_interruptions(config, tmp_path, monkeypatch, capsy
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
 
 
-def test_share_of_bad_samples_is_judged_alike_at_the_start_and_the_end(config, tmp_path):
+def test_limit_of_bad_samples_is_the_same_at_the_start_and_the_end(config, tmp_path):
     members = {f"{number}.jpg": fake_data.encoded(fake_data.pixels(40, 48, number)) for number in range(4)}
     members |= {f"{number}.json": fake_data.annotation(np.ones((1, 40, 48), bool)) for number in range(5)}
     fake_data.write_tar(tmp_path / "masks" / "0.tar", members)
     settings = {"batch_size": 1, "steps": 3}
     train.run(tmp_path / "masks", tmp_path / "model", config(**settings, max_bad_share=0.2))
-    with pytest.raises(ValueError, match=r"1 of 5 samples cannot be used:\n.*4\.json: has no image\nallowed are 19\.0%"):
+    with pytest.raises(ValueError, match=r"1 of 5 samples cannot be used:\n.*4\.json: has no image\nthe limit is 19\.0%"):
         train.run(tmp_path / "masks", tmp_path / "other", config(**settings, max_bad_share=0.19))
 
 
@@ -128,7 +128,7 @@ def test_training_killed_while_finishing_resumes_from_its_last_checkpoint(shards
             train.run(shards, tmp_path / "model", config())
     train.run(shards, tmp_path / "model", config())
     assert "after step 4" in capsys.readouterr().out
-    assert not (tmp_path / "model" / train.STATE).exists()
+    assert not (tmp_path / "model" / train.STATE_FILE).exists()
 
 
 @pytest.mark.slow
@@ -210,14 +210,14 @@ def test_optimizer_groups_cover_all_parameters_and_exempt_norms_from_decay(confi
             assert (id(parameter) in decayed) is (plain and not embedding), name
 
 
-def test_schedule_is_a_cosine_to_the_final_share():
-    assert train.cosine_share(0, 100, 0.5) == 1
-    assert train.cosine_share(50, 100, 0.5) == pytest.approx(0.75)
-    assert train.cosine_share(100, 100, 0.5) == pytest.approx(0.5)
+def test_schedule_is_a_cosine_to_the_final_learning_rate():
+    assert train.cosine_factor(0, 100, 0.5) == 1
+    assert train.cosine_factor(50, 100, 0.5) == pytest.approx(0.75)
+    assert train.cosine_factor(100, 100, 0.5) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("kind", ["fixed_prompts", "vectors", "names"])
-def test_other_kinds_of_concepts_can_be_trained(shards, config, clip, tmp_path, kind):
+def test_every_kind_of_concepts_can_be_trained(shards, config, clip, tmp_path, kind):
     names = {"concept_names": "dog|puppy,grass,sky"} if kind == "names" else {}
     train.run(shards, tmp_path / "model", config(concept_kind=kind, learning_rate_prompts=0.1, **names))
     model = load_model(tmp_path / "model")
@@ -239,7 +239,7 @@ def test_concept_names_from_a_file_are_validated(shards, config, tmp_path):
     (tmp_path / "names.txt").write_text("grass\ngrass\n")
     with pytest.raises(ValueError, match=r"names\.txt: class names must differ"):
         train.run(shards, tmp_path / "other", config(concept_kind="names", concept_names=str(tmp_path / "names.txt")))
-    with pytest.raises(ValueError, match="they go together"):
+    with pytest.raises(ValueError, match="concept_names is required for concept_kind names and must be empty otherwise"):
         config(concept_names="dog")
 
 
@@ -257,7 +257,7 @@ def test_dino_masks_during_training_do_not_depend_on_accumulation(config, tmp_pa
     metrics = train.run(tmp_path / "broken", tmp_path / "four", config(**settings, accumulate=4, max_bad_share=0.5))
     assert metrics["train/bad_samples"] > 0
     assert all(0 < loss < 2 for loss in losses(tmp_path / "one"))
-    with pytest.raises(ValueError, match="no sample of its shards has masks"):
+    with pytest.raises(ValueError, match="no sample in these shards has masks"):
         train.run(tmp_path / "images", tmp_path / "three", config())
 
 

@@ -14,8 +14,9 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 _Kind = TypeVar("_Kind", bound=BaseModel)
-_BAD_SHARE = "Largest share of unreadable samples; a larger share stops the stage."
-_DEVICE = "Device: auto (a GPU if available), cpu, cuda, cuda:1, ..."
+DEVICES = "auto, cpu, cuda, cuda:N, mps"
+_BAD_SHARE = "Maximum fraction of unreadable samples; the stage stops above it."
+_DEVICE = f"Device: {DEVICES}; auto selects a CUDA GPU if available."
 
 
 def _setting(default: Any, description: str, *, runtime: bool = False, **limits: Any) -> Any:
@@ -29,7 +30,7 @@ def device_name(name: str) -> str:
         ValueError: the name is not one of the supported forms.
     """
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
-        raise ValueError(f"unknown device {name!r}; allowed: auto, cpu, cuda, cuda:N, mps")
+        raise ValueError(f"unknown device {name!r}; allowed: {DEVICES}")
     return name
 
 
@@ -39,12 +40,19 @@ _Device = Annotated[str, AfterValidator(device_name)]
 class _Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, coerce_numbers_to_str=True)
 
+    def _check_required(self, name: str, switch: str, *values: str) -> None:
+        """Check that a setting is present for these values of `switch` and empty for all others."""
+        found, selected = getattr(self, name), getattr(self, switch)
+        if (selected in values) != bool(found):
+            rule = f"{name} is required for {switch} {' or '.join(values)} and must be empty otherwise"
+            raise ValueError(f"{rule} (found {name} {found!r}, {switch} {selected})")
+
 
 class ToyConfig(_Settings):
-    """Painted scenes, the default data."""
+    """Painted scenes (the default data)."""
 
     train_scenes: int = _setting(2000, "Training scenes, without labels.", ge=1)
-    test_scenes: int = _setting(200, "Evaluation scenes, with labels; none of them is a training scene.", ge=1)
+    test_scenes: int = _setting(200, "Evaluation scenes, with labels and disjoint from the training scenes.", ge=1)
     side: int = _setting(128, "Side of a scene in pixels.", ge=32, le=512)
     seed: int = _setting(0, "Seed of the scenes.", ge=0)
 
@@ -53,7 +61,7 @@ class FetchDataConfig(_Settings):
     """Data of one revision of a DVC or git repository."""
 
     path: str = _setting("data/images", "Folder or file in the repository, tracked by DVC or git.", min_length=1)
-    revision: str = _setting("HEAD", "Commit, tag or branch; only a full commit SHA never moves.", min_length=1)
+    revision: str = _setting("HEAD", "Commit, tag or branch; only a full commit SHA is immutable.", min_length=1)
 
 
 class ShardsConfig(_Settings):
@@ -61,7 +69,7 @@ class ShardsConfig(_Settings):
 
     images_per_shard: int = _setting(1000, "Images per tar.", ge=1)
     shortest_edge: int = _setting(0, "Shrink to this shortest edge in pixels (paper: 750); 0 keeps the size.", ge=0, le=16384)
-    jpeg_quality: int = _setting(95, "JPEG quality of images that are encoded again.", ge=1, le=100)
+    jpeg_quality: int = _setting(95, "JPEG quality of re-encoded images.", ge=1, le=100)
     max_bad_share: float = _setting(0.05, _BAD_SHARE, runtime=True, ge=0, le=1)
 
 
@@ -76,49 +84,47 @@ class MasksConfig(_Settings):
         0, "Shrink images and given masks to this shortest edge in pixels first (paper: 750); 0 keeps the size.", ge=0, le=16384
     )
     jpeg_quality: int = _setting(95, "JPEG quality of images that are shrunk.", ge=1, le=100)
-    given_folder: str = _setting("", "Generator given: folder of KEY.json; empty: the JSON in the shards.")
+    given_folder: str = _setting("", "Generator given: folder of KEY.json; if empty, the JSON in the shards is used.")
     felzenszwalb_scale: float = _setting(200.0, "Felzenszwalb: larger values give larger segments.", gt=0)
     felzenszwalb_sigma: float = _setting(0.8, "Felzenszwalb: sigma of the Gaussian smoothing, in pixels.", ge=0)
-    felzenszwalb_min_size: int = _setting(100, "Felzenszwalb: smallest segment in pixels.", ge=1)
-    weights: str = _setting("", "Checkpoint of SAM or DINO: path, URL or s3:// of a .pth or .safetensors.")
+    felzenszwalb_min_size: int = _setting(100, "Felzenszwalb: minimum segment size in pixels.", ge=1)
+    weights: str = _setting("", "Checkpoint of SAM or DINO (.pth, .safetensors): path, URL or s3://.")
     sam_points_per_side: int = _setting(32, "SAM: points per side of the prompt grid; three masks per point.", ge=1, le=1024)
     sam_points_per_batch: int = _setting(256, "SAM: points decoded at once.", runtime=True, ge=1)
-    sam_pred_iou_thresh: float = _setting(0.88, "SAM: smallest predicted IoU of a mask.", ge=0)
-    sam_stability_score_thresh: float = _setting(0.95, "SAM: smallest stability score of a mask.", gt=0, le=1)
+    sam_pred_iou_thresh: float = _setting(0.88, "SAM: minimum predicted IoU of a mask.", ge=0)
+    sam_stability_score_thresh: float = _setting(0.95, "SAM: minimum stability score of a mask.", gt=0, le=1)
     sam_stability_score_offset: float = _setting(1.0, "SAM: threshold offset of the stability score, in logits.", gt=0)
-    sam_box_nms_thresh: float = _setting(0.7, "SAM: largest IoU of the boxes of two masks.", ge=0, le=1)
+    sam_box_nms_thresh: float = _setting(0.7, "SAM: box IoU threshold of non-maximum suppression.", ge=0, le=1)
     sam_crop_n_layers: int = _setting(0, "SAM: number of crop layers; layer i has 4**i crops.", ge=0, le=8)
-    sam_crop_nms_thresh: float = _setting(0.7, "SAM: largest IoU of boxes from different crops.", ge=0, le=1)
-    sam_crop_overlap_ratio: float = _setting(512 / 1500, "SAM: overlap of crops, as a share of the shorter side.", ge=0, lt=1)
-    sam_crop_n_points_downscale_factor: int = _setting(1, "SAM: layer i has points_per_side / factor**i.", ge=1)
-    sam_min_mask_region_area: int = _setting(0, "SAM: remove holes and islands of fewer pixels.", ge=0)
+    sam_crop_nms_thresh: float = _setting(0.7, "SAM: box IoU threshold of suppression between crops.", ge=0, le=1)
+    sam_crop_overlap_ratio: float = _setting(512 / 1500, "SAM: overlap of crops as a fraction of the shorter side.", ge=0, lt=1)
+    sam_crop_n_points_downscale_factor: int = _setting(1, "SAM: crop layer i has points_per_side / factor**i.", ge=1)
+    sam_min_mask_region_area: int = _setting(0, "SAM: fill holes and remove islands of fewer pixels.", ge=0)
     sam_precision: Literal["auto", "float32", "bfloat16"] = _setting(
         "float32",
-        "SAM: precision of the encoder. float32 has the original's masks; auto is bfloat16 if the device is fast at it.",
+        "SAM: precision of the encoder. float32 gives the original's masks; auto is bfloat16 if the hardware supports it.",
     )
     dino_clusters: int = _setting(16, "DINO: k of the k-means over the patch tokens of an image.", ge=2)
     dino_side: int = _setting(
         320, "DINO: images are resized to a square of this side in pixels, a multiple of the patch size.", ge=16, le=4096
     )
     seed: int = _setting(0, "Seed of DINO's k-means.", ge=0)
-    max_masks: int = _setting(0, "Keep the largest masks of an image, at most this many; 0 keeps all.", ge=0)
+    max_masks: int = _setting(0, "Keep at most this many of an image's largest masks; 0 keeps all.", ge=0)
     max_bad_share: float = _setting(0.05, _BAD_SHARE, runtime=True, ge=0, le=1)
-    part: str = _setting("", "i/n: process only the i-th of n parts of the shards; a folder of all n parts is valid input.")
-    workers: int = _setting(2, "Worker processes; 0 works in the main process.", runtime=True, ge=0, le=1024)
-    batch_size: int = _setting(4, "SAM and DINO: images on the device at once.", runtime=True, ge=1)
+    part: str = _setting("", "i/n processes only the i-th of n parts of the shards; later stages read a folder of all parts.")
+    workers: int = _setting(2, "Worker processes; 0 uses the main process.", runtime=True, ge=0, le=1024)
+    batch_size: int = _setting(4, "SAM and DINO: images per batch.", runtime=True, ge=1)
     device: _Device = _setting("auto", _DEVICE, runtime=True)
 
     @model_validator(mode="after")
     def _fits(self) -> "MasksConfig":
-        if (self.generator in ("sam", "dino")) != bool(self.weights):
-            raise ValueError(f"generator {self.generator} with weights {self.weights!r}: sam and dino need them, others do not")
+        self._check_required("weights", "generator", "sam", "dino")
         if self.given_folder and self.generator != "given":
-            raise ValueError(
-                f"given_folder {self.given_folder!r} with generator {self.generator}: only generator given reads it"
-            )
+            found = f"given_folder {self.given_folder!r}, generator {self.generator}"
+            raise ValueError(f"given_folder must be empty unless generator is given (found {found})")
         numbers = re.fullmatch(r"(\d+)/(\d+)", self.part)
         if self.part and not (numbers and 1 <= int(numbers[1]) <= int(numbers[2])):
-            raise ValueError(f"part {self.part!r} must be written i/n with 1 <= i <= n, as 1/8")
+            raise ValueError(f"part must be written i/n with 1 <= i <= n, such as 1/8 (found {self.part!r})")
         return self
 
 
@@ -130,52 +136,54 @@ class TrainConfig(_Settings):
         "CLIP to start from: toy, an open_clip folder, NAME:PRETRAINED, or NAME:FILE (path, URL or s3://).",
         min_length=1,
     )
-    residual: Literal["cls", "patch"] = _setting("cls", "Last block's residual: cls (reference) or patch (MaskCLIP).")
+    residual: Literal["cls", "patch"] = _setting("cls", "Residual of the last block: cls (reference) or patch (MaskCLIP).")
     side: int = _setting(320, "Side of CLIP's input in pixels, a multiple of the patch size.", ge=16, le=4096)
     shortest_edge: int = _setting(1024, "Weak view: shortest edge after the resize, in pixels.", ge=16, le=16384)
     longest_edge: int = _setting(1333, "Weak view: longest edge after the resize, in pixels.", ge=16, le=16384)
     crop: int = _setting(640, "Weak view: side of the random crop, in pixels.", ge=16, le=16384)
     shards_at_once: int = _setting(
-        0, "Shards whose samples are shuffled together; 0: all. The cache should hold twice as many s3:// shards.", ge=0
+        0, "Number of shards shuffled together; 0 shuffles all. The cache needs room for twice as many s3:// shards.", ge=0
     )
     color_jitter: bool = _setting(True, "Weak view: SSD colour jitter.")
     flip: bool = _setting(True, "Weak view: horizontal flip with probability 0.5.")
     strong_view: bool = _setting(True, "Student's view: jitter, grayscale, blur and CutOut on top of the weak view.")
-    cutout_min: float = _setting(0.1, "CutOut: smallest side as a share of the view's side.", ge=0, le=1)
-    cutout_max: float = _setting(0.5, "CutOut: largest side as a share of the view's side; 0 disables CutOut.", ge=0, le=1)
+    cutout_min: float = _setting(0.1, "CutOut: minimum side as a fraction of the view's side.", ge=0, le=1)
+    cutout_max: float = _setting(0.5, "CutOut: maximum side as a fraction of the view's side; 0 disables it.", ge=0, le=1)
     mask_grid: int = _setting(256, "Side of the grid on which masks are pooled and predicted.", ge=16, le=4096)
     steps: int = _setting(10_000, "Optimizer steps.", ge=1)
     batch_size: int = _setting(48, "Images per optimizer step, over all processes.", ge=1)
     accumulate: int = _setting(1, "Micro-batches per step and process, to save memory.", runtime=True, ge=1)
-    dino: str = _setting("", "DINO checkpoint to make masks with during training; empty: the masks of the shards.")
+    dino: str = _setting("", "DINO checkpoint that generates masks during training; if empty, the shards' masks are used.")
     dino_clusters: int = _setting(16, "DINO: k of the k-means over the patch tokens of a view.", ge=2)
     precision: Literal["auto", "float32", "tf32", "bfloat16"] = _setting(
-        "auto", "Precision of towers and decoder; auto is bfloat16 if the device is fast at it, else float32."
+        "auto", "Precision of towers and decoder; auto is bfloat16 if the hardware supports it, else float32."
     )
-    clustering: bool = _setting(True, "Masks of one concept share a target; false: every mask is its own target (an ablation).")
+    clustering: bool = _setting(True, "Masks of one concept share a target; false gives every mask its own target (ablation).")
     concept_kind: Literal["prompts", "fixed_prompts", "vectors", "names"] = _setting(
         "prompts",
         "Concepts: learnable prompts, fixed prompts of random words, vectors without the text tower, or class names.",
     )
-    concept_names: str = _setting("", "Kind names: a file with one class name per line, or 'dog|puppy,grass'; else empty.")
+    concept_names: str = _setting("", "Kind names: a file with one class name per line, or 'dog|puppy,grass'; empty otherwise.")
     concepts: int = _setting(64, "K: number of concepts (kind names: number of names).", ge=2)
     prompt_tokens: int = _setting(4, "L: learnable tokens per prompt.", ge=1, le=64)
-    assignment_scale: float = _setting(100.0, "Scale of the cosines before the softmax of the assignment.", gt=0)
+    assignment_scale: float = _setting(100.0, "Factor on the cosines before the softmax of the assignment.", gt=0)
     sinkhorn_iterations: int = _setting(3, "Sinkhorn-Knopp iterations.", ge=1)
     teacher_momentum: float = _setting(0.999, "Momentum of the teacher's exponential moving average.", ge=0, lt=1)
     learning_rate_backbone: float = _setting(2e-6, "Learning rate of the image tower.", gt=0)
     learning_rate_prompts: float = _setting(2e-3, "Learning rate of the prompt tokens (paper's text: 2e-5).", gt=0)
     learning_rate_decoder: float = _setting(2e-4, "Learning rate of the decoder.", gt=0)
-    final_learning_rate_share: float = _setting(0.5, "Share of the learning rates at the end of the cosine.", ge=0, le=1)
+    final_learning_rate_share: float = _setting(
+        0.5, "Final learning rate as a fraction of the initial one (cosine schedule).", ge=0, le=1
+    )
     weight_decay: float = _setting(1e-4, "Weight decay of AdamW, except on norms and embeddings.", ge=0)
-    gradient_clip: float = _setting(0.01, "Largest global L2 norm of the gradient.", gt=0)
+    gradient_clip: float = _setting(0.01, "Clip the gradient to this global L2 norm.", gt=0)
     seed: int = _setting(0, "Seed of prompts, decoder, sample order and views.", ge=0)
     max_bad_share: float = _setting(0.05, _BAD_SHARE, runtime=True, ge=0, le=1)
     device: _Device = _setting("auto", _DEVICE, runtime=True)
     workers: int = _setting(4, "Loader processes; 0 loads in the main process.", runtime=True, ge=0, le=1024)
     log_every: int = _setting(10, "Steps between logged metrics.", runtime=True, ge=1)
     checkpoint_every: int = _setting(500, "Steps between checkpoints.", runtime=True, ge=1)
-    picture_every: int = _setting(1000, "Steps between pictures of masks and concepts; 0: none.", runtime=True, ge=0)
+    picture_every: int = _setting(1000, "Steps between pictures of masks and concepts; 0 disables them.", runtime=True, ge=0)
 
     @model_validator(mode="after")
     def _ordered(self) -> "TrainConfig":
@@ -183,8 +191,7 @@ class TrainConfig(_Settings):
             raise ValueError(f"cutout_min {self.cutout_min} is larger than cutout_max {self.cutout_max}")
         if self.shortest_edge > self.longest_edge:
             raise ValueError(f"shortest_edge {self.shortest_edge} is larger than longest_edge {self.longest_edge}")
-        if (self.concept_kind == "names") != bool(self.concept_names):
-            raise ValueError(f"concept_kind {self.concept_kind} with concept_names {self.concept_names!r}: they go together")
+        self._check_required("concept_names", "concept_kind", "names")
         return self
 
 
@@ -195,30 +202,32 @@ class EvaluateConfig(_Settings):
         "folder", "Layout of the labelled set: folder (images/, labels/, classes.txt) or a benchmark's published layout."
     )
     name: str = _setting(
-        "", "Name of the labelled set in the metrics; empty: the folder's name, or the kind.", pattern=r"^[\w.-]*$"
+        "", "Name of the labelled set in the metrics; if empty, the folder's name or the kind.", pattern=r"^[\w.-]*$"
     )
-    clip: str = _setting("", "CLIP to compare with, with its own text tower; empty: the CLIP that the model was trained from.")
+    clip: str = _setting("", "CLIP to compare with, using its own text tower; if empty, the model's original CLIP.")
     protocol: Literal["whole", "slide", "masks"] = _setting(
         "whole", "whole (paper: one view resized to a square), slide (windows), or masks (zero-shot mask classification)."
     )
     side: int = _setting(
-        0, "Whole and masks: side of CLIP's input in pixels, a multiple of the patch size; 0: as in training.", ge=0, le=4096
+        0, "Whole and masks: side of CLIP's input in pixels, a multiple of the patch size; 0 as in training.", ge=0, le=4096
     )
     feature_grid: int = _setting(64, "Whole and slide: features are resized to this grid before classification.", ge=1, le=4096)
     slide_side: int = _setting(0, "Slide: resize to this shortest edge in pixels; 0 keeps the size.", ge=0, le=16384)
     crop: int = _setting(336, "Slide: side of a window in pixels.", ge=1, le=16384)
-    stride: int = _setting(112, "Slide: pixels from one window to the next.", ge=1, le=16384)
+    stride: int = _setting(112, "Slide: stride of the windows in pixels.", ge=1, le=16384)
     masks: Literal["truth", "felzenszwalb", "given"] = _setting(
-        "truth", "Masks: truth (one per class), felzenszwalb, or given."
+        "truth", "Protocol masks: truth (one mask per class), felzenszwalb, or given."
     )
     masks_folder: str = _setting("", "Masks given: folder of SA-1B JSON (NAME.json for NAME.*), or shards with masks.")
     felzenszwalb_scale: float = _setting(200.0, "Felzenszwalb: larger values give larger segments.", gt=0)
     felzenszwalb_sigma: float = _setting(0.8, "Felzenszwalb: sigma of the Gaussian smoothing, in pixels.", ge=0)
-    felzenszwalb_min_size: int = _setting(100, "Felzenszwalb: smallest segment in pixels.", ge=1)
-    templates: Literal["ensemble", "single"] = _setting("ensemble", "All 8 templates of the paper, or only its last one.")
+    felzenszwalb_min_size: int = _setting(100, "Felzenszwalb: minimum segment size in pixels.", ge=1)
+    templates: Literal["ensemble", "single"] = _setting(
+        "ensemble", "All 8 prompt templates of the paper, or only its last one."
+    )
     precision: Literal["auto", "float32", "tf32", "bfloat16"] = _setting(
         "float32",
-        "Precision of the image towers; auto is bfloat16 if the device is fast at it. Only float32 is portable.",
+        "Precision of the image towers; auto is bfloat16 if the hardware supports it. Only float32 gives comparable metrics.",
     )
     batch_size: int = _setting(8, "Images (slide: windows) per forward pass.", runtime=True, ge=1)
     pictures: int = _setting(8, "Example pictures in the report.", runtime=True, ge=0)
@@ -230,15 +239,14 @@ class EvaluateConfig(_Settings):
     def _fits(self) -> "EvaluateConfig":
         if self.stride > self.crop:
             raise ValueError(f"stride {self.stride} is larger than crop {self.crop}: windows would leave gaps")
-        if (self.masks == "given") != bool(self.masks_folder):
-            raise ValueError(f"masks {self.masks} with masks_folder {self.masks_folder!r}: given needs it, others do not")
+        self._check_required("masks_folder", "masks", "given")
         return self
 
 
 class EvaluateClipConfig(EvaluateConfig):
-    """Evaluation of CLIP alone on one labelled set, derived from the sections evaluate and train.
+    """Evaluation of CLIP alone on one labelled set, derived from sections evaluate and train.
 
-    Name, clip and side are never empty. Pictures are not a runtime setting here, because their label maps are an output.
+    Name, clip and side are never empty. `pictures` affects the output here, so it is not a runtime setting.
     """
 
     name: str = _setting("", "Name of the labelled set in the metrics.")
@@ -250,15 +258,18 @@ class RegisterConfig(_Settings):
     """The promotion gate of the MLflow registry."""
 
     name: str = _setting("pixelclip", "Name of the registered model.", pattern=r"^[^/:.%\"']+$")
-    min_gain: float = _setting(1.0, "Smallest gain of a champion over CLIP, in points of mIoU.")
+    min_gain: float = _setting(1.0, "Minimum mIoU gain of a champion over CLIP, in points.")
 
 
 class ImportConfig(_Settings):
     """Import of a checkpoint of the reference implementation; not a stage."""
 
-    clip: str = _setting("", "open_clip's name of its CLIP, or a folder with open_clip_config.json; empty: detect it.")
+    clip: str = _setting("", "open_clip's name of its CLIP, or a folder with open_clip_config.json; detected if empty.")
     side: int = _setting(
-        0, "Side of CLIP's input in pixels; 0: the multiple of its patch size nearest 320 (ViT), 640 (ConvNeXt).", ge=0, le=4096
+        0,
+        "Side of CLIP's input in pixels; 0 is the multiple of its patch size nearest 320 (ViT), 640 (ConvNeXt).",
+        ge=0,
+        le=4096,
     )
 
 
@@ -272,7 +283,7 @@ STAGES: dict[str, type[BaseModel]] = {
     "register": RegisterConfig,
 }
 SETTINGS: dict[str, type[BaseModel]] = {**STAGES, "evaluate_clip": EvaluateClipConfig}
-"""Settings of every stage, also of the one without a section in params.yaml."""
+"""Like `STAGES`, plus `evaluate_clip`, which has no section in params.yaml."""
 
 
 def nearest(word: str, allowed: Iterable[str]) -> str:
@@ -286,9 +297,9 @@ def build(kind: type[_Kind], values: Mapping[str, Any], source: str, sources: Ma
 
     Args:
         kind: settings class.
-        values: settings; the others have their defaults.
+        values: settings; missing ones have their defaults.
         source: origin of the values, for errors.
-        sources: origins of single settings that differ from `source`.
+        sources: origins of individual settings, if not `source`.
 
     Raises:
         ValueError: one line per error with origin, setting, value, allowed values and nearest name.
@@ -324,7 +335,7 @@ def load(stage: str, params: Path | None = None, overrides: Mapping[str, Any] | 
         stage: a key of `STAGES`.
         params: YAML file with one section per stage; the sections of other stages are validated too.
         overrides: `setting: value` or `stage.setting: value`; those of other stages are ignored.
-        origin: origin of `overrides`, for errors; empty: the command line.
+        origin: origin of `overrides`, for errors; the command line if empty.
 
     Raises:
         ValueError: unknown section or setting, or invalid value.
@@ -335,7 +346,7 @@ def load(stage: str, params: Path | None = None, overrides: Mapping[str, Any] | 
         if name not in STAGES:
             raise ValueError(f"{params}: unknown section {name!r}{nearest(str(name), STAGES)}")
         if not isinstance(section, dict | None):
-            raise ValueError(f"{params}: section {name!r} must hold settings, found {section!r}")
+            raise ValueError(f"{params}: section {name!r} must contain settings, found {section!r}")
         build(STAGES[name], section or {}, f"{source}: {name}")
     values = dict(sections.get(stage) or {})
     sources: dict[str, str] = {}
@@ -363,7 +374,7 @@ def load_all(params: Path | None, overrides: Mapping[str, Any]) -> dict[str, Any
 
 
 class _Loader(yaml.SafeLoader):
-    """Reject duplicate keys of a mapping: PyYAML would silently keep the last one."""
+    """Loader that rejects duplicate keys, of which PyYAML would silently keep the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -383,19 +394,19 @@ def read_yaml(path: Path, content: str) -> dict[Any, Any]:
         content: keys and values expected, for errors.
 
     Raises:
-        ValueError: the file cannot be read, is not YAML, has a duplicate key or no mapping; one line with the position.
+        ValueError: the file is unreadable, not YAML or not a mapping, or has a duplicate key; one line with the position.
     """
     try:
         document = yaml.load(path.read_text(), _Loader) or {}
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
-        place = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
-        raise ValueError(f"{path}: cannot be read as YAML: {error.problem or error.context}{place}") from None
+        position = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        raise ValueError(f"{path}: cannot be read as YAML: {error.problem or error.context}{position}") from None
     except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         message = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise ValueError(f"{path}: cannot be read as YAML: {message}") from None
     if not isinstance(document, dict):
-        raise ValueError(f"{path}: must hold {content}, found {type(document).__name__}")
+        raise ValueError(f"{path}: must contain {content}, found {type(document).__name__}")
     return document
 
 
@@ -422,7 +433,7 @@ def _runtime_settings(kind: type[BaseModel]) -> set[str]:
 
 
 def lasting(config: BaseModel) -> dict[str, Any]:
-    """Return the settings that determine the result of a stage: all but the runtime settings."""
+    """Return the settings that determine the result of a stage: all except runtime settings."""
     return config.model_dump(exclude=_runtime_settings(type(config)))
 
 

@@ -1,4 +1,4 @@
-"""Process group, device and precision of a job that torchrun started, or of a single process. N rows."""
+"""Process group, device and precision, under torchrun or in a single process."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from pixelclip.config import DEVICES
 
 _TIMEOUT = timedelta(hours=2)  # ranks wait while the main process reads a terabyte of shards to identify them
 
@@ -24,7 +26,7 @@ class ProcessGroup:
 
     @property
     def is_main(self) -> bool:
-        """True on rank 0, which writes files and logs."""
+        """Whether this is rank 0, which writes files and logs."""
         return self.rank == 0
 
     def local_range(self, number: int) -> range:
@@ -39,7 +41,7 @@ class ProcessGroup:
         return values
 
     def all_gather(self, rows: Tensor) -> tuple[Tensor, slice]:
-        """Return the rows of all ranks in rank order, and the slice that holds this rank's rows.
+        """Return the rows of all ranks in rank order, and the slice of this rank's rows.
 
         Args:
             rows: [N, ...]; N may differ between ranks and may be 0.
@@ -93,7 +95,7 @@ def count_gpus() -> int:
     """
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
     requested = int(os.environ.get("PIXELCLIP_GPUS", "0"))
-    if available < requested:  # otherwise the job would run on the CPU unnoticed, for days
+    if available < requested:  # otherwise the job would silently run on the CPU for days
         raise ValueError(
             f"CUDA finds {available} of the {requested} GPUs that this pod requested (PIXELCLIP_GPUS): check the node's driver"
         )
@@ -104,7 +106,7 @@ def pick_device(name: str) -> torch.device:
     """Return the device called `name`; `auto` selects a GPU if one is available.
 
     Raises:
-        ValueError: the device cannot be used, or as `count_gpus`.
+        ValueError: the device cannot be used; also the errors of `count_gpus`.
     """
     if name == "auto":
         return torch.device("cuda" if count_gpus() else "cpu")
@@ -112,9 +114,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(
-            f"device {name!r} cannot be used: {str(error).splitlines()[0]}; allowed: auto, cpu, cuda, cuda:N"
-        ) from None
+        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}; allowed: {DEVICES}") from None
     return device
 
 
@@ -123,7 +123,7 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype | None:
 
     Args:
         name: auto, float32, tf32 or bfloat16; auto selects bfloat16 on devices that support it in hardware.
-        device: the device that computes.
+        device: device of the computation.
     """
     if device.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = name == "tf32"
@@ -135,7 +135,7 @@ def pick_precision(name: str, device: torch.device) -> torch.dtype | None:
 
 
 def copy_to_host_async(values: Tensor) -> Callable[[], list[float]]:
-    """Start an asynchronous copy of `values` [N] to the CPU; the returned function waits for that copy only and returns it."""
+    """Start an asynchronous copy of `values` [N] to the CPU; the returned function waits for this copy only and returns it."""
     copied = values.detach().to("cpu", non_blocking=True)
     if values.device.type != "cuda":
         return copied.tolist
@@ -151,13 +151,13 @@ def copy_to_host_async(values: Tensor) -> Callable[[], list[float]]:
 
 @contextmanager
 def init_process_group(device: str) -> Iterator[ProcessGroup]:
-    """Join the process group that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK), or yield `SINGLE_PROCESS` on `device`.
+    """Join the process group that torchrun started (RANK, WORLD_SIZE, LOCAL_RANK), or yield a group of one process.
 
     Args:
-        device: auto, cpu, cuda, cuda:1, ...; with several ranks `cuda:N` is invalid, and `auto` and `cuda` assign each a GPU.
+        device: one of `DEVICES`; with several ranks `cuda:N` is invalid, and `auto` and `cuda` give each rank its own GPU.
 
     Raises:
-        ValueError: the device cannot be used, there are more ranks than GPUs, or as `count_gpus`.
+        ValueError: the device cannot be used, there are more ranks than GPUs; also the errors of `count_gpus`.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
@@ -168,7 +168,9 @@ def init_process_group(device: str) -> Iterator[ProcessGroup]:
         return
     rank, local = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
     if device.startswith("cuda:"):
-        raise ValueError(f"device {device!r} with {size} processes: each needs its own device; allowed: auto, cpu, cuda")
+        raise ValueError(
+            f"device {device!r} with {size} processes: each process needs its own device; allowed: auto, cpu, cuda"
+        )
     gpus = 0 if device == "cpu" else count_gpus()
     if device == "cuda" or gpus:
         if local >= gpus:

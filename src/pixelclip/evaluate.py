@@ -1,8 +1,6 @@
-"""STAGE evaluate: compare a PixelCLIP with the CLIP it was trained from on a labelled set, with the same classifier.
+"""STAGE evaluate: compare PixelCLIP with the CLIP it was trained from on a labelled set, using the same classifier.
 
 A different CLIP (`evaluate.clip`) is evaluated with the classifier of its own text tower, because the embedding spaces differ.
-Under torchrun the processes share the images. Method: method.md, "Inference and evaluation".
-B images, T towers, K classes, C embedding width, H W image.
 """
 
 import json
@@ -21,7 +19,7 @@ from pixelclip.data.labelled_sets import LabelledSet, open_labelled
 from pixelclip.distributed import ProcessGroup, init_process_group
 from pixelclip.evaluation.clip_baseline import check_baseline, load_baseline, resolve_config
 from pixelclip.evaluation.confusion import CLIP, OURS
-from pixelclip.evaluation.evaluator import STATE, TowerEvaluation, compute_metrics, evaluate_towers, per_class_iou
+from pixelclip.evaluation.evaluator import STATE_FOLDER, TowerEvaluation, compute_metrics, evaluate_towers, per_class_iou
 from pixelclip.evaluation.protocol import (
     PROTOCOL,
     check_masks,
@@ -50,14 +48,14 @@ _CONFUSION_CLASSES = 10  # more rows are unreadable in the KFP dashboard
 def run(model: Path, labelled: Path | str, out: Path, config: EvaluateConfig, clip_evaluation: Path | None = None) -> Metrics:
     """Evaluate a model and its CLIP on a labelled set and write the report; an interrupted run resumes.
 
-    Under torchrun all processes evaluate one result, and the main process writes it.
+    Under torchrun the processes share the images, and the main process writes the result.
 
     Args:
         model: model folder.
         labelled: labelled set, a folder or `s3://bucket/folder`.
         out: output folder: metrics, `table.txt`, `per_class.json`, `confusion.json`, `protocol.json`, `report.html`.
         config: settings.
-        clip_evaluation: output of `evaluate_clip` for the model's CLIP and this set; without it CLIP is evaluated too.
+        clip_evaluation: output of `evaluate_clip` for the model's CLIP and this set; if None, CLIP is evaluated too.
 
     Returns:
         `miou/NAME`, `miou_clip/NAME`, `gain/NAME`, `pixel_accuracy/NAME`, ... in points; `image_recall_clip/NAME` in 0..1;
@@ -65,7 +63,7 @@ def run(model: Path, labelled: Path | str, out: Path, config: EvaluateConfig, cl
         `.masks`, `.masks-given`, ...
 
     Raises:
-        ValueError: unusable model, CLIP, labelled set or masks, an evaluation of CLIP under other conditions, or MLflow
+        ValueError: unusable model, CLIP, labelled set or masks, an evaluation of CLIP under different conditions, or MLflow
             unreachable.
     """
     with init_process_group(config.device) as group:
@@ -103,18 +101,18 @@ def _run(
     with stage if group.is_main else nullcontext():
         protocol = protocol_of(resolved)
         tracked = _attach(model, stage, protocol) if group.is_main else None
-        evaluation, words = _evaluate(loaded, clip, dataset, resolved, group, stage.folder / STATE)
+        evaluation, words = _evaluate(loaded, clip, dataset, resolved, group, stage.folder / STATE_FOLDER)
         values = compute_metrics(evaluation.counts, len(dataset), config.protocol == "masks", labelled)
         metrics = {f"{key}/{metric_label(protocol)}": value for key, value in values.items()}
         if tracked:
             _write(stage.folder, model, dataset, protocol, metrics, evaluation, words)
             tracked.values(metrics)
-            # Benchmarks and other protocols share the run, so their files go into a folder each.
+            # Benchmarks and other protocols share the run, so each has its own folder of files.
             below = None if (config.kind, metric_label(protocol)) == ("folder", resolved.name) else metric_label(protocol)
             for file in (REPORT, PER_CLASS, PROTOCOL, CONFUSION):
                 tracked.artifact(stage.folder / file, below)
             tracked.finish()
-            shutil.rmtree(stage.folder / STATE)
+            shutil.rmtree(stage.folder / STATE_FOLDER)
             stage.finish(metrics, files=["metrics.json", PER_CLASS, PROTOCOL])
         return metrics
 
@@ -124,7 +122,7 @@ def _evaluate(
 ) -> tuple[TowerEvaluation, list[list[tuple[str, float]]]]:
     """Evaluate both towers, and find the nearest class names of every concept with their cosines.
 
-    The model is always evaluated with its own text tower: its image tower and its prompts were trained with that one.
+    The model is always evaluated with its own text tower, with which its image tower and prompts were trained.
     """
     one_pass = isinstance(clip, Clip) and _differ_by_image_tower_only(clip, model.clip)
     text, classes = _classifier(model.clip, dataset, config, group)
@@ -150,8 +148,7 @@ def _evaluate(
 
 
 def _differ_by_image_tower_only(clip: Clip, other: Clip) -> bool:
-    """Whether two CLIPs have the same classifier and preprocessing, so that one pass can evaluate both."""
-
+    """Return whether two CLIPs have the same classifier and preprocessing, so that one pass can evaluate both."""
     same = (clip.mean, clip.std, clip.side) == (other.mean, other.std, other.side)
     same &= all(clip.model_cfg.get(key) == other.model_cfg.get(key) for key in ("text_cfg", "quick_gelu"))
     tensors, others = clip.model.state_dict(), other.model.state_dict()
@@ -167,14 +164,14 @@ def _classifier(clip: Clip, dataset: LabelledSet, config: EvaluateConfig, group:
 def run_all(
     model: Path, labelled: Sequence[str], out: Path, config: EvaluateConfig, clip_evaluation: Path | None = None
 ) -> Metrics:
-    """Evaluate on several labelled sets, each into its own folder below `out`; a single one is written to `out` itself.
+    """Evaluate on several labelled sets, each in its own folder below `out`; a single set uses `out` itself.
 
-    Arguments, metrics and errors are those of `run`, for `labelled` those of `parse_labelled_sets`; `clip_evaluation` is the
+    Arguments, metrics and errors are those of `run` and, for `labelled`, of `parse_labelled_sets`; `clip_evaluation` is the
     output of `evaluate_clip.run_all` for the same sets.
     """
     sets = parse_labelled_sets(labelled, config)
     metrics: Metrics = {}
-    with init_process_group(config.device) as group:  # once: a process group cannot be left and joined again reliably
+    with init_process_group(config.device) as group:  # once, because a process group cannot be reliably left and joined again
         for name, (path, set_config) in sets.items():
             folder = name if len(sets) > 1 else "."
             metrics |= _run(model, path, out / folder, set_config, group, clip_evaluation and clip_evaluation / folder)
@@ -211,7 +208,7 @@ def _attach(model: Path, stage: Stage, protocol: dict[str, Any]) -> Run:
 
 
 def table(per_class: list[dict[str, Any]], metrics: Metrics, name: str) -> str:
-    """Format the result as text: IoU per class of CLIP and PixelCLIP, then the means."""
+    """Format the result as text: the IoU of CLIP and PixelCLIP per class, then the means."""
 
     def cell(value: float | None) -> str:
         return f"{'-' if value is None else format(value, '.1f'):>9}"

@@ -1,7 +1,7 @@
 """STAGE evaluate_clip: evaluate the original CLIP on a labelled set, once for all models trained from it.
 
 `evaluate` can reuse the result instead of running CLIP's image tower; its metrics are the same either way. The settings are
-those of section `evaluate`. Under torchrun the processes share the images. Method: method.md, "Inference and evaluation".
+those of section `evaluate`. Under torchrun the processes share the images.
 """
 
 import shutil
@@ -14,7 +14,7 @@ from pixelclip.data.labelled_sets import open_labelled
 from pixelclip.distributed import ProcessGroup, init_process_group
 from pixelclip.evaluation.clip_baseline import BASELINE_STAGE, COUNTS, MAPS, resolve_config, save_baseline
 from pixelclip.evaluation.confusion import CLIP
-from pixelclip.evaluation.evaluator import STATE, compute_metrics, evaluate_towers
+from pixelclip.evaluation.evaluator import STATE_FOLDER, compute_metrics, evaluate_towers
 from pixelclip.evaluation.protocol import (
     PROTOCOL,
     check_masks,
@@ -42,10 +42,10 @@ def run(clip: str, labelled: Path | str, out: Path, config: EvaluateConfig, side
         out: output folder: metrics, `counts.npz`, `maps.npz` (label maps of the report's pictures), `protocol.json`.
         config: settings.
         side: input side of the models in pixels; `evaluate.side` takes precedence.
-        residual: of the models' last block, see `Backbone`.
+        residual: residual of the models' last block, see `Backbone`.
 
     Returns:
-        `miou_clip/NAME`, `pixel_accuracy_clip/NAME`, ... in points; `image_recall_clip/NAME` in 0..1; NAME as in `evaluate`.
+        `miou_clip/NAME`, `pixel_accuracy_clip/NAME`, ... in points; `image_recall_clip/NAME` in 0..1; for NAME see `evaluate`.
 
     Raises:
         ValueError: unusable CLIP, labelled set or masks.
@@ -55,9 +55,9 @@ def run(clip: str, labelled: Path | str, out: Path, config: EvaluateConfig, side
 
 
 def run_all(clip: str, labelled: Sequence[str], out: Path, config: EvaluateConfig, side: int, residual: Residual) -> Metrics:
-    """Evaluate a CLIP on several labelled sets, each into its own folder below `out`; a single one is written to `out` itself.
+    """Evaluate a CLIP on several labelled sets, each in its own folder below `out`; a single set uses `out` itself.
 
-    Args and errors are those of `run`, and for `labelled` those of `parse_labelled_sets`.
+    Arguments and errors are those of `run` and, for `labelled`, of `parse_labelled_sets`.
     """
     sets = parse_labelled_sets(labelled, config)
     metrics: Metrics = {}
@@ -85,7 +85,7 @@ def _run(
     with stage if group.is_main else nullcontext():
         text = TextTower(loaded.model).to(group.device).eval()
         classes = classifier(text, dataset.classes, TEMPLATES[config.templates])
-        towers, state = {CLIP: tower}, stage.folder / STATE
+        towers, state = {CLIP: tower}, stage.folder / STATE_FOLDER
         evaluation = evaluate_towers(towers, loaded, classes, dataset, config, group, state, BASELINE_STAGE)
         values = compute_metrics(evaluation.counts, len(dataset), config.protocol == "masks", labelled)
         metrics = {f"{key}/{metric_label(protocol)}": value for key, value in values.items()}

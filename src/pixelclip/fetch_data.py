@@ -1,6 +1,6 @@
-"""STAGE fetch_data: data that DVC tracks, as of one git revision.
+"""STAGE fetch_data: fetch data of one git revision from a DVC or git repository.
 
-The revision is resolved to a commit first, so that the data can be identified later. Files come from the DVC remote (or the
+The revision is resolved to a commit first, which identifies the data later. Files come from the DVC remote (or the
 local cache of a repository on this machine) and are checked against the MD5 in the commit. Credentials come from the
 environment (AWS_*) and from git.
 """
@@ -25,10 +25,10 @@ _AT_ONCE = 16
 
 
 def look_at_remote(repo: str) -> str:
-    """Check that the DVC remote of a repository can be read; return its address, or nothing if the repository has no remote.
+    """Check that the DVC remote of a repository can be read; return its address, empty if there is no remote.
 
     Raises:
-        ValueError: there is no such repository, or the remote refuses or cannot be reached.
+        ValueError: the repository does not exist, or the remote rejects access or cannot be reached.
     """
     public = without_login(repo)
     with _opened(repo, public, "HEAD") as (files, _):
@@ -48,19 +48,19 @@ def look_at_remote(repo: str) -> str:
 
 
 def run(repo: str, out: Path, config: FetchDataConfig) -> Metrics:
-    """Fetch a folder or file of a DVC or git repository, as of one revision.
+    """Fetch a folder or file of a DVC or git repository at one revision.
 
     Args:
         repo: git repository with DVC data: a folder or a URL.
-        out: output folder with the data and the provenance, whose `source` holds `repo` and what `about` returns.
+        out: output folder of the data; the `source` in its provenance is `repo` and the values of `about`.
         config: settings.
 
     Returns:
         `files` and `bytes`.
 
     Raises:
-        ValueError: there is no such repository, revision or path, the remote refuses or cannot be reached, or a file is
-            missing in it or damaged.
+        ValueError: repository, revision or path do not exist, the remote rejects access or cannot be reached, or a file
+            is missing from it or damaged.
     """
     repo = repo if "://" in repo or not Path(repo).is_dir() else str(Path(repo).absolute())
     public = without_login(repo)
@@ -83,10 +83,10 @@ def run(repo: str, out: Path, config: FetchDataConfig) -> Metrics:
 
 
 def commit_of(repo: str, revision: str) -> str:
-    """Return the full SHA of the commit that a branch, tag or commit is now.
+    """Return the full SHA of the commit to which a branch, tag or commit currently points.
 
     Raises:
-        ValueError: there is no such repository or revision, or the remote cannot be reached.
+        ValueError: repository or revision do not exist, or the repository cannot be reached.
     """
     if re.fullmatch(r"[0-9a-f]{40}", revision):
         return revision
@@ -97,17 +97,17 @@ def commit_of(repo: str, revision: str) -> str:
 
 
 def about(out: Path) -> dict[str, Any]:
-    """Return `git_sha`, `path`, `md5` (DVC's where it tracks the path), `nfiles` and `size` of an output of this stage."""
+    """Return `git_sha`, `path`, `md5` (DVC's if it tracks the path), `nfiles` and `size` of an output of this stage."""
     return {name: value for name, value in read_json(out / PROVENANCE)["source"].items() if name != "repo"}
 
 
 def without_login(url: str) -> str:
-    """Return a URL without user, password and token."""
+    """Remove user, password and token from a URL."""
     return re.sub(r"(?<=://)[^/@]*@", "", url)
 
 
 def has_secret(url: str) -> bool:
-    """Return True if a URL holds a password or a token; the user of an ssh:// address is neither."""
+    """Return whether a URL contains a password or token; the user in an ssh:// URL is neither."""
     return bool(re.match(r"https?://[^/@]*@|\w+://[^/@:]*:[^/@]*@", url))
 
 
@@ -120,7 +120,7 @@ def _opened(repo: str, public: str, revision: str) -> Iterator[tuple[Any, str]]:
         from dvc.repo.open_repo import clean_repos
         from dvc.scm import CloneError, RevError, SCMError
     except ImportError:
-        raise ValueError(f"{public}: DVC is missing; pip install 'pixelclip[data]'") from None
+        raise ValueError(f"{public}: DVC is not installed; run pip install 'pixelclip[data]'") from None
     for name in ("scmrepo", "dvc", "dvc_data"):  # they log every exception with its traceback
         logging.getLogger(name).setLevel(logging.CRITICAL)
     files = None
@@ -133,7 +133,7 @@ def _opened(repo: str, public: str, revision: str) -> Iterator[tuple[Any, str]]:
     except RevError:
         raise ValueError(f"{public}: there is no revision {revision!r} (fetch_data.revision)") from None
     except (CloneError, SCMError) as error:
-        raise ValueError(f"{public}: is no git repository that can be read ({_reason(error).replace(repo, public)})") from None
+        raise ValueError(f"{public}: not a readable git repository ({_reason(error).replace(repo, public)})") from None
     finally:
         pygit2.settings.owner_validation = True
         if files is not None:
@@ -142,7 +142,7 @@ def _opened(repo: str, public: str, revision: str) -> Iterator[tuple[Any, str]]:
 
 
 def _fetch(files: Any, path: str, where: str, folder: Path) -> dict[str, Any]:
-    """Fetch all files below `path`; return `md5`, `nfiles` and `size`, DVC's values where it has them."""
+    """Fetch all files below `path`; return `md5`, `nfiles` and `size`, DVC's values if it has them."""
     for name in (PROVENANCE, METRICS):  # of a run that was killed while it finished
         (folder / name).unlink(missing_ok=True)
     try:
@@ -152,7 +152,7 @@ def _fetch(files: Any, path: str, where: str, folder: Path) -> dict[str, Any]:
     is_folder = top["type"] == "directory"
     infos = files.find(path, detail=True) if is_folder else {path: top}
     if not infos:
-        raise ValueError(f"{where}: holds no file")
+        raise ValueError(f"{where}: contains no file")
     start = posixpath.join("/", path if is_folder else posixpath.dirname(path))
 
     def fetch(name: str) -> Path:
@@ -163,10 +163,10 @@ def _fetch(files: Any, path: str, where: str, folder: Path) -> dict[str, Any]:
         try:
             files.get_file(name, str(target), info=dict(infos[name]))
         except FileNotFoundError as error:
-            message = f"{name} is missing in the DVC remote ({_reason(error)})"
+            message = f"{name} is missing from the DVC remote ({_reason(error)})"
             raise ValueError(f"{where}: {message}{_refusal(files)}") from None
         if expected and (md5 := file_md5(target)) != expected:
-            raise ValueError(f"{where}: {name} is damaged in the remote (md5 {md5}, the commit has {expected})")
+            raise ValueError(f"{where}: {name} is damaged in the DVC remote (MD5 mismatch: expected {expected}, got {md5})")
         return target
 
     with ThreadPoolExecutor(_AT_ONCE) as pool:
@@ -191,22 +191,22 @@ def _siblings(files: Any, path: str) -> str:
     except OSError:
         return ""
     shown = [name for name in names if not name.startswith(".")][:10]
-    return f"; {'the repository' if parent == '/' else parent} holds {', '.join(shown)}" if shown else ""
+    return f"; {'the repository' if parent == '/' else parent} contains {', '.join(shown)}" if shown else ""
 
 
 def _free_names(where: str, stage: Stage) -> None:
-    """Remove provenance and metrics of fetched stage outputs; their provenance is kept as that of the input `made`."""
+    """Remove provenance and metrics of a fetched stage output; keep its provenance as that of the input `made`."""
     taken = [name for name in (PROVENANCE, METRICS) if (stage.folder / name).exists()]
     if PROVENANCE in taken and "provenance" in (made := describe(stage.folder)):
         stage.inputs["made"] = made | {"path": stage.source["repo"]}
     elif taken:
-        raise ValueError(f"{where}: holds a file {taken[0]}, a name that pixelclip reserves; rename the file")
+        raise ValueError(f"{where}: contains {taken[0]}, a file name that pixelclip reserves; rename the file")
     for name in taken:
         (stage.folder / name).unlink()
 
 
 def _refusal(files: Any) -> str:
-    """Return why an S3 remote refuses: DVC sends HEAD, which is answered with a bare status, so request a listing."""
+    """Return why an S3 remote rejects access: DVC sends HEAD, whose reply gives no reason, so request a listing."""
     try:
         remote = files.repo.cloud.get_remote()
         if remote.fs.protocol != "s3":

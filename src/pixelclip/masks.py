@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from pixelclip.config import MasksConfig
 from pixelclip.data.annotations import annotate, parse_annotation
-from pixelclip.data.images import decode_image, encode_jpeg, nearest, to_rgb
+from pixelclip.data.images import cell_centres, decode_image, encode_jpeg, to_rgb
 from pixelclip.data.shard_format import Member, ShardWriter, index_shard, read_part
 from pixelclip.data.shard_sources import Shard, describe_shards, list_shards
 from pixelclip.mask_generators.felzenszwalb import felzenszwalb
@@ -244,7 +244,7 @@ def shrink(sample: Sample, shortest_edge: int, quality: int) -> Sample:
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     if annotation:
         document, masks = parse_annotation(annotation, image.size)
-        small = masks.sample(nearest(size[1], image.height), nearest(size[0], image.width))  # [N, H, W]
+        small = masks.sample(cell_centres(size[1], image.height), cell_centres(size[0], image.width))  # [N, H, W]
         kept = [index for index, mask in enumerate(small) if mask.any()]
         resized = annotate((small[index] for index in kept), size, key)
         for entry, index in zip(resized["annotations"], kept, strict=True):

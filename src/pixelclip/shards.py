@@ -16,7 +16,7 @@ from pixelclip.storage.files import files_below
 from pixelclip.workflow.bad_samples import BadSamples
 from pixelclip.workflow.stage import Metrics, Stage, describe
 
-_NAMED = 10  # suffixes of ignored files named one by one; the rest are counted
+_NAMED = 10  # maximum number of suffixes listed for ignored files
 
 
 def run(images: Path | str, out: Path, config: ShardsConfig) -> Metrics:
@@ -31,12 +31,12 @@ def run(images: Path | str, out: Path, config: ShardsConfig) -> Metrics:
         `{"images": ..., "bad_images": ..., "shards": ...}`.
 
     Raises:
-        ValueError: no images, too many unusable ones, or `out` inside `images`.
+        ValueError: there are no images, too many are unusable, or `out` is inside `images`.
     """
     images = here(images)
     if not images.is_dir():
         raise ValueError(f"{images}: no such folder of images")
-    if out.resolve().is_relative_to(images.resolve()):  # the next run would take the shards for inputs
+    if out.resolve().is_relative_to(images.resolve()):  # the next run would read the shards as inputs
         raise ValueError(f"{out}: shards must not be inside the folder of images {images}; choose another --out")
     files = files_below(images)
     paths = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
@@ -65,7 +65,7 @@ def run(images: Path | str, out: Path, config: ShardsConfig) -> Metrics:
 
 
 def _ignored(files: list[Path]) -> str:
-    """Summarise in one line the files that are neither images nor JSON; empty if there are none."""
+    """Summarise in one line the files that are neither images nor JSON; return an empty string if there are none."""
     counts = Counter(path.suffix.lower() or "none" for path in files)
     ignored = [(suffix, count) for suffix, count in counts.most_common() if suffix not in (*IMAGE_SUFFIXES, ".json")]
     if not ignored:
@@ -78,7 +78,7 @@ def _ignored(files: list[Path]) -> str:
 
 
 def _samples(root: Path, paths: list[Path], config: ShardsConfig, bad: BadSamples) -> Iterator[list[tuple[str, bytes]]]:
-    """Yield the members of each usable sample as (name, data)."""
+    """Yield the members (name, data) of each usable sample."""
     keys: set[str] = set()
     for path in tqdm(paths, desc="shards", unit="image"):
         name = path.relative_to(root).with_suffix("").as_posix()
@@ -101,11 +101,11 @@ def _as_jpeg(data: bytes, config: ShardsConfig) -> bytes:
     """Return a plain upright RGB JPEG unchanged; turn, shrink and encode any other image."""
     image = decode_image(data)
     upright = turn_upright(image)
-    shrink = config.shortest_edge / min(upright.size) if config.shortest_edge else 1.0
+    scale = config.shortest_edge / min(upright.size) if config.shortest_edge else 1.0
     is_plain_jpeg = image.format == "JPEG" and image.mode == "RGB" and image.getexif().get(0x0112, 1) == 1
-    if is_plain_jpeg and shrink >= 1:
+    if is_plain_jpeg and scale >= 1:
         return data
-    if shrink < 1:
-        width, height = (max(1, round(edge * shrink)) for edge in upright.size)
+    if scale < 1:
+        width, height = (max(1, round(edge * scale)) for edge in upright.size)
         upright = to_rgb(upright).resize((width, height), Image.Resampling.LANCZOS)
     return encode_jpeg(upright, config.jpeg_quality)

@@ -1,4 +1,4 @@
-"""STAGE toy: painted scenes as training images and as a labelled set. They are the default data of this repository."""
+"""STAGE toy: paint training images and a labelled set, the default data of this repository."""
 
 from pathlib import Path
 
@@ -12,10 +12,10 @@ from pixelclip.workflow.stage import Metrics, Stage
 
 
 def run(out: Path, config: ToyConfig) -> Metrics:
-    """Paint the images to train on and the labelled set to evaluate on.
+    """Paint training images and a labelled set for evaluation.
 
     Args:
-        out: Output folder: `images/` without labels, and the labelled set `toy/` of other scenes.
+        out: Output folder: `images/` without labels, and the labelled set `toy/` of different scenes.
         config: Settings.
 
     Returns:

@@ -1,7 +1,4 @@
-"""STAGE train: train a PixelCLIP from a CLIP on masked shards (PixelCLIP, section 3; method.md). The loop is one function.
-
-B images, N masks, K concepts, C embedding width.
-"""
+"""STAGE train: train PixelCLIP on shards with masks, starting from a pretrained CLIP (PixelCLIP, section 3)."""
 
 import math
 import time
@@ -38,20 +35,20 @@ from pixelclip.visualization.pictures import gallery, training_picture
 from pixelclip.workflow.bad_samples import BadSamples
 from pixelclip.workflow.stage import Metrics, Stage, describe
 
-STATE = "state.safetensors"
+STATE_FILE = "state.safetensors"
 _PICTURE_IMAGES = 4
 """Images in a training picture."""
-_MASKLESS_SHARE = 0.5
-"""Share of steps without any mask above which the masks are considered unusable."""
+_MAX_MASKLESS = 0.5
+"""Maximum fraction of steps without any mask; above it the masks are considered unusable."""
 
 
 def run(masks: Path | str, out: Path, config: TrainConfig) -> Metrics:
-    """Train a PixelCLIP; an interrupted run resumes: on a CPU with bit-identical losses, on a GPU up to rounding.
+    """Train PixelCLIP. An interrupted run resumes: on a CPU with bit-identical losses, on a GPU up to rounding.
 
     Under torchrun all processes train one model; batch, Sinkhorn assignment and gradients equal those of one process.
 
     Args:
-        masks: Shards with masks.
+        masks: shards with masks.
         out: model folder: weights, config, provenance, curves, pictures, gallery. Only the main process writes it.
         config: settings.
 
@@ -91,7 +88,7 @@ def run(masks: Path | str, out: Path, config: TrainConfig) -> Metrics:
                 tracked.values(metrics)
                 tracked.finish()
                 stage.finish(metrics, files=[WEIGHTS, CONFIG])
-                (stage.out / STATE).unlink(missing_ok=True)  # not earlier: until here an interrupted run resumes from it
+                (stage.out / STATE_FILE).unlink(missing_ok=True)  # not earlier: an interrupted run resumes from it
             return metrics
 
 
@@ -114,7 +111,7 @@ def _train(
     group: ProcessGroup,
     tracked: Run | None,
 ) -> Metrics:
-    # Model. Every process builds the same one: its initial values depend only on the seed.
+    # Model. Every process builds the same one, because initial values depend only on the seed.
     text = TextTower(clip.model)
     precision = pick_precision(config.precision, group.device)
     model = PixelCLIP(
@@ -130,7 +127,7 @@ def _train(
     model = model.to(group.device).train()
     optimizer = make_optimizer(model, config)
     initial_rates = [parameters["lr"] for parameters in optimizer.param_groups]
-    resumed = load_state(stage.folder / STATE, model, optimizer, group)
+    resumed = load_state(stage.folder / STATE_FILE, model, optimizer, group)
     start = resumed.steps
     dino = dino and dino.to(group.device)
 
@@ -152,7 +149,7 @@ def _train(
     for step in bar:
         micro_batches = [next(loader) for _ in range(config.accumulate)]
 
-        # Bad samples: reported, counted; too many stop the training.
+        # Report and count bad samples; too many stop the training.
         bad.found += [name for batch in micro_batches for name in batch.bad]
         local = [len(bad.found) - len(dataset.bad), sum(len(batch.masks) for batch in micro_batches)]
         new_bad, num_masks = group.all_reduce(torch.tensor(local)).tolist()
@@ -161,7 +158,7 @@ def _train(
             bad.stop_if_too_many(_drawn_from(dataset, (step + 1) * config.batch_size), len(dataset.bad) + num_bad)
         if num_masks == 0:
             maskless += 1
-            if maskless > max(10, _MASKLESS_SHARE * (step + 1)) or maskless == config.steps:
+            if maskless > max(10, _MAX_MASKLESS * (step + 1)) or maskless == config.steps:
                 raise ValueError(
                     f"step {step + 1}: {maskless} batches contained no mask; check the masks or increase train.crop"
                 )
@@ -172,7 +169,7 @@ def _train(
 
         # Schedule.
         for parameters, rate in zip(optimizer.param_groups, initial_rates, strict=True):
-            parameters["lr"] = rate * cosine_share(step, config.steps, config.final_learning_rate_share)
+            parameters["lr"] = rate * cosine_factor(step, config.steps, config.final_learning_rate_share)
 
         # Forward, loss, backward, clip. Seed per step, so that a resumed run draws the same stochastic depth.
         torch.manual_seed(config.seed * 1_000_003 + step * group.size + group.rank)
@@ -183,7 +180,7 @@ def _train(
         norm = nn.utils.clip_grad_norm_(model.learning(), config.gradient_clip)
         saved = (step + 1) % config.checkpoint_every == 0
         pending.append((step, copy_to_host_async(torch.stack([output.loss, norm]))))
-        # On a GPU check one step late, so that the host does not wait. Before a log or a checkpoint check at once.
+        # On a GPU check one step late, so that the host does not wait. Check before a log or a checkpoint, too.
         _check_finite(pending, keep=int(group.device.type == "cuda" and not (logged or saved)))
 
         # Step, teacher.
@@ -217,7 +214,7 @@ def _train(
         # Checkpoint.
         if group.is_main and saved and step + 1 < config.steps:
             progress = Progress(step + 1, maskless, num_bad, output.loss.item(), output.concepts_used())
-            save_state(stage.folder / STATE, model, optimizer, progress)
+            save_state(stage.folder / STATE_FILE, model, optimizer, progress)
 
     _check_finite(pending, keep=0)
     bad.found = sum(group.all_gather_object(bad.found[len(dataset.bad) :]), list(dataset.bad))
@@ -240,18 +237,18 @@ def _train(
 
 
 def _drawn_from(dataset: MaskedImages, position: int) -> int:
-    """Return the number of samples in all epochs begun at a stream position; bad samples may come first in an epoch."""
+    """Return an upper bound on the samples drawn so far, counting each started epoch in full."""
     return max(1, math.ceil(position / len(dataset))) * (len(dataset) + len(dataset.bad))
 
 
 def _check_finite(pending: deque[tuple[int, Callable[[], list[float]]]], keep: int) -> None:
-    """Check loss and gradient norm of pending steps, oldest first, until `keep` are left."""
+    """Check loss and gradient norm of pending steps, oldest first, until `keep` remain."""
     while len(pending) > keep:
         step, read = pending.popleft()
         loss, norm = read()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise ValueError(
-                f"step {step + 1}: loss {loss}, gradient norm {norm}: not finite, the step is discarded; "
+                f"step {step + 1}: loss {loss} or gradient norm {norm} is not finite, so the step is discarded; "
                 "lower the learning rates (train.learning_rate_*) or check the images and masks"
             )
 
@@ -290,8 +287,8 @@ def new_decoder(seed: int) -> Decoder:
         return Decoder()
 
 
-def cosine_share(step: int, steps: int, final: float) -> float:
-    """Return the learning rate at a step relative to the initial one: a cosine from 1 to `final`."""
+def cosine_factor(step: int, steps: int, final: float) -> float:
+    """Return the learning rate at a step as a fraction of the initial one: a cosine from 1 to `final`."""
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 

@@ -82,8 +82,8 @@ SMALL = ("train_scenes=1", "test_scenes=1", "side=32")
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("toy", "--out", "/proc/x", *SMALL), "/proc/x: cannot be made: No such file or directory"),
-        (("toy", "--out", "file/x", *SMALL), "file/x: cannot be made: Not a directory"),
+        (("toy", "--out", "/proc/x", *SMALL), "/proc/x: cannot be created: No such file or directory"),
+        (("toy", "--out", "file/x", *SMALL), "file/x: cannot be created: Not a directory"),
         (
             ("predict", "photo.png", "--classes", "a,b", "--model", "m", "--out", "file/x.png"),
             "file/x.png: cannot be written: ",

@@ -218,7 +218,7 @@ def test_dvc_remote_in_a_local_folder(monkeypatch, tmp_path):
     tiny.git(tmp_path / "repo", "commit", "-qam", "no remote")
     assert doctor.dvc_remote("").state == "not configured"
     finding = doctor.dvc_remote(str(tmp_path / "none"))
-    assert finding.state == "failed" and "is no git repository" in finding.said
+    assert finding.state == "failed" and "not a readable git repository" in finding.said
 
 
 @pytest.mark.services

@@ -231,7 +231,7 @@ def test_run_id_from_the_environment_is_the_parent(made, tmp_path, monkeypatch):
         ("rows: {a: , a: {train.steps: 2}}", "duplicate key 'a'"),
         ("rows: {'*': }", "row '*': its name needs a letter or a digit"),
         ("rows: {a: [1]}", "rows.a: Input should be a valid dictionary"),
-        ("- rows", "must hold rows of settings, found list"),
+        ("- rows", "must contain rows of settings, found list"),
         ("rows: {", "cannot be read as YAML"),
     ],
 )

@@ -19,12 +19,12 @@ from helpers.fake_data import annotation, encoded, pixels, write_tar
 from helpers.samples import FULL, PLAIN, blobs, in_runs
 from pixelclip.data.dataset import MaskedImages, PackedBatch, collate, load_batches, sample_indices
 from pixelclip.data.rle import RunMasks
-from pixelclip.data.views import Sample, draw
+from pixelclip.data.views import TrainingSample, draw
 from pixelclip.distributed import ProcessGroup
 
 
 def coordinates(height: int, width: int) -> Image.Image:
-    """Make an image whose red and green are four times the column and the row; at most 64 pixels per side."""
+    """Create an image whose red and green are four times the column and the row; at most 64 pixels per side."""
     rows, columns = np.mgrid[:height, :width]
     return Image.fromarray(np.stack([columns * 4, rows * 4, np.full_like(rows, 200)], axis=-1).astype(np.uint8))
 
@@ -48,7 +48,7 @@ def shards(tmp_path: Path) -> list[Path]:
     ]
 
 
-def same(first: Sample | PackedBatch, second: Sample | PackedBatch) -> bool:
+def same(first: TrainingSample | PackedBatch, second: TrainingSample | PackedBatch) -> bool:
     return all(
         torch.equal(value, other) if isinstance(value, torch.Tensor) else value == other
         for value, other in zip(asdict(first).values(), asdict(second).values(), strict=True)
@@ -153,7 +153,7 @@ def test_sample_depends_only_on_seed_and_position(shards: list[Path]) -> None:
 
 def test_every_epoch_visits_each_sample_once_in_a_new_order(shards: list[Path]) -> None:
     dataset = MaskedImages(shards, FULL, seed=0)
-    epochs = [[dataset.member(7 * epoch + place) for place in range(7)] for epoch in range(4)]
+    epochs = [[dataset.member(7 * epoch + offset) for offset in range(7)] for epoch in range(4)]
     assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 1
 
@@ -161,7 +161,7 @@ def test_every_epoch_visits_each_sample_once_in_a_new_order(shards: list[Path]) 
 def test_samples_without_masks_are_counted(shards: list[Path], tmp_path: Path) -> None:
     dataset = MaskedImages(shards, FULL, seed=0)
     assert (len(dataset), dataset.without_masks, dataset.bad) == (7, 1, [])
-    with pytest.raises(ValueError, match="no sample of its shards has masks; run the masks stage first"):
+    with pytest.raises(ValueError, match="no sample in these shards has masks; run the masks stage first"):
         MaskedImages([write_tar(tmp_path / "bare" / "0.tar", {"a.jpg": b"x"})], FULL, seed=0)
 
 
@@ -177,7 +177,7 @@ def test_sample_is_read_with_its_own_masks(shards: list[Path]) -> None:
 BAD = {
     "image": (b"no image", annotation(blobs(40, 61)), "unreadable image"),
     "json": (encoded(pixels(40, 61)), b"{", "unreadable JSON"),
-    "size": (encoded(pixels(40, 61)), annotation(blobs(61, 40)), "mask of size 40x61, its image is 61x40"),
+    "size": (encoded(pixels(40, 61)), annotation(blobs(61, 40)), "mask has size 40x61, but the image is 61x40"),
     "no masks": (encoded(pixels(40, 61)), b'{"annotations": []}', "no mask found"),
     "rle": (encoded(pixels(40, 61)), b'{"annotations": [{"segmentation": {"size": [40, 61], "counts": "oo"}}]}', "damaged RLE"),
 }
@@ -197,8 +197,9 @@ def test_collate_joins_samples_and_indexes_the_image_of_each_mask() -> None:
     counts = [2, 0, 3]
     masks = [torch.rand(count, 11, 11) < 0.5 for count in counts]
     packed = [torch.from_numpy(np.packbits(of_one.numpy(), axis=1, bitorder="little")) for of_one in masks]
-    samples: list[Sample | str] = [
-        Sample(torch.full((3, 4, 4), float(i)), torch.full((3, 4, 4), -float(i)), of_one) for i, of_one in enumerate(packed)
+    samples: list[TrainingSample | str] = [
+        TrainingSample(torch.full((3, 4, 4), float(i)), torch.full((3, 4, 4), -float(i)), of_one)
+        for i, of_one in enumerate(packed)
     ]
     joined = collate([samples[0], "why not", *samples[1:]])
     assert len(joined.masks) == 5 and joined.masks.shape[1] == 2

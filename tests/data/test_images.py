@@ -54,7 +54,7 @@ def test_only_jpegs_are_shrunk_while_decoding(size: tuple[int, int], mode: str) 
 
 
 def huge(edge: int) -> bytes:
-    """Make a PNG whose header states edge x edge pixels, without pixel data."""
+    """Create a PNG whose header states edge x edge pixels, without pixel data."""
     header = struct.pack(">IIBBBBB", edge, edge, 8, 2, 0, 0, 0)
     chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b"")]
     data = [struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks]

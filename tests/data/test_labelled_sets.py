@@ -93,7 +93,7 @@ def test_label_out_of_range_is_rejected(folder: Path, value: int) -> None:
     labels = LABELS.copy()
     labels[0, 0] = value
     (folder / "labels" / "a.png").write_bytes(encoded(labels, "PNG"))
-    with pytest.raises(ValueError, match=rf"labels/a\.png: found label {value}; allowed are 0 to 2 .* and {IGNORE}"):
+    with pytest.raises(ValueError, match=rf"labels/a\.png: found label {value}; allowed: 0 to 2 .* and {IGNORE}"):
         open_folder(folder).read(0)
 
 
@@ -152,7 +152,7 @@ def test_more_than_255_classes_are_rejected(folder: Path) -> None:
     (folder / "classes.txt").write_text("\n".join(f"class{i}" for i in range(255)))
     assert len(open_folder(folder).classes) == 255
     (folder / "classes.txt").write_text("\n".join(f"class{i}" for i in range(256)))
-    with pytest.raises(ValueError, match=r"classes\.txt: 256 classes, 8-bit label maps hold at most 255"):
+    with pytest.raises(ValueError, match=r"classes\.txt: 256 classes, 8-bit label maps allow at most 255"):
         open_folder(folder)
 
 
@@ -403,7 +403,7 @@ def test_official_values_map_to_their_class_names(
 
 
 def test_unknown_kind_suggests_the_nearest(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"'cityscape', did you mean 'cityscapes'.*; allowed are folder, coco-stuff"):
+    with pytest.raises(ValueError, match=r"'cityscape', did you mean 'cityscapes'.*; allowed: folder, coco-stuff"):
         open_labelled(tmp_path, "cityscape")
 
 
@@ -523,7 +523,7 @@ MAPS = {
 )
 def test_unknown_label_value_is_rejected(tree: Callable[..., Path], kind: str, value: int, allowed: str) -> None:
     opened = open_labelled(tree(kind, {MAPS[kind]: grey([[value, 1, 7], [1, 7, 7]])}), kind)
-    with pytest.raises(ValueError, match=rf"{Path(MAPS[kind]).name}: found label {value}; allowed are .*{allowed}"):
+    with pytest.raises(ValueError, match=rf"{Path(MAPS[kind]).name}: found label {value}; allowed: .*{allowed}"):
         opened.read(0)
 
 
@@ -565,9 +565,9 @@ def test_unusable_json_is_rejected(tree: Callable[..., Path], document: Any, mes
 @pytest.mark.parametrize(
     ("category", "mask", "message"),
     [
-        (3, [[0, 1, 0], [0, 0, 0]], r"found label 3; allowed are 2, 9, 18 to 19, .* 454, 458 \(classes\) and 0 \(ignore\)"),
+        (3, [[0, 1, 0], [0, 0, 0]], r"found label 3; allowed: 2, 9, 18 to 19, .* 454, 458 \(classes\) and 0 \(ignore\)"),
         (459, [[0, 1, 0], [0, 0, 0]], "found label 459"),
-        (284, [[0, 1], [0, 0], [0, 0]], "mask of size 2x3, its image is 3x2"),
+        (284, [[0, 1], [0, 0], [0, 0]], "mask has size 2x3, but the image is 3x2"),
     ],
 )
 def test_unusable_mask_is_rejected(tree: Callable[..., Path], category: int, mask: Labels, message: str) -> None:

@@ -57,7 +57,7 @@ def test_manifest_lists_local_and_remote_shards(bucket, tmp_path):
 @pytest.mark.parametrize(
     ("uri", "message"),
     [
-        ("s3://data/nothing", "s3://data/nothing: holds no shard"),
+        ("s3://data/nothing", "s3://data/nothing: contains no shard"),
         ("s3://nowhere/a", "s3://nowhere/a: there is no such bucket"),
         ("s3:///a", "s3:///a: s3://bucket/key is expected"),
         ("s3:/data/a", "s3:/data/a: no such folder or manifest"),
@@ -114,7 +114,7 @@ def test_incomplete_mask_parts_in_a_store_are_rejected(bucket, tmp_path):
         out = tmp_path / "parts" / f"part{number}"
         masks.run(here, out, MasksConfig(workers=0, generator="given", part=f"{number}/3"))
     put(bucket, tmp_path / "parts", "parts")
-    with pytest.raises(ValueError, match="s3://data/parts: holds parts of masks, but not 2/3"):
+    with pytest.raises(ValueError, match="s3://data/parts: contains mask parts, but not 2/3"):
         list_shards("s3://data/parts")
     masks.run(here, tmp_path / "parts" / "part2", MasksConfig(workers=0, generator="given", part="2/3"))
     put(bucket, tmp_path / "parts", "parts")
@@ -126,7 +126,7 @@ def test_training_shuffles_within_groups_of_shards(tmp_path):
     folder = sources(tmp_path / "here", 5)
     dataset = MaskedImages(list_shards(folder), FULL, seed=1, shards_at_once=2)
     for epoch in range(3):
-        order = [dataset.member(epoch * 10 + place) for place in range(10)]
+        order = [dataset.member(epoch * 10 + offset) for offset in range(10)]
         assert sorted(order) == list(range(10))
         shards = [member // 2 for member in order]  # two images per shard
         groups = [set(shards[:4]), set(shards[4:8]), set(shards[8:])]
@@ -142,7 +142,7 @@ def test_next_shards_are_prefetched(bucket, cache, tmp_path, monkeypatch):
     opened = []
     read = RemoteFile.open
     monkeypatch.setattr(RemoteFile, "open", lambda self, mode="rb": opened.append(self.name) or read(self, mode))
-    first, second = (f"{dataset.member(place) // 2}.tar" for place in (0, 2))
+    first, second = (f"{dataset.member(position) // 2}.tar" for position in (0, 2))
     assert not isinstance(dataset[0], str)
     for thread in [thread for thread in threading.enumerate() if thread.name.endswith("(_prefetch)")]:
         thread.join()

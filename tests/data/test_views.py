@@ -31,10 +31,10 @@ def test_hue_shift_equals_torchvision(turn: float, seed: int, levels: int) -> No
 def test_contrast_and_saturation_equal_torchvision() -> None:
     image = torch.rand(3, 9, 12)
     torch.testing.assert_close(views._grey(image), TF.rgb_to_grayscale(image), atol=1e-6, rtol=0)
-    for share in (0.5, 0.9, 1.5):
+    for weight in (0.5, 0.9, 1.5):
         grey = views._grey(image)
-        torch.testing.assert_close(views._mix(image, grey, share), TF.adjust_saturation(image, share), atol=1e-6, rtol=0)
-        torch.testing.assert_close(views._mix(image, grey.mean(), share), TF.adjust_contrast(image, share), atol=1e-6, rtol=0)
+        torch.testing.assert_close(views._mix(image, grey, weight), TF.adjust_saturation(image, weight), atol=1e-6, rtol=0)
+        torch.testing.assert_close(views._mix(image, grey.mean(), weight), TF.adjust_contrast(image, weight), atol=1e-6, rtol=0)
 
 
 def detectrons_jitter(pixel: np.ndarray, generator: np.random.Generator) -> np.ndarray:
@@ -116,21 +116,21 @@ def test_flip_and_cutout_of_packed_masks_equal_those_of_unpacked_masks(grid: int
 def test_crop_is_never_decoded_smaller_than_its_view(size, side, crop, edges):
     drawn = replace(PLAIN, side=side, crop=crop, shortest_edge=edges[0], longest_edge=sum(edges))
     scale = min(edges[0] / min(size), sum(edges) / max(size))
-    smallest = min(crop / scale, *size)
-    by = views.shrink(size, drawn)
-    assert by == 1 or smallest / by >= side
-    assert by == 8 or smallest / (2 * by) < side
+    shorter = min(crop / scale, *size)
+    factor = views.shrink_factor(size, drawn)
+    assert factor == 1 or shorter / factor >= side
+    assert factor == 8 or shorter / (2 * factor) < side
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
-def test_a_view_of_a_large_image_is_near_that_of_its_full_decoding(tmp_path: Path, kind: str) -> None:
-    """A smooth picture whose crop is four times the side; a file that is no JPEG comes whole."""
+def test_view_of_a_large_image_is_close_to_that_of_its_full_decoding(tmp_path: Path, kind: str) -> None:
+    """The crop of this smooth picture is four times the side; a file that is not a JPEG is decoded at full size."""
     rows, columns = np.mgrid[:301, :403]
     picture = np.stack([columns * 255 / 403, rows * 255 / 301, 128 + 100 * np.sin(columns / 30)], axis=-1).astype(np.uint8)
     masks = blobs(301, 403)
     tar = write_tar(tmp_path / "0.tar", {"a.jpg": encoded(picture, kind), "a.json": annotation(masks)})
     dataset = MaskedImages([tar], replace(PLAIN, shortest_edge=301, longest_edge=403, crop=130), seed=0)
-    assert views.shrink((403, 301), dataset.views) == 4
+    assert views.shrink_factor((403, 301), dataset.views) == 4
     image, runs = dataset.read(0)
     assert image.size == (403, 301)
     for position in range(5):
@@ -160,7 +160,7 @@ SEEDS = 2000
 
 
 def strength(drawn: np.ndarray, still: float, low: float, high: float) -> float:
-    """Return the share of draws that differ from `still`; assert that they fill the range from `low` to `high`."""
+    """Return the fraction of draws that differ from `still`; assert that they fill the range from `low` to `high`."""
     moved = drawn[np.abs(drawn - still) > 1e-3]
     margin = 0.03 * (high - low)
     assert low - 1e-3 <= moved.min() <= low + margin
@@ -246,7 +246,7 @@ def test_blur_width_is_in_pixels_of_the_methods_crop(size: int, edge: int, crop:
         point = torch.zeros(3, 64, 64)
         point[:, 32, 32] = 150 / 255
         generator = np.random.default_rng(seed)
-        generator.uniform(size=2)  # where the crop is
+        generator.uniform(size=2)  # position of the crop
         expected = width(views._strong_jitter(point, generator, 1.0))
         if 0.8 < expected < 1.6:  # neither within one pixel nor cut off by the edges
             found = np.sqrt(max(width(sample.strong) ** 2 - width(sample.weak) ** 2, 0))

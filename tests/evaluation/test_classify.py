@@ -1,4 +1,4 @@
-"""Mask classification on hand-made features loadedst naive loops; masks from label maps, segments and files."""
+"""Mask classification on small features against naive loops; masks from label maps, segments and files."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ def naive(
     classes: torch.Tensor,
     truth: np.ndarray,
 ) -> tuple[np.ndarray, int, int]:
-    """Return painted map, correct masks and labelled masks of one tower, computed mask by mask and pixel by pixel."""
+    """Compute painted map, correct masks and labelled masks of one tower, mask by mask and pixel by pixel."""
     large = F.interpolate(features[None], (HEIGHT, WIDTH), mode="bilinear", align_corners=False)[0]
     names, hits, counted = [], 0, 0
     for mask in masks:
@@ -71,7 +71,7 @@ def test_image_without_masks_has_no_prediction():
 
 def test_pixels_without_a_mask_count_as_wrong():
     confusion = ConfusionMatrix.zeros(2)
-    confusion.add(np.array([[0, 0, 1, 1, 255]]), np.array([[0, 2, 1, 2, 2]]))  # 2 is no prediction
+    confusion.add(np.array([[0, 0, 1, 1, 255]]), np.array([[0, 2, 1, 2, 2]]))  # 2 means no prediction
     np.testing.assert_allclose(confusion.iou(), [1 / 2, 1 / 2])
     assert confusion.miou() == confusion.pixel_accuracy() == 50
 
@@ -106,7 +106,7 @@ def test_given_masks_are_read_without_empty_ones(tmp_path):
     [
         (None, r"a\.json: No such file"),
         (b"{", r"a\.json: unreadable JSON"),
-        (annotation(np.ones((1, 4, 4))), r"a\.json: mask of size 4x4, its image is 31x23"),
+        (annotation(np.ones((1, 4, 4))), r"a\.json: mask has size 4x4, but the image is 31x23"),
     ],
     ids=["missing", "no JSON", "another size"],
 )

@@ -1,4 +1,4 @@
-"""Fake of MLflow's artifact API with a slow store: it responds after the store has the file."""
+"""Fake of MLflow's artifact API with a slow store; it responds when the store has the file."""
 
 import time
 from collections.abc import Iterator

@@ -9,7 +9,7 @@ from pixelclip.cli import app as cli
 
 @pytest.fixture
 def pixelclip(monkeypatch, capsys):
-    """Runs a command; returns exit code, output, errors."""
+    """Return a function that runs a command and returns exit code, stdout and stderr."""
 
     def run(*words: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["pixelclip", *map(str, words)])

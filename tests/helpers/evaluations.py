@@ -20,7 +20,7 @@ def with_settings(**settings) -> EvaluateConfig:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    """Folder with a CLIP, an untrained model, a changed model and a labelled set."""
+    """Create a folder with a CLIP, an untrained model, a changed model and a labelled set."""
     base = tmp_path_factory.mktemp("made")
     clip = tiny.clip_folder(base / "clip")
     tiny.model_folder(base / "untrained", clip)
@@ -35,7 +35,7 @@ def client(monkeypatch, tmp_path) -> mlflow.MlflowClient:
 
 
 def naive_iou(truths: list[np.ndarray], predictions: list[np.ndarray], classes: int) -> list[float | None]:
-    """IoU computed pixel by pixel; None for a class without labelled pixels."""
+    """Compute the IoU of every class pixel by pixel; None for a class without labelled pixels."""
     pairs = [
         (t, f)
         for truth, predicted in zip(truths, predictions, strict=True)
@@ -85,7 +85,7 @@ def reads(monkeypatch) -> Reads:
 
 @pytest.fixture(scope="module")
 def seven(made) -> Path:
-    """Seven images, the second one unreadable."""
+    """Create seven images, of which the second is unreadable."""
     labelled = tiny.labelled_set(made / "seven", images=7)
     (labelled / "images" / "1.png").write_bytes(b"no image")
     return labelled

@@ -15,7 +15,7 @@ from pycocotools import mask as rle
 
 
 def pixels(height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:
-    """Make an image of four flat quarters with a little noise."""
+    """Create an image of four flat quarters with a little noise."""
     generator = np.random.default_rng(seed)
     quarters = generator.integers(0, 256, (2, 2, 3))
     image = quarters[(np.arange(height) * 2 // height)[:, None], np.arange(width) * 2 // width]
@@ -48,7 +48,7 @@ def write_tar(path: Path, members: dict[str, bytes], kind: int = tarfile.PAX_FOR
 
 
 def read_tar(path: Path) -> dict[str, bytes]:
-    """Read every file of a tar by the standard library."""
+    """Read every file of a tar with the standard library."""
     with tarfile.open(path) as tar:
         return {member.name: tar.extractfile(member).read() for member in tar if member.isfile()}
 

@@ -1,4 +1,4 @@
-"""Write the gradients of one step, for test_ranks.py: `python -m gradients OUT`, in one process or several."""
+"""Write the gradients of one step, for test_distributed.py: `python -m helpers.gradients OUT`, with any number of ranks."""
 
 import sys
 from pathlib import Path

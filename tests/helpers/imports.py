@@ -17,14 +17,14 @@ MODULES = {_name(path): path for path in sorted(PACKAGE.rglob("*.py")) if path !
 
 
 def child(module: str) -> str:
-    """File or folder directly in `src/pixelclip` that holds a module: `train.py`, `models`."""
+    """Return the file or folder directly in `src/pixelclip` that contains a module: `train.py`, `models`."""
     top = module.partition(".")[0]
     return top if (PACKAGE / top).is_dir() else f"{top}.py"
 
 
 @cache
 def imported(module: str) -> frozenset[str]:
-    """Modules that `module` imports, anywhere in its source; importing a module imports its package too."""
+    """Return the modules that `module` imports, anywhere in its source, and their packages."""
     found = set()
     for node in ast.walk(ast.parse(MODULES[module].read_text())):
         names: list[str] = []

@@ -1,4 +1,4 @@
-"""A local HTTP server that answers in JSON, for fakes of external APIs."""
+"""Local HTTP server that answers in JSON, for fakes of external APIs."""
 
 import json
 import threading

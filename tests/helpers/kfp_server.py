@@ -1,4 +1,4 @@
-"""A small server with the part of KFP's v2beta1 API that `pixelclip pipeline submit | status | schedule` use.
+"""Fake server with the part of KFP's v2beta1 API that `pixelclip pipeline submit | status | schedule` use.
 
 Like KFP's server it stores all entries and accepts any run parameter.
 """
@@ -33,9 +33,9 @@ class FakeKfp:
 
     Args:
         url: its URL.
-        token: required bearer token; empty: none.
+        token: required bearer token, if not empty.
         page_size: entries per page of a list.
-        gone: closes every connection without an answer.
+        gone: whether it closes every connection without an answer.
     """
 
     url: str = ""

@@ -8,7 +8,7 @@ HEIGHT, WIDTH, NUM_CLASSES, WIDE = 23, 31, 5, 8
 
 
 def some_masks(count: int = 9, seed: int = 0) -> np.ndarray:
-    """Overlapping boxes and spots, [N, H, W], all of different sizes."""
+    """Create overlapping boxes and spots [N, H, W], all of different sizes."""
     random = np.random.default_rng(seed)
     masks = np.zeros((count, HEIGHT, WIDTH), bool)
     for index, mask in enumerate(masks):

@@ -37,7 +37,7 @@ def curve(client: MlflowClient, run_id: str, key: str = "loss") -> list[tuple[in
 
 
 def mlflow_on_sqlite(folder: Path, options: Sequence[str] = (), environment: Mapping[str, str] | None = None) -> Mlflow:
-    """A real MLflow server that can be killed and restarted; its SQLite database can be read without it."""
+    """Return a real MLflow server that can be killed and restarted; its SQLite database is readable without it."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         tiny.mlflow_at(monkeypatch, folder)
     return services.mlflow_on(f"sqlite:///{folder}/mlflow.db", str(folder), folder / "server.log", environment or {}, options)

@@ -1,4 +1,4 @@
-"""Process of the test of concurrent promotions; it imports little, so that it starts quickly."""
+"""Process for the test of concurrent promotions; it has few imports, so that it starts quickly."""
 
 import os
 import warnings

@@ -38,10 +38,10 @@ def aliases(client: MlflowClient, name: str = NAME) -> dict[str, str]:
 
 
 def meet(uri: str, challengers: int, trials: int) -> int:
-    """Let processes promote at once in every trial and check the aliases; for any server.
+    """Let processes promote concurrently in every trial and check the aliases, on any server.
 
     Returns:
-        Number of trials in which more than one of them won.
+        Number of trials in which more than one process won.
     """
     client = MlflowClient(uri)
     context = multiprocessing.get_context("spawn")

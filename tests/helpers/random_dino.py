@@ -6,7 +6,7 @@ PATCH, GRID, WIDTH, DEPTH = 4, 5, 128, 2
 
 
 def weights(width=WIDTH, depth=DEPTH, patch=PATCH, grid=GRID, seed=0):
-    """Make the state dict of a random ViT under the common names of timm and Meta."""
+    """Create the state dict of a random ViT with the names that timm and Meta share."""
     generator = torch.Generator().manual_seed(seed)
     shapes = {
         "cls_token": (1, 1, width),

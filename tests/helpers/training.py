@@ -1,4 +1,4 @@
-"""Shards, a tiny CLIP and settings of short trainings."""
+"""Shards, a tiny CLIP and settings of short training runs."""
 
 import json
 from pathlib import Path

@@ -20,7 +20,7 @@ _server: list[subprocess.Popen[str]] = []
 
 
 def start(*words: str, threads: int = 1) -> str:
-    """Run two ranks of `python -m WORDS` and return their stdout; AssertionError with stderr if one fails."""
+    """Run two ranks of `python -m WORDS` and return their stdout; fail with their stderr if one fails."""
     if not _server:
         command, pipe = [sys.executable, "-W", "ignore", "-m", "helpers.two_ranks"], subprocess.PIPE
         tests = Path(__file__).parents[1]
@@ -60,7 +60,7 @@ def _serve() -> None:
             running.discard(pid)
             if failed := os.waitstatus_to_exitcode(status):
                 code = code or failed
-                for other in running:  # it would wait for the failed rank forever
+                for other in running:  # otherwise it waits for the failed rank forever
                     os.kill(other, signal.SIGTERM)
         print(code, flush=True)
 

@@ -461,7 +461,7 @@ def test_cluster_yaml_of_the_current_folder_is_read(tmp_path, monkeypatch):
         ("volume: {clam: x}", "volume: unknown key 'clam', did you mean 'claim'?"),
         ("trainer: {runtim: x}", "trainer: unknown key 'runtim', did you mean 'runtime'?"),
         ("parts: 0", "parts: Input should be greater than or equal to 1"),
-        ("- a", "must hold keys and values, found list"),
+        ("- a", "must contain keys and values, found list"),
         ("a: [", "cannot be read as YAML"),
     ],
 )

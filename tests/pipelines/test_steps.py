@@ -140,9 +140,9 @@ def test_revision_is_resolved_to_its_commit(repository):
     assert pin_revision.python_func("nowhere", full, "toy", {})[:2] == (full, full)
     with pytest.raises(ValueError, match="there is no revision 'nope'"):
         pinned(str(repository), "nope", "")
-    with pytest.raises(ValueError, match="nothing: is no git repository"):
+    with pytest.raises(ValueError, match="nothing: not a readable git repository"):
         pinned(str(repository / "nothing"), "main", "")
-    with pytest.raises(ValueError, match=r"data\.git: is no git repository") as refused:
+    with pytest.raises(ValueError, match=r"data\.git: not a readable git repository") as refused:
         pinned("https://user:very-secret@127.0.0.1:9/data.git", "main", "")
     assert "very-secret" not in str(refused.value)
 

@@ -1,4 +1,4 @@
-"""Preview of masked shards: painted masks, skipped samples, images of extreme shapes."""
+"""Preview of shards with masks: painted masks, skipped samples, images of extreme shapes."""
 
 from pathlib import Path
 
@@ -31,7 +31,7 @@ def test_preview_shows_image_and_coloured_masks(tmp_path):
     assert shown[60, 480].min() > 200  # the border between the two
 
 
-def test_no_more_shards_are_opened_than_needed(tmp_path, monkeypatch):
+def test_only_needed_shards_are_opened(tmp_path, monkeypatch):
     shard(tmp_path / "masks" / "0.tar", a=GOOD, b=GOOD)
     write_files(tmp_path / "masks", {"1.tar": b"no tar"})
     assert preview(tmp_path / "masks", 2, tmp_path / "preview.jpg") == 2

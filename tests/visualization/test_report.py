@@ -96,11 +96,11 @@ def test_report_contains_metrics_pictures_and_settings(model, tmp_path):
     assert np.asarray(image).mean(axis=(0, 1)) == pytest.approx([254, 0, 0], abs=2)
     left, right = np.asarray(truth)[40, 80], np.asarray(truth)[40, 240]
     assert np.abs(left.astype(int) - right).max() > 50  # two classes, two colours
-    assert np.asarray(truth)[120, 80].max() < 20  # ignored: black
+    assert np.asarray(truth)[120, 80].max() < 20  # ignored pixels are black
 
 
 @pytest.mark.parametrize(("size", "shown"), [((1, 60_000), (1, 1280)), ((60_000, 1), (320, 1))])
-def test_pictures_of_a_strip_fit_into_a_jpeg(model, tmp_path, size, shown):
+def test_pictures_of_a_strip_are_bounded(model, tmp_path, size, shown):
     labels = np.zeros(size[::-1], np.uint8)
     page = report(tmp_path / "report.html", model, example=Example(Image.new("RGB", size), labels, labels, labels))
     assert {picture.size for picture in page.pictures()} == {shown}

@@ -1,4 +1,4 @@
-"""Stage: interruption, resuming, reuse, locking and provenance."""
+"""Stages: interruption, resuming, reuse, locking and provenance."""
 
 import json
 import subprocess
@@ -53,11 +53,11 @@ def test_finished_stage_is_reused(out: Path, source: Path, capsys: pytest.Captur
     ("version", "revision", "message"),
     [
         ("0.1.0", "abc", "(same inputs and settings)"),
-        ("0.1.0", "def", "(made by version 0.1.0, revision abc; this is version 0.1.0, revision def)"),
-        ("0.2.0", "abc", "(made by version 0.1.0, revision abc; this is version 0.2.0, revision abc)"),
+        ("0.1.0", "def", "(written by version 0.1.0, revision abc; this is version 0.1.0, revision def)"),
+        ("0.2.0", "abc", "(written by version 0.1.0, revision abc; this is version 0.2.0, revision abc)"),
     ],
 )
-def test_result_of_other_code_is_reused_and_both_revisions_are_printed(
+def test_result_of_different_code_is_reused_and_both_revisions_are_printed(
     out, source, tmp_path, monkeypatch, capsys, version, revision, message
 ):
     monkeypatch.chdir(tmp_path)
@@ -125,7 +125,7 @@ def test_interrupted_stage_leaves_no_output_and_is_resumed(out: Path, source: Pa
     assert "continues an interrupted run" in capsys.readouterr().out
 
 
-def test_other_settings_or_inputs_use_another_partial_folder(out: Path, source: Path) -> None:
+def test_different_settings_or_inputs_use_different_partial_folders(out: Path, source: Path) -> None:
     first = make(out, source)
     other_settings = make(out, source, max_masks=3)
     (source / "a.bin").write_bytes(b"2")
@@ -139,12 +139,12 @@ def test_fingerprint_ignores_runtime_settings_and_input_paths(out: Path, source:
     assert make(out, moved, workers=0).fingerprint == first.fingerprint
 
 
-def test_finished_result_of_other_settings_is_an_error_naming_the_setting(out: Path, source: Path) -> None:
+def test_finished_result_of_different_settings_is_an_error_naming_the_setting(out: Path, source: Path) -> None:
     complete(out, source)
-    with pytest.raises(ValueError, match=r"out: holds a finished result .*masks\.max_masks 0 → 3\); remove it"):
+    with pytest.raises(ValueError, match=r"out: contains a finished result .*masks\.max_masks 0 → 3\); remove it"):
         make(out, source, max_masks=3)
     (source / "a.bin").write_bytes(b"2")
-    with pytest.raises(ValueError, match="other shards"):
+    with pytest.raises(ValueError, match="different shards"):
         make(out, source)
     assert (out / "0.tar").read_bytes() == b"result"
 
@@ -179,25 +179,27 @@ def test_second_process_is_rejected_until_the_first_ends(out: Path, source: Path
         assert stage.folder.is_dir()
 
 
-def test_start_lists_unfinished_work_of_other_settings_and_leaves_it(out, source, tmp_path, capsys, monkeypatch):
+def test_start_lists_partial_results_of_different_settings_and_keeps_them(out, source, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     left = {}
     for number in (1, 2, 3):
         left[number] = make(out, source, max_masks=number)
         with left[number]:
             (left[number].folder / "half.tar").write_bytes(b"half")
-    make(out.with_name("out.other"), source).folder.mkdir()  # of another result
+    make(out.with_name("out.other"), source).folder.mkdir()  # of a different result
     (out.parent / ".out.mine.partial").mkdir()
     (out.parent / "other.partial").mkdir()
     capsys.readouterr()
     complete(out, source)
     lines = capsys.readouterr().out.splitlines()
     names = ", ".join(sorted(f"deep/{left[number].folder.name}" for number in (1, 2, 3)))
-    assert lines[1:] == [f"masks: unfinished work of other inputs, settings or versions can be removed: {names}"]
+    assert lines[1:] == [
+        f"masks: partial results of other inputs, settings or versions remain; delete them if not needed: {names}"
+    ]
     assert all((stage.folder / "half.tar").read_bytes() == b"half" for stage in left.values())
 
 
-def test_start_is_rejected_while_the_folder_is_written_with_other_settings(out: Path, source: Path) -> None:
+def test_start_is_rejected_while_the_folder_is_written_with_different_settings(out: Path, source: Path) -> None:
     first, second = make(out, source, max_masks=1), make(out, source)
     with first:
         refused = rf"out: another process is writing this folder \(.*{first.folder.name}\); wait for it or"
@@ -208,7 +210,7 @@ def test_start_is_rejected_while_the_folder_is_written_with_other_settings(out: 
         assert second.folder.is_dir()
 
 
-def test_result_is_kept_if_the_output_folder_was_filled_meanwhile(out: Path, source: Path) -> None:
+def test_result_is_kept_if_the_output_folder_was_filled_during_the_run(out: Path, source: Path) -> None:
     stage = make(out, source)
     with stage:
         (stage.folder / "0.tar").write_bytes(b"result")

@@ -14,7 +14,7 @@ from pixelclip.config import ImportConfig, as_table, build, device_name, load, p
 from pixelclip.storage.download import here
 from pixelclip.storage.s3 import is_s3
 from pixelclip.storage.upload import upload
-from pixelclip.workflow.output import outbox
+from pixelclip.workflow.output import output_folder
 
 _MODEL = "Model folder, s3://bucket/folder, or models:/NAME@ALIAS."
 
@@ -61,7 +61,7 @@ def _config(stage: str, params: Path | None, settings: list[str] | None) -> Any:
 def _run(stage: str, out: str, params: Path | None, settings: list[str] | None, *inputs: str) -> None:
     """Run a stage, whose function takes its inputs, an output folder and its settings."""
     config = _config(stage, params, settings)
-    with outbox(out) as folder:
+    with output_folder(out) as folder:
         import_module(f"pixelclip.{stage}").run(*inputs, folder, config)
 
 
@@ -143,7 +143,7 @@ def evaluate_clip(
     training = load("train", params, {name: value for name, value in options.items() if value})
     from pixelclip.evaluate_clip import run_all
 
-    with outbox(out) as folder:
+    with output_folder(out) as folder:
         run_all(training.clip, labelled, folder, config, training.side, training.residual)
 
 
@@ -160,7 +160,7 @@ def evaluate(
     config = _config("evaluate", params, settings)
     from pixelclip.evaluate import run_all
 
-    with outbox(out) as folder:
+    with output_folder(out) as folder:
         run_all(_path(model), labelled, folder, config, _path(clip_evaluation) if clip_evaluation else None)
 
 
@@ -190,7 +190,7 @@ def register(
     config = _config("register", params, settings)
     from pixelclip.register import run
 
-    with outbox(out) as folder:
+    with output_folder(out) as folder:
         run(_path(model), _path(evaluation), folder, config)
 
 
@@ -287,7 +287,7 @@ def import_(
     """Convert a checkpoint of the reference implementation to a model folder."""
     from pixelclip.models.convert import run
 
-    with outbox(out) as folder:
+    with output_folder(out) as folder:
         run(_path(checkpoint), folder, build(ImportConfig, {"clip": clip, "side": side}, "import"))
 
 

@@ -1,4 +1,4 @@
-"""Read, check and write masks in SA-1B's annotation format: JSON with COCO's compressed RLE. N masks, H W image."""
+"""Read, check and write masks in SA-1B's annotation format: JSON with COCO's compressed RLE."""
 
 import json
 from collections.abc import Iterable
@@ -42,7 +42,7 @@ def annotate(masks: Iterable[NDArray[np.bool_]], size: tuple[int, int], key: str
 
 
 def decode_masks(document: dict[str, Any]) -> NDArray[np.uint8]:
-    """Decode the masks of an annotation document to 0 and 1: [H, W, N]."""
+    """Decode the masks of an annotation document to 0 and 1: [H, W, masks]."""
     from pycocotools import mask as rle
 
     codes = [annotation["segmentation"] for annotation in document["annotations"]]
@@ -61,7 +61,7 @@ def parse_annotation(data: bytes, size: tuple[int, int], may_be_empty: bool = Fa
         The document and its masks.
 
     Raises:
-        ValueError: not JSON, no annotations, or a mask whose size differs from its image's.
+        ValueError: not JSON, no annotations, or a mask whose size differs from the image's.
     """
     try:
         document = json.loads(data)
@@ -81,5 +81,5 @@ def parse_annotation(data: bytes, size: tuple[int, int], may_be_empty: bool = Fa
     width, height = size
     if wrong := sizes - {(height, width)}:
         shapes = ", ".join(f"{w}x{h}" for h, w in sorted(wrong))
-        raise ValueError(f"mask of size {shapes}, its image is {width}x{height}")
+        raise ValueError(f"mask has size {shapes}, but the image is {width}x{height}")
     return document, RunMasks(read_runs([code["counts"] for code in codes], height * width), (height, width))

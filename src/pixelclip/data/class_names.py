@@ -42,7 +42,7 @@ def parse_names(text: str) -> list[str]:
     """Parse class names from one line, `dog|puppy,grass,sky`; a bar separates synonyms of one class.
 
     Raises:
-        ValueError: as `check_names`.
+        ValueError: see `check_names`.
     """
     names = [", ".join(word.strip() for word in name.split("|")) for name in text.split(",")] if text.strip() else []
     return check_names(names)

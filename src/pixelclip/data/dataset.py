@@ -1,7 +1,7 @@
-"""Training dataset: masked shards -> batches of weak and strong views with their masks (method.md, step 1).
+"""Training dataset: read batches of weak and strong views with their masks from shards (PixelCLIP, section 3).
 
 Every sample is a pure function of (seed, position in the sample stream), so that the data of a run does not depend on resumes
-or the number of workers. B images, N masks, H W mask grid.
+or the number of workers.
 """
 
 import multiprocessing
@@ -25,7 +25,7 @@ from pixelclip.data.images import image_size as header_size
 from pixelclip.data.rle import RunMasks
 from pixelclip.data.shard_format import index_shard, read_part
 from pixelclip.data.shard_sources import RemoteFile, Shard
-from pixelclip.data.views import Sample, Views, draw, shrink, unpack
+from pixelclip.data.views import TrainingSample, Views, draw, shrink_factor, unpack
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,14 @@ class _Images:
 
 
 class Batch(_Images):
-    """`weak`, `strong` [B, 3, side, side]; `masks` [N, H, W]; `image_index` [N]; `bad`: reasons of skipped samples.
+    """B images with N masks: `weak`, `strong` [B, 3, side, side]; `masks` [N, H, W]; `image_index` [N]; `bad`: skipped samples.
 
     `counts`, if given, is the number of masks of each image; the masks are then ordered by image.
     """
 
 
 class PackedBatch(_Images):
-    """A batch as sent from a worker to the device: its masks are packed, [N, ceil(H / 8), W], see `unpack`."""
+    """A batch on its way from a worker to the device: masks are packed, [N, ceil(H / 8), W], see `unpack`."""
 
     def pin_memory(self) -> "PackedBatch":
         """Copy to pinned memory; called by the DataLoader."""
@@ -61,14 +61,14 @@ class PackedBatch(_Images):
         return Batch(weak, strong, unpack(masks), index, self.bad, self.sample_indices, self.counts)
 
 
-class MaskedImages(Dataset[Sample | str]):
-    """Dataset of masked shards, indexed by position in the infinite, shuffled sample stream.
+class MaskedImages(Dataset[TrainingSample | str]):
+    """Dataset of shards with masks, indexed by position in the infinite, shuffled sample stream.
 
     Args:
         shards: tars with images and masks; samples without masks are counted in `without_masks` and skipped.
         views: parameters of the views.
         seed: seed of the order and of the views.
-        masked: if False, masks are not read: every sample has one mask of the whole image, minus CutOut.
+        masked: if False, masks are not read, and every sample has one mask of the whole image, minus CutOut.
         shards_at_once: number of shards shuffled together, 0 for all. Remote shards then pass through the cache group by group,
             and the next group is prefetched.
 
@@ -90,11 +90,11 @@ class MaskedImages(Dataset[Sample | str]):
             self.bad += [f"{name}: {reason}" for name, reason in bad]
             whole = [m for m in members if m.json_size or not masked]
             self.without_masks += len(members) - len(whole)
-            places = [(number, m.image_offset, m.image_size, m.json_offset, m.json_size) for m in whole]
-            rows.append(np.array(places, np.int64).reshape(-1, 5))  # one array per shard, so that its lists are freed
+            offsets = [(number, m.image_offset, m.image_size, m.json_offset, m.json_size) for m in whole]
+            rows.append(np.array(offsets, np.int64).reshape(-1, 5))  # one array per shard, so that its lists are freed
         if not sum(map(len, rows)):
             needed = "has masks; run the masks stage first" if masked else "is an image"
-            raise ValueError(f"{str(self.shards[0]).rpartition('/')[0]}: no sample of its shards {needed}")
+            raise ValueError(f"{str(self.shards[0]).rpartition('/')[0]}: no sample in these shards {needed}")
         self._members = torch.from_numpy(np.concatenate(rows)).share_memory_()  # 40 bytes per sample, shared by all workers
         self._order: tuple[int, NDArray[np.uint32]] | None = None  # 4 bytes per sample and worker
         self._groups: list[NDArray[np.int64]] = []  # shards shuffled together, in this epoch's order
@@ -106,10 +106,10 @@ class MaskedImages(Dataset[Sample | str]):
 
     def member(self, position: int) -> int:
         """Return the index of the sample at a stream position; every epoch is a new permutation."""
-        epoch, place = divmod(position, len(self))
+        epoch, offset = divmod(position, len(self))
         if self._order is None or self._order[0] != epoch:
             self._order = (epoch, self._shuffle(np.random.default_rng([self.seed, 1, epoch])))
-        return int(self._order[1][place])
+        return int(self._order[1][offset])
 
     def _shuffle(self, generator: np.random.Generator) -> NDArray[np.uint32]:
         everything = np.arange(len(self), dtype=np.uint32)
@@ -142,23 +142,23 @@ class MaskedImages(Dataset[Sample | str]):
         return self._read(index, for_crop=False)[:2]
 
     def _read(self, index: int, for_crop: bool) -> tuple[Image.Image, RunMasks, int]:
-        """Read a sample; for a crop the image may be shrunk by the returned factor."""
+        """Read image, masks and the factor by which the image is shrunk, which may exceed 1 only if it is read for a crop."""
         shard, image_offset, image_size, json_offset, json_size = self._members[index].tolist()
         self._prefetch_next(shard)
         path = self.shards[shard]
         try:
             data = read_part(path, image_offset, image_size)
             size = header_size(data)
-            by = shrink(size, self.views) if for_crop else 1
-            image = to_rgb(decode_image(data, shrink=by))
-            shrunk = by if image.size != size else 1  # only JPEGs are shrunk
+            factor = shrink_factor(size, self.views) if for_crop else 1
+            image = to_rgb(decode_image(data, shrink=factor))
+            shrunk = factor if image.size != size else 1  # only JPEGs are shrunk
             if not self.masked:
                 return image, RunMasks.whole(size[::-1]), shrunk
             return image, parse_annotation(read_part(path, json_offset, json_size), size)[1], shrunk
         except (OSError, ValueError) as error:
             raise ValueError(f"{path}: {_member_name(path, image_offset)}: {error}") from None
 
-    def __getitem__(self, position: int) -> Sample | str:
+    def __getitem__(self, position: int) -> TrainingSample | str:
         """Draw the sample at a stream position; return the reason as a string if it is unusable."""
         try:
             image, masks, shrunk = self._read(self.member(position), for_crop=True)
@@ -181,9 +181,9 @@ def _member_name(path: Shard, offset: int) -> str:
         return f"member at byte {offset}"
 
 
-def collate(samples: Sequence[Sample | str]) -> PackedBatch:
-    """Join samples into a batch; `bad` holds the reasons of unusable ones."""
-    good = [sample for sample in samples if isinstance(sample, Sample)]
+def collate(samples: Sequence[TrainingSample | str]) -> PackedBatch:
+    """Join samples into a batch; `bad` lists why the others are unusable."""
+    good = [sample for sample in samples if isinstance(sample, TrainingSample)]
     bad = [sample for sample in samples if isinstance(sample, str)]
     if not good:
         empty = torch.zeros(0)
@@ -200,20 +200,20 @@ def collate(samples: Sequence[Sample | str]) -> PackedBatch:
     )
 
 
-def sample_indices(batch_size: int, share: range, pieces: int, start: int, stop: int) -> Iterator[list[int]]:
+def sample_indices(batch_size: int, local: range, pieces: int, start: int, stop: int) -> Iterator[list[int]]:
     """Yield the stream positions of every micro-batch of this process.
 
     Args:
         batch_size: images per optimizer step over all processes.
-        share: this process's part of `range(batch_size)`.
+        local: this process's part of `range(batch_size)`.
         pieces: number of micro-batches per step.
         start: first step.
         stop: step after the last.
     """
-    cuts = [len(share) * piece // pieces for piece in range(pieces + 1)]
+    cuts = [len(local) * piece // pieces for piece in range(pieces + 1)]
     for step in range(start, stop):
         for first, last in pairwise(cuts):
-            yield [step * batch_size + place for place in share[first:last]]
+            yield [step * batch_size + offset for offset in local[first:last]]
 
 
 def load_batches(dataset: MaskedImages, lists: Iterable[list[int]], workers: int, pin: bool) -> DataLoader[PackedBatch]:

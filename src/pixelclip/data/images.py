@@ -1,4 +1,4 @@
-"""Decode and encode images, and colour label maps. H W pixels."""
+"""Decode and encode images, and colour label maps."""
 
 import io
 from collections.abc import Iterator
@@ -22,8 +22,8 @@ def decode_image(data: bytes, max_pixels: int | None = None, shrink: int = 1) ->
     Args:
         data: an image file.
         max_pixels: reject an image whose header states more pixels.
-        shrink: 2, 4 or 8 decode a JPEG faster at that fraction of its size, rounded up, if its edges have at least as many
-            pixels; other formats are decoded at full size.
+        shrink: 2, 4 or 8 decodes a JPEG faster at 1/2, 1/4 or 1/8 of its size, rounded up, if its edges have at least as
+            many pixels; other formats are decoded at full size.
 
     Raises:
         ValueError: the image is unreadable, truncated or too large.
@@ -98,12 +98,12 @@ def encode_jpeg(image: Image.Image, quality: int) -> bytes:
 
 
 def fitted(size: tuple[int, int], box: tuple[int, int]) -> tuple[int, int]:
-    """Return the largest (width, height) with the aspect ratio of `size` that fits a box; at least one pixel each."""
+    """Return the (width, height) of an image scaled to fit a box with its aspect ratio kept; at least one pixel each."""
     scale = min(box[0] / size[0], box[1] / size[1])
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
-def nearest(count: int, size: int) -> NDArray[np.int64]:
+def cell_centres(count: int, size: int) -> NDArray[np.int64]:
     """Return the pixels at the centres of `count` equal cells along `size` pixels."""
     return ((np.arange(count) + 0.5) * size / count).astype(np.int64)
 

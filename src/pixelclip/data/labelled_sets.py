@@ -1,6 +1,6 @@
 """Labelled sets for evaluation: five benchmarks in their published layouts, or a plain folder.
 
-A plain folder holds `images/`, `labels/` (PNG, 255 = ignore) and `classes.txt`. H W image.
+A plain folder contains `images/`, `labels/` (PNG, 255 = ignore) and `classes.txt`.
 """
 
 import json
@@ -22,7 +22,7 @@ from pixelclip.storage.files import files_below, read_json
 
 IGNORE = 255
 _INVALID = -1
-_NUM_VALUES = 1 << 16  # PASCAL-Context has 459 categories, more than 8 bits hold
+_NUM_VALUES = 1 << 16  # PASCAL-Context has 459 categories, too many for 8 bits
 
 Pairs = list[tuple[Path, Path]]
 
@@ -32,7 +32,7 @@ class LabelledSet:
     """Images with label maps; labels index into `classes` or are `IGNORE`.
 
     Args:
-        classes: names in the order of the labels; "a, b" are synonyms.
+        classes: class names in the order of the labels; "a, b" are synonyms.
         pairs: image file and label file of each sample; several samples may share one label file.
         table: [65536], maps each value of a label file to its label, or to -1 if the value is not allowed.
         masks: for sets without pixel maps: the masks of each sample as SA-1B annotation JSON with a `category_id` per mask,
@@ -51,7 +51,7 @@ class LabelledSet:
         """Read one image (RGB, upright) and its label map [H, W].
 
         Raises:
-            ValueError: unreadable file, different sizes, or a value that is not allowed; the message names the file.
+            ValueError: a file is unreadable, the sizes differ or a value is not allowed; the message names the file.
         """
         image_path, label_path = self.pairs[index]
         image = open_image(image_path)
@@ -66,7 +66,7 @@ class LabelledSet:
         labels = self.table[values]
         invalid = np.unique(values[labels == _INVALID])
         if len(invalid):
-            raise ValueError(f"{where}: found label {', '.join(map(str, invalid[:5]))}; allowed are {self._allowed()}")
+            raise ValueError(f"{where}: found label {', '.join(map(str, invalid[:5]))}; allowed: {self._allowed()}")
         return image, labels.astype(np.uint8)
 
     def _allowed(self) -> str:
@@ -112,7 +112,7 @@ def open_labelled(folder: Path, kind: str = "folder") -> LabelledSet:
         ValueError: unknown kind, or part of the layout is missing, unreadable or empty.
     """
     if kind not in _OPENERS:
-        raise ValueError(f"unknown kind of labelled set {kind!r}{nearest(kind, KINDS)}; allowed are {', '.join(KINDS)}")
+        raise ValueError(f"unknown kind of labelled set {kind!r}{nearest(kind, KINDS)}; allowed: {', '.join(KINDS)}")
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
     return _OPENERS[kind](folder)
@@ -129,7 +129,7 @@ def open_folder(folder: Path) -> LabelledSet:
             raise ValueError(f"{folder}: is not a labelled set, {part}/ is missing; it needs images/, labels/ and classes.txt")
     classes = read_classes(folder / "classes.txt")
     if len(classes) > IGNORE:
-        raise ValueError(f"{folder / 'classes.txt'}: {len(classes)} classes, 8-bit label maps hold at most {IGNORE}")
+        raise ValueError(f"{folder / 'classes.txt'}: {len(classes)} classes, 8-bit label maps allow at most {IGNORE}")
     images = [path for path in files_below(folder / "images") if path.suffix.lower() in IMAGE_SUFFIXES]
     if not images:
         raise ValueError(f"{folder / 'images'}: contains no image")
@@ -236,7 +236,7 @@ KINDS = tuple(_OPENERS)
 
 
 def _benchmark(kind: str, pairs: Pairs, values: Mapping[int, int], masks: list[bytes] | None = None) -> LabelledSet:
-    # Official names, made readable. COCO-Stuff: the endings -other and -stuff are dropped, materials come first ("wall-brick"
+    # Official names in readable form. COCO-Stuff: the endings -other and -stuff are dropped, materials come first ("wall-brick"
     # becomes "brick wall"), other hyphens become blanks ("wall panel", "window blind"), "structural" becomes "structure".
     # Compounds are split ("potted plant").
     names = resources.files("pixelclip").joinpath(f"assets/classes/{kind}.txt").read_text(encoding="utf-8")

@@ -1,7 +1,7 @@
 """Index, read and write tar shards that WebDataset can stream.
 
 A sample is `KEY.jpg` and, once masked, `KEY.json` in SA-1B's annotation format. Reading uses an index of member offsets, so
-samples are reached in any order: shuffling is global and resuming exact.
+samples can be read in any order, which makes shuffling global and resuming exact.
 """
 
 import io
@@ -54,7 +54,7 @@ def index_shard(path: Shard) -> tuple[list[Member], list[tuple[str, str]]]:
                         bad.append((f"{path}: {member.name}", "not read: images in a shard must be named KEY.jpg"))
                 file.seek(tar.offset)
                 if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile stops at a damaged header without error
-                    reason = f"damaged tar: at byte {tar.offset} neither a member nor the end; the rest is lost"
+                    reason = f"damaged tar: at byte {tar.offset} neither a member nor the end; the rest is skipped"
                     bad.append((str(path), reason))
             except tarfile.ReadError as error:
                 bad.append((str(path), f"damaged tar: {error}"))
@@ -72,7 +72,7 @@ def read_part(path: Shard, offset: int, size: int) -> bytes:
 
 
 class ShardWriter:
-    """Write samples into one tar, reproducible byte for byte; the file has its final name only once it is complete."""
+    """Write samples into one tar, reproducible byte for byte; the file gets its final name only when it is complete."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

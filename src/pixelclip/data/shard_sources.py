@@ -1,4 +1,4 @@
-"""Find Shards and identify them: a folder, a manifest, the parts written by `masks`, or an `s3://` prefix."""
+"""List and identify shards: in a folder, a manifest, the parts written by `masks`, or an `s3://` prefix."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ from pixelclip.workflow.stage import PROVENANCE, describe
 
 _MANIFEST = (".txt", ".lst", ".manifest")
 _local_copies: dict[str, Path] = {}
-"""Local copy of every URI opened by this process, so that the server is asked for the version once, not at every read."""
+"""Local copy of every URI opened by this process, so that the version is requested once, not at every read."""
 
 
 class RemoteFile(Listed):
@@ -34,7 +34,7 @@ class RemoteFile(Listed):
         """Open the local copy; download it again if the cache has evicted it.
 
         Raises:
-            ValueError: as `local_copy`; or the file has changed since it was listed.
+            ValueError: the file has changed since it was listed; also the errors of `local_copy`.
         """
         while True:
             copy = _local_copies.setdefault(self.uri, _local_copies.get(self.uri) or local_copy(self.uri))
@@ -62,13 +62,13 @@ def list_shards(source: Path | str) -> list[Shard]:
     A manifest is a text file with one path or URI per line. Paths are relative to it.
 
     Raises:
-        ValueError: the source does not exist or has no shard, a shard of the manifest is missing, or the store refuses access.
+        ValueError: the source does not exist or has no shard, a shard of the manifest is missing, or the store rejects access.
     """
     return _find_shards(source)[0]
 
 
 def describe_shards(source: Path | str) -> dict[str, Any]:
-    """Identify Shards as `stage.describe` does; a manifest, mask parts or a prefix by the tars in it.
+    """Like `stage.describe`, but a manifest, a set of parts or an `s3://` prefix is identified by its tars.
 
     Tars in a store are identified by the ETags in its listing, so nothing is downloaded.
     """
@@ -92,7 +92,7 @@ def parts(source: Path) -> list[Path]:
     """List the folders of mask parts (`masks.part`) in a folder; empty if it has none.
 
     Raises:
-        ValueError: a part is missing, or the parts belong to different runs.
+        ValueError: a part is missing, or the parts come from different runs.
     """
     return [source / name for name in _complete_parts(source, sorted(source.glob(f"*/{PROVENANCE}")))]
 
@@ -125,7 +125,7 @@ def _find_shards(source: Path | str, listed: Sequence[Listed] = ()) -> tuple[lis
         made = _complete_parts(source, [file for name, file in files.items() if name.split("/")[1:] == [PROVENANCE]])
         shards = tars(*made)
     if not shards:
-        raise ValueError(f"{source}: holds no shard (*.tar)")
+        raise ValueError(f"{source}: contains no shard (*.tar)")
     return shards, list(made.values())
 
 
@@ -133,7 +133,7 @@ def _read_manifest(manifest: Path) -> list[Shard]:
     try:
         lines = [line.strip() for line in manifest.read_text().splitlines()]
     except UnicodeDecodeError:
-        raise ValueError(f"{manifest}: is no manifest of shards (a text file with one path or URI per line)") from None
+        raise ValueError(f"{manifest}: is not a shard manifest (a text file with one path or URI per line)") from None
     lines = [line for line in lines if line and not line.startswith("#")]
     folders = {line.rpartition("/")[0] for line in lines if is_s3(line)}  # one listing per folder, not a request per shard
     remote = {entry.uri: RemoteFile(**vars(entry)) for folder in folders for entry in list_below(folder)}
@@ -146,12 +146,12 @@ def _read_manifest(manifest: Path) -> list[Shard]:
     if missing:
         raise ValueError(f"{manifest}: {len(missing)} of its shards are missing, the first is {missing[0]}")
     if not lines:
-        raise ValueError(f"{manifest}: holds no shard (*.tar)")
+        raise ValueError(f"{manifest}: contains no shard (*.tar)")
     return [shard for shard in shards if shard]
 
 
 def _complete_parts(source: Path | str, provenances: Iterable[Shard]) -> dict[str, dict[str, Any]]:
-    """Map those folders that form one complete set of mask parts to their provenance.
+    """Map the folders of a complete set of mask parts to their provenance.
 
     Args:
         source: name of the set in error messages.
@@ -168,9 +168,10 @@ def _complete_parts(source: Path | str, provenances: Iterable[Shard]) -> dict[st
             runs.setdefault(json.dumps([settings, inputs, part.partition("/")[2]], sort_keys=True), name)
             folder_of[part] = name
     if len(runs) > 1:
-        raise ValueError(f"{source}: holds parts of masks of other settings, shards or numbers: {', '.join(runs.values())}")
+        reason = "contains mask parts from different runs (settings, shards or number of parts differ)"
+        raise ValueError(f"{source}: {reason}: {', '.join(runs.values())}")
     count = max((int(part.partition("/")[2]) for part in folder_of), default=0)
     missing = [part for part in (f"{number}/{count}" for number in range(1, count + 1)) if part not in folder_of]
     if missing:
-        raise ValueError(f"{source}: holds parts of masks, but not {', '.join(missing)}")
+        raise ValueError(f"{source}: contains mask parts, but not {', '.join(missing)}")
     return {name: made[name] for name in folder_of.values()}

@@ -17,7 +17,7 @@ def to_tensor(image: Image.Image) -> Tensor:
 
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Normalise RGB in 0..1, [..., 3, H, W], by a mean and standard deviation."""
+    """Normalise RGB in 0..1, [..., 3, H, W], with a mean and standard deviation."""
     shape = (3, 1, 1)
     return (images - images.new_tensor(mean).view(shape)) / images.new_tensor(std).view(shape)
 

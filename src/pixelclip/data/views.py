@@ -1,4 +1,4 @@
-"""Draw a training sample: weak and strong view of a random crop, and its masks on the grid (method.md, step 1).
+"""Draw a training sample: weak and strong view of a random crop, and its masks on the grid (PixelCLIP, section 3).
 
 N masks, H W mask grid, which is square. The colour transforms do not use torchvision: its import costs every worker several
 seconds, and here its strong jitter takes 2.4 times as long (docs/experiments.md).
@@ -37,7 +37,7 @@ class Views:
 
 
 @dataclass(frozen=True)
-class Sample:
+class TrainingSample:
     """`weak`, `strong` [3, side, side], normalised; `packed` masks, see `unpack`; `position` in the sample stream."""
 
     weak: Tensor
@@ -58,18 +58,18 @@ def unpack(packed: Tensor) -> Tensor:
     return inside.flatten(1, 2)[:, : packed.shape[-1]].view(torch.bool).contiguous()
 
 
-def draw(image: Image.Image, masks: RunMasks, views: Views, generator: np.random.Generator, shrunk: int = 1) -> Sample:
+def draw(image: Image.Image, masks: RunMasks, views: Views, generator: np.random.Generator, shrunk: int = 1) -> TrainingSample:
     """Draw a random crop of one image as weak and strong view, with its masks.
 
-    The resize to `shortest_edge` and the crop are a single resampling. The method states the blur in pixels of the crop; it
-    is scaled to the side.
+    The resize to `shortest_edge` and the crop are a single resampling. The paper's blur is in pixels of the crop, so it is
+    scaled to the side.
 
     Args:
         image: RGB.
         masks: masks at the full size of the image.
         views: sizes and switches.
         generator: the only source of randomness.
-        shrunk: `image` is 1/shrunk of its full size, see `shrink`.
+        shrunk: factor by which `image` is smaller than its full size, see `shrink_factor`.
     """
     size = masks.size[::-1]
     width, height = _crop_size(size, views)
@@ -88,17 +88,17 @@ def draw(image: Image.Image, masks: RunMasks, views: Views, generator: np.random
     if views.strong_view:
         strong = _strong_jitter(pixels, generator, blur_scale=views.side / max(width, height) * _scale(size, views))
         strong, packed = _cut_out(strong, packed, views, generator)
-    return Sample(
+    return TrainingSample(
         normalise(pixels, views.mean, views.std),
         normalise(strong, views.mean, views.std),
         torch.from_numpy(packed[_more_than_one(packed)]),
     )
 
 
-def shrink(size: tuple[int, int], views: Views) -> int:
-    """Return the largest factor for decoding an image of (width, height) such that crops are not smaller than the side."""
-    needed = min(_crop_size(size, views)) / views.side
-    return max([1] + [by for by in (2, 4, 8) if by <= needed])
+def shrink_factor(size: tuple[int, int], views: Views) -> int:
+    """Return the maximum factor for decoding an image of (width, height) such that crops are not smaller than the view."""
+    limit = min(_crop_size(size, views)) / views.side
+    return max([1] + [factor for factor in (2, 4, 8) if factor <= limit])
 
 
 def _more_than_one(packed: NDArray[np.uint8]) -> NDArray[np.bool_]:
@@ -108,7 +108,7 @@ def _more_than_one(packed: NDArray[np.uint8]) -> NDArray[np.bool_]:
 
 
 def _scale(size: tuple[int, int], views: Views) -> float:
-    """Return pixels of the image per pixel of the method's resized image."""
+    """Return the ratio of the original size to the paper's resized size."""
     return 1 / min(views.shortest_edge / min(size), views.longest_edge / max(size))
 
 
@@ -167,21 +167,21 @@ def _grey(pixels: Tensor) -> Tensor:
     return (red * 0.2989).add_(green, alpha=0.587).add_(blue, alpha=0.114)
 
 
-def _mix(pixels: Tensor, other: Tensor, share: float) -> Tensor:
-    """Blend two images; shares above 1 extrapolate away from `other`."""
-    return (pixels * share).add_(other, alpha=1 - share).clamp_(0, 1)
+def _mix(pixels: Tensor, other: Tensor, weight: float) -> Tensor:
+    """Blend two images; weights above 1 extrapolate away from `other`."""
+    return (pixels * weight).add_(other, alpha=1 - weight).clamp_(0, 1)
 
 
-def _saturate(pixels: Tensor, share: float) -> Tensor:
+def _saturate(pixels: Tensor, factor: float) -> Tensor:
     """Multiply the saturation of HSV, clipped at 1; hue and value are kept."""
     value = pixels.amax(dim=0)
     chroma = value - pixels.amin(dim=0)  # saturation times value
-    lost = (value - pixels).mul_((value / chroma.clamp_min(1e-9)).clamp_(max=share))
-    return (value - lost).clamp_min_(0)  # rounding may give values below 0
+    removed = (value - pixels).mul_((value / chroma.clamp_min(1e-9)).clamp_(max=factor))
+    return (value - removed).clamp_min_(0)  # rounding may give values below 0
 
 
 def _shift_hue(pixels: Tensor, shift: float) -> Tensor:
-    """Shift the hue of RGB [3, H, W] in 0..1 by a share of the circle: torchvision's `adjust_hue` with fewer passes."""
+    """Shift the hue of RGB [3, H, W] in 0..1 by a fraction of the circle: torchvision's `adjust_hue` with fewer passes."""
     red, green, blue = pixels
     highest, lowest = pixels.amax(dim=0), pixels.amin(dim=0)
     chroma = highest - lowest
@@ -192,8 +192,8 @@ def _shift_hue(pixels: Tensor, shift: float) -> Tensor:
     )
     hue = side.div_(chroma.clamp_min(1e-9)).add_(6 * shift).remainder_(6)  # in sides of the hexagon; arbitrary for grey
     shifted = torch.empty_like(pixels)
-    for channel, (place, sign) in enumerate(((3, 1), (2, -1), (4, -1))):
-        torch.sub(hue, place, out=shifted[channel]).abs_().mul_(sign).add_(0.5 - 1.5 * sign).clamp_(0, 1)
+    for channel, (centre, sign) in enumerate(((3, 1), (2, -1), (4, -1))):
+        torch.sub(hue, centre, out=shifted[channel]).abs_().mul_(sign).add_(0.5 - 1.5 * sign).clamp_(0, 1)
     return shifted.mul_(chroma).add_(lowest)
 
 

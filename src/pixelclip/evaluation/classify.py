@@ -1,6 +1,6 @@
 """Predict label maps from one resized view, from windows, or from given masks, and count correctly classified masks.
 
-Masks are classified zero-shot (method.md): dense features are pooled inside each mask, classified and painted.
+Masks are classified zero-shot (PixelCLIP, section 4): dense features are pooled inside each mask, classified and painted.
 B images, T towers, N masks, K classes, C embedding width, h w features, H W image, masks and label map.
 """
 
@@ -70,11 +70,11 @@ class GivenMasks:
     """Existing masks, looked up by the name of their image.
 
     Args:
-        source: a folder with `NAME.json` for each image `NAME.*`, or Shards with masks of these images (a folder of tars, a
+        source: a folder with `NAME.json` for each image `NAME.*`, or shards with masks of these images (a folder of tars, a
             manifest, `s3://bucket/folder`).
 
     Raises:
-        ValueError: unusable Shards, or two samples of the same name.
+        ValueError: unusable shards, or two samples with the same name.
     """
 
     def __init__(self, source: str) -> None:
@@ -100,7 +100,7 @@ class GivenMasks:
             size: (width, height) of the image.
 
         Raises:
-            ValueError: missing, damaged or of another size; the message names the file.
+            ValueError: the masks are missing, damaged or of a different size; the message names the file.
         """
         where = f"{self._source}: {name}" if self._members is not None else str(Path(self._source, f"{name}.json"))
         try:
@@ -134,7 +134,7 @@ def classify_masks(features: Tensor, annotations: Annotations, classes: Tensor, 
 
     Args:
         features: [T, C, h, w] of the image from every tower, not normalised.
-        annotations: its masks, none of them empty; the list may be empty.
+        annotations: non-empty masks of the image; the list may be empty.
         classes: [K, C], unit length.
         truth: label map [H, W].
     """

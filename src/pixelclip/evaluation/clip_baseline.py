@@ -1,7 +1,4 @@
-"""Evaluation of the original CLIP, saved once and reused by the evaluation of every model that was trained from it.
-
-K classes, H W image.
-"""
+"""Evaluation of the original CLIP, saved once and reused for every model that was trained from it."""
 
 import io
 import zipfile
@@ -24,7 +21,7 @@ BASELINE_STAGE = "evaluate_clip"
 
 
 def resolve_config(clip: str, labelled: Path, config: EvaluateConfig, side: int, residual: Residual) -> EvaluateClipConfig:
-    """Fill in the settings of `evaluate` that depend on the set and the model: name, CLIP, side and residual.
+    """Fill in the settings that depend on the labelled set and the model: name, CLIP, side and residual.
 
     `evaluate.clip` and `evaluate.side` take precedence over the CLIP and the side of the model's training.
     """
@@ -54,18 +51,18 @@ def load_baseline(folder: Path, num_classes: int) -> tuple[EvaluationCounts, Lab
 
 
 def check_baseline(folder: Path, config: EvaluateClipConfig, inputs: Mapping[str, Mapping[str, Any]]) -> None:
-    """Check that a saved evaluation of CLIP, by any version of the code, has the conditions of a model's evaluation.
+    """Check that a saved CLIP evaluation, by any code version, is comparable with the current evaluation.
 
     Args:
         folder: output of stage `evaluate_clip`.
-        config, inputs: those of the model's evaluation, see `resolve_config` and `describe_inputs`.
+        config, inputs: of the current evaluation, see `resolve_config` and `describe_inputs`.
 
     Raises:
-        ValueError: it differs; the message lists every difference.
+        ValueError: they differ; the message lists every difference.
     """
     provenance = read_json(folder / PROVENANCE)
     if provenance.get("stage") != BASELINE_STAGE:
-        raise ValueError(f"{folder}: is not an evaluation of CLIP, it was made by stage {provenance.get('stage')!r}")
+        raise ValueError(f"{folder}: expected the output of {BASELINE_STAGE}, found that of {provenance.get('stage')!r}")
     saved = _conditions(read_json(folder / PROTOCOL), provenance["settings"], provenance["inputs"])
     expected = _conditions(protocol_of(config), config.model_dump(), inputs)
     keys = [key for key in dict.fromkeys([*saved, *expected]) if saved.get(key) != expected.get(key)]

@@ -23,7 +23,7 @@ from pixelclip.storage.files import write_atomically
 OTHERS = "(all others)"
 """Label of the row that sums all classes without a row in a shortened confusion matrix."""
 OURS, CLIP = "", "_clip"
-"""Keys of the two towers, PixelCLIP's and that of the original CLIP: the suffixes of their metrics."""
+"""Keys of the towers of PixelCLIP and of the original CLIP, which are the suffixes of their metrics."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class ConfusionMatrix:
         """Return a square confusion matrix of the classes with the most labelled pixels.
 
         Args:
-            names: of all classes.
+            names: names of all classes.
             number: classes with a row of their own; other classes and pixels without a prediction are summed as `OTHERS`.
 
         Returns:
@@ -116,7 +116,7 @@ def count_recalled(similarities: Tensor, present: Sequence[NDArray[np.integer]])
 
 @dataclass
 class EvaluationCounts:
-    """Counts of an evaluation, summed over images. Those of several processes can be added, and an interrupted one resumed.
+    """Counts of an evaluation, summed over images. They can be added over processes, saved and resumed.
 
     Args:
         confusions: confusion matrix of each tower.
@@ -146,7 +146,7 @@ class EvaluationCounts:
             self.masks += [*predicted.correct_masks, predicted.num_masks]
 
     def add_recalled(self, truths: Sequence[NDArray[np.integer]], similarities: Tensor) -> None:
-        """Add the classes that CLIP recalls by the cosines [B, K] of whole images with classes."""
+        """Add the classes that CLIP recalls, from the cosines [B, K] between whole images and classes."""
         self.recalled += count_recalled(similarities, [np.setdiff1d(truth, [IGNORE]) for truth in truths])
 
     def merge(self, other: "EvaluationCounts") -> "EvaluationCounts":
@@ -161,7 +161,7 @@ class EvaluationCounts:
         if not same or len(self.bad_samples) != len(other.bad_samples):
             theirs, ours = (", ".join(counts.bad_samples) or "none" for counts in (other, self))
             raise ValueError(
-                f"covers other pixels or masks than this evaluation (bad samples: {theirs}; in this evaluation: {ours})"
+                f"covers different pixels or masks than this evaluation (bad samples: {theirs}; in this evaluation: {ours})"
             )
         masks = np.concatenate([self.masks[:-1], other.masks])
         return EvaluationCounts(confusions, self.recalled + other.recalled, masks, self.next_index, self.bad_samples)

@@ -1,7 +1,4 @@
-"""Evaluate image towers on a labelled set, in one or several processes, with checkpoints (method.md, "Inference").
-
-B images, T towers, K classes, C embedding width, H W image.
-"""
+"""Evaluate image towers on a labelled set, in one or several processes, with checkpoints."""
 
 import io
 from collections.abc import Iterable, Iterator, Mapping
@@ -37,8 +34,8 @@ from pixelclip.models.checkpoint import Clip
 from pixelclip.storage.files import write_atomically
 from pixelclip.workflow.bad_samples import BadSamples
 
-STATE = "state"
-"""Folder in the unfinished output of a stage: counts and examples from which an interrupted evaluation resumes."""
+STATE_FOLDER = "state"
+"""Folder in a stage's partial output, with the counts and examples from which an interrupted evaluation resumes."""
 LabelMaps = dict[int, NDArray[np.uint16]]
 """Label maps by sample index."""
 
@@ -48,8 +45,8 @@ class TowerEvaluation:
     """Result of `evaluate_towers`.
 
     Args:
-        counts: summed over all images.
-        label_maps: for each tower the label maps of the examples.
+        counts: counts summed over all images.
+        label_maps: label maps of the examples, by tower.
         examples: image and truth [H, W] of the report's pictures, by sample index.
     """
 
@@ -59,7 +56,7 @@ class TowerEvaluation:
 
 
 @dataclass(frozen=True)
-class _Sample:
+class _LabelledImage:
     index: int
     image: Image.Image
     labels: NDArray[np.uint8]
@@ -82,8 +79,8 @@ def evaluate_towers(
     Args:
         towers: `OURS`, `CLIP` or both; their precision is set from the settings.
         clip: the CLIP that the towers belong to.
-        classes: [K, C], its classifier.
-        dataset: labelled set; every process evaluates its share of the batches.
+        classes: its classifier, [classes, embedding width].
+        dataset: labelled set; every process evaluates its own part of the batches.
         config: settings, with the side in pixels.
         group: process group; every process returns the full result.
         state: folder for checkpoints and examples; an interrupted evaluation resumes from it.
@@ -96,7 +93,7 @@ def evaluate_towers(
     for tower in towers.values():
         tower.precision = pick_precision(config.precision, group.device)
     example_indices = np.linspace(0, len(dataset) - 1, min(config.pictures, len(dataset))).round().astype(int).tolist()
-    # A checkpoint fits only the same batches, shares and examples, so others have their own folder.
+    # Checkpoints depend on process count, batch size and examples, so each combination has its own folder.
     state = state / f"processes-{group.size}_batch-{config.batch_size}_pictures-{config.pictures}"
     checkpoint = state / f"counts-{group.rank}-of-{group.size}.npz"
     batches = group.local_range(-(-len(dataset) // config.batch_size))  # whole ones, the same for any number of processes
@@ -159,7 +156,7 @@ def _example_file(state: Path, index: int) -> Path:
 
 def _read_samples(
     dataset: LabelledSet, indices: Iterable[int], config: EvaluateConfig, given: GivenMasks | None, bad: BadSamples
-) -> Iterator[_Sample]:
+) -> Iterator[_LabelledImage]:
     for index in indices:
         try:
             image, labels = dataset.read(index)
@@ -168,7 +165,7 @@ def _read_samples(
             bad.found.append(str(error))
             bad.stop_if_too_many(len(dataset))
             continue
-        yield _Sample(index, image, labels, masks)
+        yield _LabelledImage(index, image, labels, masks)
 
 
 def _masks(
@@ -184,7 +181,7 @@ def _masks(
 
 
 def _predict(
-    batch: list[_Sample], towers: list[Backbone], clip: Clip, classes: Tensor, config: EvaluateConfig
+    batch: list[_LabelledImage], towers: list[Backbone], clip: Clip, classes: Tensor, config: EvaluateConfig
 ) -> list[Predictions]:
     if config.protocol == "slide":
         full_size = (normalise(to_tensor(sample.image).to(classes.device), clip.mean, clip.std)[None] for sample in batch)
@@ -198,15 +195,15 @@ def _predict(
     ]
 
 
-def _resize_batch(batch: list[_Sample], side: int, clip: Clip, device: torch.device) -> Tensor:
+def _resize_batch(batch: list[_LabelledImage], side: int, clip: Clip, device: torch.device) -> Tensor:
     return torch.cat([resized_square(sample.image, side, clip.mean, clip.std, device) for sample in batch])
 
 
 def compute_metrics(counts: EvaluationCounts, num_images: int, masks: bool, labelled: Path) -> dict[str, float]:
-    """Compute the metrics of CLIP, or of both towers, keyed by name without the set's label.
+    """Compute the metrics of CLIP, or of both towers, keyed by metric name, without the `/NAME` suffix.
 
     Raises:
-        ValueError: no image, no labelled pixel or no labelled mask was evaluated.
+        ValueError: no image, labelled pixel or labelled mask was evaluated.
     """
     confusions = counts.confusions
     if len(counts.bad_samples) == num_images:

@@ -53,18 +53,18 @@ def metric_name(labelled: Path, config: EvaluateConfig) -> str:
     """Return the name of a labelled set in metrics.
 
     Raises:
-        ValueError: MLflow allows no metric with that name.
+        ValueError: the name is not valid in an MLflow metric.
     """
     name = config.name or (labelled.resolve().name if config.kind == "folder" else config.kind)
     if not re.fullmatch(r"[\w.\- :]+", name):
         raise ValueError(
-            f"{labelled}: MLflow allows no metric named {name!r} (only letters, digits, _ - . : and blanks); set evaluate.name"
+            f"{labelled}: {name!r} is not a valid MLflow metric name (letters, digits, _ - . : and blanks); set evaluate.name"
         )
     return name
 
 
 def protocol_of(config: EvaluateConfig) -> dict[str, Any]:
-    """Return the content of `protocol.json` for resolved settings; those that the protocol does not use are None."""
+    """Return the content of `protocol.json` for resolved settings; unused settings are None."""
     used = {*_OPTIONS[config.protocol], *(_OPTIONS.get(config.masks, ()) if config.protocol == "masks" else ())}
     settings = config.model_dump()
     always = {key: settings[key] for key in ("name", "kind", "protocol", "templates")}
@@ -75,7 +75,7 @@ def protocol_of(config: EvaluateConfig) -> dict[str, Any]:
 def conditions_of(protocol: Mapping[str, Any], inputs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Return all conditions besides the model that determine the metrics; files are identified by content, not by path.
 
-    Arguments are the results of `protocol_of` and `describe_inputs`, or the files that hold them.
+    Arguments are the results of `protocol_of` and `describe_inputs`, or the content of their files.
     """
     md5 = {f"md5 of {key}": inputs[key]["md5"] for key in ("labelled", "masks") if key in inputs}
     return md5 | {key: value for key, value in protocol.items() if key != "masks_folder"}
@@ -100,7 +100,7 @@ def describe_inputs(labelled: Path, dataset: LabelledSet, config: EvaluateConfig
     """Identify all inputs besides the model, as `describe` does: `labelled`; `clip` and `masks` if they are files."""
     if config.kind == "folder":
         description = describe(labelled)
-    else:  # a published benchmark also holds training images, which are not read
+    else:  # a published benchmark also contains training images, which are not read
         files = {file for pair in dataset.pairs for file in pair}
         description = {"path": origin(labelled), **digest(labelled, files)}
     inputs = {"labelled": description}

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pixelclip.config import MasksConfig
 from pixelclip.data.annotations import annotate
-from pixelclip.data.images import nearest
+from pixelclip.data.images import cell_centres
 from pixelclip.data.tensors import normalise, resized_square
 from pixelclip.distributed import pick_device, pick_precision
 from pixelclip.mask_generators.kmeans import kmeans
@@ -49,7 +49,7 @@ def dino_generator(weights: Path, config: MasksConfig) -> Callable[[list[tuple[s
         seeds = [zlib.crc32(f"{config.seed} {key}".encode()) for key, _ in batch]
         labels = segment(dino, torch.cat(views), config.dino_clusters, seeds).cpu().numpy()  # [B, h, w]
         for (key, image), small in zip(batch, labels, strict=True):
-            large = small[nearest(image.height, small.shape[0])][:, nearest(image.width, small.shape[1])]
+            large = small[cell_centres(image.height, small.shape[0])][:, cell_centres(image.width, small.shape[1])]
             yield annotate((large == number for number in np.unique(large)), image.size, key)
 
     return generate

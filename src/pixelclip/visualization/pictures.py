@@ -1,7 +1,4 @@
-"""Pictures of training views and concept maps, a gallery of each concept's nearest masks, and previews of masked shards.
-
-B images, N masks, K concepts, H W mask grid.
-"""
+"""Draw training views and concept maps, a gallery of each concept's nearest masks, and previews of shards with masks."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +12,7 @@ from torch import Tensor
 
 from pixelclip.data.annotations import parse_annotation
 from pixelclip.data.dataset import Batch, MaskedImages
-from pixelclip.data.images import colour_labels, decode_image, fitted, nearest, to_rgb
+from pixelclip.data.images import cell_centres, colour_labels, decode_image, fitted, to_rgb
 from pixelclip.data.rle import RunMasks
 from pixelclip.data.shard_format import index_shard, read_part
 from pixelclip.data.shard_sources import list_shards
@@ -25,7 +22,7 @@ from pixelclip.storage.files import write_json
 
 GALLERY = "gallery.json"
 _GALLERY_IMAGES, _GALLERY_BEST, _THUMBNAIL = 256, 6, 96
-_PREVIEW = (1200, 240)  # largest width and height of an image in a preview
+_PREVIEW = (1200, 240)  # maximum width and height of an image in a preview
 
 
 def to_pixels(normalised: Tensor, mean: Sequence[float], std: Sequence[float]) -> NDArray[np.uint8]:
@@ -39,7 +36,7 @@ def training_picture(
 ) -> Image.Image:
     """Draw one row per image: student view, masks coloured by concept, and the student's concept maps."""
     rows = []
-    batch = next(batch for batch in micro_batches if len(batch.masks))  # `output.logits` belongs to this one
+    batch = next(batch for batch in micro_batches if len(batch.masks))  # `output.logits` belongs to this batch
     concepts = output.logits.shape[1]
     side = batch.masks.shape[-1]
     for image in range(len(output.logits)):
@@ -71,7 +68,7 @@ def gallery(model: PixelCLIP, dataset: MaskedImages, folder: Path, device: torch
             image, masks = dataset.read(index)
         except ValueError:
             continue
-        rows, columns = (nearest(views.mask_grid, edge) for edge in masks.size)
+        rows, columns = (cell_centres(views.mask_grid, edge) for edge in masks.size)
         on_grid = torch.from_numpy(masks.sample(rows, columns))  # [N, H, W]
         pixels = resize_square(normalise(to_tensor(image), views.mean, views.std)[None], views.side).to(device)
         image_index = torch.zeros(len(on_grid), dtype=torch.long, device=device)
@@ -98,10 +95,10 @@ def gallery(model: PixelCLIP, dataset: MaskedImages, folder: Path, device: torch
 
 
 def preview(masks: Path | str, count: int, path: Path) -> int:
-    """Write a preview of masked shards: one row per image with its masks in colours, smaller ones on top.
+    """Write a preview of shards with masks: one row per image with its masks in colours, smaller ones on top.
 
     Args:
-        masks: Shards with masks.
+        masks: shards with masks.
         count: maximum number of images.
         path: JPEG file to write.
 
@@ -109,7 +106,7 @@ def preview(masks: Path | str, count: int, path: Path) -> int:
         Number of images shown; unreadable samples are reported and skipped.
 
     Raises:
-        ValueError: no readable sample with masks.
+        ValueError: there is no readable sample with masks.
     """
     rows: list[Image.Image] = []
     samples = ((tar, member) for tar in list_shards(masks) for member in index_shard(tar)[0] if member.json_size)
@@ -137,7 +134,7 @@ def preview(masks: Path | str, count: int, path: Path) -> int:
 def _preview_row(image: Image.Image, masks: RunMasks) -> Image.Image:
     width, height = fitted(image.size, _PREVIEW)
     photo = np.asarray(image.resize((width, height)), np.float32)
-    small = masks.sample(nearest(height, image.height), nearest(width, image.width))  # [N, h, w]
+    small = masks.sample(cell_centres(height, image.height), cell_centres(width, image.width))  # [N, h, w]
     labels = np.full((height, width), -1)
     for number in np.argsort(-small.sum(axis=(1, 2)), kind="stable"):
         labels[small[number]] = number

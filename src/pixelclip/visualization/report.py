@@ -1,4 +1,4 @@
-"""Self-contained report.html: image, CLIP, PixelCLIP and truth side by side, IoU per class, loss curve, concept gallery."""
+"""Write a self-contained report.html: images with CLIP, PixelCLIP and truth, IoU per class, loss curve, concept gallery."""
 
 import base64
 import json
@@ -19,7 +19,7 @@ from pixelclip.visualization.pictures import GALLERY
 from pixelclip.workflow.provenance import flatten
 from pixelclip.workflow.stage import PROVENANCE, Metrics
 
-_PICTURE = (320, 1280)  # largest width and height
+_PICTURE = (320, 1280)  # maximum width and height of a picture
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def write_report(
         protocol: one-line description of the evaluation protocol.
         metrics: as in `metrics.json`.
         per_class: rows of `per_class.json`.
-        examples: rows of pictures.
+        examples: one row of pictures each.
         classes: class names.
         model: model folder, for its provenance and, if present, its curves and gallery.
         words: nearest class names of every concept, with their cosines.

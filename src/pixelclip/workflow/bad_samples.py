@@ -1,8 +1,8 @@
-"""Count and name unusable samples; stop a stage when their share is too large."""
+"""Count and report unusable samples; stop a stage when there are too many."""
 
 from dataclasses import dataclass, field
 
-_NAMED = 10  # bad samples named one by one; the rest are counted
+_NAMED = 10  # maximum number of bad samples listed by name
 
 
 @dataclass
@@ -11,12 +11,12 @@ class BadSamples:
 
     Attributes:
         stage: name of the stage.
-        max_share: largest allowed share of bad samples.
-        found: one line per bad sample, its name and the reason.
+        max_fraction: maximum fraction of bad samples.
+        found: name and reason of each bad sample, one line each.
     """
 
     stage: str
-    max_share: float
+    max_fraction: float
     found: list[str] = field(default_factory=list)
 
     def add(self, name: str, reason: str) -> None:
@@ -24,11 +24,11 @@ class BadSamples:
         self.found.append(f"{name}: {reason}")
 
     def stop_if_too_many(self, total: int, found: int | None = None) -> str:
-        """Return a summary; raise ValueError with it if more than `max_share` of `total` samples are bad.
+        """Return a summary; raise ValueError with it if more than `max_fraction` of `total` samples are bad.
 
         Args:
             total: number of samples, good and bad.
-            found: number of bad samples, where other processes have recorded some of them; default: `len(self.found)`.
+            found: number of bad samples, including those of other processes; `len(self.found)` by default.
         """
         found = len(self.found) if found is None else found
         lines = [f"  {line}" for line in self.found[:_NAMED]]
@@ -36,8 +36,8 @@ class BadSamples:
             lines.append(f"  and {rest} more")
         named = "\n".join(lines).encode(errors="backslashreplace").decode()
         summary = f"{self.stage}: {found} of {total} samples cannot be used:\n{named}" if found else ""
-        if found > self.max_share * total:
-            raise ValueError(f"{summary}\nallowed are {self.max_share:.1%} ({self.stage}.max_bad_share)")
+        if found > self.max_fraction * total:
+            raise ValueError(f"{summary}\nthe limit is {self.max_fraction:.1%} ({self.stage}.max_bad_share)")
         return summary
 
     def check(self, total: int, found: int | None = None) -> None:

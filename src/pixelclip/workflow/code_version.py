@@ -8,11 +8,11 @@ from pathlib import Path
 import pixelclip
 
 UNKNOWN, CHANGED = "unknown", "+changes"
-"""Revision outside of a git checkout; suffix of a revision whose files differ from their commit."""
+"""Revision outside a git checkout; suffix of a revision with uncommitted changes."""
 
 
 def code_revision() -> str:
-    """Return the git revision of this code, with the suffix `CHANGED` if files differ from it.
+    """Return the git revision of this code, with the suffix `CHANGED` if it has uncommitted changes.
 
     PIXELCLIP_REVISION overrides it. Code that git does not track has the revision `UNKNOWN`.
     """
@@ -31,5 +31,5 @@ def code_revision() -> str:
 
 
 def code_image() -> str:
-    """Return the container image of this process, a tag or digest (PIXELCLIP_IMAGE); empty outside of containers."""
+    """Return the container image of this process, a tag or digest (PIXELCLIP_IMAGE); empty outside containers."""
     return os.environ.get("PIXELCLIP_IMAGE", "")

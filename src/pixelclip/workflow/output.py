@@ -1,4 +1,4 @@
-"""Outputs of stages in a store: `s3://bucket/folder` holds a whole result or nothing."""
+"""Outputs of stages in a store: `s3://bucket/folder` contains a complete result or none."""
 
 import os
 import shutil
@@ -14,18 +14,18 @@ from pixelclip.workflow.stage import METRICS, PROVENANCE
 
 
 @contextmanager
-def outbox(out: str) -> Iterator[Path]:
+def output_folder(out: str) -> Iterator[Path]:
     """Yield the local folder in which a stage writes `out`; upload it when the `with` block ends.
 
-    Provenance is uploaded last, so a reader sees the whole result or none. Of a finished result in the store only provenance
-    and metrics are downloaded, for the stage to recognise it; nothing is uploaded again. An interrupted stage resumes on the
-    same machine.
+    Provenance is uploaded last, so a reader sees the complete result or none. If the store has a finished result, only its
+    provenance and metrics are downloaded, so that the stage recognises it, and nothing is uploaded. An interrupted stage
+    resumes on the same machine.
 
     Args:
         out: local path, or `s3://bucket/folder`.
 
     Raises:
-        ValueError: the store refuses or is lost; the same command then resumes.
+        ValueError: the store rejects the request or the connection fails; the same command then resumes.
     """
     if not s3.is_s3(out):
         yield Path(out)
@@ -45,7 +45,7 @@ def outbox(out: str) -> Iterator[Path]:
     elif any(name.endswith(f"/{PROVENANCE}") for name in existing):  # several results side by side
         shutil.copytree(local_copy(f"{out}/"), folder, dirs_exist_ok=True)
     elif others := [name for name in existing if not (folder / name).is_file()]:
-        raise ValueError(f"{out}: holds {others[0]}, which no finished stage of pixelclip wrote; choose a new prefix")
+        raise ValueError(f"{out}: contains {others[0]}, which no finished stage of pixelclip wrote; choose a new prefix")
     yield folder
     if finished and read_json(folder / PROVENANCE) == read_json(local_copy(f"{out}/{PROVENANCE}")):
         return

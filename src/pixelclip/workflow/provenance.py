@@ -1,7 +1,7 @@
-"""Read provenance: the settings, stages and data of a whole chain, and lineage tags.
+"""Read provenance: the settings, stages and data of a chain of stages, and lineage tags.
 
-A stage's provenance nests that of every input made by a stage. A stage that fetched data has a `source`: `git_sha`, `path`,
-`md5`, `nfiles`, `size`, and `repo` where known.
+A stage's provenance contains that of every input that a stage wrote. A stage that fetched data has a `source`: `git_sha`,
+`path`, `md5`, `nfiles`, `size`, and `repo` if known.
 """
 
 from collections.abc import Iterator, Mapping
@@ -15,7 +15,7 @@ WEIGHTS = ("model", "clip", "dino", "weights")
 
 
 def chain(provenance: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Yield the provenance of a result and of all earlier stages, the nearest first."""
+    """Yield the provenance of a result and of all earlier stages, nearest first."""
     yield provenance
     for described in provenance["inputs"].values():
         if "provenance" in described:
@@ -23,7 +23,7 @@ def chain(provenance: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
 
 
 def inputs(provenance: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any], str]]:
-    """Yield name, description and reading stage of every input of the chain, the nearest first."""
+    """Yield every input of the chain as (name, description, stage that reads it), nearest first."""
     for stage in chain(provenance):
         if stage.get("stage") == "evaluate_clip" and stage is not provenance:
             continue  # `evaluate` reads the same inputs
@@ -37,7 +37,7 @@ def source(described: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def flatten(provenance: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a chain as `stage.setting`; of two stages with one name, the nearer counts."""
+    """Return the settings of a chain as `stage.setting`; if two stages share a name, the nearer one wins."""
     params: dict[str, Any] = {}
     for stage in chain(provenance):
         params = {f"{stage['stage']}.{name}": value for name, value in stage["settings"].items()} | params
@@ -47,8 +47,8 @@ def flatten(provenance: Mapping[str, Any]) -> dict[str, Any]:
 def tags(provenance: Mapping[str, Any]) -> dict[str, str]:
     """Return lineage tags: code (revision, version, image) and every input of the chain.
 
-    An input has `data.NAME.md5` and `data.NAME.path`. For a fetched input these and further tags, such as
-    `data.NAME.git_sha`, are those of its source.
+    An input has the tags `data.NAME.md5` and `data.NAME.path`. For a fetched input, these and further tags, such as
+    `data.NAME.git_sha`, describe its source.
     """
     lineage = {
         "code.revision": str(provenance.get("revision") or code_revision()),
@@ -63,11 +63,11 @@ def tags(provenance: Mapping[str, Any]) -> dict[str, str]:
 
 
 def origins(provenance: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any], str]]:
-    """Yield those `inputs` that no stage made or that were fetched: the data and weights at the start of the chain."""
+    """Yield the data and weights at the start of the chain: those `inputs` that were fetched or that no stage wrote."""
     return (each for each in inputs(provenance) if "provenance" not in each[1] or source(each[1]))
 
 
 def data(provenance: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Map names to `origins` without weights; of two with one name, the nearer counts."""
+    """Map names to `origins` without weights; if two share a name, the nearer one wins."""
     farthest_first = reversed([*origins(provenance)])
     return {name: described for name, described, _ in farthest_first if name not in WEIGHTS}

@@ -58,7 +58,7 @@ class Stage:
         self.inputs = dict(inputs)
         self.source = dict(source or {})
         self._md5s = {key: value["md5"] for key, value in self.inputs.items()}
-        # Partial work is resumed by the same version only. A finished result is compared without it, see _difference.
+        # Only the same version resumes partial work. A finished result is compared without the version, see _difference.
         identity = [name, __version__, self.settings, self._md5s]
         identity += [self.source["git_sha"]] if self.source else []
         self.fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
@@ -67,31 +67,32 @@ class Stage:
 
     @property
     def finished(self) -> bool:
-        """Whether `out` already holds the result of these inputs and settings."""
+        """Whether `out` already contains the result of these inputs and settings."""
         return (self.out / PROVENANCE).is_file()
 
     def reuse(self) -> Metrics:
-        """Return the metrics of the finished result, and print that it is reused and by which code it was made."""
+        """Return the metrics of the finished result; print that it is reused, and the code that wrote it."""
         recorded = read_json(self.out / PROVENANCE)
-        made_by, current = _code(recorded), _code({"version": __version__, "revision": code_revision()})
-        reason = "same inputs and settings" if made_by == current else f"made by {made_by}; this is {current}"
+        written_by, current = _code(recorded), _code({"version": __version__, "revision": code_revision()})
+        reason = "same inputs and settings" if written_by == current else f"written by {written_by}; this is {current}"
         print(f"{self.name}: reused {_short(self.out)} ({reason})", flush=True)
         return dict(read_json(self.out / METRICS))
 
     def __enter__(self) -> Self:
         siblings, resumed = self._siblings(), self.folder.is_dir()
         for folder in siblings:
-            with suppress(FileNotFoundError, PermissionError):  # finished meanwhile, or not readable by this user
+            with suppress(FileNotFoundError, PermissionError):  # already finished, or not readable by this user
                 os.close(self._lock(folder))
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ValueError(f"{self.out}: cannot be made: {error.strerror}") from None
+            raise ValueError(f"{self.out}: cannot be created: {error.strerror}") from None
         self._handle = self._lock(self.folder)
         print(f"{self.name}: {'continues an interrupted run' if resumed else 'starts'} → {_short(self.out)}", flush=True)
         if not resumed and siblings:
             names = ", ".join(_short(folder) for folder in siblings)
-            print(f"{self.name}: unfinished work of other inputs, settings or versions can be removed: {names}", flush=True)
+            others = "partial results of other inputs, settings or versions remain; delete them if not needed"
+            print(f"{self.name}: {others}: {names}", flush=True)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -154,7 +155,7 @@ class Stage:
         return handle
 
     def _siblings(self) -> list[Path]:
-        """Unfinished work for `out` with other fingerprints."""
+        """List the partial results for `out` with other fingerprints."""
         name = re.compile(rf"\.{re.escape(self.out.name)}\.[0-9a-f]{{12}}\.partial")
         return sorted(path for path in self.out.parent.glob(".*.partial") if name.fullmatch(path.name) and path != self.folder)
 
@@ -170,12 +171,12 @@ class Stage:
         recorded = read_json(self.out / PROVENANCE)
         if difference := self._difference(recorded):
             raise ValueError(
-                f"{self.out}: holds a finished result of stage {recorded.get('stage')!r} with other inputs or settings "
+                f"{self.out}: contains a finished result of stage {recorded.get('stage')!r} with different inputs or settings "
                 f"({difference}); remove it or choose another folder"
             )
 
     def _difference(self, recorded: dict[str, Any]) -> str:
-        """Everything that keeps a recorded result from being reused; the code that made it does not."""
+        """List the differences that prevent reuse. A different code version is not one."""
         before, now = recorded.get("settings", {}), json.loads(json.dumps(self.settings))
         changes = {
             "stage": (recorded.get("stage"), self.name),
@@ -185,9 +186,10 @@ class Stage:
             old, new = (repr(settings[key]) if key in settings else "none" for settings in (before, now))
             changes[f"{self.name}.{key}"] = old, new
         inputs = recorded.get("inputs", {})
-        other = [key for key in {**self.inputs, **inputs} if inputs.get(key, {}).get("md5") != self._md5s.get(key)]
+        different = [key for key in {**self.inputs, **inputs} if inputs.get(key, {}).get("md5") != self._md5s.get(key)]
         return ", ".join(
-            [f"{key} {old} → {new}" for key, (old, new) in changes.items() if old != new] + [f"other {key}" for key in other]
+            [f"{key} {old} → {new}" for key, (old, new) in changes.items() if old != new]
+            + [f"different {key}" for key in different]
         )
 
 
@@ -196,7 +198,7 @@ def _code(provenance: Mapping[str, Any]) -> str:
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """Return path, md5, number of files and size of an input and, if a stage made it, its provenance.
+    """Return path, md5, number of files and size of an input and, if a stage wrote it, its provenance.
 
     Raises:
         ValueError: the file or folder does not exist.
@@ -204,7 +206,7 @@ def describe(path: Path) -> dict[str, Any]:
     location = {"path": origin(path)}
     if (path / PROVENANCE).is_file():
         provenance = read_json(path / PROVENANCE)
-        if isinstance(provenance, dict) and isinstance(provenance.get("output"), dict):  # else not written by a stage
+        if isinstance(provenance, dict) and isinstance(provenance.get("output"), dict):  # otherwise no stage wrote it
             return {**location, **provenance["output"], "provenance": provenance}
     return {**location, **digest(path)}
 
