@@ -24,6 +24,6 @@ def load(model: Path | str, device: str = "auto") -> "Predictor":
         ValueError: no model folder, or no such device.
     """
     from pixelclip.inference.predictor import Predictor  # imports torch
-    from pixelclip.storage.download import here
+    from pixelclip.storage.download import local_path
 
-    return Predictor.load(here(model), device)
+    return Predictor.load(local_path(model), device)

@@ -11,7 +11,7 @@ import typer
 from pixelclip.cli import pipeline as cli_cluster
 from pixelclip.cli.pipeline import Cluster, Image, Nodes, Overrides, Params, Repo, Revision
 from pixelclip.config import ImportConfig, as_table, build, device_name, load, parse_overrides
-from pixelclip.storage.download import here
+from pixelclip.storage.download import local_path
 from pixelclip.storage.s3 import is_s3
 from pixelclip.storage.upload import upload
 from pixelclip.workflow.output import outbox
@@ -382,7 +382,7 @@ def pipeline_compile_sweep(
 def _path(spec: str) -> Path:
     """Resolve a path, URI or registered model to a local path."""
     if not spec.startswith("models:/"):
-        return here(spec)
+        return local_path(spec)
     try:
         from pixelclip.registry.model_version import fetch
     except ModuleNotFoundError as error:

@@ -24,7 +24,7 @@ from pixelclip.models.clip_sources import clip_folder
 from pixelclip.registry.lineage import Registered, recorded
 from pixelclip.registry.model_version import fetch
 from pixelclip.registry.promotion import registry
-from pixelclip.storage.download import here
+from pixelclip.storage.download import local_path
 from pixelclip.storage.files import digest, write_json
 from pixelclip.storage.s3 import is_s3
 from pixelclip.tracking.journal import RUN
@@ -242,4 +242,4 @@ def _resolve(name: str, spec: str) -> Path | str | None:
     """
     if name == "clip":
         return clip_folder(spec)
-    return spec if name in _SHARDS and is_s3(spec) else here(spec)
+    return spec if name in _SHARDS and is_s3(spec) else local_path(spec)

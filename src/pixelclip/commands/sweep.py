@@ -27,7 +27,7 @@ from pixelclip import evaluate, train
 from pixelclip.config import STAGES, EvaluateConfig, TrainConfig, build, load, nearest, read_yaml
 from pixelclip.data.labelled_sets import open_labelled
 from pixelclip.data.shard_sources import list_shards
-from pixelclip.storage.download import here
+from pixelclip.storage.download import local_path
 from pixelclip.storage.files import read_json, write_atomically
 from pixelclip.tracking.journal import RUN
 from pixelclip.tracking.run import PARENT_RUN, PIPELINE_RUN, Run
@@ -139,7 +139,7 @@ def run(file: Path, masks: Path | str, labelled: Path | str, out: Path, params: 
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("sweep: runs in one process; with several GPUs compile it for a cluster (pipeline compile-sweep)")
     list_shards(masks)
-    labelled = here(labelled)
+    labelled = local_path(labelled)
     for kind in sorted({each.evaluate.kind for each in planned}):
         open_labelled(labelled, kind)
     if out.exists() and not out.is_dir():

@@ -29,20 +29,20 @@ def root() -> Path:
         raise ValueError("this user has no home folder for downloads; set PIXELCLIP_CACHE") from None
 
 
-def key(text: str) -> str:
+def short_hash(text: str) -> str:
     """Return a short hash of a URI or a version."""
     return hashlib.sha256(os.fsencode(text)).hexdigest()[:16]
 
 
-def home(uri: str) -> Path:
+def folder_of(uri: str) -> Path:
     """Return the folder of all copies of a URI."""
-    return root() / key(uri)
+    return root() / short_hash(uri)
 
 
 @contextmanager
 def locked(uri: str) -> Iterator[None]:
     """Let one process at a time download a URI; the others print that they wait."""
-    folder = home(uri)
+    folder = folder_of(uri)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:  # released when the process ends, however it ends
         try:

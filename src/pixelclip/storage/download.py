@@ -47,7 +47,7 @@ def local_copy(uri: str) -> Path:
     try:
         copy = fetch(uri, name)
     except s3.UnreachableError as error:
-        copies = [path for path in cache.home(uri).glob("*/*") if path.name == name]
+        copies = [path for path in cache.folder_of(uri).glob("*/*") if path.name == name]
         if not copies:
             raise ValueError(f"{error}, and no complete copy is in {cache.root()}") from None
         copy = max(copies, key=lambda path: path.stat().st_mtime)
@@ -56,7 +56,7 @@ def local_copy(uri: str) -> Path:
     return copy
 
 
-def here(path: Path | str) -> Path:
+def local_path(path: Path | str) -> Path:
     """Return the local copy of a URI; a local path is returned as it is, even if it does not exist."""
     return local_copy(str(path)) if "://" in str(path) else Path(path)
 
@@ -78,7 +78,7 @@ def _cached(uri: str, version: str, name: str, fetch: Callable[[Path], None]) ->
         name: file or folder name of the copy.
         fetch: writes the content to a path, where a failed attempt may leave a part to resume.
     """
-    path = cache.home(uri) / cache.key(version) / name
+    path = cache.folder_of(uri) / cache.short_hash(version) / name
     partial = path.with_name(f"{name}.partial")
     try:
         if version and path.exists():
@@ -86,7 +86,7 @@ def _cached(uri: str, version: str, name: str, fetch: Callable[[Path], None]) ->
         with cache.locked(uri):
             if version and path.exists():  # another process fetched it
                 return path
-            for entry in cache.home(uri).glob("*/*"):
+            for entry in cache.folder_of(uri).glob("*/*"):
                 if entry.name != name and entry != partial:  # of an interrupted download
                     shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
             path.parent.mkdir(exist_ok=True)
