@@ -71,7 +71,7 @@ def test_object_in_several_parts_is_downloaded(s3, big, cache):
         ("s3://nowhere/none", {}, "there is no such bucket (NoSuchBucket, status 404, "),
         ("s3://data/big.tar", {"AWS_ACCESS_KEY_ID": "nobody"}, "wrong credentials, see AWS_ACCESS_KEY_ID ("),
         ("s3://data/big.tar", {"AWS_SECRET_ACCESS_KEY": "no"}, "wrong credentials, see AWS_SECRET_ACCESS_KEY ("),
-        ("s3://dvc/none", {"AWS_ACCESS_KEY_ID": "reader"}, "these credentials may not do that, or there is no such key ("),
+        ("s3://dvc/none", {"AWS_ACCESS_KEY_ID": "reader"}, "access denied, or no such key ("),
     ],
 )
 def test_refused_request_is_not_retried_and_names_the_reason(s3, big, cache, monkeypatch, uri, changes, message):

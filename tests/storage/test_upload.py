@@ -12,7 +12,7 @@ from pixelclip.storage.download import local_copy
 from pixelclip.storage.s3 import list_below
 from pixelclip.storage.upload import upload, upload_folder
 
-PART = 5 << 20  # the smallest part that S3 accepts
+PART = 5 << 20  # minimum of S3
 
 
 @pytest.mark.parametrize("size", [0, 10, PART, 2 * PART, 2 * PART + 7])

@@ -244,7 +244,7 @@ def predict(
     from pixelclip.data.class_names import names_of
     from pixelclip.data.images import open_image
     from pixelclip.inference.predictor import Predictor, label_image, overlay
-    from pixelclip.storage.files import check_place
+    from pixelclip.storage.files import check_writable
 
     device_name(device)
     if out.suffix.lower() != ".png":
@@ -253,7 +253,7 @@ def predict(
         raise ValueError(f"{out}: would overwrite the photo")
     names = names_of(classes)
     image = open_image(photo)
-    check_place(out)
+    check_writable(out)
     prediction = Predictor.load(_path(model), device)(image, names)
     label_image(prediction.labels).save(out)
     overlay_path = out.with_suffix(".overlay.png")

@@ -167,7 +167,7 @@ def storage(uri: str) -> _Result:
         if not client.list_objects_v2(Bucket=bucket, Prefix=prefix, MaxKeys=1).get("KeyCount"):
             client.head_bucket(Bucket=bucket)  # some servers list a missing bucket as an empty one
             if prefix:
-                raise ValueError(f"{name}: nothing below {prefix}")
+                raise ValueError(f"{name}: no object below {prefix}")
     return "ok", f"{name}: keys accepted, the bucket can be listed"
 
 

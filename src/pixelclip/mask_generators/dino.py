@@ -5,7 +5,7 @@ B images, P patches, D width, h w token grid.
 
 import math
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from pixelclip.data.annotations import annotate
 from pixelclip.data.images import nearest
 from pixelclip.data.tensors import normalise, resized_square
 from pixelclip.distributed import pick_device, pick_precision
+from pixelclip.mask_generators import Generate
 from pixelclip.mask_generators.kmeans import kmeans
 from pixelclip.models.weights import check_fit, check_tensors, named, read_weights
 
@@ -32,7 +33,7 @@ _ANCHORS = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.norm1
 _HEAD_WIDTH = 64
 
 
-def dino_generator(weights: Path, config: MasksConfig) -> Callable[[list[tuple[str, Image.Image]]], Iterator[dict[str, Any]]]:
+def load_generator(weights: Path, config: MasksConfig) -> Generate:
     """Load DINO on the configured device as a function from keys and images to annotation documents.
 
     Raises:

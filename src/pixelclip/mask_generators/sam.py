@@ -3,7 +3,7 @@
 B images, N masks, P points, C embedding width, H W size of an image or crop, h w size of the decoder's output.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from torchvision.ops.boxes import batched_nms, box_area
 from pixelclip.config import MasksConfig
 from pixelclip.data.annotations import annotate
 from pixelclip.distributed import pick_device, pick_precision
+from pixelclip.mask_generators import Generate
 from pixelclip.mask_generators.sam_checkpoint import load_sam
 from pixelclip.mask_generators.sam_decoder import PointDecoder
 from pixelclip.mask_generators.sam_encoder import ImageEncoder
@@ -39,7 +40,7 @@ from pixelclip.mask_generators.sam_encoder import ImageEncoder
 _CHUNK_PIXELS = 2**26  # full-size logits in memory at once: 256 MiB
 
 
-def sam_generator(weights: Path, config: MasksConfig) -> Callable[[list[tuple[str, Image.Image]]], Iterator[dict[str, Any]]]:
+def load_generator(weights: Path, config: MasksConfig) -> Generate:
     """Load SAM on the configured device as a function from keys and images to annotation documents."""
     prefix, device = "sam_", pick_device(config.device)
     settings = {name.removeprefix(prefix): value for name, value in config.model_dump().items() if name.startswith(prefix)}

@@ -27,7 +27,7 @@ from pixelclip.models.checkpoint import (
 from pixelclip.models.decoder import Decoder
 from pixelclip.models.text import TextTower
 from pixelclip.models.weights import check_fit, check_tensors, read_weights
-from pixelclip.storage.files import check_place, read_json, write_atomically
+from pixelclip.storage.files import check_writable, read_json, write_atomically
 from pixelclip.workflow.stage import Metrics, Stage, describe
 
 # CLIPs trained in the paper, with open_clip's tag of the initial weights.
@@ -150,7 +150,7 @@ def export(model: Path, out: Path) -> None:
     Raises:
         ValueError: `model` is not a model folder, or `out` already holds an export.
     """
-    check_place(out / CLIP_WEIGHTS)
+    check_writable(out / CLIP_WEIGHTS)
     loaded = load_model(model)
     if existing := [name for name in (CLIP_CONFIG, CLIP_WEIGHTS) if (out / name).exists()]:
         raise ValueError(f"{out}: {existing[0]} already exists; remove it or choose another folder")
