@@ -31,7 +31,6 @@ from pixelclip.models.backbone import Backbone
 from pixelclip.models.checkpoint import backbone_of, load_clip, load_model
 from pixelclip.models.text import TEMPLATES, TextTower, classifier
 from pixelclip.storage.files import read_json
-from pixelclip.tracking import run as tracking
 
 client, made, reads, seven = evaluations.client, evaluations.made, evaluations.reads, evaluations.seven
 
@@ -228,10 +227,10 @@ def test_tracking_store_lost_during_evaluation_does_not_lose_the_result(made, cl
         return evaluation
 
     monkeypatch.setattr(stage, "evaluate_towers", evaluate_and_lose_store)
-    monkeypatch.setattr(tracking, "_CLOSE_SECONDS", 0.5)
+    monkeypatch.setattr("pixelclip.tracking.run._CLOSE_SECONDS", 0.5)
     metrics = run(made / "changed", made / "labelled", tmp_path / "out", CONFIG)
     assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == metrics
-    assert "is lost" in capsys.readouterr().out
+    assert "Lost connection to MLflow" in capsys.readouterr().out
 
 
 # Protocols, recomputed independently of the stage.

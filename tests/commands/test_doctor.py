@@ -186,7 +186,7 @@ def test_mlflow_reachable_and_unreachable(monkeypatch, tmp_path, closed):
     client = tiny.mlflow_at(monkeypatch, tmp_path / "mlflow")
     client.create_registered_model("one")
     finding = doctor.mlflow()
-    assert finding.state == "ok" and "its registry holds 1 models" in finding.said
+    assert finding.state == "ok" and "its registry has 1 models" in finding.said
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:geheim@{closed}")
     finding = doctor.mlflow(5)
     assert finding.state == "failed" and closed in finding.said and "geheim" not in finding.said and finding.advice
@@ -204,7 +204,7 @@ def test_mlflow_that_rejects_the_host_fails(monkeypatch, web):
 def test_mlflow_server_version_and_registry(mlflow_server):
     finding = doctor.mlflow()
     assert finding.state == "ok"
-    assert finding.said.startswith(f"{mlflow_server.uri}: server 3.") and "its registry holds" in finding.said
+    assert finding.said.startswith(f"{mlflow_server.uri}: server 3.") and "its registry has" in finding.said
 
 
 def test_dvc_remote_in_a_local_folder(monkeypatch, tmp_path):
@@ -286,4 +286,4 @@ def test_image_in_registry_or_local_engine(monkeypatch, tmp_path, found, state, 
 def test_image_is_not_checked_without_docker(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     finding = doctor.container_image("r.example/pixelclip:v1")
-    assert finding.state == "missing" and "there is no docker program" in finding.said
+    assert finding.state == "missing" and "docker is not installed" in finding.said
