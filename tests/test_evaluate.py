@@ -381,7 +381,7 @@ def test_every_kind_of_labelled_set_is_a_setting():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"side": 50}, r"evaluate\.side 50 is no multiple of this CLIP's patch of 8 pixels; the nearest are 48 and 56"),
+        ({"side": 50}, r"evaluate\.side 50 is not a multiple of the patch size \(8\); nearest valid: 48, 56"),
         ({"protocol": "slide", "crop": 7, "stride": 7}, r"evaluate\.crop 7 is smaller than one patch"),
         ({"protocol": "slide", "slide_side": 7}, r"evaluate\.slide_side 7 is smaller than one patch"),
         ({"protocol": "masks", "masks": "given", "masks_folder": "nowhere"}, r"masks_folder nowhere: no such folder"),

@@ -134,7 +134,7 @@ def test_images_without_masks_and_slivers_yield_empty_lists(sam, images):
 
 
 def test_settings_without_points_are_rejected(sam):
-    with pytest.raises(ValueError, match="points_per_side 3 leaves no point in crop layer 2"):
+    with pytest.raises(ValueError, match="points_per_side 3 leaves no points in crop layer 2"):
         SamGenerator(sam, points_per_side=3, crop_n_layers=2, crop_n_points_downscale_factor=2)
 
 
@@ -224,7 +224,7 @@ WRONG = {
     ),
     "shape": (
         lambda s: s | {NECK: torch.zeros(3)},
-        rf"of another shape: {NECK} \[3\] instead of \[32, 32, 1, 1\]",
+        rf"of a different shape: {NECK} \[3\] instead of \[32, 32, 1, 1\]",
     ),
     "rank": (lambda s: s | {PATCH: torch.zeros(3)}, rf"{PATCH} has shape \[3\], expected 4 dimensions"),
     "heads": (lambda s: s | {"image_encoder.blocks.0.attn.rel_pos_h": torch.zeros(7, 5)}, "multiples of 5"),

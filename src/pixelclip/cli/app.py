@@ -45,7 +45,7 @@ def _config(stage: str, params: Path | None, settings: list[str] | None) -> Any:
 
 
 def _run(stage: str, out: str, params: Path | None, settings: list[str] | None, *inputs: str) -> None:
-    """Run a stage, whose function takes its inputs, an output folder and its settings."""
+    """Run a stage: call its `run` with inputs, output folder and settings."""
     config = _config(stage, params, settings)
     with outbox(out) as folder:
         import_module(f"pixelclip.{stage}").run(*inputs, folder, config)
@@ -88,7 +88,7 @@ def masks(
     preview: Annotated[int, typer.Option(help="Write OUT/preview.jpg with the masks of this many images.", min=0, max=250)] = 0,
     settings: Settings = None,
 ) -> None:
-    """Make class-agnostic masks for every image of the shards."""
+    """Generate class-agnostic masks for every image of the shards."""
     _run("masks", out, params, [*(settings or []), *([f"part={part}"] if part else [])], shards)
     if preview:
         from pixelclip.visualization.pictures import preview as write_preview
@@ -109,7 +109,7 @@ def train(
     params: Params = None,
     settings: Settings = None,
 ) -> None:
-    """Train PixelCLIP on shards with masks, starting from a CLIP."""
+    """Train PixelCLIP on shards with masks, starting from a pretrained CLIP."""
     _run("train", out, params, settings, masks)
 
 
@@ -158,7 +158,7 @@ def sweep(
     out: Annotated[Path, typer.Option(callback=reject_s3, help="Folder for runs, table and plot; finished runs are reused.")],
     params: Params = None,
 ) -> None:
-    """Train and evaluate rows of settings with several seeds; write one table and one plot."""
+    """Train and evaluate rows of settings with several seeds; write a table and a plot."""
     from pixelclip.commands.sweep import run
 
     run(file, masks, labelled, out, params)
@@ -214,8 +214,8 @@ def lineage(
 def reproduce(
     model: Registered,
     out: Annotated[Path, typer.Option(callback=reject_s3, help="Output folder; finished parts are reused.")],
-    train: Annotated[bool, typer.Option("--train", help="Also train again, and evaluate the new model.")] = False,
-    tolerance: Annotated[float, typer.Option(help="Largest difference of equal metrics, in points.", min=0)] = 0.01,
+    train: Annotated[bool, typer.Option("--train", help="Also repeat training, and evaluate the new model.")] = False,
+    tolerance: Annotated[float, typer.Option(help="Maximum difference of equal metrics, in points.", min=0)] = 0.01,
     settings: Annotated[
         list[str] | None, typer.Argument(metavar="[NAME=VALUE]...", help="Runtime settings, e.g. evaluate.device=cpu.")
     ] = None,
@@ -258,8 +258,8 @@ def predict(
     label_image(prediction.labels).save(out)
     overlay_path = out.with_suffix(".overlay.png")
     overlay(image, prediction).save(overlay_path)
-    shares = [(float((prediction.labels == index).mean()), name) for index, name in enumerate(names)]
-    print("\n".join(f"{100 * share:5.1f} %  {name}" for share, name in sorted(shares, reverse=True) if share))
+    fractions = [(float((prediction.labels == index).mean()), name) for index, name in enumerate(names)]
+    print("\n".join(f"{100 * fraction:5.1f} %  {name}" for fraction, name in sorted(fractions, reverse=True) if fraction))
     print(f"{out} (values are class indices), {overlay_path}")
 
 
@@ -330,12 +330,12 @@ def _path(spec: str) -> Path:
 
 
 def main() -> None:
-    """Run a command; report errors of input or disk in one message with exit code 2."""
+    """Run a command; report input and disk errors in one message with exit code 2."""
     try:
         app()
     except ValueError as error:
         message = str(error)
-    except OSError as error:  # mostly of the disk: missing folder, no permission, no space left
+    except OSError as error:  # usually of the disk: missing folder, no permission, no space left
         message = f"{error.filename}: {error.strerror}" if error.filename else " ".join(str(error).split())
     else:
         return

@@ -23,15 +23,15 @@ Cluster = Annotated[
 ]
 Nodes = Annotated[int, typer.Option(help="Training nodes; several need Kubeflow Trainer and a shared volume.", min=1)]
 Image = Annotated[str, typer.Option(help="Container image by tag or digest; default: PIXELCLIP_IMAGE, or cluster.yaml's.")]
-Repo = Annotated[str, typer.Option(help="DVC repository with --images and --labelled; empty: they are folders.")]
-Revision = Annotated[str, typer.Option(help="Branch, tag or commit of --repo; empty: its default branch.")]
+Repo = Annotated[str, typer.Option(help="DVC repository with --images and --labelled; default: none, they are folders.")]
+Revision = Annotated[str, typer.Option(help="Branch, tag or commit of --repo; default: its default branch.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[NAME=VALUE]...", help="Pipeline parameters, or STAGE.SETTING=VALUE.")
 ]
 Endpoint = Annotated[str, typer.Option(help="URL of KFP; default: KFP_ENDPOINT, KF_PIPELINES_ENDPOINT, or cluster.yaml's.")]
 Images = Annotated[str, typer.Option(help="Unlabelled images on the cluster: path in --repo, folder or s3://.")]
-Labelled = Annotated[str, typer.Option(help="Labelled set, given like --images: images/, labels/ and classes.txt.")]
-Workspace = Annotated[str, typer.Option(help="Folder on a mounted volume where stages are reused and resumed; empty: none.")]
+Labelled = Annotated[str, typer.Option(help="Labelled set, located like --images: images/, labels/ and classes.txt.")]
+Workspace = Annotated[str, typer.Option(help="Folder on a mounted volume where stages are reused and resumed; default: none.")]
 
 pipeline = typer.Typer(help="Kubeflow pipeline: run it locally or on a cluster.", no_args_is_help=True)
 schedule_group = typer.Typer(help="Run the pipeline on a schedule: create, list, delete.", no_args_is_help=True)
@@ -46,7 +46,7 @@ def pipeline_submit(
     revision: Revision = "",
     workspace: Workspace = "",
     params: Params = None,
-    name: Annotated[str, typer.Option(help="Name of the run; default: name of the pipeline with the time.")] = "",
+    name: Annotated[str, typer.Option(help="Name of the run; default: name of the pipeline and the time.")] = "",
     cluster: Cluster = None,
     nodes: Nodes = 1,
     image: Image = "",
@@ -63,7 +63,7 @@ def pipeline_submit(
 
 @pipeline.command("status")
 def pipeline_status(
-    run_id: Annotated[str, typer.Argument(help="Id of a run, as submit prints it.")],
+    run_id: Annotated[str, typer.Argument(help="ID of a run, printed by submit.")],
     cluster: Cluster = None,
     endpoint: Endpoint = "",
 ) -> None:
@@ -78,7 +78,7 @@ def pipeline_status(
 @pipeline.command("run")
 def pipeline_run(
     images: Annotated[str, typer.Option(help="Unlabelled images: folder, s3://, or path in --repo.")],
-    labelled: Annotated[str, typer.Option(help="Labelled set, located as --images: images/, labels/, classes.txt.")],
+    labelled: Annotated[str, typer.Option(help="Labelled set, located like --images: images/, labels/, classes.txt.")],
     out: Annotated[Path, typer.Option(callback=reject_s3, help="Workspace: finished stages are reused, others resume.")],
     repo: Repo = "",
     revision: Revision = "",
@@ -111,11 +111,11 @@ def pipeline_compile_sweep(
     file: Sweep,
     out: YamlOut = Path("pixelclip-sweep.yaml"),
     params: Params = None,
-    workspace: Annotated[str, typer.Option(help="Folder on a mounted volume where killed runs resume; empty: none.")] = "",
+    workspace: Annotated[str, typer.Option(help="Folder on a mounted volume where killed runs resume; default: none.")] = "",
     cluster: Cluster = None,
     image: Image = "",
 ) -> None:
-    """Write a sweep as a pipeline for a cluster; its runs are parallel."""
+    """Write a sweep as a pipeline for a cluster; the runs are parallel."""
     from pixelclip_pipelines.sweep import compile_to
 
     compile_to(file, out, params, workspace, cluster, image)
@@ -159,11 +159,11 @@ def schedule_list(cluster: Cluster = None, endpoint: Endpoint = "") -> None:
 
 @schedule_group.command("delete")
 def schedule_delete(
-    schedule_id: Annotated[str, typer.Argument(help="Id of a schedule, as list prints it.")],
+    schedule_id: Annotated[str, typer.Argument(help="ID of a schedule, printed by list.")],
     cluster: Cluster = None,
     endpoint: Endpoint = "",
 ) -> None:
-    """Delete a schedule; runs that it has started continue."""
+    """Delete a schedule; its started runs continue."""
     from pixelclip_pipelines.submit import Target, unschedule
 
     unschedule(Target(endpoint, cluster), schedule_id)

@@ -13,7 +13,7 @@ from pixelclip.mask_generators import EncodedSample
 
 
 def felzenszwalb(image: Image.Image, scale: float, sigma: float, min_size: int) -> NDArray[np.int64]:
-    """Return the segment of every pixel [H, W], counted from 0, by scikit-image's `felzenszwalb`."""
+    """Return the segment of every pixel [H, W], numbered from 0, by scikit-image's `felzenszwalb`."""
     from skimage.segmentation import felzenszwalb as segment
 
     return np.asarray(segment(np.asarray(to_rgb(image)), scale=scale, sigma=sigma, min_size=min_size))

@@ -154,9 +154,7 @@ class Run:
         inputs = []
         for name, described in data(provenance).items():
             fetched = source(described)
-            digest = str(fetched.get("md5", described["md5"]))[
-                :36
-            ]  # MLflow's limit, which is the length of DVC's MD5 of a folder
+            digest = str(fetched.get("md5", described["md5"]))[:36]  # MLflow's limit, and the length of DVC's MD5 of a folder
             origin = json.dumps(fetched or {"uri": described["path"]})
             dataset = Dataset(name=name, digest=digest, source_type="dvc" if fetched else "local", source=origin)
             inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", context)]))
@@ -228,9 +226,7 @@ def _resumed(folder: Path) -> tuple[MlflowClient, str | None]:
         return client, _existing(client, folder)
     except (ValueError, MlflowException) as error:
         uri = tracking_uri()
-        if state.get("tracking_uri") != uri or not (
-            client or uri.startswith("http")
-        ):  # waiting does not help with a local file
+        if state.get("tracking_uri") != uri or not (client or uri.startswith("http")):  # a local file does not recover
             raise
         print(f"{first_line(error)}; training continues in MLflow run {state['run_id']}", flush=True)
         return client or MlflowClient(uri), str(state["run_id"])
