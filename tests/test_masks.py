@@ -125,11 +125,11 @@ def test_two_workers_write_the_same_bytes_as_none(tmp_path: Path) -> None:
     assert (tmp_path / "out0" / "0.tar").read_bytes() == (tmp_path / "out2" / "0.tar").read_bytes()
 
 
-@pytest.mark.parametrize("place", ["shard", "folder"])
-def test_given_masks_are_copied_unchanged(tmp_path: Path, place: str) -> None:
+@pytest.mark.parametrize("source", ["shard", "folder"])
+def test_given_masks_are_copied_unchanged(tmp_path: Path, source: str) -> None:
     files = {"x/a.json": annotation(STRIPES)}
-    shards = write_tar(tmp_path / "shards" / "0.tar", {"./x/a.jpg": JPEG} | (files if place == "shard" else {})).parent
-    folder = str(write_files(tmp_path / "given", files)) if place == "folder" else ""
+    shards = write_tar(tmp_path / "shards" / "0.tar", {"./x/a.jpg": JPEG} | (files if source == "shard" else {})).parent
+    folder = str(write_files(tmp_path / "given", files)) if source == "folder" else ""
     metrics = run(shards, tmp_path / "out", config(generator="given", given_folder=folder))
     assert metrics["masks"] == 4
     assert np.array_equal(masked(tmp_path / "out" / "0.tar", "x/a"), STRIPES)

@@ -175,8 +175,8 @@ def slow_store(client, monkeypatch):
     monkeypatch.setattr(server, "_TRANSFER_SECONDS", 20)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with slow_artifacts("model.safetensors", seconds=1.5) as place:
-        monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", client.create_experiment("slow", artifact_location=place))
+    with slow_artifacts("model.safetensors", seconds=1.5) as location:
+        monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", client.create_experiment("slow", artifact_location=location))
         yield
 
 
@@ -295,11 +295,11 @@ def test_partially_written_metrics_are_rejected(made, client, monkeypatch, tmp_p
 def test_model_is_registered_again_in_an_empty_registry(made, monkeypatch, tmp_path):
     evaluated = evaluation(tmp_path / "evaluation", made / "model0", miou=40.0, gain=10.0)
     out = tmp_path / "out"
-    for place in ("one", "two"):
-        client = tiny.mlflow_at(monkeypatch, tmp_path / place)
+    for folder in ("one", "two"):
+        client = tiny.mlflow_at(monkeypatch, tmp_path / folder)
         assert run(made / "model0", evaluated, out, CONFIG)["register/version"] == 1.0
         assert versions(client) == [1]
-        assert place in read_json(out / "registration.json")["tracking_uri"]
+        assert folder in read_json(out / "registration.json")["tracking_uri"]
 
 
 def unavailable(*_: object, **__: object) -> None:

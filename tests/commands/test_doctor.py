@@ -89,7 +89,7 @@ def test_nothing_fails_where_nothing_is_configured(monkeypatch):
     assert list(Path.cwd().iterdir()) == []
 
 
-def test_text_and_json_hold_the_same_findings():
+def test_text_and_json_contain_the_same_findings():
     findings = [Finding("GPU", "missing", "none", "buy one"), Finding("shared memory", "ok", "8 GiB")]
     assert as_text(findings).splitlines() == [
         "GPU            missing         none; buy one",
@@ -101,7 +101,7 @@ def test_text_and_json_hold_the_same_findings():
 @pytest.mark.parametrize("words", [[], ["--json"]])
 def test_exit_code_is_1_if_a_check_failed(monkeypatch, capsys, closed, words):
 
-    from pixelclip.cli import app as cli
+    from pixelclip.cli.app import main
 
     for endpoint, code in (("", 0), (f"http://{closed}", 1)):
         monkeypatch.setenv("KFP_ENDPOINT", endpoint)
@@ -109,7 +109,7 @@ def test_exit_code_is_1_if_a_check_failed(monkeypatch, capsys, closed, words):
         monkeypatch.setattr(doctor, "disk", lambda: Finding("disk", "ok", ""))
         monkeypatch.setattr(sys, "argv", ["pixelclip", "doctor", *words])
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            main()
         assert int(ended.value.code or 0) == code
         message = capsys.readouterr().out
         if words:
@@ -257,7 +257,7 @@ def test_unreachable_kubeflow_pipelines_fails(closed):
 
 
 def fake_docker(monkeypatch, folder: Path, *found: str) -> None:
-    """A docker program that finds an image in the places `found`: manifest (its registry), image (the local engine)."""
+    """A docker program that finds an image where `found` says: manifest (its registry), image (the local engine)."""
     folder.mkdir()
     program = folder / "docker"
     cases = "".join(f"{word}) exit 0;;\n" for word in found)

@@ -28,7 +28,7 @@ from pixelclip.mask_generators.sam_encoder import ImageEncoder
 plain, sam = random_sam.plain, random_sam.sam
 
 
-# Random weights give masks all over the image. Discs around the point make them local, like those of trained weights: features
+# Random weights give masks all over the image. Discs around the point make them local, as with trained weights: features
 # contain the pixel's position, and their product with each hypernetwork is its proximity to the point.
 
 
@@ -106,7 +106,7 @@ def test_bfloat16_masks_agree_with_float32(sam, images):
     exact, short = (SamGenerator(sam, **LOOSE, precision=precision)(images) for precision in (None, torch.bfloat16))
     assert exact != short
     for found, others in zip(short, exact, strict=True):
-        for best in (best_ious(found, others), best_ious(others, found)):  # masks near a threshold may be lost
+        for best in (best_ious(found, others), best_ious(others, found)):  # masks near a threshold may be missing
             assert np.median(best) > 0.98 and best.mean() > 0.9
 
 

@@ -62,7 +62,7 @@ def test_save_then_load_is_bit_equal(clip_folder, tmp_path):
         assert backbone_of(loaded)(images).shape == (2, 64, 4, 4)
 
 
-def test_model_folder_holds_no_pickle(model_folder):
+def test_model_folder_contains_no_pickle(model_folder):
     assert {path.name for path in model_folder.iterdir()} == {"model.safetensors", "config.json", "provenance.json"}
     with safe_open(model_folder / "model.safetensors", framework="pt") as file:
         assert {name.split(".")[0] for name in file.keys()} == {"clip", "prompts", "decoder"}  # noqa: SIM118
@@ -256,7 +256,7 @@ def test_pickle_is_never_executed(registered, tmp_path):
     assert not (tmp_path / "sprung").exists()
 
 
-def test_weights_of_another_model_or_size_are_rejected(tmp_path):
+def test_weights_of_a_different_model_or_size_are_rejected(tmp_path):
     torch.save({"image_encoder.pos_embed": torch.zeros(1), "mask_decoder.x": torch.zeros(1)}, tmp_path / "sam.pth")
     with pytest.raises(ValueError, match=r"sam\.pth contains image_encoder\.pos_embed, mask_decoder\.x; expected a CLIP's"):
         load_clip(f"ViT-B-32:{tmp_path / 'sam.pth'}")

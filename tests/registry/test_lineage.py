@@ -15,7 +15,7 @@ from helpers import fake_data, tiny
 from helpers.s3_sources import put, sources
 from helpers.training import SMALL
 from pixelclip import evaluate, evaluate_clip, masks, register, shards, train
-from pixelclip.cli import app as cli
+from pixelclip.cli.app import main
 from pixelclip.commands import reproduce
 from pixelclip.config import EvaluateConfig, MasksConfig, RegisterConfig, ShardsConfig, TrainConfig
 from pixelclip.registry import lineage
@@ -285,7 +285,7 @@ def test_exit_codes_of_the_commands(made, monkeypatch, capsys):
     def call(*words: str) -> int:
         monkeypatch.setattr(sys, "argv", ["pixelclip", *words])
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            main()
         return ended.value.code or 0
 
     made.client.create_registered_model("second")

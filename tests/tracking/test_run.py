@@ -285,8 +285,8 @@ def test_evaluation_in_another_run_also_adds_metrics_to_the_training(client, mon
     trained = start(tmp_path / "model")
     trained.log({"loss": 1.0}, 1)
     trained.finish()
-    place = (tmp_path / "artifacts").as_uri()
-    env_run = client.create_run(client.create_experiment("theirs", artifact_location=place)).info.run_id
+    location = (tmp_path / "artifacts").as_uri()
+    env_run = client.create_run(client.create_experiment("theirs", artifact_location=location)).info.run_id
     monkeypatch.setenv("MLFLOW_RUN_ID", env_run)
     (tmp_path / "evaluation").mkdir()
     (tmp_path / "report.html").write_text("hello")
@@ -326,14 +326,14 @@ def test_attaching_adds_to_the_run_and_does_not_end_it(client, tmp_path):
     assert client.get_run(trained.run_id).info.status == "RUNNING"
 
 
-@pytest.mark.parametrize("lost", ["another store", "a deleted run"])
-def test_server_without_the_run_receives_the_whole_history(client, monkeypatch, tmp_path, lost):
+@pytest.mark.parametrize("missing", ["another store", "a deleted run"])
+def test_server_without_the_run_receives_the_whole_history(client, monkeypatch, tmp_path, missing):
     model, stage = tmp_path / "model", tmp_path / "evaluation"
     trained = start(model)
     for step in (1, 2):
         trained.log({"loss": float(step)}, step)
     trained.finish()
-    if lost == "another store":
+    if missing == "another store":
         client = tiny.mlflow_at(monkeypatch, tmp_path / "elsewhere")
     else:
         client.delete_run(trained.run_id)

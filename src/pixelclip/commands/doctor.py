@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from pixelclip.fetch_data import look_at_remote, without_login
-from pixelclip.storage.cache import root as cache_folder
+from pixelclip.storage import cache
 from pixelclip.storage.s3 import connected, split
 
 SECONDS = 20.0
@@ -141,12 +141,12 @@ def shared_memory() -> _Result:
 def disk() -> _Result:
     """Check free space and permissions of the current folder and of the download cache."""
     free = {}
-    for name, path in (("here", Path.cwd()), ("downloads", cache_folder())):
+    for name, path in (("here", Path.cwd()), ("downloads", cache.root())):
         existing = next(folder for folder in (path, *path.parents) if folder.exists())
         if not os.access(existing, os.W_OK):
             raise ValueError(f"{path} is not writable ({name})")
         free[f"{path} ({name})"] = shutil.disk_usage(existing).free / _GIB
-    details = ", ".join(f"{size:.0f} GiB free in {place}" for place, size in free.items())
+    details = ", ".join(f"{size:.0f} GiB free in {folder}" for folder, size in free.items())
     if min(free.values()) < _DISK:
         raise ValueError(f"{details}; at least 10 GiB are needed")
     return "ok", details

@@ -206,15 +206,15 @@ def _md5(name: str, spec: Path | str, kind: str) -> str:
 
 def _repeat(described: Mapping[str, Any], work: _Work) -> Path:
     """Repeat the stage that wrote an input, and print whether its output is the same."""
-    made = described["provenance"]
-    name, out = made["stage"], work.out / made["stage"]
+    provenance = described["provenance"]
+    name, out = provenance["stage"], work.out / provenance["stage"]
     if name not in _REPEATABLE:
         raise ValueError(f"{described['path']}: stage {name} cannot be repeated, only {', '.join(_REPEATABLE)}")
     main_input, repeat = _REPEATABLE[name]
-    main = _restore(main_input, made["inputs"][main_input], work)
+    main = _restore(main_input, provenance["inputs"][main_input], work)
     whole = {"part": ""} if name == "masks" else {}
-    repeat(main, out, work.config(name, _update_paths(made, dict(made["settings"]), work) | whole))
-    if made["settings"].get("part"):
+    repeat(main, out, work.config(name, _update_paths(provenance, dict(provenance["settings"]), work) | whole))
+    if provenance["settings"].get("part"):
         verdict = "run as a whole, but recorded in parts"
     else:
         verdict = "the same files as recorded" if describe(out)["md5"] == described["md5"] else "different files than recorded"
@@ -222,10 +222,10 @@ def _repeat(described: Mapping[str, Any], work: _Work) -> Path:
     return out
 
 
-def _update_paths(made: Mapping[str, Any], settings: dict[str, Any], work: _Work) -> dict[str, Any]:
+def _update_paths(provenance: Mapping[str, Any], settings: dict[str, Any], work: _Work) -> dict[str, Any]:
     """Point a stage's settings to the current paths of its weights and other inputs."""
-    defaults = {"clip": flatten(made).get("train.clip", "")}  # used by an evaluation whose own setting is empty
-    for name, described in made["inputs"].items():
+    defaults = {"clip": flatten(provenance).get("train.clip", "")}  # used by an evaluation whose own setting is empty
+    for name, described in provenance["inputs"].items():
         setting = _SETTING.get(name, "")
         if spec := str(settings.get(setting) or defaults.get(name, "")):  # the main input of a stage is not a setting
             restored = _restore(name, described, work, spec=spec)

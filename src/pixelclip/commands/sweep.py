@@ -120,7 +120,7 @@ def _checked(settings: Mapping[str, Any] | None, source: str) -> dict[str, Any]:
 def run(file: Path, masks: Path | str, labelled: Path | str, out: Path, params: Path | None = None) -> list[dict[str, Any]]:
     """Train and evaluate every row with every seed, one after another, and write the table and the plot.
 
-    Each run has an MLflow run below that of the sweep. Finished runs are reused, interrupted ones resume.
+    Each run has an MLflow run below the sweep's. Finished runs are reused, and interrupted runs resume.
 
     Args:
         file: the sweep, see `read`.

@@ -27,7 +27,7 @@ def kmeans(points: Tensor, k: int, seeds: Sequence[int], iterations: int = 100, 
         k: number of clusters; fewer if there are fewer distinct points.
         seeds: one non-negative integer per image.
         iterations: maximum number of centre updates; stops early when no label changes.
-        restarts: number of initialisations; the one with the lowest inertia is returned.
+        restarts: number of initialisations; the result with the lowest inertia is returned.
 
     Returns:
         Labels [B, P], int64, numbered from 0 without gaps in every image. Inertia [B], float64: sum of squared distances of

@@ -66,9 +66,9 @@ def _attend(attention: Any, x: Tensor, positions: tuple[Tensor, Tensor]) -> Tens
     parts = attention.qkv(x).reshape(batch, height * width, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
     query, key, value = parts.reshape(3, batch * attention.num_heads, height * width, -1).unbind(0)  # each [M, N, C]
     rows, columns = (table.to(query.dtype) for table in positions)
-    places = query.unflatten(1, (height, width))
-    by_row = torch.einsum("mhwc,hkc->mhwk", places, rows)
-    by_column = torch.einsum("mhwc,wkc->mhwk", places, columns)
+    grid = query.unflatten(1, (height, width))
+    by_row = torch.einsum("mhwc,hkc->mhwk", grid, rows)
+    by_column = torch.einsum("mhwc,wkc->mhwk", grid, columns)
     attended = (_on_gpu if x.is_cuda else _on_cpu)(query, key, value, by_row, by_column)
     attended = attended.view(batch, attention.num_heads, height, width, -1).permute(0, 2, 3, 1, 4)
     return attention.proj(attended.reshape(batch, height, width, -1))

@@ -55,7 +55,7 @@ class Run:
 
     @classmethod
     def start(cls, folder: Path, name: str, provenance: Mapping[str, Any]) -> Self:
-        """Start the MLflow run of a training run, or continue that of an interrupted training run in `folder`.
+        """Start the MLflow run of a training run, or continue the run of an interrupted one in `folder`.
 
         The first of these is used: MLFLOW_RUN_ID (which is never ended here), the interrupted run, a new child of
         PIXELCLIP_PARENT_RUN, the run tagged with the ID of this pipeline run, a new run. An interrupted run is continued even
