@@ -20,7 +20,7 @@ _DOUBTFUL = 4096  # points recomputed at once
 def kmeans(points: Tensor, k: int, seeds: Sequence[int], iterations: int = 100, restarts: int = 10) -> tuple[Tensor, Tensor]:
     """Cluster the points of every image independently, all images at once.
 
-    The result of an image depends on its points and its seed, not on its batch.
+    The result of an image depends on its points and its seed, not on its batch. More restarts never increase the inertia.
 
     Args:
         points: [B, P, D].
@@ -158,7 +158,7 @@ def _nearest(points: Tensor, norms: Tensor, centres: Tensor, squares: Tensor, ru
     second = mine.scatter_(1, labels[:, None], math.inf).amin(dim=1)
     image = runs * len(points) // len(centres)
     scale = norms[image, :, 0] + centres[runs].square().sum(dim=2).amax(dim=1, keepdim=True)
-    error = (points.shape[2] + 8) * torch.finfo(squares.dtype).eps  # upper bound of the relative error of a difference
+    error = (points.shape[2] + 8) * torch.finfo(squares.dtype).eps  # upper bound of a difference's error, relative to `scale`
     sure = second - first >= error * scale  # False if float32 overflowed
     for doubtful in (~sure).nonzero().split(_DOUBTFUL):
         run, point = doubtful.unbind(1)

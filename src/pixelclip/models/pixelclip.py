@@ -174,7 +174,7 @@ class PixelCLIP(nn.Module):
     def accumulate(self, micro_batches: Sequence[Batch], group: ProcessGroup = SINGLE_PROCESS, shown: int = 0) -> StepOutput:
         """Compute loss and gradients of one optimizer step over all micro-batches and processes.
 
-        All masks are assigned to concepts before the first student forward pass, and each micro-batch's loss is divided by the
+        All masks are assigned together, before the first student forward pass, and each micro-batch's loss is divided by the
         terms of the whole batch, so the gradients, which are added to `.grad`, equal those of one large batch. Nothing here
         synchronizes with a GPU: the processes exchange mask counts between CPUs.
 
