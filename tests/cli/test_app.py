@@ -9,7 +9,7 @@ from PIL import Image
 
 from helpers import command_line
 from helpers.fake_data import encoded, pixels, write_tar
-from pixelclip.app import app
+from pixelclip.cli.app import app
 from pixelclip.config import SETTINGS, STAGES
 from pixelclip.storage.s3 import is_s3, list_below
 

@@ -121,7 +121,7 @@ def test_exit_code_is_1_if_a_check_failed(monkeypatch, capsys, closed, words):
 def test_hanging_or_broken_check_does_not_hide_others(monkeypatch):
     forever = threading.Event()
     monkeypatch.setattr(doctor, "shared_memory", forever.wait)
-    monkeypatch.setattr(doctor, "cache_folder", lambda: 1 / 0)
+    monkeypatch.setattr(doctor.cache, "root", lambda: 1 / 0)
     findings = {finding.what: finding for finding in run(seconds=3)}
     forever.set()
     assert (findings["shared memory"].state, findings["shared memory"].said) == ("failed", "no answer within 3 s")

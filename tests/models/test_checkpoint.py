@@ -183,7 +183,7 @@ def test_shipped_clip_loads():
             r"opanai': no such file or pretrained weights: opanai; pretrained weights are openai, la",
         ),
         ("coca_base:nope", r"CLIP 'coca_base:nope': .*; open_clip has none for this CLIP, use coca_base:FILE$"),
-        ("/no/such/folder", r"CLIP '/no/such/folder': no folder"),
+        ("/no/such/folder", r"CLIP '/no/such/folder': no such folder or CLIP"),
     ],
 )
 def test_unknown_clip_is_rejected_with_alternatives(spec, message, caplog):
