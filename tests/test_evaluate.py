@@ -30,7 +30,6 @@ from pixelclip.models.backbone import Backbone
 from pixelclip.models.checkpoint import backbone_of, load_clip, load_model
 from pixelclip.models.text import TEMPLATES, TextTower, classifier
 from pixelclip.storage.files import read_json
-from pixelclip.tracking import run as tracking
 
 client, made, reads, seven = evaluations.client, evaluations.made, evaluations.reads, evaluations.seven
 
@@ -227,10 +226,10 @@ def test_result_is_kept_if_the_tracking_store_fails_during_evaluation(made, clie
         return evaluation
 
     monkeypatch.setattr(stage, "evaluate_towers", evaluate_and_lose_store)
-    monkeypatch.setattr(tracking, "_CLOSE_SECONDS", 0.5)
+    monkeypatch.setattr("pixelclip.tracking.run._CLOSE_SECONDS", 0.5)
     metrics = run(made / "changed", made / "labelled", tmp_path / "out", CONFIG)
     assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == metrics
-    assert "is lost" in capsys.readouterr().out
+    assert "Lost connection to MLflow" in capsys.readouterr().out
 
 
 # Protocols, recomputed independently of the stage.
@@ -384,7 +383,7 @@ def test_every_kind_of_labelled_set_is_a_setting():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"side": 50}, r"evaluate\.side 50 is no multiple of this CLIP's patch of 8 pixels; the nearest are 48 and 56"),
+        ({"side": 50}, r"evaluate\.side 50 is not a multiple of the patch size \(8\); nearest valid: 48, 56"),
         ({"protocol": "slide", "crop": 7, "stride": 7}, r"evaluate\.crop 7 is smaller than one patch"),
         ({"protocol": "slide", "slide_side": 7}, r"evaluate\.slide_side 7 is smaller than one patch"),
         ({"protocol": "masks", "masks": "given", "masks_folder": "nowhere"}, r"masks_folder nowhere: no such folder"),

@@ -17,7 +17,7 @@ from pixelclip.evaluation.classify import classify_masks
 from pixelclip.evaluation.confusion import ConfusionMatrix
 from pixelclip.inference.label_map import label_map
 from pixelclip.inference.predictor import Predictor
-from pixelclip.mask_generators.dino import dino_generator, load_dino, patch_tokens, segment
+from pixelclip.mask_generators.dino import load_dino, load_generator, patch_tokens, segment
 from pixelclip.mask_generators.sam import SamGenerator
 from pixelclip.models.backbone import Backbone
 from pixelclip.models.decoder import Decoder
@@ -100,7 +100,7 @@ def test_dino_segments_like_the_cpu(dino_file):
 def test_dino_resets_the_global_tf32_flags(dino_file):
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     config = MasksConfig(generator="dino", weights=str(dino_file), dino_side=20, dino_clusters=3, device=str(DEVICE))
-    (document,) = dino_generator(dino_file, config)([("key", Image.fromarray(pixels(30, 44)))])
+    (document,) = load_generator(dino_file, config)([("key", Image.fromarray(pixels(30, 44)))])
     assert sum(entry["area"] for entry in document["annotations"]) == 30 * 44
     assert not (torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32)
 

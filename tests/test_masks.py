@@ -1,4 +1,4 @@
-"""STAGE masks: masks against scikit-image and naive counting; unusable samples are reported."""
+"""Stage masks: masks against scikit-image and naive counting; unusable samples are reported."""
 
 import io
 import json
@@ -6,6 +6,7 @@ import tracemalloc
 import zlib
 from pathlib import Path
 from threading import Event
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -21,9 +22,10 @@ from pixelclip import masks as module
 from pixelclip.config import MasksConfig
 from pixelclip.data.annotations import annotate, decode_masks
 from pixelclip.data.shard_sources import describe_shards, list_shards
+from pixelclip.mask_generators import EncodedSample
 from pixelclip.mask_generators.dino import IMAGENET_MEAN, IMAGENET_STD, load_dino, segment
 from pixelclip.mask_generators.felzenszwalb import felzenszwalb
-from pixelclip.masks import Sample, run, shrink
+from pixelclip.masks import GENERATORS, run, shrink_sample
 
 HEIGHT, WIDTH = 24, 32
 JPEG = encoded(pixels(HEIGHT, WIDTH), quality=95)
@@ -123,11 +125,11 @@ def test_two_workers_write_the_same_bytes_as_none(tmp_path: Path) -> None:
     assert (tmp_path / "out0" / "0.tar").read_bytes() == (tmp_path / "out2" / "0.tar").read_bytes()
 
 
-@pytest.mark.parametrize("place", ["shard", "folder"])
-def test_given_masks_are_copied_unchanged(tmp_path: Path, place: str) -> None:
+@pytest.mark.parametrize("source", ["shard", "folder"])
+def test_given_masks_are_copied_unchanged(tmp_path: Path, source: str) -> None:
     files = {"x/a.json": annotation(STRIPES)}
-    shards = write_tar(tmp_path / "shards" / "0.tar", {"./x/a.jpg": JPEG} | (files if place == "shard" else {})).parent
-    folder = str(write_files(tmp_path / "given", files)) if place == "folder" else ""
+    shards = write_tar(tmp_path / "shards" / "0.tar", {"./x/a.jpg": JPEG} | (files if source == "shard" else {})).parent
+    folder = str(write_files(tmp_path / "given", files)) if source == "folder" else ""
     metrics = run(shards, tmp_path / "out", config(generator="given", given_folder=folder))
     assert metrics["masks"] == 4
     assert np.array_equal(masked(tmp_path / "out" / "0.tar", "x/a"), STRIPES)
@@ -181,7 +183,7 @@ def test_missing_files_of_the_given_folder_are_reported(tmp_path: Path) -> None:
     shards = write_tar(tmp_path / "shards" / "0.tar", {"a.jpg": JPEG}).parent
     folder = write_files(tmp_path / "given", {"b.json": b""})
     with pytest.raises(
-        ValueError, match=r"masks\.given_folder: .*given/a\.json: no such file, nor .* of the 1 samples of .*0\.tar"
+        ValueError, match=r"masks\.given_folder: .*given/a\.json: no such file, and none .* of the 1 samples of .*0\.tar"
     ):
         run(shards, tmp_path / "out", config(generator="given", given_folder=str(folder)))
     assert not [*tmp_path.glob(".out*")]  # before any work
@@ -229,7 +231,7 @@ def test_one_bad_shard_among_good_ones_does_not_stop_the_stage(tmp_path: Path) -
 
 def test_no_usable_image_is_an_error(tmp_path: Path) -> None:
     shards = write_tar(tmp_path / "shards" / "0.tar", {"a.jpg": b"x"}).parent
-    with pytest.raises(ValueError, match="none of its images could be masked"):
+    with pytest.raises(ValueError, match="none of the images could be masked"):
         run(shards, tmp_path / "out", config(max_bad_share=1))
     assert not (tmp_path / "out").exists()
 
@@ -264,7 +266,7 @@ def test_resume_keeps_the_shards_finished_before_a_kill(tmp_path: Path, monkeypa
             raise KeyboardInterrupt
         return felzenszwalb(*arguments)
 
-    monkeypatch.setattr(module, "felzenszwalb", killed_in_the_fourth)
+    monkeypatch.setattr("pixelclip.mask_generators.felzenszwalb.felzenszwalb", killed_in_the_fourth)
     with pytest.raises(KeyboardInterrupt):
         run(shards, tmp_path / "out", config())
     assert not (tmp_path / "out").exists()
@@ -272,6 +274,13 @@ def test_resume_keeps_the_shards_finished_before_a_kill(tmp_path: Path, monkeypa
     assert calls == 4 + 2  # only the second shard, from its start
     for name in ("0.tar", "1.tar"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "undisturbed" / name).read_bytes()
+
+
+def test_every_generator_is_dispatched_by_name(tmp_path: Path) -> None:
+    assert set(GENERATORS) == set(get_args(MasksConfig.model_fields["generator"].annotation))
+    shards = write_tar(tmp_path / "shards" / "0.tar", {"a.jpg": JPEG}).parent
+    with pytest.raises(KeyError, match="other"):
+        run(shards, tmp_path / "out", config().model_copy(update={"generator": "other"}))
 
 
 @pytest.fixture(scope="module")
@@ -323,7 +332,7 @@ def test_next_batch_is_computed_while_one_is_written() -> None:
     ahead = module._ahead(batches())
     for number in range(3):
         assert next(ahead) == number
-        assert made[number + 1].wait(60)  # made before it is requested
+        assert made[number + 1].wait(60)  # computed before it is requested
     with pytest.raises(ValueError, match="the disk is full"):
         next(ahead)
 
@@ -388,7 +397,7 @@ def test_parts_equal_the_whole_and_a_missing_part_is_reported(tmp_path) -> None:
     found = {path.name: read_tar(path) for path in list_shards(tmp_path / "parts")}
     assert found == {path.name: read_tar(path) for path in list_shards(tmp_path / "whole")}
     assert describe_shards(tmp_path / "parts")["provenance"]["settings"]["generator"] == "felzenszwalb"
-    with pytest.raises(ValueError, match="5 shards only"):
+    with pytest.raises(ValueError, match="has only 5 shards, so at most 5 parts are possible"):
         run(shards, tmp_path / "other", config(part="1/6"))
     for part in ("0/3", "4/3", "1", "a/b"):
         with pytest.raises(ValueError, match=r"written i/n"):
@@ -416,9 +425,9 @@ def test_masks_are_shrunk_to_nearest_pixels_without_decoding_them_in_full() -> N
     random = np.random.default_rng(0)
     blocks = random.random((100, 7, 9)) < 0.3
     masks = blocks[:, np.arange(3001) * 7 // 3001][:, :, np.arange(60) * 9 // 60]
-    sample = Sample("a", encoded(pixels(3001, 60)), annotation(masks))
+    sample = EncodedSample("a", encoded(pixels(3001, 60)), annotation(masks))
     tracemalloc.start()
-    _, image, document = shrink(sample, 23, 95)
+    _, image, document = shrink_sample(sample, 23, 95)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < masks.nbytes / 2
@@ -438,7 +447,7 @@ def test_parts_with_different_settings_are_rejected(tmp_path) -> None:
 
 def test_side_that_does_not_fit_the_patch_is_rejected(checkpoints, tmp_path) -> None:
     shards = sources(tmp_path / "shards")
-    with pytest.raises(ValueError, match=r"masks\.dino_side 23 is not a multiple of this DINO's patch size 4"):
+    with pytest.raises(ValueError, match=r"masks\.dino_side 23 is not a multiple of the patch size \(4\)"):
         run(shards, tmp_path / "out", config(generator="dino", weights=checkpoints["dino"], dino_side=23, device="cpu"))
 
 

@@ -47,7 +47,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*An input example was not provi
         (GateMetrics(30, 5, "x"), GateMetrics(30.1, 2, "x"), False, "mIoU 30.00 against the champion's 30.10"),
         (GateMetrics(30, 5, "x"), GateMetrics(30, 5, "x"), False, "mIoU 30.00 against the champion's 30.00"),
         (GateMetrics(90, 0.5, "x"), GateMetrics(30, 5, "x"), False, "below register.min_gain"),
-        (GateMetrics(90, 50, "x"), GateMetrics(30, 5, "y"), False, "another labelled set"),
+        (GateMetrics(90, 50, "x"), GateMetrics(30, 5, "y"), False, "a different labelled set"),
     ],
 )
 def test_gate_compares_gain_and_miou(challenger, champion, becomes, reason):
@@ -175,8 +175,8 @@ def slow_store(client, monkeypatch):
     monkeypatch.setattr(server, "_TRANSFER_SECONDS", 20)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    with slow_artifacts("model.safetensors", seconds=1.5) as place:
-        monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", client.create_experiment("slow", artifact_location=place))
+    with slow_artifacts("model.safetensors", seconds=1.5) as location:
+        monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", client.create_experiment("slow", artifact_location=location))
         yield
 
 
@@ -191,7 +191,7 @@ def test_weights_may_take_longer_than_other_requests(made, slow_store, tmp_path)
 def test_timeout_set_by_the_user_is_kept(made, client, slow_store, monkeypatch, tmp_path):
     monkeypatch.setitem(server._DEFAULTS, "MLFLOW_HTTP_REQUEST_TIMEOUT", "20")  # so the 1 is the user's
     evaluated = evaluation(tmp_path / "evaluation", made / "model1", miou=41.0, gain=10.0)
-    with pytest.raises(ValueError, match=r"demo: refused by MLflow at sqlite:.*timed out.*MLFLOW_HTTP_REQUEST_TIMEOUT is 1 s"):
+    with pytest.raises(ValueError, match=r"demo: rejected by MLflow at sqlite:.*timed out.*MLFLOW_HTTP_REQUEST_TIMEOUT is 1 s"):
         run(made / "model1", evaluated, tmp_path / "out", CONFIG)
     (trained,) = client.search_runs([os.environ["MLFLOW_EXPERIMENT_ID"]])
     assert trained.info.status == "FINISHED"  # the training did not fail
@@ -240,7 +240,7 @@ def test_models_evaluated_under_different_conditions_are_not_compared(made, clie
     second = evaluation(tmp_path / "second", made / "model1", miou=99.0, gain=50.0, name="renamed", **one)
     run(made / "model0", evaluated, tmp_path / "a", CONFIG)  # the champion, evaluated on something else
     assert run(made / "model1", second, tmp_path / "b", CONFIG)["register/champion"] == 0
-    assert "another labelled set or protocol" in read_json(tmp_path / "b" / "registration.json")["reason"]
+    assert "a different labelled set or protocol" in read_json(tmp_path / "b" / "registration.json")["reason"]
 
 
 @pytest.mark.parametrize(
@@ -295,11 +295,11 @@ def test_partially_written_metrics_are_rejected(made, client, monkeypatch, tmp_p
 def test_model_is_registered_again_in_an_empty_registry(made, monkeypatch, tmp_path):
     evaluated = evaluation(tmp_path / "evaluation", made / "model0", miou=40.0, gain=10.0)
     out = tmp_path / "out"
-    for place in ("one", "two"):
-        client = tiny.mlflow_at(monkeypatch, tmp_path / place)
+    for folder in ("one", "two"):
+        client = tiny.mlflow_at(monkeypatch, tmp_path / folder)
         assert run(made / "model0", evaluated, out, CONFIG)["register/version"] == 1.0
         assert versions(client) == [1]
-        assert place in read_json(out / "registration.json")["tracking_uri"]
+        assert folder in read_json(out / "registration.json")["tracking_uri"]
 
 
 def unavailable(*_: object, **__: object) -> None:
@@ -314,7 +314,7 @@ def test_unavailable_registry_is_not_taken_for_an_empty_one(made, client, monkey
     before = {path: path.read_bytes() for path in (tmp_path / "out").glob("*")}
     with monkeypatch.context() as patch:
         patch.setattr(MlflowClient, "search_model_versions", unavailable)
-        with pytest.raises(ValueError, match=r"^demo: refused by MLflow at sqlite:.*: API request failed with .* 503 != 200$"):
+        with pytest.raises(ValueError, match=r"^demo: rejected by MLflow at sqlite:.*: API request failed with .* 503 != 200$"):
             run(made / "model0", evaluated, tmp_path / "out", CONFIG)
     assert {path: path.read_bytes() for path in (tmp_path / "out").glob("*")} == before
     assert versions(client) == [1]
@@ -327,11 +327,11 @@ def test_unavailable_registry_is_not_reported_as_a_missing_model(made, client, m
         fetch(f"models:/{NAME}@champion", tmp_path / "fetched")
 
 
-def test_evaluation_of_another_model_is_rejected(made, client, tmp_path):
+def test_evaluation_of_a_different_model_is_rejected(made, client, tmp_path):
     evaluated = evaluation(tmp_path / "evaluation", made / "model1", miou=40.0, gain=10.0)
-    with pytest.raises(ValueError, match=r"evaluation: is the evaluation of another model than .*model0"):
+    with pytest.raises(ValueError, match=r"^\S+evaluation: evaluates a different model than \S+model0$"):
         run(made / "model0", evaluated, tmp_path / "out", CONFIG)
-    with pytest.raises(ValueError, match=r"model1: is not an evaluation but output of stage 'train'"):
+    with pytest.raises(ValueError, match=r"^\S+model1: expected the output of evaluate, found that of 'train'$"):
         run(made / "model0", made / "model1", tmp_path / "out", CONFIG)
     assert versions(client) == [1]
 
@@ -348,7 +348,7 @@ def test_missing_metric_is_named(made, client, tmp_path, metrics):
 def test_invalid_name_is_rejected_before_anything_is_logged(made, client, tmp_path):
     evaluated = evaluation(tmp_path / "evaluation", made / "model1", miou=40.0, gain=10.0)
     before = len(client.search_logged_models(experiment_ids=[experiment_id(client)]))
-    with pytest.raises(ValueError, match=r"register\.name ' ' is refused by MLflow at sqlite:"):
+    with pytest.raises(ValueError, match=r"register\.name ' ' is rejected by MLflow at sqlite:"):
         run(made / "model1", evaluated, tmp_path / "out", RegisterConfig(name=" "))
     assert len(client.search_logged_models(experiment_ids=[experiment_id(client)])) == before
 

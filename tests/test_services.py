@@ -22,7 +22,6 @@ from pixelclip.register import run as register
 from pixelclip.registry.model_version import fetch
 from pixelclip.storage.download import local_copy
 from pixelclip.storage.files import digest, read_json
-from pixelclip.tracking import run as tracking
 from pixelclip.tracking.run import Run
 
 pytestmark = [
@@ -71,7 +70,7 @@ def test_object_in_several_parts_is_downloaded(s3, big, cache):
         ("s3://nowhere/none", {}, "there is no such bucket (NoSuchBucket, status 404, "),
         ("s3://data/big.tar", {"AWS_ACCESS_KEY_ID": "nobody"}, "wrong credentials, see AWS_ACCESS_KEY_ID ("),
         ("s3://data/big.tar", {"AWS_SECRET_ACCESS_KEY": "no"}, "wrong credentials, see AWS_SECRET_ACCESS_KEY ("),
-        ("s3://dvc/none", {"AWS_ACCESS_KEY_ID": "reader"}, "these credentials may not do that, or there is no such key ("),
+        ("s3://dvc/none", {"AWS_ACCESS_KEY_ID": "reader"}, "access denied, or no such key ("),
     ],
 )
 def test_refused_request_is_not_retried_and_names_the_reason(s3, big, cache, monkeypatch, uri, changes, message):
@@ -216,7 +215,7 @@ def test_files_pass_through_mlflow_if_only_mlflow_reaches_s3(mlflow_server, monk
 def test_registry_name_that_mlflow_rejects_is_an_error(mlflow_server, tmp_path, name):
     model = tiny.model_folder(tmp_path / "model", tiny.clip_folder(tmp_path / "clip"), change=0.01, seed=1)
     evaluated = evaluation(tmp_path / "evaluation", model, miou=40.0, gain=10.0)
-    with pytest.raises(ValueError, match=r"register\.name '.*' is refused by MLflow at http:"):
+    with pytest.raises(ValueError, match=r"register\.name '.*' is rejected by MLflow at http:"):
         register(model, evaluated, tmp_path / "out", RegisterConfig(name=name, min_gain=1.0))
     assert not (tmp_path / "out").exists()
 
@@ -236,7 +235,7 @@ def test_two_promotions_at_once_leave_one_champion_in_each_of_20_trials(mlflow_s
 def test_outages_lose_no_metrics_and_files(mlflow_server, all_services, monkeypatch, tmp_path, capsys):
     """Kill and restart the database, then S3, then MLflow during one run."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setattr(tracking, "_CLOSE_SECONDS", 120.0)
+    monkeypatch.setattr("pixelclip.tracking.run._CLOSE_SECONDS", 120.0)
     (tmp_path / "stage").mkdir()
     run = Run.start(tmp_path / "stage", "outage", PROVENANCE)
     files = []
@@ -258,4 +257,4 @@ def test_outages_lose_no_metrics_and_files(mlflow_server, all_services, monkeypa
     assert client.get_run(run.run_id).info.status == "FINISHED"
     for file in files:
         assert downloaded(run, file.name, tmp_path).read_text() == file.read_text()
-    assert capsys.readouterr().out.count("is back; everything is delivered") == 3
+    assert capsys.readouterr().out.count("again; everything is delivered") == 3

@@ -14,16 +14,16 @@ def load(model: Path | str, device: str = "auto") -> "Predictor":
     """Load a model folder: `pixelclip.load("runs/demo/train")(image, ["sky", "dog"]).labels`.
 
     Args:
-        model: folder that `train` wrote, or a URL or `s3://` prefix of one.
-        device: auto, cpu, cuda, ...
+        model: model folder written by `train`, or its URL or `s3://` prefix.
+        device: auto, cpu, cuda, cuda:N or mps.
 
     Returns:
         A function of a PIL image and class names that returns a `Prediction`.
 
     Raises:
-        ValueError: no model folder, or no such device.
+        ValueError: not a model folder, or no such device.
     """
     from pixelclip.inference.predictor import Predictor  # imports torch
-    from pixelclip.storage.download import here
+    from pixelclip.storage.download import local_path
 
-    return Predictor.load(here(model), device)
+    return Predictor.load(local_path(model), device)

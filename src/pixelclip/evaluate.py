@@ -34,7 +34,7 @@ from pixelclip.models.backbone import Backbone
 from pixelclip.models.checkpoint import Clip, Model, backbone_of, load_clip, load_model
 from pixelclip.models.clip_sources import clip_folder
 from pixelclip.models.text import TEMPLATES, TextTower, classifier
-from pixelclip.storage.download import here
+from pixelclip.storage.download import local_path
 from pixelclip.storage.files import read_json, write_atomically, write_json
 from pixelclip.tracking.run import Run
 from pixelclip.visualization.report import Example, write_report
@@ -67,7 +67,7 @@ def run(model: Path, labelled: Path | str, out: Path, config: EvaluateConfig, cl
             unreachable.
     """
     with init_process_group(config.device) as group:
-        return _run(model, here(labelled), out, config, group, clip_evaluation)
+        return _run(model, local_path(labelled), out, config, group, clip_evaluation)
 
 
 def _run(

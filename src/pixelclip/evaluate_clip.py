@@ -28,7 +28,7 @@ from pixelclip.evaluation.protocol import (
 from pixelclip.models.backbone import Backbone, Residual
 from pixelclip.models.checkpoint import load_clip
 from pixelclip.models.text import TEMPLATES, TextTower, classifier
-from pixelclip.storage.download import here
+from pixelclip.storage.download import local_path
 from pixelclip.storage.files import write_json
 from pixelclip.workflow.stage import METRICS, Metrics, Stage
 
@@ -51,7 +51,7 @@ def run(clip: str, labelled: Path | str, out: Path, config: EvaluateConfig, side
         ValueError: unusable CLIP, labelled set or masks.
     """
     with init_process_group(config.device) as group:
-        return _run(clip, here(labelled), out, config, side, residual, group)
+        return _run(clip, local_path(labelled), out, config, side, residual, group)
 
 
 def run_all(clip: str, labelled: Sequence[str], out: Path, config: EvaluateConfig, side: int, residual: Residual) -> Metrics:

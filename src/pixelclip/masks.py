@@ -1,23 +1,23 @@
 """STAGE masks: add class-agnostic masks in SA-1B's annotation format to shards (PixelCLIP, section 4.1).
 
-Generators: `sam` and `dino` (k-means), `felzenszwalb` (graph segmentation, needs no weights), `given` (existing masks).
+Generators: `sam`, `dino` (k-means), `felzenszwalb` (graph segmentation without weights), `given` (existing masks).
 """
 
 import json
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from importlib import import_module
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, cast
+from types import ModuleType
+from typing import Any, TypeVar, cast
 
-import numpy as np
 from PIL import Image
-from pycocotools import mask as rle
 from tqdm import tqdm
 
 from pixelclip.config import MasksConfig
@@ -25,36 +25,26 @@ from pixelclip.data.annotations import annotate, parse_annotation
 from pixelclip.data.images import cell_centres, decode_image, encode_jpeg, to_rgb
 from pixelclip.data.shard_format import Member, ShardWriter, index_shard, read_part
 from pixelclip.data.shard_sources import Shard, describe_shards, list_shards
-from pixelclip.mask_generators.felzenszwalb import felzenszwalb
+from pixelclip.mask_generators import EncodedSample, Generate
 from pixelclip.storage.download import local_copy
 from pixelclip.storage.files import read_json, write_json
 from pixelclip.workflow.bad_samples import BadSamples
 from pixelclip.workflow.stage import Metrics, Stage, describe
 
 _WINDOW = 64  # samples in flight between the main process and the workers
+GENERATORS = {"felzenszwalb": "workers", "given": "workers", "sam": "device", "dino": "device"}
+"""Where each module of `mask_generators` runs: `generate` in worker processes, or `load_generator` on the device."""
+Masked = tuple[EncodedSample, dict[str, Any]]
+"""A sample with its annotation document. Functions returning `... | str` return an error message on failure."""
 _T = TypeVar("_T")
 
 
-class Sample(NamedTuple):
-    """Key, image file and annotation JSON of a sample; the JSON is empty if there is none."""
-
-    key: str
-    image: bytes
-    annotation: bytes
-
-
-Masked = tuple[Sample, dict[str, Any]]
-"""A sample with its annotation document. Where a function returns `... | str`, the string is the reason of a failure."""
-Generate = Callable[[list[tuple[str, Image.Image]]], Iterable[dict[str, Any]]]
-"""Keys and images of a batch -> their annotation documents."""
-
-
 def run(shards: Path | str, out: Path, config: MasksConfig) -> Metrics:
-    """Write shards with masks; an interrupted run keeps its finished shards.
+    """Write shards with masks. An interrupted run keeps its finished shards.
 
     Args:
-        shards: Shards.
-        out: output folder; masked shards keep the names of their sources.
+        shards: folder of shards, manifest or `s3://` prefix.
+        out: output folder; masked shards keep their names.
         config: settings.
 
     Returns:
@@ -66,7 +56,9 @@ def run(shards: Path | str, out: Path, config: MasksConfig) -> Metrics:
     tars = _part_of(list_shards(shards), config.part, shards)
     names = [tar.name for tar in tars]
     if duplicates := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"{shards}: masked shards keep their names, which must differ; duplicates: {', '.join(duplicates)}")
+        raise ValueError(
+            f"{shards}: shard names must be unique, because masked shards keep them; duplicates: {', '.join(duplicates)}"
+        )
     inputs = {"shards": describe_shards(shards)}
     if config.given_folder:
         _check_given(Path(config.given_folder), tars[0])
@@ -78,27 +70,22 @@ def run(shards: Path | str, out: Path, config: MasksConfig) -> Metrics:
     if stage.finished:
         metrics = stage.reuse()
         bad.found = [line for tar in tars for line in read_json(_summary(stage.out, tar))["bad"]]
-        bad.stop_if_too_many(int(metrics["images"]) + len(bad.found))  # the finished run may have had a larger limit
+        bad.stop_if_too_many(int(metrics["images"]) + len(bad.found))  # the finished run may have had a higher limit
         return metrics
     with stage, _start_pool(config.workers) as pool:
-        generate = _load_generator(weights, config) if weights else None
+        on_device = GENERATORS[config.generator] == "device"
+        generate: Generate | None = _module(config).load_generator(weights, config) if on_device else None
         images, masks = _mask_shards(tars, stage.folder, config, partial(_results, config, pool, generate), bad)
         bad.check(images + len(bad.found))
         if not images:
-            raise ValueError(f"{shards}: none of its images could be masked")
+            raise ValueError(f"{shards}: none of the images could be masked")
         counts = {"images": images, "masks": masks, "masks_per_image": masks / images, "bad_images": len(bad.found)}
         return stage.finish({name: float(count) for name, count in counts.items()}, files=["*.tar"])
 
 
-def _load_generator(weights: Path, config: MasksConfig) -> Generate:
-    """Load SAM or DINO, and torch with it, which worker processes do not need."""
-    if config.generator == "sam":
-        from pixelclip.mask_generators.sam import sam_generator
-
-        return sam_generator(weights, config)
-    from pixelclip.mask_generators.dino import dino_generator
-
-    return dino_generator(weights, config)
+def _module(config: MasksConfig) -> ModuleType:
+    """Import the generator's module; late, because worker processes do not need torch."""
+    return import_module(f"pixelclip.mask_generators.{config.generator}")
 
 
 def _part_of(tars: list[Shard], part: str, shards: Path | str) -> list[Shard]:
@@ -106,7 +93,7 @@ def _part_of(tars: list[Shard], part: str, shards: Path | str) -> list[Shard]:
         return tars
     number, count = (int(word) for word in part.split("/"))
     if count > len(tars):
-        raise ValueError(f"masks.part {part}: {shards} has {len(tars)} shards only, so at most {len(tars)} parts")
+        raise ValueError(f"masks.part {part}: {shards} has only {len(tars)} shards, so at most {len(tars)} parts are possible")
     return tars[number - 1 :: count]
 
 
@@ -117,7 +104,7 @@ def _check_given(folder: Path, tar: Shard) -> None:
     members = index_shard(tar)[0]
     if members and not any((folder / f"{member.key}.json").is_file() for member in members):
         raise ValueError(
-            f"masks.given_folder: {folder}/{members[0].key}.json: no such file, nor a file for any other of the "
+            f"masks.given_folder: {folder}/{members[0].key}.json: no such file, and none for any other of the "
             f"{len(members)} samples of {tar}"
         )
 
@@ -139,11 +126,11 @@ def _start_pool(workers: int) -> AbstractContextManager[Executor | None]:
 
 
 _Results = Callable[[Shard, list[Member]], Iterator[Masked | str]]
-"""A shard and its members -> for each member the masked sample or the reason of its failure, in order."""
+"""A shard and its members -> for each member, in order, the masked sample or an error message."""
 
 
 def _mask_shards(tars: list[Shard], folder: Path, config: MasksConfig, results: _Results, bad: BadSamples) -> tuple[int, int]:
-    """Mask the unfinished shards; return the number of images and masks of all shards."""
+    """Mask the unfinished shards; return the numbers of images and masks in all shards."""
     images, masks, done, num_bytes = 0, 0, 0, sum(map(_num_bytes, tars))
     for tar in tars:
         summary = _summary(folder, tar)
@@ -165,7 +152,7 @@ def _mask_shards(tars: list[Shard], folder: Path, config: MasksConfig, results: 
 
 
 def _mask_shard(tar: Shard, out: Path, results: _Results) -> dict[str, Any]:
-    """Write one masked shard; return its number of images and masks and its bad samples."""
+    """Write one masked shard; return the numbers of images and masks, and the bad samples."""
     members, bad_members = index_shard(tar)
     bad = [f"{name}: {reason}" for name, reason in bad_members]
     images, masks = 0, 0
@@ -192,12 +179,12 @@ def _results(
     return _on_device(tar, _map(partial(_prepare, config=config), samples, pool), generate, config)
 
 
-def _read(tar: Shard, member: Member) -> Sample:
+def _read(tar: Shard, member: Member) -> EncodedSample:
     annotation = read_part(tar, member.json_offset, member.json_size) if member.json_size else b""
-    return Sample(member.key, read_part(tar, member.image_offset, member.image_size), annotation)
+    return EncodedSample(member.key, read_part(tar, member.image_offset, member.image_size), annotation)
 
 
-def _map(function: Callable[[Sample], _T], samples: Iterator[Sample], pool: Executor | None) -> Iterator[_T]:
+def _map(function: Callable[[EncodedSample], _T], samples: Iterator[EncodedSample], pool: Executor | None) -> Iterator[_T]:
     """Apply a function in order, in worker processes if there is a pool."""
     if pool is None:
         yield from map(function, samples)
@@ -211,11 +198,11 @@ def _map(function: Callable[[Sample], _T], samples: Iterator[Sample], pool: Exec
         yield future.result()
 
 
-def _prepare(sample: Sample, config: MasksConfig) -> Sample | str:
+def _prepare(sample: EncodedSample, config: MasksConfig) -> EncodedSample | str:
     """Shrink a sample and load its given masks, in a worker."""
     key, data, annotation = sample
     if config.generator != "given":
-        annotation = b""  # existing masks are replaced, so neither parsed nor resized
+        annotation = b""  # existing masks are replaced, so they are neither parsed nor resized
     if config.given_folder:
         path = Path(config.given_folder) / f"{key}.json"
         try:
@@ -223,16 +210,16 @@ def _prepare(sample: Sample, config: MasksConfig) -> Sample | str:
         except OSError as error:
             return f"{path}: {error.strerror}"
     try:
-        return shrink(Sample(key, data, annotation), config.shortest_edge, config.jpeg_quality)
+        return shrink_sample(EncodedSample(key, data, annotation), config.shortest_edge, config.jpeg_quality)
     except ValueError as error:
         return str(error)
 
 
-def shrink(sample: Sample, shortest_edge: int, quality: int) -> Sample:
-    """Shrink an image to at most `shortest_edge` pixels on its shorter side, and its masks with it (nearest).
+def shrink_sample(sample: EncodedSample, shortest_edge: int, quality: int) -> EncodedSample:
+    """Shrink an image to at most `shortest_edge` pixels on its shorter side; resize its masks by nearest neighbour.
 
     Raises:
-        ValueError: image or JSON cannot be read.
+        ValueError: the image or the JSON cannot be read.
     """
     key, data, annotation = sample
     if not shortest_edge:
@@ -251,35 +238,18 @@ def shrink(sample: Sample, shortest_edge: int, quality: int) -> Sample:
             old = document["annotations"][index]
             entry.update({name: old[name] for name in ("id", "predicted_iou", "stability_score") if name in old})
         annotation = json.dumps(resized, separators=(",", ":")).encode()
-    return Sample(key, encode_jpeg(image.resize(size, Image.Resampling.LANCZOS), quality), annotation)
+    return EncodedSample(key, encode_jpeg(image.resize(size, Image.Resampling.LANCZOS), quality), annotation)
 
 
-def _mask_one(sample: Sample, config: MasksConfig) -> Masked | str:
+def _mask_one(sample: EncodedSample, config: MasksConfig) -> Masked | str:
     """Prepare and mask a sample, in a worker."""
     prepared = _prepare(sample, config)
     if isinstance(prepared, str):
         return prepared
     try:
-        document = _from_given(prepared) if config.generator == "given" else _from_felzenszwalb(prepared, config)
-        return prepared, _largest(document, config)
+        return prepared, _largest(_module(config).generate(prepared, config), config)
     except ValueError as error:
         return str(error)
-
-
-def _from_felzenszwalb(sample: Sample, config: MasksConfig) -> dict[str, Any]:
-    image = decode_image(sample.image)
-    segments = felzenszwalb(image, config.felzenszwalb_scale, config.felzenszwalb_sigma, config.felzenszwalb_min_size)
-    return annotate((segments == number for number in np.unique(segments)), image.size, sample.key)
-
-
-def _from_given(sample: Sample) -> dict[str, Any]:
-    if not sample.annotation:
-        raise ValueError("no JSON with masks beside the image")
-    document, _ = parse_annotation(sample.annotation, decode_image(sample.image).size)
-    for entry in document["annotations"]:
-        if not isinstance(entry.get("area"), int | float):
-            entry["area"] = int(rle.area(entry["segmentation"]))
-    return document
 
 
 def _largest(document: dict[str, Any], config: MasksConfig) -> dict[str, Any]:
@@ -292,8 +262,10 @@ def _largest(document: dict[str, Any], config: MasksConfig) -> dict[str, Any]:
     return document
 
 
-def _on_device(tar: Shard, samples: Iterator[Sample | str], generate: Generate, config: MasksConfig) -> Iterator[Masked | str]:
-    """Mask batches of images on one device, while the next batch is decoded and the last one written."""
+def _on_device(
+    tar: Shard, samples: Iterator[EncodedSample | str], generate: Generate, config: MasksConfig
+) -> Iterator[Masked | str]:
+    """Mask batches of images on the device, while the next batch is decoded and the previous one is written."""
     batches = iter(lambda: list(islice(samples, config.batch_size)), [])
     opened = _ahead([_open(sample) for sample in batch] for batch in batches)
     for batch, documents in _ahead((batch, _generate(tar, batch, generate)) for batch in opened):
@@ -304,19 +276,19 @@ def _on_device(tar: Shard, samples: Iterator[Sample | str], generate: Generate, 
                 yield str(error)
 
 
-def _open(sample: Sample | str) -> tuple[Sample, Image.Image] | str:
+def _open(sample: EncodedSample | str) -> tuple[EncodedSample, Image.Image] | str:
     try:
         return sample if isinstance(sample, str) else (sample, to_rgb(decode_image(sample.image)))
     except ValueError as error:
         return str(error)
 
 
-def _generate(tar: Shard, batch: list[tuple[Sample, Image.Image] | str], generate: Generate) -> Iterator[dict[str, Any]]:
-    """Mask the images of a batch; an error names them."""
+def _generate(tar: Shard, batch: list[tuple[EncodedSample, Image.Image] | str], generate: Generate) -> Iterator[dict[str, Any]]:
+    """Mask the images of a batch; an error lists their keys."""
     images = [(item[0].key, item[1]) for item in batch if not isinstance(item, str)]
     try:
         return iter(list(generate(images)) if images else [])
-    except Exception as error:  # raised by the model or the device, whose messages name no image
+    except Exception as error:  # of the model or the device; its message names no image
         kind = ValueError if isinstance(error, ValueError) else RuntimeError
         raise kind(f"{tar}: {', '.join(key for key, _ in images)}: {error}") from error
 

@@ -1,8 +1,8 @@
-"""STAGE register: register a model in MLflow and pass it through the gate to champion.
+"""STAGE register: register a model in MLflow and promote it to champion if it passes the gate.
 
-Every model is registered. It becomes `champion` only if its gain over CLIP reaches `register.min_gain` and it beats the present
-champion on the same labelled set and protocol; otherwise it becomes `challenger`. The version's tags hold the metrics and the
-reason, the artifacts of its run the whole evaluation.
+Every model is registered. It becomes `champion` only if its gain over CLIP reaches `register.min_gain` and it beats the current
+champion on the same labelled set and protocol; otherwise it becomes `challenger`. Tags on the version hold the metrics and the
+reason; the full evaluation is stored as artifacts of the run.
 """
 
 import hashlib
@@ -21,15 +21,15 @@ from pixelclip.registry.gate import GateMetrics
 from pixelclip.registry.model_version import EVALUATION, REGISTRATION
 from pixelclip.registry.promotion import CHALLENGER, CHAMPION, pass_gate, registry, write_metrics
 from pixelclip.storage.files import read_json, write_json
-from pixelclip.tracking.run import lineage
+from pixelclip.tracking.run import lineage_tags
 from pixelclip.tracking.server import tracking_uri, transfer
 from pixelclip.workflow.stage import METRICS, PROVENANCE, Metrics, Stage, describe
 
-_SHOWN_CHARACTERS = 60  # of a damaged entry
+_SHOWN_CHARACTERS = 60  # of an invalid entry, in a message
 
 
 def run(model: Path, evaluation: Path, out: Path, config: RegisterConfig) -> Metrics:
-    """Register a model and pass it through the gate; the same weights are registered only once.
+    """Register a model and promote it if it passes the gate; the same weights are registered only once.
 
     Args:
         model: model folder.
@@ -41,35 +41,35 @@ def run(model: Path, evaluation: Path, out: Path, config: RegisterConfig) -> Met
         `register/version` and `register/champion` (1 or 0).
 
     Raises:
-        ValueError: the evaluation is of another model, a metric is missing or not finite, or MLflow is unreachable.
+        ValueError: the evaluation is of a different model, a metric is missing or not finite, or MLflow is unreachable.
     """
     provenance, evaluated = (
         _read(folder / PROVENANCE, "stage", "settings", "inputs", "output.md5") for folder in (model, evaluation)
     )
     if evaluated["stage"] != "evaluate":
-        raise ValueError(f"{evaluation}: is not an evaluation but output of stage {evaluated['stage']!r}")
+        raise ValueError(f"{evaluation}: expected the output of evaluate, found that of {evaluated['stage']!r}")
     _read(evaluation / PROVENANCE, "inputs.model.md5")
     md5 = provenance["output"]["md5"]
     if evaluated["inputs"]["model"]["md5"] != md5:
-        raise ValueError(f"{evaluation}: is the evaluation of another model than {model}")
+        raise ValueError(f"{evaluation}: evaluates a different model than {model}")
     metrics, labelled_name = _metrics(model, evaluation, evaluated)
     stage = Stage("register", out, {"model": describe(model), "evaluation": describe(evaluation)}, config)
     with registry(config.name) as client:
         if stage.finished:
             if model_version.find(client, config.name, md5) is not None:
                 return stage.reuse()
-            shutil.rmtree(stage.out)  # of another registry, or of one that was deleted
+            shutil.rmtree(stage.out)  # the recorded version is not in this registry, or was deleted
         with stage:
             model_version.create_name(client, config.name)
             version = model_version.find(client, config.name, md5)
             if version is None:
                 version = model_version.create(client, model, provenance, config.name)
             number = str(version.version)
-            place = f"evaluations/{metrics.measured_on[:12]}-{md5[:12]}"
+            artifact_path = f"evaluations/{metrics.measured_on[:12]}-{md5[:12]}"
             with transfer():
                 for file in (PROVENANCE, METRICS):
-                    client.log_artifact(version.run_id, str(evaluation / file), place)
-            for key, value in lineage(evaluated).items():
+                    client.log_artifact(version.run_id, str(evaluation / file), artifact_path)
+            for key, value in lineage_tags(evaluated).items():
                 client.set_model_version_tag(config.name, number, key, value)
             tags = {
                 "miou": repr(metrics.miou),
@@ -77,7 +77,7 @@ def run(model: Path, evaluation: Path, out: Path, config: RegisterConfig) -> Met
                 "labelled.name": labelled_name,
                 "measured_on": metrics.measured_on,
                 "min_gain": repr(config.min_gain),
-                EVALUATION: place,
+                EVALUATION: artifact_path,
             }
             write_metrics(client, config.name, number, tags)
             decision = pass_gate(client, config.name, number, challenge=True)
@@ -98,7 +98,7 @@ def run(model: Path, evaluation: Path, out: Path, config: RegisterConfig) -> Met
 
 
 def _read(file: Path, *keys: str) -> dict[str, Any]:
-    """Read a JSON object and check that it has some keys; a dot separates the levels."""
+    """Read a JSON object and check that it has the keys; a dot separates levels."""
     document = read_json(file)
     if not isinstance(document, dict):
         raise ValueError(f"{file}: is damaged: expected a JSON object, found {str(document)[:_SHOWN_CHARACTERS]}")
@@ -129,8 +129,8 @@ def _metrics(model: Path, evaluation: Path, evaluated: Mapping[str, Any]) -> tup
 def _measured_on(model: Path, evaluation: Path, evaluated: Mapping[str, Any]) -> str:
     """Hash the conditions under which the metrics of two models are comparable: labelled set, given masks, protocol.
 
-    The name of the set does not count, nor does the side if it is the model's own: two models are compared, each at the side
-    it was trained with.
+    The name of the set is ignored, and so is the side if it is the model's own: models are compared at the sides they were
+    trained with.
     """
     conditions = conditions_of(_read(evaluation / PROTOCOL, "name", "side"), evaluated["inputs"])
     del conditions["name"]

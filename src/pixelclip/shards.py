@@ -11,7 +11,7 @@ from tqdm import tqdm
 from pixelclip.config import ShardsConfig
 from pixelclip.data.images import IMAGE_SUFFIXES, decode_image, encode_jpeg, to_rgb, turn_upright
 from pixelclip.data.shard_format import ShardWriter
-from pixelclip.storage.download import here
+from pixelclip.storage.download import local_path
 from pixelclip.storage.files import files_below
 from pixelclip.workflow.bad_samples import BadSamples
 from pixelclip.workflow.stage import Metrics, Stage, describe
@@ -33,7 +33,7 @@ def run(images: Path | str, out: Path, config: ShardsConfig) -> Metrics:
     Raises:
         ValueError: there are no images, too many are unusable, or `out` is inside `images`.
     """
-    images = here(images)
+    images = local_path(images)
     if not images.is_dir():
         raise ValueError(f"{images}: no such folder of images")
     if out.resolve().is_relative_to(images.resolve()):  # the next run would read the shards as inputs

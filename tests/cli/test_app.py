@@ -9,7 +9,7 @@ from PIL import Image
 
 from helpers import command_line
 from helpers.fake_data import encoded, pixels, write_tar
-from pixelclip.cli import app as cli
+from pixelclip.cli.app import app
 from pixelclip.config import SETTINGS, STAGES
 from pixelclip.storage.s3 import is_s3, list_below
 
@@ -17,7 +17,7 @@ pixelclip = command_line.pixelclip
 
 
 def commands() -> list[tuple[str, ...]]:
-    root = typer.main.get_command(cli.app)
+    root = typer.main.get_command(app)
 
     def below(group, words: tuple[str, ...]) -> list[tuple[str, ...]]:
         found: list[tuple[str, ...]] = []
@@ -43,7 +43,7 @@ def test_help_lists_every_command(pixelclip):
 def test_every_command_has_help_that_explains_every_option(pixelclip, words):
     code, out, _ = pixelclip(*words, "--help")
     assert code == 0
-    command = typer.main.get_command(cli.app)
+    command = typer.main.get_command(app)
     for word in words:
         command = command.commands[word]
     assert command.help and command.help.split(".")[0].split("\n")[0][:40] in out

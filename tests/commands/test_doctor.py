@@ -89,7 +89,7 @@ def test_nothing_fails_where_nothing_is_configured(monkeypatch):
     assert list(Path.cwd().iterdir()) == []
 
 
-def test_text_and_json_hold_the_same_findings():
+def test_text_and_json_contain_the_same_findings():
     findings = [Finding("GPU", "missing", "none", "buy one"), Finding("shared memory", "ok", "8 GiB")]
     assert as_text(findings).splitlines() == [
         "GPU            missing         none; buy one",
@@ -101,7 +101,7 @@ def test_text_and_json_hold_the_same_findings():
 @pytest.mark.parametrize("words", [[], ["--json"]])
 def test_exit_code_is_1_if_a_check_failed(monkeypatch, capsys, closed, words):
 
-    from pixelclip.cli import app as cli
+    from pixelclip.cli.app import main
 
     for endpoint, code in (("", 0), (f"http://{closed}", 1)):
         monkeypatch.setenv("KFP_ENDPOINT", endpoint)
@@ -109,7 +109,7 @@ def test_exit_code_is_1_if_a_check_failed(monkeypatch, capsys, closed, words):
         monkeypatch.setattr(doctor, "disk", lambda: Finding("disk", "ok", ""))
         monkeypatch.setattr(sys, "argv", ["pixelclip", "doctor", *words])
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            main()
         assert int(ended.value.code or 0) == code
         message = capsys.readouterr().out
         if words:
@@ -121,7 +121,7 @@ def test_exit_code_is_1_if_a_check_failed(monkeypatch, capsys, closed, words):
 def test_hanging_or_broken_check_does_not_hide_others(monkeypatch):
     forever = threading.Event()
     monkeypatch.setattr(doctor, "shared_memory", forever.wait)
-    monkeypatch.setattr(doctor, "cache_folder", lambda: 1 / 0)
+    monkeypatch.setattr(doctor.cache, "root", lambda: 1 / 0)
     findings = {finding.what: finding for finding in run(seconds=3)}
     forever.set()
     assert (findings["shared memory"].state, findings["shared memory"].said) == ("failed", "no answer within 3 s")
@@ -170,7 +170,7 @@ def test_s3_checks_keys_bucket_and_prefix(s3, monkeypatch):
     s3.client().put_object(Bucket="data", Key="doctor/a", Body=b"a")
     assert doctor.storage("").state == doctor.storage("s3://data").state == doctor.storage("s3://data/doctor").state == "ok"
     assert "data, dvc, mlflow" in doctor.storage("").said
-    for uri, message in (("s3://nowhere", "status 404"), ("s3://data/nothing/", "nothing below nothing/")):
+    for uri, message in (("s3://nowhere", "status 404"), ("s3://data/nothing/", "no object below nothing/")):
         assert doctor.storage(uri).state == "failed" and message in doctor.storage(uri).said
     for name in ("AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID"):
         monkeypatch.setenv(name, "wrong")
@@ -179,14 +179,14 @@ def test_s3_checks_keys_bucket_and_prefix(s3, monkeypatch):
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "reader")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3.reader)
     assert doctor.storage("s3://data").state == "ok"
-    assert "s3://mlflow: these credentials may not do that" in doctor.storage("s3://mlflow").said
+    assert "s3://mlflow: access denied" in doctor.storage("s3://mlflow").said
 
 
 def test_mlflow_reachable_and_unreachable(monkeypatch, tmp_path, closed):
     client = tiny.mlflow_at(monkeypatch, tmp_path / "mlflow")
     client.create_registered_model("one")
     finding = doctor.mlflow()
-    assert finding.state == "ok" and "its registry holds 1 models" in finding.said
+    assert finding.state == "ok" and "its registry has 1 models" in finding.said
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://user:geheim@{closed}")
     finding = doctor.mlflow(5)
     assert finding.state == "failed" and closed in finding.said and "geheim" not in finding.said and finding.advice
@@ -204,7 +204,7 @@ def test_mlflow_that_rejects_the_host_fails(monkeypatch, web):
 def test_mlflow_server_version_and_registry(mlflow_server):
     finding = doctor.mlflow()
     assert finding.state == "ok"
-    assert finding.said.startswith(f"{mlflow_server.uri}: server 3.") and "its registry holds" in finding.said
+    assert finding.said.startswith(f"{mlflow_server.uri}: server 3.") and "its registry has" in finding.said
 
 
 def test_dvc_remote_in_a_local_folder(monkeypatch, tmp_path):
@@ -257,7 +257,7 @@ def test_unreachable_kubeflow_pipelines_fails(closed):
 
 
 def fake_docker(monkeypatch, folder: Path, *found: str) -> None:
-    """A docker program that finds an image in the places `found`: manifest (its registry), image (the local engine)."""
+    """A docker program that finds an image where `found` says: manifest (its registry), image (the local engine)."""
     folder.mkdir()
     program = folder / "docker"
     cases = "".join(f"{word}) exit 0;;\n" for word in found)
@@ -286,4 +286,4 @@ def test_image_in_registry_or_local_engine(monkeypatch, tmp_path, found, state, 
 def test_image_is_not_checked_without_docker(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     finding = doctor.container_image("r.example/pixelclip:v1")
-    assert finding.state == "missing" and "there is no docker program" in finding.said
+    assert finding.state == "missing" and "docker is not installed" in finding.said

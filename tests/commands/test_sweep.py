@@ -18,7 +18,7 @@ from kfp.components import load_component_from_file
 from helpers import fake_data, tiny
 from helpers.training import SMALL
 from pixelclip import evaluate, train
-from pixelclip.cli import app as cli
+from pixelclip.cli.app import main
 from pixelclip.commands import sweep
 from pixelclip.config import load
 from pixelclip.tracking.run import PARENT_RUN, PIPELINE_RUN
@@ -99,9 +99,9 @@ def test_csv_has_every_run_with_all_metrics(made):
     listed = list(csv.DictReader((made.out / "runs.csv").read_text().splitlines()))
     runs = [(line["row"], line["seed"], line["error"]) for line in listed]
     assert runs == [(row, str(seed), "") for row in ROWS for seed in SEEDS]
-    for place, line in enumerate(listed):
-        row = "full" if place < 2 else "own-targets"
-        expected = metrics_of(made.out, row, "model")[place % 2] | metrics_of(made.out, row, "evaluation")[place % 2]
+    for position, line in enumerate(listed):
+        row = "full" if position < 2 else "own-targets"
+        expected = metrics_of(made.out, row, "model")[position % 2] | metrics_of(made.out, row, "evaluation")[position % 2]
         assert {name: float(line[name]) for name in expected} == expected
 
 
@@ -173,7 +173,7 @@ def test_failing_added_row_is_named_and_leaves_the_others(made, monkeypatch, cap
     words = zip(("--masks", "--labelled", "--out", "--params"), map(str, made.inputs), strict=True)
     monkeypatch.setattr(sys, "argv", ["pixelclip", "sweep", str(file), *chain(*words)])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        main()
     assert ended.value.code == 2
     message = capsys.readouterr().err
     assert "\npixelclip: 2 of 6 runs failed" in message and "row 'broken', seed 3: step 2: loss" in message
@@ -218,7 +218,7 @@ def test_run_id_from_the_environment_is_the_parent(made, tmp_path, monkeypatch):
         ("rows: {a: {}, K 8: {train.concepts: 1}}", "row 'K 8': train: concepts: Input should be greater than"),
         ("rows: {a: {evaluate.stride: 999}}", "row 'a': evaluate: stride 999 is larger than crop"),
         ("rows: {a: {concepts: 8}}", "row 'a': unknown setting 'concepts', did you mean 'train.concepts'?"),
-        ("rows: {a: {train.seed: 8}}", "row 'a': train.seed is set by the key `seeds`"),
+        ("rows: {a: {train.seed: 8}}", "row 'a': train.seed is set by `seeds`"),
         ("rows: {a: {register.name: x}}", "row 'a': unknown setting 'register.name'"),
         ("rows: {a: }\nsettings: {train.stepz: 3}", "settings: unknown setting 'train.stepz', did you mean 'train.steps'?"),
         ("rows: {a: }\nseed: [1]", "unknown setting 'seed', did you mean 'seeds'?"),
@@ -229,7 +229,7 @@ def test_run_id_from_the_environment_is_the_parent(made, tmp_path, monkeypatch):
         ("seeds: [1]", "rows: Dictionary should have at least 1 item"),
         ("rows: {K 8: , k-8: }", "rows 'K 8' and 'k-8' would share the folder 'k-8'"),
         ("rows: {a: , a: {train.steps: 2}}", "duplicate key 'a'"),
-        ("rows: {'*': }", "row '*': its name needs a letter or a digit"),
+        ("rows: {'*': }", "row '*': its name must contain a letter or a digit"),
         ("rows: {a: [1]}", "rows.a: Input should be a valid dictionary"),
         ("- rows", "must contain rows of settings, found list"),
         ("rows: {", "cannot be read as YAML"),
@@ -276,13 +276,13 @@ def test_name_and_seeds_have_defaults(tmp_path):
 def planned_runs(*gains: float | None) -> list[dict]:
     return [
         {
-            "row": f"costs $5_{place}$ | " + "long " * 9,
+            "row": f"costs $5_{number}$ | " + "long " * 9,
             "seed": 0,
             "settings": {"train.concepts": 8.0},
             "metrics": {} if gain is None else {"gain/x": gain},
             "error": "" if gain is not None else "no\nluck | at all",
         }
-        for place, gain in enumerate(gains)
+        for number, gain in enumerate(gains)
     ]
 
 
@@ -352,8 +352,8 @@ def test_loop_items_give_every_run_its_exact_settings(made, compiled):
         assert load("train", overrides={**item["settings"], **named}) == each.train  # as the components merge them
         assert load("evaluate", overrides=item["settings"]) == each.evaluate
         assert item["workspace"] == ""
-    places = [item["workspace"] for item in pipeline.items(planned, "/mnt/space")]
-    assert places[0] == "/mnt/space/full/seed-0" and len(set(places)) == 4
+    workspaces = [item["workspace"] for item in pipeline.items(planned, "/mnt/space")]
+    assert workspaces[0] == "/mnt/space/full/seed-0" and len(set(workspaces)) == 4
 
 
 def test_command_compiles(made, monkeypatch, capsys, tmp_path):
@@ -361,7 +361,7 @@ def test_command_compiles(made, monkeypatch, capsys, tmp_path):
     options = ["--out", str(tmp_path / "s.yaml"), "--workspace", "/mnt/space", "--cluster", str(tmp_path / "cluster.yaml")]
     monkeypatch.setattr(sys, "argv", ["pixelclip", "pipeline", "compile-sweep", str(made.file), *options])
     with pytest.raises(SystemExit, match="0"):
-        cli.main()
+        main()
     assert capsys.readouterr().out.strip() == str(tmp_path / "s.yaml")
     assert "/mnt/space/own-targets/seed-3" in (tmp_path / "s.yaml").read_text()
     for path, message in ((tmp_path / "s.json", "is a .yaml file"), (made.file, "would overwrite")):

@@ -59,7 +59,7 @@ def test_manifest_lists_local_and_remote_shards(bucket, tmp_path):
     [
         ("s3://data/nothing", "s3://data/nothing: contains no shard"),
         ("s3://nowhere/a", "s3://nowhere/a: there is no such bucket"),
-        ("s3:///a", "s3:///a: s3://bucket/key is expected"),
+        ("s3:///a", "s3:///a: expected s3://bucket/key"),
         ("s3:/data/a", "s3:/data/a: no such folder or manifest"),
     ],
 )

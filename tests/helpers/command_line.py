@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from pixelclip.cli import app as cli
+from pixelclip.cli.app import main
 
 
 @pytest.fixture
@@ -14,7 +14,7 @@ def pixelclip(monkeypatch, capsys):
     def run(*words: object) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["pixelclip", *map(str, words)])
         try:
-            cli.main()
+            main()
             code = 0
         except SystemExit as ended:
             code = int(ended.code or 0)

@@ -11,7 +11,7 @@ from PIL import Image
 
 import pixelclip
 from helpers import tiny
-from pixelclip.cli import app as cli
+from pixelclip.cli.app import main
 from pixelclip.distributed import pick_device
 from pixelclip.inference.label_map import label_map
 from pixelclip.inference.predictor import (
@@ -115,7 +115,7 @@ def random_classes(count: int, width: int = 64) -> torch.Tensor:
     ("size", "crop", "stride", "grid"),
     [
         ((40, 56), 24, 8, 6),
-        ((37, 61), 24, 9, 5),  # offsets that are no multiple of the patch, last window moved back
+        ((37, 61), 24, 9, 5),  # offsets that are not multiples of the patch, last window moved back
         ((17, 90), 32, 32, 8),  # lower than a window, windows without overlap
         ((24, 24), 24, 7, 4),  # one window
         ((11, 13), 24, 24, 3),  # smaller than a window
@@ -281,7 +281,7 @@ def photo(tmp_path) -> Path:
 def command(monkeypatch, *words: object) -> int:
     monkeypatch.setattr(sys, "argv", ["pixelclip", "predict", *map(str, words)])
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        main()
     return ended.value.code or 0
 
 
@@ -295,8 +295,8 @@ def test_command_writes_label_map_and_overlay(monkeypatch, capsys, predictor, fo
         assert shown.width >= 60
     printed = capsys.readouterr().out
     for index, name in enumerate(CLASSES):
-        share = (expected == index).mean()
-        assert (f"{100 * share:5.1f} %  {name}\n" in printed) == (share > 0)
+        fraction = (expected == index).mean()
+        assert (f"{100 * fraction:5.1f} %  {name}\n" in printed) == (fraction > 0)
     assert str(out) in printed
 
 

@@ -24,7 +24,7 @@ def saved(path, content):
 
 
 def full_checkpoint(state, **others):
-    """Make a checkpoint like Meta's training loop: wrapped modules with a projection head, settings, optimizer."""
+    """Build a checkpoint like Meta's training loop: wrapped modules with a projection head, settings, optimizer."""
     head = {"head.mlp.0.weight": torch.zeros(4, WIDTH), "head.last_layer.weight_g": torch.ones(4, 1)}
     teacher = {f"backbone.{name}": tensor for name, tensor in state.items()} | head
     student = {f"module.{name}": torch.zeros_like(tensor) for name, tensor in teacher.items()}

@@ -28,7 +28,7 @@ from pixelclip.mask_generators.sam_encoder import ImageEncoder
 plain, sam = random_sam.plain, random_sam.sam
 
 
-# Random weights give masks all over the image. Discs around the point make them local, like those of trained weights: features
+# Random weights give masks all over the image. Discs around the point make them local, as with trained weights: features
 # contain the pixel's position, and their product with each hypernetwork is its proximity to the point.
 
 
@@ -106,7 +106,7 @@ def test_bfloat16_masks_agree_with_float32(sam, images):
     exact, short = (SamGenerator(sam, **LOOSE, precision=precision)(images) for precision in (None, torch.bfloat16))
     assert exact != short
     for found, others in zip(short, exact, strict=True):
-        for best in (best_ious(found, others), best_ious(others, found)):  # masks near a threshold may be lost
+        for best in (best_ious(found, others), best_ious(others, found)):  # masks near a threshold may be missing
             assert np.median(best) > 0.98 and best.mean() > 0.9
 
 
@@ -134,7 +134,7 @@ def test_images_without_masks_and_slivers_yield_empty_lists(sam, images):
 
 
 def test_settings_without_points_are_rejected(sam):
-    with pytest.raises(ValueError, match="points_per_side 3 leaves no point in crop layer 2"):
+    with pytest.raises(ValueError, match="points_per_side 3 leaves no points in crop layer 2"):
         SamGenerator(sam, points_per_side=3, crop_n_layers=2, crop_n_points_downscale_factor=2)
 
 
@@ -224,7 +224,7 @@ WRONG = {
     ),
     "shape": (
         lambda s: s | {NECK: torch.zeros(3)},
-        rf"of another shape: {NECK} \[3\] instead of \[32, 32, 1, 1\]",
+        rf"of a different shape: {NECK} \[3\] instead of \[32, 32, 1, 1\]",
     ),
     "rank": (lambda s: s | {PATCH: torch.zeros(3)}, rf"{PATCH} has shape \[3\], expected 4 dimensions"),
     "heads": (lambda s: s | {"image_encoder.blocks.0.attn.rel_pos_h": torch.zeros(7, 5)}, "multiples of 5"),

@@ -62,7 +62,7 @@ def test_save_then_load_is_bit_equal(clip_folder, tmp_path):
         assert backbone_of(loaded)(images).shape == (2, 64, 4, 4)
 
 
-def test_model_folder_holds_no_pickle(model_folder):
+def test_model_folder_contains_no_pickle(model_folder):
     assert {path.name for path in model_folder.iterdir()} == {"model.safetensors", "config.json", "provenance.json"}
     with safe_open(model_folder / "model.safetensors", framework="pt") as file:
         assert {name.split(".")[0] for name in file.keys()} == {"clip", "prompts", "decoder"}  # noqa: SIM118
@@ -137,11 +137,11 @@ def test_config_that_is_not_an_object_is_rejected(model_folder):
 @pytest.mark.parametrize(
     ("name", "shape", "message"),
     [
-        ("clip.visual.proj", (64, 48), r"of another shape: visual\.proj \[64, 48\] instead of \[64, 64\]"),
-        ("prompts.tokens", (3, 2, 48), r"of another shape: tokens \[3, 2, 48\] instead of \[3, 2, 32\]"),
+        ("clip.visual.proj", (64, 48), r"of a different shape: visual\.proj \[64, 48\] instead of \[64, 64\]"),
+        ("prompts.tokens", (3, 2, 48), r"of a different shape: tokens \[3, 2, 48\] instead of \[3, 2, 32\]"),
         ("prompts.tokens", (3,), r"prompts\.tokens is \[3\] instead of \[concepts, tokens, 32\]"),
         ("prompts.tokens", (3, 90, 32), r"90 prompt tokens do not fit the context length 77 of this CLIP"),
-        ("prompts.values", (3, 48), r"unexpected: tokens; of another shape: values \[3, 48\] instead of \[3, 64\]"),
+        ("prompts.values", (3, 48), r"unexpected: tokens; of a different shape: values \[3, 48\] instead of \[3, 64\]"),
         ("clip.extra", (3,), r"unexpected: extra"),
     ],
 )
@@ -180,10 +180,10 @@ def test_shipped_clip_loads():
         ("ViT-B-16", r"CLIP 'ViT-B-16': weights are missing: use ViT-B-16:PRETRAINED or ViT-B-16:FILE"),
         (
             "ViT-B-16:opanai",
-            r"opanai': no file opanai and no weights with that name; the pretrained ones are openai, la",
+            r"opanai': no such file or pretrained weights: opanai; pretrained weights are openai, la",
         ),
-        ("coca_base:nope", r"CLIP 'coca_base:nope': .*; open_clip has none pretrained, use coca_base:FILE$"),
-        ("/no/such/folder", r"CLIP '/no/such/folder': no folder"),
+        ("coca_base:nope", r"CLIP 'coca_base:nope': .*; open_clip has none for this CLIP, use coca_base:FILE$"),
+        ("/no/such/folder", r"CLIP '/no/such/folder': no such folder or CLIP"),
     ],
 )
 def test_unknown_clip_is_rejected_with_alternatives(spec, message, caplog):
@@ -256,13 +256,13 @@ def test_pickle_is_never_executed(registered, tmp_path):
     assert not (tmp_path / "sprung").exists()
 
 
-def test_weights_of_another_model_or_size_are_rejected(tmp_path):
+def test_weights_of_a_different_model_or_size_are_rejected(tmp_path):
     torch.save({"image_encoder.pos_embed": torch.zeros(1), "mask_decoder.x": torch.zeros(1)}, tmp_path / "sam.pth")
-    with pytest.raises(ValueError, match=r"sam\.pth holds image_encoder\.pos_embed, mask_decoder\.x; a CLIP's"):
+    with pytest.raises(ValueError, match=r"sam\.pth contains image_encoder\.pos_embed, mask_decoder\.x; expected a CLIP's"):
         load_clip(f"ViT-B-32:{tmp_path / 'sam.pth'}")
     small = tmp_path / "small.safetensors"
     save_file(tiny.clip_state(), small)
-    with pytest.raises(ValueError, match=r"small\.safetensors belongs to a CLIP of another size") as caught:
+    with pytest.raises(ValueError, match=r"small\.safetensors belongs to a CLIP of a different size") as caught:
         load_clip(f"ViT-B-32:{small}")
     assert len(str(caught.value)) < 700
 

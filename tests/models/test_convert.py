@@ -80,7 +80,7 @@ def test_clips_of_the_paper_are_identified_by_their_shapes(name):
 
 
 def test_unknown_clip_must_be_set(checkpoint, tmp_path):
-    with pytest.raises(ValueError, match=r"released\.pth: its CLIP is none of ViT-B-16-quickgelu.*--clip"):
+    with pytest.raises(ValueError, match=r"released\.pth: its CLIP is not among ViT-B-16-quickgelu.*--clip"):
         convert.run(checkpoint, tmp_path / "model", ImportConfig())
     assert not (tmp_path / "model").exists()
 
@@ -166,9 +166,7 @@ def test_side_of_an_imported_vit_is_a_multiple_of_the_patch(tmp_path, patch, sid
     torch.save(reference_checkpoint(state, torch.zeros(6, 4, 32), Decoder().state_dict()), tmp_path / "released.pth")
     convert.run(tmp_path / "released.pth", tmp_path / "model", ImportConfig(clip=clip))
     assert load_model(tmp_path / "model").side == side
-    message = (
-        rf"import\.side {side + 1} is no multiple of .* patch of {patch} pixels; the nearest are {side} and {side + patch}"
-    )
+    message = rf"import\.side {side + 1} is not a multiple of the patch size \({patch}\); nearest valid: {side}, {side + patch}"
     with pytest.raises(ValueError, match=message):
         convert.run(tmp_path / "released.pth", tmp_path / "other", ImportConfig(clip=clip, side=side + 1))
     assert not (tmp_path / "other").exists()

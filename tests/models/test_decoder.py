@@ -2,8 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pixelclip.models import decoder as module
-from pixelclip.models.decoder import Decoder, decode, decoded_loss, mask_loss
+from pixelclip.models.decoder import _PIXELS_AT_ONCE, Decoder, decode, decoded_loss, mask_loss
 
 GRID = (13, 11)
 
@@ -30,7 +29,7 @@ def test_fused_layers_equal_both_layers(decoder):
 
 @pytest.mark.parametrize("pixels", [1, 24, 36, 10**6])
 def test_loss_and_gradients_do_not_depend_on_the_chunk_size(decoder, monkeypatch, pixels):
-    monkeypatch.setitem(module._PIXELS_AT_ONCE, "cpu", pixels)
+    monkeypatch.setitem(_PIXELS_AT_ONCE, "cpu", pixels)
     maps, targets, covered, owner = inputs()
     picked = covered[owner]
     logits = decode(decoder, maps, GRID)

@@ -106,5 +106,5 @@ def test_without_clustering_every_mask_is_its_own_target():
             terms.append(F.binary_cross_entropy_with_logits(logits[covered], mask[covered].float(), reduction="none"))
     output = model.accumulate([Batch(weak, strong, masks, index, [])], shown=2)
     torch.testing.assert_close(output.loss, torch.cat(terms).mean())
-    assert output.logits.shape == (0, 5, 24, 24)  # no pictures of an ablation whose maps are no concepts
+    assert output.logits.shape == (0, 5, 24, 24)  # no pictures of an ablation whose maps are not concepts
     assert model.prompts.tokens.grad is None

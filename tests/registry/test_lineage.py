@@ -15,7 +15,7 @@ from helpers import fake_data, tiny
 from helpers.s3_sources import put, sources
 from helpers.training import SMALL
 from pixelclip import evaluate, evaluate_clip, masks, register, shards, train
-from pixelclip.cli import app as cli
+from pixelclip.cli.app import main
 from pixelclip.commands import reproduce
 from pixelclip.config import EvaluateConfig, MasksConfig, RegisterConfig, ShardsConfig, TrainConfig
 from pixelclip.registry import lineage
@@ -114,10 +114,10 @@ def test_tags_and_datasets_have_the_source(made):
 @pytest.mark.parametrize(
     ("uri", "message"),
     [
-        (f"models:/{NAME}@nobody", "has no alias 'nobody'; there are champion"),
+        (f"models:/{NAME}@nobody", "has no alias 'nobody'; its aliases: champion"),
         (f"models:/{NAME}/7", "not found"),
         ("models:/dmo@champion", "no such registered model .*did you mean 'demo'"),
-        ("runs:/1", "models:/NAME@ALIAS or models:/NAME/VERSION is expected"),
+        ("runs:/1", "expected models:/NAME@ALIAS or models:/NAME/VERSION"),
     ],
 )
 def test_unknown_model_is_named(made, uri, message):
@@ -145,7 +145,7 @@ def test_reproduced_evaluation_leaves_the_recorded_run_unchanged(made, tmp_path,
     assert os.environ["MLFLOW_RUN_ID"] == "theirs"
     output = capsys.readouterr().out
     assert "equal within 0.01 points" in output and "<--" not in output
-    assert "WARNING: evaluate, evaluate_clip: run by other code: image registry.example" in output
+    assert "WARNING: evaluate, evaluate_clip: run with different code: image registry.example" in output
     assert read_json(tmp_path / "out" / "reproduction.json")["found"] == made.metrics
     assert history(made) == before
     found = made.client.search_runs([made.client.get_experiment_by_name("pixelclip").experiment_id])
@@ -166,7 +166,7 @@ def test_training_is_reproduced_from_the_images(made, tmp_path, capsys):
         for name, away in moved.items():
             away.rename(made.base / name)
     output = capsys.readouterr().out
-    assert "WARNING: evaluate, train, masks, shards, evaluate_clip: run by other code: image" in output
+    assert "WARNING: evaluate, train, masks, shards, evaluate_clip: run with different code: image" in output
     for stage in ("shards", "masks", "train"):
         assert f"reproduce: {stage}: the same files as recorded" in output
     assert (tmp_path / "out" / "train" / "model.safetensors").read_bytes() == (
@@ -219,7 +219,7 @@ def test_comparison_is_written_even_if_mlflow_fails(made, tmp_path, capsys, monk
         raise MlflowException("API request failed with error code 503 != 200")
 
     monkeypatch.setattr(MlflowClient, method, unavailable)
-    with pytest.raises(ValueError, match=r"^demo: refused by MLflow at sqlite:.* 503 != 200$"):
+    with pytest.raises(ValueError, match=r"^demo: rejected by MLflow at sqlite:.* 503 != 200$"):
         reproduce.run(f"models:/{NAME}/1", tmp_path / "out")
     assert read_json(tmp_path / "out" / "reproduction.json")["equal"] is True
     assert "equal within 0.01 points" in capsys.readouterr().out
@@ -285,7 +285,7 @@ def test_exit_codes_of_the_commands(made, monkeypatch, capsys):
     def call(*words: str) -> int:
         monkeypatch.setattr(sys, "argv", ["pixelclip", *words])
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            main()
         return ended.value.code or 0
 
     made.client.create_registered_model("second")
@@ -296,7 +296,7 @@ def test_exit_codes_of_the_commands(made, monkeypatch, capsys):
     assert call("promote", "second") == call("promote", "second", "1", "--rollback") == 2
     assert "give either VERSION or --rollback" in capsys.readouterr().err
     assert call("promote", "second", "--rollback") == 2
-    assert "no champion before this one" in capsys.readouterr().err
+    assert "no previous champion to roll back to" in capsys.readouterr().err
     assert call("lineage", f"models:/{NAME}@champion", "--json") == 0
     assert json.loads(capsys.readouterr().out)["model"]["version"] == 1
     monkeypatch.setattr(reproduce, "run", lambda *_, **__: False)

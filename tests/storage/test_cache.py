@@ -23,7 +23,7 @@ def test_prefix_is_copied_to_a_folder(bucket, cache):
         }
     bucket.put_object(Bucket="data", Key="set/a.txt", Body=b"new")
     assert (local_copy("s3://data/set") / "a.txt").read_text() == "new"
-    assert (folder / "a.txt").read_text() == "a.txt"  # the old copy stays for whoever reads it
+    assert (folder / "a.txt").read_text() == "a.txt"  # the old copy stays for its readers
 
 
 def test_interrupted_folder_keeps_its_complete_files(bucket, cache, monkeypatch):
@@ -32,7 +32,7 @@ def test_interrupted_folder_keeps_its_complete_files(bucket, cache, monkeypatch)
     whole = local_copy("s3://data/set")
     partial = whole.with_name("set.partial")
     whole.rename(partial)
-    (partial / "b").rename(partial / "b.0123abCD")  # s3transfer's name of half a file
+    (partial / "b").rename(partial / "b.0123abCD")  # s3transfer's name of an incomplete file
     before = (partial / "a").stat().st_mtime_ns
     assert local_copy("s3://data/set") == whole
     assert (whole / "b").read_text() == "b" and (whole / "a").stat().st_mtime_ns == before
@@ -52,7 +52,7 @@ def test_folder_never_mixes_versions(bucket, cache, monkeypatch, size):
 
     with monkeypatch.context() as patch:
         patch.setattr(s3, "list_below", list_and_change)
-        with pytest.raises(ValueError, match=r"^s3://data/set/b: changed in the store while it was downloaded; try again$"):
+        with pytest.raises(ValueError, match=r"^s3://data/set/b: changed in the store during the download; try again$"):
             local_copy("s3://data/set")
     folder = local_copy("s3://data/set")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == {"a": old, "b": new, "c": old}
@@ -72,14 +72,14 @@ def test_full_disk_is_an_error_that_names_the_setting(bucket, cache, monkeypatch
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(ValueError, match=r"s3://data/set: cannot be kept .*No space left.*PIXELCLIP_CACHE"):
+    with pytest.raises(ValueError, match=r"s3://data/set: cannot write to the cache .*No space left.*PIXELCLIP_CACHE"):
         local_copy("s3://data/set")
 
 
 @pytest.mark.parametrize("key", ["set/../../evil", "set//a", "set/./a"])
 def test_key_that_leaves_the_folder_is_rejected(bucket, cache, key):
     bucket.put_object(Bucket="data", Key=key, Body=b"")
-    with pytest.raises(ValueError, match="cannot be copied to a folder, it holds the key"):
+    with pytest.raises(ValueError, match="cannot be copied to a folder: it contains the key"):
         local_copy("s3://data/set/")
 
 
@@ -102,7 +102,7 @@ def test_least_recently_used_copies_are_removed_first(bucket, cache, monkeypatch
     assert [copy.is_file() for copy in copies] == [True, True, False, False]
     monkeypatch.setenv("PIXELCLIP_CACHE_GB", "1e-9")
     bucket.put_object(Bucket="data", Key="5", Body=bytes(1000))
-    assert local_copy("s3://data/5").is_file()  # larger than the bound, but asked for
+    assert local_copy("s3://data/5").is_file()  # larger than the limit, but requested
     assert not copies[0].exists()
 
 

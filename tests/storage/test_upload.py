@@ -7,32 +7,31 @@ import pytest
 from botocore.httpsession import URLLib3Session
 
 from helpers.fake_data import write_files
-from pixelclip.storage import upload as module
 from pixelclip.storage.download import local_copy
 from pixelclip.storage.s3 import list_below
-from pixelclip.storage.upload import upload, upload_folder
+from pixelclip.storage.upload import _etag, upload, upload_folder
 
-PART = 5 << 20  # the smallest part that S3 accepts
+PART = 5 << 20  # minimum of S3
 
 
 @pytest.mark.parametrize("size", [0, 10, PART, 2 * PART, 2 * PART + 7])
 def test_uploaded_file_is_downloaded_unchanged(bucket, tmp_path, monkeypatch, size):
-    monkeypatch.setattr(module, "_PART", PART)
+    monkeypatch.setattr("pixelclip.storage.upload._PART", PART)
     (tmp_path / "file").write_bytes(content := os.urandom(size))
     upload(tmp_path / "file", "s3://data/some/key")
     assert bucket.get_object(Bucket="data", Key="some/key")["Body"].read() == content
     assert local_copy("s3://data/some/key").read_bytes() == content
     (listed,) = list_below("s3://data/some")
-    assert (listed.etag, listed.size) == (module._etag(tmp_path / "file"), size)
+    assert (listed.etag, listed.size) == (_etag(tmp_path / "file"), size)
 
 
 def test_unchanged_files_are_not_uploaded_again(bucket, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_PART", PART)
+    monkeypatch.setattr("pixelclip.storage.upload._PART", PART)
     write_files(tmp_path, {"a": b"a", "big": bytes(PART + 1), "sub/b": b"b", "last": b"last"})
     upload_folder(tmp_path, "s3://data/set", last="last")
     write_files(tmp_path, {"sub/b": b"c", "new": b"new"})
     sent = []
-    monkeypatch.setattr(module, "_upload", lambda client, path, uri: sent.append(uri))
+    monkeypatch.setattr("pixelclip.storage.upload._upload", lambda client, path, uri: sent.append(uri))
     upload_folder(tmp_path, "s3://data/set", last="new")
     assert sent == ["s3://data/set/sub/b", "s3://data/set/new"]
 

@@ -17,8 +17,7 @@ from helpers import mlflow_runs, services, tiny
 from helpers.mlflow_runs import PROVENANCE, curve, mlflow_on_sqlite
 from helpers.services import Mlflow
 from pixelclip.tracking import journal
-from pixelclip.tracking import run as tracking
-from pixelclip.tracking.run import PARENT_RUN, PIPELINE_RUN, Run, lineage
+from pixelclip.tracking.run import PARENT_RUN, PIPELINE_RUN, Run, lineage_tags
 from pixelclip.tracking.server import connect, experiment_id
 from pixelclip.workflow.provenance import flatten
 
@@ -36,7 +35,7 @@ def all_runs(client: MlflowClient) -> list[MlflowRun]:
 
 def test_flatten_and_lineage_walk_the_whole_chain():
     assert flatten(PROVENANCE) == {"train.steps": 3, "train.clip": "toy", "masks.generator": "given"}
-    tags = lineage(PROVENANCE)
+    tags = lineage_tags(PROVENANCE)
     assert tags["code.revision"] == "abc"
     assert {key: value for key, value in tags.items() if key.startswith("data.")} == {
         "data.masks.md5": "m1",
@@ -121,7 +120,7 @@ def test_training_resumes_without_its_server_and_delivers_later(client, monkeypa
     (tmp_path / "stage" / "run.json").write_text(json.dumps(state | {"tracking_uri": gone}))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", gone)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    monkeypatch.setattr(tracking, "_CLOSE_SECONDS", 1.0)
+    monkeypatch.setattr("pixelclip.tracking.run._CLOSE_SECONDS", 1.0)
     second = start(tmp_path / "stage")
     second.log({"loss": 2.0}, 2)
     assert second.finish() is False
@@ -139,16 +138,16 @@ def test_failing_server_that_is_not_the_one_of_the_run_is_an_error(client, monke
     start(tmp_path / "stage").finish("FAILED")
     elsewhere = tiny.mlflow_at(monkeypatch, tmp_path / "elsewhere")
     fail_once(monkeypatch, "get_run")
-    with pytest.raises(ValueError, match=r"MLflow at sqlite:.*elsewhere.* refused the run: .* 503 != 200$"):
+    with pytest.raises(ValueError, match=r"MLflow at sqlite:.*elsewhere.* rejected the run: .* 503 != 200$"):
         start(tmp_path / "stage")
-    assert elsewhere.get_experiment_by_name("pixelclip") is None  # and no second run was started
+    assert elsewhere.get_experiment_by_name("pixelclip") is None  # no second run was started
 
 
 def test_attaching_while_the_server_fails_is_an_error(client, monkeypatch, tmp_path):
     start(tmp_path / "model").finish()
     (tmp_path / "evaluation").mkdir()
     fail_once(monkeypatch, "get_run")
-    with pytest.raises(ValueError, match=r"refused the run: .* 503 != 200$"):
+    with pytest.raises(ValueError, match=r"rejected the run: .* 503 != 200$"):
         Run.attach(tmp_path / "model", tmp_path / "evaluation", PROVENANCE)
     assert len(all_runs(client)) == 1
 
@@ -258,10 +257,10 @@ def test_unknown_run_of_the_environment_is_named(client, monkeypatch, tmp_path):
     trained = start(tmp_path / "model")
     trained.finish()
     monkeypatch.setenv("MLFLOW_RUN_ID", "0" * 32)
-    with pytest.raises(ValueError, match=r"refused the run 0{32} \(MLFLOW_RUN_ID\): .*not found"):
+    with pytest.raises(ValueError, match=r"rejected the run 0{32} \(MLFLOW_RUN_ID\): .*not found"):
         start(tmp_path / "stage")
     (tmp_path / "evaluation").mkdir()
-    with pytest.raises(ValueError, match=r"refused the run 0{32} \(MLFLOW_RUN_ID\): .*not found"):
+    with pytest.raises(ValueError, match=r"rejected the run 0{32} \(MLFLOW_RUN_ID\): .*not found"):
         Run.attach(tmp_path / "model", tmp_path / "evaluation", PROVENANCE)
 
 
@@ -286,8 +285,8 @@ def test_evaluation_in_another_run_also_adds_metrics_to_the_training(client, mon
     trained = start(tmp_path / "model")
     trained.log({"loss": 1.0}, 1)
     trained.finish()
-    place = (tmp_path / "artifacts").as_uri()
-    env_run = client.create_run(client.create_experiment("theirs", artifact_location=place)).info.run_id
+    location = (tmp_path / "artifacts").as_uri()
+    env_run = client.create_run(client.create_experiment("theirs", artifact_location=location)).info.run_id
     monkeypatch.setenv("MLFLOW_RUN_ID", env_run)
     (tmp_path / "evaluation").mkdir()
     (tmp_path / "report.html").write_text("hello")
@@ -327,14 +326,14 @@ def test_attaching_adds_to_the_run_and_does_not_end_it(client, tmp_path):
     assert client.get_run(trained.run_id).info.status == "RUNNING"
 
 
-@pytest.mark.parametrize("lost", ["another store", "a deleted run"])
-def test_server_without_the_run_receives_the_whole_history(client, monkeypatch, tmp_path, lost):
+@pytest.mark.parametrize("missing", ["another store", "a deleted run"])
+def test_server_without_the_run_receives_the_whole_history(client, monkeypatch, tmp_path, missing):
     model, stage = tmp_path / "model", tmp_path / "evaluation"
     trained = start(model)
     for step in (1, 2):
         trained.log({"loss": float(step)}, step)
     trained.finish()
-    if lost == "another store":
+    if missing == "another store":
         client = tiny.mlflow_at(monkeypatch, tmp_path / "elsewhere")
     else:
         client.delete_run(trained.run_id)
@@ -398,8 +397,8 @@ def test_curves_of_an_outage_are_delivered_when_the_store_is_back(client, tmp_pa
     assert run.finish() is True
     assert curve(client, run.run_id) == [(1, 1.0), (2, 2.0), (3, 3.0)]
     assert client.get_run(run.run_id).data.metrics["final"] == 0.5
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("MLflow at ")]
-    assert len(lines) == 2 and "is lost" in lines[0] and "is back" in lines[1]
+    lines = [line for line in capsys.readouterr().out.splitlines() if "MLflow at " in line]
+    assert len(lines) == 2 and lines[0].startswith("cannot reach") and "again" in lines[1]
 
 
 def test_a_server_that_does_not_respond_blocks_training_only_briefly(client, monkeypatch, tmp_path, capsys):
@@ -412,7 +411,7 @@ def test_a_server_that_does_not_respond_blocks_training_only_briefly(client, mon
         for step in range(1, 101):
             run.log({"loss": float(step)}, step)
         assert 1 < time.monotonic() - start_time < 5
-        assert len(run.journal.points) == 100 and capsys.readouterr().out.count("is lost") == 1
+        assert len(run.journal.points) == 100 and capsys.readouterr().out.count("cannot reach MLflow") == 1
     assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "20"
 
 
@@ -438,10 +437,10 @@ def test_killed_server_costs_neither_training_nor_curves(server, monkeypatch, tm
     server.server.kill()
     for step in (2, 3):
         run.log({"loss": float(step)}, step)
-    monkeypatch.setattr(tracking, "_CLOSE_SECONDS", 2.0)
+    monkeypatch.setattr("pixelclip.tracking.run._CLOSE_SECONDS", 2.0)
     assert run.finish() is False
     output = capsys.readouterr().out
-    assert f"MLflow at {server.uri} is lost" in output and run.run_id in output
+    assert f"Lost connection to MLflow at {server.uri} (" in output and run.run_id in output
     lines = [json.loads(line) for line in (tmp_path / "model" / "curves.jsonl").read_text().splitlines()]
     assert [(line["step"], line["metrics"]["loss"]) for line in lines] == [(1, 1.0), (2, 2.0), (3, 3.0)]
 
@@ -450,7 +449,7 @@ def test_killed_server_costs_neither_training_nor_curves(server, monkeypatch, tm
     with pytest.raises(ValueError, match="cannot be reached"):
         Run.attach(tmp_path / "model", tmp_path / "evaluation", PROVENANCE)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.store)
-    monkeypatch.setattr(tracking, "_CLOSE_SECONDS", 30.0)
+    monkeypatch.setattr("pixelclip.tracking.run._CLOSE_SECONDS", 30.0)
     attached = Run.attach(tmp_path / "model", tmp_path / "evaluation", PROVENANCE)
     assert attached.finish() is True
     assert attached.run_id == run.run_id
@@ -478,16 +477,16 @@ def test_restarted_server_receives_everything(server, monkeypatch, tmp_path, cap
     assert curve(client, run.run_id) == [(step, float(step)) for step in (1, 2, 3, 4)]
     assert client.get_run(run.run_id).info.status == "FINISHED"
     assert "note.txt" in [file.path for file in MlflowClient(server.uri).list_artifacts(run.run_id)]
-    assert "is back" in capsys.readouterr().out
+    assert "reached MLflow" in capsys.readouterr().out
 
     # By the next stage.
     late = start(tmp_path / "model")
     late.log({"loss": 1.0}, 1)
     server.server.kill()
     late.log({"loss": 2.0}, 2)
-    monkeypatch.setattr(tracking, "_CLOSE_SECONDS", 1.0)
+    monkeypatch.setattr("pixelclip.tracking.run._CLOSE_SECONDS", 1.0)
     assert late.finish() is False
-    monkeypatch.setattr(tracking, "_CLOSE_SECONDS", 30.0)
+    monkeypatch.setattr("pixelclip.tracking.run._CLOSE_SECONDS", 30.0)
     server.server.start()
     server.server.wait()
     (tmp_path / "evaluation").mkdir()

@@ -66,10 +66,10 @@ def test_run_and_promotion_with_the_right_password(guarded, log_in, tmp_path):
         (
             "admin",
             "wrong",
-            "refuses user 'admin' with this password: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
+            "rejects user 'admin' with this password: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD",
         ),
-        ("nobody", PASSWORD, "refuses user 'nobody' with this password"),
-        (None, "", "refuses a request without a user"),
+        ("nobody", PASSWORD, "rejects user 'nobody' with this password"),
+        (None, "", "rejects a request without a user"),
     ],
 )
 def test_wrong_password_is_a_clear_error(guarded, log_in, user, password, message):

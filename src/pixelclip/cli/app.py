@@ -1,4 +1,4 @@
-"""Command line: one command per stage, and predict, settings, doctor, pipeline, ... It only parses and calls."""
+"""Command line: one command per stage, and predict, doctor, ... Commands only parse and call."""
 
 import sys
 import tempfile
@@ -8,10 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from pixelclip.cli import pipeline as cli_cluster
-from pixelclip.cli.pipeline import Cluster, Image, Nodes, Overrides, Params, Repo, Revision
+from pixelclip.cli.pipeline import Params, Sweep, pipeline, reject_s3
 from pixelclip.config import ImportConfig, as_table, build, device_name, load, parse_overrides
-from pixelclip.storage.download import here
+from pixelclip.storage.download import local_path
 from pixelclip.storage.s3 import is_s3
 from pixelclip.storage.upload import upload
 from pixelclip.workflow.output import output_folder
@@ -19,19 +18,10 @@ from pixelclip.workflow.output import output_folder
 _MODEL = "Model folder, s3://bucket/folder, or models:/NAME@ALIAS."
 
 
-def _local(path: Path) -> Path:
-    """Reject an s3:// URI where only a local path is supported: it would become a folder called `s3:`."""
-    if path.parts[:1] and path.parts[0].lower() == "s3:":
-        raise ValueError(f"s3://{Path(*path.parts[1:])}: must be a path on this machine")
-    return path
-
-
 Out = Annotated[str, typer.Option(help="Output folder or s3://bucket/folder; a finished result is reused.")]
 Labelled = Annotated[
     list[str], typer.Option(help="Labelled set: FOLDER (layout: setting kind) or KIND:FOLDER; several go into OUT/NAME.")
 ]
-YamlOut = Annotated[Path, typer.Option(callback=_local, help="YAML file to write.")]
-Sweep = Annotated[Path, typer.Argument(help="YAML file with rows of settings and the seeds of each.")]
 Registered = Annotated[str, typer.Argument(help="models:/NAME@ALIAS or models:/NAME/VERSION.")]
 Settings = Annotated[list[str] | None, typer.Argument(metavar="[NAME=VALUE]...", help="Settings; see `pixelclip settings`.")]
 
@@ -43,11 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-pipeline = typer.Typer(help="Kubeflow pipeline: run it locally or on a cluster.", no_args_is_help=True)
 app.add_typer(pipeline, name="pipeline")
-pipeline.command()(cli_cluster.submit)
-pipeline.command()(cli_cluster.status)
-pipeline.add_typer(cli_cluster.schedule, name="schedule")
 
 
 def _config(stage: str, params: Path | None, settings: list[str] | None) -> Any:
@@ -59,7 +45,7 @@ def _config(stage: str, params: Path | None, settings: list[str] | None) -> Any:
 
 
 def _run(stage: str, out: str, params: Path | None, settings: list[str] | None, *inputs: str) -> None:
-    """Run a stage, whose function takes its inputs, an output folder and its settings."""
+    """Run a stage: call its `run` with inputs, output folder and settings."""
     config = _config(stage, params, settings)
     with output_folder(out) as folder:
         import_module(f"pixelclip.{stage}").run(*inputs, folder, config)
@@ -102,7 +88,7 @@ def masks(
     preview: Annotated[int, typer.Option(help="Write OUT/preview.jpg with the masks of this many images.", min=0, max=250)] = 0,
     settings: Settings = None,
 ) -> None:
-    """Make class-agnostic masks for every image of the shards."""
+    """Generate class-agnostic masks for every image of the shards."""
     _run("masks", out, params, [*(settings or []), *([f"part={part}"] if part else [])], shards)
     if preview:
         from pixelclip.visualization.pictures import preview as write_preview
@@ -123,7 +109,7 @@ def train(
     params: Params = None,
     settings: Settings = None,
 ) -> None:
-    """Train PixelCLIP on shards with masks, starting from a CLIP."""
+    """Train PixelCLIP on shards with masks, starting from a pretrained CLIP."""
     _run("train", out, params, settings, masks)
 
 
@@ -169,10 +155,10 @@ def sweep(
     file: Sweep,
     masks: Annotated[str, typer.Option(help="Shards with masks.")],
     labelled: Annotated[str, typer.Option(help="Labelled set to evaluate on.")],
-    out: Annotated[Path, typer.Option(callback=_local, help="Folder for runs, table and plot; finished runs are reused.")],
+    out: Annotated[Path, typer.Option(callback=reject_s3, help="Folder for runs, table and plot; finished runs are reused.")],
     params: Params = None,
 ) -> None:
-    """Train and evaluate rows of settings with several seeds; write one table and one plot."""
+    """Train and evaluate rows of settings with several seeds; write a table and a plot."""
     from pixelclip.commands.sweep import run
 
     run(file, masks, labelled, out, params)
@@ -227,9 +213,9 @@ def lineage(
 @app.command()
 def reproduce(
     model: Registered,
-    out: Annotated[Path, typer.Option(callback=_local, help="Output folder; finished parts are reused.")],
-    train: Annotated[bool, typer.Option("--train", help="Also train again, and evaluate the new model.")] = False,
-    tolerance: Annotated[float, typer.Option(help="Largest difference of equal metrics, in points.", min=0)] = 0.01,
+    out: Annotated[Path, typer.Option(callback=reject_s3, help="Output folder; finished parts are reused.")],
+    train: Annotated[bool, typer.Option("--train", help="Also repeat training, and evaluate the new model.")] = False,
+    tolerance: Annotated[float, typer.Option(help="Maximum difference of equal metrics, in points.", min=0)] = 0.01,
     settings: Annotated[
         list[str] | None, typer.Argument(metavar="[NAME=VALUE]...", help="Runtime settings, e.g. evaluate.device=cpu.")
     ] = None,
@@ -243,14 +229,14 @@ def reproduce(
 
 @app.command()
 def predict(
-    photo: Annotated[Path, typer.Argument(callback=_local, help="Image of any size.")],
+    photo: Annotated[Path, typer.Argument(callback=reject_s3, help="Image of any size.")],
     classes: Annotated[
         str, typer.Option(help='"dog|puppy,grass,sky" (bar between synonyms), or a .txt file, one class per line.')
     ],
     model: Annotated[str, typer.Option(help=_MODEL)],
     out: Annotated[
         Path,
-        typer.Option(callback=_local, help="PNG file for the label map; the overlay is written beside it as *.overlay.png."),
+        typer.Option(callback=reject_s3, help="PNG file for the label map; the overlay is written beside it as *.overlay.png."),
     ],
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
 ) -> None:
@@ -258,7 +244,7 @@ def predict(
     from pixelclip.data.class_names import names_of
     from pixelclip.data.images import open_image
     from pixelclip.inference.predictor import Predictor, label_image, overlay
-    from pixelclip.storage.files import check_place
+    from pixelclip.storage.files import check_writable
 
     device_name(device)
     if out.suffix.lower() != ".png":
@@ -267,13 +253,13 @@ def predict(
         raise ValueError(f"{out}: would overwrite the photo")
     names = names_of(classes)
     image = open_image(photo)
-    check_place(out)
+    check_writable(out)
     prediction = Predictor.load(_path(model), device)(image, names)
     label_image(prediction.labels).save(out)
     overlay_path = out.with_suffix(".overlay.png")
     overlay(image, prediction).save(overlay_path)
-    shares = [(float((prediction.labels == index).mean()), name) for index, name in enumerate(names)]
-    print("\n".join(f"{100 * share:5.1f} %  {name}" for share, name in sorted(shares, reverse=True) if share))
+    fractions = [(float((prediction.labels == index).mean()), name) for index, name in enumerate(names)]
+    print("\n".join(f"{100 * fraction:5.1f} %  {name}" for fraction, name in sorted(fractions, reverse=True) if fraction))
     print(f"{out} (values are class indices), {overlay_path}")
 
 
@@ -294,7 +280,7 @@ def import_(
 @app.command()
 def export(
     model: Annotated[str, typer.Option(help=_MODEL)],
-    out: Annotated[Path, typer.Option(callback=_local, help="Folder for the open_clip config and weights.")],
+    out: Annotated[Path, typer.Option(callback=reject_s3, help="Folder for the open_clip config and weights.")],
 ) -> None:
     """Export a model's CLIP as plain open_clip weights, for open_clip.create_model("local-dir:OUT")."""
     from pixelclip.models.convert import export as write_clip
@@ -325,64 +311,17 @@ def doctor(
 
 
 @app.command()
-def toy_clip(out: Annotated[Path, typer.Option(callback=_local, help="Output folder, in open_clip's format.")]) -> None:
+def toy_clip(out: Annotated[Path, typer.Option(callback=reject_s3, help="Output folder, in open_clip's format.")]) -> None:
     """Train the shipped toy CLIP again, on painted scenes and their captions (an hour on 2 cores)."""
     from pixelclip.toy_scenes.toy_clip import remake
 
     remake(out)
 
 
-@pipeline.command("run")
-def pipeline_run(
-    images: Annotated[str, typer.Option(help="Unlabelled images: folder, s3://, or path in --repo.")],
-    labelled: Annotated[str, typer.Option(help="Labelled set, located as --images: images/, labels/, classes.txt.")],
-    out: Annotated[Path, typer.Option(callback=_local, help="Workspace: finished stages are reused, others resume.")],
-    repo: Repo = "",
-    revision: Revision = "",
-    params: Params = None,
-    runner: Annotated[str, typer.Option(help="subprocess, or docker (in image PIXELCLIP_IMAGE).")] = "subprocess",
-    settings: Overrides = None,
-) -> None:
-    """Run the whole pipeline on this machine, without a cluster."""
-    from pixelclip_pipelines.run import run_locally
-
-    run_locally(images, labelled, out, params, parse_overrides(settings or []), repo, revision, runner)
-
-
-@pipeline.command("compile")
-def pipeline_compile(
-    out: YamlOut = Path("pixelclip.yaml"),
-    cluster: Cluster = None,
-    nodes: Nodes = 1,
-    image: Image = "",
-) -> None:
-    """Write the pipeline as YAML for a cluster."""
-    from pixelclip_pipelines.run import compile_to
-
-    compile_to(out, cluster, nodes, image)
-    print(out)
-
-
-@pipeline.command("compile-sweep")
-def pipeline_compile_sweep(
-    file: Sweep,
-    out: YamlOut = Path("pixelclip-sweep.yaml"),
-    params: Params = None,
-    workspace: Annotated[str, typer.Option(help="Folder on a mounted volume where killed runs resume; empty: none.")] = "",
-    cluster: Cluster = None,
-    image: Image = "",
-) -> None:
-    """Write a sweep as a pipeline for a cluster; its runs are parallel."""
-    from pixelclip_pipelines.sweep import compile_to
-
-    compile_to(file, out, params, workspace, cluster, image)
-    print(out)
-
-
 def _path(spec: str) -> Path:
     """Resolve a path, URI or registered model to a local path."""
     if not spec.startswith("models:/"):
-        return here(spec)
+        return local_path(spec)
     try:
         from pixelclip.registry.model_version import fetch
     except ModuleNotFoundError as error:
@@ -391,12 +330,12 @@ def _path(spec: str) -> Path:
 
 
 def main() -> None:
-    """Run a command; report errors of input or disk in one message with exit code 2."""
+    """Run a command; report input and disk errors in one message with exit code 2."""
     try:
         app()
     except ValueError as error:
         message = str(error)
-    except OSError as error:  # mostly of the disk: missing folder, no permission, no space left
+    except OSError as error:  # usually of the disk: missing folder, no permission, no space left
         message = f"{error.filename}: {error.strerror}" if error.filename else " ".join(str(error).split())
     else:
         return

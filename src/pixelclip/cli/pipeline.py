@@ -1,4 +1,4 @@
-"""Commands below `pixelclip pipeline` that call Kubeflow Pipelines: submit, status, schedule. They contain no logic."""
+"""Commands below `pixelclip pipeline`. They only parse and call."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,33 +7,46 @@ import typer
 
 from pixelclip.config import parse_overrides
 
+
+def reject_s3(path: Path) -> Path:
+    """Raise ValueError for an s3:// URI, which would become a folder called `s3:`; return a local path."""
+    if path.parts[:1] and path.parts[0].lower() == "s3:":
+        raise ValueError(f"s3://{Path(*path.parts[1:])}: must be a path on this machine")
+    return path
+
+
 Params = Annotated[Path | None, typer.Option(help="YAML file with one section per stage.")]
+Sweep = Annotated[Path, typer.Argument(help="YAML file with rows of settings and the seeds of each.")]
+YamlOut = Annotated[Path, typer.Option(callback=reject_s3, help="YAML file to write.")]
 Cluster = Annotated[
     Path | None, typer.Option(help="Settings of the cluster; default: cluster.yaml of the current folder, if it exists.")
 ]
 Nodes = Annotated[int, typer.Option(help="Training nodes; several need Kubeflow Trainer and a shared volume.", min=1)]
 Image = Annotated[str, typer.Option(help="Container image by tag or digest; default: PIXELCLIP_IMAGE, or cluster.yaml's.")]
-Repo = Annotated[str, typer.Option(help="DVC repository with --images and --labelled; empty: they are folders.")]
-Revision = Annotated[str, typer.Option(help="Branch, tag or commit of --repo; empty: its default branch.")]
+Repo = Annotated[str, typer.Option(help="DVC repository with --images and --labelled; default: none, they are folders.")]
+Revision = Annotated[str, typer.Option(help="Branch, tag or commit of --repo; default: its default branch.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[NAME=VALUE]...", help="Pipeline parameters, or STAGE.SETTING=VALUE.")
 ]
 Endpoint = Annotated[str, typer.Option(help="URL of KFP; default: KFP_ENDPOINT, KF_PIPELINES_ENDPOINT, or cluster.yaml's.")]
 Images = Annotated[str, typer.Option(help="Unlabelled images on the cluster: path in --repo, folder or s3://.")]
-Labelled = Annotated[str, typer.Option(help="Labelled set, given like --images: images/, labels/ and classes.txt.")]
-Workspace = Annotated[str, typer.Option(help="Folder on a mounted volume where stages are reused and resumed; empty: none.")]
+Labelled = Annotated[str, typer.Option(help="Labelled set, located like --images: images/, labels/ and classes.txt.")]
+Workspace = Annotated[str, typer.Option(help="Folder on a mounted volume where stages are reused and resumed; default: none.")]
 
-schedule = typer.Typer(help="Run the pipeline on a schedule: create, list, delete.", no_args_is_help=True)
+pipeline = typer.Typer(help="Kubeflow pipeline: run it locally or on a cluster.", no_args_is_help=True)
+schedule_group = typer.Typer(help="Run the pipeline on a schedule: create, list, delete.", no_args_is_help=True)
+pipeline.add_typer(schedule_group, name="schedule")
 
 
-def submit(
+@pipeline.command("submit")
+def pipeline_submit(
     images: Images,
     labelled: Labelled,
     repo: Repo = "",
     revision: Revision = "",
     workspace: Workspace = "",
     params: Params = None,
-    name: Annotated[str, typer.Option(help="Name of the run; default: name of the pipeline with the time.")] = "",
+    name: Annotated[str, typer.Option(help="Name of the run; default: name of the pipeline and the time.")] = "",
     cluster: Cluster = None,
     nodes: Nodes = 1,
     image: Image = "",
@@ -42,28 +55,74 @@ def submit(
 ) -> None:
     """Start a run on Kubeflow Pipelines, as a new version of the pipeline if it changed; print its URL."""
     from pixelclip_pipelines.run import arguments
-    from pixelclip_pipelines.submit import Target
-    from pixelclip_pipelines.submit import submit as start
+    from pixelclip_pipelines.submit import Target, submit
 
     checked = arguments(images, labelled, workspace, params, parse_overrides(settings or []), repo, revision)
-    start(checked, Target(endpoint, cluster, nodes, image), name)
+    submit(checked, Target(endpoint, cluster, nodes, image), name)
 
 
-def status(
-    run_id: Annotated[str, typer.Argument(help="Id of a run, as submit prints it.")],
+@pipeline.command("status")
+def pipeline_status(
+    run_id: Annotated[str, typer.Argument(help="ID of a run, printed by submit.")],
     cluster: Cluster = None,
     endpoint: Endpoint = "",
 ) -> None:
     """Print a run's steps and states; exit code 0: succeeded, 1: failed or cancelled, 3: running."""
-    from pixelclip_pipelines.submit import Target
-    from pixelclip_pipelines.submit import status as run_status
+    from pixelclip_pipelines.submit import Target, status
 
-    lines, code = run_status(Target(endpoint, cluster), run_id)
+    lines, code = status(Target(endpoint, cluster), run_id)
     print("\n".join(lines))
     raise typer.Exit(code)
 
 
-@schedule.command("create")
+@pipeline.command("run")
+def pipeline_run(
+    images: Annotated[str, typer.Option(help="Unlabelled images: folder, s3://, or path in --repo.")],
+    labelled: Annotated[str, typer.Option(help="Labelled set, located like --images: images/, labels/, classes.txt.")],
+    out: Annotated[Path, typer.Option(callback=reject_s3, help="Workspace: finished stages are reused, others resume.")],
+    repo: Repo = "",
+    revision: Revision = "",
+    params: Params = None,
+    runner: Annotated[str, typer.Option(help="subprocess, or docker (in image PIXELCLIP_IMAGE).")] = "subprocess",
+    settings: Overrides = None,
+) -> None:
+    """Run the whole pipeline on this machine, without a cluster."""
+    from pixelclip_pipelines.run import run_locally
+
+    run_locally(images, labelled, out, params, parse_overrides(settings or []), repo, revision, runner)
+
+
+@pipeline.command("compile")
+def pipeline_compile(
+    out: YamlOut = Path("pixelclip.yaml"),
+    cluster: Cluster = None,
+    nodes: Nodes = 1,
+    image: Image = "",
+) -> None:
+    """Write the pipeline as YAML for a cluster."""
+    from pixelclip_pipelines.run import compile_to
+
+    compile_to(out, cluster, nodes, image)
+    print(out)
+
+
+@pipeline.command("compile-sweep")
+def pipeline_compile_sweep(
+    file: Sweep,
+    out: YamlOut = Path("pixelclip-sweep.yaml"),
+    params: Params = None,
+    workspace: Annotated[str, typer.Option(help="Folder on a mounted volume where killed runs resume; default: none.")] = "",
+    cluster: Cluster = None,
+    image: Image = "",
+) -> None:
+    """Write a sweep as a pipeline for a cluster; the runs are parallel."""
+    from pixelclip_pipelines.sweep import compile_to
+
+    compile_to(file, out, params, workspace, cluster, image)
+    print(out)
+
+
+@schedule_group.command("create")
 def schedule_create(
     name: Annotated[str, typer.Argument(help="Name of the schedule.")],
     images: Images,
@@ -84,14 +143,13 @@ def schedule_create(
 ) -> None:
     """Run the pipeline on a schedule, one run at a time; missed runs are skipped."""
     from pixelclip_pipelines.run import arguments
-    from pixelclip_pipelines.submit import Target
-    from pixelclip_pipelines.submit import schedule as create
+    from pixelclip_pipelines.submit import Target, schedule
 
     checked = arguments(images, labelled, workspace, params, parse_overrides(settings or []), repo, revision)
-    create(checked, Target(endpoint, cluster, nodes, image), name, cron, every)
+    schedule(checked, Target(endpoint, cluster, nodes, image), name, cron, every)
 
 
-@schedule.command("list")
+@schedule_group.command("list")
 def schedule_list(cluster: Cluster = None, endpoint: Endpoint = "") -> None:
     """Print the schedules of the experiment."""
     from pixelclip_pipelines.submit import Target, schedules
@@ -99,13 +157,13 @@ def schedule_list(cluster: Cluster = None, endpoint: Endpoint = "") -> None:
     print("\n".join(schedules(Target(endpoint, cluster))) or "no schedules")
 
 
-@schedule.command("delete")
+@schedule_group.command("delete")
 def schedule_delete(
-    schedule_id: Annotated[str, typer.Argument(help="Id of a schedule, as list prints it.")],
+    schedule_id: Annotated[str, typer.Argument(help="ID of a schedule, printed by list.")],
     cluster: Cluster = None,
     endpoint: Endpoint = "",
 ) -> None:
-    """Delete a schedule; runs that it has started continue."""
+    """Delete a schedule; its started runs continue."""
     from pixelclip_pipelines.submit import Target, unschedule
 
     unschedule(Target(endpoint, cluster), schedule_id)

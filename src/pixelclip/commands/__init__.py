@@ -1,1 +1,1 @@
-"""Commands that are no stage."""
+"""Commands that are not stages."""

@@ -1,6 +1,6 @@
 """Check the environment of a run: GPU, memory, disk, S3, MLflow, DVC, Kubeflow Pipelines and the container image.
 
-A configured service that does not work has failed; one that is not configured has not. Nothing is written anywhere.
+Unconfigured services are skipped, not failed. Nothing is written.
 """
 
 import json
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from pixelclip.fetch_data import look_at_remote, without_login
-from pixelclip.storage.cache import root as cache_folder
+from pixelclip.storage import cache
 from pixelclip.storage.s3 import connected, split
 
 SECONDS = 20.0
@@ -39,14 +39,14 @@ class Finding:
 
 
 def _check(what: str, advice: str = "") -> Callable[[Callable[..., _Result]], Callable[..., Finding]]:
-    """Turn the result of a check into a finding; a check that raises has failed, with `advice`."""
+    """Turn the result of a check into a finding; an exception is a failure with `advice`."""
 
     def decorate(function: Callable[..., _Result]) -> Callable[..., Finding]:
         @wraps(function)
         def checked(*arguments: object) -> Finding:
             try:
                 return Finding(what, *function(*arguments))
-            except Exception as error:  # must not hide the other checks
+            except Exception as error:  # one check must not stop the others
                 kind = "" if type(error) is ValueError or isinstance(error, OSError) else f"{type(error).__name__}: "
                 return Finding(what, "failed", kind + _line(error), advice)
 
@@ -59,14 +59,14 @@ def run(s3: str = "", data: str = "", kfp: str = "", image: str = "", seconds: f
     """Run all checks in parallel.
 
     Args:
-        s3: `s3://bucket` or `s3://bucket/prefix` to read; empty: all buckets of the endpoint, if one is configured.
-        data: git repository whose DVC remote is checked; empty: the current folder, if it has one.
-        kfp: URL of Kubeflow Pipelines; empty: KFP_ENDPOINT or KF_PIPELINES_ENDPOINT.
-        image: container image for a cluster; empty: PIXELCLIP_IMAGE.
+        s3: `s3://bucket` or `s3://bucket/prefix` to read; by default all buckets of the endpoint, if configured.
+        data: git repository whose DVC remote is checked; by default the current folder.
+        kfp: URL of Kubeflow Pipelines; by default KFP_ENDPOINT or KF_PIPELINES_ENDPOINT.
+        image: container image for a cluster; by default PIXELCLIP_IMAGE.
         seconds: time limit of one check.
 
     Returns:
-        The findings in the order in which they are printed.
+        The findings in printing order.
     """
     kfp = kfp or os.environ.get("KFP_ENDPOINT") or os.environ.get("KF_PIPELINES_ENDPOINT") or ""
     checks: dict[str, Callable[[], Finding]] = {
@@ -106,7 +106,7 @@ def as_json(findings: Sequence[Finding]) -> str:
     return json.dumps([asdict(finding) for finding in findings], indent=2)
 
 
-@_check("GPU", "look at the driver")
+@_check("GPU", "check the driver")
 def gpu() -> _Result:
     """Check the NVIDIA driver, its devices, and torch's access to them."""
     import torch
@@ -123,9 +123,9 @@ def gpu() -> _Result:
         names = driver or ", ".join(torch.cuda.get_device_name(index) for index in range(count))
         return "ok", f"{names}; torch {torch.__version__} computes on {count}"
     if driver:
-        advice = f"torch {torch.__version__} is built for CUDA {torch.version.cuda}; the driver must support it"
+        advice = f"torch {torch.__version__} is built for CUDA {torch.version.cuda}, which the driver must support"
         return "failed", f"{driver}, but torch cannot use it", advice
-    return "missing", "no NVIDIA driver; training runs on the CPU", "in a pod, ask for nvidia.com/gpu"
+    return "missing", "no NVIDIA driver; training runs on the CPU", "in a pod, request nvidia.com/gpu"
 
 
 @_check("shared memory", "docker run --shm-size=8g, in a pod a memory volume at /dev/shm, or set train.workers=0")
@@ -133,7 +133,7 @@ def shared_memory() -> _Result:
     """Check the size of /dev/shm, through which data loaders pass batches."""
     size = shutil.disk_usage("/dev/shm").total / _GIB
     if size < _SHARED:
-        raise ValueError(f"/dev/shm has {size:.2f} GiB, data loaders need 1 or more")
+        raise ValueError(f"/dev/shm has {size:.2f} GiB, data loaders need at least 1")
     return "ok", f"/dev/shm has {size:.1f} GiB"
 
 
@@ -141,18 +141,18 @@ def shared_memory() -> _Result:
 def disk() -> _Result:
     """Check free space and permissions of the current folder and of the download cache."""
     free = {}
-    for name, path in (("here", Path.cwd()), ("downloads", cache_folder())):
+    for name, path in (("here", Path.cwd()), ("downloads", cache.root())):
         existing = next(folder for folder in (path, *path.parents) if folder.exists())
         if not os.access(existing, os.W_OK):
             raise ValueError(f"{path} is not writable ({name})")
         free[f"{path} ({name})"] = shutil.disk_usage(existing).free / _GIB
-    details = ", ".join(f"{size:.0f} GiB free in {place}" for place, size in free.items())
+    details = ", ".join(f"{size:.0f} GiB free in {folder}" for folder, size in free.items())
     if min(free.values()) < _DISK:
-        raise ValueError(f"{details}, 10 GiB or more are needed")
+        raise ValueError(f"{details}; at least 10 GiB are needed")
     return "ok", details
 
 
-@_check("S3", "look at AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, and at the network")
+@_check("S3", "check AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, and at the network")
 def storage(uri: str) -> _Result:
     """Check the S3 endpoint, its keys, and a bucket or prefix."""
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
@@ -167,11 +167,11 @@ def storage(uri: str) -> _Result:
         if not client.list_objects_v2(Bucket=bucket, Prefix=prefix, MaxKeys=1).get("KeyCount"):
             client.head_bucket(Bucket=bucket)  # some servers list a missing bucket as an empty one
             if prefix:
-                raise ValueError(f"{name}: nothing below {prefix}")
+                raise ValueError(f"{name}: no object below {prefix}")
     return "ok", f"{name}: keys accepted, the bucket can be listed"
 
 
-@_check("MLflow", "look at MLFLOW_TRACKING_URI, _USERNAME and _PASSWORD; status 403: --allowed-hosts of the server")
+@_check("MLflow", "check MLFLOW_TRACKING_URI, _USERNAME and _PASSWORD; status 403: --allowed-hosts of the server")
 def mlflow(seconds: float = SECONDS) -> _Result:
     """Check the tracking server and its registry."""
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
@@ -192,20 +192,20 @@ def mlflow(seconds: float = SECONDS) -> _Result:
 
         body = requests.get(f"{uri.rstrip('/')}/version", timeout=seconds / 2).text
         version = f" {body}" if re.fullmatch(r"[\w.]{1,20}", body) else ""
-    return "ok", f"{public}: server{version} answers, its registry holds {len(models)} models"
+    return "ok", f"{public}: server{version} answers, its registry has {len(models)} models"
 
 
 @_check("DVC remote", "dvc remote modify NAME endpointurl URL; keys come from AWS_*")
 def dvc_remote(repo: str) -> _Result:
     """Check access to the DVC remote of a repository."""
     if not repo and not Path(".dvc", "config").is_file():
-        return "not configured", "this folder is no DVC repository", "choose one with --data"
+        return "not configured", "this folder is not a DVC repository", "choose one with --data"
     if remote := look_at_remote(repo or "."):
         return "ok", f"{remote} can be read"
     return "not configured", f"{repo or 'this folder'} has no remote", "dvc remote add -d NAME s3://..."
 
 
-@_check("KFP", "look at KFP_ENDPOINT, the address of KFP 2's UI or API; kubectl port-forward svc/ml-pipeline-ui")
+@_check("KFP", "check KFP_ENDPOINT, the address of KFP 2's UI or API; kubectl port-forward svc/ml-pipeline-ui")
 def pipelines(endpoint: str, seconds: float = SECONDS) -> _Result:
     """Check the health of Kubeflow Pipelines, and its version against the SDK's."""
     if not endpoint:
@@ -221,15 +221,15 @@ def pipelines(endpoint: str, seconds: float = SECONDS) -> _Result:
 
 @_check("image", "docker login, or push it: make image")
 def container_image(image: str, seconds: float = SECONDS) -> _Result:
-    """Look for an image in its registry and in the local engine, by the docker program and with its login."""
+    """Look for an image in its registry and in the local engine, with docker and its login."""
     if not image:
         return "not configured", "no PIXELCLIP_IMAGE", "needed for --runner docker and for a cluster"
     program = shutil.which("docker")
     if program is None:
-        return "missing", f"{image} was not checked: there is no docker program", "install docker"
+        return "missing", f"{image} was not checked: docker is not installed", "install docker"
 
     def docker(*words: str) -> str | None:
-        """Return why the command failed, or None."""
+        """Return the error of a failed command, or None."""
         answer = subprocess.run([program, *words, image], capture_output=True, text=True, timeout=seconds / 2)
         return _line(answer.stderr) if answer.returncode else None
 

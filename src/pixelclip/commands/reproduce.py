@@ -1,8 +1,8 @@
-"""Reproduce a registered model: restore data and settings, evaluate it (or train it, too), and compare the metrics.
+"""Reproduce a registered model: restore data and settings, evaluate it (or also train it), and compare the metrics.
 
-Every input must have the recorded md5. It is looked for at its recorded place. If it is gone, it is fetched by DVC where its
-provenance has a repository and revision or, when training is repeated, made again from its own inputs. The work is logged to
-a new MLflow run; the recorded run does not change.
+Every input must have the recorded MD5. An input that is not at its recorded path is fetched by DVC if its provenance has a
+repository and revision; if training is repeated, its stage can run again instead. The work is logged to a new MLflow run; the
+recorded run does not change.
 """
 
 import math
@@ -24,11 +24,11 @@ from pixelclip.models.clip_sources import clip_folder
 from pixelclip.registry.lineage import Registered, recorded
 from pixelclip.registry.model_version import fetch
 from pixelclip.registry.promotion import registry
-from pixelclip.storage.download import here
+from pixelclip.storage.download import local_path
 from pixelclip.storage.files import digest, write_json
 from pixelclip.storage.s3 import is_s3
 from pixelclip.tracking.journal import RUN
-from pixelclip.tracking.run import PARENT_RUN, lineage
+from pixelclip.tracking.run import PARENT_RUN, lineage_tags
 from pixelclip.tracking.server import experiment_id
 from pixelclip.workflow.code_version import CHANGED, code_image, code_revision
 from pixelclip.workflow.provenance import chain, flatten, source
@@ -40,43 +40,43 @@ _REPEATABLE: dict[str, tuple[str, Callable[[Any, Path, Any], Any]]] = {
     "masks": ("shards", masks.run),
     "train": ("masks", train.run),
 }
-"""Main input and function of every stage that can be repeated."""
+"""Main input and function of every repeatable stage."""
 _SHARDS = ("shards", "masks")
 _SETTING = {name: name for name in ("clip", "dino", "weights", "concept_names")}
 _SETTING |= {"given": "given_folder", "masks": "masks_folder"}
-"""The setting that holds the path of each further input."""
+"""Setting with the path of each other input."""
 
 
 @dataclass(frozen=True)
 class _Work:
-    """Output folder, and the runtime settings for this machine."""
+    """Output folder and runtime settings of a reproduction."""
 
     out: Path
     runtime: Mapping[str, Any]
 
     def config(self, stage: str, settings: Mapping[str, Any]) -> Any:
-        """Build a stage's recorded settings with today's runtime settings."""
+        """Combine a stage's recorded settings with the runtime settings."""
         runtime = {key.partition(".")[2]: value for key, value in self.runtime.items() if key.startswith(f"{stage}.")}
         return build(STAGES[stage], {**settings, **runtime}, f"stage {stage}")
 
 
 def run(uri: str, out: Path, *, train: bool = False, tolerance: float = 0.01, runtime: Mapping[str, Any] | None = None) -> bool:
-    """Evaluate a registered model again, as for its registration, and compare the metrics.
+    """Repeat the evaluation of a registered model and compare the metrics.
 
     Args:
         uri: `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
-        out: folder for everything restored or made, and for `reproduction.json`; finished parts are reused.
-        train: also train anew, and evaluate the new model.
-        tolerance: largest difference that counts as equal, in points (default 0.01: the label maps of CPUs and GPUs differ
-            in single pixels).
-        runtime: settings that change where or how fast a stage runs, such as `evaluate.device`; others are as recorded.
+        out: output folder, also of `reproduction.json`; finished parts are reused.
+        train: also repeat training, and evaluate the new model.
+        tolerance: maximum difference of equal metrics, in points (default 0.01: label maps of CPUs and GPUs differ in single
+            pixels).
+        runtime: settings that do not change results, such as `evaluate.device`; the others are as recorded.
 
     Returns:
         Whether all metrics are equal within the tolerance.
 
     Raises:
-        ValueError: an unknown model, data that cannot be restored or have changed, a setting that is not a runtime one, or
-            an unreachable MLflow server.
+        ValueError: the model is unknown, data changed or cannot be restored, a setting is not a runtime setting, or MLflow
+            is unreachable.
     """
     work = _Work(out, _checked(runtime or {}))
     model_record = recorded(uri)
@@ -91,7 +91,7 @@ def run(uri: str, out: Path, *, train: bool = False, tolerance: float = 0.01, ru
         labelled = _restore("labelled", inputs["labelled"], work, kind=kind)
         settings["name"] = settings["name"] or (kind if kind != "folder" else Path(inputs["labelled"]["path"]).name)
         config = work.config("evaluate", _update_paths(provenance, settings, work))
-        # A newly trained model may differ, so its evaluation gets another folder than that of the recorded model.
+        # A newly trained model may differ, so its evaluation has a separate folder.
         metrics = evaluate.run(model, labelled, out / ("train_evaluation" if train else "evaluation"), config)
         equal, differences = compare(model_record.metrics, metrics, tolerance)
         result = {"uri": uri, "equal": equal, "tolerance": tolerance, "recorded": model_record.metrics, "found": metrics}
@@ -103,12 +103,12 @@ def run(uri: str, out: Path, *, train: bool = False, tolerance: float = 0.01, ru
 
 
 def compare(recorded: Mapping[str, float], found: Mapping[str, float], tolerance: float) -> tuple[bool, str]:
-    """Return whether metrics are equal, and a table of all of them.
+    """Compare metrics; return whether all are equal, and a table.
 
     Args:
-        recorded: metrics by name; those in 0..1 (recall) are compared in points, too.
+        recorded: metrics by name; recall, in 0..1, is also compared in points.
         found: the same metrics, evaluated again.
-        tolerance: largest difference that counts as equal, in points.
+        tolerance: maximum difference of equal metrics, in points.
     """
     equal = True
     lines = [f"{'':<32} {'recorded':>10} {'now':>10} {'differs by':>11}"]
@@ -125,14 +125,14 @@ def _checked(runtime: Mapping[str, Any]) -> Mapping[str, Any]:
     for key in runtime:
         stage, _, name = key.partition(".")
         if stage not in STAGES or name not in STAGES[stage].model_fields:
-            raise ValueError(f"unknown setting {key!r}; a setting is written STAGE.SETTING, such as evaluate.device")
+            raise ValueError(f"unknown setting {key!r}; settings are written STAGE.SETTING, such as evaluate.device")
         if name in lasting(STAGES[stage]()):
             raise ValueError(f"{key} changes the result of stage {stage}; its recorded value is used")
     return runtime
 
 
 def _other_code(stages: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Differences between the current code and that of the stages, one per line."""
+    """List the differences between the current code and the code that ran the stages."""
     now = {"revision": code_revision(), "version": __version__, "image": code_image()}
     differing: dict[str, list[str]] = {}
     for stage in stages:
@@ -141,13 +141,13 @@ def _other_code(stages: Iterable[Mapping[str, Any]]) -> list[str]:
         changes += ["it had uncommitted changes"] if CHANGED in str(stage.get("revision")) else []
         if changes:
             differing.setdefault("; ".join(changes), []).append(stage["stage"])
-    return [f"{', '.join(names)}: run by other code: {changes}" for changes, names in differing.items()]
+    return [f"{', '.join(names)}: run with different code: {changes}" for changes, names in differing.items()]
 
 
 @contextmanager
 def _new_run(model: Registered, name: str) -> Iterator[tuple[MlflowClient, str]]:
     """Open a new MLflow run for the stages of this process, so that nothing is logged to the recorded run."""
-    tags = lineage(model.provenance) | {"reproduces": name, "reproduces.run": model.version.run_id}
+    tags = lineage_tags(model.provenance) | {"reproduces": name, "reproduces.run": model.version.run_id}
     tags.pop("mlflow.parentRunId", None)
     with registry(model.version.name) as client:
         run_name = f"reproduce {name.removeprefix('models:/')}"
@@ -167,19 +167,19 @@ def _new_run(model: Registered, name: str) -> Iterator[tuple[MlflowClient, str]]
 def _fetch_model(name: str, md5: str, out: Path) -> Path:
     (out / "model").mkdir(parents=True, exist_ok=True)
     model = fetch(name, out / "model")
-    (model / RUN).unlink(missing_ok=True)  # otherwise the evaluation would be logged to the recorded run
+    (model / RUN).unlink(missing_ok=True)  # otherwise the evaluation is logged to the recorded run
     if (actual := describe(model)["md5"]) != md5:
-        raise ValueError(f"{model}: has md5 {actual}, but the evaluated model had {md5}")
+        raise ValueError(f"{model}: has md5 {actual}, the evaluated model had {md5}")
     return model
 
 
 def _restore(name: str, described: Mapping[str, Any], work: _Work, *, kind: str = "folder", spec: str = "") -> Path | str:
-    """Return a place of an input with the recorded md5: its old place, a copy fetched by DVC, or one made again."""
+    """Return an input with the recorded MD5: at its old path, fetched by DVC, or from a repeated stage."""
     path, md5, change = described["path"], described["md5"], "no longer exists"
-    place = _resolve(name, spec or path)
-    if place is not None and (is_s3(place) or Path(place).exists()):
-        if (actual := _md5(name, place, kind)) == md5:
-            return place
+    current = _resolve(name, spec or path)
+    if current is not None and (is_s3(current) or Path(current).exists()):
+        if (actual := _md5(name, current, kind)) == md5:
+            return current
         change = f"now has md5 {actual}"
     fetched = source(described)
     if fetched.get("repo"):
@@ -188,58 +188,58 @@ def _restore(name: str, described: Mapping[str, Any], work: _Work, *, kind: str 
         copy = work.out / "data" / name
         import_module("pixelclip.fetch_data").run(fetched["repo"], copy, config)  # imported late: DVC is an extra
         if (actual := _md5(name, copy, kind)) != md5:
-            raise ValueError(f"{copy}: {name} was fetched by DVC, but has md5 {actual} instead of the recorded {md5}")
+            raise ValueError(f"{copy}: {name}, fetched by DVC, has md5 {actual} instead of the recorded {md5}")
         return copy
     if described.get("provenance", {}).get("stage") in _REPEATABLE:
         return _repeat(described, work)
     raise ValueError(f"{name}: {path} with md5 {md5} {change}, and DVC does not track it")
 
 
-def _md5(name: str, place: Path | str, kind: str) -> str:
+def _md5(name: str, spec: Path | str, kind: str) -> str:
     if name in _SHARDS:
-        return str(describe_shards(place)["md5"])
-    path = Path(place)
-    if name == "labelled" and kind != "folder":  # only the files that `evaluate` reads
+        return str(describe_shards(spec)["md5"])
+    path = Path(spec)
+    if name == "labelled" and kind != "folder":  # includes only the files that `evaluate` reads
         return str(digest(path, {file for pair in open_labelled(path, kind).pairs for file in pair})["md5"])
     return str(describe(path)["md5"])
 
 
 def _repeat(described: Mapping[str, Any], work: _Work) -> Path:
-    """Repeat the stage that made an input, and print whether its output is the same."""
-    made = described["provenance"]
-    name, out = made["stage"], work.out / made["stage"]
+    """Repeat the stage that wrote an input, and print whether its output is the same."""
+    provenance = described["provenance"]
+    name, out = provenance["stage"], work.out / provenance["stage"]
     if name not in _REPEATABLE:
         raise ValueError(f"{described['path']}: stage {name} cannot be repeated, only {', '.join(_REPEATABLE)}")
     main_input, repeat = _REPEATABLE[name]
-    main = _restore(main_input, made["inputs"][main_input], work)
+    main = _restore(main_input, provenance["inputs"][main_input], work)
     whole = {"part": ""} if name == "masks" else {}
-    repeat(main, out, work.config(name, _update_paths(made, dict(made["settings"]), work) | whole))
-    if made["settings"].get("part"):
-        verdict = "made in one piece, the recorded ones were made in parts"
+    repeat(main, out, work.config(name, _update_paths(provenance, dict(provenance["settings"]), work) | whole))
+    if provenance["settings"].get("part"):
+        verdict = "run as a whole, but recorded in parts"
     else:
-        verdict = "the same files as recorded" if describe(out)["md5"] == described["md5"] else "other files than recorded"
+        verdict = "the same files as recorded" if describe(out)["md5"] == described["md5"] else "different files than recorded"
     print(f"reproduce: {name}: {verdict}", flush=True)
     return out
 
 
-def _update_paths(made: Mapping[str, Any], settings: dict[str, Any], work: _Work) -> dict[str, Any]:
-    """Point a stage's settings to the current places of its weights and further inputs."""
-    defaults = {"clip": flatten(made).get("train.clip", "")}  # used by an evaluation whose own setting is empty
-    for name, described in made["inputs"].items():
+def _update_paths(provenance: Mapping[str, Any], settings: dict[str, Any], work: _Work) -> dict[str, Any]:
+    """Point a stage's settings to the current paths of its weights and other inputs."""
+    defaults = {"clip": flatten(provenance).get("train.clip", "")}  # used by an evaluation whose own setting is empty
+    for name, described in provenance["inputs"].items():
         setting = _SETTING.get(name, "")
-        if spec := str(settings.get(setting) or defaults.get(name, "")):  # the main input of a stage is no setting
-            place = _restore(name, described, work, spec=spec)
-            if place != _resolve(name, spec):  # otherwise the recorded setting is still valid
+        if spec := str(settings.get(setting) or defaults.get(name, "")):  # the main input of a stage is not a setting
+            restored = _restore(name, described, work, spec=spec)
+            if restored != _resolve(name, spec):  # otherwise the recorded setting is still valid
                 path = described["path"]
-                settings[setting] = spec.replace(path, str(place)) if path in spec else str(place)
+                settings[setting] = spec.replace(path, str(restored)) if path in spec else str(restored)
     return settings
 
 
 def _resolve(name: str, spec: str) -> Path | str | None:
     """Return the local path of a path, a URI or a CLIP name; None for a CLIP that is missing.
 
-    Shards in a store stay there: stages identify them by the store's listing, which local copies do not have.
+    Shards in a store are not copied: stages identify them by the store's listing.
     """
     if name == "clip":
         return clip_folder(spec)
-    return spec if name in _SHARDS and is_s3(spec) else here(spec)
+    return spec if name in _SHARDS and is_s3(spec) else local_path(spec)

@@ -1,8 +1,8 @@
-"""Sweep: train and evaluate rows of settings at several seeds; write one table and one plot (the paper's ablations).
+"""Sweep: train and evaluate rows of settings with several seeds; write one table and one plot (the paper's ablations).
 
-Each run is in OUT/ROW/seed-N/{model,evaluation} and is made by the stages `train` and `evaluate`. The same command resumes an
-interrupted sweep, and an added row costs only its own runs. Table and plot depend on the metrics alone: the pipeline for a
-cluster (pipelines/sweep.py) writes the same ones.
+The stages `train` and `evaluate` write each run to OUT/ROW/seed-N/{model,evaluation}. The same command resumes an interrupted
+sweep; an added row costs only its own runs. Table and plot depend only on the metrics, so the pipeline for a cluster
+(pipelines/sweep.py) writes the same.
 """
 
 import base64
@@ -27,14 +27,14 @@ from pixelclip import evaluate, train
 from pixelclip.config import STAGES, EvaluateConfig, TrainConfig, build, load, nearest, read_yaml
 from pixelclip.data.labelled_sets import open_labelled
 from pixelclip.data.shard_sources import list_shards
-from pixelclip.storage.download import here
+from pixelclip.storage.download import local_path
 from pixelclip.storage.files import read_json, write_atomically
 from pixelclip.tracking.journal import RUN
 from pixelclip.tracking.run import PARENT_RUN, PIPELINE_RUN, Run
 from pixelclip.tracking.server import connect
 
 TABLE, RUNS, PLOT = "table.md", "runs.csv", "sweep.png"
-# Metrics of the table: key in evaluate's metrics, before the slash, and heading.
+# Metrics of the table: prefix in evaluate's metrics, before the slash, and heading.
 COLUMNS = {"miou_clip": "mIoU of CLIP", "miou": "mIoU", "gain": "gain", "pixel_accuracy": "pixel accuracy"}
 _SEED = "train.seed"
 _STAGES = ("train", "evaluate")
@@ -42,7 +42,7 @@ _ALLOWED = [f"{stage}.{name}" for stage in _STAGES for name in STAGES[stage].mod
 
 
 def slug(row: str) -> str:
-    """Return the folder name of a row: its letters and digits, joined by hyphens."""
+    """Return the folder name of a row: its words, joined by hyphens."""
     return re.sub(r"[\W_]+", "-", row.casefold()).strip("-")
 
 
@@ -62,7 +62,7 @@ class SweepFile(BaseModel):
         folders: dict[str, str] = {}
         for row in self.rows:
             if not slug(row):
-                raise ValueError(f"row {row!r}: its name needs a letter or a digit")
+                raise ValueError(f"row {row!r}: its name must contain a letter or a digit")
             if (other := folders.setdefault(slug(row), row)) != row:
                 raise ValueError(f"rows {other!r} and {row!r} would share the folder {slug(row)!r}")
         return self
@@ -70,7 +70,7 @@ class SweepFile(BaseModel):
 
 @dataclass(frozen=True)
 class SweepRun:
-    """One run of a sweep; `settings` are those of its row only."""
+    """One run of a sweep; `settings` are only the settings of its row."""
 
     row: str
     seed: int
@@ -80,7 +80,7 @@ class SweepRun:
 
     @property
     def folder(self) -> str:
-        """Its folder below OUT."""
+        """Folder of the run below OUT."""
         return f"{slug(self.row)}/seed-{self.seed}"
 
 
@@ -88,11 +88,11 @@ def read(file: Path, params: Path | None = None) -> tuple[str, list[SweepRun]]:
     """Return the name of a sweep and all its runs, row by row.
 
     Args:
-        file: YAML with `rows` and, optionally, `name`, `seeds`, `settings` (see `SweepFile`).
-        params: YAML with one section per stage; the file's own settings override it.
+        file: YAML as in `SweepFile`.
+        params: YAML with one section per stage; the sweep's settings override it.
 
     Raises:
-        ValueError: an unknown key or setting, or a value that is not allowed, in any row.
+        ValueError: a row has an unknown key or setting, or an invalid value.
     """
     document = read_yaml(file, "rows of settings")
     sweep = build(SweepFile, {"name": file.stem, **{str(key): value for key, value in document.items()}}, str(file))
@@ -110,7 +110,7 @@ def read(file: Path, params: Path | None = None) -> tuple[str, list[SweepRun]]:
 def _checked(settings: Mapping[str, Any] | None, source: str) -> dict[str, Any]:
     for name in settings or {}:
         if name == _SEED:
-            raise ValueError(f"{source}: {_SEED} is set by the key `seeds`")
+            raise ValueError(f"{source}: {_SEED} is set by `seeds`")
         if name not in _ALLOWED:
             hint = nearest(name, _ALLOWED) or "; a sweep varies train.SETTING and evaluate.SETTING"
             raise ValueError(f"{source}: unknown setting {name!r}{hint}")
@@ -118,9 +118,9 @@ def _checked(settings: Mapping[str, Any] | None, source: str) -> dict[str, Any]:
 
 
 def run(file: Path, masks: Path | str, labelled: Path | str, out: Path, params: Path | None = None) -> list[dict[str, Any]]:
-    """Train and evaluate every row at every seed, one after the other, and write the table and the plot.
+    """Train and evaluate every row with every seed, one after another, and write the table and the plot.
 
-    Each run has an MLflow run below that of the sweep. Finished runs are reused, interrupted ones resume.
+    Each run has an MLflow run below the sweep's. Finished runs are reused, and interrupted runs resume.
 
     Args:
         file: the sweep, see `read`.
@@ -133,13 +133,13 @@ def run(file: Path, masks: Path | str, labelled: Path | str, out: Path, params: 
         One dictionary per row, see `summarise`.
 
     Raises:
-        ValueError: an unusable file, input or MLflow server, before the first run; failed runs, after the last one.
+        ValueError: before the first run, if a file, an input or MLflow is unusable; after the last run, if runs failed.
     """
     name, planned = read(file, params)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("sweep: runs in one process; with several GPUs compile it for a cluster (pipeline compile-sweep)")
     list_shards(masks)
-    labelled = here(labelled)
+    labelled = local_path(labelled)
     for kind in sorted({each.evaluate.kind for each in planned}):
         open_labelled(labelled, kind)
     if out.exists() and not out.is_dir():
@@ -177,7 +177,7 @@ def _run_one(each: SweepRun, masks: Path | str, labelled: Path, folder: Path, pa
     try:
         metrics |= train.run(masks, folder / "model", each.train)
         metrics |= evaluate.run(folder / "model", labelled, folder / "evaluation", each.evaluate)
-    except Exception as error:  # of any kind, such as CUDA out of memory: the other rows may succeed
+    except Exception as error:  # of any type, such as CUDA out of memory: the other rows may succeed
         failure = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         print(f"sweep: {each.row}, seed {each.seed} failed: {failure}", flush=True)
     finally:
@@ -187,7 +187,7 @@ def _run_one(each: SweepRun, masks: Path | str, labelled: Path, folder: Path, pa
 
 @contextmanager
 def _children_of(run_id: str) -> Iterator[None]:
-    """Make trainings create MLflow runs below `run_id` instead of logging to a run named by the environment."""
+    """Let training runs create MLflow runs below `run_id` instead of using one from the environment."""
     before = {name: os.environ.pop(name, None) for name in (PARENT_RUN, PIPELINE_RUN, "MLFLOW_RUN_ID")}
     os.environ[PARENT_RUN] = run_id
     try:
@@ -198,7 +198,7 @@ def _children_of(run_id: str) -> Iterator[None]:
 
 
 def _tag_children(each: SweepRun, folder: Path, parent: Run) -> None:
-    """Set name, row and parent of a run in MLflow, also if it failed or was reused from another sweep."""
+    """Set name, row and parent of a run in MLflow, even if it failed or was reused from another sweep."""
     tags = {"sweep.row": each.row, "sweep.seed": str(each.seed), "mlflow.parentRunId": parent.run_id}
     for journal in [*folder.glob(f"model/{RUN}"), *folder.glob(f".model.*.partial/{RUN}")]:
         run_id = read_json(journal)["run_id"]
@@ -208,7 +208,7 @@ def _tag_children(each: SweepRun, folder: Path, parent: Run) -> None:
 
 
 def gather(items: Sequence[Mapping[str, Any]], metrics: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the runs of a pipeline from its loop's items (`row`, `seed`, `differs`) and their metrics, in the same order.
+    """Combine the items of a pipeline's loop (`row`, `seed`, `differs`) and their metrics, in the same order, to runs.
 
     Raises:
         ValueError: the numbers of items and metrics differ.
@@ -222,14 +222,14 @@ def gather(items: Sequence[Mapping[str, Any]], metrics: Sequence[Mapping[str, An
 
 
 def summarise(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Return the mean over seeds, one dictionary per row.
+    """Average the metrics over seeds, one dictionary per row.
 
     Args:
         runs: `row`, `seed`, `settings`, `metrics` and `error` (empty if none) of every run.
 
     Returns:
         `row`, `settings`, `seeds` (number of runs without error), `runs`, and for every key of `COLUMNS` its mean and, as
-        `KEY_std`, its sample standard deviation; None if there are too few runs.
+        `KEY_std`, its sample standard deviation; None for too few runs.
     """
     rows: dict[str, dict[str, Any]] = {}
     for run in runs:
@@ -244,7 +244,7 @@ def summarise(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _values(runs: Iterable[Mapping[str, Any]], key: str) -> list[float]:
-    """A metric of every run that has it; its name continues with the labelled set."""
+    """Return the values of a metric, whose name in a run ends with the labelled set."""
     return [value for run in runs for name, value in run["metrics"].items() if name.partition("/")[0] == key]
 
 
@@ -256,7 +256,7 @@ def _mean(row: Mapping[str, Any], key: str, sign: str = "") -> str:
 
 
 def table(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    """Format the rows as a Markdown table; a failed row has its error in the last column."""
+    """Format the rows as a Markdown table; errors are in the last column."""
     runs = [run for row in rows for run in row["runs"]]
     failed = any(run["error"] for run in runs)
     sets = sorted({f"`{key[5:]}`" for run in runs for key in run["metrics"] if key.startswith("gain/")})
@@ -273,7 +273,7 @@ def table(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """A value in YAML's notation; pipeline parameters turn whole numbers into floats such as 8.0."""
+    """Convert a value to YAML's notation; pipeline parameters turn whole numbers into floats such as 8.0."""
     if isinstance(value, bool):
         return str(value).lower()
     return int(value) if isinstance(value, float) and value.is_integer() else value
@@ -295,12 +295,12 @@ def plot(name: str, rows: Sequence[Mapping[str, Any]]) -> bytes:
 
     figure = Figure(figsize=(8, 1.4 + 0.45 * len(rows)), dpi=150, layout="constrained")
     axes = figure.add_subplot()
-    for place, row in enumerate(rows):
+    for position, row in enumerate(rows):
         gains = _values(row["runs"], "gain")
-        axes.barh(place, row["gain"] or 0.0, height=0.6, color="#8fb8de")
-        axes.plot(gains, [place] * len(gains), "o", color="#1f3b57", markersize=5, alpha=0.8)
+        axes.barh(position, row["gain"] or 0.0, height=0.6, color="#8fb8de")
+        axes.plot(gains, [position] * len(gains), "o", color="#1f3b57", markersize=5, alpha=0.8)
         label = "failed" if row["gain"] is None else _mean(row, "gain", "+")
-        axes.text(1.02, place, label, transform=axes.get_yaxis_transform(), va="center")
+        axes.text(1.02, position, label, transform=axes.get_yaxis_transform(), va="center")
     labels = [textwrap.fill(row["row"], 30) for row in rows]
     axes.set_yticks(range(len(rows)), labels=labels, parse_math=False)  # a name may contain a dollar sign
     axes.set_ylim(len(rows) - 0.4, -0.6)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from pixelclip.storage import cache
-from pixelclip.storage.download import here, local_copy
+from pixelclip.storage.download import local_copy, local_path
 from pixelclip.storage.files import digest, read_json
 from pixelclip.storage.s3 import Listed, is_s3, list_below
 from pixelclip.workflow.stage import PROVENANCE, describe
@@ -38,7 +38,7 @@ class RemoteFile(Listed):
         """
         while True:
             copy = _local_copies.setdefault(self.uri, _local_copies.get(self.uri) or local_copy(self.uri))
-            if copy.parent.name != cache.key(f'"{self.etag}"'):
+            if copy.parent.name != cache.short_hash(f'"{self.etag}"'):
                 raise ValueError(f"{self.uri}: the file changed in the store since this run listed it")
             try:
                 opened = copy.open("rb")
@@ -108,7 +108,7 @@ def _find_shards(source: Path | str, listed: Sequence[Listed] = ()) -> tuple[lis
         folder = str(source).rstrip("/")
         files = {entry.uri.removeprefix(f"{folder}/"): RemoteFile(**vars(entry)) for entry in listed or list_below(folder)}
     else:
-        path = here(source)
+        path = local_path(source)
         if path.is_file():
             return _read_manifest(path), []
         if not path.is_dir():
@@ -158,7 +158,7 @@ def _complete_parts(source: Path | str, provenances: Iterable[Shard]) -> dict[st
         provenances: provenance of any stage, one file per folder.
     """
     files = {str(file).split("/")[-2]: str(file) for file in provenances}
-    made = {name: read_json(here(file)) for name, file in files.items() if not name.startswith(".")}
+    made = {name: read_json(local_path(file)) for name, file in files.items() if not name.startswith(".")}
     folder_of: dict[str, str] = {}
     runs: dict[str, str] = {}
     for name, provenance in made.items():

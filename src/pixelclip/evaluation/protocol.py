@@ -11,7 +11,7 @@ from pixelclip.data.shard_sources import describe_shards
 from pixelclip.models.backbone import Backbone, check_patch, check_side
 from pixelclip.models.clip_sources import clip_folder
 from pixelclip.storage.cache import origin
-from pixelclip.storage.download import here
+from pixelclip.storage.download import local_path
 from pixelclip.storage.files import digest
 from pixelclip.storage.s3 import is_s3
 from pixelclip.workflow.stage import describe
@@ -41,7 +41,7 @@ def parse_labelled_sets(labelled: Sequence[str], config: EvaluateConfig) -> dict
     for word in labelled:
         kind, _, folder = word.partition(":")
         set_config = config if kind not in KINDS else config.model_copy(update={"kind": kind})
-        path = here(folder if kind in KINDS else word)
+        path = local_path(folder if kind in KINDS else word)
         name = metric_name(path, set_config)
         if name in sets:
             raise ValueError(f"two labelled sets have the name {name!r}: {sets[name][0]} and {path}; evaluate them one by one")

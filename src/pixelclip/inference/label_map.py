@@ -1,7 +1,7 @@
-"""Compute label maps from scores on a small grid, without scores at full size (method.md, "Inference and evaluation").
+"""Compute label maps from scores on a small grid, without scores at full size (PixelCLIP, section 3.4).
 
 B images, K classes, h w score grid, H W image. A cell is the set of pixels between the same four grid points. If the image is
-smaller than the grid, some cells contain no pixel; r c are the rows and columns of cells that contain one.
+smaller than the grid, some cells are empty; r c are the rows and columns of cells with pixels.
 """
 
 import torch
@@ -9,10 +9,10 @@ from torch import Tensor
 
 
 def label_map(scores: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return the class with the highest bilinearly resized score at every pixel; the lowest class on a tie.
+    """Return the class with the highest bilinearly resized score at every pixel; ties go to the lowest class.
 
-    Inside a cell a score is a weighted mean of its four corners, with the same weights for all classes. A class that is below
-    another one at all four corners therefore wins nowhere in the cell. The remaining candidates, mostly a single class, are
+    Inside a cell a score is a weighted mean of its four corners, with the same weights for all classes. A class that scores
+    below another class at all four corners therefore cannot win in the cell. The remaining candidates, usually one class, are
     compared pixel by pixel.
 
     Args:
@@ -35,7 +35,7 @@ def _labels(scores: Tensor, size: tuple[int, int]) -> Tensor:
         beaten = corners.gather(1, rival[None].expand(len(corners), 1, -1))  # [4, 1, cells]
         candidates &= (corners >= beaten).any(dim=0)
     count = candidates.sum(dim=0)
-    # Cells with most candidates first, so that the cells with an n-th candidate are a prefix.
+    # Sort cells by number of candidates, so that the cells with an n-th candidate are a prefix.
     count, cells = count.sort(descending=True)
     prefix_sizes = (count[:, None] > torch.arange(int(count[0]), device=count.device)).sum(dim=0).tolist()
     contested = prefix_sizes[1] if len(prefix_sizes) > 1 else 0
@@ -50,7 +50,7 @@ def _labels(scores: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _best(corners: Tensor, cells: Tensor, classes: Tensor, prefix_sizes: list[int], down: Tensor, across: Tensor) -> Tensor:
-    """Return the best class of every pixel of contested cells, most candidates first: [cells, rows, columns of a block]."""
+    """Return the best class of every pixel in contested cells, sorted as above: [cells, rows, columns of a block]."""
     row, column = cells // len(across), cells % len(across)
     down, across = down[row][:, :, None], across[column][:, None]  # [cells, n, 1], [cells, 1, m]
     best = labels = torch.empty(0)
@@ -82,8 +82,8 @@ def _cells(length: int, points: int, like: Tensor) -> tuple[Tensor, Tensor, Tens
     """Assign pixels to cells along one axis (`align_corners=False`).
 
     Returns:
-        First grid point [n] of each cell that contains a pixel. Index of each pixel's cell among these [length], and of each
-        pixel within its cell [length]. Interpolation weights of the pixels in each cell [n, largest number of pixels].
+        First grid point of each of the n cells with pixels [n]. Index of each pixel's cell among these [length], and of each
+        pixel within its cell [length]. Interpolation weights of the pixels in each cell [n, maximum number of pixels].
     """
     at = ((torch.arange(length, device=like.device, dtype=like.dtype) + 0.5) * (points / length) - 0.5).clamp_min(0)
     point = at.long().clamp_max(points - 1)

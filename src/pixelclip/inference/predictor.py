@@ -25,8 +25,8 @@ from pixelclip.models.text import TEMPLATES, TextTower, classifier
 
 _CLASSES_AT_ONCE = 16
 _EPSILON = 1e-12  # of F.normalize
-MAX_CLASSES = 65535  # limit of a 16-bit label map
-_LONGEST_EDGE = 16384  # of an overlay: the legend of a strip of a million pixels would take gigabytes
+MAX_CLASSES = 65535  # of a 16-bit label map
+_LONGEST_EDGE = 16384  # of an overlay: the legend of a very long strip would take gigabytes
 _LEGEND_ENTRIES, _LEGEND_CHARACTERS = 100, 60
 
 
@@ -35,9 +35,9 @@ def class_scores(backbone: Backbone, images: Tensor, classes: Tensor, feature_gr
 
     Args:
         backbone: dense features.
-        images: [B, 3, H, W], normalised; padded with their last pixels to multiples of the patch.
+        images: [B, 3, H, W], normalised; padded with their last pixels to multiples of the patch size.
         classes: [K, C], unit length.
-        feature_grid: side of the grid to which features are resized bilinearly first.
+        feature_grid: features are first resized bilinearly to a grid of this side.
 
     Returns:
         [B, K, feature_grid, feature_grid].
@@ -46,24 +46,24 @@ def class_scores(backbone: Backbone, images: Tensor, classes: Tensor, feature_gr
     return torch.einsum("bchw,kc->bkhw", F.normalize(features, dim=1), classes)
 
 
-_Share = tuple[float, float]
+_Fraction = tuple[float, float]
 
 
-def _padded_features(backbone: Backbone, images: Tensor) -> tuple[Tensor, _Share]:
-    """Compute dense features [B, C, h, w] of the padded image, and the share of their height and width without padding."""
+def _padded_features(backbone: Backbone, images: Tensor) -> tuple[Tensor, _Fraction]:
+    """Compute dense features [B, C, h, w] of the padded image, and the fractions of height and width that are not padding."""
     height, width = images.shape[2:]
     below, beside = (-edge % patch for edge, patch in zip((height, width), backbone.patch_size, strict=True))
-    if below or beside:  # a tower drops partial patches, so the features would appear stretched over the image
+    if below or beside:  # otherwise the tower drops partial patches, and features are stretched over the image
         images = F.pad(images, (0, beside, 0, below), mode="replicate")
     return backbone(images), (height / (height + below), width / (width + beside))
 
 
-def _to_grid(features: Tensor, share: _Share, grid: int) -> Tensor:
-    """Resize the unpadded share of features [B, C, h, w] bilinearly to a grid: [B, C, grid, grid]."""
-    if share == (1, 1):
+def _to_grid(features: Tensor, unpadded: _Fraction, grid: int) -> Tensor:
+    """Resize the unpadded part of features [B, C, h, w] bilinearly to a grid: [B, C, grid, grid]."""
+    if unpadded == (1, 1):
         return F.interpolate(features, size=(grid, grid), mode="bilinear", align_corners=False)
     centers = (torch.arange(grid, device=features.device, dtype=features.dtype) + 0.5) * (2 / grid)
-    rows, columns = torch.meshgrid(*(centers * part - 1 for part in share), indexing="ij")
+    rows, columns = torch.meshgrid(*(centers * part - 1 for part in unpadded), indexing="ij")
     points = torch.stack([columns, rows], dim=-1).expand(len(features), -1, -1, -1)
     return F.grid_sample(features, points, mode="bilinear", padding_mode="border", align_corners=False)
 
@@ -79,12 +79,12 @@ def slide_scores(
 ) -> Iterator[Tensor]:
     """Average cosines over overlapping windows, a few classes at a time.
 
-    Each window is scored like an image in `class_scores`, at its own size. Its scores are resized bilinearly to its pixels,
-    and each pixel gets the mean over the windows that cover it. Windows start every `stride` pixels, the last ones flush with
-    the border; along an axis shorter than `crop` there is one window.
+    Each window is scored like an image in `class_scores` and its scores are resized bilinearly to its pixels; a pixel gets the
+    mean over its windows. Windows start every `stride` pixels, and the last ones end at the border; an axis shorter than
+    `crop` has one window.
 
-    Memory: scores of all classes are held only at the resolution of the backbone, [windows, K, h, w] (with patches of 16
-    pixels and a crop of three strides 1/28 of the scores at full size). Scores at full size are held for a few classes.
+    Scores of all classes are kept only at the resolution of the backbone, [windows, K, h, w] (for patches of 16 pixels and a
+    crop of three strides, 1/28 of the scores at full size), and scores at full size for a few classes at a time.
 
     Args:
         backbone: dense features.
@@ -103,13 +103,13 @@ def slide_scores(
     windows = [(..., slice(y, y + height), slice(x, x + width)) for y, x in corners]
     window_products: list[Tensor] = []
     norms: list[Tensor] = []
-    share = (1.0, 1.0)
+    unpadded = (1.0, 1.0)
     for first in range(0, len(windows), windows_at_once):
-        features, share = _padded_features(
+        features, unpadded = _padded_features(
             backbone, torch.cat([image[window] for window in windows[first : first + windows_at_once]])
         )
         window_products.append(torch.einsum("bchw,kc->bkhw", features, classes))
-        features = _to_grid(features, share, feature_grid)
+        features = _to_grid(features, unpadded, feature_grid)
         norms += features.norm(dim=1, keepdim=True).clamp_min(_EPSILON).split(1)
     products = torch.cat(window_products)
     del window_products  # frees half the memory
@@ -119,8 +119,8 @@ def slide_scores(
     for chunk in products.split(_CLASSES_AT_ONCE, dim=1):
         total = image.new_zeros(1, chunk.shape[1], *image.shape[2:])
         for window, product, norm in zip(windows, chunk.split(1), norms, strict=True):
-            # Interpolation commutes with the product, so the features on the grid need not be kept.
-            total[window] += resize_scores(_to_grid(product, share, feature_grid) / norm, (height, width))
+            # Interpolation commutes with the product, so features on the grid need not be kept.
+            total[window] += resize_scores(_to_grid(product, unpadded, feature_grid) / norm, (height, width))
         yield total / times_covered
 
 
@@ -142,7 +142,7 @@ def resize_scores(scores: Tensor, size: tuple[int, int]) -> Tensor:
 def best_class(groups: Iterable[Tensor], size: tuple[int, int]) -> Tensor:
     """Return the best class of every pixel [B, H, W], int64, from scores [B, k, h, w] of consecutive groups of classes.
 
-    Scores at full size are held for one group at a time; the lowest class wins on a tie.
+    Scores at full size are kept for one group at a time; ties go to the lowest class.
     """
     best = labels = None
     start = 0
@@ -172,7 +172,7 @@ class Predictor:
 
     Args:
         model: a loaded model.
-        device: auto, cpu, cuda, ...
+        device: auto, cpu, cuda, cuda:N or mps.
         feature_grid: see `class_scores`.
     """
 
@@ -187,7 +187,7 @@ class Predictor:
 
     @classmethod
     def load(cls, folder: Path, device: str = "auto") -> "Predictor":
-        """Load a model folder; raises ValueError as `load_model` and `pick_device`."""
+        """Load a model folder; raise ValueError as `load_model` and `pick_device`."""
         return cls(load_model(folder), device)
 
     @torch.no_grad()
@@ -196,7 +196,7 @@ class Predictor:
 
         Args:
             image: any mode; rotated according to its EXIF orientation.
-            classes: at least one name; "a, b" are synonyms of one class.
+            classes: at least one name; "a, b" lists synonyms of one class.
 
         Raises:
             ValueError: invalid class names.
@@ -205,7 +205,7 @@ class Predictor:
         names = check_names(classes)
         if len(names) > MAX_CLASSES:
             raise ValueError(f"classes: at most {MAX_CLASSES} names are allowed, found {len(names)}")
-        cached = self._classifiers  # other threads may replace it
+        cached = self._classifiers  # another thread may replace it
         if tuple(names) not in cached:
             self._classifiers = cached = {tuple(names): classifier(self.text, names, TEMPLATES["ensemble"])}
         upright = turn_upright(image)
@@ -216,14 +216,14 @@ class Predictor:
 
 
 def label_image(labels: NDArray[np.uint16]) -> Image.Image:
-    """Convert a label map to an image, 8 bit if the values fit, else 16 bit."""
+    """Convert a label map to an 8-bit image if the values fit, else to a 16-bit image."""
     return Image.fromarray(labels.astype(np.uint8) if labels.max(initial=0) < 256 else labels)
 
 
 def overlay(image: Image.Image, prediction: Prediction, opacity: float = 0.55) -> Image.Image:
     """Blend the image with its label colours and add a legend of the predicted classes, largest first.
 
-    Edges are limited to 16,384 pixels, the legend to 100 classes and names to 60 characters.
+    Edges are limited to 16,384 pixels, the legend to 100 classes, and names to 60 characters.
     """
     photo = np.asarray(to_rgb(turn_upright(image)), dtype=np.float32)
     colours = colour_labels(prediction.labels, len(prediction.classes)).astype(np.float32)

@@ -1,7 +1,7 @@
-"""Code of the registered model: an MLflow pyfunc from code and safetensors, without pickle. See docs/serving.md.
+"""The registered model: an MLflow pyfunc of code and safetensors, without pickle (docs/serving.md).
 
 Request: one row per image with `image` (an image file, as bytes or base64) and `classes` (`dog|puppy,grass,sky`); the params
-`overlay` and `score_maps` request more output.
+`overlay` and `score_maps` request further columns.
 Response: one row per image with `label_map` (PNG of class indices), `classes`, `shares` (of the pixels) and `scores` (highest
 cosine) as JSON lists, and on request `overlay` (PNG) and `score_maps` (.npy, [K, h, w] cosines).
 """
@@ -45,7 +45,7 @@ _ENVIRONMENT = "PIXELCLIP_SERVE_"
 
 
 class Limits(BaseModel):
-    """Limits of a request, set in the model's `model_config` or in PIXELCLIP_SERVE_MAX_BYTES and so on."""
+    """Limits of a request, set by `model_config` or variables such as PIXELCLIP_SERVE_MAX_BYTES."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     max_images: int = Field(default=16, ge=1, description="Rows per request.")
@@ -57,7 +57,7 @@ class Limits(BaseModel):
 
     @classmethod
     def load(cls, settings: dict[str, Any]) -> "Limits":
-        """Combine a model's settings and the environment, which takes precedence; raise ValueError for invalid limits."""
+        """Combine a model's settings with the environment, which has precedence; raise ValueError for invalid limits."""
         variables = {name: f"{_ENVIRONMENT}{name.upper()}" for name in cls.model_fields}
         environment = {name: os.environ[variable] for name, variable in variables.items() if os.environ.get(variable)}
         return build(cls, settings | environment, f"limits of the served model ({_ENVIRONMENT}*)")
@@ -75,8 +75,8 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         """Segment every row.
 
         Raises:
-            MlflowException: a limit is exceeded, or an image or list of classes is invalid; the message names the row. For
-                exceptions of other types MLflow's server would send a stack trace.
+            MlflowException: a limit is exceeded, or an image or list of classes is invalid; the message names the row. MLflow
+                returns a stack trace for any other exception type.
         """
         if len(model_input) > self.limits.max_images:
             raise MlflowException.invalid_parameter_value(
@@ -123,7 +123,7 @@ def _check_cell(column: str, cell: Any, types: tuple[type, ...], expected: str) 
 
 
 def _check_classes(classes: str, limits: Limits) -> None:
-    # Every name is encoded in eight templates, and the tokenizer's time grows with the square of its length.
+    # Each name is encoded in eight templates; the tokenizer's time is quadratic in the length of a name.
     names = re.split("[,|]", classes)
     for limit, found, text in (
         (limits.max_classes, classes.count(",") + 1, "{} names"),
@@ -135,7 +135,7 @@ def _check_classes(classes: str, limits: Limits) -> None:
 
 
 def _bytes(data: bytes | str, limit: int) -> bytes:
-    # Base64 encodes three bytes in four characters: the size is checked before decoding.
+    # Base64 encodes three bytes in four characters, so the size is checked before decoding.
     size = len(data) * 3 // 4 - 2 if isinstance(data, str) else len(data)
     if size > limit:
         raise ValueError(f"image: {size} bytes; at most {limit} are allowed")

@@ -1,11 +1,8 @@
-"""Class-agnostic masks from DINO: k-means clusters of an image's patch tokens (PixelCLIP, section 4.1).
-
-B images, P patches, D width, h w token grid.
-"""
+"""Class-agnostic masks from DINO: k-means clusters of an image's patch tokens (PixelCLIP, section 4.1)."""
 
 import math
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,7 @@ from pixelclip.data.annotations import annotate
 from pixelclip.data.images import cell_centres
 from pixelclip.data.tensors import normalise, resized_square
 from pixelclip.distributed import pick_device, pick_precision
+from pixelclip.mask_generators import Generate
 from pixelclip.mask_generators.kmeans import kmeans
 from pixelclip.models.weights import check_fit, check_tensors, named, read_weights
 
@@ -32,8 +30,8 @@ _ANCHORS = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.norm1
 _HEAD_WIDTH = 64
 
 
-def dino_generator(weights: Path, config: MasksConfig) -> Callable[[list[tuple[str, Image.Image]]], Iterator[dict[str, Any]]]:
-    """Load DINO on the configured device as a function from keys and images to annotation documents.
+def load_generator(weights: Path, config: MasksConfig) -> Generate:
+    """Load DINO on the configured device.
 
     Raises:
         ValueError: as `load_dino`, or `masks.dino_side` is not a multiple of the patch size.
@@ -42,7 +40,7 @@ def dino_generator(weights: Path, config: MasksConfig) -> Callable[[list[tuple[s
     pick_precision("float32", device)  # earlier work in this process may have enabled TF32
     dino = load_dino(weights).to(device)
     if config.dino_side % (patch := dino.patch_embed.patch_size[0]):
-        raise ValueError(f"masks.dino_side {config.dino_side} is not a multiple of this DINO's patch size {patch}")
+        raise ValueError(f"masks.dino_side {config.dino_side} is not a multiple of the patch size ({patch})")
 
     def generate(batch: list[tuple[str, Image.Image]]) -> Iterator[dict[str, Any]]:
         views = [resized_square(image, config.dino_side, IMAGENET_MEAN, IMAGENET_STD, device) for _, image in batch]
@@ -59,8 +57,8 @@ def load_dino(path: Path) -> VisionTransformer:
     """Load a DINO ViT in float32 on the CPU, frozen and in eval mode.
 
     Args:
-        path: `.safetensors`, or `.pth`/`.pt` of which only tensors are loaded. Names may be timm's, those of Meta's backbone
-            files, or those of Meta's full checkpoints, whose teacher (else student) is used.
+        path: `.safetensors`, or `.pth`/`.pt` of which only tensors are loaded. Names may be timm's or Meta's; of Meta's full
+            checkpoints the teacher is used, else the student.
 
     Raises:
         ValueError: the file is missing, unreadable, contains code, or is not a DINO ViT.
@@ -83,7 +81,7 @@ def patch_tokens(dino: VisionTransformer, images: Tensor) -> Tensor:
         images: [B, 3, H, W], normalised with ImageNet's mean and std; H and W multiples of the patch size.
 
     Returns:
-        [B, h, w, D] with h = H // patch, w = W // patch.
+        [B, h, w, D]: images, grid of patches (h = H // patch, w = W // patch), width.
     """
     x = dino.patch_embed(images)  # [B, h, w, D]
     grid = (x.shape[1], x.shape[2])
@@ -117,13 +115,13 @@ def masks_of(dino: VisionTransformer, images: Tensor, visible: Tensor, k: int, s
 
     Args:
         dino: from `load_dino`.
-        images: [B, 3, H, W], RGB in 0..1; sides are resized to the nearest multiple of the patch size.
+        images: [B, 3, H, W], RGB in 0..1; sides are rounded to multiples of the patch size.
         visible: [B, H', W'], bool, on the mask grid: False where CutOut erased the image.
         k: clusters per image.
         seeds: one per image.
 
     Returns:
-        Masks [N, H', W'], bool, of more than one pixel, and the index of each mask's image [N].
+        Masks of more than one pixel [N, H', W'], bool, and the image index of each mask [N].
     """
     patch = dino.patch_embed.patch_size[0]
     sides = [max(patch, round(side / patch) * patch) for side in images.shape[2:]]
@@ -136,7 +134,7 @@ def masks_of(dino: VisionTransformer, images: Tensor, visible: Tensor, k: int, s
 
 
 def _backbone(checkpoint: Any) -> dict[str, Tensor]:
-    """Return the backbone's tensors under their common names in timm and Meta's code."""
+    """Return the backbone's tensors under the names that timm and Meta's code share."""
     if isinstance(checkpoint, dict):
         networks = (checkpoint[name] for name in ("teacher", "student") if isinstance(checkpoint.get(name), dict))
         checkpoint = next(networks, checkpoint)
@@ -179,8 +177,8 @@ def _resize_position(dino: VisionTransformer, grid: tuple[int, int]) -> Tensor:
     if grid == native:
         return position
     maps = position[:, 1:].transpose(1, 2).unflatten(2, native)  # [1, D, h0, w0]
-    # Published features come from Meta's code, which does not antialias and adds a tenth of a patch to the scale. timm
-    # antialiases, with a different cubic kernel even for larger grids.
+    # Meta's code, which computed the published features, does not antialias and adds a tenth of a patch to the scale. timm
+    # antialiases and uses a different cubic kernel, even for larger grids.
     scale = ((grid[0] + 0.1) / native[0], (grid[1] + 0.1) / native[1])
     maps = F.interpolate(maps, scale_factor=scale, mode="bicubic")
     return torch.cat([position[:, :1], maps.flatten(2).transpose(1, 2)], dim=1)

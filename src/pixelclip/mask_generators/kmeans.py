@@ -1,4 +1,4 @@
-"""Batched k-means: Lloyd's algorithm from greedy k-means++, independently for every image.
+"""Batched k-means: greedy k-means++ and Lloyd's algorithm, independently for every image.
 
 B images, P points, D width, K clusters, R restarts, T trials; S = B R runs of Lloyd's algorithm.
 """
@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Squared distances below this share of the squared norms are rounding errors of identical points.
+# Squared distances below this fraction of the squared norms are rounding errors of identical points.
 _SAME = 1e-12
-_DOUBTFUL = 4096  # points whose distances are recomputed at once
+_DOUBTFUL = 4096  # points recomputed at once
 
 
 @torch.no_grad()
@@ -26,8 +26,8 @@ def kmeans(points: Tensor, k: int, seeds: Sequence[int], iterations: int = 100, 
         points: [B, P, D].
         k: number of clusters; fewer if there are fewer distinct points.
         seeds: one non-negative integer per image.
-        iterations: maximum number of updates of the centres; stops early when no label changes.
-        restarts: number of initialisations; the one with the lowest inertia is returned.
+        iterations: maximum number of centre updates; stops early when no label changes.
+        restarts: number of initialisations; the result with the lowest inertia is returned.
 
     Returns:
         Labels [B, P], int64, numbered from 0 without gaps in every image. Inertia [B], float64: sum of squared distances of
@@ -67,9 +67,9 @@ def _take(points: Tensor, index: Tensor) -> Tensor:
 
 
 def _start(points: Tensor, norms: Tensor, random: Tensor) -> Tensor:
-    """Initialise by greedy k-means++: of T points drawn by squared distance, take the one that lowers the inertia most.
+    """Initialise by greedy k-means++: of T points drawn by squared distance, take the best one by inertia.
 
-    `random` [B, R, K, T] is uniform in [0, 1). Of the centres [B, R, K, D] some coincide if fewer than K points are distinct.
+    `random` [B, R, K, T] is uniform in [0, 1). Returns centres [B, R, K, D]; some coincide if fewer than K points are distinct.
     """
     last = points.shape[1] - 1
     first, *others = random.unbind(2)
@@ -88,12 +88,12 @@ def _start(points: Tensor, norms: Tensor, random: Tensor) -> Tensor:
 
 
 def _lloyd(points: Tensor, norms: Tensor, start: Tensor, iterations: int) -> tuple[Tensor, Tensor]:
-    """Move the centres [B, R, K, D] until no label changes; only distances of moved centres are recomputed.
+    """Move the centres [B, R, K, D] until no label changes; recompute only distances of moved centres.
 
     Returns labels [B, R, P], and inertia [B, R] at the centres that determined them.
     """
     (batch, restarts, k, width), count = start.shape, points.shape[1]
-    rows = torch.arange(batch * restarts * k, device=points.device)  # moved centres among S K with S = B R
+    rows = torch.arange(batch * restarts * k, device=points.device)  # moved centres, as indices into S K (S = B R)
     centres, sums, sizes = start.reshape(-1, width).clone(), points.new_zeros(len(rows), width), torch.zeros_like(rows)
     labels = torch.full((batch * restarts, count), -1, device=points.device)
     # With TF32 nearly every label would have to be recomputed.
@@ -115,7 +115,7 @@ def _lloyd(points: Tensor, norms: Tensor, start: Tensor, iterations: int) -> tup
         changed, order = changed.sort(stable=True)
         moved, changes = torch.unique_consecutive(changed, return_counts=True)
         sizes.index_add_(0, changed, gain[order])
-        # A fixed order of summation, unlike scattering on a GPU.
+        # The order of summation is fixed, unlike in scattering on a GPU.
         sums[moved] += F.embedding_bag(
             torch.cat([member, member[left]])[order],
             points.flatten(0, 1),
@@ -150,8 +150,8 @@ def _update_squares(short: Tensor, norms: Tensor, centres: Tensor, rows: Tensor,
 def _nearest(points: Tensor, norms: Tensor, centres: Tensor, squares: Tensor, runs: Tensor) -> Tensor:
     """Find the nearest of the centres [S, K, D] to every point, for a selection A of the S runs: [A, P].
 
-    `squares` [S, K, P] have short precision. Labels that rounding could change are recomputed in float64, so that the result
-    depends neither on the batch nor on the device.
+    `squares` [S, K, P] may be float32. Labels that rounding could change are recomputed in float64, so the result depends
+    neither on the batch nor on the device.
     """
     mine = squares[runs]
     first, labels = mine.min(dim=1)
@@ -169,7 +169,7 @@ def _nearest(points: Tensor, norms: Tensor, centres: Tensor, squares: Tensor, ru
 
 
 def _refill(points: Tensor, norms: Tensor, centres: Tensor, sizes: Tensor, labels: Tensor, runs: Tensor) -> Tensor:
-    """Restart the first empty cluster of a run at the point farthest from its centre, the second at the next, and so on.
+    """Restart the empty clusters of each run at its points farthest from their centres.
 
     `centres` [S, K, D] determined the `labels` [S, P] and are updated in place; `sizes` [S, K] are the points per cluster.
     Returns the indices of the restarted centres among S K.

@@ -1,9 +1,9 @@
-"""Generate Segment Anything's automatic masks for batches of images (Kirillov et al., 2023; PixelCLIP, section 4.1).
+"""Segment Anything's automatic masks for batches of images (Kirillov et al., 2023; PixelCLIP, section 4.1).
 
-B images, N masks, P points, C embedding width, H W size of an image or crop, h w size of the decoder's output.
+B images, N masks, C embedding width, H W size of an image or crop, h w size of the decoder's output.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,15 +32,16 @@ from torchvision.ops.boxes import batched_nms, box_area
 from pixelclip.config import MasksConfig
 from pixelclip.data.annotations import annotate
 from pixelclip.distributed import pick_device, pick_precision
+from pixelclip.mask_generators import Generate
 from pixelclip.mask_generators.sam_checkpoint import load_sam
 from pixelclip.mask_generators.sam_decoder import PointDecoder
 from pixelclip.mask_generators.sam_encoder import ImageEncoder
 
-_CHUNK_PIXELS = 2**26  # full-size logits in memory at once: 256 MiB
+_CHUNK_PIXELS = 2**26  # logits at full size in memory at once: 256 MiB
 
 
-def sam_generator(weights: Path, config: MasksConfig) -> Callable[[list[tuple[str, Image.Image]]], Iterator[dict[str, Any]]]:
-    """Load SAM on the configured device as a function from keys and images to annotation documents."""
+def load_generator(weights: Path, config: MasksConfig) -> Generate:
+    """Load SAM on the configured device."""
     prefix, device = "sam_", pick_device(config.device)
     settings = {name.removeprefix(prefix): value for name, value in config.model_dump().items() if name.startswith(prefix)}
     settings["precision"] = pick_precision(config.sam_precision, device)
@@ -58,8 +59,8 @@ class _Crop:
     """Remaining masks of one crop, best first, on the device."""
 
     box: list[int]  # x0 y0 x1 y1 of the crop
-    shown: tuple[int, int]  # H and W of the encoder's input for the crop, without padding
-    logits: Tensor  # [N, h, w]; full-size logits would not fit
+    shown: tuple[int, int]  # H and W of the crop in the encoder's input, without padding
+    logits: Tensor  # [N, h, w]; logits at full size do not fit in memory
     quality: Tensor  # [N], predicted IoU
     stability: Tensor  # [N]
     boxes: Tensor  # [N, 4], x0 y0 x1 y1 in the image, inclusive
@@ -70,21 +71,21 @@ class _Crop:
 class SamGenerator:
     """Generate the masks of `segment_anything.SamAutomaticMaskGenerator` for batches of images.
 
-    The image encoder processes the whole batch at once. Masks are copied to the host only after all thresholds and both
-    suppressions, and upscaled to full size only in chunks.
+    The image encoder processes the whole batch at once. Masks are upscaled to full size in chunks, and copied to the host only
+    after all thresholds and both suppressions.
 
     Args:
         sam: model on its device.
-        points_per_side: side of the square grid of points; each point gives three candidate masks.
-        points_per_batch: number of points decoded at once; affects speed and memory, and the masks only by rounding.
+        points_per_side: points per side of a square grid; each point has three candidate masks.
+        points_per_batch: number of points decoded at once; changes speed and memory, and masks only by rounding.
         pred_iou_thresh: minimum predicted IoU of a mask (exclusive); 0 keeps all.
         stability_score_thresh: minimum IoU of the mask at the threshold +- `stability_score_offset`; 0 keeps all.
         stability_score_offset: in logits.
-        box_nms_thresh: maximum IoU of two boxes of one crop.
-        crop_n_layers: number of extra layers; layer i runs on 4 ** i crops of the image.
-        crop_nms_thresh: maximum IoU of two boxes of different crops; the mask of the smaller crop is kept.
-        crop_overlap_ratio: overlap of the first layer's crops, as a share of the image's shorter side.
-        crop_n_points_downscale_factor: layer i uses the points per side divided by this factor ** i.
+        box_nms_thresh: box IoU threshold of non-maximum suppression in one crop.
+        crop_n_layers: number of crop layers; layer i has 4 ** i crops of the image.
+        crop_nms_thresh: box IoU threshold between crops; the mask of the smaller crop is kept.
+        crop_overlap_ratio: overlap of the first layer's crops, as a fraction of the image's shorter side.
+        crop_n_points_downscale_factor: layer i has points_per_side / factor ** i.
         min_mask_region_area: holes and islands with fewer pixels are removed; 0 keeps all.
         precision: autocast dtype of the image encoder; None for float32, which reproduces the original's masks.
 
@@ -110,7 +111,7 @@ class SamGenerator:
     def __post_init__(self) -> None:
         if int(self.points_per_side / self.crop_n_points_downscale_factor**self.crop_n_layers) < 1:
             raise ValueError(
-                f"points_per_side {self.points_per_side} leaves no point in crop layer {self.crop_n_layers} "
+                f"points_per_side {self.points_per_side} leaves no points in crop layer {self.crop_n_layers} "
                 f"at crop_n_points_downscale_factor {self.crop_n_points_downscale_factor}"
             )
         self._grids = build_all_layer_point_grids(self.points_per_side, self.crop_n_layers, self.crop_n_points_downscale_factor)
@@ -139,7 +140,7 @@ class SamGenerator:
         return [self._finish(of_image, image.shape[:2]) for of_image, image in zip(crops, images, strict=True)]
 
     def _usable(self, box: list[int]) -> bool:
-        """Return False for crops so thin that no pixel is left at the encoder's size."""
+        """Return False for a crop too thin for one pixel at the encoder's size."""
         width, height = box[2] - box[0], box[3] - box[1]
         side = self._resize.target_length
         return min(width, height) > 0 and min(self._resize.get_preprocess_shape(height, width, side)) > 0
@@ -155,7 +156,7 @@ class SamGenerator:
     ) -> _Crop | None:
         """Decode the masks of one crop from its embedding [C, h, w]; for `box` and `shown` see `_Crop`.
 
-        Masks below the thresholds, masks that the crop cuts off, and duplicates are dropped. None if the decoder finds none.
+        Masks below the thresholds, masks cut off by the crop, and duplicates are dropped. Returns None without any mask.
         """
         x0, y0, x1, y1 = box
         size = (y1 - y0, x1 - x0)
@@ -189,7 +190,7 @@ class SamGenerator:
         )
 
     def _chunks(self, count: int, size: tuple[int, int]) -> Iterator[slice]:
-        """Yield slices of `count` masks that fit in memory at full size; one empty slice for no masks."""
+        """Yield slices of `count` masks that fit in memory at full size, or one empty slice."""
         step = max(1, _CHUNK_PIXELS // max(size[0] * size[1], self._resize.target_length**2))
         return (slice(first, first + step) for first in range(0, max(count, 1), step))
 
@@ -243,12 +244,12 @@ class SamGenerator:
         for part in self._chunks(len(logits), size) if len(logits) else ():
             masks = self._upscale(logits[part], crop.shown, (y1 - y0, x1 - x0)) > self.sam.mask_threshold
             masks = uncrop_masks(masks, crop.box, *size)
-            # On a CPU pycocotools is faster than encode_masks; it expects columns to be contiguous.
+            # On a CPU pycocotools is faster than encode_masks; it requires contiguous columns.
             yield from encode_masks(masks) if masks.is_cuda else rle.encode(masks.transpose(1, 2).contiguous().byte().numpy().T)
 
 
 def encode_masks(masks: Tensor) -> list[dict[str, Any]]:
-    """Encode masks on a GPU as COCO's compressed RLE; only the ends of runs are copied to the host.
+    """Encode masks on a GPU as COCO's compressed RLE, copying only the ends of runs to the host.
 
     Args:
         masks: [N, H, W], bool.
@@ -257,11 +258,11 @@ def encode_masks(masks: Tensor) -> list[dict[str, Any]]:
         The result of `pycocotools.mask.encode`: `{"size": [H, W], "counts": bytes}` for each mask.
     """
     count, height, width = masks.shape
-    columns = masks.transpose(1, 2).flatten(1)  # [N, W H]: runs go down the columns
+    columns = masks.transpose(1, 2).flatten(1)  # [N, W H]: RLE is column-major
     ends = F.pad(columns[:, 1:] != columns[:, :-1], (0, 1), value=True)  # last pixel of each run
     starts_inside, lengths = columns[:, 0].tolist(), ends.sum(dim=1).tolist()
-    places = ends.nonzero()[:, 1].cpu().numpy().astype(np.int64)
-    runs = [np.diff(mine, prepend=-1) for mine in np.split(places, np.cumsum(lengths)[:-1])] if count else []
+    positions = ends.nonzero()[:, 1].cpu().numpy().astype(np.int64)
+    runs = [np.diff(mine, prepend=-1) for mine in np.split(positions, np.cumsum(lengths)[:-1])] if count else []
     plain = [
         {"size": [height, width], "counts": [0, *mine.tolist()] if inside else mine.tolist()}
         for mine, inside in zip(runs, starts_inside, strict=True)
@@ -276,7 +277,7 @@ def _suppress(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
 
 def _to_xywh(box: Sequence[float]) -> list[float]:
     x0, y0, x1, y1 = map(float, box)
-    return [x0, y0, x1 - x0, y1 - y0]  # one less than COCO's for a mask, as in the original
+    return [x0, y0, x1 - x0, y1 - y0]  # one pixel less than COCO's, as in the original
 
 
 def _clean(entries: list[dict[str, Any]], min_area: int, threshold: float) -> list[dict[str, Any]]:
@@ -300,7 +301,7 @@ def remove_small_regions(mask: NDArray[np.bool_], min_area: int) -> tuple[NDArra
     """Fill holes and then remove islands with fewer than `min_area` pixels; diagonal neighbours are connected.
 
     Args:
-        mask: [H, W]; if all its islands are small, the largest is kept.
+        mask: [H, W]; if all islands are small, the largest is kept.
         min_area: in pixels.
 
     Returns:

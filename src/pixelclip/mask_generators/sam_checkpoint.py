@@ -1,4 +1,4 @@
-"""Build and load a SAM of any size from its checkpoint alone; tensor shapes give its settings (Kirillov et al., 2023)."""
+"""Build and load a SAM of any size, with settings inferred from tensor shapes (Kirillov et al., 2023)."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from pixelclip.models.weights import check_fit, check_tensors, named, read_weights
 
 _EXPECTED = "expected the state dict of a Segment Anything model (vit_h, vit_l, vit_b or another size)"
-_DECODER_HEADS = 8  # the same in every published model, and not visible in any shape
+_DECODER_HEADS = 8  # the same in every published model; no shape depends on it
 
 
 def build_sam(state: Mapping[str, Tensor]) -> Sam:
-    """Build a SAM with the shapes of a state dict, its weights still on the meta device.
+    """Build a SAM with the shapes of a state dict, on the meta device.
 
-    Only shapes are read, so the state dict may itself be on the meta device. Pixel mean and deviation are the published ones.
+    The state dict may also be on the meta device. Pixel mean and deviation are the published values.
 
     Raises:
         ValueError: a tensor that determines a setting is missing, or its shape does not fit a SAM.
@@ -83,10 +83,10 @@ def load_sam(path: Path) -> Sam:
     """Load a SAM of any size in float32 on the CPU, frozen and in eval mode.
 
     Args:
-        path: `.safetensors`, or a published `.pth`, of which only tensors are loaded and never code.
+        path: `.safetensors`, or a published `.pth`, of which only tensors are loaded.
 
     Raises:
-        ValueError: the file cannot be read, is not a checkpoint, or is not a SAM's.
+        ValueError: the file cannot be read or is not a SAM checkpoint.
     """
     try:
         state = check_tensors(read_weights(path))

@@ -1,7 +1,7 @@
-"""SAM's mask decoder for many points of one image: shared terms are computed once, rejected masks are not drawn.
+"""SAM's mask decoder for many points of one image: shared terms are computed once, logits only of accepted masks.
 
 P points, T tokens per point, S = h w image tokens, C embedding width, G heads. Results are bit-identical to those of
-`segment_anything.modeling.MaskDecoder`: sums and products are the same, in the same order.
+`segment_anything.modeling.MaskDecoder`, with the same sums and products in the same order.
 """
 
 import math
@@ -12,8 +12,8 @@ from segment_anything.modeling import Sam
 from segment_anything.modeling.transformer import Attention, TwoWayAttentionBlock
 from torch import Tensor
 
-# Size of the image tokens decoded at once on a CPU, in bytes, so that they fit its cache; larger chunks are slower to allocate
-# than to compute. At the published size this is 4 points; matrix products of fewer or odd numbers differ in the last bits.
+# Bytes of the image tokens decoded at once on a CPU, so that they fit its cache; allocating larger chunks takes longer than
+# computing them. At the published size this is 4 points; products of fewer or an odd number of points differ in the last bits.
 _CPU_BYTES = 2**24
 
 
@@ -30,19 +30,19 @@ class PointDecoder:
         self.grid = embedding.shape[1:]
         nothing = self.prompts.no_mask_embed.weight.reshape(1, -1, 1, 1)
         self.keys = (embedding[None] + nothing).flatten(2).transpose(1, 2)  # [1, S, C]
-        self.place = self.prompts.get_dense_pe().flatten(2).transpose(1, 2)
-        placed = self.keys + self.place
+        self.position = self.prompts.get_dense_pe().flatten(2).transpose(1, 2)
+        with_position = self.keys + self.position
         first = self.decoder.transformer.layers[0]
-        self.first_keys = _heads(first.cross_attn_token_to_image, first.cross_attn_token_to_image.k_proj(placed))
+        self.first_keys = _heads(first.cross_attn_token_to_image, first.cross_attn_token_to_image.k_proj(with_position))
         self.first_values = _heads(first.cross_attn_token_to_image, first.cross_attn_token_to_image.v_proj(self.keys))
-        self.first_queries = _heads(first.cross_attn_image_to_token, first.cross_attn_image_to_token.q_proj(placed))
+        self.first_queries = _heads(first.cross_attn_image_to_token, first.cross_attn_image_to_token.q_proj(with_position))
 
     def __call__(self, points: Tensor, at_once: int, threshold: float) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Decode points and yield the masks whose predicted IoU exceeds a threshold.
 
         Args:
             points: [P, 2], x y in the encoder's input; each point is a separate prompt.
-            at_once: number of points decoded at once; fewer on a CPU if their image tokens exceed its cache.
+            at_once: maximum number of points decoded at once; a CPU's cache may reduce it.
             threshold: exclusive; 0 keeps all.
 
         Yields:
@@ -55,7 +55,7 @@ class PointDecoder:
             good = quality > threshold if threshold > 0 else torch.ones_like(quality, dtype=torch.bool)
             some = good.any(dim=1).nonzero()[:, 0]
             if len(some):
-                # Compute with all weights, and with at least two points: other sizes change the last bits.
+                # Compute all weights, and at least two points: other sizes change the last bits.
                 drawn = some.expand(2) if len(some) == 1 else some
                 logits = self._draw(self._weights(tokens)[drawn], keys[drawn])[: len(some)]
                 yield logits[good[some]], quality[good], good.nonzero()[:, 0] + first
@@ -72,26 +72,28 @@ class PointDecoder:
         keys = self._keys(first, self.keys, self.first_queries, tokens, start)
         for layer in others:
             cross, back = layer.cross_attn_token_to_image, layer.cross_attn_image_to_token
-            placed = keys + self.place
-            tokens = self._tokens(layer, tokens, start, _heads(cross, cross.k_proj(placed)), _heads(cross, cross.v_proj(keys)))
-            keys = self._keys(layer, keys, _heads(back, back.q_proj(placed)), tokens, start)
+            with_position = keys + self.position
+            tokens = self._tokens(
+                layer, tokens, start, _heads(cross, cross.k_proj(with_position)), _heads(cross, cross.v_proj(keys))
+            )
+            keys = self._keys(layer, keys, _heads(back, back.q_proj(with_position)), tokens, start)
         last = transformer.final_attn_token_to_image
         attended = _attention(
             last,
             _heads(last, last.q_proj(tokens + start)),
-            _heads(last, last.k_proj(keys + self.place)),
+            _heads(last, last.k_proj(keys + self.position)),
             _heads(last, last.v_proj(keys)),
         )
         return transformer.norm_final_attn(tokens + attended), keys
 
     @staticmethod
     def _tokens(layer: TwoWayAttentionBlock, tokens: Tensor, start: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """Update the tokens by one block; keys and values come from the image."""
+        """Update the tokens in one block; keys and values come from the image."""
         if layer.skip_first_layer_pe:
             tokens = layer.self_attn(q=tokens, k=tokens, v=tokens)
         else:
-            placed = tokens + start
-            tokens = tokens + layer.self_attn(q=placed, k=placed, v=tokens)
+            with_position = tokens + start
+            tokens = tokens + layer.self_attn(q=with_position, k=with_position, v=tokens)
         tokens = layer.norm1(tokens)
         cross = layer.cross_attn_token_to_image
         tokens = layer.norm2(tokens + _attention(cross, _heads(cross, cross.q_proj(tokens + start)), keys, values))
@@ -99,13 +101,13 @@ class PointDecoder:
 
     @staticmethod
     def _keys(layer: TwoWayAttentionBlock, keys: Tensor, queries: Tensor, tokens: Tensor, start: Tensor) -> Tensor:
-        """Update the image tokens by one block from their precomputed queries."""
+        """Update the image tokens in one block, with their precomputed queries."""
         back = layer.cross_attn_image_to_token
         attended = _attention(back, queries, _heads(back, back.k_proj(tokens + start)), _heads(back, back.v_proj(tokens)))
         return layer.norm4(attended.add_(keys))
 
     def _weights(self, tokens: Tensor) -> Tensor:
-        """Compute the weights of each mask for pixel features, [P, 4, C / 8]; the first mask is not used."""
+        """Compute the weights of each mask on pixel features, [P, 4, C / 8]; the first mask is unused."""
         networks = self.decoder.output_hypernetworks_mlps
         return torch.stack([network(tokens[:, 1 + i]) for i, network in enumerate(networks)], dim=1)
 

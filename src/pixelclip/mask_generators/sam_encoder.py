@@ -12,8 +12,8 @@ from segment_anything.modeling import ImageEncoderViT
 from segment_anything.modeling.image_encoder import get_rel_pos, window_partition, window_unpartition
 from torch import Tensor
 
-# Size of the attention logits computed at once on a CPU, in bytes, so that they fit its cache. All logits of a global block
-# take 768 MiB per image at the published size; the original holds three such tensors (logits, with positions, weights).
+# Bytes of the attention logits computed at once on a CPU, so that they fit its cache. All logits of a global block take 768 MiB
+# per image at the published size; the original keeps three such tensors (logits, with positions, weights).
 _CPU_BYTES = 2**21
 
 
@@ -21,7 +21,7 @@ class ImageEncoder:
     """Compute the features of `segment_anything`'s encoder; bit-identical in float32 on a CPU.
 
     Args:
-        encoder: with relative positions, on its device.
+        encoder: encoder with relative positions, on its device.
         precision: autocast dtype of the blocks; None for float32.
     """
 
@@ -30,7 +30,7 @@ class ImageEncoder:
         self._positions = [self._tables(block) for block in encoder.blocks]
 
     def _tables(self, block: Any) -> tuple[Tensor, Tensor]:
-        """Gather a block's relative position tables, [H, H, C] and [W, W, C], once: this indexing synchronises with a GPU."""
+        """Gather a block's relative position tables, [H, H, C] and [W, W, C]; the indexing synchronises with a GPU."""
         grid = self.encoder.img_size // self.encoder.patch_embed.proj.kernel_size[0]
         side = block.window_size or grid
         return get_rel_pos(side, side, block.attn.rel_pos_h), get_rel_pos(side, side, block.attn.rel_pos_w)
@@ -66,9 +66,9 @@ def _attend(attention: Any, x: Tensor, positions: tuple[Tensor, Tensor]) -> Tens
     parts = attention.qkv(x).reshape(batch, height * width, 3, attention.num_heads, -1).permute(2, 0, 3, 1, 4)
     query, key, value = parts.reshape(3, batch * attention.num_heads, height * width, -1).unbind(0)  # each [M, N, C]
     rows, columns = (table.to(query.dtype) for table in positions)
-    places = query.unflatten(1, (height, width))
-    by_row = torch.einsum("mhwc,hkc->mhwk", places, rows)
-    by_column = torch.einsum("mhwc,wkc->mhwk", places, columns)
+    grid = query.unflatten(1, (height, width))
+    by_row = torch.einsum("mhwc,hkc->mhwk", grid, rows)
+    by_column = torch.einsum("mhwc,wkc->mhwk", grid, columns)
     attended = (_on_gpu if x.is_cuda else _on_cpu)(query, key, value, by_row, by_column)
     attended = attended.view(batch, attention.num_heads, height, width, -1).permute(0, 2, 3, 1, 4)
     return attention.proj(attended.reshape(batch, height, width, -1))

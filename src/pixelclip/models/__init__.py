@@ -1,1 +1,1 @@
-"""CLIP's two towers, PixelCLIP, and its checkpoints."""
+"""CLIP's towers, PixelCLIP and its checkpoints."""

@@ -1,7 +1,4 @@
-"""Run a transformer block of open_clip without the copies that `nn.MultiheadAttention` makes.
-
-B rows, P positions, D width, E heads.
-"""
+"""Run a transformer block of open_clip without the copies of `nn.MultiheadAttention`."""
 
 from typing import Any
 
@@ -11,14 +8,14 @@ from torch import Tensor
 
 
 def run_block(block: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Return `block(x, attn_mask=mask)`, computing queries, keys and values in one product over contiguous rows.
+    """Return `block(x, attn_mask=mask)`, with queries, keys and values from one product over contiguous rows.
 
     `nn.MultiheadAttention` transposes positions to the front, and a linear layer on that view can become P products with a
     copy of the weight each: in bfloat16 on a CPU this took 30 times as long as the product itself (docs/experiments.md).
 
     Args:
-        block: a block of `open_clip.transformer.Transformer`; any class but its `ResidualAttentionBlock` is called unchanged.
-        x: [B, P, D].
+        block: a block of `open_clip.transformer.Transformer`; classes other than `ResidualAttentionBlock` are simply called.
+        x: [B, P, D]: B rows, P positions, D width (E heads below).
         mask: [P, P], added to the attention logits.
 
     Returns:

@@ -19,21 +19,20 @@ Residual = Literal["cls", "patch"]
 
 
 def full_precision(x: Tensor) -> Tensor:
-    """Convert half-precision results of autocast to float32; float64 is kept."""
+    """Convert autocast's half-precision results to float32; keep float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 class Backbone(nn.Module):
     """Dense features of a CLIP ViT or ConvNeXt.
 
-    ViT: all blocks but the last are unchanged; the last uses its value path only, so that a patch keeps its own content
-    instead of a mixture of all patches (MaskCLIP). ConvNeXt: features of the trunk, the norm of its head without pooling,
-    the projection at every grid position.
+    In a ViT, the last block uses only its value path, so that a patch keeps its own content instead of a mixture of all
+    patches (MaskCLIP). In a ConvNeXt, the head's norm and the projection are applied at every grid position, without pooling.
 
     Args:
         visual: open_clip's `VisionTransformer` pooled at the CLS token, or its `TimmModel` around a ConvNeXt.
-        residual: ViT only: token added to the last block's value path: the CLS token, broadcast to every patch (as in the
-            reference implementation), or each patch's own token (MaskCLIP).
+        residual: token added to a ViT's last value path: the CLS token (reference implementation) or the patch's own token
+            (MaskCLIP).
         precision: autocast's dtype; features are returned in float32 or wider.
 
     Raises:
@@ -48,7 +47,7 @@ class Backbone(nn.Module):
             _check_convnext(visual)
         else:
             raise ValueError(
-                f"image tower {type(visual).__name__} is not supported: open_clip's VisionTransformer or ConvNeXt is needed"
+                f"image tower {type(visual).__name__} is not supported; use open_clip's VisionTransformer or ConvNeXt"
             )
         self.visual = visual
         self.residual = residual
@@ -137,7 +136,7 @@ def _check_vit(visual: Any) -> None:
 def _check_convnext(visual: Any) -> None:
     trunk = visual.trunk
     if not isinstance(trunk, ConvNeXt):
-        raise ValueError(f"image tower {type(trunk).__name__} is not supported: the only supported tower of timm is ConvNeXt")
+        raise ValueError(f"image tower {type(trunk).__name__} is not supported; the only supported tower of timm is ConvNeXt")
     norm, pre_logits = getattr(trunk.head, "norm", None), getattr(trunk.head, "pre_logits", None)
     if not (isinstance(norm, nn.LayerNorm) and isinstance(pre_logits, nn.Identity) and len(visual.head)):
         raise ValueError("this ConvNeXt is not supported: it must have a norm in the trunk's head and open_clip's projection")
@@ -149,15 +148,15 @@ def check_side(setting: str, side: int, backbone: Backbone) -> None:
     patch = math.lcm(*backbone.patch_size)
     if side % patch:
         below = side // patch * patch
-        nearest = f"{below} and {below + patch}" if below else str(patch)
-        raise ValueError(f"{setting} {side} is no multiple of this CLIP's patch of {patch} pixels; the nearest are {nearest}")
+        valid = f"{below}, {below + patch}" if below else str(patch)
+        raise ValueError(f"{setting} {side} is not a multiple of the patch size ({patch}); nearest valid: {valid}")
 
 
 def check_patch(setting: str, side: int, backbone: Backbone) -> None:
     """Raise ValueError, naming `setting`, if a side in pixels is smaller than one patch."""
     patch = max(backbone.patch_size)
     if side < patch:
-        raise ValueError(f"{setting} {side} is smaller than one patch of this CLIP ({patch} pixels)")
+        raise ValueError(f"{setting} {side} is smaller than one patch ({patch} pixels)")
 
 
 def _value_path(block: Any, x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""Load a CLIP; save and load a PixelCLIP as a folder of safetensors and JSON, without pickles.
+"""Load a CLIP; save and load a PixelCLIP model as a folder of safetensors and JSON, without pickles.
 
-A model folder holds `model.safetensors` (the CLIP under `clip.` with open_clip's names, `prompts.tokens`, `decoder.*`),
+A model folder contains `model.safetensors` (the CLIP under `clip.` with open_clip's names, `prompts.tokens`, `decoder.*`),
 `config.json` and `provenance.json`.
 """
 
@@ -31,14 +31,14 @@ from pixelclip.workflow.stage import PROVENANCE
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 CLIP_WEIGHTS, CLIP_CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
-"""Files in a folder of open_clip."""
+"""Files of an open_clip folder."""
 _FORMAT = 1
 _MAX_MESSAGE = 300  # characters of an error message of open_clip or torch
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A CLIP: the open_clip model, the config that rebuilds it, mean and standard deviation of its images (RGB, 0 to 1)."""
+    """A CLIP: open_clip model, the config to rebuild it, mean and standard deviation of its images (RGB, 0 to 1)."""
 
     model: open_clip.CLIP
     model_cfg: dict[str, Any]
@@ -47,14 +47,14 @@ class Clip:
 
     @property
     def side(self) -> int:
-        """Side in pixels of the images that the CLIP was trained on."""
+        """Side in pixels of the images in CLIP's training."""
         size = self.model_cfg["vision_cfg"].get("image_size", 224)
         return int(size if isinstance(size, int) else size[0])
 
 
 @dataclass(frozen=True)
 class Model:
-    """A loaded PixelCLIP: its CLIP with the trained image tower, its image side in pixels, its prompts, its config.json."""
+    """A loaded model: CLIP with the trained image tower, image side in pixels, prompts, content of config.json."""
 
     clip: Clip
     side: int
@@ -101,34 +101,34 @@ def _check_name(spec: str, file: Path | None) -> None:
     """Raise ValueError if open_clip has no such name or weights; open_clip itself would log a line first."""
     name, _, weights = spec.partition(":")
     if name not in open_clip.list_models():
-        raise ValueError(f"CLIP {spec!r}: no folder and no CLIP with that name{nearest(name, open_clip.list_models())}")
+        raise ValueError(f"CLIP {spec!r}: no such folder or CLIP{nearest(name, open_clip.list_models())}")
     if not weights:
         raise ValueError(f"CLIP {spec!r}: weights are missing: use {name}:PRETRAINED or {name}:FILE")
     if file is None and not open_clip.get_pretrained_cfg(name, weights):
         tags = open_clip.list_pretrained_tags_by_model(name)
-        known = f"the pretrained ones are {', '.join(tags)}" if tags else f"open_clip has none pretrained, use {name}:FILE"
-        raise ValueError(f"CLIP {spec!r}: no file {weights} and no weights with that name; {known}")
+        known = f"pretrained weights are {', '.join(tags)}" if tags else f"open_clip has none for this CLIP, use {name}:FILE"
+        raise ValueError(f"CLIP {spec!r}: no such file or pretrained weights: {weights}; {known}")
 
 
 def _reason(error: Exception, file: Path | None) -> str:
-    """Explain why a CLIP could not be loaded; list a few names of wrong weights instead of hundreds of missing ones."""
+    """Explain why a CLIP could not be loaded; list a few wrong names instead of hundreds of missing ones."""
     try:
         state = check_tensors(read_weights(file)) if file is not None and file.is_file() else {}
     except ValueError:
         state = {}
     if state and not any(name.startswith(("visual.", "module.visual.")) for name in state):
-        return f"{file} holds {named(state)}; a CLIP's state dict is expected (visual.*, ...)"
-    if "TorchScript" in str(error):  # torch's own message recommends loading it unsafely
+        return f"{file} contains {named(state)}; expected a CLIP's state dict (visual.*, ...)"
+    if "TorchScript" in str(error):  # torch recommends loading it unsafely
         return f"{file} is a TorchScript archive, as published by OpenAI; use NAME:openai or a state dict"
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    size = f"; {file} belongs to a CLIP of another size" if state else ""
+    size = f"; {file} belongs to a CLIP of a different size" if state else ""
     return " ".join(line.strip() for line in lines[:3])[:_MAX_MESSAGE] + size
 
 
 def save_model(
     folder: Path, clip: Clip, prompts: nn.Module, decoder: nn.Module, *, side: int, residual: Residual, origin: dict[str, Any]
 ) -> None:
-    """Write `model.safetensors` and `config.json`; the Stage writes the provenance.
+    """Write `model.safetensors` and `config.json`; `Stage` writes the provenance.
 
     Args:
         folder: model folder.
@@ -140,7 +140,7 @@ def save_model(
         origin: the initial CLIP, `{"spec": ..., "md5": ...}`.
     """
     tensors = {
-        # A state dict may hold a tensor under two names; safetensors requires tensors that do not share memory.
+        # A state dict may contain a tensor under two names; safetensors rejects tensors that share memory.
         f"{part}.{name}": tensor.detach().cpu().contiguous().clone()
         for part, module in (("clip", clip.model), ("prompts", prompts), ("decoder", decoder))
         for name, tensor in module.state_dict().items()
@@ -154,20 +154,20 @@ def load_model(folder: Path) -> Model:
     """Load a model folder in float32 on the CPU.
 
     Raises:
-        ValueError: the folder is incomplete, has another format, or its weights do not fit its config.
+        ValueError: the folder is incomplete, its format is unsupported, or its weights do not fit its config.
     """
     missing = [name for name in (WEIGHTS, CONFIG, PROVENANCE) if not (folder / name).is_file()]
     if missing:
         raise ValueError(
             f"{folder}: is not a complete model folder: {', '.join(missing)} missing; "
-            f"it must hold {WEIGHTS}, {CONFIG} and {PROVENANCE}"
+            f"it must contain {WEIGHTS}, {CONFIG} and {PROVENANCE}"
         )
     config = read_config(folder)
     cfg, mean, std = config["model_cfg"], tuple(config["mean"]), tuple(config["std"])
     tensors = read_tensors(folder / WEIGHTS)
     try:
         model = build_clip(cfg)
-    except Exception as error:  # invalid values make open_clip raise all kinds of exceptions
+    except Exception as error:  # open_clip raises all types of exceptions for invalid values
         reason = f"entry {error} is missing" if isinstance(error, KeyError) else str(error).partition("\n")[0]
         raise ValueError(f"{folder / CONFIG}: model_cfg: open_clip cannot build a CLIP from it: {reason}") from None
     weights = _with_prefix(tensors, "clip.")
@@ -184,7 +184,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Read and validate the `config.json` of a model folder.
 
     Raises:
-        ValueError: the file is missing, not JSON, of another format, or has an invalid entry; the message is one line.
+        ValueError: the file is missing or not JSON, its format is unsupported, or an entry is invalid.
     """
     path = folder / CONFIG
     config = read_json(path)
@@ -195,7 +195,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         _Config.model_validate(config)
     except ValidationError as error:
-        fault = error.errors()[0]  # one is enough: the file is not edited by hand, so it is damaged
+        fault = error.errors()[0]  # one is enough: nobody edits this file, so it is damaged
         name = ".".join(str(part) for part in fault["loc"])
         if fault["type"] == "missing":
             raise ValueError(f"{path}: entry {name!r} is missing") from None
@@ -254,7 +254,7 @@ def build_clip(model_cfg: dict[str, Any]) -> open_clip.CLIP:
 
 
 def backbone_of(model: Model) -> Backbone:
-    """Return the image tower as a backbone for dense features."""
+    """Return the backbone for dense features of a model."""
     return Backbone(model.clip.model.visual, model.residual)
 
 
@@ -286,7 +286,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
         raise
     with temporary.open("rb+") as file:
         os.fsync(file.fileno())
-    temporary.chmod(0o644)  # safetensors makes it readable by its owner alone
+    temporary.chmod(0o644)  # safetensors lets only the owner read it
     temporary.replace(path)
 
 

@@ -1,4 +1,4 @@
-"""Locate the weights of a CLIP and identify them."""
+"""Locate and identify the weights of a CLIP."""
 
 from importlib import resources
 from pathlib import Path
@@ -8,7 +8,7 @@ from pixelclip.storage.files import digest
 
 
 def clip_folder(spec: str) -> Path | None:
-    """Return the file or folder that a `clip` setting refers to, or None for pretrained weights of open_clip."""
+    """Return the file or folder of a `clip` setting, or None for open_clip's pretrained weights."""
     if spec == "toy":
         return Path(str(resources.files("pixelclip") / "assets" / "toy_clip"))
     if Path(spec).is_dir():
@@ -20,6 +20,6 @@ def clip_folder(spec: str) -> Path | None:
 
 
 def clip_version(spec: str) -> str:
-    """Return an identifier of the current weights of a `clip` setting: the setting, plus the MD5 of weights in files."""
+    """Identify the weights of a `clip` setting: return the setting, plus the MD5 of a file or folder."""
     weights = clip_folder(spec)
     return spec if weights is None else f"{spec} md5 {digest(weights)['md5']}"

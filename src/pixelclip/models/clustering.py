@@ -24,8 +24,8 @@ def pool_masks(features: Tensor, masks: Tensor, image_index: Tensor, counts: Seq
         features: [B, C, h, w], not normalised.
         masks: [N, H, W], bool.
         image_index: [N], image of each mask.
-        counts: number of masks of each image, if the masks are sorted by image; without it, the counts are read from the
-            device, which synchronizes with a GPU.
+        counts: number of masks of each image, if masks are sorted by image; by default it is read from the device, which
+            synchronizes with a GPU.
 
     Returns:
         [N, C] of unit length; zero for an empty mask.
@@ -33,7 +33,7 @@ def pool_masks(features: Tensor, masks: Tensor, image_index: Tensor, counts: Seq
     height, width = masks.shape[1:]
     rows = _upsampling(features.shape[2], height, features)  # [H, h]
     columns = _upsampling(features.shape[3], width, features)  # [W, w]
-    # Converting masks to floats takes at least four times their memory, so only some are converted at once.
+    # Floats take at least four times the memory of the masks, so only some masks are converted at once.
     weights = torch.cat([(rows.T @ (chunk.to(features.dtype) @ columns)).flatten(1) for chunk in masks.split(_MASKS_AT_ONCE)])
     order = None
     if counts is None:
@@ -58,7 +58,7 @@ def sinkhorn(logits: Tensor, iterations: int = 3) -> Tensor:
 
     Args:
         logits: [N, K], scaled similarities; N may be 0.
-        iterations: number of times that concepts, then masks, are normalised.
+        iterations: number of normalisations of concepts, then masks.
 
     Returns:
         [N, K]; every row sums to 1.
@@ -66,7 +66,7 @@ def sinkhorn(logits: Tensor, iterations: int = 3) -> Tensor:
     assignment = torch.softmax(full_precision(logits), dim=-1)
     count, concepts = assignment.shape
     assignment = assignment / assignment.sum()
-    # The sum of a concept that is far from every mask may underflow to zero; clamping keeps it unused instead of NaN.
+    # The sum of a concept far from every mask may underflow to zero; clamping keeps it unused instead of NaN.
     tiny = torch.finfo(assignment.dtype).tiny
     for _ in range(iterations):
         assignment = assignment / (assignment.sum(dim=0, keepdim=True).clamp_min(tiny) * concepts)

@@ -27,10 +27,10 @@ from pixelclip.models.checkpoint import (
 from pixelclip.models.decoder import Decoder
 from pixelclip.models.text import TextTower
 from pixelclip.models.weights import check_fit, check_tensors, read_weights
-from pixelclip.storage.files import check_place, read_json, write_atomically
+from pixelclip.storage.files import check_writable, read_json, write_atomically
 from pixelclip.workflow.stage import Metrics, Stage, describe
 
-# CLIPs trained in the paper, with open_clip's tag of the initial weights.
+# CLIPs of the paper, with open_clip's tag of their initial weights.
 REFERENCE_CLIPS = {
     "ViT-B-16-quickgelu": "openai",
     "ViT-L-14-quickgelu": "openai",
@@ -74,7 +74,7 @@ def identify_clip(clip: Mapping[str, Tensor]) -> str:
             expected = build_clip(open_clip.get_model_config(name)).state_dict()
         if {key: tensor.shape for key, tensor in expected.items()} == {key: tensor.shape for key, tensor in clip.items()}:
             return name
-    raise ValueError(f"its CLIP is none of {', '.join(REFERENCE_CLIPS)}; set --clip")
+    raise ValueError(f"its CLIP is not among {', '.join(REFERENCE_CLIPS)}; set --clip")
 
 
 def run(checkpoint: Path, out: Path, config: ImportConfig) -> Metrics:
@@ -89,7 +89,7 @@ def run(checkpoint: Path, out: Path, config: ImportConfig) -> Metrics:
         `import/concepts`.
 
     Raises:
-        ValueError: the file is not a reference checkpoint or has another CLIP than `config.clip`, or the side does not fit.
+        ValueError: the file is not a reference checkpoint, its CLIP is not `config.clip`, or the side does not fit.
     """
     if not checkpoint.is_file():
         raise ValueError(f"{checkpoint}: no such file")
@@ -105,7 +105,7 @@ def run(checkpoint: Path, out: Path, config: ImportConfig) -> Metrics:
             module.load_state_dict(state)
         prompts = load_prompts({"tokens": tokens}, TextTower(model))
     except ValueError as error:
-        raise ValueError(f"{checkpoint}: {error}; a checkpoint of the reference implementation is expected") from None
+        raise ValueError(f"{checkpoint}: {error}; expected a checkpoint of the reference implementation") from None
     except KeyError as error:
         raise ValueError(f"{Path(config.clip) / CLIP_CONFIG}: entry {error} is missing") from None
     side = _side(config.side, Backbone(model.visual))
@@ -116,7 +116,7 @@ def run(checkpoint: Path, out: Path, config: ImportConfig) -> Metrics:
 
 
 def _side(chosen: int, backbone: Backbone) -> int:
-    """Return the chosen side in pixels, or the paper's for this kind of tower, rounded to whole patches."""
+    """Return the chosen side in pixels, or the paper's for this type of tower, rounded to whole patches."""
     if chosen:
         check_side("import.side", chosen, backbone)
         return chosen
@@ -133,24 +133,24 @@ def _find_clip(name: str) -> tuple[str, dict[str, Any], Any, Any]:
         return name, document["model_cfg"], mean or open_clip.OPENAI_DATASET_MEAN, std or open_clip.OPENAI_DATASET_STD
     if name not in open_clip.list_models():
         raise ValueError(f"no CLIP {name!r} in open_clip{nearest(name, open_clip.list_models())}")
-    spec = f"{name}:{REFERENCE_CLIPS.get(name, '')}"  # without a tag, evaluate raises an error that asks for the weights
+    spec = f"{name}:{REFERENCE_CLIPS.get(name, '')}"  # without a tag, evaluate asks for the weights in an error
     return spec, dict(open_clip.get_model_config(name)), open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
 
 
 def export(model: Path, out: Path) -> None:
     """Export a model's CLIP, with the trained image tower, as plain open_clip weights.
 
-    `open_clip.create_model("local-dir:OUT")` loads the folder, `open_clip.create_model(NAME, pretrained="OUT/..safetensors")`
-    the weights alone. Concepts and decoder are omitted, because inference does not use them.
+    `open_clip.create_model("local-dir:OUT")` loads the folder; `open_clip.create_model(NAME, pretrained="OUT/..safetensors")`
+    loads the weights alone. Concepts and decoder are omitted, because inference does not use them.
 
     Args:
         model: model folder.
         out: folder for `open_clip_config.json` and `open_clip_model.safetensors`, which must not exist yet.
 
     Raises:
-        ValueError: `model` is not a model folder, or `out` already holds an export.
+        ValueError: `model` is not a model folder, or `out` already contains an export.
     """
-    check_place(out / CLIP_WEIGHTS)
+    check_writable(out / CLIP_WEIGHTS)
     loaded = load_model(model)
     if existing := [name for name in (CLIP_CONFIG, CLIP_WEIGHTS) if (out / name).exists()]:
         raise ValueError(f"{out}: {existing[0]} already exists; remove it or choose another folder")

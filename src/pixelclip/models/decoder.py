@@ -13,8 +13,8 @@ from torch.autograd.function import once_differentiable
 from pixelclip.models.backbone import full_precision
 
 _PIXELS_AT_ONCE = {"cpu": 3200, "cuda": 2**18}
-"""Feature grid positions decoded at once: few enough for a CPU's caches (docs/experiments.md); on a GPU an activation takes a
-few hundred MiB."""
+"""Feature grid positions decoded at once. They fit a CPU's caches (docs/experiments.md); on a GPU an activation takes a few
+hundred MiB."""
 
 
 class _DoubleConv(nn.Module):
@@ -34,7 +34,7 @@ class _DoubleConv(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Upsample and refine similarity maps, each on its own; used in training only."""
+    """Upsample and refine similarity maps independently; used only in training."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Decoder(nn.Module):
         return self.proj(self.conv2(self.up2(self.conv1(self._first(maps)))))
 
     def _first(self, maps: Tensor) -> Tensor:
-        """Compute `up1(conv0(maps))`, [M, 64, 2h, 2w], as one convolution with 4 * 64 outputs; no activation lies between."""
+        """Compute `up1(conv0(maps))`, [M, 64, 2h, 2w], as one convolution with 4 * 64 outputs, as no activation is between."""
         kernel = torch.einsum("iuv,ioab->oabuv", self.conv0.weight[:, 0], self.up1.weight)  # [64, 2, 2, 3, 3]
         conv_bias, up_bias = self.conv0.bias, self.up1.bias
         assert conv_bias is not None and up_bias is not None
@@ -97,8 +97,8 @@ def decoded_loss(
 ) -> tuple[Tensor, Tensor]:
     """Decode similarity maps and compute their loss, without keeping all activations in memory.
 
-    The loss is a sum over maps. The forward pass therefore computes the gradients of maps and decoder chunk by chunk, frees
-    the activations of a chunk before the next one is decoded, and `backward` only scales the gradients.
+    The loss is a sum over maps. The forward pass therefore computes the gradients of maps and decoder chunk by chunk and frees
+    a chunk's activations before it decodes the next; `backward` only scales the gradients.
 
     Args:
         decoder: the decoder.
@@ -106,9 +106,9 @@ def decoded_loss(
         targets: [M, H, W], bool.
         covered: [B, H, W], bool, pixels inside at least one mask.
         image_index: [M], image of each map.
-        terms: [], divisor of the sum; 0 counts as 1.
+        terms: [], divisor of the sum; 0 is treated as 1.
         precision: autocast's dtype.
-        shown: number of maps, from the first on, whose logits are returned.
+        shown: number of maps, from the first, whose logits are returned.
 
     Returns:
         The loss, a scalar that can be differentiated once, and the logits [shown, H, W] without gradient.

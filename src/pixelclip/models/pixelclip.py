@@ -28,7 +28,7 @@ class StepOutput:
         concept_index: [N], concept of each mask.
         assignment: [N, K], softmax of the scaled cosines before Sinkhorn.
         logits: [S, K, H, W] of the first S images of this process's first micro-batch with masks; empty without clustering.
-        shown_index: concept of each mask of that micro-batch.
+        shown_index: concept of each mask in that micro-batch.
     """
 
     loss: Tensor
@@ -46,14 +46,14 @@ class PixelCLIP(nn.Module):
     """PixelCLIP in training.
 
     Args:
-        student: image tower; all parameters but its `trained_parameters` are frozen.
+        student: image tower; only its `trained_parameters` are trainable.
         text: frozen text tower.
-        prompts: module that maps the text tower to concepts [K, C]; learnable or not.
+        prompts: module that maps the text tower to concepts [K, C].
         decoder: mask decoder.
         assignment_scale: factor on the cosines before the softmax of the assignment.
         sinkhorn_iterations: number of Sinkhorn-Knopp iterations.
-        clustering: False uses each mask as its own target instead of merging masks by concept (an ablation that collapses).
-        precision: autocast's dtype in the decoder; the towers have their own setting.
+        clustering: merge the masks of a concept to one target; False makes each mask a target (an ablation that collapses).
+        precision: autocast's dtype in the decoder; `Backbone` has its own.
     """
 
     def __init__(
@@ -120,10 +120,10 @@ class PixelCLIP(nn.Module):
         Args:
             mask_features: [N, C] of this rank's masks.
             concepts: [K, C].
-            group: the processes that take part.
+            group: the participating processes.
 
         Returns:
-            For the masks of all ranks the concept [N] and the cosines [N, K], and the slice that holds this rank's masks.
+            Concepts [N] and cosines [N, K] of the masks of all ranks, and the slice of this rank's masks.
         """
         cosines, local = group.all_gather(mask_features @ F.normalize(concepts, dim=-1).T)
         chosen = sinkhorn(self.assignment_scale * cosines, self.sinkhorn_iterations).argmax(dim=-1)
@@ -148,10 +148,10 @@ class PixelCLIP(nn.Module):
             concepts: [K, C].
             concept_index: [N].
             terms: [], see `decoded_loss`.
-            shown: number of images, from the first on, whose logits are returned.
+            shown: number of images, from the first, whose logits are returned.
 
         Returns:
-            The loss, and logits [shown, K, H, W], which are empty without clustering.
+            The loss, and logits [shown, K, H, W], empty without clustering.
         """
         features = F.normalize(self.student(batch.strong), dim=1)
         num_images, num_concepts = len(batch.strong), len(concepts)
@@ -167,20 +167,20 @@ class PixelCLIP(nn.Module):
         return loss, logits.unflatten(0, (-1, num_concepts))
 
     def count_terms(self, batch: Batch, covered: Tensor, num_concepts: int) -> Tensor:
-        """Count the pixels times concepts that the loss of a batch averages over: []; `covered` is [B, H, W]."""
+        """Return the number of loss terms in a batch (covered pixels x concepts): []; `covered` is [B, H, W]."""
         area = covered.flatten(1).sum(dim=1)
         return area.sum() * num_concepts if self.clustering else area[batch.image_index].sum()
 
     def accumulate(self, micro_batches: Sequence[Batch], group: ProcessGroup = SINGLE_PROCESS, shown: int = 0) -> StepOutput:
         """Compute loss and gradients of one optimizer step over all micro-batches and processes.
 
-        All masks are assigned to concepts together, before the first student forward pass, and each micro-batch's loss is
-        divided by the number of terms of the whole batch, so the gradients equal those of one large batch. Gradients are added
-        to `.grad`. Never synchronizes with a GPU: mask counts are exchanged between the CPUs of the processes.
+        All masks are assigned together, before the first student forward pass, and each micro-batch's loss is divided by the
+        terms of the whole batch, so the gradients, which are added to `.grad`, equal those of one large batch. Nothing here
+        synchronizes with a GPU: the processes exchange mask counts between CPUs.
 
         Args:
             micro_batches: this rank's images, split to fit its memory; micro-batches without images or masks are allowed.
-            group: the processes that take part.
+            group: the participating processes.
             shown: number of images of the first micro-batch whose logits are returned.
 
         Returns:
@@ -217,7 +217,7 @@ class PixelCLIP(nn.Module):
 
     @torch.no_grad()
     def update_teacher(self, momentum: float) -> None:
-        """Update the teacher as moving average of the student; call it once after each optimizer step."""
+        """Update the teacher as moving average of the student, once after each optimizer step."""
         pairs = zip(self.teacher.parameters(), self.student.parameters(), strict=True)
         averages, values = zip(*((average, value) for average, value in pairs if value.requires_grad), strict=True)
         torch._foreach_lerp_(averages, values, 1 - momentum)

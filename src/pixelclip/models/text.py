@@ -1,4 +1,4 @@
-"""CLIP's text tower, a classifier from class names, learnable prompts (PixelCLIP, section 3.2).
+"""CLIP's text tower, classifiers from class names, learnable prompts (PixelCLIP, section 3.2).
 
 B images, K concepts, L prompt tokens per concept, C embedding width, T text positions, D text width.
 """
@@ -80,7 +80,7 @@ class TextTower(nn.Module):
     def forward(self, embeddings: Tensor, end: Tensor) -> Tensor:
         """Encode token embeddings.
 
-        Attention is causal and the output is taken at `end`, so omitting later positions does not change it.
+        Attention is causal, so positions after `end`, where the output is taken, may be omitted.
 
         Args:
             embeddings: [N, T, D], T at most the context length.
@@ -113,13 +113,13 @@ class TextTower(nn.Module):
 def classifier(tower: TextTower, names: Sequence[str], templates: Sequence[str] = TEMPLATES["ensemble"]) -> Tensor:
     """Compute a classifier from class names.
 
-    A name "a, b" lists synonyms. Their unit features are averaged per template and normalised; the mean over templates is
-    normalised again.
+    A name "a, b" lists synonyms. Their unit features are averaged and normalised per template; then the mean over templates is
+    normalised.
 
     Args:
         tower: the frozen text tower.
         names: K class names.
-        templates: texts with one `{}` each, which the name replaces.
+        templates: texts with one `{}` for the name.
 
     Returns:
         [K, C] of unit length.
@@ -139,9 +139,9 @@ class Prompts(nn.Module):
     """K learnable concepts: "A photo of a {t1..tL} in the scene" with learnable t1..tL.
 
     Args:
-        tower: text tower that embeds the fixed words; it is not stored.
+        tower: text tower, which embeds the fixed words and is not stored.
         words: [K, L], token ids whose embeddings initialise the learnable tokens.
-        learn: False freezes the initial tokens.
+        learn: whether the tokens are learnable.
     """
 
     def __init__(self, tower: TextTower, words: Tensor, learn: bool = True) -> None:
@@ -157,7 +157,7 @@ class Prompts(nn.Module):
             fixed = tower.token_embedding(tokens[: end + 1]).clone()  # [T, D]
             start = tower.token_embedding(words.to(tokens.device)).clone()  # [K, L, D]
         self.tokens = nn.Parameter(start, requires_grad=learn)
-        # Not part of the state dict, because both follow from the CLIP.
+        # Not in the state dict, because both follow from the CLIP.
         self.fixed: Tensor
         self.slots: Tensor
         self.register_buffer("fixed", fixed, persistent=False)

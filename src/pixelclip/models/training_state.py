@@ -1,6 +1,6 @@
-"""Save and load the state of a training, so that an interrupted run resumes.
+"""Save and load the training state, so that an interrupted run resumes.
 
-On a CPU the losses after a resume are bit-identical to those of an uninterrupted run, on a GPU equal up to rounding.
+On a CPU, losses after a resume are bit-identical to those of an uninterrupted run; on a GPU they are equal up to rounding.
 """
 
 import json
@@ -18,12 +18,12 @@ from pixelclip.models.pixelclip import PixelCLIP
 
 @dataclass(frozen=True)
 class Progress:
-    """Progress of a training, over all processes.
+    """Progress of a training run, over all processes.
 
     Attributes:
         steps: completed steps.
         maskless: completed steps without any mask.
-        bad: samples that were drawn but could not be used.
+        bad: unusable samples among those drawn.
         loss: loss of the last step that had masks.
         concepts_used: number of concepts used in that step.
     """
@@ -36,7 +36,7 @@ class Progress:
 
 
 def _state_tensors(model: PixelCLIP) -> dict[str, Tensor]:
-    """Return every tensor of the model that training changes, by unique name."""
+    """Return all tensors that training changes, by unique name."""
     modules = {
         "student": model.student.trained_parameters(),
         "teacher": model.teacher.trained_parameters(),
@@ -62,7 +62,10 @@ def save_state(path: Path, model: PixelCLIP, optimizer: torch.optim.AdamW, done:
 
 @torch.no_grad()
 def load_state(path: Path, model: PixelCLIP, optimizer: torch.optim.AdamW, group: ProcessGroup = SINGLE_PROCESS) -> Progress:
-    """Restore the state that the main process reads from `path` on all ranks; return zero progress if there is no file."""
+    """Load the state on the main process, broadcast it to all ranks and restore it.
+
+    Return `Progress()` if `path` does not exist.
+    """
     done: Progress
     done, tensors = group.broadcast_object(_read(path) if group.is_main and path.is_file() else (Progress(), {}))
     if not tensors:

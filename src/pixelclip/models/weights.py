@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 _CORES = ("core", "_core")  # module name before and since numpy 2
-# Plain values that checkpoints store beside their tensors: settings as a Namespace, counters as numpy scalars.
+# Plain values in checkpoints: settings as a Namespace, counters as numpy scalars.
 _SAFE_GLOBALS: list[Any] = [
     argparse.Namespace,
     np.ndarray,
@@ -29,8 +29,8 @@ def read_weights(path: Path) -> Any:
     """Load a `.safetensors` file, or the tensors and plain values of a `.pth` or `.pt` file, on the CPU.
 
     Raises:
-        ValueError: the file is missing, truncated, no checkpoint, or a pickle that would execute code. The message does not
-            name the file; the caller adds the name and the expected content.
+        ValueError: the file is missing, truncated, not a checkpoint, or a pickle that would execute code. The caller adds the
+            file's name and the expected content to the message.
     """
     if not path.is_file():
         raise ValueError("no such file")
@@ -40,18 +40,18 @@ def read_weights(path: Path) -> Any:
         with torch.serialization.safe_globals(_SAFE_GLOBALS), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns about formats that it then rejects
             return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:  # torch's own message recommends executing the pickle
+    except pickle.UnpicklingError as error:  # torch recommends executing the pickle
         executed = re.search(r"GLOBAL (\S+)", str(error))
         raise ValueError(f"would execute {executed[1]}, which is not allowed" if executed else "not a checkpoint") from None
     except OSError as error:
         raise ValueError(f"cannot be read: {error}") from None
     except Exception as error:  # a damaged file can raise any exception
-        reason = re.split(r"\.\s|\n", str(error))[0]  # its later sentences recommend executing the pickle
+        reason = re.split(r"\.\s|\n", str(error))[0]  # later sentences recommend executing the pickle
         raise ValueError(f"truncated, or not a checkpoint ({reason})") from None
 
 
 def check_tensors(state: Any) -> dict[str, Tensor]:
-    """Return `state` if it is a dictionary of named tensors, else raise ValueError with its type or its other entries."""
+    """Return `state`; raise ValueError unless it is a dictionary of named tensors."""
     if not isinstance(state, dict):
         raise ValueError(f"expected named tensors, found a {type(state).__name__}")
     if others := [name for name, value in state.items() if not (isinstance(name, str) and isinstance(value, Tensor))]:
@@ -60,11 +60,11 @@ def check_tensors(state: Any) -> dict[str, Tensor]:
 
 
 def check_fit(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Raise ValueError with the names and shapes in which a state dict differs from the expected one."""
+    """Raise ValueError with the differences in names and shapes between a state dict and the expected one."""
     problems = {
         "missing": [name for name in expected if name not in state],
         "unexpected": [name for name in state if name not in expected],
-        "of another shape": [
+        "of a different shape": [
             f"{name} {list(state[name].shape)} instead of {list(tensor.shape)}"
             for name, tensor in expected.items()
             if name in state and state[name].shape != tensor.shape
@@ -75,6 +75,6 @@ def check_fit(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> No
 
 
 def named(names: Iterable[Any], most: int = 3) -> str:
-    """Return the first few names, and the number of the others, for a message."""
+    """Format the first few names and the number of the others for a message."""
     listed = [str(name) for name in names]
     return (", ".join(listed[:most]) or "nothing") + (f" and {len(listed) - most} more" if len(listed) > most else "")

@@ -1,4 +1,4 @@
-"""The gate in front of `champion`: compare a challenger's metrics with the champion's."""
+"""The promotion gate: compare a challenger's metrics with the champion's."""
 
 import math
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class GateMetrics:
-    """Metrics that the gate compares: mIoU and gain over CLIP in points, and an ID of the labelled set and protocol."""
+    """Metrics that the gate compares: mIoU and gain over CLIP in points; `measured_on` identifies labelled set and protocol."""
 
     miou: float
     gain: float
@@ -22,7 +22,7 @@ class Decision:
 
 
 def decide(challenger: GateMetrics, champion: GateMetrics | None, min_gain: float) -> Decision:
-    """Decide if a challenger becomes champion: enough gain over CLIP, and a higher mIoU than the champion.
+    """Decide whether a challenger becomes champion: enough gain over CLIP, and a higher mIoU than the champion's.
 
     Raises:
         ValueError: a metric is not finite.
@@ -37,7 +37,7 @@ def decide(challenger: GateMetrics, champion: GateMetrics | None, min_gain: floa
     if champion.measured_on != challenger.measured_on:
         return Decision(
             False,
-            "the champion was evaluated on another labelled set or protocol, or by an older pixelclip; evaluate it again: "
+            "the champion was evaluated on a different labelled set or protocol, or by an older pixelclip; evaluate it again: "
             "pixelclip evaluate --model models:/NAME@champion, then pixelclip register with that evaluation",
         )
     comparison = f"mIoU {challenger.miou:.2f} against the champion's {champion.miou:.2f}"

@@ -1,7 +1,7 @@
 """Lineage of a registered model: run, settings, data, code and image, as a table or JSON.
 
-Everything is read from the registry: the version's tags, and the provenance of its evaluation, an artifact of the run, which
-nests the provenance of all earlier stages.
+It is read from the version's tags and from the provenance of its evaluation, an artifact of the run that nests the provenance
+of all earlier stages.
 """
 
 import json
@@ -40,7 +40,7 @@ def run(uri: str, as_json: bool = False) -> dict[str, Any]:
         The lineage: `model`, `run`, `stages`, `data`.
 
     Raises:
-        ValueError: unknown model, a model that `pixelclip register` did not register, or MLflow is unreachable.
+        ValueError: the model is unknown or not registered by `pixelclip register`, or MLflow is unreachable.
     """
     origin = trace(recorded(uri))
     print(json.dumps(origin, indent=2) if as_json else table(origin))
@@ -51,17 +51,17 @@ def recorded(uri: str) -> Registered:
     """Read a registered version and its evaluation; `uri` and errors as in `run`."""
     match = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))", uri)
     if match is None:
-        raise ValueError(f"{uri}: models:/NAME@ALIAS or models:/NAME/VERSION is expected")
+        raise ValueError(f"{uri}: expected models:/NAME@ALIAS or models:/NAME/VERSION")
     name, alias, number = match.groups()
     with registry(name) as client:
         aliases = {key: str(value) for key, value in client.get_registered_model(name).aliases.items()}
         if alias and alias not in aliases:
-            raise ValueError(f"{uri}: {name} has no alias {alias!r}; there are {', '.join(sorted(aliases)) or 'none'}")
+            raise ValueError(f"{uri}: {name} has no alias {alias!r}; its aliases: {', '.join(sorted(aliases)) or 'none'}")
         version = client.get_model_version(name, number or aliases[alias])
-        place = version.tags.get(EVALUATION)
-        if not place:
+        artifact_path = version.tags.get(EVALUATION)
+        if not artifact_path:
             raise ValueError(f"{uri}: has no tag {EVALUATION!r}; `pixelclip register` with its evaluation writes it")
-        metrics, provenance = (_artifact(f"runs:/{version.run_id}/{place}/{file}") for file in (METRICS, PROVENANCE))
+        metrics, provenance = (_artifact(f"runs:/{version.run_id}/{artifact_path}/{file}") for file in (METRICS, PROVENANCE))
     own = sorted(key for key, value in aliases.items() if value == str(version.version))
     return Registered(version, own, metrics, provenance)
 
@@ -78,7 +78,7 @@ def trace(registered: Registered) -> dict[str, Any]:
     """Collect the lineage of a registered version as JSON values."""
     version, uri = registered.version, tracking_uri().rstrip("/")
     stages = {}
-    for stage in reversed(list(chain(registered.provenance))):  # a stage behind two inputs is listed once
+    for stage in reversed(list(chain(registered.provenance))):  # a stage that two inputs share is listed once
         entry = {key: stage.get(key, "") for key in ("stage", "finished", "version", "revision", "image")}
         entry |= {"md5": stage.get("output", {}).get("md5", ""), "settings": stage["settings"]}
         stages[stage["stage"], stage.get("fingerprint", "")] = entry
@@ -103,7 +103,7 @@ def trace(registered: Registered) -> dict[str, Any]:
 
 
 def table(origin: dict[str, Any]) -> str:
-    """Format a lineage as text, the model first; settings are shown if they differ from this version's defaults."""
+    """Format a lineage as text, the model first; settings that equal this version's defaults are omitted."""
     model, mlflow_run = origin["model"], origin["run"]
     aliases = f" ({', '.join(model['aliases'])})" if model["aliases"] else ""
     shown = {key: value for key, value in sorted(model["metrics"].items()) if key.startswith(("gain", "miou"))}

@@ -25,7 +25,7 @@ from pixelclip.workflow.stage import PROVENANCE
 
 REGISTRATION = "registration.json"
 EVALUATION = "evaluation"
-"""Tag of a version: path of its evaluation among the artifacts of its run."""
+"""Tag of a version: artifact path of its evaluation in the run."""
 
 
 def create_name(client: MlflowClient, name: str) -> None:
@@ -38,7 +38,7 @@ def create_name(client: MlflowClient, name: str) -> None:
         client.create_registered_model(name)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise ValueError(f"register.name {name!r} is refused by MLflow at {tracking_uri()}: {first_line(error)}") from None
+            raise ValueError(f"register.name {name!r} is rejected by MLflow at {tracking_uri()}: {first_line(error)}") from None
 
 
 def find(client: MlflowClient, name: str, model_md5: str) -> ModelVersion | None:
@@ -48,7 +48,7 @@ def find(client: MlflowClient, name: str, model_md5: str) -> ModelVersion | None
 
 
 def create(client: MlflowClient, model: Path, provenance: Mapping[str, Any], name: str) -> ModelVersion:
-    """Log a model to the run that trained it, with the code to serve it, and create a version of `name` from it."""
+    """Log a model and the code to serve it to the run that trained it, and create a version of `name` from it."""
     run_id = Run.trained(client, model, provenance)
     status = client.get_run(run_id).info.status
     try:
@@ -64,7 +64,7 @@ def create(client: MlflowClient, model: Path, provenance: Mapping[str, Any], nam
                 pip_requirements=_requirements(),
             )
     finally:
-        client.update_run(run_id, status=status)  # `start_run` ends the run, which another process may own
+        client.update_run(run_id, status=status)  # leaving `start_run` ends the run, which another process may own
     return client.create_model_version(
         name,
         source=logged.model_uri,
@@ -75,7 +75,7 @@ def create(client: MlflowClient, model: Path, provenance: Mapping[str, Any], nam
 
 
 def copy_code(package: Path, folder: Path) -> Path:
-    """Copy the modules of a package and its subpackages, without assets, to `folder/code`: a served model ships its code."""
+    """Copy a package without assets to `folder/code`, because a served model includes its code."""
     copy = folder / "code" / package.name
     for file in package.rglob("*.py"):
         path = file.relative_to(package)
@@ -96,7 +96,7 @@ def fetch(uri: str, folder: Path | None = None) -> Path:
         with transfer():
             root = Path(mlflow.artifacts.download_artifacts(uri, dst_path=None if folder is None else str(folder)))
     except MlflowException as error:
-        missing = is_missing(error) or error.error_code == "INVALID_PARAMETER_VALUE"  # the latter for an alias
+        missing = is_missing(error) or error.error_code == "INVALID_PARAMETER_VALUE"  # the latter for an unknown alias
         problem = "no such model at" if missing else "cannot be fetched from"
         raise ValueError(f"{uri}: {problem} {tracking_uri()}: {first_line(error)}") from None
     weights = list(root.rglob(WEIGHTS))
@@ -106,7 +106,7 @@ def fetch(uri: str, folder: Path | None = None) -> Path:
 
 
 def markdown(out: Path) -> str:
-    """Format a registration for the KFP page: version, role, reason, and the run, as a link to a server."""
+    """Format a registration for the KFP page: version, role, reason, and a link to the run."""
     registration = read_json(out / REGISTRATION)
     uri, run_id = registration["tracking_uri"], registration["run_id"]
     run = f"[run `{run_id}`]({uri.rstrip('/')}/#/runs/{run_id})" if uri.startswith("http") else f"run `{run_id}`"
@@ -120,7 +120,7 @@ def _requirements() -> list[str]:
 
 
 def _inference_files(model: Path, folder: Path) -> Path:
-    """Copy the files that inference needs; a training leaves pictures and curves beside them."""
+    """Copy the files that inference needs, without the pictures and curves of training."""
     copy = folder / serving.ARTIFACT
     copy.mkdir()
     for name in (WEIGHTS, CONFIG, PROVENANCE, RUN):

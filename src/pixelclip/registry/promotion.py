@@ -1,7 +1,7 @@
 """Promotion and rollback of the champion, an alias of a registered model.
 
 MLflow's aliases have no compare-and-set. A promotion therefore moves the alias, waits, reads it again and, if another process
-has moved it meanwhile, decides again against the new champion. docs/registry.md states the window that this leaves.
+has moved it, decides again against the new champion. docs/registry.md states the remaining race.
 """
 
 import math
@@ -25,18 +25,18 @@ _SETTLE_SECONDS = 0.5
 
 
 def run(name: str, version: int, force: str = "") -> Decision:
-    """Make a registered version the champion if it passes the gate; the former champion becomes `previous`.
+    """Promote a registered version to champion if it passes the gate; the former champion becomes `previous`.
 
     Args:
         name: registered model.
         version: its version.
-        force: reason for promoting against the gate, which is recorded; empty: obey the gate.
+        force: reason for promoting against the gate, which is recorded; an empty reason obeys the gate.
 
     Returns:
         The decision; if negative, the champion stays.
 
     Raises:
-        ValueError: unknown model or version, a metric that is missing or not finite, or MLflow is unreachable.
+        ValueError: the model or version is unknown, a metric is missing or not finite, or MLflow is unreachable.
     """
     with registry(name) as client:
         decision = pass_gate(client, name, str(version), force=force)
@@ -45,10 +45,10 @@ def run(name: str, version: int, force: str = "") -> Decision:
 
 
 def rollback(name: str) -> str:
-    """Make `previous` the champion of a registered model again and return its version; a second rollback undoes the first.
+    """Swap `champion` and `previous` of a registered model and return the new champion's version.
 
     Raises:
-        ValueError: unknown model, no `previous`, the champion was moved by another process, or MLflow is unreachable.
+        ValueError: the model is unknown or has no `previous`, another process moved the champion, or MLflow is unreachable.
     """
     with registry(name) as client:
         start = time.monotonic()
@@ -56,16 +56,16 @@ def rollback(name: str) -> str:
         champion, previous = aliases.get(CHAMPION), aliases.get(PREVIOUS)
         if previous is None or previous == champion:
             listed = ", ".join(f"{alias} {version}" for alias, version in aliases.items()) or "none"
-            raise ValueError(f"{name}: there is no champion before this one; its aliases are {listed}")
+            raise ValueError(f"{name}: no previous champion to roll back to (aliases: {listed})")
         _set_alias(client, name, CHAMPION, previous)
         if champion:
             _set_alias(client, name, PREVIOUS, champion)
         if (found := _settled(client, name, start).get(CHAMPION)) != previous:
-            raise ValueError(f"{name}: another process made version {found} the champion meanwhile; check it and try again")
+            raise ValueError(f"{name}: another process has just made version {found} the champion; check it and try again")
         if champion:
             client.set_model_version_tag(name, champion, GATE, f"previous: rolled back to version {previous}")
         client.set_model_version_tag(name, previous, GATE, f"champion: rolled back from version {champion}")
-    print(f"promote: {name} version {previous} is champion again; version {champion} was")
+    print(f"promote: {name}: rolled back from version {champion} to version {previous}")
     return previous
 
 
@@ -75,7 +75,7 @@ def pass_gate(client: MlflowClient, name: str, version: str, *, force: str = "",
     Args:
         client: a connected client.
         name: registered model.
-        version: its version, whose tags hold its metrics.
+        version: its version, with the metrics in its tags.
         force: see `run`.
         challenge: make a rejected version `challenger`.
 
@@ -91,7 +91,7 @@ def pass_gate(client: MlflowClient, name: str, version: str, *, force: str = "",
         decision = _judge(client, name, version, champion, force)
         if not decision.champion:
             break
-        if champion:  # first: a promotion killed here has not moved the champion
+        if champion:  # before the champion, so that a kill in between leaves it unchanged
             _set_alias(client, name, PREVIOUS, champion)
         _set_alias(client, name, CHAMPION, version)
         aliases = _settled(client, name, start)
@@ -110,7 +110,7 @@ def pass_gate(client: MlflowClient, name: str, version: str, *, force: str = "",
 
 
 def write_metrics(client: MlflowClient, name: str, version: str, tags: Mapping[str, str]) -> None:
-    """Write the metrics of an evaluation to the tags of a version, `measured_on` among them."""
+    """Write the metrics of an evaluation, including `measured_on`, to the tags of a version."""
     # Tags are written one at a time. Without `measured_on`, `metrics_of` rejects the rest, so that old and new do not mix.
     client.delete_model_version_tag(name, version, "measured_on")
     for key, value in sorted(tags.items(), key=lambda tag: tag[0] == "measured_on"):
@@ -121,7 +121,7 @@ def metrics_of(version: ModelVersion) -> GateMetrics:
     """Read the metrics in the tags of a registered version.
 
     Raises:
-        ValueError: one is missing or not a finite number.
+        ValueError: a metric is missing or not a finite number.
     """
     where = f"{version.name} version {version.version}"
     missing = [tag for tag in ("miou", "gain", "measured_on") if not version.tags.get(tag)]
@@ -140,16 +140,17 @@ def metrics_of(version: ModelVersion) -> GateMetrics:
 
 @contextmanager
 def registry(name: str) -> Iterator[MlflowClient]:
-    """Yield a connected client and turn MLflow's exceptions about a registered model into a ValueError of one line."""
+    """Yield a connected client; turn MLflow's exceptions about a registered model into one-line ValueErrors."""
     client = connect()
     try:
         yield client
     except MlflowException as error:
         if is_missing(error) and "Registered Model" in error.message:
             existing = [model.name for model in client.search_registered_models()]
-            hint = nearest(name, existing) or f"; there are {', '.join(existing) or 'none'}"
+            known = f"; registered are {', '.join(existing)}" if existing else "; no models are registered"
+            hint = nearest(name, existing) or known
             raise ValueError(f"{name}: no such registered model at {tracking_uri()}{hint}") from None
-        raise ValueError(f"{name}: refused by MLflow at {tracking_uri()}: {first_line(error)}") from None
+        raise ValueError(f"{name}: rejected by MLflow at {tracking_uri()}: {first_line(error)}") from None
 
 
 def _judge(client: MlflowClient, name: str, version: str, champion: str | None, force: str) -> Decision:
@@ -171,12 +172,12 @@ def _judge(client: MlflowClient, name: str, version: str, champion: str | None, 
 def _set_alias(client: MlflowClient, name: str, alias: str, version: str) -> None:
     try:
         client.set_registered_model_alias(name, alias, version)
-    except MlflowException:  # violated unique key: another process created the same alias meanwhile, which can now be updated
+    except MlflowException:  # unique-key conflict: another process just created the alias, so retry as an update
         client.set_registered_model_alias(name, alias, version)
 
 
 def _settled(client: MlflowClient, name: str, start: float) -> dict[str, str]:
-    """Read the aliases again after any process that decided at the same time has probably moved its own."""
+    """Read the aliases again, after giving concurrent promotions time to move the alias."""
     time.sleep(max(_SETTLE_SECONDS, 2 * (time.monotonic() - start)))
     return _aliases(client, name)
 

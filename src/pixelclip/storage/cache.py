@@ -1,7 +1,7 @@
 """Cache of local copies that processes share: PIXELCLIP_CACHE, else `~/.cache/pixelclip`.
 
-A copy is stored as CACHE/KEY OF ITS URI/KEY OF ITS VERSION/NAME. PIXELCLIP_CACHE_GB bounds the total size; the least recently
-used copies are removed first.
+A copy is stored as `<cache>/<hash of URI>/<hash of version>/<name>`. PIXELCLIP_CACHE_GB limits the total size: the least
+recently used copies are removed first.
 """
 
 import fcntl
@@ -29,22 +29,22 @@ def root() -> Path:
         raise ValueError("this user has no home folder for downloads; set PIXELCLIP_CACHE") from None
 
 
-def key(text: str) -> str:
+def short_hash(text: str) -> str:
     """Return a short hash of a URI or a version."""
     return hashlib.sha256(os.fsencode(text)).hexdigest()[:16]
 
 
-def home(uri: str) -> Path:
+def folder_of(uri: str) -> Path:
     """Return the folder of all copies of a URI."""
-    return root() / key(uri)
+    return root() / short_hash(uri)
 
 
 @contextmanager
 def locked(uri: str) -> Iterator[None]:
-    """Let one process at a time download a URI; the others print that they wait."""
-    folder = home(uri)
+    """Lock a URI, so that one process at a time downloads it; a waiting process prints a line."""
+    folder = folder_of(uri)
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:  # released when the process ends, however it ends
+    with (folder / "lock").open("w") as lock:  # released whenever the process ends
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -55,7 +55,7 @@ def locked(uri: str) -> Iterator[None]:
 
 
 def origin(path: Path) -> str:
-    """Return the URI of which a path is a copy; a path outside of the cache is returned as it is."""
+    """Return the URI of a cached copy; a path outside the cache is returned unchanged."""
     try:
         folder, _, _, *below = path.absolute().relative_to(root()).parts
         uri = (root() / folder / _URI).read_text()
@@ -71,7 +71,7 @@ def touch(copy: Path) -> None:
 
 
 def trim(kept: Path) -> None:
-    """Remove the least recently used copies until the bound holds; `kept` and unfinished downloads stay.
+    """Remove the least recently used copies beyond PIXELCLIP_CACHE_GB, except `kept` and unfinished downloads.
 
     Raises:
         ValueError: PIXELCLIP_CACHE_GB is not a positive number.

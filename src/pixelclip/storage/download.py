@@ -1,4 +1,4 @@
-"""Local copies of URIs: verified, cached, shared between processes; large http(s) downloads resume."""
+"""Local copies of URIs: verified, cached and shared between processes. Large http(s) downloads resume."""
 
 import base64
 import os
@@ -18,22 +18,22 @@ from urllib.request import Request, urlopen
 from pixelclip.storage import cache, s3
 from pixelclip.storage.files import file_md5
 
-_WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds before each further attempt at an http(s) request
-_CHUNK = 1 << 16  # bytes; at most this much is lost when a connection breaks off
+_WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds before each retry of an http(s) request
+_CHUNK = 1 << 16  # bytes; the most that a failed connection costs
 
 
 def local_copy(uri: str) -> Path:
-    """Return a local path for `uri`: local paths as they are, anything else downloaded once.
+    """Return the local copy of a URI, downloaded once; an existing local path is returned unchanged.
 
-    Downloads are kept in PIXELCLIP_CACHE or `~/.cache/pixelclip`, which processes share, by URI and version (ETag, or
-    Last-Modified and length). Without a connection the newest complete copy is used.
+    Downloads are cached by URI and version (ETag, or Last-Modified and length). Without a connection the newest complete
+    copy is used.
 
     Args:
         uri: a local path, `http://...`, `https://...`, or `s3://bucket/key` (with the usual AWS variables). The key may name
             a folder: all objects below it are copied.
 
     Raises:
-        ValueError: the file does not exist or may not be read, boto3 is missing, or every attempt at the download failed.
+        ValueError: the file does not exist or is not readable, boto3 is missing, or every attempt failed.
     """
     scheme, separator, rest = uri.partition("://")
     if not separator:
@@ -42,22 +42,22 @@ def local_copy(uri: str) -> Path:
         return Path(uri)
     fetch = {"http": _from_http, "https": _from_http, "s3": _from_s3}.get(scheme.lower())
     if fetch is None or rest.startswith("/") or not rest:
-        raise ValueError(f"{uri}: a local path, http://host/file, https://host/file or s3://bucket/key is expected")
+        raise ValueError(f"{uri}: expected a local path, http://host/file, https://host/file or s3://bucket/key")
     name = _file_name(uri)
     try:
         copy = fetch(uri, name)
     except s3.UnreachableError as error:
-        copies = [path for path in cache.home(uri).glob("*/*") if path.name == name]
+        copies = [path for path in cache.folder_of(uri).glob("*/*") if path.name == name]
         if not copies:
             raise ValueError(f"{error}, and no complete copy is in {cache.root()}") from None
         copy = max(copies, key=lambda path: path.stat().st_mtime)
-        print(f"{error}; the copy in the cache is used: {copy}", flush=True)
+        print(f"{error}; using the cached copy {copy}", flush=True)
     cache.touch(copy)
     return copy
 
 
-def here(path: Path | str) -> Path:
-    """Return the local copy of a URI; a local path is returned as it is, even if it does not exist."""
+def local_path(path: Path | str) -> Path:
+    """Return the local copy of a URI; a local path is returned unchanged, even if it does not exist."""
     return local_copy(str(path)) if "://" in str(path) else Path(path)
 
 
@@ -74,11 +74,11 @@ def _cached(uri: str, version: str, name: str, fetch: Callable[[Path], None]) ->
 
     Args:
         uri: the URI.
-        version: changes with the content; empty if unknown, so that the copy is fetched every time.
+        version: changes with the content; empty if unknown, which fetches the copy every time.
         name: file or folder name of the copy.
-        fetch: writes the content to a path, where a failed attempt may leave a part to resume.
+        fetch: writes the content to a path; a failed attempt may leave a part there to resume.
     """
-    path = cache.home(uri) / cache.key(version) / name
+    path = cache.folder_of(uri) / cache.short_hash(version) / name
     partial = path.with_name(f"{name}.partial")
     try:
         if version and path.exists():
@@ -86,22 +86,22 @@ def _cached(uri: str, version: str, name: str, fetch: Callable[[Path], None]) ->
         with cache.locked(uri):
             if version and path.exists():  # another process fetched it
                 return path
-            for entry in cache.home(uri).glob("*/*"):
-                if entry.name != name and entry != partial:  # of an interrupted download
+            for entry in cache.folder_of(uri).glob("*/*"):
+                if entry.name != name and entry != partial:  # left by an interrupted download
                     shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
             path.parent.mkdir(exist_ok=True)
             fetch(partial)
             partial.replace(path)
             cache.trim(path)
     except OSError as error:
-        raise ValueError(f"{uri}: cannot be kept ({error}); PIXELCLIP_CACHE names another folder") from None
+        raise ValueError(f"{uri}: cannot write to the cache ({error}); set PIXELCLIP_CACHE to another folder") from None
     return path
 
 
 def _from_s3(uri: str, name: str) -> Path:
     try:
         if s3.split(uri)[1][-1:] in ("", "/"):
-            raise s3.MissingError(f"{uri}: there is nothing below it")
+            raise s3.MissingError(f"{uri}: no object below this prefix")
         found = s3.current_version(uri)
     except s3.MissingError:
         if not (listed := s3.list_below(uri)):
@@ -111,7 +111,7 @@ def _from_s3(uri: str, name: str) -> Path:
     def fetch(path: Path) -> None:
         s3.download(uri, {path: found})
         if found.md5 and (md5 := file_md5(path)) != found.md5:
-            raise ValueError(f"{uri}: md5 {md5} arrived, {found.md5} was promised; try again")
+            raise ValueError(f"{uri}: MD5 mismatch: expected {found.md5}, got {md5}; try again")
 
     return _cached(uri, f'"{found.etag}"', name, fetch)
 
@@ -121,19 +121,19 @@ def _from_prefix(uri: str, listed: list[s3.Listed], name: str) -> Path:
     bucket, prefix = s3.split(uri.rstrip("/") + "/")
     names = [one.uri.removeprefix(f"s3://{bucket}/{prefix}") for one in listed]
     if bad := [name for name in names if {"", ".", ".."} & set(name.split("/"))]:
-        raise ValueError(f"{uri}: cannot be copied to a folder, it holds the key {prefix}{bad[0]}")
+        raise ValueError(f"{uri}: cannot be copied to a folder: it contains the key {prefix}{bad[0]}")
 
     def fetch(folder: Path) -> None:
         wanted = {folder / name: one for name, one in zip(names, listed, strict=True)}
         for path in [path for path in folder.rglob("*") if path.is_file() and path not in wanted]:
-            path.unlink()  # half a file
+            path.unlink()  # incomplete
         s3.download(uri, {path: one for path, one in wanted.items() if not path.is_file() or path.stat().st_size != one.size})
 
     return _cached(uri, " ".join(f"{one.uri} {one.etag}" for one in listed), name, fetch)
 
 
 class _TransferError(Exception):
-    """A failure that another attempt may cure; caused by a URLError if the server cannot be reached."""
+    """A failure worth a retry; its cause is a URLError if the server cannot be reached."""
 
 
 def _from_http(uri: str, name: str) -> Path:
@@ -150,8 +150,8 @@ def _retry(uri: str, attempt: Callable[[], Any]) -> Any:
         except _TransferError as error:
             if wait is None:
                 kind = s3.UnreachableError if isinstance(error.__cause__, URLError) else ValueError
-                raise kind(f"{uri}: {error} (attempt {len(_WAITS) + 1}, the last)") from None
-            print(f"{uri}: {error}; again in {wait:g} s", flush=True)
+                raise kind(f"{uri}: {error} (attempt {len(_WAITS) + 1} of {len(_WAITS) + 1})") from None
+            print(f"{uri}: {error}; retrying in {wait:g} s", flush=True)
             time.sleep(wait)
 
 
@@ -167,7 +167,7 @@ def _request(uri: str, method: str, headers: dict[str, str] | None = None) -> An
         raise ValueError(f"{uri}: {reason}") from None
     except URLError as error:
         raise _TransferError(f"cannot be reached ({error.reason})") from error
-    except ValueError as error:  # also of http.client.InvalidURL
+    except ValueError as error:  # includes http.client.InvalidURL
         raise ValueError(f"{uri}: {error}") from None
     except (OSError, HTTPException) as error:
         raise _TransferError(str(error) or type(error).__name__) from None
@@ -191,10 +191,10 @@ def _receive(uri: str, head: Message, path: Path) -> None:
     with _request(uri, "GET", headers) as reply:
         name = "ETag" if etag else "Last-Modified"
         if head[name] and reply.headers[name] not in (None, head[name]):
-            raise ValueError(f"{uri}: changed on the server while it was downloaded; try again")
+            raise ValueError(f"{uri}: changed on the server during the download; try again")
         resumed = reply.status == 206
         if resumed and not str(reply.headers["Content-Range"]).startswith(f"bytes {start}-"):
-            raise _TransferError(f"byte {start:,} was requested, {reply.headers['Content-Range']} arrived")
+            raise _TransferError(f"expected bytes from {start:,}, got {reply.headers['Content-Range']}")
         with path.open("ab" if resumed else "wb") as file:
             if reply.headers["Content-Length"]:
                 size = file.tell() + int(reply.headers["Content-Length"])
@@ -204,15 +204,15 @@ def _receive(uri: str, head: Message, path: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
             if size not in (-1, file.tell()):
-                raise _TransferError(f"{file.tell():,} of {size:,} bytes arrived before the connection broke off")
-    promised = head["Content-MD5"]
-    if promised and promised != base64.b64encode(bytes.fromhex(file_md5(path))).decode():
+                raise _TransferError(f"connection lost after {file.tell():,} of {size:,} bytes")
+    expected = head["Content-MD5"]
+    if expected and expected != (md5 := base64.b64encode(bytes.fromhex(file_md5(path))).decode()):
         path.unlink()
-        raise _TransferError(f"the md5 of the content is not {promised}, as the server promised")
+        raise _TransferError(f"MD5 mismatch: expected {expected}, got {md5}")
 
 
 def _read(reply: Any) -> bytes:
     try:
         return bytes(reply.read(_CHUNK))
     except (OSError, HTTPException) as error:
-        raise _TransferError(f"the connection broke off ({error or type(error).__name__})") from None
+        raise _TransferError(f"connection lost ({error or type(error).__name__})") from None

@@ -26,11 +26,11 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def check_place(file: Path) -> None:
-    """Make the folder of a file and fail early if the file cannot be written.
+def check_writable(file: Path) -> None:
+    """Create the folder of a file and fail early if the file cannot be written.
 
     Raises:
-        ValueError: `file` is a folder, or its folder cannot be written to.
+        ValueError: `file` is a folder, or its folder is not writable.
     """
     if file.is_dir():
         raise ValueError(f"{file}: must be a file, found a folder")
@@ -64,7 +64,7 @@ def read_json(path: Path) -> Any:
 def files_below(folder: Path) -> list[Path]:
     """List all files below `folder`, sorted by relative path, without hidden files and folders.
 
-    Links are followed, except those that lead back to a parent folder.
+    Links are followed, except links to a parent folder.
     """
     files = []
     for root, folders, names in os.walk(folder, followlinks=True):
@@ -91,7 +91,7 @@ def digest(path: Path, files: Iterable[Path] | None = None) -> dict[str, Any]:
         `{"md5": ..., "num_files": ..., "size": bytes}`.
 
     Raises:
-        ValueError: there is no such file or folder.
+        ValueError: no such file or folder.
     """
     if path.is_file():
         return {"md5": file_md5(path), "num_files": 1, "size": path.stat().st_size}
@@ -102,7 +102,7 @@ def digest(path: Path, files: Iterable[Path] | None = None) -> dict[str, Any]:
     for file in listed:
         try:
             md5, length = file_md5(file), file.stat().st_size
-        except OSError:  # a dangling link; the stage that reads the file raises the error
+        except OSError:  # a dangling link; the stage that reads it raises the error
             md5, length = "unreadable", 0
         combined.update(os.fsencode(f"{file.relative_to(path).as_posix()} {md5}\n"))
         size += length

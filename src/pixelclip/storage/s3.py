@@ -1,4 +1,4 @@
-"""S3-compatible stores (AWS, MinIO, Ceph, ...): connection, error messages, listings, downloads of pinned versions."""
+"""S3-compatible stores (AWS, MinIO, Ceph, ...): connections, errors, listings, downloads of pinned versions."""
 
 import os
 import re
@@ -11,12 +11,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-_ATTEMPTS = 8  # botocore doubles the wait before each further attempt, up to 20 s
-_CHANGED = "changed in the store while it was downloaded; try again"
+_ATTEMPTS = 8  # botocore doubles the delay before each retry, up to 20 s
+_CHANGED = "changed in the store during the download; try again"
 _REASONS = {
     "NoSuchBucket": "there is no such bucket",
     "NoSuchKey": "there is no such key in the bucket",
-    "AccessDenied": "these credentials may not do that, or there is no such key",
+    "AccessDenied": "access denied, or no such key",
     "InvalidAccessKeyId": "wrong credentials, see AWS_ACCESS_KEY_ID",
     "SignatureDoesNotMatch": "wrong credentials, see AWS_SECRET_ACCESS_KEY",
     "InvalidToken": "wrong credentials, see AWS_SESSION_TOKEN",
@@ -51,7 +51,7 @@ def split(uri: str) -> tuple[str, str]:
     """Return bucket and key of `s3://bucket/key` (the key may be empty); raise ValueError if the URI has no bucket."""
     bucket, _, key = uri.partition("://")[2].partition("/")
     if not is_s3(uri) or not bucket:
-        raise ValueError(f"{uri}: s3://bucket/key is expected")
+        raise ValueError(f"{uri}: expected s3://bucket/key")
     return bucket, key
 
 
@@ -71,7 +71,7 @@ def connected(uri: str) -> Iterator[Any]:
         uri: prefix of the error messages.
 
     Raises:
-        ValueError: boto3 is missing, a setting is invalid, or the store refuses or loses a request of the `with` body.
+        ValueError: boto3 is missing, a setting is invalid, or the store rejects a request or the connection fails.
     """
     try:
         import boto3.session
@@ -84,7 +84,7 @@ def connected(uri: str) -> Iterator[Any]:
         connect_timeout=10,
         read_timeout=30,
         retries={"mode": "standard", "total_max_attempts": _ATTEMPTS},
-        # Many stores reject boto3's checksum trailers; every store understands the SHA-256 of a signed payload.
+        # Many stores reject boto3's checksum trailers; all accept the SHA-256 of a signed payload.
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
         s3={"payload_signing_enabled": True},
@@ -120,7 +120,7 @@ def _explained(uri: str, endpoint: str) -> Iterator[None]:
     except S3DownloadFailedError:  # PreconditionFailed
         raise ValueError(f"{uri}: {_CHANGED}") from None
     except RetriesExceededError as error:
-        raise ValueError(f"{uri}: the connection broke off every time ({error.last_exception}); try again") from None
+        raise ValueError(f"{uri}: connection lost at every attempt ({error.last_exception}); try again") from None
 
 
 def list_below(uri: str) -> list[Listed]:
@@ -134,23 +134,23 @@ def list_below(uri: str) -> list[Listed]:
 
 
 def current_version(uri: str) -> Listed:
-    """Return the present version of one object; raise MissingError if there is none."""
+    """Return the current version of an object; raise MissingError if it does not exist."""
     bucket, key = split(uri)
     with connected(uri) as client:
         try:
             reply = client.head_object(Bucket=bucket, Key=key)
         except client.exceptions.ClientError:
-            reply = client.get_object(Bucket=bucket, Key=key)  # only GET returns the reason of a refusal
+            reply = client.get_object(Bucket=bucket, Key=key)  # only GET returns the reason
             reply["Body"].close()
     etag = reply["ETag"].strip('"')
-    # An ETag is no MD5 after a multipart upload (it has a dash), under a customer's key, and in directory buckets.
+    # An ETag is not an MD5 after a multipart upload (it has a dash), with a customer's key, and in directory buckets.
     customer_key = reply.get("ServerSideEncryption", "AES256") != "AES256" or "SSECustomerAlgorithm" in reply
     is_md5 = re.fullmatch("[0-9a-f]{32}", etag) and not customer_key and not bucket.endswith("--x-s3")
     return Listed(uri, etag, reply["ContentLength"], etag if is_md5 else "")
 
 
 def download(uri: str, files: Mapping[Path, Listed]) -> None:
-    """Download the given version to each local path; a path appears when its content is complete.
+    """Download the given version to each local path, where it appears once complete.
 
     Raises:
         ValueError: an object changed, or as `connected`.

@@ -1,6 +1,6 @@
-"""Uploads to a store: unchanged files are skipped, and a folder is complete once its last file is there.
+"""Uploads to a store: unchanged files are skipped, and a folder is complete once its last file exists.
 
-The store verifies every request: it has the SHA-256 of its content, see `s3.connected`.
+Each request carries its SHA-256, which the store verifies.
 """
 
 import hashlib
@@ -12,14 +12,14 @@ from tqdm import tqdm
 from pixelclip.storage import s3
 from pixelclip.storage.files import files_below
 
-_PART = 64 << 20  # bytes; S3 takes 10,000 parts, so files of up to 670 GB
+_PART = 64 << 20  # bytes; S3 accepts 10,000 parts, so a file may have 670 GB
 
 
 def upload(path: Path, uri: str) -> None:
     """Upload one file to `s3://bucket/key`.
 
     Raises:
-        ValueError: the store refuses or is lost.
+        ValueError: the store rejects the request or the connection fails.
     """
     with s3.connected(uri) as client:
         _upload(client, path, uri)
@@ -34,7 +34,7 @@ def upload_folder(folder: Path, uri: str, last: str) -> None:
         last: relative path of the file to upload last; a reader that finds it finds all files.
 
     Raises:
-        ValueError: as `upload`; another call then uploads the missing files.
+        ValueError: as `upload`; another call uploads the missing files.
     """
     existing = {(one.uri, one.size, one.etag) for one in s3.list_below(uri)}
     files = sorted(files_below(folder), key=lambda path: path.relative_to(folder).as_posix() == last)
@@ -51,7 +51,7 @@ def _upload(client: Any, path: Path, uri: str) -> None:
 
 
 def _etag(path: Path) -> str:
-    """Return the ETag that S3 gives a file uploaded in parts of `_PART`: its MD5, or the MD5 of its parts' MD5s."""
+    """Return S3's ETag of a file uploaded in parts of `_PART`: its MD5, or the MD5 of its parts' MD5s."""
     with path.open("rb") as file:
         parts = [_md5(chunk) for chunk in iter(lambda: file.read(_PART), b"")] or [_md5(b"")]
     return parts[0].hex() if len(parts) == 1 else f"{_md5(b''.join(parts)).hex()}-{len(parts)}"

@@ -1,1 +1,1 @@
-"""Painted scenes and the small CLIP that was trained on their captions."""
+"""Painted scenes, and the toy CLIP trained on their captions."""

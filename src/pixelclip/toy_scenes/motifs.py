@@ -61,7 +61,7 @@ class Canvas:
 
 @lru_cache(maxsize=4)
 def _noise_bank(side: int) -> Floats:
-    """Make smooth noise at four scales, [4, 2 side, 2 side]."""
+    """Return smooth noise at four scales, [4, 2 side, 2 side]."""
     rng = np.random.Generator(np.random.PCG64(7))
     bank = []
     for cells in (128, 48, 16, 5):
@@ -323,7 +323,7 @@ def _flower(rng: Random) -> list[Part]:
 
 
 class Kind(NamedTuple):
-    """Shape of a thing, its smallest and largest width and height (shares of the side), and the stuff it occurs with."""
+    """Shape of a thing, its minimum and maximum width and height (fractions of the side), and the stuff it occurs with."""
 
     parts: Callable[[Random], list[Part]]
     width: tuple[float, float]

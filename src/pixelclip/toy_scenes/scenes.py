@@ -15,7 +15,7 @@ from pixelclip.toy_scenes.motifs import AIRBORNE, KINDS, TEXTURES, Canvas, Rando
 THINGS = tuple(KINDS)
 CLASSES: tuple[str, ...] = (*TEXTURES, *THINGS)
 
-MIN_SHARE = 0.02  # of the pixels; a scene with a class below it is painted again
+MIN_FRACTION = 0.02  # minimum pixel fraction of each class; otherwise the scene is repainted
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Scene:
     Attributes:
         image: RGB, uint8 [side, side, 3].
         label: Index into `CLASSES` of every pixel, uint8 [side, side].
-        caption: A sentence that names some of the classes in the scene, never one that is absent.
+        caption: A sentence that names some classes of the scene, and no absent ones.
     """
 
     image: NDArray[np.uint8]
@@ -38,7 +38,7 @@ def paint(seed: int, index: int, side: int = 128) -> Scene:
 
     Args:
         seed: Seed of the scenes, 0 or more.
-        index: Index of the scene among those of the seed, 0 or more.
+        index: Index of the scene within the seed, 0 or more.
         side: Width and height in pixels, 32 to 512.
 
     Returns:
@@ -53,9 +53,9 @@ def paint(seed: int, index: int, side: int = 128) -> Scene:
     while True:
         canvas = Canvas(rng, side)
         _compose(canvas)
-        share = np.bincount(canvas.label.ravel(), minlength=len(CLASSES)) / side**2
-        if share[share > 0].min() >= MIN_SHARE:
-            return Scene(_develop(canvas), canvas.label, _caption([CLASSES[i] for i in np.flatnonzero(share)], rng))
+        fraction = np.bincount(canvas.label.ravel(), minlength=len(CLASSES)) / side**2
+        if fraction[fraction > 0].min() >= MIN_FRACTION:
+            return Scene(_develop(canvas), canvas.label, _caption([CLASSES[i] for i in np.flatnonzero(fraction)], rng))
 
 
 def _compose(canvas: Canvas) -> None:
@@ -114,7 +114,7 @@ def _bands(rng: Random) -> list[tuple[str, float]]:
 def _arrangement(stuff: set[str], horizon: float, rng: Random) -> list[tuple[str, float, float]]:
     """Draw things with their position, far to near: the centre if airborne, else the foot."""
     weights = np.array([1.0 if KINDS[name].home & stuff else 0.25 for name in THINGS])
-    weights[[THINGS.index("sun"), THINGS.index("cloud")]] = 1.5 if "sky" in stuff else 0  # their only home
+    weights[[THINGS.index("sun"), THINGS.index("cloud")]] = 1.5 if "sky" in stuff else 0  # occur only with sky
     number = rng.choice([1, 2, 3], p=[0.25, 0.45, 0.3])
     names = rng.choice(THINGS, number, replace=False, p=weights / weights.sum()).tolist()
     if rng.random() < 0.15 and names[0] != "sun":
@@ -154,7 +154,7 @@ _RELATION = {"sky": "under", "sea": "on", "grass": "on", "sand": "on", "snow": "
 
 
 def _caption(present: list[str], rng: Random) -> str:
-    """Write a sentence about a random subset of the classes present, in random order."""
+    """Write a sentence about a random subset of the present classes, in random order."""
     named = [name for name in rng.permutation(present).tolist() if rng.random() < 0.7]
     named = named or [present[rng.integers(len(present))]]
     nouns: list[str] = []

@@ -1,7 +1,7 @@
 """Train the toy CLIP on painted scenes and their captions, never on a label map.
 
 The recipe is CLIP's own (arXiv 2103.00020, section 2.3): a symmetric contrastive loss over a batch of image-caption
-pairs. Letters: `B` batch, `S` scene side, `s` CLIP side, `T` context length.
+pairs.
 """
 
 import json
@@ -40,14 +40,14 @@ MAX_LOGIT_SCALE = math.log(100)  # CLIP's own bound
 ROUNDS = (2_000, 1_400, 1_800, 2_000)
 WEIGHT_DECAY = 0.1  # on matrices only
 LABEL_SMOOTHING = 0.05  # captions of other scenes often fit too
-PATCH_DROPOUT, WHOLE_IMAGES = 0.5, 0.3  # half the patches at twice the speed (FLIP), but in the last 30 % of steps
+PATCH_DROPOUT, WHOLE_IMAGES = 0.5, 0.3  # drop half the patches, except in the last 30 % of steps (FLIP; twice as fast)
 
 
 def remake(out: Path) -> None:
-    """Train the shipped weights again: four rounds, each on scenes of another seed (an hour on 2 cores).
+    """Train the shipped weights again: four rounds, each on scenes of a new seed (an hour on 2 cores).
 
-    The result is as good as the shipped weights but not bit-identical: those saw whole images in the last 20 % instead of
-    30 % of the first round's steps, and sums in bfloat16 depend on the machine.
+    The result is as good as the shipped weights but not bit-identical: their first round dropped no patches in the last 20 %
+    of steps, not 30 %, and sums in bfloat16 depend on the machine.
 
     Args:
         out: Output folder.
@@ -90,9 +90,9 @@ def train_clip(
     if num_scenes < batch_size or steps < 1:
         raise ValueError(f"train_clip: num_scenes {num_scenes} (at least {batch_size}), steps {steps} (at least 1)")
     scenes = [paint(seed, index) for index in tqdm(range(num_scenes), "painting", unit="scene")]
-    images = torch.stack([torch.from_numpy(scene.image).permute(2, 0, 1) for scene in scenes])  # uint8 [N, 3, S, S]
+    images = torch.stack([torch.from_numpy(scene.image).permute(2, 0, 1) for scene in scenes])  # uint8 [N, 3, side, side]
     tokenizer = open_clip.SimpleTokenizer(context_length=MODEL_CONFIG["text_cfg"]["context_length"])
-    captions = tokenizer([scene.caption for scene in scenes])  # [N, T]
+    captions = tokenizer([scene.caption for scene in scenes])  # [N, context length]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = CLIP(**MODEL_CONFIG)
@@ -145,7 +145,7 @@ def _fit(model: CLIP, images: Tensor, captions: Tensor, steps: int, batch_size: 
 
 
 def _crop(images: Tensor) -> Tensor:
-    """Crop 60 to 100 % of the side at random, mirror half of the crops: uint8 [B, 3, S, S] -> normalised [B, 3, s, s]."""
+    """Crop 60 to 100 % of the side at random, mirror half of the crops; uint8 scenes -> normalised [B, 3, side, side]."""
     number, side = len(images), MODEL_CONFIG["vision_cfg"]["image_size"]
     zoom = torch.empty(number).uniform_(0.6, 1.0)
     shift = (1 - zoom)[:, None] * torch.empty(number, 2).uniform_(-1, 1)
@@ -164,7 +164,7 @@ def _fill_vocabulary(model: CLIP, captions: Tensor) -> None:
 
     PixelCLIP initialises its prompts from random entries of the vocabulary. Nearly all of a real CLIP's 49,408 entries
     denote something visible. Here 57 are trained, half of them function words; without this the others would keep their
-    random initial values (docs/experiments.md has the effect).
+    random initial values (docs/experiments.md shows the effect).
     """
     weight = model.token_embedding.weight
     special = torch.tensor([0, len(weight) - 2, len(weight) - 1])  # padding, start and end of text

@@ -1,1 +1,1 @@
-"""Runs in MLflow, with a journal that survives an outage of its server."""
+"""MLflow runs, with a journal that survives server outages."""

@@ -1,8 +1,7 @@
-"""Journal of a run: metrics on their way to MLflow, which survive a server that is slow or gone.
+"""Journal of a run: metrics on their way to MLflow, kept while the server is slow or unreachable.
 
-Points of curves are appended to `curves.jsonl` first and delivered from there; `run.json` records the run and how many points
-its server has. There is no thread: `deliver` is called while a stage works and limits its own share of the time, `flush` is
-called at the end.
+Curve points are appended to `curves.jsonl` first and delivered from there; `run.json` records the run and how many points its
+server has. There is no thread: a stage calls `deliver`, which limits its own time, while it works, and `flush` at the end.
 """
 
 import contextlib
@@ -20,13 +19,13 @@ from pixelclip.tracking.server import first_line, request_limits, tracking_uri
 
 CURVES, RUN = "curves.jsonl", "run.json"
 _BATCH = 500  # metrics per request; MLflow accepts 1000
-_SECONDS = 10  # for one request, and for one call of `deliver` before it stops between two requests
-_TIMES_LONGER = 20  # pause after a delivery, so that a slow server takes at most 5 % of a training's time
+_SECONDS = 10  # time limit of one request; `deliver` starts no further request after it
+_TIMES_LONGER = 20  # pause after a delivery, relative to its duration: a slow server takes at most 5 % of the training time
 _LONGEST_PAUSE = 300.0
 
 
 class Journal:
-    """Points of curves and other requests of one run, delivered in order and each point once.
+    """Curve points and other requests of one run, delivered in order and each point once.
 
     Args:
         client: a connected client.
@@ -46,14 +45,14 @@ class Journal:
         self.points = lines[self._num_delivered :]
         """Undelivered points, as JSON."""
         self.requests: list[Callable[[], None]] = []
-        """Undelivered requests of other kinds. They are lost when the process ends."""
+        """Other undelivered requests. They are lost when the process ends."""
         self.error = ""
         """First line of the error that stopped the last delivery; empty after a success."""
         self._save()
 
     @property
     def pending(self) -> bool:
-        """True while something is undelivered."""
+        """Whether anything is undelivered."""
         return bool(self.points or self.requests)
 
     def append(self, metrics: Mapping[str, float], step: int) -> None:
@@ -67,7 +66,7 @@ class Journal:
         self._last_step = step
 
     def deliver(self) -> None:
-        """Deliver what is pending if the last attempt is long enough ago; never raises for a failing server."""
+        """Deliver pending points and requests unless in a pause; never raises for a failing server."""
         start = time.monotonic()
         if start < self._next_attempt:
             return
@@ -78,7 +77,7 @@ class Journal:
         self._next_attempt = end + max(self._pause, _TIMES_LONGER * (end - start))
 
     def flush(self, seconds: float) -> bool:
-        """Try to deliver everything, for about this long; return True if it succeeded."""
+        """Try for about `seconds` to deliver everything; return whether it succeeded."""
         deadline = time.monotonic() + seconds
         self._attempt()
         while self.pending and time.monotonic() < deadline:
@@ -96,11 +95,11 @@ class Journal:
                     self.requests.pop(0)
         except Exception as error:  # whatever fails in MLflow or the network, the stage continues
             if not self.error:
-                print(f"MLflow at {tracking_uri()} is lost ({first_line(error)}); delivery is retried later", flush=True)
+                print(f"cannot reach MLflow at {tracking_uri()} ({first_line(error)}); will retry", flush=True)
             self.error = first_line(error)
             return
         if self.error and not self.pending:
-            print(f"MLflow at {tracking_uri()} is back; everything is delivered", flush=True)
+            print(f"reached MLflow at {tracking_uri()} again; everything is delivered", flush=True)
             self.error = ""
 
     def _send_points(self) -> None:
@@ -120,7 +119,7 @@ class Journal:
         self._save()
 
     def _last_step_of(self, curve: str) -> int:
-        """Last step on the server: a retried pod joins its run with an empty journal and trains from the start."""
+        """Return the last step on the server; a retried pod joins its run with an empty journal and trains from the start."""
         if curve not in self._server_steps:
             history = self._client.get_metric_history(self._run_id, curve)
             self._server_steps[curve] = max((metric.step for metric in history), default=-1)
@@ -128,12 +127,12 @@ class Journal:
 
     def _save(self) -> None:
         state = {"run_id": self._run_id, "tracking_uri": tracking_uri(), "delivered": self._num_delivered}
-        with contextlib.suppress(PermissionError):  # in a read-only model folder; points are then compared with the server's
+        with contextlib.suppress(PermissionError):  # read-only model folder; points are then compared with the server's
             write_json(self._folder / RUN, state)
 
 
 def _complete_lines(path: Path) -> list[str]:
-    """Read the complete lines of a journal and remove a last line that a killed process left incomplete."""
+    """Read the complete lines of a journal; remove an incomplete last line, left by a killed process."""
     if not path.is_file():
         return []
     content = path.read_text()

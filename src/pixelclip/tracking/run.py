@@ -1,7 +1,7 @@
-"""The MLflow run of a pipeline run: started by a training, joined by the stages after it.
+"""The MLflow run of a pipeline run: `train` starts it, later stages join it.
 
-Metrics pass through a journal (`journal.py`), so an unreachable server costs neither the training nor its curves: the next
-`log`, the next stage or the same command again delivers them.
+Metrics pass through a journal (`journal.py`), so training continues without a server; the next `log`, the next stage or a
+repeated command delivers the curves.
 """
 
 import contextlib
@@ -31,8 +31,8 @@ _PARAMS_PER_REQUEST = 90  # MLflow accepts 100
 _CLOSE_SECONDS = 30.0
 
 
-def lineage(provenance: Mapping[str, Any]) -> dict[str, str]:
-    """Return lineage tags: code and data of the whole chain, pipeline run, parent run."""
+def lineage_tags(provenance: Mapping[str, Any]) -> dict[str, str]:
+    """Return tags with the code and data of all stages, the pipeline run and the parent run."""
     runs = {"kfp.run_id": os.environ.get(PIPELINE_RUN), "mlflow.parentRunId": os.environ.get(PARENT_RUN)}
     return tags_of(provenance) | {tag: run_id for tag, run_id in runs.items() if run_id}
 
@@ -44,22 +44,22 @@ class Run:
         client: a connected client.
         folder: folder of the journal (`curves.jsonl`, `run.json`).
         run_id: ID of an existing run.
-        owned: True if this process ends the run.
+        owned: whether this process ends the run.
     """
 
     def __init__(self, client: MlflowClient, folder: Path, run_id: str, owned: bool) -> None:
         self.client, self.run_id = client, run_id
         self.journal = Journal(client, folder, run_id)
         self._owned = owned
-        self._run_ids = [run_id]  # all that receive final metrics and tags
+        self._run_ids = [run_id]  # runs that receive final metrics and tags
 
     @classmethod
     def start(cls, folder: Path, name: str, provenance: Mapping[str, Any]) -> Self:
-        """Start the run of a training, or continue the one of an interrupted training in `folder`.
+        """Start the MLflow run of a training run, or continue the run of an interrupted one in `folder`.
 
-        The first of these is used: the run MLFLOW_RUN_ID (which is never ended here), the run of an interrupted training, a new
-        child of PIXELCLIP_PARENT_RUN, the run tagged with the ID of this pipeline run, a new run. An interrupted training
-        continues its run even while the server does not respond.
+        The first of these is used: MLFLOW_RUN_ID (which is never ended here), the interrupted run, a new child of
+        PIXELCLIP_PARENT_RUN, the run tagged with the ID of this pipeline run, a new run. An interrupted run is continued even
+        while the server does not respond.
 
         Raises:
             ValueError: MLflow is unreachable or rejects a request.
@@ -67,7 +67,7 @@ class Run:
         env_run = os.environ.get("MLFLOW_RUN_ID")
         with _one_error(env_run):
             client, resumed = (connect(), None) if env_run else _resumed(folder)
-            tags = lineage(provenance)
+            tags = lineage_tags(provenance)
             if env_run:
                 tags.pop("mlflow.parentRunId", None)  # its creator chose the parent
             run_id = env_run or resumed or _of_pipeline(client, tags)
@@ -76,16 +76,16 @@ class Run:
             run = cls(client, folder, run_id, owned=not env_run)
             describe = partial(run._describe, provenance, tags)
             if resumed:
-                run.journal.requests.append(describe)  # mostly known to the server already, which may be unreachable now
+                run.journal.requests.append(describe)  # the server usually has this already; it may be unreachable now
             else:
                 describe()
         return run
 
     @classmethod
     def trained(cls, client: MlflowClient, model: Path, provenance: Mapping[str, Any]) -> str:
-        """Return the ID of the run that trained a model, after delivering the undelivered part of its curves.
+        """Return the ID of the run that trained a model, after delivering the rest of its curves.
 
-        If the server has no such run, all curves and settings go to the run MLFLOW_RUN_ID or to a new one.
+        If the server has no such run, all curves and settings are sent to the run MLFLOW_RUN_ID or to a new run.
 
         Raises:
             ValueError: MLflow rejects a request.
@@ -95,7 +95,9 @@ class Run:
             existing = _existing(client, model)
             run_id = existing or env_run
             if run_id is None:
-                run_id = client.create_run(experiment_id(client), run_name=model.name, tags=lineage(provenance)).info.run_id
+                run_id = client.create_run(
+                    experiment_id(client), run_name=model.name, tags=lineage_tags(provenance)
+                ).info.run_id
             run = cls(client, model, run_id, owned=run_id != env_run)
             if existing is None or run.journal.pending:
                 run.params(flatten(provenance))
@@ -107,8 +109,8 @@ class Run:
     def attach(cls, model: Path, folder: Path, provenance: Mapping[str, Any]) -> Self:
         """Attach to the run MLFLOW_RUN_ID, or else to the run that trained a model.
 
-        If the two differ (Kubeflow's MLflow plugin creates a run per task), final metrics and tags go to both, so that the
-        training's run has all metrics of its model. The journal is in the folder of the attaching stage.
+        If both exist and differ (Kubeflow's MLflow plugin creates a run per task), final metrics and tags go to both, so that
+        the training run has all metrics of its model. The journal is in the folder of the attaching stage.
 
         Raises:
             ValueError: MLflow is unreachable or rejects a request.
@@ -124,7 +126,7 @@ class Run:
         return run
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Add one point to every curve; steps that the journal already has (after a resume) are skipped."""
+        """Add one point to every curve; skip steps that the journal already has (after a resume)."""
         self.journal.append(metrics, step)
         self.journal.deliver()
 
@@ -136,7 +138,7 @@ class Run:
             self.journal.requests.append(partial(self.client.log_batch, run_id, metrics=points))
 
     def params(self, params: Mapping[str, Any]) -> None:
-        """Log settings; MLflow keeps the first value of each."""
+        """Log settings; a value that was logged before is kept."""
         existing = self.client.get_run(self.run_id).data.params
         new = [Param(name, str(value)[:500]) for name, value in params.items() if name not in existing]
         for start in range(0, len(new), _PARAMS_PER_REQUEST):
@@ -148,7 +150,7 @@ class Run:
             self.client.log_batch(run_id, tags=[RunTag(name, str(value)[:5000]) for name, value in tags.items()])
 
     def datasets(self, provenance: Mapping[str, Any], context: str) -> None:
-        """Log the data at the start of a chain as MLflow datasets, identified by MD5."""
+        """Log the data that the first stages read as MLflow datasets, identified by MD5."""
         inputs = []
         for name, described in data(provenance).items():
             fetched = source(described)
@@ -164,20 +166,20 @@ class Run:
         self.journal.requests.append(partial(self.client.log_artifact, self.run_id, str(path), below))
 
     def finish(self, status: str = "FINISHED") -> bool:
-        """Deliver everything pending and end the run; return False, after a message, if something stays undelivered."""
+        """Deliver everything and end the run; print a message and return False if delivery fails."""
         if not self.journal.flush(_CLOSE_SECONDS):
             print(
-                f"MLflow at {tracking_uri()} is lost ({self.journal.error}): run {self.run_id} lacks "
-                f"{len(self.journal.points)} points of curves, which the next stage delivers from {CURVES}, and "
-                f"{len(self.journal.requests)} requests (metrics, tags, files), which are not repeated; the result folder "
-                "has their content",
+                f"Lost connection to MLflow at {tracking_uri()} ({self.journal.error}), run {self.run_id}. "
+                f"{len(self.journal.points)} curve points will be sent by the next stage from {CURVES}; "
+                f"{len(self.journal.requests)} other requests (metrics, tags, files) were dropped; their data is in the "
+                "output folder",
                 flush=True,
             )
             return False
         if self._owned:
             try:
                 self.client.set_terminated(self.run_id, status)
-            except Exception as error:  # MLflow raises many kinds, see `connect`
+            except Exception as error:  # MLflow raises many types, see `connect`
                 print(f"MLflow at {tracking_uri()}: the run could not be closed: {first_line(error)}", flush=True)
         return True
 
@@ -191,16 +193,16 @@ class Run:
 
 @contextlib.contextmanager
 def _one_error(env_run: str | None) -> Iterator[None]:
-    """Turn MLflow's exceptions into a ValueError of one line."""
+    """Turn MLflow's exceptions into one-line ValueErrors."""
     try:
         yield
     except MlflowException as error:
         which = f" {env_run} (MLFLOW_RUN_ID)" if env_run else ""
-        raise ValueError(f"MLflow at {tracking_uri()} refused the run{which}: {first_line(error)}") from None
+        raise ValueError(f"MLflow at {tracking_uri()} rejected the run{which}: {first_line(error)}") from None
 
 
 def _existing(client: MlflowClient, folder: Path) -> str | None:
-    """Return the ID of the run that `run.json` in a folder names; None without one or if the server has no such run."""
+    """Return the run ID from `run.json`, or None if the file or the run does not exist."""
     if not (folder / RUN).is_file():
         return None
     try:
@@ -213,9 +215,9 @@ def _existing(client: MlflowClient, folder: Path) -> str | None:
 
 
 def _resumed(folder: Path) -> tuple[MlflowClient, str | None]:
-    """Return a client and the run of an interrupted training; if its server does not respond, trust `run.json`.
+    """Return a client and the run of an interrupted training run; if the server does not respond, trust `run.json`.
 
-    If the server turns out to have lost the run, the next stage delivers all curves to a new one.
+    If the server later has no such run, the next stage delivers all curves to a new one.
     """
     state = read_json(folder / RUN) if (folder / RUN).is_file() else {}
     client = None
@@ -224,7 +226,7 @@ def _resumed(folder: Path) -> tuple[MlflowClient, str | None]:
         return client, _existing(client, folder)
     except (ValueError, MlflowException) as error:
         uri = tracking_uri()
-        if state.get("tracking_uri") != uri or not (client or uri.startswith("http")):  # a local file will not come back
+        if state.get("tracking_uri") != uri or not (client or uri.startswith("http")):  # a local file does not recover
             raise
         print(f"{first_line(error)}; training continues in MLflow run {state['run_id']}", flush=True)
         return client or MlflowClient(uri), str(state["run_id"])

@@ -1,4 +1,4 @@
-"""Access to MLflow: tracking URI, a checked client, the experiment of new runs, time-outs.
+"""Access to MLflow: tracking URI, a checked client, the experiment of new runs, timeouts.
 
 `MLFLOW_TRACKING_URI` and MLflow's other variables are honoured; the default is `sqlite:///runs/mlflow.db` with artifacts in the
 same folder.
@@ -36,7 +36,7 @@ def connect() -> MlflowClient:
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    # Otherwise a server in front of S3 redirects its clients there, to an address that often only the server can reach.
+    # Otherwise a server in front of S3 redirects its clients to an S3 address that often only the server can reach.
     os.environ.setdefault("MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD", "false")
     os.environ.setdefault("MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD", "false")
     if uri.startswith("sqlite:///"):
@@ -47,23 +47,23 @@ def connect() -> MlflowClient:
     try:
         client = MlflowClient(uri)
         client.search_experiments(max_results=1)
-    except Exception as error:  # MLflow raises many kinds here, from SQLAlchemy's to its own
+    except Exception as error:  # MLflow raises many types, from SQLAlchemy's to its own
         problem = f"cannot be used (MLFLOW_TRACKING_URI): {first_line(error)}"
         if "error code 403" in str(error):
-            lacking = "the user may not read experiments, or the server's --allowed-hosts lacks this host and port"
-            problem = f"refuses this request (403): {lacking}"
+            reason = "the user may not read experiments, or this host and port are missing from the server's --allowed-hosts"
+            problem = f"rejects this request (403): {reason}"
         elif "error code 401" in str(error):
             user = os.environ.get("MLFLOW_TRACKING_USERNAME")
             who = f"user {user!r} with this password" if user else "a request without a user"
-            problem = f"refuses {who}: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or _TOKEN)"
+            problem = f"rejects {who}: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or _TOKEN)"
         raise ValueError(f"MLflow at {uri} {problem}") from None
     return client
 
 
 @contextmanager
 def request_limits(timeout: int, retries: int | None = None) -> Iterator[None]:
-    """Set MLflow's time-out (seconds) and retries for the requests inside; values that the user set are kept."""
-    # MLflow reads both from the environment for every request. Ours are recognised by value: subprocesses inherit them.
+    """Set MLflow's timeout (seconds) and retries for the requests inside; values set by the user are kept."""
+    # MLflow reads both from the environment at every request. Defaults are recognised by value: subprocesses inherit them.
     limits = {_TIMEOUT: timeout, _RETRIES: retries}
     ours = [name for name, value in _DEFAULTS.items() if limits[name] is not None and os.environ.get(name) == value]
     os.environ.update({name: str(limits[name]) for name in ours})
@@ -78,7 +78,7 @@ def transfer() -> Iterator[None]:
     """Allow more time for files: MLflow's server responds after its store has received or sent a whole file.
 
     Raises:
-        MlflowException: a file could not be sent or fetched, also where MLflow itself raises another type.
+        MlflowException: a file could not be sent or fetched, even where MLflow raises another type.
     """
     with request_limits(timeout=_TRANSFER_SECONDS):
         try:
@@ -104,7 +104,7 @@ def _check_alive(uri: str) -> None:
 
 
 def is_missing(error: MlflowException) -> bool:
-    """Return True only for RESOURCE_DOES_NOT_EXIST; after any other error the resource may exist."""
+    """Return True only for RESOURCE_DOES_NOT_EXIST; any other error leaves it open."""
     return bool(error.error_code == "RESOURCE_DOES_NOT_EXIST")
 
 
