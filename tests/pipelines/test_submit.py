@@ -17,7 +17,7 @@ DATA = ("--images", "/data/images", "--labelled", "/data/toy")
 def kfp(monkeypatch, tmp_path):
     for name in (*ENDPOINTS, TOKEN, "KF_PIPELINES_UI_ENDPOINT", "PIXELCLIP_IMAGE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))  # kfp.Client keeps a context there
+    monkeypatch.setenv("HOME", str(tmp_path))  # kfp.Client stores a context there
     monkeypatch.chdir(tmp_path)
     with fake_kfp() as server:
         yield server
@@ -46,7 +46,7 @@ def test_submit_uploads_once_and_starts_runs_with_every_parameter(kfp, run):
     assert "exec-train" in platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
 
     code, out, _ = run("submit", *DATA)
-    assert code == 0 and "exists already" in out
+    assert code == 0 and "already exists" in out
     assert [len(kfp.all(kind)) for kind in ("pipelines", "versions", "experiments", "runs")] == [1, 1, 1, 2]
 
 
@@ -69,9 +69,9 @@ def test_changed_pipeline_is_a_new_version_and_a_known_one_is_reused(kfp, run):
         ((*DATA, "step=5"), "unknown pipeline parameter 'step', did you mean 'steps'?"),
         ((*DATA, "train.stepz=5"), "did you mean 'steps'?"),
         ((*DATA, "steps=0"), "greater than or equal to 1"),
-        ((*DATA, "masks.part=1/2"), "the pipeline makes all parts"),
+        ((*DATA, "masks.part=1/2"), "the pipeline computes all parts"),
         ((*DATA, "repo=x"), "see --help"),
-        ((*DATA, "--revision", "main"), "revision 'main' without repo"),
+        ((*DATA, "--revision", "main"), "revision 'main' without --repo"),
         (("--images", "", "--labelled", "x"), "images must name a folder"),
         ((*DATA, "--image", "pixelclip"), "must end with a tag"),
         ((*DATA, "--nodes", "2"), "volume.claim"),
@@ -134,10 +134,10 @@ def test_endpoint_order(kfp, pixelclip, monkeypatch):  # noqa: F811
 def test_server_errors_are_one_line(kfp, run, pixelclip, monkeypatch):  # noqa: F811
     kfp.token = "right"
     code, _, err = run("status", "x")
-    assert code == 2 and "refused (401" in err and TOKEN in err and err.count("\n") == 1
+    assert code == 2 and "rejected the request (401" in err and TOKEN in err and err.count("\n") == 1
     monkeypatch.setenv(TOKEN, "right")
     code, _, err = run("status", "x")
-    assert code == 2 and "refused (404" in err and "runs x not found" in err
+    assert code == 2 and "rejected the request (404" in err and "runs x not found" in err
     kfp.token = ""
     kfp.gone = True
     code, _, err = run("status", "x")
@@ -203,8 +203,8 @@ def test_schedules_are_created_listed_and_deleted(kfp, run):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ((), "either --cron or --every"),
-        (("--cron", "0 3 * * 1", "--every", "1d"), "either --cron or --every"),
+        ((), "give exactly one of --cron and --every"),
+        (("--cron", "0 3 * * 1", "--every", "1d"), "give exactly one of --cron and --every"),
         (("--cron", "0 3 * *"), "MINUTE HOUR DAY"),
         (("--cron", "0 3 * * ;"), "MINUTE HOUR DAY"),
         (("--every", "soon"), "for example 6h"),
@@ -218,13 +218,13 @@ def test_invalid_schedule_is_rejected_before_anything_is_sent(kfp, run, words, m
 
 @pytest.mark.parametrize("login", ["bot:very-secret@", "very-secret@"])
 @pytest.mark.parametrize("words", [("submit",), ("schedule", "create", "s", "--every", "6h")])
-def test_login_in_repository_url_is_rejected(kfp, run, words, login):
+def test_credentials_in_repository_url_are_rejected(kfp, run, words, login):
     code, out, err = run(*words, *DATA, "--repo", f"https://{login}git.example/data.git")
-    assert code == 2 and "--repo https://git.example/data.git was given with a login" in err and "docs/cluster.md" in err
+    assert code == 2 and "--repo https://git.example/data.git contains credentials" in err and "docs/cluster.md" in err
     assert "very-secret" not in out + err and kfp.asked == []
 
 
-def test_repository_url_without_a_login_is_sent(kfp, run):
+def test_repository_url_without_credentials_is_sent(kfp, run):
     for repo in ("ssh://git@git.example/data.git", "git@git.example:data.git", "https://git.example/a@b.git"):
         assert run("submit", *DATA, "--repo", repo)[0] == 0
         assert kfp.all("runs")[-1]["runtime_config"]["parameters"]["repo"] == repo

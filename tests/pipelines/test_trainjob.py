@@ -151,7 +151,7 @@ def test_failed_training_fails_the_step(kubernetes, space):
 
 def test_deleted_job_fails_the_step(kubernetes, space):
     kubernetes.fate = [None, "gone"]
-    with pytest.raises(RuntimeError, match="was deleted before its end"):
+    with pytest.raises(RuntimeError, match="was deleted before it ended"):
         train_on_nodes(job(space), str(space), TrainConfig())
 
 
@@ -223,7 +223,7 @@ def test_sigterm_deletes_the_job(kubernetes, space):
 def test_paths_off_the_volume_are_rejected(kubernetes, space, tmp_path):
     with pytest.raises(ValueError, match="the parameter `workspace`"):
         train_on_nodes(job(space), "", TrainConfig())
-    with pytest.raises(ValueError, match=r"elsewhere/masks: is not below .*volume"):
+    with pytest.raises(ValueError, match=r"elsewhere/masks: must be below .*volume"):
         train_on_nodes(job(space), str(tmp_path / "elsewhere"), TrainConfig())
     assert kubernetes.log == []
 
