@@ -142,7 +142,7 @@ def test_revision_is_resolved_to_its_commit(repository):
         pinned(str(repository), "nope", "")
     with pytest.raises(ValueError, match="nothing: is no git repository"):
         pinned(str(repository / "nothing"), "main", "")
-    with pytest.raises(ValueError, match=r"data\.git: is no.* git repository") as refused:
+    with pytest.raises(ValueError, match=r"data\.git: is no git repository") as refused:
         pinned("https://user:very-secret@127.0.0.1:9/data.git", "main", "")
     assert "very-secret" not in str(refused.value)
 
