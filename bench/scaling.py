@@ -51,7 +51,7 @@ def _table(name: str, rows: dict[int, dict[str, Any]]) -> None:
     (first, low), (last, high) = next(iter(rows.items())), list(rows.items())[-1]
     slope = (high["seconds"] - low["seconds"]) / (last - first)
     straight = [row["seconds"] / (low["seconds"] + slope * (number - first)) for number, row in rows.items()]
-    print(f"line through both ends: {low['seconds'] - slope * first:.3f} s + {1000 * slope:.2f} ms each; largest deviation "
+    print(f"line through both ends: {low['seconds'] - slope * first:.3f} s + {1000 * slope:.2f} ms each; maximum deviation "
           f"{100 * max(abs(ratio - 1) for ratio in straight):.0f} %\n")  # fmt: skip
 
 

@@ -164,9 +164,9 @@ def total(parts: dsl.Input[list[dsl.Dataset]], out: dsl.Output[dsl.Dataset]) -> 
 
 @dsl.pipeline(name="sums")
 def sums(value: int, fault: str = ""):
-    made = number(value=value, fault=fault)
+    counted = number(value=value, fault=fault)
     with dsl.ParallelFor([1, 2, 3]) as factor:
-        parts = product(first=made.outputs["out"], second=factor)
+        parts = product(first=counted.outputs["out"], second=factor)
     total(parts=dsl.Collected(parts.outputs["out"]))
 
 

@@ -203,8 +203,8 @@ def test_unknown_runner_is_rejected_before_any_step(tmp_path):
 def test_output_that_points_to_a_missing_folder_is_missing(tmp_path):
     pointer = {"uri": str(tmp_path / "kfp" / "model"), "metadata": {"location": str(tmp_path / "space" / "train")}}
     fake_data.write_files(tmp_path / "kfp", {"model": b"where it is"})
-    write_json(tmp_path / "made.json", {"artifacts": {"model": {"artifacts": [pointer]}}})
-    declared = {"outputFile": str(tmp_path / "made.json"), "artifacts": {"model": {"artifacts": [{}]}}}
+    write_json(tmp_path / "output.json", {"artifacts": {"model": {"artifacts": [pointer]}}})
+    declared = {"outputFile": str(tmp_path / "output.json"), "artifacts": {"model": {"artifacts": [{}]}}}
     assert missing_outputs(declared) == ["model"]
     (tmp_path / "space" / "train").mkdir(parents=True)
     assert missing_outputs(declared) == []

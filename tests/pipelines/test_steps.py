@@ -231,8 +231,8 @@ def test_evaluate_clip_component_passes_its_inputs(tmp_path):
     evaluate_clip.python_func(artifact(labelled), output, metrics, spec, "c1", "d1", settings)
     assert logged == json.loads((tmp_path / "step" / "evaluation" / "metrics.json").read_text())
     assert (output.metadata["clip_version"], output.metadata["data_version"]) == ("c1", "d1")
-    made = json.loads((tmp_path / "step" / "evaluation" / "provenance.json").read_text())["settings"]
-    assert {key: made[key] for key in ("clip", "side", "residual", "templates", "name")} == {
+    recorded = json.loads((tmp_path / "step" / "evaluation" / "provenance.json").read_text())["settings"]
+    assert {key: recorded[key] for key in ("clip", "side", "residual", "templates", "name")} == {
         **{"clip": spec, "side": 48, "residual": "patch", "templates": "single", "name": "labelled"}
     }
     assert located(output) == tmp_path / "step" / "evaluation"
@@ -251,23 +251,25 @@ def test_parts_of_masks_are_gathered_as_one_folder(tmp_path):
             f"{key}.json": fake_data.annotation(halves),
         }
         fake_data.write_tar(tmp_path / "shards" / f"{number}.tar", members)
-    made = []
+    outputs = []
     for number in (1, 2, 3):
         output = SimpleNamespace(path=str(tmp_path / f"step-{number}" / "masks"), uri="")
         metrics = SimpleNamespace(log_metric=lambda *_: None)
         source = artifact(tmp_path / "shards")
         masks_component.python_func(source, output, metrics, "given", {"masks.workers": 0.0}, part=f"{number}/3")
-        made.append(artifact(Path(output.path)))
-    with gathered(None, made) as folder:
+        outputs.append(artifact(Path(output.path)))
+    with gathered(None, outputs) as folder:
         names = sorted(path.name for path in list_shards(folder))
         described = describe_shards(folder)
     assert names == [f"{number}.tar" for number in range(5)]
     assert described["num_files"] == 5 and described["provenance"]["stage"] == "masks"
-    assert not folder.exists() and all(Path(each.path).is_dir() for each in made), "links are removed, their targets are kept"
-    elsewhere = [artifact(tmp_path / "kfp" / each.name, location=each.path) for each in made]
+    assert not folder.exists() and all(Path(each.path).is_dir() for each in outputs), (
+        "links are removed, their targets are kept"
+    )
+    elsewhere = [artifact(tmp_path / "kfp" / each.name, location=each.path) for each in outputs]
     with gathered(None, elsewhere) as folder:
         assert sorted(path.name for path in list_shards(folder)) == names, "in a workspace artifacts are pointers"
-    with gathered(None, made[:2]) as folder, pytest.raises(ValueError, match="but not 3/3"):
+    with gathered(None, outputs[:2]) as folder, pytest.raises(ValueError, match="but not 3/3"):
         list_shards(folder)
 
 
