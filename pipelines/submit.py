@@ -201,7 +201,7 @@ def health(endpoint: str, timeout: float = 10.0) -> dict[str, Any]:
     try:
         return dict(response.json())
     except ValueError:  # a login page also has status 200
-        kind = response.headers.get("Content-Type", "something else")
+        kind = response.headers.get("Content-Type", "an unknown content type")
         raise ValueError(f"{endpoint}: expected KFP's API, got {kind}; set a token in {TOKEN}") from None
 
 
