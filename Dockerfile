@@ -1,17 +1,17 @@
 # The image of pixelclip for all components, serving and the command line. `make image` builds it; see docs/docker.md.
 #
-# Build stages outside the image fetch all packages, so a package index leaves no trace in it. The image has three layers that
-# change at different rates: torch with CUDA, the other packages, pixelclip.
+# Separate build stages fetch all packages, so the image does not reveal the package index. Its three layers change at different
+# rates: torch with CUDA, the other packages, pixelclip.
 ARG BASE=python:3.11-slim
 
 FROM ${BASE} AS tools
 ARG UV=0.13.9
-# A package index other than the public one.
+# A package index instead of the public one.
 ARG INDEX_URL=
 ENV PIP_INDEX_URL=${INDEX_URL} UV_DEFAULT_INDEX=${INDEX_URL} UV_NO_CACHE=1 UV_LINK_MODE=copy
 # --prefix installs packages into /layer, which is then copied over this environment in the image.
 ENV INTO="--python /opt/pixelclip/bin/python --prefix /layer --no-deps --compile-bytecode --quiet"
-# Bytecode that stays valid when a copy changes modification times.
+# Keep bytecode valid when a copy changes modification times.
 ENV PYC_INVALIDATION_MODE=UNCHECKED_HASH
 RUN pip install --quiet --no-cache-dir --root-user-action=ignore "uv==${UV}" \
     && python3 -m venv /opt/pixelclip
@@ -43,7 +43,7 @@ COPY pipelines pipelines
 RUN uv pip install $INTO --build-constraints requirements.txt .
 
 FROM ${BASE}
-# DVC resolves revisions with git, also in mounted repositories of another owner.
+# DVC resolves revisions with git, also in mounted repositories of a different owner.
 RUN apt-get update -qq \
     && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends git >/dev/null \
     && rm -rf /var/lib/apt/lists/* /var/cache/* /var/log/* \
@@ -54,9 +54,8 @@ COPY --from=tools /opt/pixelclip /opt/pixelclip
 COPY --from=torch /layer /opt/pixelclip
 COPY --from=others /layer /opt/pixelclip
 COPY --from=code /layer /opt/pixelclip
-# Caches and temporary files go to /tmp, the only folder that must be writable. USER is the user name for a UID without one.
-# MLflow's own commands fetch files through MLflow's server, as pixelclip does. Docker or Kubernetes sets
-# NVIDIA_VISIBLE_DEVICES.
+# Caches and temporary files go to /tmp, the only folder that must be writable. USER names UIDs that have no name.
+# MLflow's own commands fetch files through MLflow's server, as pixelclip does. Docker or Kubernetes sets NVIDIA_VISIBLE_DEVICES.
 ENV PATH=/opt/pixelclip/bin:$PATH \
     HOME=/tmp \
     USER=pixelclip \

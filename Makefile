@@ -1,4 +1,4 @@
-# A fresh machine needs `make demo` and `make test` only; each creates .venv if it is missing.
+# Targets that need .venv create it.
 PYTHON ?= python3.11
 BIN := .venv/bin
 DEMO := runs/demo
@@ -16,7 +16,7 @@ demo: .venv/installed  ## The whole pipeline on painted scenes, 5 to 15 minutes 
 	@$(BIN)/pixelclip pipeline run --images $(DEMO)/toy/images --labelled $(DEMO)/toy/toy --out $(DEMO) --params params.yaml
 	@echo "Look at $(DEMO)/report.html, or at the run and the registry: make ui"
 
-demo-docker: .venv/installed image  ## The same in containers, with data from DVC on S3 and MLflow on PostgreSQL: runs/demo-docker/
+demo-docker: .venv/installed image  ## The demo in containers, with data from DVC on S3 and MLflow on PostgreSQL: runs/demo-docker/
 	@servers=$$(mktemp -d) && PATH=$(CURDIR)/$(BIN):$$PATH PIXELCLIP_IMAGE=pixelclip:dev \
 		$(BIN)/python tests/helpers/services.py $$servers deploy/demo_docker.sh $(CURDIR)/runs/demo-docker
 
@@ -40,7 +40,7 @@ lint: .venv/installed  ## Ruff and the type checker
 ui: .venv/installed  ## MLflow's UI with the runs of this folder
 	@$(BIN)/mlflow ui --backend-store-uri $(MLFLOW_TRACKING_URI)
 
-image:  ## The container image pixelclip:VERSION-COMMIT, also tagged :latest and :dev (the default of components)
+image:  ## The container image pixelclip:VERSION-COMMIT, also tagged :latest and :dev (the default of the components)
 	@version=$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml); \
 	revision=$$(git rev-parse HEAD 2>/dev/null || echo unknown); \
 	changed=$$(git status --porcelain -- $(IMAGE_FILES) 2>/dev/null | grep -q . && echo changes); \
@@ -49,7 +49,7 @@ image:  ## The container image pixelclip:VERSION-COMMIT, also tagged :latest and
 		--build-arg PIXELCLIP_REVISION=$$revision$${changed:++$$changed} -t $$tag -t pixelclip:latest -t pixelclip:dev . && \
 	docker image inspect --format "$$tag  {{.Size}} bytes  {{.Id}}" $$tag
 
-clean:  ## Remove the environment and all outputs
+clean:  ## Remove .venv and all outputs
 	rm -rf .venv runs data build pixelclip.egg-info
 
 help:  ## List all targets

@@ -1,1 +1,1 @@
-"""Benchmarks of speed and memory against baselines: `make bench`."""
+"""Benchmarks of speed and memory against baselines (`make bench`)."""

@@ -1,4 +1,4 @@
-"""Run benchmarks: `python -m bench [NAME ...]`; prints a table and writes `bench/results.json`."""
+"""Run benchmarks, print a table and write `bench/results.json`: `python -m bench [NAME ...]`."""
 
 import importlib
 import json
@@ -20,7 +20,7 @@ RESULTS = Path(__file__).with_name("results.json")
 
 
 def _in_process(name: str, part: str) -> dict[str, Any]:
-    """Run one part of a benchmark in a new process, whose memory holds nothing of other parts."""
+    """Run one part of a benchmark in a new process, whose memory contains nothing from other parts."""
     command = [sys.executable, "-m", "bench", "--part", name, part]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
@@ -52,12 +52,12 @@ def _row(name: str, result: dict[str, Any]) -> str:
 
 
 def main(words: list[str]) -> None:
-    """Run the named benchmarks, or all."""
+    """Run the benchmarks in `words`, or all."""
     if words[:1] == ["--part"]:
         print(json.dumps(_part(*words[1:])))
         return
     if unknown := [word for word in words if word not in NAMES]:
-        raise SystemExit(f"unknown benchmark {unknown[0]!r}; there are {', '.join(NAMES)}")
+        raise SystemExit(f"unknown benchmark {unknown[0]!r}; the benchmarks are {', '.join(NAMES)}")
     results = json.loads(RESULTS.read_text())["results"] if words and RESULTS.is_file() else {}
     print(f"{'':<20}{'baseline':>12}{'ours':>11}{'ratio':>9}{'memory, baseline':>16}{'ours':>8}", flush=True)
     for name in words or NAMES:

@@ -1,4 +1,4 @@
-"""SAM's automatic masks: `segment_anything.SamAutomaticMaskGenerator` against `SamGenerator`."""
+"""SAM's automatic masks with `segment_anything.SamAutomaticMaskGenerator` and with `SamGenerator`."""
 
 import math
 from typing import Any
@@ -18,19 +18,19 @@ from pixelclip.toy_scenes.scenes import paint
 
 SIZE = (1000, 1500)
 SETTINGS = {"points_per_side": 20, "pred_iou_thresh": 0.88, "stability_score_thresh": 0.9, "box_nms_thresh": 0.7}
-PASSING = 0.15  # share of the proposals of 16 points above the threshold of predicted IoU; of all points, about a fifth
-RADII = (0.04, 0.07, 0.11)  # of the three masks of a point, as shares of the longer side of the image
+PASSING = 0.15  # fraction of proposals above the threshold of predicted IoU, at 16 points (at all points, about a fifth)
+RADII = (0.04, 0.07, 0.11)  # of the three masks of a point, as fractions of the longer side of the image
 EMBEDDINGS = ("pos_embed", "point_embeddings", "not_a_point_embed", "no_mask_embed", "iou_token", "mask_tokens")
 SMALL = {"embed_dim": 192, "depth": 4, "num_heads": 3, "global_attn_indexes": (3,)}
 VIT_B = {"embed_dim": 768, "depth": 12, "num_heads": 12, "global_attn_indexes": (2, 5, 8, 11)}
 
 
 def make(encoder: dict[str, Any] = SMALL, passing: float = PASSING) -> Case:
-    """Make the comparison.
+    """Create the comparison.
 
     Args:
         encoder: settings of SAM's image encoder.
-        passing: share of the proposals that pass by predicted IoU.
+        passing: fraction of the proposals whose predicted IoU passes the threshold.
     """
     image = picture()
     sam = local_sam(image, encoder, passing)
@@ -56,10 +56,10 @@ def picture() -> NDArray[np.uint8]:
 
 @torch.no_grad()
 def local_sam(image: NDArray[np.uint8], encoder: dict[str, Any], passing: float) -> Sam:
-    """Make a SAM with random weights whose masks are blobs around their point, as with trained weights.
+    """Create a SAM with random weights whose masks are blobs around their point, as with trained weights.
 
     Image tokens near a point attend to it and receive a fixed message; the last bias of each hypernetwork is fitted to discs;
-    the predicted IoU is shifted so that the requested share passes.
+    the predicted IoU is shifted so that the fraction `passing` passes.
     """
     sam = _build_sam(**{f"encoder_{name}": value for name, value in encoder.items()}).requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
@@ -86,7 +86,7 @@ def local_sam(image: NDArray[np.uint8], encoder: dict[str, Any], passing: float)
 
 
 def _fit(sam: Sam, image: NDArray[np.uint8], passing: float) -> None:
-    """Fit message, hypernetworks and predicted IoU at 16 points of the image, see `local_sam`."""
+    """Fit message, hypernetworks and predicted IoU of `local_sam` at 16 points of the image."""
     decoder, side = sam.mask_decoder, sam.image_encoder.img_size
     resized = ResizeLongestSide(side).apply_image(image)
     embedding = sam.image_encoder(sam.preprocess(torch.as_tensor(resized).permute(2, 0, 1))[None])
@@ -97,8 +97,8 @@ def _fit(sam: Sam, image: NDArray[np.uint8], passing: float) -> None:
     seen: dict[str, Tensor] = {}
 
     def decode() -> Tensor:
-        place = sam.prompt_encoder.get_dense_pe()
-        return decoder(embedding, place, sparse, dense, multimask_output=True)[1]
+        positions = sam.prompt_encoder.get_dense_pe()
+        return decoder(embedding, positions, sparse, dense, multimask_output=True)[1]
 
     telling = decoder.transformer.layers[1].cross_attn_image_to_token
     hooks = [
@@ -112,7 +112,7 @@ def _fit(sam: Sam, image: NDArray[np.uint8], passing: float) -> None:
     for side_of, linear, change in (("v", telling.v_proj, message), ("k", telling.k_proj, torch.full_like(message, -3.0))):
         point, others = seen[side_of][:, 5], seen[side_of][:, [0, 1, 2, 3, 4, 6]].mean(dim=1)
         difference = (point - others).mean(dim=0)
-        direction = difference / difference.square().sum()  # larger by 1 at the point's token than at the others
+        direction = difference / difference.square().sum()  # its product is larger by 1 at the point's token than at the others
         linear.weight.add_(torch.outer(change, direction))
         linear.bias.sub_(change * (others @ direction).mean())
     decode()
@@ -136,7 +136,7 @@ def _fit(sam: Sam, image: NDArray[np.uint8], passing: float) -> None:
 
 
 def same(theirs: list[dict[str, Any]], ours: list[dict[str, Any]]) -> str:
-    """Compare all masks: same order, equal pixels."""
+    """Check that all masks have the same order and equal pixels."""
     assert len(theirs) == len(ours) > 20, f"{len(theirs)} and {len(ours)} masks"
     for one, other in zip(theirs, ours, strict=True):
         assert one["segmentation"] == other["segmentation"], f"mask {other['id']} differs"

@@ -1,4 +1,4 @@
-"""A benchmark: two implementations of the same work, the comparison of their results, timing and memory."""
+"""Comparison of two implementations of the same work: their results, time and memory."""
 
 import resource
 import statistics
@@ -15,9 +15,9 @@ class Case:
 
     Attributes:
         what: the work and its sizes, in one line.
-        baseline: one call of the reference implementation.
-        ours: one call of pixelclip's.
-        same: compares the two results; raises AssertionError if they differ too much, else describes the difference.
+        baseline: calls the reference implementation once.
+        ours: calls pixelclip's implementation once.
+        same: describes the difference of the two results; raises AssertionError if it is too large.
         rounds: number of timed calls of each.
     """
 
@@ -29,7 +29,7 @@ class Case:
 
 
 def compare(case: Case) -> dict[str, Any]:
-    """Time both alternately after one untimed call of each.
+    """Time both implementations alternately after one untimed call of each.
 
     Returns:
         Median seconds, the ratio baseline / ours of every round, the median ratio, and the description of the difference.
@@ -37,7 +37,7 @@ def compare(case: Case) -> dict[str, Any]:
     difference = case.same(case.baseline(), case.ours())
     seconds: dict[str, list[float]] = {"baseline": [], "ours": []}
     for turn in range(case.rounds):
-        for side in ("baseline", "ours") if turn % 2 == 0 else ("ours", "baseline"):  # neither is always second
+        for side in ("baseline", "ours") if turn % 2 == 0 else ("ours", "baseline"):  # alternate who is first
             start = time.perf_counter()
             getattr(case, side)()
             seconds[side].append(time.perf_counter() - start)
@@ -53,7 +53,7 @@ def compare(case: Case) -> dict[str, Any]:
 
 
 def peak_memory(work: Callable[[], Any]) -> dict[str, int]:
-    """Measure one call in this process: peak resident memory in bytes, and its excess over the memory before the call."""
+    """Return the peak resident memory of one call in bytes, and its excess over the memory before the call."""
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before = _status("VmRSS")
     work()

@@ -1,4 +1,4 @@
-"""k-means over DINO's patch tokens, as for the paper's masks: scikit-learn image by image against `kmeans`."""
+"""k-means over DINO's patch tokens with scikit-learn, image by image, and with `kmeans`."""
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ PARTS = 30
 
 
 def make() -> Case:
-    """Make the comparison."""
+    """Create the comparison."""
     points = tokens()
     return Case(
         what=f"k-means of {BATCH} images of {SIDE**2} tokens [{WIDTH}], k={CLUSTERS}, {RESTARTS} restarts; KMeans per image",
@@ -25,12 +25,12 @@ def make() -> Case:
 
 
 def tokens() -> Tensor:
-    """Make tokens [B, P, D] of images with 30 parts each: mixtures that vary smoothly over the grid, with noise."""
+    """Create patch tokens [B, P, D] of images with 30 parts each: smoothly varying mixtures with noise."""
     generator = torch.Generator().manual_seed(0)
     part = torch.randn(BATCH, PARTS, WIDTH, generator=generator)
     coarse = 3 * torch.randn(BATCH, PARTS, 6, 6, generator=generator)
-    share = F.interpolate(coarse, size=(SIDE, SIDE), mode="bicubic").softmax(dim=1).flatten(2)  # [B, PARTS, P]
-    return share.transpose(1, 2) @ part + 0.5 * torch.randn(BATCH, SIDE**2, WIDTH, generator=generator)
+    mixture = F.interpolate(coarse, size=(SIDE, SIDE), mode="bicubic").softmax(dim=1).flatten(2)  # [B, PARTS, P]
+    return mixture.transpose(1, 2) @ part + 0.5 * torch.randn(BATCH, SIDE**2, WIDTH, generator=generator)
 
 
 def _theirs(image: Tensor) -> float:
@@ -38,7 +38,7 @@ def _theirs(image: Tensor) -> float:
 
 
 def same(theirs: Tensor, ours: Tensor) -> str:
-    """Compare the mean inertia: within 1 %."""
+    """Check that the mean inertias agree within 1 %."""
     ratio = (ours / theirs).mean().item()
     assert abs(ratio - 1) <= 0.01, f"mean inertia is {ratio:.4f} of scikit-learn's"
     return f"mean inertia {ratio:.4f} of theirs"

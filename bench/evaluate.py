@@ -1,4 +1,4 @@
-"""Evaluation of CLIP and PixelCLIP on labelled photographs against one image at a time with scores at full size."""
+"""Evaluation of CLIP and PixelCLIP on labelled images, and literally: one image at a time with scores at full size."""
 
 import atexit
 import contextlib
@@ -47,7 +47,7 @@ def labelled_set(folder: Path, size: tuple[int, int], classes: int, images: int)
 
 
 def one_by_one(towers: dict[str, nn.Module], clip_side: int, classes: Tensor, folder: Path) -> dict[str, Any]:
-    """Evaluate literally: one model after the other, image by image, scores of all classes at full size."""
+    """Evaluate literally: one model after the other, image by image, with scores of all classes at full size."""
     confusions, recalled, count = {}, np.zeros(2, np.int64), len(classes)
     for name, visual in towers.items():
         confusion = np.zeros((count, count), np.int64)
@@ -75,17 +75,17 @@ def ours(towers: dict[str, nn.Module], clip: Clip, classes: Tensor, folder: Path
         return evaluate_towers(wrapped, clip, classes, dataset, config, SINGLE_PROCESS, Path(state)).counts
 
 
-def same(share: float, theirs: dict[str, Any], counts: EvaluationCounts) -> str:
-    """Compare confusion matrices and recall; rounding may move this share of the pixels to another class."""
+def same(tolerance: float, theirs: dict[str, Any], counts: EvaluationCounts) -> str:
+    """Compare confusion matrices and recall; rounding may change the class of this fraction of the pixels."""
     differing = pixels = 0
     for name, confusion in theirs["confusions"].items():
         found = counts.confusions[name].counts
         assert not found[:, -1].any()
         differing += int(np.abs(found[:, :-1] - confusion).sum()) // 2
         pixels += int(confusion.sum())
-    assert differing <= share * pixels, (differing, pixels)
-    assert np.abs(theirs["recalled"] - counts.recalled).max() <= share * theirs["recalled"][1]
-    return f"{differing} of {pixels} pixels counted elsewhere"
+    assert differing <= tolerance * pixels, (differing, pixels)
+    assert np.abs(theirs["recalled"] - counts.recalled).max() <= tolerance * theirs["recalled"][1]
+    return f"{differing} of {pixels} pixels have a different class"
 
 
 def make(
@@ -94,9 +94,9 @@ def make(
     images: int = IMAGES,
     precision: Literal["float32", "bfloat16"] = "float32",
 ) -> Case:
-    """Make the comparison; the time of making the classifier is not measured."""
-    place = Path(tempfile.mkdtemp())
-    folder = labelled_set(place / "set", size, classes, images)
+    """Create the comparison, without the time to build the classifier."""
+    temporary = Path(tempfile.mkdtemp())
+    folder = labelled_set(temporary / "set", size, classes, images)
     original = random_clip()
     learned = copy.deepcopy(original)
     generator = torch.Generator().manual_seed(6)
@@ -107,7 +107,7 @@ def make(
     towers = {OURS: learned.visual.eval(), CLIP: original.visual.eval()}
     clip = Clip(original, {"vision_cfg": {}}, MEAN, STD)
     config = EvaluateConfig(side=SIDE, pictures=0, batch_size=4, precision=precision)
-    atexit.register(shutil.rmtree, place)
+    atexit.register(shutil.rmtree, temporary)
     return Case(
         what=f"ViT-B/16 twice at {SIDE} px, once at {clip.side} px, {images} photographs of {size[1]}x{size[0]}, K {classes}, "
         f"ours in {precision}",

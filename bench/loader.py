@@ -1,4 +1,4 @@
-"""Training samples from shards like SA-1B's, against decoding everything, resizing everything and then cropping."""
+"""Loading of training samples from shards like SA-1B's, and literally: decode and resize everything, then crop."""
 
 import atexit
 import io
@@ -25,7 +25,7 @@ from pixelclip.data.dataset import Batch, MaskedImages, collate
 from pixelclip.data.shard_format import ShardWriter, index_shard, read_part
 from pixelclip.data.views import Views
 
-EDGES, MASKS, QUALITY = (1500, 2250), 100, 90  # of SA-1B's published images; half of ours are upright
+EDGES, MASKS, QUALITY = (1500, 2250), 100, 90  # as SA-1B's published images; half of ours are in portrait format
 IMAGES, PASSES, BATCH, WORKERS = 12, 4, 6, 2
 KEPT = IMAGES // BATCH
 Plain = tuple[Tensor, Tensor, Tensor]
@@ -40,7 +40,7 @@ def paper_views() -> Views:
 
 
 def write_shards(folder: Path, images: int = IMAGES, edges: tuple[int, int] = EDGES, masks: int = MASKS) -> list[Path]:
-    """Write one tar of images with textures of all sizes and overlapping masks; as in SA-1B, a hundred masks per image."""
+    """Write one tar of images with textures of all sizes and, as in SA-1B, a hundred overlapping masks per image."""
     generator = np.random.default_rng(0)
     with ShardWriter(folder / "0.tar") as writer:
         for number in range(images):
@@ -59,7 +59,7 @@ def write_shards(folder: Path, images: int = IMAGES, edges: tuple[int, int] = ED
 
 
 def _texture(generator: np.random.Generator, height: int, width: int) -> NDArray[np.uint8]:
-    """Make noise at all scales, stronger at coarse ones as in photographs."""
+    """Create noise at all scales, stronger at coarse ones, as in photographs."""
     image = np.full((height, width, 3), 128, np.float32)
     for cell in (1, 2, 4, 8, 16, 64, 256):
         coarse = generator.normal(0, 3 * cell**0.5, (-(-height // cell), -(-width // cell), 3)).astype(np.float32)
@@ -98,7 +98,7 @@ def _entry(code: dict[str, Any], number: int) -> dict[str, Any]:
 
 
 class DecodeAll(Dataset[Plain]):
-    """The same samples, made literally: decode everything, resize everything, crop, then make the views of the crop.
+    """The same samples computed literally: decode everything, resize everything, crop, then compute the views of the crop.
 
     Random numbers are drawn in the order of `pixelclip.data.views.draw`, so that the samples can be compared.
     """
@@ -135,10 +135,10 @@ def _draw_from_all(image: Image.Image, codes: Sequence[dict[str, Any]], views: V
     if views.strong_view:
         strong = _strong_jitter(weak, generator)
         if views.cutout_max:
-            share = generator.uniform(views.cutout_min, views.cutout_max, 2)
-            place = [generator.uniform(0, 1 - side) for side in share]
-            box = [*(round(p * n) for p, n in zip(place, (down, across), strict=True))]
-            box += [round((p + s) * n) - b for p, s, n, b in zip(place, share, (down, across), box, strict=True)]
+            sides = generator.uniform(views.cutout_min, views.cutout_max, 2)
+            corner = [generator.uniform(0, 1 - side) for side in sides]
+            box = [*(round(p * n) for p, n in zip(corner, (down, across), strict=True))]
+            box += [round((p + s) * n) - b for p, s, n, b in zip(corner, sides, (down, across), box, strict=True)]
             strong, cropped = (TF.erase(x, *box, v=torch.zeros(1, dtype=x.dtype)) for x in (strong, cropped))
     grid = TF.resize(cropped, [views.mask_grid] * 2, TF.InterpolationMode.NEAREST_EXACT).bool()
     grid = grid[grid.flatten(1).sum(dim=1) > 1]
@@ -161,10 +161,10 @@ def _ssd_jitter(x: Tensor, generator: np.random.Generator) -> Tensor:
     return x
 
 
-def _saturate(x: Tensor, share: float) -> Tensor:
-    """Multiply the saturation of HSV by Pillow, in bytes as in detectron2; torchvision's saturation differs."""
+def _saturate(x: Tensor, factor: float) -> Tensor:
+    """Multiply HSV's saturation with Pillow, in bytes as in detectron2; torchvision's saturation differs."""
     hue, saturation, value = TF.to_pil_image(x).convert("HSV").split()
-    more = saturation.point(lambda byte: min(255, byte * share))
+    more = saturation.point(lambda byte: min(255, byte * factor))
     return TF.to_dtype(TF.pil_to_tensor(Image.merge("HSV", (hue, more, value)).convert("RGB")), torch.float32, scale=True)
 
 
@@ -189,14 +189,14 @@ def _join(samples: Sequence[Plain]) -> Batch:
 
 
 def _read(dataset: Dataset[Any], join: Callable[..., Any]) -> Iterator[Any]:
-    """Iterate over batches from new workers; they are forked, so that `peak_memory` counts them."""
+    """Iterate over batches from new workers, which are forked so that `peak_memory` counts them."""
     lists = [list(range(first, first + BATCH)) for first in range(0, IMAGES * PASSES, BATCH)]
     options: dict[str, Any] = {"num_workers": WORKERS, "multiprocessing_context": "fork"}
     return iter(DataLoader(dataset, batch_sampler=lists, collate_fn=join, **options))
 
 
 def _first(batches: Iterator[Batch]) -> list[Batch]:
-    """Read all batches and return the first few, which are compared; training keeps none."""
+    """Read all batches and return the first few for the comparison; training keeps none."""
     kept: list[Batch] = []
     for batch in batches:
         if len(kept) < KEPT:
@@ -205,7 +205,7 @@ def _first(batches: Iterator[Batch]) -> list[Batch]:
 
 
 def _same(baseline: list[Batch], ours: list[Batch]) -> str:
-    """Compare views, and every mask with the nearest of its image: each side may drop masks that the other keeps."""
+    """Compare views, and every mask with the nearest mask of its image, since each side may drop masks that the other keeps."""
     std, pixels, differs, total, area, alone = torch.tensor(_STD).view(3, 1, 1), [], 0, 0, 0, 0
     for theirs, mine in zip(baseline, ours, strict=True):
         pixels += [((a - b) * std).abs().mean().item() for a, b in ((theirs.weak, mine.weak), (theirs.strong, mine.strong))]
@@ -225,7 +225,7 @@ def _same(baseline: list[Batch], ours: list[Batch]) -> str:
 
 
 def make() -> Case:
-    """Make the comparison on new shards; every call reads each image several times with two workers on both sides."""
+    """Create the comparison on new shards; every call reads each image several times, with two workers."""
     folder = Path(tempfile.mkdtemp(prefix="pixelclip-loader-"))
     atexit.register(shutil.rmtree, folder)
     shards = write_shards(folder)

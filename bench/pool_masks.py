@@ -1,4 +1,4 @@
-"""Mask features by the transposed bilinear map, against upsampled features [B, C, H, W] averaged mask by mask."""
+"""Mask features by the transposed bilinear map, and literally: upsampled features averaged mask by mask."""
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ IMAGES, CHANNELS, PLACES = 2, 512, 20
 
 
 def literal(features: Tensor, masks: Tensor, image_index: Tensor) -> Tensor:
-    """Pool as tests/helpers/reference.py does: one boolean gather per mask."""
+    """Pool as tests/helpers/reference.py does, with one boolean gather per mask."""
     large = F.interpolate(features, size=masks.shape[1:], mode="bilinear", align_corners=False)
     return F.normalize(
         torch.stack([large[i][:, m].mean(dim=1) for m, i in zip(masks, image_index.tolist(), strict=True)]), dim=1
@@ -20,7 +20,7 @@ def literal(features: Tensor, masks: Tensor, image_index: Tensor) -> Tensor:
 
 
 def by_product(features: Tensor, masks: Tensor, image_index: Tensor) -> Tensor:
-    """Pool with one matrix product per image: an additional baseline, `make(by_product)`."""
+    """Pool with one matrix product per image; this is an additional baseline, `make(by_product)`."""
     large = F.interpolate(features, size=masks.shape[1:], mode="bilinear", align_corners=False).flatten(2)  # [B, C, H * W]
     flat = masks.flatten(1).to(features.dtype)
     return F.normalize(torch.cat([flat[image_index == i] @ large[i].T for i in range(len(features))]), dim=1)
@@ -34,7 +34,7 @@ def same(theirs: Tensor, ours: Tensor) -> str:
 
 
 def make(baseline=literal) -> Case:  # type: ignore[no-untyped-def]
-    """Make the comparison."""
+    """Create the comparison."""
     generator = torch.Generator().manual_seed(2)
     features = torch.randn(IMAGES, CHANNELS, PLACES, PLACES, generator=generator)
     masks = blobs(generator, IMAGES * MASKS)

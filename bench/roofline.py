@@ -1,6 +1,6 @@
 """Time of the parts of a training step against the machine's peak: `python -m bench.roofline [bfloat16]`.
 
-torch counts the operations (a multiplication and an addition are two). The peak is the rate of a large matrix product.
+torch counts the operations (a multiply-add is two). The peak is the rate of a large matrix product.
 """
 
 import sys
@@ -29,7 +29,7 @@ def _best(work: Callable[[], Any], rounds: int = 3) -> float:
 
 
 def _peak(precision: torch.dtype | None) -> tuple[float, float]:
-    """Measure operations per second of a matrix product, and bytes per second of a copy (read and written)."""
+    """Measure the operations per second of a matrix product and the bytes per second (read and written) of a copy."""
     size = 2048
     a, b = torch.randn(2, size, size).to(precision or torch.float32)
     large = torch.randn(1 << 26)
@@ -39,7 +39,7 @@ def _peak(precision: torch.dtype | None) -> tuple[float, float]:
 
 
 def main(words: list[str]) -> None:
-    """Print the table."""
+    """Measure all parts of a step and print the table."""
     precision = torch.bfloat16 if words == ["bfloat16"] else None
     model = model_of(random_clip(), precision)
     optimizer, batch = make_optimizer(model, SETTINGS), batch_of(IMAGES, MASKS)

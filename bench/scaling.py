@@ -16,7 +16,7 @@ MASKS = (10, 20, 50, 100, 200, 500)
 
 
 def _measure(concepts: int, masks: int) -> dict[str, Any]:
-    """Measure steps of one image, ViT-B/16, float32: memory added by the first one, best time of the next two."""
+    """Measure steps of one image (ViT-B/16, float32): memory added by the first, best time of the next two."""
     from bench.train_step import batch_of, model_of, our_step, random_clip
     from pixelclip.config import TrainConfig
     from pixelclip.train import make_optimizer
@@ -51,12 +51,12 @@ def _table(name: str, rows: dict[int, dict[str, Any]]) -> None:
     (first, low), (last, high) = next(iter(rows.items())), list(rows.items())[-1]
     slope = (high["seconds"] - low["seconds"]) / (last - first)
     straight = [row["seconds"] / (low["seconds"] + slope * (number - first)) for number, row in rows.items()]
-    print(f"line through both ends: {low['seconds'] - slope * first:.3f} s + {1000 * slope:.2f} ms each; largest deviation "
-          f"{100 * max(abs(share - 1) for share in straight):.0f} %\n")  # fmt: skip
+    print(f"line through both ends: {low['seconds'] - slope * first:.3f} s + {1000 * slope:.2f} ms each; maximum deviation "
+          f"{100 * max(abs(ratio - 1) for ratio in straight):.0f} %\n")  # fmt: skip
 
 
 def main(words: list[str]) -> None:
-    """Measure all sizes, each in a separate process, or one: `CONCEPTS MASKS`."""
+    """Measure all sizes, each in a separate process, or only the size `CONCEPTS MASKS`."""
     if words:
         print(json.dumps(_measure(*map(int, words))))
         return

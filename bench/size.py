@@ -1,7 +1,7 @@
 """Memory and time of the loader over the size of the training set: `python -m bench.size`; writes `bench/size.json`.
 
-Memory is the PSS of the main process and its children: shared pages are counted once. Images are small, because only the growth
-with their number matters.
+Memory is the PSS of the main process and its children, which counts shared pages once. Images are small, because only the
+growth with their number matters.
 """
 
 import json
@@ -57,7 +57,7 @@ def _measure(folder: Path, samples: int) -> dict[str, Any]:
         next(loader)
         seconds.append(time.perf_counter() - before)
         first = first or time.perf_counter() - indexed
-        if step == WARM + STEPS - 20:  # while workers read
+        if step == WARM + STEPS - 20:  # while the workers read
             memory = _pss()
     return {
         "samples": len(dataset),
@@ -69,7 +69,7 @@ def _measure(folder: Path, samples: int) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure every size in a separate process; fail if memory varies by more than a tenth."""
+    """Measure every size in a separate process; fail if memory varies by more than 10 %."""
     from bench.loader import write_shards  # not at the top: workers import this module
 
     with tempfile.TemporaryDirectory(prefix="pixelclip-size-") as name:
@@ -91,7 +91,7 @@ def main() -> None:
     memory = [row["pss"] for row in results]
     RESULTS.write_text(json.dumps({"workers": WORKERS, "flat": max(memory) / min(memory), "sizes": results}, indent=2) + "\n")
     if max(memory) > 1.1 * min(memory):
-        raise SystemExit(f"memory grows with the training set: {max(memory) / min(memory):.2f} times the smallest")
+        raise SystemExit(f"memory grows with the training set, by a factor of {max(memory) / min(memory):.2f}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,4 @@
-"""A training step at the paper's sizes against the literal one of tests/helpers/reference.py, with optimizer and EMA.
-
-B images, N masks, K concepts, H W mask grid.
-"""
+"""A training step at the paper's sizes, with optimizer and EMA, and the literal step of tests/helpers/reference.py."""
 
 import copy
 import sys
@@ -29,7 +26,7 @@ SETTINGS = TrainConfig(concepts=CONCEPTS)
 
 
 def random_clip(name: str = "ViT-B-16-quickgelu") -> nn.Module:
-    """Make a CLIP of a published shape with random weights."""
+    """Create a CLIP of a published shape with random weights."""
     torch.manual_seed(0)
     return open_clip.create_model(name, pretrained=None).eval()
 
@@ -44,7 +41,7 @@ def blobs(generator: torch.Generator, number: int, grid: int = GRID) -> Tensor:
 
 
 def batch_of(images: int, masks: int, side: int = SIDE) -> Batch:
-    """Make a batch of noise with masks."""
+    """Create a batch of noise with masks."""
     generator = torch.Generator().manual_seed(1)
     weak, strong = torch.randn(2, images, 3, side, side, generator=generator)
     index = torch.arange(images).repeat_interleave(masks)
@@ -52,7 +49,7 @@ def batch_of(images: int, masks: int, side: int = SIDE) -> Batch:
 
 
 def model_of(clip: nn.Module, precision: torch.dtype | None = None, settings: TrainConfig = SETTINGS) -> PixelCLIP:
-    """Make a PixelCLIP before its first step; `clip` is copied."""
+    """Create a PixelCLIP model before its first step, from a copy of `clip`."""
     clip = copy.deepcopy(clip)
     text = TextTower(clip)
     concepts, decoder = new_concepts(text, settings), new_decoder(settings.seed)
@@ -70,7 +67,7 @@ def our_step(model: PixelCLIP, optimizer: torch.optim.Optimizer, batch: Batch) -
 
 
 def literal_step(model: PixelCLIP, clip: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> dict[str, Any]:
-    """Run one step of tests/helpers/reference.py; only the parameters of `model` are used."""
+    """Run one step of tests/helpers/reference.py with the parameters of `model`."""
     optimizer.zero_grad(set_to_none=True)
     with torch.no_grad():
         teacher = reference.dense_vit(model.teacher.visual, batch.weak)
@@ -100,7 +97,7 @@ def same(theirs: dict[str, Any], ours: dict[str, Any], tolerance: float = 1e-4) 
 
 
 def make(precision: torch.dtype | None = None, tolerance: float = 1e-4) -> Case:
-    """Make the comparison, with pixelclip in float32 or under autocast."""
+    """Create the comparison, with pixelclip in float32 or under autocast."""
     clip = random_clip()
     literal, ours = model_of(clip), model_of(clip, precision)
     batch = batch_of(IMAGES, MASKS)

@@ -7,5 +7,5 @@ from bench.case import Case
 
 
 def make() -> Case:
-    """Make the comparison; bfloat16 may assign a mask to another concept, so loss and norm agree roughly."""
+    """Create the comparison; bfloat16 may assign a mask to a different concept, so loss and norm agree only roughly."""
     return train_step.make(torch.bfloat16, tolerance=2e-2)

@@ -1,4 +1,4 @@
-"""KFP components, one folder per stage. A component imports the installed package and calls the stage."""
+"""KFP components, one folder per step. A component imports the installed package and calls the stage."""
 
 import os
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The demo as on a cluster: data from DVC, every step in a container, a registered model. `make demo-docker` starts the servers of
-# tests/helpers/services.py and calls this with their addresses and keys in the environment.
+# Run the demo as on a cluster: data from DVC, every step in a container, a registered model. `make demo-docker` starts the servers
+# of tests/helpers/services.py and calls this script with their addresses and keys in the environment.
 set -euo pipefail
 out=$1
 data=$out/data
@@ -22,7 +22,7 @@ if [ ! -e "$data/.git" ]; then
     git -c user.name=demo -c user.email=demo@example.com commit -qm "Painted scenes"
   )
 fi
-echo "== to the DVC remote $DVC_REMOTE_URL at $AWS_ENDPOINT_URL"
+echo "== push to the DVC remote $DVC_REMOTE_URL at $AWS_ENDPOINT_URL"
 (cd "$data" && dvc add -q images toy && dvc push -q && rm -rf .dvc/cache)  # the remote keeps the only copy
 
 echo "== the pipeline, every step in a container of $PIXELCLIP_IMAGE"

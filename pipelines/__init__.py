@@ -1,1 +1,1 @@
-"""The Kubeflow pipeline: the DAG, and how it is compiled and run."""
+"""The Kubeflow pipeline: its DAG, compilation and runners."""

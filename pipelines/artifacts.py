@@ -1,4 +1,4 @@
-"""KFP artifacts that point to folders: where a component writes its output and where the next one reads it."""
+"""KFP artifacts that point to folders, to which a component writes and from which the next one reads."""
 
 import os
 import tempfile
@@ -16,11 +16,11 @@ def place(artifact: Any, workspace: str, stage: str) -> Path:
 
     Args:
         artifact: a KFP output artifact; with a workspace it becomes a pointer.
-        workspace: folder that outlives the run, in which stages are reused and resumed; empty for none.
+        workspace: folder that outlives the run, in which stages are reused and resumed, or empty.
         stage: name of the stage.
 
     Raises:
-        ValueError: as `writable`.
+        ValueError: see `writable`.
     """
     if not workspace:
         return Path(artifact.path)
@@ -51,8 +51,8 @@ def writable(workspace: str) -> Path:
 def point(artifact: Any, location: str) -> None:
     """Make an output artifact a pointer to a folder or an s3:// prefix.
 
-    KFP's launcher fails on any artifact, read or written, whose URI is not in an object store, and on one written outside
-    the run's bucket. So the URI does not change: the location goes into the metadata and into the file that KFP uploads.
+    KFP's launcher fails on any artifact whose URI is not in an object store, and on output artifacts outside the run's bucket.
+    So the URI does not change; the location is in the metadata and in the file that KFP uploads.
     """
     artifact.metadata[LOCATION] = location
     write_atomically(Path(artifact.path), f"{location}\n")

@@ -1,7 +1,7 @@
 """Typed settings of a cluster, read from `cluster.yaml`: image, secrets, volume, and the resources of every step.
 
-The file holds names of Secrets and ConfigMaps but never their values. This module must not import kfp: a running step
-imports it, and there most of kfp cannot be imported.
+The file contains names of Secrets and ConfigMaps but never their values. This module must not import kfp, because running steps
+import it and cannot import most of kfp.
 """
 
 import os
@@ -56,15 +56,19 @@ class _Section(BaseModel):
 class Toleration(_Section):
     """A Kubernetes toleration."""
 
-    key: str = Field("", description="Key of the taint; empty: every taint.")
+    key: str = Field("", description="Key of the taint; every taint if empty.")
     operator: Literal["Exists", "Equal"] = Field("Exists", description="Exists, or Equal to `value`.")
     value: str = Field("", description="Value of the taint, for operator Equal.")
-    effect: Literal["", "NoSchedule", "PreferNoSchedule", "NoExecute"] = Field("", description="Empty: every effect.")
+    effect: Literal["", "NoSchedule", "PreferNoSchedule", "NoExecute"] = Field(
+        "", description="Effect of the taint; every effect if empty."
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> "Toleration":
         if (self.operator == "Equal") != bool(self.value) or (self.operator == "Equal" and not self.key):
-            raise ValueError(f"operator {self.operator} with key {self.key!r} and value {self.value!r}: Equal needs both")
+            raise ValueError(
+                f"operator {self.operator} with key {self.key!r} and value {self.value!r}: Equal needs both, Exists no value"
+            )
         return self
 
 
@@ -75,15 +79,17 @@ class Step(_Section):
     cpu_limit: Cpu = Field("2", description="CPU limit.")
     memory: Memory = Field("1Gi", description="Memory request: memory reserved on the node.")
     memory_limit: Memory = Field("4Gi", description="Memory limit; a step that exceeds it is killed.")
-    gpus: int = Field(0, ge=0, description="GPUs of the pod; train uses all of them by torchrun.")
+    gpus: int = Field(0, ge=0, description="GPUs of the pod; train starts one process per GPU.")
     gpu_type: str = Field("nvidia.com/gpu", description="Resource name of the GPUs.")
-    shared_memory: Memory | Literal[""] = Field("", description="Size of /dev/shm (data loaders need it); empty: 64 MiB.")
+    shared_memory: Memory | Literal[""] = Field("", description="Size of /dev/shm, for data loaders; 64 MiB if empty.")
     node_selector: dict[str, str] = Field({}, description="Labels that the node must have.")
-    tolerations: list[Toleration] = Field([], description="Tolerations of the pod; empty: with GPUs that of the GPU taint.")
+    tolerations: list[Toleration] = Field(
+        [], description="Tolerations of the pod; steps with GPUs tolerate the GPU taint by default."
+    )
     timeout: Duration = Field("1h", description="Time limit of one attempt: 90s, 20m, 4h, 2d.")
-    retries: int = Field(2, ge=0, description="Attempts after the first one.")
-    backoff: Duration = Field("30s", description="Pause before the first retry.")
-    backoff_factor: int = Field(2, ge=1, description="Whole factor by which every further pause grows.")
+    retries: int = Field(2, ge=0, description="Retries after the first attempt.")
+    backoff: Duration = Field("30s", description="Delay before the first retry.")
+    backoff_factor: int = Field(2, ge=1, description="Growth factor of the delay, an integer.")
 
     @model_validator(mode="after")
     def _consistent(self) -> "Step":
@@ -94,22 +100,22 @@ class Step(_Section):
         if (days := self.total_seconds // _SECONDS["d"]) > _MAX_DAYS:
             raise ValueError(
                 f"retries {self.retries}, timeout {self.timeout}, backoff {self.backoff} and backoff_factor "
-                f"{self.backoff_factor} come to {days} days; at most {_MAX_DAYS} are allowed"
+                f"{self.backoff_factor} come to {days} days; the limit is {_MAX_DAYS}"
             )
         return self
 
     @property
     def pod_tolerations(self) -> list[dict[str, str]]:
-        """The tolerations given, or, with GPUs, one for the usual taint of GPU nodes; without empty fields."""
+        """The tolerations, by default one for the usual taint of GPU nodes if the step has GPUs; without empty fields."""
         taint = Toleration(key=f"{self.gpu_type.partition('/')[0]}/gpu", effect="NoSchedule")
         chosen = self.tolerations or ([taint] if self.gpus else [])
         return [{key: value for key, value in each.model_dump().items() if value} for each in chosen]
 
     @property
     def total_seconds(self) -> int:
-        """Upper limit for all attempts and the pauses between them."""
-        pauses = sum(seconds(self.backoff) * self.backoff_factor**number for number in range(self.retries))
-        return (self.retries + 1) * seconds(self.timeout) + pauses
+        """Time limit of all attempts and the delays between them."""
+        delays = sum(seconds(self.backoff) * self.backoff_factor**number for number in range(self.retries))
+        return (self.retries + 1) * seconds(self.timeout) + delays
 
 
 _EVALUATION = {
@@ -132,48 +138,48 @@ STEPS: dict[str, dict[str, Any]] = {
     "finish": {"timeout": "20m", "retries": 3},
     "sweep_table": {"timeout": "20m"},
 }
-"""The steps of the pipelines with the defaults that differ from those of `Step`. A file may change single settings."""
+"""The steps of the pipelines and their defaults where these differ from `Step`. A file overrides single settings."""
 
 
 class Source(_Section):
     """A Secret or a ConfigMap in the namespace of the run."""
 
-    name: Name = Field(description="Its name.")
+    name: Name = Field(description="Name of the Secret or ConfigMap.")
     env: dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], str] = Field(
-        description="Environment variable of the steps: key in the Secret or ConfigMap.", min_length=1
+        description="Environment variables of the steps, each with its key in the Secret or ConfigMap.", min_length=1
     )
-    optional: bool = Field(False, description="Whether steps start without it.")
+    optional: bool = Field(False, description="Whether steps also start without it.")
 
 
 class Volume(_Section):
     """A volume mounted by every step, where finished stages are reused and interrupted ones resumed."""
 
-    claim: Name | Literal[""] = Field("", description="PersistentVolumeClaim (ReadWriteMany); empty: none.")
+    claim: Name | Literal[""] = Field("", description="PersistentVolumeClaim (ReadWriteMany); no volume if empty.")
     mount: str = Field("/workspace", pattern=r"^/.+", description="Mount path.")
 
 
 class Trainer(_Section):
     """Kubeflow Trainer 2.2 or newer, for training on several nodes (`--nodes`)."""
 
-    runtime: Name = Field("torch-distributed", description="The ClusterTrainingRuntime.")
+    runtime: Name = Field("torch-distributed", description="Name of the ClusterTrainingRuntime.")
     poll: Duration = Field("15s", description="Interval between two checks of the TrainJob.")
 
 
 class Cluster(_Section):
     """All settings of a cluster."""
 
-    image: Image = Field("pixelclip:dev", description="Container image of all steps: --image and PIXELCLIP_IMAGE override it.")
-    pull_policy: Literal["", "Always", "IfNotPresent", "Never"] = Field("", description="Empty: the default of Kubernetes.")
+    image: Image = Field("pixelclip:dev", description="Container image of all steps; --image and PIXELCLIP_IMAGE override it.")
+    pull_policy: Literal["", "Always", "IfNotPresent", "Never"] = Field("", description="The default of Kubernetes if empty.")
     pull_secrets: list[Name] = Field([], description="Names of Secrets with credentials of the image registry.")
-    parts: int = Field(1, ge=1, description="Parallel parts of stage masks; at most as many as shards.")
-    parallel: int = Field(0, ge=0, description="Parts that run at once; 0: all.")
-    endpoint: str = Field("", description="URL of KFP: --endpoint, KFP_ENDPOINT and KF_PIPELINES_ENDPOINT override it.")
+    parts: int = Field(1, ge=1, description="Parallel parts of stage masks; at most the number of shards.")
+    parallel: int = Field(0, ge=0, description="Parts that run at once; 0 means all.")
+    endpoint: str = Field("", description="URL of KFP; --endpoint, KFP_ENDPOINT and KF_PIPELINES_ENDPOINT override it.")
     namespace: str = Field("", description="Namespace of the profile, if KFP is multi-user.")
     experiment: str = Field("pixelclip", min_length=1, description="KFP experiment of the runs.")
-    service_account: str = Field("", description="Service account of the runs; empty: KFP's default.")
+    service_account: str = Field("", description="Service account of the runs; KFP's default if empty.")
     secrets: list[Source] = Field([], description="Secrets whose keys become environment variables of all steps.")
     config_maps: list[Source] = Field([], description="ConfigMaps whose keys become environment variables of all steps.")
-    volume: Volume = Field(Volume(), description="A volume for the pipeline's parameter `workspace`.")
+    volume: Volume = Field(Volume(), description="Volume for the pipeline's parameter `workspace`.")
     trainer: Trainer = Field(Trainer(), description="Kubeflow Trainer.")
     steps: dict[str, Step] = Field({}, validate_default=True, description="Resources of each step; see `STEPS`.")
 
@@ -192,7 +198,7 @@ class Cluster(_Section):
     def _unique_variables(self) -> "Cluster":
         names = [name for source in (*self.secrets, *self.config_maps) for name in source.env]
         if duplicates := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"environment variables come from two places: {', '.join(duplicates)}")
+            raise ValueError(f"secrets and config_maps: environment variables defined twice: {', '.join(duplicates)}")
         return self
 
 
@@ -200,10 +206,10 @@ def read(path: Path | None = None) -> Cluster:
     """Read the settings of a cluster.
 
     Args:
-        path: a YAML file; None: `cluster.yaml` of the current folder, or the defaults without that file.
+        path: a YAML file; by default `cluster.yaml` of the current folder, or the defaults if there is none.
 
     Raises:
-        ValueError: the file cannot be read or is invalid; one line per error with key, value and what is allowed.
+        ValueError: the file cannot be read or is invalid; the message has one line per error.
     """
     if path is None and not FILE.is_file():
         return Cluster()
@@ -212,19 +218,19 @@ def read(path: Path | None = None) -> Cluster:
 
 
 def image_of(cluster: Cluster, image: str = "") -> str:
-    """Return the container image of all steps: `image`, PIXELCLIP_IMAGE, or that of the cluster.
+    """Return the container image of all steps: `image`, else PIXELCLIP_IMAGE, else the cluster's.
 
     Raises:
-        ValueError: it has neither tag nor digest.
+        ValueError: the image has neither tag nor digest.
     """
     return _checked_image(image or os.environ.get("PIXELCLIP_IMAGE") or cluster.image)
 
 
 def check_workspace(cluster: Cluster, workspace: str) -> None:
-    """Check that all steps share the workspace.
+    """Check that the workspace is on the volume that all steps share.
 
     Raises:
-        ValueError: it is not on a volume, so every pod would have its own folder.
+        ValueError: it is not, so every pod would have its own folder.
     """
     volume = cluster.volume
     if workspace and not (volume.claim and Path(workspace).is_relative_to(volume.mount)):
@@ -235,5 +241,5 @@ def check_workspace(cluster: Cluster, workspace: str) -> None:
 
 
 def pod_environment(step: Step, image: str) -> dict[str, str]:
-    """Return variables that a pod cannot find out itself: its image, for the lineage, and its number of GPUs."""
+    """Return variables that tell a pod its image (for the lineage) and its number of GPUs."""
     return {"PIXELCLIP_IMAGE": image} | ({"PIXELCLIP_GPUS": str(step.gpus)} if step.gpus else {})

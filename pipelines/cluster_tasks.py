@@ -6,7 +6,7 @@ from pixelclip.tracking.run import PIPELINE_RUN
 from pixelclip_pipelines.cluster_config import Cluster, pod_environment, seconds
 
 RUN_LABEL = "metadata.labels['pipeline/runid']"
-"""Label of every pod that holds the id of the KFP run."""
+"""Label of every pod with the ID of the KFP run."""
 
 
 def place_on(task: dsl.PipelineTask, cluster: Cluster, name: str, image: str) -> dsl.PipelineTask:
@@ -14,9 +14,9 @@ def place_on(task: dsl.PipelineTask, cluster: Cluster, name: str, image: str) ->
 
     Args:
         task: a task of a pipeline that is being compiled.
-        cluster: the settings.
+        cluster: settings of the cluster.
         name: name of the step in `cluster.steps`.
-        image: its container image.
+        image: container image of the step.
 
     Returns:
         The task.
@@ -36,10 +36,10 @@ def place_on(task: dsl.PipelineTask, cluster: Cluster, name: str, image: str) ->
     for toleration in step.pod_tolerations:
         kubernetes.add_toleration(task, **toleration)
     kubernetes.set_timeout(task, seconds(step.timeout))
-    # backoff_max_duration does not limit a pause: counted from the first attempt's start, it ends all attempts.
+    # backoff_max_duration limits all attempts together, counted from the start of the first, not a single delay.
     task.set_retry(step.retries, f"{seconds(step.backoff)}s", step.backoff_factor, f"{step.total_seconds}s")
-    # KFP identifies input folders by their address, not by their content, and training and registering have effects in
-    # MLflow, so a cached result would be wrong. Finished results are reused in the workspace.
+    # A cached result would be wrong: KFP identifies input folders by address instead of content, and training and registering
+    # change MLflow. Finished results are reused in the workspace.
     task.set_caching_options(False)
     for secret in cluster.secrets:
         kubernetes.use_secret_as_env(task, secret.name, {key: env for env, key in secret.env.items()}, secret.optional)
@@ -55,5 +55,5 @@ def place_on(task: dsl.PipelineTask, cluster: Cluster, name: str, image: str) ->
 
 
 def set_run_id(task: dsl.PipelineTask) -> dsl.PipelineTask:
-    """Pass the id of the KFP run to a task; steps use it to find their common MLflow run."""
+    """Pass the ID of the KFP run to a task, by which steps find their common MLflow run."""
     return kubernetes.use_field_path_as_env(task, PIPELINE_RUN, RUN_LABEL)

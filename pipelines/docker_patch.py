@@ -1,7 +1,7 @@
-"""Workaround for kubeflow/pipelines#13332: delete this module once KFP's DockerRunner reports the exit code of every container.
+"""Workaround for kubeflow/pipelines#13332; delete this module when KFP's DockerRunner reports the exit code of every container.
 
-KFP 2.17 lets the engine remove a container when it ends and counts one that is gone before its exit code is read as a
-success: about one failure in ten. `patched` replaces `run_docker_container`, the one function of KFP that does so.
+KFP 2.17 auto-removes finished containers. If one is gone before its exit code is read, KFP reports success; this hides about
+one failure in ten. `patched` replaces the function that does so, `run_docker_container`.
 """
 
 import codecs
@@ -25,18 +25,18 @@ from pixelclip_pipelines.artifacts import LOCATION
 
 _PARAMETERS = ["client", "image", "command", "volumes", "container_run_args"]
 _WITHOUT_FILE = ("system.Metrics", "system.ClassificationMetrics", "system.SlicedClassificationMetrics")
-_ENGINE_FAILED = 125  # exit code of `docker run` for the same case
+_ENGINE_FAILED = 125  # as `docker run`
 
 
 @contextlib.contextmanager
 def patched(stopped: threading.Event) -> Iterator[None]:
-    """Let KFP run its containers by `run_container`.
+    """Make KFP run its containers with `run_container`.
 
     Args:
-        stopped: set when no further container may start.
+        stopped: once set, no further container starts.
 
     Raises:
-        ValueError: this version of kfp has no such function with these parameters.
+        ValueError: this version of kfp has no function with this name and these parameters.
     """
     original = getattr(docker_task_handler, "run_docker_container", None)
     if original is None or list(inspect.signature(original).parameters) != _PARAMETERS:
@@ -54,15 +54,15 @@ def patched(stopped: threading.Event) -> Iterator[None]:
 def run_container(
     client: Any, image: str, command: Sequence[str], volumes: Mapping[str, Any], stopped: threading.Event, **options: Any
 ) -> int:
-    """Run one step in a container, print its output, and remove the container after its exit code was read.
+    """Run one step in a container, print its output, and remove the container after reading its exit code.
 
     The arguments are those of docker's `ContainerCollection.create`, except that `command` replaces the image's entry point,
     as on a cluster, and no container starts once `stopped` is set.
 
     Returns:
-        The exit code; also not 0 if the engine failed or a declared output is missing.
+        The exit code, which is also nonzero if the engine failed or a declared output is missing.
     """
-    for folder in volumes:  # the engine would create a missing one as root
+    for folder in volumes:  # the engine would create missing folders as root
         Path(folder).mkdir(parents=True, exist_ok=True)
     # A plain container component has no executor and declares no outputs.
     declared = json.loads(command[command.index("--executor_input") + 1])["outputs"] if "--executor_input" in command else {}
@@ -85,7 +85,7 @@ def run_container(
 
 
 def _exit_code(container: Any) -> int:
-    # Attached before the start: a log that is followed may lack a last line without a line end.
+    # Attach before the start: a followed log may lack a last line without a newline.
     with contextlib.closing(container.attach(stream=True)) as output:
         container.start()
         for line in _lines(output):
@@ -108,7 +108,7 @@ def remove(container: Any) -> None:
 
 
 def _lines(chunks: Iterable[bytes]) -> Iterator[str]:
-    """Split a stream into lines. Chunks may end inside a line or a character; `\\r` of a progress bar ends a line."""
+    """Split a stream into lines. Chunks may end inside a line or a character; the `\\r` of a progress bar ends a line."""
     newlines, rest = io.IncrementalNewlineDecoder(None, translate=True), ""
     for text in codecs.iterdecode(chunks, "utf-8", "replace"):
         *lines, rest = (rest + newlines.decode(text)).split("\n")

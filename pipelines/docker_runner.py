@@ -1,4 +1,4 @@
-"""Run the steps of a pipeline in containers of the project's image, by KFP's DockerRunner."""
+"""Run the steps of a pipeline in containers of the project's image, with KFP's DockerRunner."""
 
 import contextlib
 import os
@@ -27,8 +27,9 @@ _SHARED_MEMORY = "16g"  # an upper limit; Docker's default of 64 MB is too small
 def containers(arguments: Mapping[str, Any], out: Path) -> Iterator[local.DockerRunner]:
     """Run steps in containers of the image PIXELCLIP_IMAGE.
 
-    A container runs as the caller, in the caller's network and folder, mounts `out` and the paths in `arguments` at the same
-    paths, and gets the caller's variables for MLflow, AWS and pixelclip. All containers are removed when the context ends.
+    A container runs as the caller, in the host's network and the current folder, mounts `out` and the paths in `arguments` at
+    the same paths, and gets the caller's variables for MLflow, AWS and pixelclip. All containers are removed when the context
+    ends.
 
     Args:
         arguments: arguments of the pipeline.
@@ -46,7 +47,7 @@ def containers(arguments: Mapping[str, Any], out: Path) -> Iterator[local.Docker
             image = client.images.get(IMAGE)
         except ImageNotFound:
             raise ValueError(
-                f"image {IMAGE} (PIXELCLIP_IMAGE) is not on this machine: `make image` builds pixelclip's own, "
+                f"image {IMAGE} (PIXELCLIP_IMAGE) is not on this machine: `make image` builds pixelclip's image, "
                 f"`docker pull {IMAGE}` fetches one from a registry"
             ) from None
 
@@ -64,7 +65,7 @@ def containers(arguments: Mapping[str, Any], out: Path) -> Iterator[local.Docker
 
 @contextlib.contextmanager
 def _on_interrupt(action: Callable[[], None]) -> Iterator[None]:
-    """Run `action` first on SIGINT and SIGTERM: KFP waits for the threads that run the steps of a loop."""
+    """Run `action` first on SIGINT and SIGTERM, because KFP waits for the threads that run the steps of a loop."""
 
     def interrupt(number: int, frame: object) -> None:
         action()
@@ -94,7 +95,7 @@ def _options(arguments: Mapping[str, Any], out: Path, image: Any) -> dict[str, A
     environment.pop("PIXELCLIP_REVISION", None)  # set by the image
     environment["PIXELCLIP_IMAGE"] = (image.attrs.get("RepoDigests") or [image.id])[0]
     writable = {out.absolute()}
-    for name, folder in (("PIXELCLIP_CACHE", "pixelclip"), ("HF_HOME", "huggingface")):  # else each step downloads again
+    for name, folder in (("PIXELCLIP_CACHE", "pixelclip"), ("HF_HOME", "huggingface")):  # otherwise each step downloads again
         writable.add(Path(environment.setdefault(name, str(out.absolute() / ".cache" / folder))))
     if database := environment.get("MLFLOW_TRACKING_URI", "").partition("sqlite:///")[2]:
         writable.add(Path(database).absolute().parent)
@@ -120,7 +121,7 @@ def _options(arguments: Mapping[str, Any], out: Path, image: Any) -> dict[str, A
 
 
 def _paths(text: str) -> Iterator[Path]:
-    """Yield the paths that a value names: itself, or a file after a name and a colon (`ViT-B-16:weights.safetensors`)."""
+    """Yield the paths in a value: the value itself, or a file after a name and a colon (`ViT-B-16:weights.safetensors`)."""
     for part in {text, text.rpartition(":")[2]}:
         with contextlib.suppress(OSError):  # the text is longer than a path may be
             if part and Path(part).exists():

@@ -30,15 +30,15 @@ SETTING_OF = {
     "registry_name": "register.name",
     "min_gain": "register.min_gain",
 }
-"""Pipeline parameters that are settings of a stage; all other settings are passed in `settings`."""
+"""Pipeline parameters that are settings of a stage. `settings` contains all others."""
 
 
 def build(cluster: Cluster | None = None, nodes: int = 1, image: str = IMAGE) -> dsl.base_component.BaseComponent:
-    """Build the pipeline for a cluster, or, without one, for one machine.
+    """Build the pipeline for a cluster, or for one machine if `cluster` is None.
 
     Args:
         cluster: resources of each step, and the number of parts of stage masks.
-        nodes: number of training nodes; Kubeflow Trainer starts them if there are several.
+        nodes: number of training nodes, which Kubeflow Trainer starts if there are several.
         image: container image of all steps.
 
     Raises:
@@ -72,19 +72,19 @@ def build(cluster: Cluster | None = None, nodes: int = 1, image: str = IMAGE) ->
 
         Args:
             images: Folder of unlabelled images, searched recursively: path in `repo`, or a folder or s3:// prefix.
-            labelled: Labelled set for evaluation, given like `images`: images/, labels/, classes.txt. Never read in training.
-            repo: DVC repository (URL or path) with images and labelled set. Empty: they are folders or s3:// prefixes.
-            revision: Branch, tag or commit of `repo`, resolved once to a full commit. Empty: its default branch.
+            labelled: Labelled set for evaluation (images/, labels/, classes.txt), given like `images`. Never read in training.
+            repo: DVC repository (URL or path) with images and labelled set; if empty, they are folders or s3:// prefixes.
+            revision: Branch, tag or commit of `repo`, resolved once to a full commit; if empty, the default branch.
             generator: felzenszwalb, given (SA-1B JSON beside the images), sam or dino (with masks.weights in settings).
             clip: CLIP to start from: toy, an open_clip folder, NAME:PRETRAINED or NAME:FILE.
-            steps: Optimizer steps of the training.
+            steps: Optimizer steps.
             batch_size: Images in one optimizer step.
             concepts: Number of learnable concepts (K).
             seed: Seed of prompts, decoder, sample order and views.
             registry_name: Name of the registered model in MLflow.
             min_gain: Minimum gain over CLIP of a champion, in points of mIoU.
             settings: All other settings as {"stage.setting": value}, for example {"train.teacher_momentum": 0.99}.
-            workspace: Folder on a mounted volume where finished stages are reused and interrupted ones resumed. Empty: the
+            workspace: Folder on a mounted volume where finished stages are reused and interrupted ones resumed; if empty, the
                 run's own artifact store.
         """
         everywhere = {"settings": settings, "workspace": workspace}
@@ -95,7 +95,7 @@ def build(cluster: Cluster | None = None, nodes: int = 1, image: str = IMAGE) ->
             def fetched(path: str) -> dsl.PipelineTask:
                 pin = {"revision": pins["commit"], "fetch": pins["fetch"]}
                 task = on("fetch_data", fetch_data(repo=repo, path=path, **pin, **everywhere))
-                # Its parameters determine its output: `fetch` is the full commit, or unique if that is not enough.
+                # Safe to cache: `fetch` is the full commit SHA, or a unique value for unversioned data.
                 return task.set_caching_options(True)
 
             pictures, truth = fetched(images), fetched(labelled)
@@ -104,7 +104,7 @@ def build(cluster: Cluster | None = None, nodes: int = 1, image: str = IMAGE) ->
             def masked(part: str) -> dsl.PipelineTask:
                 return on("masks", masks(shards=packed.outputs["shards"], generator=generator, part=part, **everywhere))
 
-            if parts == 1:  # no loop: KFP before 2.17 loses the status of steps around one
+            if parts == 1:  # without a loop, around which KFP before 2.17 loses the status of steps
                 masked_data = {"masks": masked(part="").outputs["masks"]}
             else:
                 numbers = [f"{number}/{parts}" for number in range(1, parts + 1)]
@@ -113,7 +113,7 @@ def build(cluster: Cluster | None = None, nodes: int = 1, image: str = IMAGE) ->
                 masked_data = {"parts": dsl.Collected(one.outputs["masks"])}
             train_task = trainer(**masked_data, **training, **job, **everywhere)
             model = on("train_job" if job else "train", train_task).outputs["model"]
-            # KFP identifies the labelled set by its address only, but the two versions identify its content.
+            # KFP identifies artifacts only by address; the two versions identify the content of set and CLIP.
             versions = {"clip_version": pins["clip_version"], "data_version": truth.outputs["version"]}
             read_settings = {"settings": pins["clip_settings"], "workspace": workspace}
             clip_task = evaluate_clip(labelled=truth.outputs["data"], clip=clip, **versions, **read_settings)

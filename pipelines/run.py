@@ -26,7 +26,7 @@ from pixelclip_pipelines.pixelclip import SETTING_OF, build, pixelclip
 
 LOG = "pipeline.log"
 RUNNERS = ("subprocess", "docker")
-_NOT_PASSED = ("toy.", "fetch_data.")  # toy is no step, and fetch_data has its own pipeline parameters
+_NOT_PASSED = ("toy.", "fetch_data.")  # toy is not a step, and fetch_data has its own pipeline parameters
 
 
 def arguments(
@@ -46,28 +46,28 @@ def arguments(
         workspace: folder shared by runs, or empty.
         params: a YAML file with settings.
         overrides: pipeline parameters, or settings as `stage.setting`.
-        repo: DVC repository in which images and labelled set are paths; empty: they are folders.
+        repo: DVC repository of the paths `images` and `labelled`; if empty, they are folders.
         revision: branch, tag or commit of `repo`.
 
     Raises:
-        ValueError: an unknown parameter or setting, an invalid value, a login in `repo`, or a setting given twice.
+        ValueError: an unknown parameter or setting, an invalid value, credentials in `repo`, or a setting given twice.
     """
     if not images or not labelled:
         raise ValueError(f"{'labelled' if images else 'images'} must name a folder")
     if has_secret(repo):
         raise ValueError(
-            f"--repo {without_login(repo)} was given with a login, which KFP and the log would keep and show; "
-            "remove it and pass it by git's environment variables, see docs/cluster.md"
+            f"--repo {without_login(repo)} contains credentials, which KFP would store and display; "
+            "pass them through git's environment variables, see docs/cluster.md"
         )
     if revision and not repo:
-        raise ValueError(f"revision {revision!r} without repo: only data in a DVC repository have revisions")
+        raise ValueError(f"revision {revision!r} without --repo: only data in a DVC repository have revisions")
     chosen: dict[str, Any] = {}
     for name, value in overrides.items():
         if "." not in name and name not in SETTING_OF:
             raise ValueError(
                 f"unknown pipeline parameter {name!r}{nearest(name, SETTING_OF)}; "
-                f"parameters are {', '.join(SETTING_OF)}, every other setting is written STAGE.SETTING, and data are options: "
-                "see --help"
+                f"the parameters are {', '.join(SETTING_OF)}; write other settings as STAGE.SETTING; "
+                "data are options, see --help"
             )
         setting = SETTING_OF.get(name, name)
         if setting in chosen:
@@ -75,7 +75,9 @@ def arguments(
         chosen[setting] = value
     configs = load_all(params, chosen)
     if part := configs["masks"].part:
-        raise ValueError(f"masks.part {part}: the pipeline makes all parts; their number is `parts` in cluster.yaml")
+        raise ValueError(
+            f"masks.part {part}: must be empty, since the pipeline computes all parts; their number is `parts` in cluster.yaml"
+        )
     values = {f"{stage}.{name}": value for stage, config in configs.items() for name, value in config}
     changed = [f"{stage}.{name}" for stage, config in configs.items() for name in config.model_dump(exclude_defaults=True)]
     settings = {name: values[name] for name in changed if name not in SETTING_OF.values() and not name.startswith(_NOT_PASSED)}
@@ -91,7 +93,7 @@ def compile_to(path: Path, cluster: Path | None = None, nodes: int = 1, image: s
         path: YAML file to write.
         cluster: settings of the cluster; see `cluster_config.read`.
         nodes: number of training nodes.
-        image: container image; overrides PIXELCLIP_IMAGE and that of the cluster.
+        image: container image; overrides PIXELCLIP_IMAGE and the cluster's.
 
     Raises:
         ValueError: `path` is not a YAML file, or the settings of the cluster are invalid.
@@ -117,12 +119,12 @@ def run_locally(
     """Run the pipeline on this machine. Finished stages in `out` are reused.
 
     Args:
-        images, labelled, params, overrides, repo, revision: as in `arguments`; a folder may be `s3://bucket/folder`.
-        out: the workspace; also gets `metrics.json` and `report.html` at the end, and KFP's whole log in `pipeline.log`.
+        images, labelled, params, overrides, repo, revision: see `arguments`; a folder may be `s3://bucket/folder`.
+        out: the workspace; finally also contains `metrics.json`, `report.html`, and KFP's whole log in `pipeline.log`.
         runner: run each step as a `subprocess` of this environment, or in a container of the project's image (`docker`).
 
     Raises:
-        ValueError: an invalid parameter, MLflow unreachable, no Docker engine or no image; raised before any step starts.
+        ValueError: an invalid parameter, no MLflow, no Docker engine or no image; raised before any step starts.
         SystemExit: a step failed.
     """
     if runner not in RUNNERS:
@@ -132,17 +134,19 @@ def run_locally(
         raise ValueError(f"{missing[0]}: no such folder")
     checked = arguments(places[0], places[1], str(out.absolute()), params, overrides, repo, revision)
     connect()
-    # Steps are separate processes: they inherit MLflow's address and the id of the run.
+    # Steps are separate processes, which inherit MLflow's address and the ID of the run.
     os.environ["MLFLOW_TRACKING_URI"] = _absolute(tracking_uri())
     os.environ[PIPELINE_RUN] = str(uuid.uuid4())
-    os.environ.setdefault("TQDM_MININTERVAL", "15")  # without a terminal, every refresh of a progress bar is a line
+    os.environ.setdefault("TQDM_MININTERVAL", "15")  # without a terminal, a progress bar prints a line per refresh
     artifacts = out / ".kfp"
     steps = containers(checked, out) if runner == "docker" else contextlib.nullcontext(local.SubprocessRunner(use_venv=False))
     with steps as kfp_runner:
         out.mkdir(parents=True, exist_ok=True)
         local.init(kfp_runner, pipeline_root=str(artifacts), raise_on_error=True)
         try:
-            warnings.filterwarnings("ignore", ".*custom or non-Python base image", RuntimeWarning)  # it is this project's
+            warnings.filterwarnings(
+                "ignore", ".*custom or non-Python base image", RuntimeWarning
+            )  # the image is this project's
             with (out / LOG).open("a") as log, contextlib.redirect_stdout(_StageOutput(sys.stdout, log)):
                 pixelclip(**checked)
         except RuntimeError as error:  # raised by kfp for a failed step, which has printed its own message
@@ -157,7 +161,7 @@ def run_locally(
 
 
 class _StageOutput(io.TextIOBase):
-    """Write KFP's whole output to a log and show only that of the stages.
+    """Write KFP's whole output to a log and show only the output of the stages.
 
     Before every step KFP's executor prints its input as JSON, between "Got executor_input" and a closing brace.
     """

@@ -1,9 +1,9 @@
 """Helpers of the component bodies: pinned versions, fetched data, processes, the end of the MLflow run, pages for KFP.
 
-Common arguments: `repo` is the URL or path of a DVC repository (empty: data are folders or s3:// prefixes), `workspace` a
-folder that outlives the run (or empty), `settings` the settings of all stages as `stage.setting`.
+Common arguments: `repo` is the URL or path of a DVC repository (if empty, data are folders or s3:// prefixes), `workspace` is a
+folder that outlives the run (or empty), and `settings` contains the settings of all stages as `stage.setting`.
 
-A running step imports this module, so it must not import kfp.
+Running steps import this module, so it must not import kfp.
 """
 
 import os
@@ -32,23 +32,23 @@ _DATA_COLUMNS = "| data | md5 | revision | path |\n|---|---|---|---|\n"
 
 
 def pinned(repo: str, revision: str, workspace: str) -> tuple[str, str]:
-    """Resolve a branch, tag or commit to a full SHA, so that the whole run reads one commit; empty: the default branch.
+    """Resolve a branch, tag or commit (by default the default branch) to a full SHA, so the whole run reads one commit.
 
     Returns:
-        The full SHA, empty without a repository; and KFP's cache key of a fetch.
+        The full SHA, empty without a repository, and the cache key of a fetch.
 
     Raises:
-        ValueError: no such repository or revision, or a workspace that is not writable.
+        ValueError: no such repository or revision, or the workspace is not writable.
     """
     if workspace:
         writable(workspace)  # fail now, not hours later
     if not repo:
-        # KFP caches a fetch by its parameters. Unversioned data may change under the same path, so their key is unique.
+        # KFP caches a fetch by its parameters, but unversioned data may change without a new path.
         return "", _unique()
     from pixelclip.fetch_data import commit_of
 
     commit = commit_of(repo, revision or "HEAD")
-    # KFP does not check that a workspace still holds what was fetched into it. The stage does.
+    # KFP does not check whether a workspace still contains the fetched data. The stage does.
     return commit, _unique() if workspace else commit
 
 
@@ -56,16 +56,16 @@ def pinned_clip(clip: str, settings: Mapping[str, Any], workspace: str) -> tuple
     """Return the cache-key parameters of the step that evaluates the CLIP `train.clip`.
 
     Returns:
-        Version of the CLIP's weights and of the code; and only those settings that the evaluation reads, so that other
-        training settings do not repeat it.
+        Version of the CLIP's weights and of the code, and the settings that the evaluation reads, so that other training
+        settings do not repeat it.
     """
     from pixelclip.models.clip_sources import clip_version
 
     chosen = {key: value for key, value in settings.items() if key.startswith("evaluate.") or key in _TRAINING_SETTINGS_OF_CLIP}
     revision = code_revision()
     version = f"{clip_version(str(settings.get('evaluate.clip') or clip))} code {__version__} {revision}"
-    # KFP does not check that a workspace or a folder of masks still holds the same content, and the revision does not
-    # identify uncommitted code. The key is unique then, and the stage itself checks what can be reused.
+    # KFP does not check the content of a workspace or a folder of masks, and the revision does not identify uncommitted code.
+    # The key is unique then, and the stage itself checks what can be reused.
     unversioned = revision == UNKNOWN or revision.endswith(CHANGED)
     return f"{version} {_unique()}" if workspace or settings.get("evaluate.masks_folder") or unversioned else version, chosen
 
@@ -79,10 +79,10 @@ def fetched(
 ) -> tuple[Metrics, str]:
     """Fetch `path` from a DVC repository at the commit of `pinned`; without a repository, point to existing data.
 
-    The metadata of the output artifact describe the data.
+    The metadata of `artifact` describe the data.
 
     Returns:
-        Metrics, and the version of the data: path and md5, or a unique value for unversioned data.
+        Metrics, and the version of the data: path and MD5, or a unique value for unversioned data.
     """
     if not repo:
         point(artifact, path)
@@ -98,7 +98,7 @@ def fetched(
 
 @contextmanager
 def gathered(masks: Any, parts: Sequence[Any] | None) -> Iterator[Path | str]:
-    """Yield the masks as one folder: the artifact `masks` of one step, or links to the artifacts `parts` of several."""
+    """Yield the masks as one folder: that of the artifact `masks`, or links to the artifacts `parts` of several steps."""
     if not parts:
         yield located(masks)
         return
@@ -109,17 +109,20 @@ def gathered(masks: Any, parts: Sequence[Any] | None) -> Iterator[Path | str]:
 
 
 def processes(device: str) -> int:
-    """Return the number of training processes: one per GPU of the pod, at least one; raise as `ranks.count_gpus`."""
+    """Return the number of training processes: one per GPU of the pod, at least one.
+
+    Raises the errors of `distributed.count_gpus`.
+    """
     from pixelclip.distributed import count_gpus
 
     return max(1, count_gpus()) if device in ("auto", "cuda") else 1
 
 
 def train_by(number: int, masks: Path | str, out: Path, config: TrainConfig) -> Metrics:
-    """Train as `train.run`, in this process or in a `number` of processes started by torchrun.
+    """Run `train.run` in this process, or in `number` processes started by torchrun.
 
     Raises:
-        SystemExit: a process failed, with its exit code; it has printed the reason.
+        SystemExit: a process failed after printing the reason; carries its exit code.
     """
     if number == 1:
         from pixelclip.train import run
@@ -137,27 +140,29 @@ def train_by(number: int, masks: Path | str, out: Path, config: TrainConfig) -> 
 
 
 def close_run(state: str) -> None:
-    """End the MLflow run of this pipeline run with the status of the pipeline's steps, given in KFP's terms.
+    """End the MLflow run of this pipeline run with the status of its steps (`state`, as KFP names it).
 
     Raises:
-        ValueError: the id of the pipeline run is not set, or MLflow is unreachable.
+        ValueError: the ID of the pipeline run is not set, or MLflow is unreachable.
     """
     from pixelclip.tracking.run import PIPELINE_RUN
     from pixelclip.tracking.server import connect, experiment_id
 
     if run_id := os.environ.get("MLFLOW_RUN_ID"):
-        print(f"finish: MLflow run {run_id} is left to the plugin that started it", flush=True)
+        print(f"finish: MLflow run {run_id} will be closed by the plugin that started it", flush=True)
         return
     pipeline_run = os.environ.get(PIPELINE_RUN)
     if not pipeline_run:
-        raise ValueError(f"{PIPELINE_RUN} must hold the id of the pipeline run whose MLflow run ends")
+        raise ValueError(f"{PIPELINE_RUN} is not set; it must be the ID of the pipeline run")
     client = connect()
     runs = client.search_runs([experiment_id(client)], f"tags.`kfp.run_id` = '{pipeline_run}'")
     if not runs:
-        print(f"finish: pipeline run {pipeline_run} ({state}) has no MLflow run to close: no training started", flush=True)
+        print(
+            f"finish: pipeline run {pipeline_run} ({state}) has no MLflow run to close, since train did not start", flush=True
+        )
     for run in runs:
-        # KFP before 2.17 reports steps with a loop among them as RUNNING (kubeflow/pipelines#13321). Then the run counts as
-        # finished if its last step has registered a model.
+        # With a loop, KFP before 2.17 reports RUNNING (kubeflow/pipelines#13321). Then the run is finished if its last step
+        # registered a model.
         registered = client.search_model_versions(f"run_id = '{run.info.run_id}'")
         status = _STATUS.get(state) or ("FINISHED" if registered else "FAILED")
         client.set_terminated(run.info.run_id, status)
@@ -165,7 +170,7 @@ def close_run(state: str) -> None:
 
 
 def links(registration: Path, evaluation: Path) -> str:
-    """Return a model's registration as Markdown: MLflow run, registered version, and the version of all its data."""
+    """Return a model's registration as Markdown: MLflow run, registered version, and the versions of its data."""
     from pixelclip.registry.model_version import REGISTRATION, markdown
 
     registered = read_json(registration / REGISTRATION)

@@ -30,7 +30,7 @@ _RUNNING = 3
 
 @dataclass(frozen=True)
 class Target:
-    """KFP's URL (empty: from environment or file), the cluster's settings, number of training nodes, container image."""
+    """KFP's URL (by default from environment or file), the cluster's settings, number of training nodes, container image."""
 
     endpoint: str = ""
     cluster: Path | None = None
@@ -39,15 +39,15 @@ class Target:
 
 
 def submit(arguments: Mapping[str, Any], target: Target, name: str = "") -> str:
-    """Start a run. The pipeline is uploaded first if it is new, or as a new version if it changed.
+    """Start a run, after uploading the pipeline if it is new or changed.
 
     Args:
         arguments: arguments of the pipeline, see `run.arguments`.
         target: KFP and how to compile for it.
-        name: name of the run; empty: that of the pipeline with the time.
+        name: name of the run; by default the pipeline's name and the time.
 
     Returns:
-        Id of the run; its URL is printed.
+        ID of the run, whose URL is printed.
 
     Raises:
         ValueError: an invalid parameter or setting; KFP is unreachable or rejects a request.
@@ -61,20 +61,19 @@ def schedule(arguments: Mapping[str, Any], target: Target, name: str, cron: str 
     """Run the pipeline on a schedule.
 
     Args:
-        arguments: as `submit`.
-        target: as `submit`.
+        arguments, target: see `submit`.
         name: name of the schedule, unique within the experiment.
         cron: `MINUTE HOUR DAY MONTH WEEKDAY` in the time zone of KFP's server, or KFP's six fields that begin with seconds.
-        every: interval such as 30m, 6h or 1d; one of `cron` and `every` is required.
+        every: interval such as 30m, 6h or 1d, instead of `cron`.
 
     Returns:
-        Id of the schedule.
+        ID of the schedule.
 
     Raises:
-        ValueError: as `submit`; not exactly one of `cron` and `every`, or one that KFP would reject.
+        ValueError: see `submit`; not exactly one of `cron` and `every`, or an invalid one.
     """
     if bool(cron) == bool(every):
-        raise ValueError("a schedule is either --cron or --every")
+        raise ValueError("give exactly one of --cron and --every")
     when = {"cron_expression": _six_fields(cron)} if cron else {"interval_second": _interval(every)}
     with _uploaded(arguments, target) as (client, page, _, options):
         for existing in _schedules(client, options["experiment_id"]):
@@ -109,7 +108,7 @@ def schedules(target: Target) -> list[str]:
 
 
 def unschedule(target: Target, schedule_id: str) -> None:
-    """Delete a schedule. Runs that it has started continue.
+    """Delete a schedule. Its running runs continue.
 
     Raises:
         ValueError: no such schedule; KFP is unreachable or rejects the request.
@@ -122,7 +121,7 @@ def status(target: Target, run_id: str) -> tuple[list[str], int]:
     """Return the state of a run.
 
     Returns:
-        One line per step with its state, then one of the run; and an exit code: 0 succeeded, 1 failed or cancelled, 3 running.
+        One line per step with its state and one for the run, and an exit code: 0 succeeded, 1 failed or cancelled, 3 running.
 
     Raises:
         ValueError: no such run; KFP is unreachable or rejects the request.
@@ -130,7 +129,7 @@ def status(target: Target, run_id: str) -> tuple[list[str], int]:
     with _connected(target) as (client, _, page):
         run = client.get_run(run_id)
     tasks = (run.run_details.task_details if run.run_details else None) or []
-    # Without KFP's helpers: a driver before every step, and the root around all of them.
+    # Hide KFP's helpers: a driver before every step, and the root around all of them.
     shown = [task for task in tasks if task.display_name and not re.search(r"(-driver|^root|^executor)$", task.display_name)]
     shown.sort(key=lambda task: (task.start_time or task.create_time or datetime.max.replace(tzinfo=UTC), task.display_name))
     lines = [f"{task.state or 'PENDING':<10} {_duration(task):>9}  {task.display_name}{_reason(task)}" for task in shown]
@@ -140,11 +139,11 @@ def status(target: Target, run_id: str) -> tuple[list[str], int]:
 
 @contextlib.contextmanager
 def _uploaded(arguments: Mapping[str, Any], target: Target) -> Iterator[tuple[kfp.Client, str, str, dict[str, Any]]]:
-    """Check everything, then upload what is new; yield client, URL of the pages, pipeline name and options of a run."""
+    """Check everything, upload what is new, and yield client, URL of KFP's pages, pipeline name and options of a run."""
     cluster = read(target.cluster)
     pipeline = build(cluster, target.nodes, image_of(cluster, target.image))
     if target.nodes > 1 and not arguments.get("workspace"):
-        raise ValueError("a training on several nodes needs --workspace: a folder on the volume that they share")
+        raise ValueError("--nodes {target.nodes} needs --workspace: a folder on the volume that the nodes share")
     check_workspace(cluster, arguments.get("workspace", ""))
     with tempfile.TemporaryDirectory() as folder, _connected(target) as (client, _, page):
         file = Path(folder, "pipeline.yaml")
@@ -178,16 +177,18 @@ def _connected(target: Target) -> Iterator[tuple[kfp.Client, Cluster, str]]:
             client = kfp.Client(host=endpoint, existing_token=os.environ.get(TOKEN), namespace=cluster.namespace or "kubeflow")
             yield client, cluster, os.environ.get("KF_PIPELINES_UI_ENDPOINT", endpoint).rstrip("/")
     except kfp_server_api.ApiException as error:
-        raise ValueError(f"KFP at {endpoint} refused ({error.status} {error.reason}): {_first_line(error.body)}") from None
+        raise ValueError(
+            f"KFP at {endpoint} rejected the request ({error.status} {error.reason}): {_first_line(error.body)}"
+        ) from None
     except HTTPError as error:
-        raise ValueError(f"the connection to KFP at {endpoint} was lost: {error}") from None
+        raise ValueError(f"the connection to KFP at {endpoint} failed: {error}") from None
 
 
 def health(endpoint: str, timeout: float = 10.0) -> dict[str, Any]:
-    """Return the answer of KFP's health check: its version as `tag_name`, if it states one, and more.
+    """Return the response of KFP's health check, which may contain its version as `tag_name`.
 
     Raises:
-        ValueError: KFP is unreachable or refuses, or a login page answers.
+        ValueError: KFP is unreachable or rejects the request, or the URL is not KFP's API.
     """
     headers = {"Authorization": f"Bearer {os.environ[TOKEN]}"} if os.environ.get(TOKEN) else {}
     try:
@@ -196,16 +197,16 @@ def health(endpoint: str, timeout: float = 10.0) -> dict[str, Any]:
         raise ValueError(f"KFP at {endpoint} cannot be reached: {_first_line(error)}") from None
     if not response.ok:
         hint = f"; set a token in {TOKEN}" if response.status_code in (401, 403) else ""
-        raise ValueError(f"KFP at {endpoint} refused ({response.status_code} {response.reason}){hint}")
+        raise ValueError(f"KFP at {endpoint} rejected the request ({response.status_code} {response.reason}){hint}")
     try:
         return dict(response.json())
     except ValueError:  # a login page also has status 200
-        kind = response.headers.get("Content-Type", "something else")
-        raise ValueError(f"{endpoint}: must be KFP's API, but it answers with {kind}; set a token in {TOKEN}") from None
+        kind = response.headers.get("Content-Type", "an unknown content type")
+        raise ValueError(f"{endpoint}: expected KFP's API, got {kind}; set a token in {TOKEN}") from None
 
 
 def _upload(client: kfp.Client, file: Path, name: str, namespace: str) -> tuple[str, str]:
-    """Return the ids of the pipeline and of its version with this content; upload them if they are missing."""
+    """Return the IDs of the pipeline and of its version with this content, uploading what is missing."""
     # kfp.Client.get_pipeline_id does not search a namespace.
     existing = client.list_pipelines(filter=_named(name), namespace=namespace or None).pipelines
     if existing:
@@ -216,7 +217,7 @@ def _upload(client: kfp.Client, file: Path, name: str, namespace: str) -> tuple[
         print(f"pipeline {name!r} created: {pipeline_id}", flush=True)
     version = f"{name} {hashlib.sha256(file.read_bytes()).hexdigest()[:12]}"
     if versions := client.list_pipeline_versions(pipeline_id, filter=_named(version)).pipeline_versions:
-        print(f"pipeline version {version!r} exists already", flush=True)
+        print(f"pipeline version {version!r} already exists", flush=True)
         return pipeline_id, versions[0].pipeline_version_id
     created = client.upload_pipeline_version(str(file), version, pipeline_id=pipeline_id)
     return pipeline_id, created.pipeline_version_id
@@ -237,7 +238,7 @@ def _schedules(client: kfp.Client, experiment: str) -> list[Any]:
 
 
 def _six_fields(cron: str) -> str:
-    """Return a cron expression in KFP's form, which begins with seconds."""
+    """Return a cron expression with six fields, of which KFP's first is seconds."""
     fields = cron.split()
     if len(fields) not in (5, 6) or not all(re.fullmatch(r"[\d*/,?A-Za-z#-]+", field) for field in fields):
         raise ValueError(f"--cron {cron!r}: must be MINUTE HOUR DAY MONTH WEEKDAY, for example '0 3 * * 1'")

@@ -1,4 +1,4 @@
-"""A sweep as a pipeline: train -> evaluate for every row and seed side by side, then one table and one plot."""
+"""A sweep as a pipeline: train -> evaluate for every row and seed in parallel, then one table and one plot."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,11 +17,11 @@ from pixelclip_pipelines.cluster_config import read as read_cluster
 from pixelclip_pipelines.cluster_tasks import place_on
 
 _PARAMETERS = ("clip", "steps", "batch_size", "concepts", "seed")
-"""Settings of the training that are parameters of its component; all others are passed in `settings`."""
+"""Settings of `train` that are parameters of its component. `settings` contains all others."""
 
 
 def build(cluster: Cluster | None = None, image: str = IMAGE) -> dsl.base_component.BaseComponent:
-    """Build the sweep for a cluster or, without one, for one machine.
+    """Build the sweep for a cluster, or for one machine if `cluster` is None.
 
     Args:
         cluster: resources of the steps' pods.
@@ -31,15 +31,18 @@ def build(cluster: Cluster | None = None, image: str = IMAGE) -> dsl.base_compon
     def on(step: str, task: dsl.PipelineTask) -> dsl.PipelineTask:
         return place_on(task, cluster, step, image) if cluster else task
 
-    @dsl.pipeline(name="pixelclip-sweep", description="Settings, each trained and evaluated at several seeds, in one table.")
+    @dsl.pipeline(
+        name="pixelclip-sweep",
+        description="Train and evaluate several settings, each with several seeds, and compare them in one table.",
+    )
     def sweep(masks: str, labelled: str, name: str = "sweep", runs: list = []):  # noqa: B006  (as in pixelclip.py)
-        """Run every row at every seed.
+        """Run every row with every seed.
 
         Args:
             masks: Shards with masks: a folder on a mounted volume or an s3:// prefix.
             labelled: Labelled set for evaluation: a folder on a mounted volume or an s3:// prefix. Never read in training.
             name: Title of the table and the plot.
-            runs: Runs written by `pixelclip pipeline compile-sweep` from a checked file: row, seed and settings of each.
+            runs: Row, seed and settings of each run, written by `pixelclip pipeline compile-sweep` from a checked file.
         """
 
         def pointed(path: str) -> dsl.PipelineTask:  # KFP's importer rejects paths on a volume
@@ -50,8 +53,8 @@ def build(cluster: Cluster | None = None, image: str = IMAGE) -> dsl.base_compon
             # Without an MLflow run id, every row and seed gets its own run.
             everywhere = {"settings": run.settings, "workspace": run.workspace}
             chosen = {name: getattr(run, name) for name in _PARAMETERS}
-            made = on("train", train(masks=masked.outputs["data"], **chosen, **everywhere)).outputs["model"]
-            evaluated = on("evaluate", evaluate(model=made, labelled=truth.outputs["data"], **everywhere))
+            model = on("train", train(masks=masked.outputs["data"], **chosen, **everywhere)).outputs["model"]
+            evaluated = on("evaluate", evaluate(model=model, labelled=truth.outputs["data"], **everywhere))
         on("sweep_table", sweep_table(name=name, runs=runs, metrics=dsl.Collected(evaluated.outputs["metrics"])))
 
     return sweep
@@ -66,9 +69,8 @@ def items(runs: Sequence[SweepRun], workspace: str = "") -> list[dict[str, Any]]
 
     Args:
         runs: from `pixelclip.commands.sweep.read`.
-        workspace: folder that outlives the pipeline run, where stages are reused and resumed; empty for none.
+        workspace: folder that outlives the pipeline run, where stages are reused and resumed, or empty.
     """
-
     loop = []
     for run in runs:
         item = {name: getattr(run.train, name) for name in _PARAMETERS}
@@ -83,7 +85,7 @@ def items(runs: Sequence[SweepRun], workspace: str = "") -> list[dict[str, Any]]
 def compile_to(
     file: Path, path: Path, params: Path | None = None, workspace: str = "", cluster: Path | None = None, image: str = ""
 ) -> None:
-    """Compile a sweep to a pipeline for a cluster; its runs are the default of parameter `runs`.
+    """Compile a sweep to a pipeline for a cluster, with its runs as the default of parameter `runs`.
 
     Args:
         file: the sweep, checked before anything is written; see `pixelclip.commands.sweep.read`.
@@ -91,16 +93,16 @@ def compile_to(
         params: YAML with one section per stage; the file's own settings override it.
         workspace: see `items`.
         cluster: settings of the cluster; see `cluster_config.read`.
-        image: container image; overrides PIXELCLIP_IMAGE and that of the cluster.
+        image: container image; overrides PIXELCLIP_IMAGE and the cluster's.
 
     Raises:
-        ValueError: an unusable sweep, cluster or workspace, or `path` is not a YAML file.
+        ValueError: an invalid sweep, cluster or workspace, or `path` is not a YAML file.
     """
     name, runs = read(file, params)
     if path.suffix not in (".yaml", ".yml"):
-        raise ValueError(f"{path}: the compiled pipeline is a .yaml file")
+        raise ValueError(f"{path}: the compiled pipeline must be a .yaml file")
     if path.resolve() == file.resolve():
-        raise ValueError(f"{path}: would overwrite the sweep")
+        raise ValueError(f"{path}: the compiled pipeline would overwrite the sweep")
     config = read_cluster(cluster)
     check_workspace(config, workspace)
     path.parent.mkdir(parents=True, exist_ok=True)

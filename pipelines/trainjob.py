@@ -1,4 +1,4 @@
-"""Training on several nodes: the TrainJob of Kubeflow Trainer and the launcher step that starts it and waits for its end."""
+"""Training on several nodes: the TrainJob of Kubeflow Trainer, and the launcher step that starts it and waits for it."""
 
 import contextlib
 import json
@@ -19,32 +19,33 @@ from pixelclip_pipelines.cluster_config import Cluster, pod_environment, seconds
 
 GROUP, VERSION, PLURAL = "trainer.kubeflow.org", "v1alpha1", "trainjobs"
 MANAGER = "pixelclip.io/pipeline"
-"""Owner of the runtime patches, a field that Kubeflow Trainer requires."""
+"""Owner of the runtime patches; Kubeflow Trainer requires this field."""
 _POLL = "pixelclip.io/poll-seconds"
 _NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 _FORWARDED = (PIPELINE_RUN, PARENT_RUN, "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_TRACKING_URI")
-_GROUP = 1000  # group of the image's user; as fsGroup it may write to a fresh volume, if the volume's driver supports it
+_GROUP = 1000  # group of the image's user; as fsGroup it can write to a fresh volume if the volume's driver supports it
 _TIMEOUT = 5.0  # seconds per request; urllib3 tries four times, and KFP kills a step 30 s after SIGTERM
-_MAX_FAILURES = 40  # failed requests in a row before the API server counts as lost
+_MAX_FAILURES = 40  # consecutive failed requests before the launcher gives up
 _REQUEST_ERRORS = (client.ApiException, HTTPError)
 
 
 def template(cluster: Cluster, nodes: int, image: str) -> dict[str, Any]:
-    """Return the TrainJob of a training without the parts that a run adds: its name, arguments and MLflow run.
+    """Return the TrainJob without the fields that depend on the run: name, arguments and MLflow run.
 
     Args:
-        cluster: settings; each node gets what step `train` gets.
+        cluster: settings of the cluster; each node has the resources of step `train`.
         nodes: number of nodes.
         image: container image.
 
     Raises:
-        ValueError: the cluster has no shared volume, or the launcher would time out before the training.
+        ValueError: the cluster has no shared volume, or the launcher would time out before `train`.
     """
     step, volume = cluster.steps["train"], cluster.volume
     if not volume.claim:
         raise ValueError("several nodes need a volume that they share: volume.claim in cluster.yaml")
     if seconds(cluster.steps["train_job"].timeout) < seconds(step.timeout):
-        raise ValueError(f"steps.train_job.timeout is shorter than steps.train.timeout {step.timeout}, for which it waits")
+        launcher = cluster.steps["train_job"].timeout
+        raise ValueError(f"steps.train_job.timeout {launcher}: must be at least steps.train.timeout ({step.timeout})")
     volumes: list[dict[str, Any]] = [{"name": "workspace", "persistentVolumeClaim": {"claimName": volume.claim}}]
     mounts = [{"name": "workspace", "mountPath": volume.mount}]
     if step.shared_memory:
@@ -101,16 +102,16 @@ def template(cluster: Cluster, nodes: int, image: str) -> dict[str, Any]:
 
 
 def complete(job: dict[str, Any], masks: Path, out: Path, settings: TrainConfig) -> dict[str, Any]:
-    """Return the TrainJob of one run: named after the pipeline run, with its arguments and its MLflow run.
+    """Return the TrainJob of one run, with its name, arguments and MLflow run.
 
     Raises:
-        ValueError: a path that the nodes cannot see.
+        ValueError: a path is not on the shared volume.
     """
     (node,) = job["spec"]["runtimePatches"][0]["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
     mount = node["template"]["spec"]["template"]["spec"]["containers"][0]["volumeMounts"][0]["mountPath"]
     for path in (masks, out):
         if not path.is_relative_to(mount):
-            raise ValueError(f"{path}: is not below {mount}, so the nodes cannot see it; set the parameter `workspace`")
+            raise ValueError(f"{path}: must be below {mount}, the volume that the nodes share; set the parameter `workspace`")
     overrides = [f"train.{name}={json.dumps(value)}" for name, value in settings.model_dump().items()]
     trainer = job["spec"]["trainer"]
     defined = {variable["name"] for variable in trainer["env"]}
@@ -124,26 +125,28 @@ def complete(job: dict[str, Any], masks: Path, out: Path, settings: TrainConfig)
 
 
 def train_on_nodes(job: str, workspace: str, settings: TrainConfig) -> Metrics:
-    """Start a TrainJob and wait for its end. A retry waits for a running job and replaces a failed one.
+    """Start a TrainJob and wait until it ends. A retry waits for a running job and replaces a failed one.
 
     Args:
-        job: the output of `template` as JSON.
-        workspace: folder on the shared volume that holds the result of stage masks.
+        job: output of `template` as JSON.
+        workspace: folder on the shared volume with the result of stage masks.
         settings: settings of the training.
 
     Returns:
         The metrics of the training.
 
     Raises:
-        ValueError: no workspace, or one that the nodes cannot see.
-        RuntimeError: the TrainJob failed or was deleted, or Kubernetes rejects a request or is unreachable.
+        ValueError: no workspace, or one that is not on the shared volume.
+        RuntimeError: the TrainJob failed or was deleted, or Kubernetes is unreachable or rejects a request.
     """
     if not workspace:
-        raise ValueError("a training on several nodes needs the parameter `workspace`: a folder on the volume that they share")
+        raise ValueError(
+            "training on several nodes needs the parameter `workspace`: a folder on the volume that the nodes share"
+        )
     out = Path(workspace, "train")
     body = complete(json.loads(job), Path(workspace, "masks"), out, settings)
     launcher = _Launcher(body)
-    # The handler only records the signal: an exception raised there could interrupt a request half-way.
+    # The handler only records the signal, since an exception could interrupt a request.
     previous = signal.signal(signal.SIGTERM, lambda number, _frame: launcher.signals.append(number))
     try:
         launcher.start()
@@ -179,12 +182,12 @@ class _Launcher:
         try:
             existing = self._get()
             if _final_condition(existing).get("type") == "Failed":
-                self._print("failed before; it is replaced, and the training resumes from its last checkpoint")
+                self._print("failed before; replacing it, and training resumes from the last checkpoint")
                 self.delete()
                 while existing := self._get():
                     self._sleep(1.0)
             if existing:
-                self._print("exists already")
+                self._print("already exists")
                 return
             self._api.create_namespaced_custom_object(**self._path, body=self._body)
         except _REQUEST_ERRORS as error:
@@ -194,7 +197,7 @@ class _Launcher:
         self._print(f"started; its logs: kubectl logs {selector}")
 
     def wait(self) -> dict[str, Any]:
-        """Poll until the job has completed or failed, and return that condition."""
+        """Poll until the job has completed or failed, and return its final condition."""
         failures = 0
         while True:
             try:
@@ -206,13 +209,13 @@ class _Launcher:
                 self._print(f"Kubernetes does not answer ({_message(error)}); retrying")
             else:
                 if job is None:
-                    raise RuntimeError(f"TrainJob {self.name} was deleted before its end")
+                    raise RuntimeError(f"TrainJob {self.name} was deleted before it ended")
                 if condition := _final_condition(job):
                     return condition
             self._sleep(self._pause)
 
     def delete(self) -> None:
-        """Delete the job and its pods, if it exists."""
+        """Delete the job and its pods if it exists."""
         try:
             self._api.delete_namespaced_custom_object(**self._path, name=self.name, propagation_policy="Foreground")
         except client.ApiException as error:

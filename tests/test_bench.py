@@ -1,4 +1,4 @@
-"""The harness of `make bench`: alternation, comparison, memory; never speed."""
+"""The harness of `make bench`: alternation, comparison and memory, but not speed."""
 
 import importlib
 import subprocess
@@ -40,18 +40,18 @@ def test_different_results_are_not_timed():
 
 
 def test_memory_counts_temporary_allocations():
-    # In a separate process, as in `make bench`: memory freed by others meanwhile would be subtracted.
+    # In a separate process, as in `make bench`: memory freed during the call would be subtracted.
     work = 'from bench.case import peak_memory; print(peak_memory(lambda: bytearray(b"x" * (64 << 20)) and None)["above"])'
     above = int(subprocess.run([sys.executable, "-c", work], cwd=ROOT, capture_output=True, check=True).stdout)
     assert 64 << 20 <= above < 256 << 20
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_benchmark_can_be_made(name):
+def test_every_benchmark_has_a_comparison(name):
     assert callable(importlib.import_module(f"bench.{name}").make)
 
 
-def test_both_sides_of_the_loader_make_the_same_samples(tmp_path):
+def test_both_sides_of_the_loader_read_the_same_samples(tmp_path):
     shards = loader.write_shards(tmp_path, loader.BATCH, edges=(600, 900), masks=12)
     dataset = MaskedImages(shards, loader.paper_views(), seed=0)
     literal = loader.DecodeAll(shards, dataset.views, dataset)
@@ -63,4 +63,4 @@ def test_both_sides_of_the_loader_make_the_same_samples(tmp_path):
 def test_unknown_benchmark_is_rejected():
     done = subprocess.run([sys.executable, "-m", "bench", "speed"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode != 0
-    assert "unknown benchmark 'speed'; there are train_step" in done.stderr
+    assert "unknown benchmark 'speed'; the benchmarks are train_step" in done.stderr

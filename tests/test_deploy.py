@@ -1,6 +1,6 @@
-"""deploy/ is valid by the schemas of Compose and Kubernetes, pinned, without secrets and without root.
+"""deploy/ conforms to the schemas of Compose and Kubernetes, pins its images, contains no secrets and needs no root.
 
-`kubectl kustomize` builds the manifests; neither a cluster nor Compose is started.
+`kubectl kustomize` builds the manifests; no cluster and no Compose is started.
 """
 
 import base64
@@ -144,7 +144,7 @@ def test_example_lists_every_compose_variable_without_secrets():
     assert {example[name] for name in SECRETS} == {""}
 
 
-def test_versions_equal_those_of_the_tests():
+def test_versions_equal_the_tested_ones():
     pinned = dict(re.findall(r"^([\w-]+)==(\S+)", (ROOT / "requirements.txt").read_text(), flags=re.M))
     asked = re.findall(r"^([\w-]+)(?:\[\w+\])?==(\S+)$", (DEPLOY / "mlflow" / "requirements.txt").read_text(), flags=re.M)
     assert {name for name, _ in asked} == {"mlflow", "boto3", "psycopg2-binary"}
@@ -168,7 +168,7 @@ def status(url: str, **headers: str) -> int:
 
 @pytest.mark.services
 def test_command_line_of_the_manifests_serves_with_passwords(all_services, tmp_path):
-    """Run the commands of the basic-auth pods on real PostgreSQL and S3 with other addresses and paths."""
+    """Run the commands of the basic-auth pods on real PostgreSQL and S3, with different addresses and paths."""
     manifests = built("basic-auth")
     (config,) = [entry["data"] for entry in manifests if entry["kind"] == "ConfigMap"]
     (pod,) = [entry["spec"]["template"]["spec"] for entry in manifests if entry["kind"] == "Deployment"]
@@ -178,21 +178,21 @@ def test_command_line_of_the_manifests_serves_with_passwords(all_services, tmp_p
     secret["POSTGRES_PASSWORD"] = re.search(r"mlflow:(\w+)@", all_services.postgres.uri)[1]
     (port,) = services.free_ports(1)
 
-    def here(text: str) -> str:
+    def localized(text: str) -> str:
         values = secret | config | all_services.s3.environment()
         text = re.sub(r"\$\((\w+)\)", lambda found: values[found[1]], text)
         return text.replace("@postgres:5432", address).replace("/etc/mlflow", str(tmp_path)).replace("5000", str(port))
 
     # The shell script contains no Kubernetes substitution.
-    subprocess.run([*init["command"], here(init["args"][0])], check=True, env=os.environ | secret)
+    subprocess.run([*init["command"], localized(init["args"][0])], check=True, env=os.environ | secret)
     assert (tmp_path / "auth.ini").stat().st_mode & 0o077 == 0
-    given = {entry["name"]: here(entry.get("value", "$(" + entry["name"] + ")")) for entry in container["env"]}
+    given = {entry["name"]: localized(entry.get("value", "$(" + entry["name"] + ")")) for entry in container["env"]}
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MLFLOW_", "AWS_"))}
     environment |= all_services.s3.environment() | given | {"HOME": str(tmp_path)}
-    words = [sys.executable, "-m", *(here(word) for word in container["args"])]
+    words = [sys.executable, "-m", *(localized(word) for word in container["args"])]
     url = f"http://localhost:{port}"
     server = services.Server("MLflow", words, tmp_path / "log", lambda: status(f"{url}/health") == 200, environment)
-    all_services.mlflow.server.wait()  # two servers must not create the tables of one database at once
+    all_services.mlflow.server.wait()  # two servers must not create tables in one database at once
     server.start()
     try:
         server.wait()
@@ -219,24 +219,24 @@ def test_mlflow_image_serves_with_the_compose_settings(all_services, tmp_path):
     given |= all_services.s3.environment()
     (port,) = services.free_ports(1)
 
-    def here(text: str) -> str:
+    def localized(text: str) -> str:
         text = re.sub(r"\$\{(\w+)[^}]*\}", lambda found: given[found[1]], text)
         text = text.replace("@postgres:5432", address).replace("http://s3:8333", all_services.s3.endpoint)
         return text.replace("5000", str(port))
 
-    environment = {name: here(value) for name, value in spec["environment"].items()}
+    environment = {name: localized(value) for name, value in spec["environment"].items()}
     container, url = f"pixelclip-test-{uuid.uuid4()}", f"http://localhost:{port}"
     words = ["docker", "run", "--rm", "--network=host", f"--name={container}", *(f"--env={name}" for name in environment)]
     words += [f"--tmpfs={path}" for path in spec["tmpfs"]] + [f"--cap-drop={name}" for name in spec["cap_drop"]]
     words += [f"--security-opt={option}" for option in spec["security_opt"]] + ["--read-only"] * spec["read_only"]
-    words += [spec["image"], *map(here, spec["command"])]
+    words += [spec["image"], *map(localized, spec["command"])]
     server = services.Server("MLflow", words, tmp_path / "log", lambda: services.get(f"{url}/health"), os.environ | environment)
-    all_services.mlflow.server.wait()  # two servers must not create the tables of one database at once
+    all_services.mlflow.server.wait()  # two servers must not create tables in one database at once
     with services.running(server):
         server.wait()
         kind, *probe = spec["healthcheck"]["test"]
         assert kind == "CMD"
-        subprocess.run(["docker", "exec", container, *map(here, probe)], check=True)
+        subprocess.run(["docker", "exec", container, *map(localized, probe)], check=True)
         user = subprocess.run(["docker", "exec", container, "id", "-u"], check=True, capture_output=True, text=True)
         assert user.stdout.strip() == "10001"
         client = MlflowClient(url)

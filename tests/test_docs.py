@@ -1,4 +1,4 @@
-"""The documentation matches the code."""
+"""The documentation agrees with the code."""
 
 import re
 from pathlib import Path
@@ -55,5 +55,5 @@ def test_requirements_are_pinned_and_name_no_index():
 
 def test_params_and_dvc_files_are_yaml_with_the_same_stages():
     stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-    stages = ["toy", "fetch_data", *(stage for stage in list(stages)[1:] if stage != "evaluate_clip")]  # see test_faces
+    stages = ["toy", "fetch_data", *(stage for stage in list(stages)[1:] if stage != "evaluate_clip")]  # see test_faces.py
     assert stages == list(yaml.safe_load((ROOT / "params.yaml").read_text()))

@@ -1,4 +1,4 @@
-"""GPU code paths (`pytest -m gpu`)."""
+"""Code paths on a GPU (`pytest -m gpu`)."""
 
 import numpy as np
 import pytest
@@ -121,7 +121,7 @@ def test_sam_finds_the_same_masks_as_the_cpu(settings):
     on_gpu, on_cpu = (random_sam.make_local(random_sam.make_sam()).to(device) for device in (DEVICE, "cpu"))
     actual, expected = (SamGenerator(sam, **random_sam.SETTINGS[settings])(images) for sam in (on_gpu, on_cpu))
     for some, others in zip(actual, expected, strict=True):
-        assert abs(len(some) - len(others)) <= 0.05 * len(others)  # a mask near a threshold may be lost
+        assert abs(len(some) - len(others)) <= 0.05 * len(others)  # a mask near a threshold may be missing
         for best in (random_sam.best_ious(some, others), random_sam.best_ious(others, some)):
             assert np.median(best) > 0.98 and best.mean() > 0.95
 

@@ -1,4 +1,4 @@
-"""Storage, tracking and registry on real servers: S3 with credentials, MLflow on PostgreSQL and S3, all of which may fail."""
+"""Storage, tracking and registry on real servers, also when they fail: S3 with credentials, MLflow on PostgreSQL and S3."""
 
 import os
 import threading
@@ -55,7 +55,7 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 
 def complete(cache: Path) -> list[Path]:
-    """List the files in the cache that count as complete."""
+    """List the complete files in the cache."""
     return [path for path in cache.glob("*/*/*") if ".partial" not in path.name]
 
 
@@ -195,7 +195,7 @@ def test_registered_model_can_be_fetched(mlflow_server, all_services, tmp_path):
 
 
 def test_files_pass_through_mlflow_if_only_mlflow_reaches_s3(mlflow_server, monkeypatch, tmp_path):
-    """As outside of a cluster: by default MLflow's server redirects clients to the address of S3 in its own network."""
+    """Clients may be outside the cluster, but by default MLflow redirects them to the address of S3 inside."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_server.uri.replace("127.0.0.1", "localhost"))
     for name in ("http_proxy", "HTTP_PROXY"):
         monkeypatch.setenv(name, f"http://127.0.0.1:{services.free_ports(1)[0]}")  # a closed port
@@ -220,7 +220,7 @@ def test_registry_name_that_mlflow_rejects_is_an_error(mlflow_server, tmp_path, 
     assert not (tmp_path / "out").exists()
 
 
-def test_two_promotions_at_once_leave_one_champion_in_each_of_20_trials(mlflow_server, all_services):
+def test_concurrent_promotions_leave_one_champion_in_each_of_20_trials(mlflow_server, all_services):
     taken_over = meet(mlflow_server.uri, challengers=2, trials=20)
     query = """SELECT name, count(*) FILTER (WHERE alias = 'champion'), max(version) FILTER (WHERE alias = 'champion'),
         count(*) FILTER (WHERE alias = 'previous'), sum(version) FILTER (WHERE alias = 'previous')
@@ -228,11 +228,11 @@ def test_two_promotions_at_once_leave_one_champion_in_each_of_20_trials(mlflow_s
     found = rows(all_services.postgres, query)
     assert len(found) == 20
     assert {(champions, best, befores) for _, champions, best, befores, _ in found} == {(1, 3, 1)}
-    # Version 2 was champion for a moment if it came first.
+    # If version 2 came first, it was champion for a moment.
     assert sum(previous == 2 for *_, previous in found) >= taken_over
 
 
-def test_outages_lose_no_metrics_and_files(mlflow_server, all_services, monkeypatch, tmp_path, capsys):
+def test_outages_lose_no_metrics_or_files(mlflow_server, all_services, monkeypatch, tmp_path, capsys):
     """Kill and restart the database, then S3, then MLflow during one run."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setattr("pixelclip.tracking.run._CLOSE_SECONDS", 120.0)

@@ -16,7 +16,7 @@ def evaluate_clip(
     settings: dict,
     workspace: str = "",
 ):
-    """Evaluate the unchanged CLIP on a labelled set. The versions are KFP's cache key."""
+    """Evaluate the unchanged CLIP on a labelled set. The versions are part of KFP's cache key."""
     from pixelclip.config import load
     from pixelclip.evaluate_clip import run
     from pixelclip_pipelines.artifacts import located, place

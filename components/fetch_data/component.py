@@ -18,7 +18,7 @@ def fetch_data(
     fetch: str = "",
     workspace: str = "",
 ) -> NamedTuple("Fetched", [("version", str)]):
-    """Fetch data from a DVC repository, or point to existing data. `fetch` is KFP's cache key."""
+    """Fetch data from a DVC repository, or point to existing data. `fetch` is part of KFP's cache key."""
     from pixelclip_pipelines.steps import fetched
 
     values, version = fetched(data, repo, path, revision, settings, workspace)

@@ -1,1 +1,1 @@
-"""KFP component of the end of a run."""
+"""KFP component that ends the MLflow run."""

@@ -1,4 +1,4 @@
-"""KFP component that ends a run."""
+"""KFP component that ends the MLflow run."""
 
 from kfp import dsl
 

@@ -1,1 +1,1 @@
-"""KFP component of the revision of the data."""
+"""KFP component that pins the commit of the data and the version of the CLIP."""

@@ -1,4 +1,4 @@
-"""KFP component that pins the commit of the data and the version of the CLIP for a run."""
+"""KFP component that pins the commit of the data and the version of the CLIP."""
 
 from typing import NamedTuple
 

@@ -17,7 +17,7 @@ def register(
     settings: dict,
     workspace: str = "",
 ):
-    """Register a model in MLflow and decide on its promotion."""
+    """Register a model in MLflow and decide whether it becomes champion."""
     from pathlib import Path
 
     from pixelclip.config import load

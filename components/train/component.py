@@ -21,7 +21,7 @@ def train(
     parts: dsl.Input[List[dsl.Dataset]] = None,  # noqa: UP006
     workspace: str = "",
 ):
-    """Train a PixelCLIP from masked shards and a CLIP on all GPUs of the pod."""
+    """Train PixelCLIP on masked shards with all GPUs of the pod."""
     from pixelclip.config import load
     from pixelclip_pipelines.artifacts import place
     from pixelclip_pipelines.steps import gathered, processes, train_by

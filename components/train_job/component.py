@@ -22,7 +22,7 @@ def train_job(
     parts: dsl.Input[List[dsl.Dataset]] = None,  # noqa: UP006
     workspace: str = "",
 ):
-    """Train on several nodes: start a TrainJob of Kubeflow Trainer and wait for its end."""
+    """Train on several nodes: start a TrainJob of Kubeflow Trainer and wait until it ends."""
     from pixelclip.config import load
     from pixelclip_pipelines.artifacts import place
     from pixelclip_pipelines.trainjob import train_on_nodes

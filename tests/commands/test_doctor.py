@@ -236,10 +236,10 @@ def test_dvc_remote_on_s3(s3, tmp_path, monkeypatch):
         (Answer(200, {}, b'{"tag_name": "2.17.0", "multi_user": false}'), "ok", "KFP 2.17.0, SDK 2."),
         (Answer(200, {}, b'{"multi_user": false}'), "ok", "KFP of unknown version"),
         (Answer(200, {}, b'{"tag_name": "1.8.5"}'), "failed", "KFP 1.8.5, SDK 2."),
-        (Answer(200, {}, b"<html>log in</html>"), "failed", "must be KFP's API"),
-        (Answer(401, {}, b""), "failed", "refused (401 Unauthorized); set a token in KFP_TOKEN"),
-        (Answer(404, {}, b""), "failed", "refused (404 Not Found)"),
-        (Answer(200, {}, b"{"), "failed", "must be KFP's API"),
+        (Answer(200, {}, b"<html>log in</html>"), "failed", "expected KFP's API, got"),
+        (Answer(401, {}, b""), "failed", "rejected the request (401 Unauthorized); set a token in KFP_TOKEN"),
+        (Answer(404, {}, b""), "failed", "rejected the request (404 Not Found)"),
+        (Answer(200, {}, b"{"), "failed", "expected KFP's API, got"),
     ],
 )
 def test_kubeflow_pipelines_health_and_version(monkeypatch, web, answer, state, message):

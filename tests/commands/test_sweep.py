@@ -364,7 +364,7 @@ def test_command_compiles(made, monkeypatch, capsys, tmp_path):
         main()
     assert capsys.readouterr().out.strip() == str(tmp_path / "s.yaml")
     assert "/mnt/space/own-targets/seed-3" in (tmp_path / "s.yaml").read_text()
-    for path, message in ((tmp_path / "s.json", "is a .yaml file"), (made.file, "would overwrite")):
+    for path, message in ((tmp_path / "s.json", "must be a .yaml file"), (made.file, "would overwrite")):
         with pytest.raises(ValueError, match=message):
             pipeline.compile_to(made.file, path)
     with pytest.raises(ValueError, match="--workspace /mnt/space: must be a folder on the volume"):

@@ -50,7 +50,7 @@ SECRET = "a-value-that-must-never-be-written"
 
 
 def compiled(folder: Path, settings: str, **options: Any) -> tuple[dict, dict, Path]:
-    """Compile; return the pipeline, its platform part and the file."""
+    """Compile the pipeline; return it, its platform part and the file."""
     (folder / "cluster.yaml").write_text(settings)
     path = folder / "pipeline.yaml"
     with pytest.MonkeyPatch.context() as patch:
@@ -229,7 +229,7 @@ def test_every_step_has_a_timeout_and_retries_with_backoff(pipeline):
     for name, task in own.items():
         retry, timeout = task["retryPolicy"], int(pods(platform)[f"exec-{name.removesuffix('-2')}"]["activeDeadlineSeconds"])
         assert retry["maxRetryCount"] >= 2 and int(retry["backoffDuration"][:-1]) > 0, name
-        # Argo counts it from the start of the first attempt and ends all attempts there, so all of them must fit.
+        # Argo ends all attempts this long after the start of the first, so all of them must fit.
         assert int(retry["backoffMaxDuration"][:-1]) > (retry["maxRetryCount"] + 1) * timeout, name
         assert retry["backoffFactor"] == int(retry["backoffFactor"]), f"{name}: Argo requires a whole number"
 
@@ -246,7 +246,7 @@ def test_cache_key_of_the_clip_evaluation(pipeline):
         return {"taskOutputParameter": {"producerTask": task, "outputParameterKey": key}}
 
     given = tasks(pipeline[0])["evaluate-clip"]["inputs"]
-    # Of the training only its CLIP (and, in clip_settings, side and residual): a new training does not repeat the step.
+    # The only training settings are the CLIP and, in clip_settings, side and residual, so a new model does not repeat the step.
     assert given["parameters"] == {
         "clip": {"componentInputParameter": "pipelinechannel--clip"},
         "clip_version": output_of("pin-revision", "clip_version"),
@@ -255,7 +255,7 @@ def test_cache_key_of_the_clip_evaluation(pipeline):
         "workspace": {"componentInputParameter": "pipelinechannel--workspace"},
     }
     assert set(given["artifacts"]) == {"labelled"}
-    # A cached fetch returns its old version, so it is cached only by commit.
+    # A cached fetch returns its old version, so only a commit may be its key.
     assert tasks(pipeline[0])["fetch-data-2"]["inputs"]["parameters"]["fetch"] == output_of("pin-revision", "fetch")
     assert tasks(pipeline[0])["pin-revision"]["inputs"]["parameters"] == {
         name: {"componentInputParameter": f"pipelinechannel--{name}"}
@@ -328,7 +328,7 @@ def test_compiled_pipeline_equals_the_golden_copy(pipeline):
         GOLDEN.read_text().splitlines(), text.splitlines(), str(GOLDEN), "compiled now", lineterm="", n=3
     )
     shown = "\n".join(changed)
-    assert not shown, f"the compiled pipeline changed; if it should, renew the golden copy (see above):\n{shown}"
+    assert not shown, f"the compiled pipeline changed; if that is intended, renew the golden copy (see above):\n{shown}"
 
 
 def test_compilation_is_deterministic(pipeline, tmp_path):
@@ -400,11 +400,14 @@ def test_trainjob_fits_the_published_api_models(tmp_path, monkeypatch, settings)
     ("settings", "message"),
     [
         ("parts: 1", "volume.claim in cluster.yaml"),
-        ("volume: {claim: a}\nsteps: {train: {timeout: 9d}}", "train_job.timeout is shorter"),
+        (
+            "volume: {claim: a}\nsteps: {train: {timeout: 9d}}",
+            "train_job.timeout 3d: must be at least steps.train.timeout (9d)",
+        ),
     ],
 )
 def test_impossible_settings_for_several_nodes_are_rejected(tmp_path, settings, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=re.escape(message)):
         compiled(tmp_path, settings, nodes=2)
     assert not (tmp_path / "pipeline.yaml").exists()
 
@@ -457,7 +460,10 @@ def test_cluster_yaml_of_the_current_folder_is_read(tmp_path, monkeypatch):
         ("steps: {train: }", "steps.train: "),
         ("secrets: [{name: a, env: {X: y}, opt: 1}]", "secrets.0: unknown key 'opt', did you mean 'optional'?"),
         ("secrets: [{name: a, env: {}}]", "secrets.0.env: Dictionary should have at least 1 item"),
-        ("secrets: [{name: a, env: {X: y}}, {name: b, env: {X: y}}]", "come from two places: X"),
+        (
+            "secrets: [{name: a, env: {X: y}}, {name: b, env: {X: y}}]",
+            "secrets and config_maps: environment variables defined twice: X",
+        ),
         ("volume: {clam: x}", "volume: unknown key 'clam', did you mean 'claim'?"),
         ("trainer: {runtim: x}", "trainer: unknown key 'runtim', did you mean 'runtime'?"),
         ("parts: 0", "parts: Input should be greater than or equal to 1"),

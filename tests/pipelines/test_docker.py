@@ -1,4 +1,4 @@
-"""Steps and the served model in containers of a real Docker engine. A failed container never counts as a success."""
+"""Pipeline steps and the served model in containers of a real Docker engine."""
 
 import json
 import os
@@ -51,7 +51,7 @@ def engine():
 
 @pytest.fixture
 def run(tmp_path, capsys):
-    """Run a pipeline in containers; return whether it succeeded, and its output."""
+    """Run a pipeline in containers; return whether it succeeded and what it printed."""
 
     def run(pipeline, arguments=None, options=None):
         with containers(arguments or {}, tmp_path) as runner:
@@ -164,9 +164,9 @@ def total(parts: dsl.Input[list[dsl.Dataset]], out: dsl.Output[dsl.Dataset]) -> 
 
 @dsl.pipeline(name="sums")
 def sums(value: int, fault: str = ""):
-    made = number(value=value, fault=fault)
+    counted = number(value=value, fault=fault)
     with dsl.ParallelFor([1, 2, 3]) as factor:
-        parts = product(first=made.outputs["out"], second=factor)
+        parts = product(first=counted.outputs["out"], second=factor)
     total(parts=dsl.Collected(parts.outputs["out"]))
 
 
@@ -245,10 +245,10 @@ def test_image_runs_without_root_on_a_read_only_root(engine):
 def test_image_has_pinned_versions_and_no_development_packages(engine):
     code = "import importlib.metadata as m, json; print(json.dumps({d.name.lower(): d.version for d in m.distributions()}))"
     installed = {(re.sub("[_.]", "-", name), version) for name, version in json.loads(_in_image(engine, code)).items()}
-    # A package has several lines if its version depends on that of Python.
+    # A package has several lines if its version depends on Python's.
     pins = re.findall(r"^([a-z0-9._-]+)==([^\s;]+)", (ROOT / "requirements.txt").read_text(), flags=re.M)
     unpinned = installed - {(name.replace(".", "-"), version) for name, version in pins}
-    assert {name for name, _ in unpinned} <= {"pixelclip", "pip", "setuptools"}  # the last two are the environment's own
+    assert {name for name, _ in unpinned} <= {"pixelclip", "pip", "setuptools"}  # the environment itself has the last two
     assert not {"pytest", "moto", "mypy", "ruff", "hypothesis", "pre-commit"} & {name for name, _ in installed}
 
 
@@ -289,7 +289,7 @@ def served(engine, model, tmp_path_factory):
             server.wait()
             (container,) = engine.containers.list(filters=LABEL)
             yield container, address
-        assert engine.containers.list(filters=LABEL) == []  # stopped, it ends
+        assert engine.containers.list(filters=LABEL) == []  # removed when stopped
 
 
 def test_served_container_predicts_unseen_classes(served, model):

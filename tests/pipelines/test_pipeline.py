@@ -1,4 +1,4 @@
-"""The pipeline: compilation, description and validation of parameters, components as plain functions."""
+"""Compilation of the pipeline, description and validation of its parameters, components as plain functions."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -99,7 +99,7 @@ def test_arguments_reach_every_stage():
         ({"generator": "sam9"}, "Input should be 'felzenszwalb', 'given', 'sam' or 'dino'"),
         ({"steps": 5, "train.steps": 6}, "train.steps is given twice"),
         ({"images": "x"}, "see --help"),
-        ({"masks.part": "1/2"}, "the pipeline makes all parts"),
+        ({"masks.part": "1/2"}, "the pipeline computes all parts"),
     ],
 )
 def test_invalid_parameter_is_rejected_before_any_step(tmp_path, overrides, message):
@@ -109,8 +109,8 @@ def test_invalid_parameter_is_rejected_before_any_step(tmp_path, overrides, mess
     assert not out.exists()
 
 
-def test_login_in_repository_url_is_rejected_before_it_is_logged(tmp_path):
-    with pytest.raises(ValueError, match=r"--repo https://git\.example/data\.git was given with a login") as refused:
+def test_credentials_in_repository_url_are_rejected_before_they_are_logged(tmp_path):
+    with pytest.raises(ValueError, match=r"--repo https://git\.example/data\.git contains credentials") as refused:
         run_locally("a", "b", tmp_path / "out", None, {}, repo="https://bot:very-secret@git.example/data.git")
     assert "very-secret" not in str(refused.value) and not (tmp_path / "out").exists()
 
@@ -203,8 +203,8 @@ def test_unknown_runner_is_rejected_before_any_step(tmp_path):
 def test_output_that_points_to_a_missing_folder_is_missing(tmp_path):
     pointer = {"uri": str(tmp_path / "kfp" / "model"), "metadata": {"location": str(tmp_path / "space" / "train")}}
     fake_data.write_files(tmp_path / "kfp", {"model": b"where it is"})
-    write_json(tmp_path / "made.json", {"artifacts": {"model": {"artifacts": [pointer]}}})
-    declared = {"outputFile": str(tmp_path / "made.json"), "artifacts": {"model": {"artifacts": [{}]}}}
+    write_json(tmp_path / "output.json", {"artifacts": {"model": {"artifacts": [pointer]}}})
+    declared = {"outputFile": str(tmp_path / "output.json"), "artifacts": {"model": {"artifacts": [{}]}}}
     assert missing_outputs(declared) == ["model"]
     (tmp_path / "space" / "train").mkdir(parents=True)
     assert missing_outputs(declared) == []

@@ -64,7 +64,7 @@ def test_without_a_repository_the_output_is_a_pointer(tmp_path, path):
     passed_on = artifact(tmp_path / "step" / "data", **output.metadata)
     assert str(located(passed_on)) == path
     assert isinstance(located(passed_on), str if path.startswith("s3") else Path)
-    # KFP uploads the file at the artifact's path, and rejects a URI outside the run's bucket.
+    # KFP uploads the file at the artifact's path and rejects URIs outside the run's bucket.
     assert output.uri == str(tmp_path / "step" / "data") and (tmp_path / "step" / "data").read_text() == f"{path}\n"
     assert not (tmp_path / "space").exists()
 
@@ -81,7 +81,7 @@ def test_component_writes_to_artifact_or_workspace(tmp_path: Path) -> None:
     assert place(alone, "", "masks") == tmp_path / "kfp" / "masks" and alone.metadata == {}
     assert not (tmp_path / "kfp").exists()
     assert place(shared, str(tmp_path), "masks") == tmp_path / "masks"
-    # KFP's launcher fails on an artifact whose URI is a path, so the URI does not change and a pointer is uploaded.
+    # KFP's launcher fails if the URI is a path, so the URI does not change and KFP uploads a pointer.
     assert shared.uri == "s3://bucket/masks" and shared.metadata == {"location": str(tmp_path / "masks")}
     assert (tmp_path / "kfp" / "masks").read_text() == f"{tmp_path / 'masks'}\n"
 
@@ -194,7 +194,7 @@ def test_clip_version_depends_on_weights_and_code(tmp_path, monkeypatch):
     assert pinned_clip(f"ViT-B-16:{tmp_path}/w.pt", {}, "")[0] != file
     assert pinned_clip("ViT-B-16:openai", {}, "")[0].startswith("ViT-B-16:openai code ")
     assert pinned_clip("ViT-B-16:openai", {}, "") != pinned_clip("ViT-B-16-quickgelu:openai", {}, "")
-    # The evaluated CLIP counts, and so does the code.
+    # The evaluated CLIP and the code determine the version.
     assert pinned_clip("ViT-B-16:openai", {"evaluate.clip": str(folder)}, "")[0] == changed[0]
     monkeypatch.setenv("PIXELCLIP_REVISION", "r2")
     assert pinned_clip(str(folder), {}, "")[0] != changed[0]
@@ -231,8 +231,8 @@ def test_evaluate_clip_component_passes_its_inputs(tmp_path):
     evaluate_clip.python_func(artifact(labelled), output, metrics, spec, "c1", "d1", settings)
     assert logged == json.loads((tmp_path / "step" / "evaluation" / "metrics.json").read_text())
     assert (output.metadata["clip_version"], output.metadata["data_version"]) == ("c1", "d1")
-    made = json.loads((tmp_path / "step" / "evaluation" / "provenance.json").read_text())["settings"]
-    assert {key: made[key] for key in ("clip", "side", "residual", "templates", "name")} == {
+    recorded = json.loads((tmp_path / "step" / "evaluation" / "provenance.json").read_text())["settings"]
+    assert {key: recorded[key] for key in ("clip", "side", "residual", "templates", "name")} == {
         **{"clip": spec, "side": 48, "residual": "patch", "templates": "single", "name": "labelled"}
     }
     assert located(output) == tmp_path / "step" / "evaluation"
@@ -251,23 +251,25 @@ def test_parts_of_masks_are_gathered_as_one_folder(tmp_path):
             f"{key}.json": fake_data.annotation(halves),
         }
         fake_data.write_tar(tmp_path / "shards" / f"{number}.tar", members)
-    made = []
+    outputs = []
     for number in (1, 2, 3):
         output = SimpleNamespace(path=str(tmp_path / f"step-{number}" / "masks"), uri="")
         metrics = SimpleNamespace(log_metric=lambda *_: None)
         source = artifact(tmp_path / "shards")
         masks_component.python_func(source, output, metrics, "given", {"masks.workers": 0.0}, part=f"{number}/3")
-        made.append(artifact(Path(output.path)))
-    with gathered(None, made) as folder:
+        outputs.append(artifact(Path(output.path)))
+    with gathered(None, outputs) as folder:
         names = sorted(path.name for path in list_shards(folder))
         described = describe_shards(folder)
     assert names == [f"{number}.tar" for number in range(5)]
     assert described["num_files"] == 5 and described["provenance"]["stage"] == "masks"
-    assert not folder.exists() and all(Path(each.path).is_dir() for each in made), "links are removed, their targets are kept"
-    elsewhere = [artifact(tmp_path / "kfp" / each.name, location=each.path) for each in made]
+    assert not folder.exists() and all(Path(each.path).is_dir() for each in outputs), (
+        "links are removed, their targets are kept"
+    )
+    elsewhere = [artifact(tmp_path / "kfp" / each.name, location=each.path) for each in outputs]
     with gathered(None, elsewhere) as folder:
         assert sorted(path.name for path in list_shards(folder)) == names, "in a workspace artifacts are pointers"
-    with gathered(None, made[:2]) as folder, pytest.raises(ValueError, match="but not 3/3"):
+    with gathered(None, outputs[:2]) as folder, pytest.raises(ValueError, match="but not 3/3"):
         list_shards(folder)
 
 
@@ -333,7 +335,7 @@ def test_failed_process_fails_the_step(clip, tmp_path, monkeypatch, capfd):
     assert not (tmp_path / "model").exists()
 
 
-# The end of a run.
+# End of the run.
 
 
 def started(client, tag: str, monkeypatch) -> str:
@@ -370,7 +372,7 @@ def test_run_of_the_mlflow_plugin_is_not_closed(tmp_path, monkeypatch, capsys):
     run = started(client, "a", monkeypatch)
     monkeypatch.setenv("MLFLOW_RUN_ID", run)
     close_run("FAILED")
-    assert client.get_run(run).info.status == "RUNNING" and "left to the plugin" in capsys.readouterr().out
+    assert client.get_run(run).info.status == "RUNNING" and "closed by the plugin" in capsys.readouterr().out
 
 
 def test_without_training_no_run_is_closed(tmp_path, monkeypatch, capsys):
@@ -482,7 +484,7 @@ sys.exit(failed)
 
 
 def test_components_and_their_imports_work_in_a_running_step():
-    """KFP runs steps with _KFP_RUNTIME=true, which leaves most of kfp.dsl and all of kfp.kubernetes out."""
+    """KFP runs steps with _KFP_RUNTIME=true, which disables most of kfp.dsl and all of kfp.kubernetes."""
     sources = {}
     for path in sorted((ROOT / "components").glob("*/component.py")):
         component = getattr(import_module(f"pixelclip_components.{path.parent.name}.component"), path.parent.name)

@@ -17,7 +17,7 @@ DATA = ("--images", "/data/images", "--labelled", "/data/toy")
 def kfp(monkeypatch, tmp_path):
     for name in (*ENDPOINTS, TOKEN, "KF_PIPELINES_UI_ENDPOINT", "PIXELCLIP_IMAGE"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))  # kfp.Client keeps a context there
+    monkeypatch.setenv("HOME", str(tmp_path))  # kfp.Client stores a context there
     monkeypatch.chdir(tmp_path)
     with fake_kfp() as server:
         yield server
@@ -32,21 +32,21 @@ def run(kfp, pixelclip):  # noqa: F811
 def test_submit_uploads_once_and_starts_runs_with_every_parameter(kfp, run):
     code, out, err = run("submit", *DATA, "--name", "first", "steps=7", "train.prompt_tokens=3")
     assert (code, err) == (0, "")
-    (made,) = kfp.all("runs")
-    assert f"{kfp.url}/#/runs/details/{made['run_id']}" in out
+    (created,) = kfp.all("runs")
+    assert f"{kfp.url}/#/runs/details/{created['run_id']}" in out
     (pipeline,), (version,), (experiment,) = (kfp.all(kind) for kind in ("pipelines", "versions", "experiments"))
-    assert made["display_name"] == "first" and made["experiment_id"] == experiment["experiment_id"]
+    assert created["display_name"] == "first" and created["experiment_id"] == experiment["experiment_id"]
     assert (pipeline["display_name"], experiment["display_name"]) == ("pixelclip", "pixelclip")
     reference = {"pipeline_id": pipeline["pipeline_id"], "pipeline_version_id": version["pipeline_version_id"]}
-    assert made["pipeline_version_reference"] == reference
+    assert created["pipeline_version_reference"] == reference
     spec, platform = version["pipeline_spec"]["documents"]
-    assert set(made["runtime_config"]["parameters"]) == set(spec["root"]["inputDefinitions"]["parameters"])
-    assert made["runtime_config"]["parameters"]["steps"] == 7
-    assert made["runtime_config"]["parameters"]["settings"] == {"train.prompt_tokens": 3}
+    assert set(created["runtime_config"]["parameters"]) == set(spec["root"]["inputDefinitions"]["parameters"])
+    assert created["runtime_config"]["parameters"]["steps"] == 7
+    assert created["runtime_config"]["parameters"]["settings"] == {"train.prompt_tokens": 3}
     assert "exec-train" in platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
 
     code, out, _ = run("submit", *DATA)
-    assert code == 0 and "exists already" in out
+    assert code == 0 and "already exists" in out
     assert [len(kfp.all(kind)) for kind in ("pipelines", "versions", "experiments", "runs")] == [1, 1, 1, 2]
 
 
@@ -56,7 +56,7 @@ def test_changed_pipeline_is_a_new_version_and_a_known_one_is_reused(kfp, run):
     for image in [*images, images[0]]:
         assert run("submit", *DATA, "--image", image)[0] == 0
     assert len(kfp.all("versions")) == 2 and len(kfp.all("pipelines")) == 1
-    used = [made["pipeline_version_reference"]["pipeline_version_id"] for made in kfp.all("runs")]
+    used = [created["pipeline_version_reference"]["pipeline_version_id"] for created in kfp.all("runs")]
     assert used[-1] == used[0] and len(set(used)) == 2
     for image, version in zip(images, kfp.all("versions"), strict=True):
         executors = version["pipeline_spec"]["documents"][0]["deploymentSpec"]["executors"]
@@ -69,9 +69,9 @@ def test_changed_pipeline_is_a_new_version_and_a_known_one_is_reused(kfp, run):
         ((*DATA, "step=5"), "unknown pipeline parameter 'step', did you mean 'steps'?"),
         ((*DATA, "train.stepz=5"), "did you mean 'steps'?"),
         ((*DATA, "steps=0"), "greater than or equal to 1"),
-        ((*DATA, "masks.part=1/2"), "the pipeline makes all parts"),
+        ((*DATA, "masks.part=1/2"), "the pipeline computes all parts"),
         ((*DATA, "repo=x"), "see --help"),
-        ((*DATA, "--revision", "main"), "revision 'main' without repo"),
+        ((*DATA, "--revision", "main"), "revision 'main' without --repo"),
         (("--images", "", "--labelled", "x"), "images must name a folder"),
         ((*DATA, "--image", "pixelclip"), "must end with a tag"),
         ((*DATA, "--nodes", "2"), "volume.claim"),
@@ -112,8 +112,8 @@ def test_pipeline_is_reused_within_its_namespace(kfp, run):
         Path("cluster.yaml").write_text(f"namespace: '{namespace}'")
         code, _, err = run("submit", *DATA)
         assert (code, err) == (0, "")
-    assert [made.get("namespace", "") for made in kfp.all("pipelines")] == ["team-a", "team-b", ""]
-    used = [made["pipeline_version_reference"]["pipeline_id"] for made in kfp.all("runs")]
+    assert [created.get("namespace", "") for created in kfp.all("pipelines")] == ["team-a", "team-b", ""]
+    used = [created["pipeline_version_reference"]["pipeline_id"] for created in kfp.all("runs")]
     assert used[0] == used[-1] and len(set(used)) == 3 and len(kfp.all("versions")) == 3
 
 
@@ -134,10 +134,10 @@ def test_endpoint_order(kfp, pixelclip, monkeypatch):  # noqa: F811
 def test_server_errors_are_one_line(kfp, run, pixelclip, monkeypatch):  # noqa: F811
     kfp.token = "right"
     code, _, err = run("status", "x")
-    assert code == 2 and "refused (401" in err and TOKEN in err and err.count("\n") == 1
+    assert code == 2 and "rejected the request (401" in err and TOKEN in err and err.count("\n") == 1
     monkeypatch.setenv(TOKEN, "right")
     code, _, err = run("status", "x")
-    assert code == 2 and "refused (404" in err and "runs x not found" in err
+    assert code == 2 and "rejected the request (404" in err and "runs x not found" in err
     kfp.token = ""
     kfp.gone = True
     code, _, err = run("status", "x")
@@ -161,19 +161,19 @@ def task(name: str, state: str, seconds: int | None = None, why: str = "") -> di
 def test_status_prints_steps_and_sets_the_exit_code(kfp, run, state, expected):
     tasks = [task("root", "RUNNING"), task("shards-driver", "SUCCEEDED", 1), task("shards", "SUCCEEDED", 12)]
     tasks += [task("train", "FAILED", 30, "exit code 137\nmore"), task("evaluate", "PENDING")]
-    made = kfp.add("runs", {"state": state, "run_details": {"task_details": tasks}, "experiment_id": "e"})
-    code, out, err = run("status", made["run_id"])
+    created = kfp.add("runs", {"state": state, "run_details": {"task_details": tasks}, "experiment_id": "e"})
+    code, out, err = run("status", created["run_id"])
     assert (code, err) == (expected, "")
     lines = [line.split() for line in out.splitlines()]
     assert [line[:3] for line in lines[:2]] == [["SUCCEEDED", "0:00:12", "shards"], ["FAILED", "0:00:30", "train:"]]
     assert lines[2] == ["PENDING", "evaluate"] and len(lines) == 4
     assert lines[1][3:] == ["exit", "code", "137"]
-    assert lines[3][0] == (state or "PENDING") and lines[3][-1].endswith(made["run_id"])
+    assert lines[3][0] == (state or "PENDING") and lines[3][-1].endswith(created["run_id"])
 
 
 def test_pending_run_has_no_steps(kfp, run):
-    made = kfp.add("runs", {"state": "PENDING", "experiment_id": "e"})
-    code, out, _ = run("status", made["run_id"])
+    created = kfp.add("runs", {"state": "PENDING", "experiment_id": "e"})
+    code, out, _ = run("status", created["run_id"])
     assert code == 3 and len(out.splitlines()) == 1
 
 
@@ -195,7 +195,7 @@ def test_schedules_are_created_listed_and_deleted(kfp, run):
     code, _, err = run("schedule", "create", "often", *DATA, "--every", "1d")
     assert code == 2 and "a schedule named 'often' already exists" in err and len(kfp.all("recurringruns")) == 2
     assert run("schedule", "delete", weekly["recurring_run_id"])[0] == 0
-    assert [made["display_name"] for made in kfp.all("recurringruns")] == ["often"]
+    assert [created["display_name"] for created in kfp.all("recurringruns")] == ["often"]
     code, _, err = run("schedule", "delete", weekly["recurring_run_id"])
     assert code == 2 and "not found" in err
 
@@ -203,8 +203,8 @@ def test_schedules_are_created_listed_and_deleted(kfp, run):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ((), "either --cron or --every"),
-        (("--cron", "0 3 * * 1", "--every", "1d"), "either --cron or --every"),
+        ((), "give exactly one of --cron and --every"),
+        (("--cron", "0 3 * * 1", "--every", "1d"), "give exactly one of --cron and --every"),
         (("--cron", "0 3 * *"), "MINUTE HOUR DAY"),
         (("--cron", "0 3 * * ;"), "MINUTE HOUR DAY"),
         (("--every", "soon"), "for example 6h"),
@@ -218,13 +218,13 @@ def test_invalid_schedule_is_rejected_before_anything_is_sent(kfp, run, words, m
 
 @pytest.mark.parametrize("login", ["bot:very-secret@", "very-secret@"])
 @pytest.mark.parametrize("words", [("submit",), ("schedule", "create", "s", "--every", "6h")])
-def test_login_in_repository_url_is_rejected(kfp, run, words, login):
+def test_credentials_in_repository_url_are_rejected(kfp, run, words, login):
     code, out, err = run(*words, *DATA, "--repo", f"https://{login}git.example/data.git")
-    assert code == 2 and "--repo https://git.example/data.git was given with a login" in err and "docs/cluster.md" in err
+    assert code == 2 and "--repo https://git.example/data.git contains credentials" in err and "docs/cluster.md" in err
     assert "very-secret" not in out + err and kfp.asked == []
 
 
-def test_repository_url_without_a_login_is_sent(kfp, run):
+def test_repository_url_without_credentials_is_sent(kfp, run):
     for repo in ("ssh://git@git.example/data.git", "git@git.example:data.git", "https://git.example/a@b.git"):
         assert run("submit", *DATA, "--repo", repo)[0] == 0
         assert kfp.all("runs")[-1]["runtime_config"]["parameters"]["repo"] == repo

@@ -98,7 +98,7 @@ def kubernetes(monkeypatch, tmp_path):
 
 @pytest.fixture
 def space(tmp_path) -> Path:
-    """Return a workspace with the result of a training."""
+    """Return a workspace with the result of a training run."""
     trained = tmp_path / "volume" / "a" / "train"
     trained.mkdir(parents=True)
     (trained / "metrics.json").write_text('{"train/loss": 0.25}')
@@ -108,23 +108,23 @@ def space(tmp_path) -> Path:
 def job(space: Path) -> str:
     """Return the job of the compiled pipeline, with shorter pauses than cluster.yaml allows."""
     cluster = Cluster.model_validate({"volume": {"claim": "shared", "mount": str(space.parent)}})
-    made = template(cluster, 2, "r/p:1")
-    made["metadata"]["annotations"] = dict.fromkeys(made["metadata"]["annotations"], "0.01")
-    return json.dumps(made)
+    created = template(cluster, 2, "r/p:1")
+    created["metadata"]["annotations"] = dict.fromkeys(created["metadata"]["annotations"], "0.01")
+    return json.dumps(created)
 
 
 def test_training_on_nodes_returns_its_metrics(kubernetes, space, monkeypatch):
     monkeypatch.setenv("MLFLOW_RUN_ID", "mine")
     kubernetes.fate = [None, None, ends("Complete")]
     assert train_on_nodes(job(space), str(space), TrainConfig(steps=7, clip="toy")) == {"train/loss": 0.25}
-    made = kubernetes.jobs["pixelclip-run-1"]
-    arguments = made["spec"]["trainer"]["args"]
+    created = kubernetes.jobs["pixelclip-run-1"]
+    arguments = created["spec"]["trainer"]["args"]
     assert arguments[:4] == ["--masks", f"{space}/masks", "--out", f"{space}/train"]
     assert load("train", overrides=parse_overrides(arguments[4:])) == TrainConfig(
         steps=7, clip="toy"
     )  # as the command reads it
     assert len(arguments[4:]) == len(TrainConfig.model_fields)
-    variables = {each["name"]: each.get("value") for each in made["spec"]["trainer"]["env"]}
+    variables = {each["name"]: each.get("value") for each in created["spec"]["trainer"]["env"]}
     assert (variables["PIXELCLIP_PIPELINE_RUN"], variables["MLFLOW_RUN_ID"]) == ("run-1", "mine")
     assert kubernetes.log == ["create pixelclip-run-1"]
 
@@ -151,7 +151,7 @@ def test_failed_training_fails_the_step(kubernetes, space):
 
 def test_deleted_job_fails_the_step(kubernetes, space):
     kubernetes.fate = [None, "gone"]
-    with pytest.raises(RuntimeError, match="was deleted before its end"):
+    with pytest.raises(RuntimeError, match="was deleted before it ended"):
         train_on_nodes(job(space), str(space), TrainConfig())
 
 
@@ -223,7 +223,7 @@ def test_sigterm_deletes_the_job(kubernetes, space):
 def test_paths_off_the_volume_are_rejected(kubernetes, space, tmp_path):
     with pytest.raises(ValueError, match="the parameter `workspace`"):
         train_on_nodes(job(space), "", TrainConfig())
-    with pytest.raises(ValueError, match=r"elsewhere/masks: is not below .*volume"):
+    with pytest.raises(ValueError, match=r"elsewhere/masks: must be below .*volume"):
         train_on_nodes(job(space), str(tmp_path / "elsewhere"), TrainConfig())
     assert kubernetes.log == []
 
