@@ -22,6 +22,13 @@ def child(module: str) -> str:
     return top if (PACKAGE / top).is_dir() else f"{top}.py"
 
 
+def _dynamic(node: ast.JoinedStr) -> str:
+    """Package of f"pixelclip.PACKAGE.{name}", as `import_module` takes it; empty for any other f-string."""
+    start = node.values[0].value if isinstance(node.values[0], ast.Constant) else ""
+    parts = start.split(".")
+    return parts[1] if len(parts) == 3 and (parts[0], parts[2]) == ("pixelclip", "") else ""
+
+
 @cache
 def imported(module: str) -> frozenset[str]:
     """Return the modules that `module` imports, anywhere in its source, and their packages."""
@@ -32,6 +39,8 @@ def imported(module: str) -> frozenset[str]:
             names = [f"{node.module}.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.JoinedStr) and (package := _dynamic(node)):
+            names = [f"pixelclip.{name}" for name in MODULES if name.startswith(f"{package}.")]
         for name in names:
             parts = name.split(".")
             if parts[0] == "pixelclip":
