@@ -1,4 +1,4 @@
-"""The rules of docs/architecture.md: imports between packages, size of modules and functions, light imports, no pickle."""
+"""The rules of CONTRIBUTING.md: imports between packages, size of modules and functions; light imports, no pickle."""
 
 import ast
 import re

@@ -199,7 +199,7 @@ def test_invalid_side_masks_or_clip_is_rejected(made, tmp_path):
         of_clip(
             made, made / "labelled", tmp_path / "out", with_settings(protocol="masks", masks="given", masks_folder="nowhere")
         )
-    with pytest.raises(ValueError, match="no CLIP with that name"):
+    with pytest.raises(ValueError, match="no such folder or CLIP"):
         run("VIT:openai", made / "labelled", tmp_path / "out", CONFIG, 48, "cls")
     assert not (tmp_path / "out").exists()
 
