@@ -8,7 +8,7 @@ import torch
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from torch import Tensor, nn
 
-from pixelclip.models.weights import check_fit, check_tensors, named, read_weights
+from pixelclip.models.weights import check_fit, check_tensors, named, read_weights, without_wrappers
 
 _EXPECTED = "expected the state dict of a Segment Anything model (vit_h, vit_l, vit_b or another size)"
 _DECODER_HEADS = 8  # the same in every published model; no shape depends on it
@@ -89,7 +89,7 @@ def load_sam(path: Path) -> Sam:
         ValueError: the file cannot be read or is not a SAM checkpoint.
     """
     try:
-        state = check_tensors(read_weights(path))
+        state = without_wrappers(check_tensors(read_weights(path)))
         sam = build_sam(state)
         check_fit(state, sam.state_dict())
     except ValueError as error:

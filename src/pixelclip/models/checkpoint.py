@@ -7,7 +7,6 @@ A model folder contains `model.safetensors` (the CLIP under `clip.` with open_cl
 import json
 import logging
 import os
-import pickle
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +17,16 @@ import torch
 from open_clip.transformer import QuickGELU
 from pydantic import BaseModel, Field, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file as load_tensors
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pixelclip.config import nearest
 from pixelclip.models.backbone import Backbone, Residual
+from pixelclip.models.clip_checkpoint import download, load_file
 from pixelclip.models.clip_sources import clip_folder
 from pixelclip.models.text import Prompts, TextTower, Vectors
-from pixelclip.models.weights import check_fit, check_tensors, named, read_weights
+from pixelclip.models.weights import check_fit
 from pixelclip.storage.files import read_json, write_json
 from pixelclip.workflow.stage import PROVENANCE
 
@@ -83,15 +84,14 @@ def load_clip(spec: str) -> Clip:
             model = open_clip.create_model(f"local-dir:{folder}", require_pretrained=True)
         else:
             name, _, weights = spec.partition(":")
-            model = open_clip.create_model(name, pretrained=str(folder or weights), require_pretrained=True)
+            model = load_file(name, folder) if folder else download(name, weights)
             model_cfg, preprocess = dict(open_clip.get_model_config(name)), getattr(model.visual, "preprocess_cfg", {})
             model_cfg["quick_gelu"] = any(isinstance(part, QuickGELU) for part in model.modules())
     except KeyError as error:
         raise ValueError(f"CLIP {spec!r}: {folder}/{CLIP_CONFIG} has no entry {error}") from None
-    except pickle.UnpicklingError:  # torch's own message recommends executing the pickle
-        raise ValueError(f"CLIP {spec!r}: the file is not a plain state dict; other pickles are rejected") from None
     except (TypeError, ValueError, RuntimeError, OSError, AssertionError, SafetensorError) as error:
-        raise ValueError(f"CLIP {spec!r}: {_reason(error, folder)}") from None
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"CLIP {spec!r}: {' '.join(line.strip() for line in lines[:3])[:_MAX_MESSAGE]}") from None
     mean = tuple(preprocess.get("mean", open_clip.OPENAI_DATASET_MEAN))
     std = tuple(preprocess.get("std", open_clip.OPENAI_DATASET_STD))
     return Clip(model.float().eval(), model_cfg, mean, std)
@@ -108,21 +108,6 @@ def _check_name(spec: str, file: Path | None) -> None:
         tags = open_clip.list_pretrained_tags_by_model(name)
         known = f"pretrained weights are {', '.join(tags)}" if tags else f"open_clip has none for this CLIP, use {name}:FILE"
         raise ValueError(f"CLIP {spec!r}: no such file or pretrained weights: {weights}; {known}")
-
-
-def _reason(error: Exception, file: Path | None) -> str:
-    """Explain why a CLIP could not be loaded; list a few wrong names instead of hundreds of missing ones."""
-    try:
-        state = check_tensors(read_weights(file)) if file is not None and file.is_file() else {}
-    except ValueError:
-        state = {}
-    if state and not any(name.startswith(("visual.", "module.visual.")) for name in state):
-        return f"{file} contains {named(state)}; expected a CLIP's state dict (visual.*, ...)"
-    if "TorchScript" in str(error):  # torch recommends loading it unsafely
-        return f"{file} is a TorchScript archive, as published by OpenAI; use NAME:openai or a state dict"
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    size = f"; {file} belongs to a CLIP of a different size" if state else ""
-    return " ".join(line.strip() for line in lines[:3])[:_MAX_MESSAGE] + size
 
 
 def save_model(
@@ -265,7 +250,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         ValueError: the file is missing, truncated or not a safetensors file.
     """
     try:
-        return load_file(path)
+        return load_tensors(path)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{path}: cannot be read as safetensors: {error}") from None
 

@@ -14,6 +14,9 @@ from numpy._core import multiarray  # numpy pickles by these names
 from safetensors.torch import load_file
 from torch import Tensor
 
+from pixelclip.models.torchscript import is_torchscript, read_torchscript
+
+_WRAPPERS = ("module.", "_orig_mod.")
 _CORES = ("core", "_core")  # module name before and since numpy 2
 # Plain values in checkpoints: settings as a Namespace, counters as numpy scalars.
 _SAFE_GLOBALS: list[Any] = [
@@ -28,6 +31,8 @@ _SAFE_GLOBALS: list[Any] = [
 def read_weights(path: Path) -> Any:
     """Load a `.safetensors` file, or the tensors and plain values of a `.pth` or `.pt` file, on the CPU.
 
+    Of a TorchScript archive only the tensors are read.
+
     Raises:
         ValueError: the file is missing, truncated, not a checkpoint, or a pickle that would execute code. The caller adds the
             file's name and the expected content to the message.
@@ -37,6 +42,8 @@ def read_weights(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
+        if is_torchscript(path):
+            return read_torchscript(path)
         with torch.serialization.safe_globals(_SAFE_GLOBALS), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns about formats that it then rejects
             return torch.load(path, map_location="cpu", weights_only=True)
@@ -48,6 +55,13 @@ def read_weights(path: Path) -> Any:
     except Exception as error:  # a damaged file can raise any exception
         reason = re.split(r"\.\s|\n", str(error))[0]  # later sentences recommend executing the pickle
         raise ValueError(f"truncated, or not a checkpoint ({reason})") from None
+
+
+def without_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Remove the prefixes `module.` and `_orig_mod.` that DistributedDataParallel and torch.compile give to all names."""
+    while state and any(all(name.startswith(prefix) for name in state) for prefix in _WRAPPERS):
+        state = {name.partition(".")[2]: tensor for name, tensor in state.items()}
+    return dict(state)
 
 
 def check_tensors(state: Any) -> dict[str, Tensor]:
