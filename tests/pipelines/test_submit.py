@@ -41,8 +41,8 @@ def test_submit_uploads_once_and_starts_runs_with_every_parameter(kfp, run):
     assert created["pipeline_version_reference"] == reference
     spec, platform = version["pipeline_spec"]["documents"]
     assert set(created["runtime_config"]["parameters"]) == set(spec["root"]["inputDefinitions"]["parameters"])
-    assert created["runtime_config"]["parameters"]["steps"] == 7
-    assert created["runtime_config"]["parameters"]["settings"] == {"train.prompt_tokens": 3}
+    assert created["runtime_config"]["parameters"]["train_steps"] == 7
+    assert created["runtime_config"]["parameters"]["settings"] == "train.prompt_tokens=3"
     assert "exec-train" in platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
 
     code, out, _ = run("submit", *DATA)
@@ -184,7 +184,7 @@ def test_schedules_are_created_listed_and_deleted(kfp, run):
     weekly, often = kfp.all("recurringruns")
     assert weekly["trigger"] == {"cron_schedule": {"cron": "0 0 3 * * 1"}}
     assert often["trigger"] == {"periodic_schedule": {"interval_second": 21600}}
-    assert weekly["runtime_config"]["parameters"]["seed"] == 4
+    assert weekly["runtime_config"]["parameters"]["train_seed"] == 4
     assert (weekly["mode"], weekly["no_catchup"], int(weekly["max_concurrency"])) == ("ENABLE", True, 1)
     assert len(kfp.all("versions")) == 1
     kfp.page_size = 1
@@ -227,7 +227,7 @@ def test_credentials_in_repository_url_are_rejected(kfp, run, words, login):
 def test_repository_url_without_credentials_is_sent(kfp, run):
     for repo in ("ssh://git@git.example/data.git", "git@git.example:data.git", "https://git.example/a@b.git"):
         assert run("submit", *DATA, "--repo", repo)[0] == 0
-        assert kfp.all("runs")[-1]["runtime_config"]["parameters"]["repo"] == repo
+        assert kfp.all("runs")[-1]["runtime_config"]["parameters"]["data_repo"] == repo
 
 
 def test_no_secret_is_sent(kfp, run, monkeypatch):

@@ -33,7 +33,8 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"
 CLIP_WEIGHTS, CLIP_CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
 """Files of an open_clip folder."""
 _FORMAT = 1
-_MAX_MESSAGE = 300  # characters of an error message of open_clip or torch
+MAX_MESSAGE = 300
+"""Characters of an error message of open_clip or torch."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def load_clip(spec: str) -> Clip:
     """
     folder = clip_folder(spec)
     if folder is None or not folder.is_dir():
-        _check_name(spec, folder)
+        check_name(spec, folder)
     try:
         if folder is not None and folder.is_dir():
             cfg = read_json(folder / CLIP_CONFIG)
@@ -97,7 +98,7 @@ def load_clip(spec: str) -> Clip:
     return Clip(model.float().eval(), model_cfg, mean, std)
 
 
-def _check_name(spec: str, file: Path | None) -> None:
+def check_name(spec: str, file: Path | None) -> None:
     """Raise ValueError if open_clip has no such name or weights; open_clip itself would log a line first."""
     name, _, weights = spec.partition(":")
     if name not in open_clip.list_models():
@@ -122,7 +123,7 @@ def _reason(error: Exception, file: Path | None) -> str:
         return f"{file} is a TorchScript archive, as published by OpenAI; use NAME:openai or a state dict"
     lines = str(error).strip().splitlines() or [type(error).__name__]
     size = f"; {file} belongs to a CLIP of a different size" if state else ""
-    return " ".join(line.strip() for line in lines[:3])[:_MAX_MESSAGE] + size
+    return " ".join(line.strip() for line in lines[:3])[:MAX_MESSAGE] + size
 
 
 def save_model(
