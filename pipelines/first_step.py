@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from pixelclip.config import EvaluateConfig, TrainConfig
 from pixelclip.data.class_names import names_of
-from pixelclip.fetch_data import look_inside
+from pixelclip.fetch_data import look_inside, without_login
 from pixelclip.storage.download import check_exists
 from pixelclip.storage.s3 import is_s3
 from pixelclip_pipelines.parameters import (
@@ -61,7 +61,9 @@ def check_and_pin(form: Mapping[str, Any], volume: str, nodes: int) -> Pinned:
     if not file:  # before anything slow
         configs = check_settings(None, chosen)
     if repo:
-        revision, text = look_inside(repo, revision or "HEAD", (images, labelled), file)
+        commit, text = look_inside(repo, revision or "HEAD", (images, labelled), file)
+        print(f"{without_login(repo)}: {revision or 'HEAD'} is {commit}", flush=True)
+        revision = commit
         configs = settings_of(chosen, file, text) if file else configs
     errors = [] if repo else _errors([("images", images), ("labelled", labelled)])
     if errors := [*errors, *_errors_of_settings(configs)]:

@@ -43,6 +43,9 @@ def test_submit_uploads_once_and_starts_runs_with_every_parameter(kfp, run):
     assert set(created["runtime_config"]["parameters"]) == set(spec["root"]["inputDefinitions"]["parameters"])
     assert created["runtime_config"]["parameters"]["train_steps"] == 7
     assert created["runtime_config"]["parameters"]["settings"] == "train.prompt_tokens=3"
+    # KFP shows it under "Show Summary" of the pipeline and of the version.
+    assert pipeline["description"] == version["description"] == spec["pipelineInfo"]["description"]
+    assert "| `train_steps` | `10000` | Optimizer steps. |" in version["description"].splitlines()
     assert "exec-train" in platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
 
     code, out, _ = run("submit", *DATA)
@@ -76,6 +79,7 @@ def test_changed_pipeline_is_a_new_version_and_a_known_one_is_reused(kfp, run):
         ((*DATA, "--image", "pixelclip"), "must end with a tag"),
         ((*DATA, "--nodes", "2"), "volume.claim"),
         ((*DATA, "--cluster", "no.yaml"), "no.yaml: cannot be read"),
+        ((*DATA, "--settings-file", "params.yaml"), "settings file 'params.yaml' without --repo"),
     ],
 )
 def test_errors_are_reported_before_anything_is_sent(kfp, run, words, message):

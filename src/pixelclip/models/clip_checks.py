@@ -7,6 +7,7 @@ from typing import Any
 
 import huggingface_hub
 import open_clip
+from huggingface_hub.errors import HfHubHTTPError
 
 from pixelclip.models.checkpoint import CLIP_CONFIG, MAX_MESSAGE, check_name
 from pixelclip.models.clip_sources import clip_folder
@@ -53,15 +54,21 @@ def _check_pretrained(spec: str, source: dict[str, Any]) -> None:
         check_exists(source["url"])
         return
     repo, name = os.path.split(source["hf_hub"])
-    reasons = []
-    # In open_clip's order: safetensors first.
-    for file in [name] if name else ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]:
-        for candidate in dict.fromkeys((re.sub(r"\.(bin|pth?)$", ".safetensors", file), file)):
-            if isinstance(huggingface_hub.try_to_load_from_cache(repo, candidate), str):
-                return
-            try:
-                huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(repo, candidate), timeout=_TIMEOUT)
-                return
-            except Exception as error:  # of huggingface_hub and httpx
-                reasons.append(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
-    raise ValueError(f"CLIP {spec!r}: the weights ({repo}) cannot be downloaded: {reasons[0][:MAX_MESSAGE]}")
+    files = [name] if name else ["open_clip_model.safetensors", "open_clip_pytorch_model.bin"]
+    reason = ""
+    for file in dict.fromkeys(each for name in files for each in (re.sub(r"\.(bin|pth?)$", ".safetensors", name), name)):
+        if isinstance(huggingface_hub.try_to_load_from_cache(repo, file), str):
+            return
+        try:
+            huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(repo, file), timeout=_TIMEOUT)
+            return
+        except HfHubHTTPError as error:  # the hub answers, but not with this file
+            reason = reason or _line(error)
+        except Exception as error:  # of httpx
+            reason = _line(error)
+            break
+    raise ValueError(f"CLIP {spec!r}: the weights ({repo}) cannot be downloaded: {reason}")
+
+
+def _line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:MAX_MESSAGE]
