@@ -39,8 +39,9 @@ def build(cluster: Cluster | None = None, nodes: int = 1, image: str = IMAGE) ->
     parts, parallel = (cluster.parts, cluster.parallel) if cluster else (1, 0)
 
     def on(step: str, title: str, task: dsl.PipelineTask) -> dsl.PipelineTask:
-        task.set_display_name(title)
-        return set_run_id(place_on(task, cluster, step, image)) if cluster else task
+        if not cluster:  # the local runners warn about names
+            return task
+        return set_run_id(place_on(task.set_display_name(title), cluster, step, image))
 
     @dsl.pipeline(name="pixelclip", description="Teach CLIP where things are, from images that nobody labelled.")
     def pixelclip(

@@ -31,8 +31,7 @@ def build(cluster: Cluster | None = None, image: str = IMAGE) -> dsl.base_compon
     """
 
     def on(step: str, title: str, task: dsl.PipelineTask) -> dsl.PipelineTask:
-        task.set_display_name(title)
-        return place_on(task, cluster, step, image) if cluster else task
+        return place_on(task.set_display_name(title), cluster, step, image) if cluster else task
 
     @dsl.pipeline(
         name="pixelclip-sweep",

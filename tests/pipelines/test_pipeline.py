@@ -17,7 +17,7 @@ from pixelclip import train as stage_train
 from pixelclip.config import load, load_all
 from pixelclip.storage.files import read_json, write_json
 from pixelclip_pipelines.artifacts import located
-from pixelclip_pipelines.cluster_config import Cluster
+from pixelclip_pipelines.cluster_config import Cluster, Volume
 from pixelclip_pipelines.docker_patch import missing_outputs
 from pixelclip_pipelines.docker_runner import containers
 from pixelclip_pipelines.parameters import SETTING_OF, arguments, parse
@@ -162,7 +162,8 @@ def test_masks_in_parts_give_the_same_model_as_the_stages_alone(data, tmp_path, 
     monkeypatch.setenv("PIXELCLIP_PIPELINE_RUN", "run-1")
     space = tmp_path / "space"
     local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(tmp_path / "kfp"), raise_on_error=True)
-    build(Cluster(parts=3))(**arguments(str(data.images), str(data.labelled), str(space), data.params, {}))
+    shared = Cluster(parts=3, volume=Volume(claim="shared", mount=str(tmp_path)))
+    build(shared)(**arguments(str(data.images), str(data.labelled), str(space), data.params, {}))
     assert {path.name for path in (space / "masks").iterdir()} == {"1-of-3", "2-of-3", "3-of-3"}
     (run,) = runs_of(client)
     assert (run.data.tags["kfp.run_id"], run.info.status) == ("run-1", "FINISHED")
