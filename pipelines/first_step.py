@@ -15,6 +15,7 @@ from pixelclip.storage.s3 import is_s3
 from pixelclip_pipelines.parameters import (
     SETTING_OF,
     changed,
+    check_batch,
     check_data,
     check_place,
     check_settings,
@@ -43,12 +44,13 @@ class Pinned(NamedTuple):
     min_gain: float
 
 
-def check_and_pin(form: Mapping[str, Any], volume: str, nodes: int) -> Pinned:
+def check_and_pin(form: Mapping[str, Any], volume: str, nodes: int, gpus: int) -> Pinned:
     """Check the parameters of a run, and resolve them to versions and settings for all other steps.
 
     Args:
         form: all parameters of the pipeline.
         volume, nodes: see `parameters.check_place`.
+        gpus: GPUs of each training node.
 
     Raises:
         ValueError: a parameter or setting is wrong, or something that it names does not exist; one line per error.
@@ -65,6 +67,7 @@ def check_and_pin(form: Mapping[str, Any], volume: str, nodes: int) -> Pinned:
         print(f"{without_login(repo)}: {revision or 'HEAD'} is {commit}", flush=True)
         revision = commit
         configs = settings_of(chosen, file, text) if file else configs
+    check_batch(configs["train"], nodes, gpus)
     errors = [] if repo else _errors([("images", images), ("labelled", labelled)])
     if errors := [*errors, *_errors_of_settings(configs)]:
         raise ValueError("\n".join(errors))

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from pixelclip.config import load, load_all, nearest, parse_overrides
+from pixelclip.config import TrainConfig, load, load_all, nearest, parse_overrides
 from pixelclip.fetch_data import has_secret, look_inside, without_login
 
 SETTING_OF = {
@@ -121,6 +121,25 @@ def check_place(workspace: str, volume: str, nodes: int = 1) -> None:
         mounted = f"mounted at {volume}" if volume else "none"
         raise ValueError(
             f"--workspace {workspace}: must be a folder on the volume that steps share (volume in cluster.yaml: {mounted})"
+        )
+
+
+def check_batch(train: TrainConfig, nodes: int, gpus: int) -> None:
+    """Check that every training process gets an image of each micro-batch.
+
+    Args:
+        train: settings of the training.
+        nodes: number of training nodes.
+        gpus: GPUs of each node.
+
+    Raises:
+        ValueError: the batch is too small.
+    """
+    processes = nodes * max(1, gpus if train.device in ("auto", "cuda") else 1)
+    if train.batch_size < processes * train.accumulate:
+        raise ValueError(
+            f"train.batch_size {train.batch_size} is too small for {processes} processes with train.accumulate "
+            f"{train.accumulate}: every micro-batch needs at least one image"
         )
 
 

@@ -88,7 +88,9 @@ def build(cluster: Cluster | None = None, nodes: int = 1, image: str = IMAGE) ->
         form |= {"train_steps": train_steps, "train_batch_size": train_batch_size, "train_concepts": train_concepts}
         form |= {"train_seed": train_seed, "register_name": register_name, "register_min_gain": register_min_gain}
         form |= {"settings": settings, "settings_file": settings_file, "workspace": workspace}
-        place = {"volume": shared_folder(cluster), "nodes": nodes} if cluster else {}
+        place: dict[str, Any] = {}
+        if cluster:
+            place = {"volume": shared_folder(cluster), "nodes": nodes, "gpus": cluster.steps["train"].gpus}
         with dsl.ExitHandler(on("finish", "Close the MLflow run", finish()), name="pixelclip"):
             first = pin_revision(**form, **place)
             pins = on("pin_revision", "Check parameters, pin versions", first).outputs

@@ -21,7 +21,7 @@ from urllib3.exceptions import HTTPError
 
 from pixelclip_pipelines.cluster_config import Cluster, image_of, read, seconds, shared_folder
 from pixelclip_pipelines.form import described
-from pixelclip_pipelines.parameters import check_place
+from pixelclip_pipelines.parameters import check_batch, check_place, check_settings, of_form
 from pixelclip_pipelines.pixelclip import build
 
 ENDPOINTS = ("KFP_ENDPOINT", "KF_PIPELINES_ENDPOINT")
@@ -145,6 +145,8 @@ def _uploaded(arguments: Mapping[str, Any], target: Target) -> Iterator[tuple[kf
     cluster = read(target.cluster)
     pipeline = build(cluster, target.nodes, image_of(cluster, target.image))
     check_place(arguments.get("workspace", ""), shared_folder(cluster), target.nodes)
+    if not arguments.get("settings_file"):  # which the first step reads
+        check_batch(check_settings(None, of_form(arguments))["train"], target.nodes, cluster.steps["train"].gpus)
     with tempfile.TemporaryDirectory() as folder, _connected(target) as (client, _, page):
         file = Path(folder, "pipeline.yaml")
         compiler.Compiler().compile(pipeline, str(file))

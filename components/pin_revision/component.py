@@ -26,6 +26,7 @@ def pin_revision(
     workspace: str,
     volume: str = "/",
     nodes: int = 1,
+    gpus: int = 0,
 ) -> NamedTuple(
     "Pinned",
     [
@@ -48,4 +49,4 @@ def pin_revision(
     form = dict(locals())
     from pixelclip_pipelines.first_step import check_and_pin
 
-    return check_and_pin(form, volume, nodes)
+    return check_and_pin(form, volume, nodes, gpus)

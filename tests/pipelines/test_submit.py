@@ -88,6 +88,13 @@ def test_errors_are_reported_before_anything_is_sent(kfp, run, words, message):
     assert kfp.asked == []
 
 
+def test_batch_must_have_an_image_for_every_gpu(kfp, run):
+    Path("cluster.yaml").write_text("steps: {train: {gpus: 8}}")
+    code, _, err = run("submit", *DATA, "batch_size=15", "train.accumulate=2")
+    assert code == 2 and "train.batch_size 15 is too small for 8 processes with train.accumulate 2" in err and kfp.asked == []
+    assert run("submit", *DATA, "batch_size=15", "train.accumulate=2", "train.device=cpu")[0] == 0
+
+
 def test_several_nodes_need_a_workspace(kfp, run):
     Path("cluster.yaml").write_text("volume: {claim: shared}")
     code, _, err = run("submit", *DATA, "--nodes", "2")
