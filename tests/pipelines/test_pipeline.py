@@ -8,6 +8,7 @@ import yaml
 from kfp import components, local
 from kfp.components import load_component_from_file
 from kfp.local import docker_task_handler
+from kfp.local.orchestrator import enhanced_dag_orchestrator
 
 from helpers import fake_data, tiny
 from helpers.training import SMALL
@@ -154,8 +155,25 @@ def runs_of(client) -> list:
     return client.search_runs([client.get_experiment_by_name("pixelclip").experiment_id])
 
 
+@pytest.fixture
+def loops_read_outputs(monkeypatch):
+    """Repair kfp 2.17's local runner, which gives the loop's item to every input that is another task's output."""
+    original = enhanced_dag_orchestrator.task_spec_utils.create_parameter_loop_iteration_task_spec
+
+    def repaired(spec, item, name):
+        changed = original(spec, item, name)
+        for key, value in spec.inputs.parameters.items():
+            if value.HasField("task_output_parameter"):
+                changed.inputs.parameters[key].CopyFrom(value)
+        return changed
+
+    module = enhanced_dag_orchestrator.task_spec_utils
+    monkeypatch.setattr(module, "create_parameter_loop_iteration_task_spec", repaired)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
+@pytest.mark.usefixtures("loops_read_outputs")
 @pytest.mark.filterwarnings("ignore:.*(custom or non-Python base image|have no effect)")
 def test_masks_in_parts_give_the_same_model_as_the_stages_alone(data, tmp_path, monkeypatch):
     client = tiny.mlflow_at(monkeypatch, tmp_path / "mlflow")
