@@ -220,6 +220,17 @@ def test_text_json_and_mapping_are_the_same_settings(form):
     assert parse(text)["evaluate.name"] == "a b"
 
 
+def test_settings_of_an_older_run_are_still_accepted(form):
+    # As KFP 2.17 recorded them: numbers have lost their type.
+    recorded = {"evaluate.name": "toy", "evaluate.side": 144, "masks.felzenszwalb_scale": 800, "train.color_jitter": False}
+    recorded |= {"train.learning_rate_prompts": 1e-05, "train.side": 96, "train.teacher_momentum": 0.98, "train.workers": 0}
+    pins = named(pin_revision.python_func(**form(settings=json.dumps(recorded))))
+    assert pins["stage_settings"] == {**recorded, "train.clip": "toy"}
+    again = named(pin_revision.python_func(**form(settings=as_text(recorded))))
+    assert again["stage_settings"] == pins["stage_settings"]
+    assert pins["clip_settings"] == {"evaluate.name": "toy", "evaluate.side": 144, "train.side": 96}
+
+
 VALUES = [1, 0.5, 1e-05, 2e16, True, False]
 TEXTS = ["", "toy", "a b", "1.50", "true", "null", "it's", 'a "b"', "dog|puppy,grass", "a: b", "#"]
 
