@@ -1,7 +1,9 @@
 """KFP artifacts that point to folders, to which a component writes and from which the next one reads."""
 
+import math
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,14 @@ def point(artifact: Any, location: str) -> None:
     """
     artifact.metadata[LOCATION] = location
     write_atomically(Path(artifact.path), f"{location}\n")
+
+
+def record(artifact: Any, metrics: Mapping[str, float]) -> None:
+    """Add the metrics of a stage to the metadata of its output, where KFP shows them without a column in *Compare runs*.
+
+    KFP rejects numbers that are not finite, so these are left out.
+    """
+    artifact.metadata.update({name: value for name, value in metrics.items() if math.isfinite(value)})
 
 
 def located(artifact: Any) -> Path | str:

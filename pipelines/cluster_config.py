@@ -226,18 +226,9 @@ def image_of(cluster: Cluster, image: str = "") -> str:
     return _checked_image(image or os.environ.get("PIXELCLIP_IMAGE") or cluster.image)
 
 
-def check_workspace(cluster: Cluster, workspace: str) -> None:
-    """Check that the workspace is on the volume that all steps share.
-
-    Raises:
-        ValueError: it is not, so every pod would have its own folder.
-    """
-    volume = cluster.volume
-    if workspace and not (volume.claim and Path(workspace).is_relative_to(volume.mount)):
-        mounted = f"{volume.claim!r} at {volume.mount}" if volume.claim else "none"
-        raise ValueError(
-            f"--workspace {workspace}: must be a folder on the volume that steps share (volume in cluster.yaml: {mounted})"
-        )
+def shared_folder(cluster: Cluster) -> str:
+    """Return the folder in which all steps mount the cluster's volume, or an empty string if it has none."""
+    return cluster.volume.mount if cluster.volume.claim else ""
 
 
 def pod_environment(step: Step, image: str) -> dict[str, str]:

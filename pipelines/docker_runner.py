@@ -17,6 +17,7 @@ from kfp import local
 
 from pixelclip_components import IMAGE
 from pixelclip_pipelines.docker_patch import patched, remove
+from pixelclip_pipelines.parameters import parse
 
 _LABEL = "pixelclip.run"
 _FORWARDED = re.compile(r"(MLFLOW|AWS|GIT_CONFIG|PIXELCLIP|HF|TQDM|OMP|CUDA)_\w+|(https?|no)_proxy", re.IGNORECASE)
@@ -102,7 +103,7 @@ def _options(arguments: Mapping[str, Any], out: Path, image: Any) -> dict[str, A
     for path in writable:
         path.mkdir(parents=True, exist_ok=True)
     files = {Path(value) for value in environment.values() if value.startswith("/") and Path(value).is_file()}
-    values = [*arguments.values(), *arguments.get("settings", {}).values()]
+    values = [*arguments.values(), *parse(arguments.get("settings", "")).values()]
     readable = files.union(*(_paths(value) for value in values if isinstance(value, str))) - writable
     gpus = any(Path("/dev").glob("nvidia[0-9]*")) and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
     return {

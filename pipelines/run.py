@@ -13,8 +13,6 @@ from typing import Any, TextIO
 
 from kfp import compiler, local
 
-from pixelclip.config import load_all, nearest
-from pixelclip.fetch_data import has_secret, without_login
 from pixelclip.storage.files import read_json
 from pixelclip.storage.s3 import is_s3
 from pixelclip.tracking.run import PIPELINE_RUN
@@ -22,68 +20,11 @@ from pixelclip.tracking.server import connect, tracking_uri
 from pixelclip.workflow.stage import METRICS
 from pixelclip_pipelines.cluster_config import image_of, read
 from pixelclip_pipelines.docker_runner import containers
-from pixelclip_pipelines.pixelclip import SETTING_OF, build, pixelclip
+from pixelclip_pipelines.parameters import arguments
+from pixelclip_pipelines.pixelclip import build, pixelclip
 
 LOG = "pipeline.log"
 RUNNERS = ("subprocess", "docker")
-_NOT_PASSED = ("toy.", "fetch_data.")  # toy is not a step, and fetch_data has its own pipeline parameters
-
-
-def arguments(
-    images: str,
-    labelled: str,
-    workspace: str,
-    params: Path | None,
-    overrides: Mapping[str, Any],
-    repo: str = "",
-    revision: str = "",
-) -> dict[str, Any]:
-    """Return the checked arguments of the pipeline.
-
-    Args:
-        images: folder of unlabelled images.
-        labelled: labelled set.
-        workspace: folder shared by runs, or empty.
-        params: a YAML file with settings.
-        overrides: pipeline parameters, or settings as `stage.setting`.
-        repo: DVC repository of the paths `images` and `labelled`; if empty, they are folders.
-        revision: branch, tag or commit of `repo`.
-
-    Raises:
-        ValueError: an unknown parameter or setting, an invalid value, credentials in `repo`, or a setting given twice.
-    """
-    if not images or not labelled:
-        raise ValueError(f"{'labelled' if images else 'images'} must name a folder")
-    if has_secret(repo):
-        raise ValueError(
-            f"--repo {without_login(repo)} contains credentials, which KFP would store and display; "
-            "pass them through git's environment variables, see docs/cluster.md"
-        )
-    if revision and not repo:
-        raise ValueError(f"revision {revision!r} without --repo: only data in a DVC repository have revisions")
-    chosen: dict[str, Any] = {}
-    for name, value in overrides.items():
-        if "." not in name and name not in SETTING_OF:
-            raise ValueError(
-                f"unknown pipeline parameter {name!r}{nearest(name, SETTING_OF)}; "
-                f"the parameters are {', '.join(SETTING_OF)}; write other settings as STAGE.SETTING; "
-                "data are options, see --help"
-            )
-        setting = SETTING_OF.get(name, name)
-        if setting in chosen:
-            raise ValueError(f"{setting} is given twice")
-        chosen[setting] = value
-    configs = load_all(params, chosen)
-    if part := configs["masks"].part:
-        raise ValueError(
-            f"masks.part {part}: must be empty, since the pipeline computes all parts; their number is `parts` in cluster.yaml"
-        )
-    values = {f"{stage}.{name}": value for stage, config in configs.items() for name, value in config}
-    changed = [f"{stage}.{name}" for stage, config in configs.items() for name in config.model_dump(exclude_defaults=True)]
-    settings = {name: values[name] for name in changed if name not in SETTING_OF.values() and not name.startswith(_NOT_PASSED)}
-    data = {"images": images, "labelled": labelled, "repo": repo, "revision": revision}
-    named = {name: values[setting] for name, setting in SETTING_OF.items()}
-    return {**data, "workspace": workspace, "settings": settings, **named}
 
 
 def compile_to(path: Path, cluster: Path | None = None, nodes: int = 1, image: str = "") -> None:

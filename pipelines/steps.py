@@ -6,6 +6,8 @@ folder that outlives the run (or empty), and `settings` contains the settings of
 Running steps import this module, so it must not import kfp.
 """
 
+import csv
+import io
 import os
 import subprocess
 import sys
@@ -20,11 +22,12 @@ import yaml
 
 from pixelclip import __version__
 from pixelclip.config import TrainConfig, load
-from pixelclip.storage.files import read_json
+from pixelclip.storage.download import local_path
+from pixelclip.storage.files import read_json, write_atomically, write_json
 from pixelclip.workflow.code_version import CHANGED, UNKNOWN, code_revision
 from pixelclip.workflow.provenance import origins, source
 from pixelclip.workflow.stage import METRICS, PROVENANCE, Metrics
-from pixelclip_pipelines.artifacts import located, place, point, writable
+from pixelclip_pipelines.artifacts import located, place, point, record, writable
 
 _TRAINING_SETTINGS_OF_CLIP = ("train.side", "train.residual")
 _STATUS = {"SUCCEEDED": "FINISHED", "FAILED": "FAILED", "CANCELLED": "KILLED"}
@@ -74,26 +77,24 @@ def _unique() -> str:
     return f"unpinned-{uuid.uuid4()}"
 
 
-def fetched(
-    artifact: Any, repo: str, path: str, revision: str, settings: Mapping[str, Any], workspace: str
-) -> tuple[Metrics, str]:
+def fetched(artifact: Any, repo: str, path: str, revision: str, settings: Mapping[str, Any], workspace: str) -> str:
     """Fetch `path` from a DVC repository at the commit of `pinned`; without a repository, point to existing data.
 
     The metadata of `artifact` describe the data.
 
     Returns:
-        Metrics, and the version of the data: path and MD5, or a unique value for unversioned data.
+        The version of the data: path and MD5, or a unique value for unversioned data.
     """
     if not repo:
         point(artifact, path)
-        return {}, _unique()
+        return _unique()
     from pixelclip.fetch_data import about, run
 
     out = place(artifact, workspace, f"fetch_data/{path.strip('/').replace('/', '-')}/{Path(path).name}")
     config = load("fetch_data", overrides={**settings, "fetch_data.path": path, "fetch_data.revision": revision})
-    metrics = run(repo, out, config)
+    record(artifact, run(repo, out, config))
     artifact.metadata.update(about(out))
-    return metrics, f"{path} md5 {artifact.metadata['md5']}"
+    return f"{path} md5 {artifact.metadata['md5']}"
 
 
 @contextmanager
@@ -185,10 +186,31 @@ def links(registration: Path, evaluation: Path) -> str:
     return "\n".join([*lines, _DATA_COLUMNS + "\n".join(rows.values()) + "\n"])
 
 
+def compared(evaluated: Metrics, model: Path | str) -> Metrics:
+    """Return the metrics by which people compare runs: those of the evaluation, and of the model's training."""
+    return {**evaluated, **read_json(local_path(model) / METRICS)}
+
+
+def show_metrics(artifact: Any, values: Metrics) -> None:
+    """Log metrics to KFP, and write them as a JSON file, which KFP previews."""
+    for name, value in values.items():
+        artifact.log_metric(name, value)
+    write_json(Path(artifact.path), values)
+
+
 def show_confusion(artifact: Any, evaluation: Path) -> None:
-    """Log the confusion matrix of the most frequent classes to KFP, if the evaluation has one."""
+    """Log the confusion matrix of the most frequent classes to KFP, and write it as CSV, which KFP previews.
+
+    The header of the CSV has the predicted classes, and each row the pixels of one true class. Without a matrix in the
+    evaluation, the file has only the header's first cell.
+    """
     from pixelclip.evaluate import CONFUSION
 
-    if (evaluation / CONFUSION).is_file():
-        matrix = read_json(evaluation / CONFUSION)
+    matrix = read_json(evaluation / CONFUSION) if (evaluation / CONFUSION).is_file() else {"classes": [], "counts": []}
+    if matrix["classes"]:
         artifact.log_confusion_matrix(matrix["classes"], matrix["counts"])
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["truth \\ prediction", *matrix["classes"]])
+    writer.writerows([name, *row] for name, row in zip(matrix["classes"], matrix["counts"], strict=True))
+    write_atomically(Path(artifact.path), text.getvalue())

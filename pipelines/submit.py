@@ -19,7 +19,9 @@ import requests
 from kfp import compiler
 from urllib3.exceptions import HTTPError
 
-from pixelclip_pipelines.cluster_config import Cluster, check_workspace, image_of, read, seconds
+from pixelclip_pipelines.cluster_config import Cluster, image_of, read, seconds, shared_folder
+from pixelclip_pipelines.form import described
+from pixelclip_pipelines.parameters import check_batch, check_place, check_settings, of_form
 from pixelclip_pipelines.pixelclip import build
 
 ENDPOINTS = ("KFP_ENDPOINT", "KF_PIPELINES_ENDPOINT")
@@ -142,13 +144,13 @@ def _uploaded(arguments: Mapping[str, Any], target: Target) -> Iterator[tuple[kf
     """Check everything, upload what is new, and yield client, URL of KFP's pages, pipeline name and options of a run."""
     cluster = read(target.cluster)
     pipeline = build(cluster, target.nodes, image_of(cluster, target.image))
-    if target.nodes > 1 and not arguments.get("workspace"):
-        raise ValueError("--nodes {target.nodes} needs --workspace: a folder on the volume that the nodes share")
-    check_workspace(cluster, arguments.get("workspace", ""))
+    check_place(arguments.get("workspace", ""), shared_folder(cluster), target.nodes)
+    if not arguments.get("settings_file"):  # which the first step reads
+        check_batch(check_settings(None, of_form(arguments))["train"], target.nodes, cluster.steps["train"].gpus)
     with tempfile.TemporaryDirectory() as folder, _connected(target) as (client, _, page):
         file = Path(folder, "pipeline.yaml")
         compiler.Compiler().compile(pipeline, str(file))
-        pipeline_id, version_id = _upload(client, file, pipeline.name, cluster.namespace)
+        pipeline_id, version_id = _upload(client, file, pipeline.name, described(pipeline), cluster.namespace)
         experiment = client.create_experiment(cluster.experiment, namespace=cluster.namespace or None)
         options = {
             "experiment_id": experiment.experiment_id,
@@ -205,21 +207,21 @@ def health(endpoint: str, timeout: float = 10.0) -> dict[str, Any]:
         raise ValueError(f"{endpoint}: expected KFP's API, got {kind}; set a token in {TOKEN}") from None
 
 
-def _upload(client: kfp.Client, file: Path, name: str, namespace: str) -> tuple[str, str]:
+def _upload(client: kfp.Client, file: Path, name: str, description: str, namespace: str) -> tuple[str, str]:
     """Return the IDs of the pipeline and of its version with this content, uploading what is missing."""
     # kfp.Client.get_pipeline_id does not search a namespace.
     existing = client.list_pipelines(filter=_named(name), namespace=namespace or None).pipelines
     if existing:
         pipeline_id = str(existing[0].pipeline_id)
     else:
-        new = kfp_server_api.V2beta1Pipeline(display_name=name, namespace=namespace or None)
+        new = kfp_server_api.V2beta1Pipeline(display_name=name, description=description, namespace=namespace or None)
         pipeline_id = client.pipelines.pipeline_service_create_pipeline(pipeline=new).pipeline_id
         print(f"pipeline {name!r} created: {pipeline_id}", flush=True)
     version = f"{name} {hashlib.sha256(file.read_bytes()).hexdigest()[:12]}"
     if versions := client.list_pipeline_versions(pipeline_id, filter=_named(version)).pipeline_versions:
         print(f"pipeline version {version!r} already exists", flush=True)
         return pipeline_id, versions[0].pipeline_version_id
-    created = client.upload_pipeline_version(str(file), version, pipeline_id=pipeline_id)
+    created = client.upload_pipeline_version(str(file), version, pipeline_id=pipeline_id, description=description)
     return pipeline_id, created.pipeline_version_id
 
 

@@ -9,12 +9,14 @@ from kfp import compiler, dsl
 from pixelclip.commands.sweep import SweepRun, read
 from pixelclip_components import IMAGE
 from pixelclip_components.evaluate.component import evaluate
-from pixelclip_components.fetch_data.component import fetch_data
+from pixelclip_components.fetch_data.component import fetch_data, fetch_labelled
 from pixelclip_components.sweep_table.component import sweep_table
 from pixelclip_components.train.component import train
-from pixelclip_pipelines.cluster_config import Cluster, check_workspace, image_of
+from pixelclip_pipelines.cluster_config import Cluster, image_of, shared_folder
 from pixelclip_pipelines.cluster_config import read as read_cluster
 from pixelclip_pipelines.cluster_tasks import place_on
+from pixelclip_pipelines.form import label
+from pixelclip_pipelines.parameters import check_place
 
 _PARAMETERS = ("clip", "steps", "batch_size", "concepts", "seed")
 """Settings of `train` that are parameters of its component. `settings` contains all others."""
@@ -28,8 +30,8 @@ def build(cluster: Cluster | None = None, image: str = IMAGE) -> dsl.base_compon
         image: container image of all steps.
     """
 
-    def on(step: str, task: dsl.PipelineTask) -> dsl.PipelineTask:
-        return place_on(task, cluster, step, image) if cluster else task
+    def on(step: str, title: str, task: dsl.PipelineTask) -> dsl.PipelineTask:
+        return place_on(task.set_display_name(title), cluster, step, image) if cluster else task
 
     @dsl.pipeline(
         name="pixelclip-sweep",
@@ -45,19 +47,20 @@ def build(cluster: Cluster | None = None, image: str = IMAGE) -> dsl.base_compon
             runs: Row, seed and settings of each run, written by `pixelclip pipeline compile-sweep` from a checked file.
         """
 
-        def pointed(path: str) -> dsl.PipelineTask:  # KFP's importer rejects paths on a volume
-            return on("fetch_data", fetch_data(repo="", path=path, revision="", settings={}))
-
-        masked, truth = pointed(masks), pointed(labelled)
-        with dsl.ParallelFor(runs, name="runs") as run:
+        pointer = {"repo": "", "revision": "", "settings": {}}  # KFP's importer rejects paths on a volume
+        masked = on("fetch_data", "Find masks", fetch_data(path=masks, **pointer))
+        truth = on("fetch_data", "Find labelled set", fetch_labelled(path=labelled, **pointer))
+        with dsl.ParallelFor(runs, name="Runs") as run:
             # Without an MLflow run id, every row and seed gets its own run.
             everywhere = {"settings": run.settings, "workspace": run.workspace}
             chosen = {name: getattr(run, name) for name in _PARAMETERS}
-            model = on("train", train(masks=masked.outputs["data"], **chosen, **everywhere)).outputs["model"]
-            evaluated = on("evaluate", evaluate(model=model, labelled=truth.outputs["data"], **everywhere))
-        on("sweep_table", sweep_table(name=name, runs=runs, metrics=dsl.Collected(evaluated.outputs["metrics"])))
+            model = on("train", "Train PixelCLIP", train(masks=masked.outputs["data"], **chosen, **everywhere)).outputs["model"]
+            evaluation = evaluate(model=model, labelled=truth.outputs["labelled"], **everywhere)
+            evaluated = on("evaluate", "Evaluate PixelCLIP", evaluation)
+        table = sweep_table(name=name, runs=runs, metrics=dsl.Collected(evaluated.outputs["metrics"]))
+        on("sweep_table", "Compare runs", table)
 
-    return sweep
+    return label(sweep)
 
 
 sweep = build()
@@ -104,7 +107,7 @@ def compile_to(
     if path.resolve() == file.resolve():
         raise ValueError(f"{path}: the compiled pipeline would overwrite the sweep")
     config = read_cluster(cluster)
-    check_workspace(config, workspace)
+    check_place(workspace, shared_folder(config))
     path.parent.mkdir(parents=True, exist_ok=True)
     compiler.Compiler().compile(
         build(config, image_of(config, image)), str(path), pipeline_parameters={"name": name, "runs": items(runs, workspace)}

@@ -90,7 +90,7 @@ def test_component_takes_the_same_inputs(stage):
         "evaluate_clip": {"clip_version", "data_version"},  # cache keys
     }
     assert set(spec.inputs) - settings - other.get(stage, set()) == {*named(stage), "settings", "workspace"}
-    assert "metrics" in spec.outputs
+    assert ("metrics" in spec.outputs) == (stage == "evaluate")  # the one step that people compare
 
 
 @pytest.mark.parametrize("stage", PIPELINE_STAGES)

@@ -23,12 +23,10 @@ def evaluate(
     from pixelclip.config import load
     from pixelclip.evaluate import REPORT, run
     from pixelclip_pipelines.artifacts import located, place
-    from pixelclip_pipelines.steps import show_confusion
+    from pixelclip_pipelines.steps import compared, show_confusion, show_metrics
 
     out, config = place(evaluation, workspace, "evaluate"), load("evaluate", overrides=settings)
-    for name, value in run(
-        located(model), located(labelled), out, config, clip_evaluation and located(clip_evaluation)
-    ).items():
-        metrics.log_metric(name, value)
+    values = run(located(model), located(labelled), out, config, clip_evaluation and located(clip_evaluation))
+    show_metrics(metrics, compared(values, located(model)))
     show_confusion(confusion, out)
     shutil.copyfile(out / REPORT, report.path)

@@ -8,8 +8,7 @@ from pixelclip_components import IMAGE
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
 def evaluate_clip(
     labelled: dsl.Input[dsl.Dataset],
-    evaluation: dsl.Output[dsl.Artifact],
-    metrics: dsl.Output[dsl.Metrics],
+    clip_evaluation: dsl.Output[dsl.Artifact],
     clip: str,
     clip_version: str,
     data_version: str,
@@ -19,10 +18,9 @@ def evaluate_clip(
     """Evaluate the unchanged CLIP on a labelled set. The versions are part of KFP's cache key."""
     from pixelclip.config import load
     from pixelclip.evaluate_clip import run
-    from pixelclip_pipelines.artifacts import located, place
+    from pixelclip_pipelines.artifacts import located, place, record
 
-    evaluation.metadata.update(clip_version=clip_version, data_version=data_version)
+    clip_evaluation.metadata.update(clip_version=clip_version, data_version=data_version)
     trained = load("train", overrides={**settings, "train.clip": clip})
-    out, config = place(evaluation, workspace, "evaluate_clip"), load("evaluate", overrides=settings)
-    for name, value in run(clip, located(labelled), out, config, trained.side, trained.residual).items():
-        metrics.log_metric(name, value)
+    out, config = place(clip_evaluation, workspace, "evaluate_clip"), load("evaluate", overrides=settings)
+    record(clip_evaluation, run(clip, located(labelled), out, config, trained.side, trained.residual))

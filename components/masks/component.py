@@ -9,7 +9,6 @@ from pixelclip_components import IMAGE
 def masks(
     shards: dsl.Input[dsl.Dataset],
     masks: dsl.Output[dsl.Dataset],
-    metrics: dsl.Output[dsl.Metrics],
     generator: str,
     settings: dict,
     part: str = "",
@@ -18,9 +17,8 @@ def masks(
     """Generate class-agnostic masks for every image of the shards, or of one part of them."""
     from pixelclip.config import load
     from pixelclip.masks import run
-    from pixelclip_pipelines.artifacts import located, place
+    from pixelclip_pipelines.artifacts import located, place, record
 
     config = load("masks", overrides={**settings, "masks.generator": generator, "masks.part": part})
     out = place(masks, workspace, f"masks/{part.replace('/', '-of-')}")
-    for name, value in run(located(shards), out, config).items():
-        metrics.log_metric(name, value)
+    record(masks, run(located(shards), out, config))

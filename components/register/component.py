@@ -10,7 +10,6 @@ def register(
     model: dsl.Input[dsl.Model],
     evaluation: dsl.Input[dsl.Artifact],
     registration: dsl.Output[dsl.Artifact],
-    metrics: dsl.Output[dsl.Metrics],
     links: dsl.Output[dsl.Markdown],
     registry_name: str,
     min_gain: float,
@@ -22,11 +21,10 @@ def register(
 
     from pixelclip.config import load
     from pixelclip.register import run
-    from pixelclip_pipelines.artifacts import located, place
+    from pixelclip_pipelines.artifacts import located, place, record
     from pixelclip_pipelines.steps import links as page
 
     chosen = {"register.name": registry_name, "register.min_gain": min_gain}
     out, config = place(registration, workspace, "register"), load("register", overrides={**settings, **chosen})
-    for name, value in run(located(model), located(evaluation), out, config).items():
-        metrics.log_metric(name, value)
+    record(registration, run(located(model), located(evaluation), out, config))
     Path(links.path).write_text(page(out, located(evaluation)))

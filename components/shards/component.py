@@ -9,15 +9,13 @@ from pixelclip_components import IMAGE
 def shards(
     images: dsl.Input[dsl.Dataset],
     shards: dsl.Output[dsl.Dataset],
-    metrics: dsl.Output[dsl.Metrics],
     settings: dict,
     workspace: str = "",
 ):
     """Pack a folder of images into tar shards."""
     from pixelclip.config import load
     from pixelclip.shards import run
-    from pixelclip_pipelines.artifacts import located, place
+    from pixelclip_pipelines.artifacts import located, place, record
 
     config = load("shards", overrides=settings)
-    for name, value in run(located(images), place(shards, workspace, "shards"), config).items():
-        metrics.log_metric(name, value)
+    record(shards, run(located(images), place(shards, workspace, "shards"), config))

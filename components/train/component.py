@@ -10,7 +10,6 @@ from pixelclip_components import IMAGE
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
 def train(
     model: dsl.Output[dsl.Model],
-    metrics: dsl.Output[dsl.Metrics],
     clip: str,
     steps: int,
     batch_size: int,
@@ -23,12 +22,11 @@ def train(
 ):
     """Train PixelCLIP on masked shards with all GPUs of the pod."""
     from pixelclip.config import load
-    from pixelclip_pipelines.artifacts import place
+    from pixelclip_pipelines.artifacts import place, record
     from pixelclip_pipelines.steps import gathered, processes, train_by
 
     chosen = {"clip": clip, "steps": steps, "batch_size": batch_size, "concepts": concepts, "seed": seed}
     config = load("train", overrides={**settings, **{f"train.{name}": value for name, value in chosen.items()}})
     with gathered(masks, parts) as folder:
         result = train_by(processes(config.device), folder, place(model, workspace, "train"), config)
-    for name, value in result.items():
-        metrics.log_metric(name, value)
+    record(model, result)

@@ -10,7 +10,6 @@ from pixelclip_components import IMAGE
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
 def train_job(
     model: dsl.Output[dsl.Model],
-    metrics: dsl.Output[dsl.Metrics],
     clip: str,
     steps: int,
     batch_size: int,
@@ -24,11 +23,10 @@ def train_job(
 ):
     """Train on several nodes: start a TrainJob of Kubeflow Trainer and wait until it ends."""
     from pixelclip.config import load
-    from pixelclip_pipelines.artifacts import place
+    from pixelclip_pipelines.artifacts import place, record
     from pixelclip_pipelines.trainjob import train_on_nodes
 
     chosen = {"clip": clip, "steps": steps, "batch_size": batch_size, "concepts": concepts, "seed": seed}
     config = load("train", overrides={**settings, **{f"train.{name}": value for name, value in chosen.items()}})
-    for name, value in train_on_nodes(job, workspace, config).items():
-        metrics.log_metric(name, value)
+    record(model, train_on_nodes(job, workspace, config))
     place(model, workspace, "train")

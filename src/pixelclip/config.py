@@ -361,8 +361,8 @@ def load(stage: str, params: Path | None = None, overrides: Mapping[str, Any] | 
     return build(STAGES[stage], values, f"{source}: {stage}", sources)
 
 
-def load_all(params: Path | None, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """Load the settings of every stage; every override must name its stage.
+def load_all(params: Path | None, overrides: Mapping[str, Any], origin: str = "") -> dict[str, Any]:
+    """Load the settings of every stage as in `load`; every override must name its stage.
 
     Raises:
         ValueError: as in `load`, or for an override without a stage.
@@ -370,7 +370,7 @@ def load_all(params: Path | None, overrides: Mapping[str, Any]) -> dict[str, Any
     for key in overrides:
         if "." not in key:
             raise ValueError(f"setting {key!r} must be written STAGE.SETTING; the stages are {', '.join(STAGES)}")
-    return {stage: load(stage, params, overrides) for stage in STAGES}
+    return {stage: load(stage, params, overrides, origin) for stage in STAGES}
 
 
 class _Loader(yaml.SafeLoader):

@@ -9,7 +9,7 @@ import logging
 import os
 import posixpath
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -94,6 +94,32 @@ def commit_of(repo: str, revision: str) -> str:
     with _opened(repo, public, revision) as (_, git_sha):
         print(f"{public}: {revision} is {git_sha}", flush=True)
         return git_sha
+
+
+def look_inside(repo: str, revision: str, paths: Iterable[str], file: str = "") -> tuple[str, str]:
+    """Check that paths exist in one revision of a repository, without fetching them.
+
+    Args:
+        repo: git repository with DVC data.
+        revision: branch, tag or commit.
+        paths: folders or files in the repository.
+        file: a small text file in the repository to read, or empty.
+
+    Returns:
+        The full SHA of the commit, and the content of `file`.
+
+    Raises:
+        ValueError: repository, revision, a path or the file do not exist, or the file is no text.
+    """
+    public = without_login(repo)
+    with _opened(repo, public, revision) as (files, git_sha):
+        for path in [*paths, *([file] if file else [])]:
+            if not files.exists(path):
+                raise ValueError(f"{public}: {path} at {git_sha[:12]}: there is no such path{_siblings(files, path)}")
+        try:
+            return git_sha, files.read_text(file) if file else ""
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{public}: {file} at {git_sha[:12]}: cannot be read as text ({_reason(error)})") from None
 
 
 def about(out: Path) -> dict[str, Any]:

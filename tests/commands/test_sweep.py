@@ -337,7 +337,7 @@ def test_masks_and_labelled_set_may_be_on_a_mounted_volume(compiled):
     spec = next(yaml.safe_load_all(compiled.read_text()))
     assert not any("importer" in executor for executor in spec["deploymentSpec"]["executors"].values())
     tasks = spec["root"]["dag"]["tasks"]
-    paths = [tasks[name]["inputs"]["parameters"]["path"] for name in ("fetch-data", "fetch-data-2")]
+    paths = [tasks[name]["inputs"]["parameters"]["path"] for name in ("fetch-data", "fetch-labelled")]
     assert paths == [{"componentInputParameter": name} for name in ("masks", "labelled")]
     dags = [each["dag"]["tasks"] for each in spec["components"].values() if "dag" in each]
     assert [set(dag["train"]["inputs"]["artifacts"]) for dag in dags] == [{"masks"}]

@@ -108,6 +108,7 @@ class _Handler(JsonHandler):
         (part,) = message.get_payload()
         documents = list(yaml.safe_load_all(part.get_payload(decode=True)))
         entry = {"display_name": query["name"], "pipeline_id": query["pipelineid"], "pipeline_spec": {"documents": documents}}
+        entry["description"] = query.get("description", "")
         return self.fake.add("versions", entry)
 
     def _same(self, new: dict[str, Any]) -> bool:

@@ -100,23 +100,23 @@ def test_dag_runs_inside_an_exit_handler(pipeline):
     assert {name: set(task.get("dependentTasks", [])) for name, task in inner.items()} == {
         "pin-revision": set(),
         "fetch-data": {"pin-revision"},
-        "fetch-data-2": {"pin-revision"},
-        "shards": {"fetch-data"},
-        loop: {"shards"},
-        "train": {loop},
-        "evaluate-clip": {"pin-revision", "fetch-data-2"},
-        "evaluate": {"fetch-data-2", "train", "evaluate-clip"},
-        "register": {"evaluate", "train"},
+        "fetch-labelled": {"pin-revision"},
+        "shards": {"fetch-data", "pin-revision"},
+        loop: {"shards", "pin-revision"},
+        "train": {loop, "pin-revision"},
+        "evaluate-clip": {"pin-revision", "fetch-labelled"},
+        "evaluate": {"fetch-labelled", "train", "evaluate-clip", "pin-revision"},
+        "register": {"evaluate", "train", "pin-revision"},
     }
 
 
 def test_both_datasets_are_read_at_one_commit(pipeline):
-    fetches = [task for name, task in tasks(pipeline[0]).items() if name.startswith("fetch-data")]
+    fetches = [task for name, task in tasks(pipeline[0]).items() if name.startswith("fetch-")]
     for task in fetches:
         revision = task["inputs"]["parameters"]["revision"]
         assert revision == {"taskOutputParameter": {"outputParameterKey": "commit", "producerTask": "pin-revision"}}
     paths = [task["inputs"]["parameters"]["path"]["componentInputParameter"] for task in fetches]
-    assert paths == ["pipelinechannel--images", "pipelinechannel--labelled"]
+    assert paths == ["pipelinechannel--data_images", "pipelinechannel--data_labelled"]
 
 
 def test_masks_fan_out_over_the_parts_and_train_collects_them(pipeline):
@@ -227,7 +227,7 @@ def test_every_step_has_a_timeout_and_retries_with_backoff(pipeline):
         "backoffMaxDuration": f"{6 * 3 * 3600 + 120 * (1 + 3 + 9 + 27 + 81)}s",
     }
     for name, task in own.items():
-        retry, timeout = task["retryPolicy"], int(pods(platform)[f"exec-{name.removesuffix('-2')}"]["activeDeadlineSeconds"])
+        retry, timeout = task["retryPolicy"], int(pods(platform)[f"exec-{name}"]["activeDeadlineSeconds"])
         assert retry["maxRetryCount"] >= 2 and int(retry["backoffDuration"][:-1]) > 0, name
         # Argo ends all attempts this long after the start of the first, so all of them must fit.
         assert int(retry["backoffMaxDuration"][:-1]) > (retry["maxRetryCount"] + 1) * timeout, name
@@ -238,7 +238,7 @@ def test_only_steps_determined_by_their_parameters_are_cached(pipeline, several_
     for spec, *_ in (pipeline, several_nodes):
         cached = {name for name, task in tasks(spec).items() if task.get("cachingOptions", {}).get("enableCache")}
         groups = {name for name in cached if name.startswith(("exit-handler", "for-loop"))}
-        assert cached - groups == {"fetch-data", "fetch-data-2", "evaluate-clip"}
+        assert cached - groups == {"fetch-data", "fetch-labelled", "evaluate-clip"}
 
 
 def test_cache_key_of_the_clip_evaluation(pipeline):
@@ -248,21 +248,22 @@ def test_cache_key_of_the_clip_evaluation(pipeline):
     given = tasks(pipeline[0])["evaluate-clip"]["inputs"]
     # The only training settings are the CLIP and, in clip_settings, side and residual, so a new model does not repeat the step.
     assert given["parameters"] == {
-        "clip": {"componentInputParameter": "pipelinechannel--clip"},
+        "clip": output_of("pin-revision", "clip"),
         "clip_version": output_of("pin-revision", "clip_version"),
-        "data_version": output_of("fetch-data-2", "version"),
+        "data_version": output_of("fetch-labelled", "version"),
         "settings": output_of("pin-revision", "clip_settings"),
         "workspace": {"componentInputParameter": "pipelinechannel--workspace"},
     }
     assert set(given["artifacts"]) == {"labelled"}
     # A cached fetch returns its old version, so only a commit may be its key.
-    assert tasks(pipeline[0])["fetch-data-2"]["inputs"]["parameters"]["fetch"] == output_of("pin-revision", "fetch")
-    assert tasks(pipeline[0])["pin-revision"]["inputs"]["parameters"] == {
-        name: {"componentInputParameter": f"pipelinechannel--{name}"}
-        for name in ("repo", "revision", "clip", "settings", "workspace")
+    assert tasks(pipeline[0])["fetch-labelled"]["inputs"]["parameters"]["fetch"] == output_of("pin-revision", "fetch")
+    form = pipeline[0]["root"]["inputDefinitions"]["parameters"]
+    checked = tasks(pipeline[0])["pin-revision"]["inputs"]["parameters"]
+    assert {name: checked[name] for name in form} == {
+        name: {"componentInputParameter": f"pipelinechannel--{name}"} for name in form
     }
     evaluated = tasks(pipeline[0])["evaluate"]["inputs"]["artifacts"]["clip_evaluation"]
-    assert evaluated == {"taskOutputArtifact": {"producerTask": "evaluate-clip", "outputArtifactKey": "evaluation"}}
+    assert evaluated == {"taskOutputArtifact": {"producerTask": "evaluate-clip", "outputArtifactKey": "clip_evaluation"}}
 
 
 def test_secrets_and_config_maps_are_references(pipeline):
@@ -305,11 +306,11 @@ def test_artifact_types_on_the_kfp_page(pipeline):
         artifacts = pipeline[0]["components"][f"comp-{step}"]["outputDefinitions"]["artifacts"]
         return {each["artifactType"]["schemaTitle"].removeprefix("system.") for each in artifacts.values()}
 
-    assert kinds("evaluate-clip") == {"Artifact", "Metrics"}
+    assert kinds("evaluate-clip") == {"Artifact"}
     assert kinds("evaluate") == {"Artifact", "Metrics", "ClassificationMetrics", "HTML"}
-    assert kinds("register") == {"Artifact", "Metrics", "Markdown"}
-    assert kinds("fetch-data") == {"Dataset", "Metrics"}
-    assert kinds("train") == {"Model", "Metrics"}
+    assert kinds("register") == {"Artifact", "Markdown"}
+    assert kinds("fetch-data") == {"Dataset"}
+    assert kinds("train") == {"Model"}
 
 
 # The compiled file.

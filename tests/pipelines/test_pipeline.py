@@ -8,6 +8,7 @@ import yaml
 from kfp import components, local
 from kfp.components import load_component_from_file
 from kfp.local import docker_task_handler
+from kfp.local.orchestrator import enhanced_dag_orchestrator
 
 from helpers import fake_data, tiny
 from helpers.training import SMALL
@@ -17,11 +18,12 @@ from pixelclip import train as stage_train
 from pixelclip.config import load, load_all
 from pixelclip.storage.files import read_json, write_json
 from pixelclip_pipelines.artifacts import located
-from pixelclip_pipelines.cluster_config import Cluster
+from pixelclip_pipelines.cluster_config import Cluster, Volume
 from pixelclip_pipelines.docker_patch import missing_outputs
 from pixelclip_pipelines.docker_runner import containers
-from pixelclip_pipelines.pixelclip import SETTING_OF, build
-from pixelclip_pipelines.run import arguments, compile_to, run_locally
+from pixelclip_pipelines.parameters import SETTING_OF, arguments, parse
+from pixelclip_pipelines.pixelclip import build
+from pixelclip_pipelines.run import compile_to, run_locally
 
 ROOT = Path(__file__).parents[2]
 
@@ -45,26 +47,19 @@ def test_kfp_accepts_the_compiled_yaml(compiled):
     assert loaded.component_spec.name == "pixelclip"
 
 
-def test_every_parameter_is_described(compiled):
-    parameters = spec_of(compiled)["root"]["inputDefinitions"]["parameters"]
-    assert {"images", "labelled", "repo", "revision", "settings", "workspace", *SETTING_OF} == set(parameters)
-    for name, entry in parameters.items():
-        assert len(entry.get("description", "")) > 10, name
-
-
 def test_steps_depend_on_each_other_as_documented(compiled):
     tasks = spec_of(compiled)["components"]["comp-exit-handler-1"]["dag"]["tasks"]
     needs = {name: set(task.get("dependentTasks", [])) for name, task in tasks.items()}
     assert needs == {
         "pin-revision": set(),
         "fetch-data": {"pin-revision"},
-        "fetch-data-2": {"pin-revision"},
-        "shards": {"fetch-data"},
-        "masks": {"shards"},
-        "train": {"masks"},
-        "evaluate-clip": {"pin-revision", "fetch-data-2"},
-        "evaluate": {"fetch-data-2", "train", "evaluate-clip"},
-        "register": {"train", "evaluate"},
+        "fetch-labelled": {"pin-revision"},
+        "shards": {"fetch-data", "pin-revision"},
+        "masks": {"shards", "pin-revision"},
+        "train": {"masks", "pin-revision"},
+        "evaluate-clip": {"pin-revision", "fetch-labelled"},
+        "evaluate": {"fetch-labelled", "train", "evaluate-clip", "pin-revision"},
+        "register": {"train", "evaluate", "pin-revision"},
     }
 
 
@@ -82,10 +77,11 @@ def test_default_image_is_the_development_image(compiled):
 
 def test_arguments_reach_every_stage():
     given = arguments("i", "l", "", ROOT / "params.yaml", {"steps": 7, "train.prompt_tokens": 3, "masks.max_masks": 9})
-    assert given["steps"] == 7
-    assert given["settings"]["train.prompt_tokens"] == 3
-    assert given["settings"]["masks.max_masks"] == 9
-    config = load("train", overrides={**given["settings"], "train.steps": given["steps"]})
+    assert given["train_steps"] == 7
+    settings = parse(given["settings"])
+    assert settings["train.prompt_tokens"] == 3
+    assert settings["masks.max_masks"] == 9
+    config = load("train", overrides={**settings, "train.steps": given["train_steps"]})
     assert (config.steps, config.prompt_tokens, config.side) == (7, 3, load("train", ROOT / "params.yaml").side)
 
 
@@ -127,15 +123,13 @@ def test_component_runs_as_a_plain_function(tmp_path):
 
     (tmp_path / "images").mkdir()
     Image.new("RGB", (20, 10), "red").save(tmp_path / "images" / "a.png")
-    logged = {}
-    metrics = SimpleNamespace(log_metric=logged.__setitem__)
     images = SimpleNamespace(path=str(tmp_path / "images"), metadata={})
-    output = SimpleNamespace(path=str(tmp_path / "shards"), uri="")
-    shards.python_func(images, output, metrics, {"shards.images_per_shard": 10.0})
-    assert logged["images"] == 1
+    output = SimpleNamespace(path=str(tmp_path / "shards"), uri="", metadata={})
+    shards.python_func(images, output, {"shards.images_per_shard": 10.0})
+    assert output.metadata["images"] == 1
     assert (tmp_path / "shards" / "000000.tar").is_file()
     shared = SimpleNamespace(path=str(tmp_path / "kfp" / "shards"), uri="s3://bucket/shards", metadata={})
-    shards.python_func(images, shared, metrics, {}, workspace=str(tmp_path / "space"))
+    shards.python_func(images, shared, {}, workspace=str(tmp_path / "space"))
     assert (shared.uri, str(located(shared))) == ("s3://bucket/shards", str(tmp_path / "space" / "shards"))
     assert (tmp_path / "space" / "shards" / "000000.tar").is_file()
 
@@ -161,15 +155,33 @@ def runs_of(client) -> list:
     return client.search_runs([client.get_experiment_by_name("pixelclip").experiment_id])
 
 
+@pytest.fixture
+def loops_read_outputs(monkeypatch):
+    """Repair kfp 2.17's local runner, which gives the loop's item to every input that is another task's output."""
+    original = enhanced_dag_orchestrator.task_spec_utils.create_parameter_loop_iteration_task_spec
+
+    def repaired(spec, item, name):
+        changed = original(spec, item, name)
+        for key, value in spec.inputs.parameters.items():
+            if value.HasField("task_output_parameter"):
+                changed.inputs.parameters[key].CopyFrom(value)
+        return changed
+
+    module = enhanced_dag_orchestrator.task_spec_utils
+    monkeypatch.setattr(module, "create_parameter_loop_iteration_task_spec", repaired)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
+@pytest.mark.usefixtures("loops_read_outputs")
 @pytest.mark.filterwarnings("ignore:.*(custom or non-Python base image|have no effect)")
 def test_masks_in_parts_give_the_same_model_as_the_stages_alone(data, tmp_path, monkeypatch):
     client = tiny.mlflow_at(monkeypatch, tmp_path / "mlflow")
     monkeypatch.setenv("PIXELCLIP_PIPELINE_RUN", "run-1")
     space = tmp_path / "space"
     local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(tmp_path / "kfp"), raise_on_error=True)
-    build(Cluster(parts=3))(**arguments(str(data.images), str(data.labelled), str(space), data.params, {}))
+    shared = Cluster(parts=3, volume=Volume(claim="shared", mount=str(tmp_path)))
+    build(shared)(**arguments(str(data.images), str(data.labelled), str(space), data.params, {}))
     assert {path.name for path in (space / "masks").iterdir()} == {"1-of-3", "2-of-3", "3-of-3"}
     (run,) = runs_of(client)
     assert (run.data.tags["kfp.run_id"], run.info.status) == ("run-1", "FINISHED")

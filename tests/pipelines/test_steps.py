@@ -28,7 +28,6 @@ from pixelclip.workflow.code_version import code_image
 from pixelclip_components.evaluate_clip.component import evaluate_clip
 from pixelclip_components.finish.component import finish
 from pixelclip_components.masks.component import masks as masks_component
-from pixelclip_components.pin_revision.component import pin_revision
 from pixelclip_pipelines.artifacts import located, place
 from pixelclip_pipelines.cluster_config import Step, pod_environment
 from pixelclip_pipelines.steps import (
@@ -57,9 +56,9 @@ def artifact(path: Path, **metadata: str) -> dsl.Dataset:
 @pytest.mark.parametrize("path", ["/data/images", "s3://bucket/images"])
 def test_without_a_repository_the_output_is_a_pointer(tmp_path, path):
     output = artifact(tmp_path / "step" / "data")
-    metrics, version = fetched(output, "", path, "unpinned-1", {}, str(tmp_path / "space"))
-    assert metrics == {} and version.startswith("unpinned-")
-    _, again = fetched(artifact(tmp_path / "other" / "data"), "", path, "unpinned-1", {}, str(tmp_path / "space"))
+    version = fetched(output, "", path, "unpinned-1", {}, str(tmp_path / "space"))
+    assert version.startswith("unpinned-")
+    again = fetched(artifact(tmp_path / "other" / "data"), "", path, "unpinned-1", {}, str(tmp_path / "space"))
     assert again != version, "data without a version may have changed"
     passed_on = artifact(tmp_path / "step" / "data", **output.metadata)
     assert str(located(passed_on)) == path
@@ -134,10 +133,9 @@ def test_revision_is_resolved_to_its_commit(repository):
     assert pinned(str(repository), sha("v1")[:10], "")[0] == sha("v1")
     full = "0123456789" * 4
     assert pinned("nowhere", full, "") == (full, full), "a full SHA needs no repository"
-    first, second = (pin_revision.python_func("", "", "toy", {})[:2] for _ in range(2))
+    first, second = (pinned("", "", "") for _ in range(2))
     assert first[0] == second[0] == "", "there is no commit"
     assert first[1].startswith("unpinned-") and first[1] != second[1], "unversioned data are fetched again by every run"
-    assert pin_revision.python_func("nowhere", full, "toy", {})[:2] == (full, full)
     with pytest.raises(ValueError, match="there is no revision 'nope'"):
         pinned(str(repository), "nope", "")
     with pytest.raises(ValueError, match="nothing: not a readable git repository"):
@@ -150,12 +148,12 @@ def test_revision_is_resolved_to_its_commit(repository):
 def test_first_step_rejects_an_unwritable_workspace(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot write there"):
-        pin_revision.python_func("", "", "toy", {}, str(tmp_path / "file" / "space"))
+        pinned("", "", str(tmp_path / "file" / "space"))
 
 
 def test_fetch_into_a_workspace_gets_a_unique_cache_key(tmp_path):
-    full, given = "0123456789" * 4, {"repo": "nowhere", "clip": "toy", "settings": {}, "workspace": str(tmp_path)}
-    (commit, first, *_), (_, second, *_) = (pin_revision.python_func(revision=full, **given) for _ in range(2))
+    full = "0123456789" * 4
+    (commit, first), (_, second) = (pinned("nowhere", full, str(tmp_path)) for _ in range(2))
     assert commit == full and first.startswith("unpinned-") and first != second
 
 
@@ -166,8 +164,8 @@ def test_version_of_fetched_data_depends_on_their_content(repository, tmp_path):
         for name in ("v1", "main", "more"):
             output = artifact(tmp_path / f"{name}{len(workspace)}" / "data")
             space = workspace and f"{workspace}/{name}"
-            metrics, version = fetched(output, str(repository), "a", pinned(str(repository), name, "")[0], {}, space)
-            assert metrics["files"] == 1
+            version = fetched(output, str(repository), "a", pinned(str(repository), name, "")[0], {}, space)
+            assert output.metadata["files"] == 1
             found.append(version)
         return found
 
@@ -225,11 +223,11 @@ def test_workspace_and_given_masks_get_a_unique_cache_key(settings, workspace):
 
 def test_evaluate_clip_component_passes_its_inputs(tmp_path):
     labelled, output = tiny.labelled_set(tmp_path / "labelled"), artifact(tmp_path / "step" / "evaluation")
-    logged: dict[str, float] = {}
     settings = {"train.side": 48.0, "train.residual": "patch", "evaluate.templates": "single", "evaluate.device": "cpu"}
-    spec, metrics = str(tiny.clip_folder(tmp_path / "clip")), SimpleNamespace(log_metric=logged.__setitem__)
-    evaluate_clip.python_func(artifact(labelled), output, metrics, spec, "c1", "d1", settings)
-    assert logged == json.loads((tmp_path / "step" / "evaluation" / "metrics.json").read_text())
+    spec = str(tiny.clip_folder(tmp_path / "clip"))
+    evaluate_clip.python_func(artifact(labelled), output, spec, "c1", "d1", settings)
+    metrics = json.loads((tmp_path / "step" / "evaluation" / "metrics.json").read_text())
+    assert {name: output.metadata[name] for name in metrics} == metrics
     assert (output.metadata["clip_version"], output.metadata["data_version"]) == ("c1", "d1")
     recorded = json.loads((tmp_path / "step" / "evaluation" / "provenance.json").read_text())["settings"]
     assert {key: recorded[key] for key in ("clip", "side", "residual", "templates", "name")} == {
@@ -253,10 +251,9 @@ def test_parts_of_masks_are_gathered_as_one_folder(tmp_path):
         fake_data.write_tar(tmp_path / "shards" / f"{number}.tar", members)
     outputs = []
     for number in (1, 2, 3):
-        output = SimpleNamespace(path=str(tmp_path / f"step-{number}" / "masks"), uri="")
-        metrics = SimpleNamespace(log_metric=lambda *_: None)
+        output = SimpleNamespace(path=str(tmp_path / f"step-{number}" / "masks"), uri="", metadata={})
         source = artifact(tmp_path / "shards")
-        masks_component.python_func(source, output, metrics, "given", {"masks.workers": 0.0}, part=f"{number}/3")
+        masks_component.python_func(source, output, "given", {"masks.workers": 0.0}, part=f"{number}/3")
         outputs.append(artifact(Path(output.path)))
     with gathered(None, outputs) as folder:
         names = sorted(path.name for path in list_shards(folder))
@@ -281,9 +278,8 @@ def test_masks_of_one_step_are_used_directly(tmp_path):
 def test_parts_share_a_workspace(tmp_path, shards):
     def run(part: str, space: Path) -> str:
         output = artifact(tmp_path / f"step-{space.name}" / "masks")
-        metrics = SimpleNamespace(log_metric=lambda *_: None)
         settings = {"masks.workers": 0.0, "masks.max_bad_share": 1.0}
-        masks_component.python_func(artifact(shards), output, metrics, "given", settings, part=part, workspace=str(space))
+        masks_component.python_func(artifact(shards), output, "given", settings, part=part, workspace=str(space))
         return str(located(output))
 
     assert run("1/1", tmp_path / "a") == str(tmp_path / "a" / "masks" / "1-of-1")
@@ -439,12 +435,12 @@ def test_confusion_of_the_most_frequent_classes():
 
 def test_confusion_is_logged_to_kfp(tmp_path):
     write_json(tmp_path / CONFUSION, {"classes": ["a", "b"], "counts": [[2, 1], [0, 3]]})
-    shown = dsl.ClassificationMetrics(name="confusion", uri="")
+    shown = dsl.ClassificationMetrics(name="confusion", uri=str(tmp_path / "step" / "confusion"))
     show_confusion(shown, tmp_path)
     matrix = shown.metadata["confusionMatrix"]
     assert [each["displayName"] for each in matrix["annotationSpecs"]] == ["a", "b"]
     assert [each["row"] for each in matrix["rows"]] == [[2, 1], [0, 3]]
-    before = dsl.ClassificationMetrics(name="confusion", uri="")
+    before = dsl.ClassificationMetrics(name="confusion", uri=str(tmp_path / "before"))
     show_confusion(before, tmp_path / "nothing")
     assert before.metadata == {}
 

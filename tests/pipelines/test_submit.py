@@ -41,8 +41,11 @@ def test_submit_uploads_once_and_starts_runs_with_every_parameter(kfp, run):
     assert created["pipeline_version_reference"] == reference
     spec, platform = version["pipeline_spec"]["documents"]
     assert set(created["runtime_config"]["parameters"]) == set(spec["root"]["inputDefinitions"]["parameters"])
-    assert created["runtime_config"]["parameters"]["steps"] == 7
-    assert created["runtime_config"]["parameters"]["settings"] == {"train.prompt_tokens": 3}
+    assert created["runtime_config"]["parameters"]["train_steps"] == 7
+    assert created["runtime_config"]["parameters"]["settings"] == "train.prompt_tokens=3"
+    # KFP shows it under "Show Summary" of the pipeline and of the version.
+    assert pipeline["description"] == version["description"] == spec["pipelineInfo"]["description"]
+    assert "| `train_steps` | `10000` | Optimizer steps. |" in version["description"].splitlines()
     assert "exec-train" in platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
 
     code, out, _ = run("submit", *DATA)
@@ -76,12 +79,20 @@ def test_changed_pipeline_is_a_new_version_and_a_known_one_is_reused(kfp, run):
         ((*DATA, "--image", "pixelclip"), "must end with a tag"),
         ((*DATA, "--nodes", "2"), "volume.claim"),
         ((*DATA, "--cluster", "no.yaml"), "no.yaml: cannot be read"),
+        ((*DATA, "--settings-file", "params.yaml"), "settings file 'params.yaml' without --repo"),
     ],
 )
 def test_errors_are_reported_before_anything_is_sent(kfp, run, words, message):
     code, out, err = run("submit", *words)
     assert code == 2 and message in err and out == ""
     assert kfp.asked == []
+
+
+def test_batch_must_have_an_image_for_every_gpu(kfp, run):
+    Path("cluster.yaml").write_text("steps: {train: {gpus: 8}}")
+    code, _, err = run("submit", *DATA, "batch_size=15", "train.accumulate=2")
+    assert code == 2 and "train.batch_size 15 is too small for 8 processes with train.accumulate 2" in err and kfp.asked == []
+    assert run("submit", *DATA, "batch_size=15", "train.accumulate=2", "train.device=cpu")[0] == 0
 
 
 def test_several_nodes_need_a_workspace(kfp, run):
@@ -184,7 +195,7 @@ def test_schedules_are_created_listed_and_deleted(kfp, run):
     weekly, often = kfp.all("recurringruns")
     assert weekly["trigger"] == {"cron_schedule": {"cron": "0 0 3 * * 1"}}
     assert often["trigger"] == {"periodic_schedule": {"interval_second": 21600}}
-    assert weekly["runtime_config"]["parameters"]["seed"] == 4
+    assert weekly["runtime_config"]["parameters"]["train_seed"] == 4
     assert (weekly["mode"], weekly["no_catchup"], int(weekly["max_concurrency"])) == ("ENABLE", True, 1)
     assert len(kfp.all("versions")) == 1
     kfp.page_size = 1
@@ -227,7 +238,7 @@ def test_credentials_in_repository_url_are_rejected(kfp, run, words, login):
 def test_repository_url_without_credentials_is_sent(kfp, run):
     for repo in ("ssh://git@git.example/data.git", "git@git.example:data.git", "https://git.example/a@b.git"):
         assert run("submit", *DATA, "--repo", repo)[0] == 0
-        assert kfp.all("runs")[-1]["runtime_config"]["parameters"]["repo"] == repo
+        assert kfp.all("runs")[-1]["runtime_config"]["parameters"]["data_repo"] == repo
 
 
 def test_no_secret_is_sent(kfp, run, monkeypatch):

@@ -230,10 +230,9 @@ def test_paths_off_the_volume_are_rejected(kubernetes, space, tmp_path):
 
 def test_component_points_to_the_trained_model(kubernetes, space):
     kubernetes.fate = [ends("Complete")]
-    model, logged = SimpleNamespace(uri="s3://bucket/model", path=str(space / "kfp" / "model"), metadata={}), {}
+    model = SimpleNamespace(uri="s3://bucket/model", path=str(space / "kfp" / "model"), metadata={})
     chosen = {"clip": "toy", "steps": 3, "batch_size": 4, "concepts": 5, "seed": 6}
-    metrics = SimpleNamespace(log_metric=logged.__setitem__)
-    train_job.python_func(model, metrics, **chosen, settings={"train.side": 32.0}, job=job(space), workspace=str(space))
+    train_job.python_func(model, **chosen, settings={"train.side": 32.0}, job=job(space), workspace=str(space))
     assert (model.metadata["location"], model.uri) == (str(space / "train"), "s3://bucket/model")
-    assert logged == {"train/loss": 0.25}
+    assert model.metadata["train/loss"] == 0.25
     assert "train.side=32" in kubernetes.jobs["pixelclip-run-1"]["spec"]["trainer"]["args"]

@@ -32,6 +32,7 @@ Endpoint = Annotated[str, typer.Option(help="URL of KFP; default: KFP_ENDPOINT, 
 Images = Annotated[str, typer.Option(help="Unlabelled images on the cluster: path in --repo, folder or s3://.")]
 Labelled = Annotated[str, typer.Option(help="Labelled set, located like --images: images/, labels/ and classes.txt.")]
 Workspace = Annotated[str, typer.Option(help="Folder on a mounted volume where stages are reused and resumed; default: none.")]
+SettingsFile = Annotated[str, typer.Option(help="YAML file with settings in --repo, which the run reads; instead of --params.")]
 
 pipeline = typer.Typer(help="Kubeflow pipeline: run it locally or on a cluster.", no_args_is_help=True)
 schedule_group = typer.Typer(help="Run the pipeline on a schedule: create, list, delete.", no_args_is_help=True)
@@ -46,6 +47,7 @@ def pipeline_submit(
     revision: Revision = "",
     workspace: Workspace = "",
     params: Params = None,
+    settings_file: SettingsFile = "",
     name: Annotated[str, typer.Option(help="Name of the run; default: name of the pipeline and the time.")] = "",
     cluster: Cluster = None,
     nodes: Nodes = 1,
@@ -54,10 +56,10 @@ def pipeline_submit(
     settings: Overrides = None,
 ) -> None:
     """Start a run on Kubeflow Pipelines, as a new version of the pipeline if it changed; print its URL."""
-    from pixelclip_pipelines.run import arguments
+    from pixelclip_pipelines.parameters import arguments
     from pixelclip_pipelines.submit import Target, submit
 
-    checked = arguments(images, labelled, workspace, params, parse_overrides(settings or []), repo, revision)
+    checked = arguments(images, labelled, workspace, params, parse_overrides(settings or []), repo, revision, settings_file)
     submit(checked, Target(endpoint, cluster, nodes, image), name)
 
 
@@ -135,6 +137,7 @@ def schedule_create(
     revision: Revision = "",
     workspace: Workspace = "",
     params: Params = None,
+    settings_file: SettingsFile = "",
     cluster: Cluster = None,
     nodes: Nodes = 1,
     image: Image = "",
@@ -142,10 +145,10 @@ def schedule_create(
     settings: Overrides = None,
 ) -> None:
     """Run the pipeline on a schedule, one run at a time; missed runs are skipped."""
-    from pixelclip_pipelines.run import arguments
+    from pixelclip_pipelines.parameters import arguments
     from pixelclip_pipelines.submit import Target, schedule
 
-    checked = arguments(images, labelled, workspace, params, parse_overrides(settings or []), repo, revision)
+    checked = arguments(images, labelled, workspace, params, parse_overrides(settings or []), repo, revision, settings_file)
     schedule(checked, Target(endpoint, cluster, nodes, image), name, cron, every)
 
 

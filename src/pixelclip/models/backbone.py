@@ -145,7 +145,11 @@ def _check_convnext(visual: Any) -> None:
 def check_side(setting: str, side: int, backbone: Backbone) -> None:
     """Raise ValueError, naming `setting`, unless a side in pixels is a multiple of the patch size."""
     check_patch(setting, side, backbone)
-    patch = math.lcm(*backbone.patch_size)
+    check_multiple(setting, side, math.lcm(*backbone.patch_size))
+
+
+def check_multiple(setting: str, side: int, patch: int) -> None:
+    """Raise ValueError, naming `setting`, unless a side in pixels is a multiple of `patch`."""
     if side % patch:
         below = side // patch * patch
         valid = f"{below}, {below + patch}" if below else str(patch)

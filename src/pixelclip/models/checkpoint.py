@@ -34,7 +34,8 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"
 CLIP_WEIGHTS, CLIP_CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
 """Files of an open_clip folder."""
 _FORMAT = 1
-_MAX_MESSAGE = 300  # characters of an error message of open_clip or torch
+MAX_MESSAGE = 300
+"""Characters of an error message of open_clip or torch."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def load_clip(spec: str) -> Clip:
     """
     folder = clip_folder(spec)
     if folder is None or not folder.is_dir():
-        _check_name(spec, folder)
+        check_name(spec, folder)
     try:
         if folder is not None and folder.is_dir():
             cfg = read_json(folder / CLIP_CONFIG)
@@ -91,13 +92,13 @@ def load_clip(spec: str) -> Clip:
         raise ValueError(f"CLIP {spec!r}: {folder}/{CLIP_CONFIG} has no entry {error}") from None
     except (TypeError, ValueError, RuntimeError, OSError, AssertionError, SafetensorError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"CLIP {spec!r}: {' '.join(line.strip() for line in lines[:3])[:_MAX_MESSAGE]}") from None
+        raise ValueError(f"CLIP {spec!r}: {' '.join(line.strip() for line in lines[:3])[:MAX_MESSAGE]}") from None
     mean = tuple(preprocess.get("mean", open_clip.OPENAI_DATASET_MEAN))
     std = tuple(preprocess.get("std", open_clip.OPENAI_DATASET_STD))
     return Clip(model.float().eval(), model_cfg, mean, std)
 
 
-def _check_name(spec: str, file: Path | None) -> None:
+def check_name(spec: str, file: Path | None) -> None:
     """Raise ValueError if open_clip has no such name or weights; open_clip itself would log a line first."""
     name, _, weights = spec.partition(":")
     if name not in open_clip.list_models():

@@ -56,6 +56,20 @@ def local_copy(uri: str) -> Path:
     return copy
 
 
+def check_exists(uri: str) -> None:
+    """Check that a local path or URI exists, without downloading it.
+
+    Raises:
+        ValueError: it does not, or its store rejects the request or cannot be reached.
+    """
+    if s3.is_s3(uri):
+        s3.check_exists(uri)
+    elif uri.lower().startswith(("http://", "https://")):
+        _retry(uri, lambda: _head(uri))
+    else:
+        local_copy(uri)  # a local path is not copied
+
+
 def local_path(path: Path | str) -> Path:
     """Return the local copy of a URI; a local path is returned unchanged, even if it does not exist."""
     return local_copy(str(path)) if "://" in str(path) else Path(path)

@@ -133,6 +133,18 @@ def list_below(uri: str) -> list[Listed]:
     return [Listed(f"s3://{bucket}/{entry['Key']}", entry["ETag"].strip('"'), entry["Size"]) for entry in entries]
 
 
+def check_exists(uri: str) -> None:
+    """Raise ValueError unless `uri` is an object or a prefix with objects, with a single listing of two keys."""
+    bucket, key = split(uri)
+    prefix = f"{key.rstrip('/')}/" if key.strip("/") else ""
+    with connected(uri) as client:
+        listed = client.list_objects_v2(Bucket=bucket, Prefix=prefix, MaxKeys=2).get("Contents", [])
+    if not any(not entry["Key"].endswith("/") for entry in listed):  # an empty folder has a marker
+        if key[-1:] in ("", "/"):
+            raise MissingError(f"{uri}: no object below this prefix")
+        current_version(uri)
+
+
 def current_version(uri: str) -> Listed:
     """Return the current version of an object; raise MissingError if it does not exist."""
     bucket, key = split(uri)

@@ -1,0 +1,271 @@
+"""The pipeline's parameters: their names, and the checks that `submit` and the first step of the pipeline share.
+
+KFP's form sorts parameters by name, so each begins with its topic. Running steps import this module, so it must not import kfp.
+"""
+
+import json
+import shlex
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pixelclip.config import TrainConfig, load, load_all, nearest, parse_overrides
+from pixelclip.fetch_data import has_secret, look_inside, without_login
+
+SETTING_OF = {
+    "masks_generator": "masks.generator",
+    "train_clip": "train.clip",
+    "train_steps": "train.steps",
+    "train_batch_size": "train.batch_size",
+    "train_concepts": "train.concepts",
+    "train_seed": "train.seed",
+    "register_name": "register.name",
+    "register_min_gain": "register.min_gain",
+}
+"""Pipeline parameters that are settings of a stage. The parameter `settings` contains all others."""
+SHORT_NAMES = {
+    "generator": "masks.generator",
+    "clip": "train.clip",
+    "steps": "train.steps",
+    "batch_size": "train.batch_size",
+    "concepts": "train.concepts",
+    "seed": "train.seed",
+    "registry_name": "register.name",
+    "min_gain": "register.min_gain",
+}
+"""Short names of these settings on the command line and in the parameter `settings`."""
+_NAMES = {**SHORT_NAMES, **SETTING_OF}
+_NOT_PASSED = ("toy.", "fetch_data.")  # toy is not a step, and fetch_data has its own pipeline parameters
+
+
+def arguments(
+    images: str,
+    labelled: str,
+    workspace: str,
+    params: Path | None,
+    overrides: Mapping[str, Any],
+    repo: str = "",
+    revision: str = "",
+    settings_file: str = "",
+) -> dict[str, Any]:
+    """Return the checked arguments of the pipeline.
+
+    Args:
+        images: folder of unlabelled images.
+        labelled: labelled set.
+        workspace: folder shared by runs, or empty.
+        params: a YAML file with settings on this machine; the arguments contain what it changes.
+        overrides: pipeline parameters, or settings as `stage.setting`.
+        repo: DVC repository of the paths `images` and `labelled`; if empty, they are folders.
+        revision: branch, tag or commit of `repo`.
+        settings_file: like `params`, but a path in `repo`, which the pipeline reads itself.
+
+    Raises:
+        ValueError: an unknown parameter or setting, an invalid value, credentials in `repo`, or a setting given twice.
+    """
+    check_data(images, labelled, repo, revision, settings_file)
+    chosen = by_setting(overrides)
+    if settings_file and params:
+        raise ValueError(f"--params {params} and --settings-file {settings_file}: give only one of them")
+    if settings_file:
+        _, text = look_inside(repo, revision or "HEAD", (images, labelled), settings_file)
+        configs = settings_of(chosen, settings_file, text)
+        sent = {name: value for name, value in flat(configs).items() if name in chosen}
+    else:
+        configs = check_settings(params, chosen)
+        sent = changed(configs)
+    named = {name: sent.get(setting, value) for (name, setting), value in zip(SETTING_OF.items(), defaults(), strict=True)}
+    # A parameter with its default leaves the setting to the file, so `settings` has to repeat it.
+    left = {setting for name, setting in SETTING_OF.items() if settings_file and is_default(name, named)}
+    settings = {name: value for name, value in sent.items() if name in left or name not in SETTING_OF.values()}
+    data = {"data_images": images, "data_labelled": labelled, "data_repo": repo, "data_revision": revision}
+    return {**data, **named, "settings": as_text(settings), "settings_file": settings_file, "workspace": workspace}
+
+
+def check_data(images: str, labelled: str, repo: str, revision: str, settings_file: str = "") -> None:
+    """Check the parameters that name data.
+
+    Raises:
+        ValueError: a path is missing, `repo` contains credentials, or a parameter needs a repository and there is none.
+    """
+    if not images or not labelled:
+        raise ValueError(f"{'labelled' if images else 'images'} must name a folder")
+    if has_secret(repo):
+        raise ValueError(
+            f"--repo {without_login(repo)} contains credentials, which KFP would store and display; "
+            "pass them through git's environment variables, see docs/cluster.md"
+        )
+    if revision and not repo:
+        raise ValueError(f"revision {revision!r} without --repo: only data in a DVC repository have revisions")
+    if settings_file and not repo:
+        raise ValueError(f"settings file {settings_file!r} without --repo: it must be a path in the DVC repository")
+
+
+def check_place(workspace: str, volume: str, nodes: int = 1) -> None:
+    """Check the workspace of a run.
+
+    Args:
+        workspace: folder shared by the steps, or empty.
+        volume: folder in which the steps share a volume, `/` on one machine, or empty if they share none.
+        nodes: number of training nodes.
+
+    Raises:
+        ValueError: the workspace is not on the volume, so every pod would have its own folder, or several nodes have none.
+    """
+    if nodes > 1 and not workspace:
+        raise ValueError(f"--nodes {nodes} needs --workspace: a folder on the volume that the nodes share")
+    if workspace and not (volume and Path(workspace).is_relative_to(volume)):
+        mounted = f"mounted at {volume}" if volume else "none"
+        raise ValueError(
+            f"--workspace {workspace}: must be a folder on the volume that steps share (volume in cluster.yaml: {mounted})"
+        )
+
+
+def check_batch(train: TrainConfig, nodes: int, gpus: int) -> None:
+    """Check that every training process gets an image of each micro-batch.
+
+    Args:
+        train: settings of the training.
+        nodes: number of training nodes.
+        gpus: GPUs of each node.
+
+    Raises:
+        ValueError: the batch is too small.
+    """
+    processes = nodes * max(1, gpus if train.device in ("auto", "cuda") else 1)
+    if train.batch_size < processes * train.accumulate:
+        raise ValueError(
+            f"train.batch_size {train.batch_size} is too small for {processes} processes with train.accumulate "
+            f"{train.accumulate}: every micro-batch needs at least one image"
+        )
+
+
+def by_setting(overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return overrides with every pipeline parameter replaced by its setting `stage.setting`.
+
+    Raises:
+        ValueError: an unknown pipeline parameter, or a setting given twice.
+    """
+    chosen: dict[str, Any] = {}
+    for name, value in overrides.items():
+        if "." not in name and name not in _NAMES:
+            raise ValueError(
+                f"unknown pipeline parameter {name!r}{nearest(name, _NAMES)}; "
+                f"the parameters are {', '.join(SHORT_NAMES)}; write other settings as STAGE.SETTING; "
+                "data are options, see --help"
+            )
+        setting = _NAMES.get(name, name)
+        if setting in chosen:
+            raise ValueError(f"{setting} is given twice")
+        chosen[setting] = value
+    return chosen
+
+
+def check_settings(params: Path | None, chosen: Mapping[str, Any], origin: str = "") -> dict[str, Any]:
+    """Return the settings of every stage.
+
+    Args:
+        params: YAML file with one section per stage, or None.
+        chosen: `stage.setting: value`, overriding `params`.
+        origin: origin of `chosen`, for errors.
+
+    Raises:
+        ValueError: an unknown setting, an invalid value or combination, or a part of the masks.
+    """
+    configs = load_all(params, chosen, origin)
+    if part := configs["masks"].part:
+        raise ValueError(
+            f"masks.part {part}: must be empty, since the pipeline computes all parts; their number is `parts` in cluster.yaml"
+        )
+    return configs
+
+
+def settings_of(chosen: Mapping[str, Any], name: str, text: str) -> dict[str, Any]:
+    """Return the settings of every stage, where `text` is the content of the settings file `name`; see `check_settings`."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "params.yaml")
+        file.write_text(text)
+        try:
+            return check_settings(file, chosen, "settings")
+        except ValueError as error:
+            raise ValueError(str(error).replace(str(file), name)) from None
+
+
+def of_form(form: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings chosen in KFP's form as `stage.setting: value`: fields without their default, and `settings`.
+
+    Raises:
+        ValueError: `settings` cannot be parsed, names an unknown parameter, or repeats a field.
+    """
+    fields = {setting: form[name] for name, setting in SETTING_OF.items() if not is_default(name, form)}
+    written = by_setting(parse(form["settings"]))
+    for name, setting in SETTING_OF.items():
+        if setting in fields and setting in written:
+            raise ValueError(f"{setting} is given twice: in {name} ({fields[setting]}) and in settings ({written[setting]})")
+    return {**fields, **written}
+
+
+def defaults() -> list[Any]:
+    """Return the defaults of the parameters in `SETTING_OF`, in their order."""
+    return [getattr(load(stage), field) for stage, _, field in (setting.partition(".") for setting in SETTING_OF.values())]
+
+
+def is_default(name: str, form: Mapping[str, Any]) -> bool:
+    """Return whether a parameter in `SETTING_OF` has its default, which leaves the setting to the settings file."""
+    return bool(form[name] == dict(zip(SETTING_OF, defaults(), strict=True))[name])
+
+
+def flat(configs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of all stages as `stage.setting: value`."""
+    return {f"{stage}.{name}": value for stage, config in configs.items() for name, value in config}
+
+
+def changed(configs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that differ from their defaults as `stage.setting: value`, without those that no step reads."""
+    names = [f"{stage}.{name}" for stage, config in configs.items() for name in config.model_dump(exclude_defaults=True)]
+    values = flat(configs)
+    return {name: values[name] for name in names if not name.startswith(_NOT_PASSED)}
+
+
+def parse(settings: str | Mapping[str, Any]) -> dict[str, Any]:
+    """Parse the pipeline's parameter `settings`.
+
+    Args:
+        settings: as on the command line (`train.crop=80 evaluate.side=144`), a JSON object, or a mapping.
+
+    Raises:
+        ValueError: neither of them.
+    """
+    if isinstance(settings, Mapping):
+        return dict(settings)
+    if not isinstance(settings, str):
+        raise ValueError(f"settings must be text such as 'train.crop=80 evaluate.side=144', found {settings!r}")
+    if settings.lstrip().startswith("{"):
+        try:
+            return dict(json.loads(settings))
+        except ValueError as error:
+            raise ValueError(f"settings {settings!r}: not JSON ({error}); write NAME=VALUE, separated by spaces") from None
+    try:
+        words = shlex.split(settings)
+    except ValueError as error:
+        raise ValueError(f"settings {settings!r}: {str(error).lower()}") from None
+    return parse_overrides(words)
+
+
+def as_text(settings: Mapping[str, Any]) -> str:
+    """Write settings as on a command line, the reverse of `parse`."""
+    return " ".join(shlex.quote(f"{name}={_as_scalar(value)}") for name, value in settings.items())
+
+
+def _as_scalar(value: Any) -> str:
+    """Write a value as the YAML scalar that `parse_overrides` reads."""
+    if not isinstance(value, str):
+        return json.dumps(value)
+    try:
+        plain = value == "" or yaml.safe_load(value) == value
+    except yaml.YAMLError:
+        plain = False
+    return value if plain else json.dumps(value)
