@@ -24,7 +24,7 @@ from pixelclip.storage.files import read_json
 from pixelclip.workflow.code_version import CHANGED, UNKNOWN, code_revision
 from pixelclip.workflow.provenance import origins, source
 from pixelclip.workflow.stage import METRICS, PROVENANCE, Metrics
-from pixelclip_pipelines.artifacts import located, place, point, writable
+from pixelclip_pipelines.artifacts import located, pack, place, point, writable
 
 _TRAINING_SETTINGS_OF_CLIP = ("train.side", "train.residual")
 _STATUS = {"SUCCEEDED": "FINISHED", "FAILED": "FAILED", "CANCELLED": "KILLED"}
@@ -93,6 +93,7 @@ def fetched(
     config = load("fetch_data", overrides={**settings, "fetch_data.path": path, "fetch_data.revision": revision})
     metrics = run(repo, out, config)
     artifact.metadata.update(about(out))
+    pack(artifact)
     return metrics, f"{path} md5 {artifact.metadata['md5']}"
 
 
