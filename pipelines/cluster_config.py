@@ -28,11 +28,21 @@ def _checked_image(image: str) -> str:
     return image
 
 
+def _checked_label(name: str) -> str:
+    if name and not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", name):
+        raise ValueError(
+            f"{name!r} must be a DNS label, since KFP names the pods' volume after it: at most 63 lower-case letters, digits "
+            f"and '-', no '-' at its ends (found {len(name)} characters)"
+        )
+    return name
+
+
 Image = Annotated[str, AfterValidator(_checked_image)]
 Cpu = Annotated[str, Field(pattern=r"^(\d+(\.\d+)?|\d+m)$")]
 Memory = Annotated[str, Field(pattern=r"^\d+(Ki|Mi|Gi|Ti|M|G|T)?$")]
 Duration = Annotated[str, Field(pattern=r"^[1-9]\d*[smhd]$")]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$", max_length=253)]
+Label = Annotated[str, AfterValidator(_checked_label)]
 
 
 def seconds(duration: str) -> int:
@@ -154,7 +164,7 @@ class Source(_Section):
 class Volume(_Section):
     """A volume mounted by every step, where finished stages are reused and interrupted ones resumed."""
 
-    claim: Name | Literal[""] = Field("", description="PersistentVolumeClaim (ReadWriteMany); no volume if empty.")
+    claim: Label = Field("", description="PersistentVolumeClaim (ReadWriteMany); no volume if empty.")
     mount: str = Field("/workspace", pattern=r"^/.+", description="Mount path.")
 
 

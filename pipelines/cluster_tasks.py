@@ -42,9 +42,11 @@ def place_on(task: dsl.PipelineTask, cluster: Cluster, name: str, image: str) ->
     # change MLflow. Finished results are reused in the workspace.
     task.set_caching_options(False)
     for secret in cluster.secrets:
-        kubernetes.use_secret_as_env(task, secret.name, {key: env for env, key in secret.env.items()}, secret.optional)
+        for variables in _by_key(secret.env):
+            kubernetes.use_secret_as_env(task, secret.name, variables, secret.optional)
     for config in cluster.config_maps:
-        kubernetes.use_config_map_as_env(task, config.name, {key: env for env, key in config.env.items()}, config.optional)
+        for variables in _by_key(config.env):
+            kubernetes.use_config_map_as_env(task, config.name, variables, config.optional)
     if cluster.volume.claim:
         kubernetes.mount_pvc(task, cluster.volume.claim, cluster.volume.mount)
     if cluster.pull_policy:
@@ -52,6 +54,17 @@ def place_on(task: dsl.PipelineTask, cluster: Cluster, name: str, image: str) ->
     if cluster.pull_secrets:
         kubernetes.set_image_pull_secrets(task, list(cluster.pull_secrets))
     return task
+
+
+def _by_key(env: dict[str, str]) -> list[dict[str, str]]:
+    """Turn `{variable: key}` into `{key: variable}`, several of them if variables share a key."""
+    maps: list[dict[str, str]] = []
+    for variable, key in env.items():
+        free = next((each for each in maps if key not in each), None)
+        if free is None:
+            maps.append(free := {})
+        free[key] = variable
+    return maps
 
 
 def set_run_id(task: dsl.PipelineTask) -> dsl.PipelineTask:

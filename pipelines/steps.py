@@ -27,7 +27,7 @@ from pixelclip.storage.files import read_json, write_atomically, write_json
 from pixelclip.workflow.code_version import CHANGED, UNKNOWN, code_revision
 from pixelclip.workflow.provenance import origins, source
 from pixelclip.workflow.stage import METRICS, PROVENANCE, Metrics
-from pixelclip_pipelines.artifacts import located, place, point, record, writable
+from pixelclip_pipelines.artifacts import located, pack, place, point, record, writable
 
 _TRAINING_SETTINGS_OF_CLIP = ("train.side", "train.residual")
 _STATUS = {"SUCCEEDED": "FINISHED", "FAILED": "FAILED", "CANCELLED": "KILLED"}
@@ -94,6 +94,7 @@ def fetched(artifact: Any, repo: str, path: str, revision: str, settings: Mappin
     config = load("fetch_data", overrides={**settings, "fetch_data.path": path, "fetch_data.revision": revision})
     record(artifact, run(repo, out, config))
     artifact.metadata.update(about(out))
+    pack(artifact)
     return f"{path} md5 {artifact.metadata['md5']}"
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from mlflow import MlflowClient
+from PIL import Image
 from safetensors.torch import load_file
 
 from helpers import fake_data, random_dino, tiny, training
@@ -37,7 +38,13 @@ def test_training_writes_a_complete_model_folder(shards, config, clip, tmp_path)
         assert torch.equal(tensor, start[name]) is not learned, name
     gallery = json.loads((out / "gallery.json").read_text())
     assert sum(entry["masks"] for entry in gallery) == 12 * 4
-    assert all((out / best["file"]).is_file() for entry in gallery for best in entry["best"])
+    boxes = [tuple(best["box"]) for entry in gallery for best in entry["best"] if best["file"] == "gallery.jpg"]
+    with Image.open(out / "gallery.jpg") as sheet:
+        assert len(boxes) == len(set(boxes)) > 4
+        assert {(right - left, bottom - top) for left, top, right, bottom in boxes} == {(96, 96)}
+        assert all(np.asarray(sheet.crop(box)).std() > 10 for box in boxes), "every box has a picture"
+        assert sheet.height == 96 * sum(bool(entry["best"]) for entry in gallery)
+    assert sum(path.is_file() for path in out.rglob("*")) < 15, "KFP moves file by file"
     assert sorted(path.name for path in (out / "pictures").iterdir()) == [
         "step-000001.jpg",
         "step-000003.jpg",

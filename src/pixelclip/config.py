@@ -112,7 +112,7 @@ class MasksConfig(_Settings):
     max_masks: int = _setting(0, "Keep at most this many of an image's largest masks; 0 keeps all.", ge=0)
     max_bad_share: float = _setting(0.05, _BAD_SHARE, runtime=True, ge=0, le=1)
     part: str = _setting("", "i/n processes only the i-th of n parts of the shards; later stages read a folder of all parts.")
-    workers: int = _setting(2, "Worker processes; 0 uses the main process.", runtime=True, ge=0, le=1024)
+    workers: int = _setting(-1, "Worker processes; 0: main process, -1: one per CPU.", runtime=True, ge=-1, le=1024)
     batch_size: int = _setting(4, "SAM and DINO: images per batch.", runtime=True, ge=1)
     device: _Device = _setting("auto", _DEVICE, runtime=True)
 
@@ -180,7 +180,7 @@ class TrainConfig(_Settings):
     seed: int = _setting(0, "Seed of prompts, decoder, sample order and views.", ge=0)
     max_bad_share: float = _setting(0.05, _BAD_SHARE, runtime=True, ge=0, le=1)
     device: _Device = _setting("auto", _DEVICE, runtime=True)
-    workers: int = _setting(4, "Loader processes; 0 loads in the main process.", runtime=True, ge=0, le=1024)
+    workers: int = _setting(-1, "Loader processes; 0: main process, -1: one per CPU, up to 4.", runtime=True, ge=-1, le=1024)
     log_every: int = _setting(10, "Steps between logged metrics.", runtime=True, ge=1)
     checkpoint_every: int = _setting(500, "Steps between checkpoints.", runtime=True, ge=1)
     picture_every: int = _setting(1000, "Steps between pictures of masks and concepts; 0 disables them.", runtime=True, ge=0)

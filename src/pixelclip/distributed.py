@@ -1,10 +1,12 @@
 """Process group, device and precision, under torchrun or in a single process."""
 
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pixelclip.config import DEVICES
+from pixelclip.cpus import count_cpus, count_threads
 
 _TIMEOUT = timedelta(hours=2)  # ranks wait while the main process reads a terabyte of shards to identify them
 
@@ -87,6 +90,20 @@ class ProcessGroup:
 SINGLE_PROCESS = ProcessGroup()
 
 
+@cache
+def limit_threads() -> None:
+    """Compute with one thread per CPU of this process (`count_threads`), unless OMP_NUM_THREADS is set; log the change once.
+
+    torch itself starts a thread for every core of the node, which a CPU quota then stops for most of the time.
+    """
+    threads = count_threads()
+    if "OMP_NUM_THREADS" in os.environ or threads >= torch.get_num_threads():
+        return
+    torch.set_num_threads(threads)
+    limit = f"this process may use {count_cpus():g} of {os.cpu_count()} CPUs"
+    print(f"threads: {threads} ({limit}; OMP_NUM_THREADS overrides it)", file=sys.stderr, flush=True)
+
+
 def count_gpus() -> int:
     """Return the number of GPUs that CUDA can use.
 
@@ -103,11 +120,12 @@ def count_gpus() -> int:
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device called `name`; `auto` selects a GPU if one is available.
+    """Return the device called `name`; `auto` selects a GPU if one is available. Limits the threads of this process.
 
     Raises:
         ValueError: the device cannot be used; also the errors of `count_gpus`.
     """
+    limit_threads()
     if name == "auto":
         return torch.device("cuda" if count_gpus() else "cpu")
     try:
@@ -175,6 +193,7 @@ def init_process_group(device: str) -> Iterator[ProcessGroup]:
     if device == "cuda" or gpus:
         if local >= gpus:
             raise ValueError(f"rank {rank} has local rank {local}, but its machine has {gpus} GPUs")
+        limit_threads()
         chosen = torch.device("cuda", local)
         torch.cuda.set_device(chosen)  # before any CUDA call, which would create a context of every rank on the first GPU
     else:

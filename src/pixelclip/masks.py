@@ -21,6 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from pixelclip.config import MasksConfig
+from pixelclip.cpus import count_workers
 from pixelclip.data.annotations import annotate, parse_annotation
 from pixelclip.data.images import cell_centres, decode_image, encode_jpeg, to_rgb
 from pixelclip.data.shard_format import Member, ShardWriter, index_shard, read_part
@@ -34,6 +35,7 @@ from pixelclip.workflow.stage import Metrics, Stage, describe
 _WINDOW = 64  # samples in flight between the main process and the workers
 GENERATORS = {"felzenszwalb": "workers", "given": "workers", "sam": "device", "dino": "device"}
 """Where each module of `mask_generators` runs: `generate` in worker processes, or `load_generator` on the device."""
+_MOST_WORKERS = {"workers": 32, "device": 4}  # workers by default: beside a device they only decode images
 Masked = tuple[EncodedSample, dict[str, Any]]
 """A sample with its annotation document. Functions returning `... | str` return an error message on failure."""
 _T = TypeVar("_T")
@@ -53,6 +55,8 @@ def run(shards: Path | str, out: Path, config: MasksConfig) -> Metrics:
     Raises:
         ValueError: no shards, too many unusable samples, or a worker process was killed.
     """
+    most = _MOST_WORKERS[GENERATORS[config.generator]]
+    config = config.model_copy(update={"workers": count_workers(config.workers, most)})
     tars = _part_of(list_shards(shards), config.part, shards)
     names = [tar.name for tar in tars]
     if duplicates := sorted({name for name in names if names.count(name) > 1}):

@@ -16,6 +16,7 @@ from torch import nn
 from tqdm import tqdm
 
 from pixelclip.config import TrainConfig
+from pixelclip.cpus import count_workers
 from pixelclip.data.class_names import names_file, names_of
 from pixelclip.data.dataset import Batch, MaskedImages, load_batches, sample_indices
 from pixelclip.data.shard_sources import describe_shards, list_shards
@@ -36,6 +37,8 @@ from pixelclip.workflow.bad_samples import BadSamples
 from pixelclip.workflow.stage import Metrics, Stage, describe
 
 STATE_FILE = "state.safetensors"
+_MOST_WORKERS = 4
+"""Loader processes by default, if this process has as many CPUs."""
 _PICTURE_IMAGES = 4
 """Images in a training picture."""
 _MAX_MASKLESS = 0.5
@@ -139,7 +142,8 @@ def _train(
     index_lists = sample_indices(
         config.batch_size, group.local_range(config.batch_size), config.accumulate, start, config.steps
     )
-    loader = iter(load_batches(dataset, index_lists, config.workers, pin=group.device.type == "cuda"))
+    workers = count_workers(config.workers, most=_MOST_WORKERS)
+    loader = iter(load_batches(dataset, index_lists, workers, pin=group.device.type == "cuda"))
     bar = tqdm(
         range(start, config.steps), desc="train", unit="step", initial=start, total=config.steps, disable=not group.is_main
     )

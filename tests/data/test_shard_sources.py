@@ -4,15 +4,16 @@ import json
 import threading
 
 import pytest
+import torch
 
 from helpers import tiny
 from helpers.fake_data import annotation, encoded, pixels, read_tar, write_files, write_tar
 from helpers.s3_sources import QUARTERS, put, sources
 from helpers.samples import FULL
-from helpers.training import SMALL
+from helpers.training import SMALL, losses
 from pixelclip import evaluate, masks, shards, train
 from pixelclip.config import EvaluateConfig, MasksConfig, ShardsConfig, TrainConfig
-from pixelclip.data.dataset import MaskedImages
+from pixelclip.data.dataset import MaskedImages, collate, sample_indices
 from pixelclip.data.shard_format import index_shard
 from pixelclip.data.shard_sources import RemoteFile, describe_shards, list_shards
 from pixelclip.evaluation.classify import GivenMasks
@@ -120,6 +121,36 @@ def test_incomplete_mask_parts_in_a_store_are_rejected(bucket, tmp_path):
     put(bucket, tmp_path / "parts", "parts")
     assert sorted(shard.name for shard in list_shards("s3://data/parts")) == ["0.tar", "1.tar", "2.tar"]
     assert describe_shards("s3://data/parts")["provenance"]["settings"]["generator"] == "given"
+
+
+@pytest.mark.parametrize("where", ["folder", "store"])
+def test_parts_are_read_in_the_order_of_their_shards(bucket, tmp_path, where):
+    here, parts = sources(tmp_path / "here", 5), tmp_path / "parts"
+    masks.run(here, tmp_path / "whole", MasksConfig(workers=0, generator="given"))
+    for number, folder in enumerate(("c", "a", "b"), 1):
+        masks.run(here, parts / folder, MasksConfig(workers=0, generator="given", part=f"{number}/3"))
+    put(bucket, parts, "parts")
+    listed = list_shards(parts if where == "folder" else "s3://data/parts")
+    assert [shard.name for shard in listed] == [f"{number}.tar" for number in range(5)]
+    whole, joined = (MaskedImages(tars, FULL, seed=1) for tars in (list_shards(tmp_path / "whole"), listed))
+    for indices in sample_indices(4, range(4), 1, 0, 5):
+        one, other = (collate([dataset[index] for index in indices]) for dataset in (whole, joined))
+        assert torch.equal(one.weak, other.weak) and torch.equal(one.strong, other.strong)
+        assert torch.equal(one.masks, other.masks) and one.counts == other.counts
+
+
+def test_parts_and_whole_masks_train_the_same_model(tmp_path, monkeypatch):
+    tiny.mlflow_at(monkeypatch, tmp_path / "mlflow")
+    here, clip = sources(tmp_path / "here", 5), tiny.clip_folder(tmp_path / "clip")
+    masks.run(here, tmp_path / "whole", MasksConfig(workers=0, generator="given"))
+    for number in (1, 2, 3):
+        masks.run(here, tmp_path / "parts" / f"part{number}", MasksConfig(workers=0, generator="given", part=f"{number}/3"))
+    settings = TrainConfig(**{**SMALL, "clip": str(clip), "steps": 4})
+    for name in ("whole", "parts"):
+        train.run(tmp_path / name, tmp_path / "models" / name, settings)
+    assert losses(tmp_path / "models" / "whole") == losses(tmp_path / "models" / "parts")
+    weights = [(tmp_path / "models" / name / "model.safetensors").read_bytes() for name in ("whole", "parts")]
+    assert weights[0] == weights[1]
 
 
 def test_training_shuffles_within_groups_of_shards(tmp_path):

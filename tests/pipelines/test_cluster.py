@@ -465,6 +465,10 @@ def test_cluster_yaml_of_the_current_folder_is_read(tmp_path, monkeypatch):
             "secrets: [{name: a, env: {X: y}}, {name: b, env: {X: y}}]",
             "secrets and config_maps: environment variables defined twice: X",
         ),
+        ("volume: {claim: my.claim}", "volume.claim: 'my.claim' must be a DNS label"),
+        (f"volume: {{claim: {'a' * 64}}}", "at most 63 lower-case letters, digits and '-', no '-' at its ends (found 64"),
+        ("volume: {claim: Shared}", "volume.claim: 'Shared' must be a DNS label"),
+        ("volume: {claim: -a}", "volume.claim: '-a' must be a DNS label"),
         ("volume: {clam: x}", "volume: unknown key 'clam', did you mean 'claim'?"),
         ("trainer: {runtim: x}", "trainer: unknown key 'runtim', did you mean 'runtime'?"),
         ("parts: 0", "parts: Input should be greater than or equal to 1"),
@@ -476,6 +480,30 @@ def test_error_in_the_file_names_its_key(tmp_path, text, message):
     (tmp_path / "cluster.yaml").write_text(text)
     with pytest.raises(ValueError, match=f"^{re.escape(str(tmp_path / 'cluster.yaml'))}: .*{re.escape(message)}"):
         read(tmp_path / "cluster.yaml")
+
+
+def test_claim_of_63_characters_and_no_claim_are_accepted(tmp_path):
+    for claim in ("", "a", "a1", "a" * 63, f"a-{'b' * 61}", "0-0"):
+        assert Cluster.model_validate({"volume": {"claim": claim}}).volume.claim == claim
+
+
+@pytest.mark.parametrize("kind", ["secrets", "config_maps"])
+def test_variables_may_share_a_key(tmp_path, kind):
+    settings = f"{kind}: [{{name: a, env: {{AWS_REGION: region, B: b, AWS_DEFAULT_REGION: region}}}}]"
+    _, platform, _ = compiled(tmp_path, settings)
+    for pod in platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"].values():
+        sources = pod["secretAsEnv" if kind == "secrets" else "configMapAsEnv"]
+        variables = {
+            each["envVar"]: each.get("secretKey") or each.get("configMapKey")
+            for source in sources
+            for each in source["keyToEnv"]
+        }
+        assert variables == {"AWS_REGION": "region", "B": "b", "AWS_DEFAULT_REGION": "region"}
+
+
+def test_shipped_settings_give_both_sdks_the_region():
+    (source,) = [source for source in read(ROOT / "cluster.yaml").config_maps if "AWS_REGION" in source.env]
+    assert source.env["AWS_REGION"] == source.env["AWS_DEFAULT_REGION"] == "AWS_DEFAULT_REGION"
 
 
 def test_durations():

@@ -3,11 +3,13 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -28,7 +30,8 @@ from pixelclip.workflow.code_version import code_image
 from pixelclip_components.evaluate_clip.component import evaluate_clip
 from pixelclip_components.finish.component import finish
 from pixelclip_components.masks.component import masks as masks_component
-from pixelclip_pipelines.artifacts import located, place
+from pixelclip_components.shards.component import shards as shards_component
+from pixelclip_pipelines.artifacts import located, pack, place
 from pixelclip_pipelines.cluster_config import Step, pod_environment
 from pixelclip_pipelines.steps import (
     close_run,
@@ -234,6 +237,94 @@ def test_evaluate_clip_component_passes_its_inputs(tmp_path):
         **{"clip": spec, "side": 48, "residual": "patch", "templates": "single", "name": "labelled"}
     }
     assert located(output) == tmp_path / "step" / "evaluation"
+
+
+# Artifacts of many files.
+
+
+def many_files() -> dict[str, bytes]:
+    files = {f"images/{number % 3}/{number}.jpg": bytes([number % 251]) * number for number in range(250)}
+    return files | {"classes.txt": b"a,b", ".hidden/.gitignore": b"/x", "metrics.json": b"{}"}
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def packed(tmp_path, monkeypatch) -> dsl.Dataset:
+    """A packed folder of many files, as KFP's launcher copies it to the next pod."""
+    monkeypatch.setenv("KFP_POD_NAME", "pod")
+    monkeypatch.setattr("pixelclip_pipelines.artifacts._TAR_SIZE", 10_000)
+    output = artifact(fake_data.write_files(tmp_path / "step", many_files()))
+    pack(output)
+    return output
+
+
+def test_folder_of_many_files_travels_in_few_tars(tmp_path, packed):
+    names = sorted(content(Path(packed.path)))
+    assert names == [".packed/000000.tar", ".packed/000001.tar", ".packed/000002.tar", ".packed/000003.tar", "metrics.json"]
+    copied = artifact(tmp_path / "pod" / "data")
+    shutil.copytree(packed.path, copied.path)
+    for _ in range(2):  # the second call finds the files
+        assert located(copied) == Path(copied.path)
+        assert content(Path(copied.path)) == many_files()
+
+
+def test_interrupted_packing_and_unpacking_continue(tmp_path, monkeypatch):
+    monkeypatch.setenv("KFP_POD_NAME", "pod")
+    monkeypatch.setattr("pixelclip_pipelines.artifacts._TAR_SIZE", 10_000)
+    output = artifact(fake_data.write_files(tmp_path / "step", many_files()))
+    for method, number in (("replace", 1), ("unlink", 70)):
+        effects, real = iter([None] * number + [KeyboardInterrupt]), getattr(Path, method)
+
+        def fail(*words, effects=effects, real=real):
+            if effect := next(effects):
+                raise effect
+            return real(*words)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, method, fail)
+            with pytest.raises(KeyboardInterrupt):
+                pack(output)
+        assert (tmp_path / "step" / "metrics.json").is_file(), "the stage recognises its result"
+    pack(output)
+    assert len(content(tmp_path / "step")) < 8
+    with monkeypatch.context() as patch:
+        patch.setattr("pathlib.Path.unlink", Mock(side_effect=KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            located(output)
+    located(output)
+    assert content(tmp_path / "step") == many_files()
+
+
+@pytest.mark.parametrize("case", ["few", "pointer", "local"])
+def test_folder_stays_as_it_is(tmp_path, monkeypatch, case):
+    files = dict(list(many_files().items())[: 20 if case == "few" else None])
+    output = artifact(fake_data.write_files(tmp_path / "step", files))
+    if case != "local":  # on one machine several steps read the same folder
+        monkeypatch.setenv("KFP_POD_NAME", "pod")
+    if case == "pointer":
+        output.metadata["location"] = "/workspace/data"
+    pack(output)
+    assert content(tmp_path / "step") == files
+
+
+def test_shards_of_packed_images_equal_those_of_the_fetched_folder(tmp_path, monkeypatch):
+    images = {f"a/{number}.png": fake_data.encoded(fake_data.pixels(8, 8, number)) for number in range(120)}
+    tiny.dvc_repository(tmp_path / "repo", str(tmp_path / "remote"), {"data/images": images}, {})
+    made = {}
+    for where in ("local", "pod"):
+        monkeypatch.setenv("KFP_POD_NAME", where if where == "pod" else "")
+        data, output = artifact(tmp_path / where / "data"), artifact(tmp_path / where / "shards")
+        version = fetched(data, str(tmp_path / "repo"), "data/images", "v1", {}, "")
+        made[where] = len(content(Path(data.path))), version, data.metadata
+        shards_component.python_func(data, output, {})
+    assert (made["local"][0], made["pod"][0]) == (122, 3) and made["local"][1:] == made["pod"][1:]
+    tars = [(tmp_path / where / "shards" / "000000.tar").read_bytes() for where in made]
+    assert tars[0] == tars[1]
+    inputs = [json.loads((tmp_path / where / "shards" / "provenance.json").read_text())["inputs"] for where in made]
+    assert inputs[0]["images"]["md5"] == inputs[1]["images"]["md5"] and "provenance" in inputs[1]["images"]
 
 
 # Parts of masks.

@@ -118,12 +118,22 @@ def test_curve_and_gallery_are_shown_if_the_model_has_them(tmp_path):
 
     points = [{"step": step, "time": 1, "metrics": {"train/loss": loss}} for step, loss in ((10, 2.0), (20, 1.0), (40, 0.5))]
     (model / "curves.jsonl").write_text("".join(json.dumps(point) + "\n" for point in points))
+    sheet = Image.new("RGB", (16, 8), "blue")
+    sheet.paste("red", (8, 0, 16, 8))
+    sheet.save(model / "gallery.jpg", quality=95, subsampling=0)
+    boxed = {"file": "gallery.jpg", "box": [8, 0, 16, 8], "cosine": 0.25}
     (model / "gallery").mkdir()
     Image.new("RGB", (8, 8), "blue").save(model / "gallery" / "0.jpg")
-    best = [{"file": "gallery/0.jpg", "cosine": 0.25}, {"file": "gallery/gone.jpg", "cosine": 0.2}]
+    best = [
+        boxed,
+        {"file": "gallery/0.jpg", "cosine": 0.22},
+        {"file": "gallery/gone.jpg", "cosine": 0.2},
+    ]  # two of pixelclip 0.2
     (model / "gallery.json").write_text(json.dumps([{"concept": 1, "masks": 4, "best": best}]))
     page = report(tmp_path / "full.html", model, words=([("no", 0.0)], [(CLASSES[0], 0.5), ("sky", 0.25)]))
     (_, curve) = [attributes for tag, attributes in page.tags if tag == "polyline"]
     assert curve["points"] == "150.0,0.0 300.0,120.0 600.0,180.0"
     assert f"{CLASSES[0]}, sky" in page.text and "concept 1 · 4 masks · cosine 0.5" in page.text
-    assert len(page.pictures()) == 4 + 1
+    *_, red, blue = page.pictures()
+    assert len(page.pictures()) == 4 + 2 and red.size == blue.size == (8, 8)
+    assert red.getpixel((4, 4))[0] > 200 > 50 > red.getpixel((4, 4))[2] and blue.getpixel((4, 4))[2] > 200

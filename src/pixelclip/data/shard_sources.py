@@ -123,7 +123,7 @@ def _find_shards(source: Path | str, listed: Sequence[Listed] = ()) -> tuple[lis
     shards, made = tars(""), {}
     if not shards:
         made = _complete_parts(source, [file for name, file in files.items() if name.split("/")[1:] == [PROVENANCE]])
-        shards = tars(*made)
+        shards = sorted(tars(*made), key=lambda tar: tar.name)  # as without parts, whatever the names of the folders
     if not shards:
         raise ValueError(f"{source}: contains no shard (*.tar)")
     return shards, list(made.values())

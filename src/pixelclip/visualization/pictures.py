@@ -1,5 +1,6 @@
 """Draw training views and concept maps, a gallery of each concept's nearest masks, and previews of shards with masks."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,8 +21,8 @@ from pixelclip.data.tensors import normalise, resize_square, to_tensor
 from pixelclip.models.pixelclip import PixelCLIP, StepOutput
 from pixelclip.storage.files import write_json
 
-GALLERY = "gallery.json"
-_GALLERY_IMAGES, _GALLERY_BEST, _THUMBNAIL = 256, 6, 96
+GALLERY, SHEET = "gallery.json", "gallery.jpg"
+_GALLERY_IMAGES, _GALLERY_BEST, _GALLERY_ROWS, _THUMBNAIL = 256, 6, 500, 96
 _PREVIEW = (1200, 240)  # maximum width and height of an image in a preview
 
 
@@ -56,8 +57,9 @@ def training_picture(
 def gallery(model: PixelCLIP, dataset: MaskedImages, folder: Path, device: torch.device) -> None:
     """Write a gallery of the masks nearest to each concept, from a sample of training images.
 
-    It consists of `gallery.json` (`[{"concept", "masks", "best": [{"file", "cosine"}]}]`, most used concept first) and one
-    thumbnail per mask below `gallery/`. Unreadable samples are skipped.
+    It consists of `gallery.json` (`[{"concept", "masks", "best": [{"file", "box", "cosine"}]}]`, most used concept first) and
+    `gallery.jpg`, one sheet of all thumbnails with a row per concept: `box` is [left, top, right, bottom] in pixels. (KFP moves
+    every file on its own, so many thumbnails would be slow.) Unreadable samples are skipped.
     """
     views = dataset.views
     concepts = model.concepts()
@@ -82,15 +84,21 @@ def gallery(model: PixelCLIP, dataset: MaskedImages, folder: Path, device: torch
                 kept.append((cosine, _thumbnail(image, masks.decode(number))))
                 kept.sort(key=lambda entry: -entry[0])
                 del kept[_GALLERY_BEST:]
-    (folder / "gallery").mkdir(exist_ok=True)
+    order = sorted(range(len(best)), key=lambda concept: -counts[concept])
+    shown = max(1, sum(map(bool, best)))  # an unused concept has no row; the used ones are first
+    size = _THUMBNAIL * _GALLERY_BEST * math.ceil(shown / _GALLERY_ROWS), _THUMBNAIL * min(shown, _GALLERY_ROWS)
+    sheet = Image.new("RGB", size, "white")
     entries = []
-    for concept in sorted(range(len(best)), key=lambda c: -counts[c]):
-        files = []
+    for number, concept in enumerate(order):
+        block, row = divmod(number, _GALLERY_ROWS)  # side by side, since a JPEG has at most 65,535 rows of pixels
+        pictures = []
         for rank, (cosine, thumbnail) in enumerate(best[concept]):
-            name = f"gallery/{concept:03d}-{rank}.jpg"
-            thumbnail.save(folder / name, quality=85)
-            files.append({"file": name, "cosine": round(cosine, 4)})
-        entries.append({"concept": concept, "masks": counts[concept], "best": files})
+            left, top = (block * _GALLERY_BEST + rank) * _THUMBNAIL, row * _THUMBNAIL
+            sheet.paste(thumbnail, (left, top))
+            box = [left, top, left + _THUMBNAIL, top + _THUMBNAIL]
+            pictures.append({"file": SHEET, "box": box, "cosine": round(cosine, 4)})
+        entries.append({"concept": concept, "masks": counts[concept], "best": pictures})
+    sheet.save(folder / SHEET, quality=90)
     write_json(folder / GALLERY, entries)
 
 

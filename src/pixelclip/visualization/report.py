@@ -115,9 +115,14 @@ def _curve(path: Path) -> dict[str, Any] | None:
 def _gallery(model: Path, words: list[list[tuple[str, float]]]) -> list[dict[str, Any]]:
     if not (model / GALLERY).is_file():
         return []
+    entries = read_json(model / GALLERY)
+    names = {best["file"] for entry in entries for best in entry["best"]}
+    files = {name: Image.open(model / name).convert("RGB") for name in names if (model / name).is_file()}
     concepts = []
-    for entry in read_json(model / GALLERY):
-        pictures = [(model / best["file"], best["cosine"]) for best in entry["best"]]
-        embedded = [(_data_uri(Image.open(path)), cosine) for path, cosine in pictures if path.is_file()]
+    for entry in entries:
+        shown = [best for best in entry["best"] if best["file"] in files]
+        # Models of pixelclip 0.2 have one file per picture and no boxes.
+        pictures = [(files[best["file"]].crop(best.get("box")), best["cosine"]) for best in shown]
+        embedded = [(_data_uri(picture), cosine) for picture, cosine in pictures]
         concepts.append({**entry, "pictures": embedded, "words": words[entry["concept"]]})
     return concepts
