@@ -176,6 +176,11 @@ class Cluster(_Section):
     endpoint: str = Field("", description="URL of KFP; --endpoint, KFP_ENDPOINT and KF_PIPELINES_ENDPOINT override it.")
     namespace: str = Field("", description="Namespace of the profile, if KFP is multi-user.")
     experiment: str = Field("pixelclip", min_length=1, description="KFP experiment of the runs.")
+    mlflow_ui: str = Field(
+        "",
+        pattern=r"^(https?://\S+)?$",
+        description="URL of MLflow's pages in a browser, for links; if empty, MLflow's address.",
+    )
     service_account: str = Field("", description="Service account of the runs; KFP's default if empty.")
     secrets: list[Source] = Field([], description="Secrets whose keys become environment variables of all steps.")
     config_maps: list[Source] = Field([], description="ConfigMaps whose keys become environment variables of all steps.")
