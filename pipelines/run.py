@@ -137,7 +137,6 @@ def run_locally(
     # Steps are separate processes, which inherit MLflow's address and the ID of the run.
     os.environ["MLFLOW_TRACKING_URI"] = _absolute(tracking_uri())
     os.environ[PIPELINE_RUN] = str(uuid.uuid4())
-    os.environ.setdefault("TQDM_MININTERVAL", "15")  # without a terminal, a progress bar prints a line per refresh
     artifacts = out / ".kfp"
     steps = containers(checked, out) if runner == "docker" else contextlib.nullcontext(local.SubprocessRunner(use_venv=False))
     with steps as kfp_runner:

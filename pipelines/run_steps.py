@@ -1,7 +1,7 @@
 """The steps of a KFP run, read from the API's answer.
 
-KFP's API lists the nodes of Argo's workflow, up to six per step, without their IDs. The ID of a node is the workflow's name and the
-FNV-1a hash of the node's full name, and every node lists the IDs of its children, so the full names can be found again.
+KFP's API lists the nodes of Argo's workflow, up to six per step, without their IDs. The ID of a node is the workflow's name
+and the FNV-1a hash of the node's full name, and every node lists the IDs of its children: so the full names can be found again.
 A name is `PARENT.TASK` below a DAG, `NODE(NUMBER)` for an attempt, and `NODE(INDEX:INDEX)` for an iteration of a loop.
 """
 
@@ -158,7 +158,7 @@ class _Nodes:
             return []
         numbers = (f"{name}({number}:{number})" for number in range(_MAX_ITERATIONS))
         count = sum(bool(re.match(r"iteration-iterations\(\d+:\d+\)$", task["display_name"])) for task in self._tasks)
-        found = []
+        found: list[str] = []
         for child in numbers:
             if len(found) == count:
                 break

@@ -18,7 +18,6 @@ from types import ModuleType
 from typing import Any, TypeVar, cast
 
 from PIL import Image
-from tqdm import tqdm
 
 from pixelclip.config import MasksConfig
 from pixelclip.data.annotations import annotate, parse_annotation
@@ -26,6 +25,7 @@ from pixelclip.data.images import cell_centres, decode_image, encode_jpeg, to_rg
 from pixelclip.data.shard_format import Member, ShardWriter, index_shard, read_part
 from pixelclip.data.shard_sources import Shard, describe_shards, list_shards
 from pixelclip.mask_generators import EncodedSample, Generate
+from pixelclip.progress import count
 from pixelclip.storage.download import local_copy
 from pixelclip.storage.files import read_json, write_json
 from pixelclip.workflow.bad_samples import BadSamples
@@ -156,7 +156,7 @@ def _mask_shard(tar: Shard, out: Path, results: _Results) -> dict[str, Any]:
     members, bad_members = index_shard(tar)
     bad = [f"{name}: {reason}" for name, reason in bad_members]
     images, masks = 0, 0
-    progress = tqdm(total=len(members), desc=f"masks {tar.stem}", unit="image")
+    progress = count(len(members), f"masks {tar.stem}", "image")
     with ShardWriter(out) as writer, progress:
         for member, result in zip(members, results(tar, members), strict=True):
             progress.update()

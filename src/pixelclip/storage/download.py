@@ -15,6 +15,7 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import quote, unquote
 from urllib.request import Request, urlopen
 
+from pixelclip.progress import count
 from pixelclip.storage import cache, s3
 from pixelclip.storage.files import file_md5
 
@@ -198,7 +199,7 @@ def _receive(uri: str, head: Message, path: Path) -> None:
         with path.open("ab" if resumed else "wb") as file:
             if reply.headers["Content-Length"]:
                 size = file.tell() + int(reply.headers["Content-Length"])
-            with s3.progress(max(size, 0) or None, uri, file.tell()) as bar:
+            with count(max(size, 0) or None, uri, "B", file.tell()) as bar:
                 while chunk := _read(reply):
                     bar.update(file.write(chunk))
             file.flush()
