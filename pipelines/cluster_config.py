@@ -245,6 +245,7 @@ def check_workspace(cluster: Cluster, workspace: str) -> None:
         )
 
 
-def pod_environment(step: Step, image: str) -> dict[str, str]:
-    """Return variables that tell a pod its image (for the lineage) and its number of GPUs."""
-    return {"PIXELCLIP_IMAGE": image} | ({"PIXELCLIP_GPUS": str(step.gpus)} if step.gpus else {})
+def pod_environment(step: Step, image: str, mlflow_ui: str = "") -> dict[str, str]:
+    """Return variables that tell a pod its image (for the lineage), its number of GPUs, and where MLflow's pages are."""
+    gpus = {"PIXELCLIP_GPUS": str(step.gpus)} if step.gpus else {}
+    return {"PIXELCLIP_IMAGE": image} | gpus | ({"PIXELCLIP_MLFLOW_UI": mlflow_ui} if mlflow_ui else {})

@@ -18,7 +18,7 @@ from pixelclip.fetch_data import has_secret, without_login
 from pixelclip.storage.files import read_json
 from pixelclip.storage.s3 import is_s3
 from pixelclip.tracking.run import PIPELINE_RUN
-from pixelclip.tracking.server import connect, tracking_uri
+from pixelclip.tracking.server import connect, tracking_uri, ui_address
 from pixelclip.workflow.stage import METRICS
 from pixelclip_pipelines.cluster_config import image_of, read
 from pixelclip_pipelines.docker_runner import containers
@@ -156,7 +156,7 @@ def run_locally(
     registered = read_json(out / "register" / "registration.json")
     print(f"\n{(out / 'evaluate' / 'table.txt').read_text()}")
     print(f"{registered['model_uri']} is {registered['role']}: {registered['reason']}")
-    print(f"results: {out}   MLflow: {tracking_uri()}")
+    print(f"results: {out}   MLflow: {ui_address() or tracking_uri()}")
 
 
 class _StageOutput(io.TextIOBase):

@@ -172,11 +172,12 @@ def close_run(state: str) -> None:
 def links(registration: Path, evaluation: Path) -> str:
     """Return a model's registration as Markdown: MLflow run, registered version, and the versions of its data."""
     from pixelclip.registry.model_version import REGISTRATION, markdown
+    from pixelclip.tracking.server import ui_address
 
     registered = read_json(registration / REGISTRATION)
     lines = [markdown(registration)]
-    if registered["tracking_uri"].startswith("http"):
-        address = f"{registered['tracking_uri'].rstrip('/')}/#/models/{registered['name']}/versions/{registered['version']}"
+    if ui := ui_address(registered["tracking_uri"]):
+        address = f"{ui}/#/models/{registered['name']}/versions/{registered['version']}"
         lines.append(f"[{registered['name']} version {registered['version']} in the registry]({address})\n")
     rows = {
         name: f"| {name} | `{described['md5']}` | {source(described).get('git_sha', '–')} | {described['path']} |"

@@ -421,6 +421,19 @@ def test_page_links_run_version_and_data(tmp_path, uri):
     assert set(rows) == {"data", "images", "labelled", "clip"}
 
 
+def test_links_use_the_pages_address_instead_of_the_one_inside_the_cluster(tmp_path, monkeypatch):
+    monkeypatch.setenv("PIXELCLIP_MLFLOW_UI", "https://mlflow.example/team/")
+    registered = {"name": "m", "version": 7, "role": "champion", "reason": "better", "run_id": "r1", "model_uri": "models:/m/7"}
+    server = "http://bot:secret@mlflow.mlflow.svc:5000"
+    write_json(tmp_path / "registered" / "registration.json", {**registered, "tracking_uri": server})
+    text = links(tmp_path / "registered", evaluation_of(tmp_path / "evaluation"))
+    base = "https://mlflow.example/team/#"
+    assert re.findall(r"\]\(([^)]*)\)", text) == [f"{base}/runs/r1", f"{base}/models/m/versions/7"]
+    assert "svc:5000" not in text and "secret" not in text
+    monkeypatch.delenv("PIXELCLIP_MLFLOW_UI")
+    assert "secret" not in links(tmp_path / "registered", evaluation_of(tmp_path / "evaluation"))
+
+
 def test_confusion_of_the_most_frequent_classes():
     counts = np.array([[5, 1, 0, 0, 2], [0, 30, 4, 0, 0], [0, 0, 0, 0, 0], [3, 0, 0, 9, 0]])  # last column: no class predicted
     confusion = ConfusionMatrix(counts)

@@ -27,12 +27,12 @@ def tracking_uri() -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or _DEFAULT_URI
 
 
-def ui_address() -> str:
+def ui_address(server: str = "") -> str:
     """Return the URL of MLflow's pages in a browser: PIXELCLIP_MLFLOW_UI, else the server's; empty for a database.
 
-    Inside a cluster the server's own address often opens in no browser.
+    Inside a cluster the server's own address often opens in no browser. `server` is by default `tracking_uri()`.
     """
-    uri = os.environ.get("PIXELCLIP_MLFLOW_UI") or tracking_uri()
+    uri = os.environ.get("PIXELCLIP_MLFLOW_UI") or server or tracking_uri()
     return re.sub(r"//[^/@]*@", "//", uri).rstrip("/") if uri.startswith(("http://", "https://")) else ""
 
 
