@@ -123,7 +123,7 @@ _EVALUATION = {
     **{"gpus": 1, "shared_memory": "8Gi", "timeout": "12h"},
 }
 STEPS: dict[str, dict[str, Any]] = {
-    "pin_revision": {},
+    "pin_revision": {"timeout": "20m"},  # includes the wait of a pod that cannot start, for example without its ConfigMap
     "fetch_data": {"memory": "2Gi", "timeout": "6h"},
     "shards": {"cpu": "2", "cpu_limit": "4", "memory": "2Gi", "memory_limit": "8Gi", "timeout": "12h"},
     "masks": {"cpu": "4", "cpu_limit": "8", "memory": "8Gi", "memory_limit": "32Gi", "shared_memory": "4Gi", "timeout": "24h"},

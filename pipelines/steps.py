@@ -21,6 +21,7 @@ import yaml
 from pixelclip import __version__
 from pixelclip.config import TrainConfig, load
 from pixelclip.storage.files import read_json
+from pixelclip.storage.s3 import MissingError, connected, current_version, is_s3, split
 from pixelclip.workflow.code_version import CHANGED, UNKNOWN, code_revision
 from pixelclip.workflow.provenance import origins, source
 from pixelclip.workflow.stage import METRICS, PROVENANCE, Metrics
@@ -85,6 +86,7 @@ def fetched(
         Metrics, and the version of the data: path and MD5, or a unique value for unversioned data.
     """
     if not repo:
+        check_data(path)
         point(artifact, path)
         return {}, _unique()
     from pixelclip.fetch_data import about, run
@@ -94,6 +96,29 @@ def fetched(
     metrics = run(repo, out, config)
     artifact.metadata.update(about(out))
     return metrics, f"{path} md5 {artifact.metadata['md5']}"
+
+
+def check_data(path: str) -> None:
+    """Check that data exist, so that an empty or mistyped folder or prefix fails in the first step that names it.
+
+    Raises:
+        ValueError: there is no such file or folder, or it contains nothing; or the store rejects access.
+    """
+    if not is_s3(path):
+        local = Path(path)
+        if not local.exists():
+            raise ValueError(f"{path}: no such file or folder")
+        if local.is_dir() and next(local.iterdir(), None) is None:
+            raise ValueError(f"{path}: the folder is empty")
+        return
+    bucket, key = split(path)
+    prefix = f"{key.rstrip('/')}/" if key.strip("/") else ""
+    with connected(path) as client:
+        if not client.list_objects_v2(Bucket=bucket, Prefix=prefix, MaxKeys=1).get("Contents"):
+            try:
+                current_version(path if key else f"{path.rstrip('/')}/-")  # a single object, such as a list of shards
+            except MissingError:
+                raise ValueError(f"{path}: no object below this prefix") from None
 
 
 @contextmanager

@@ -106,6 +106,24 @@ def pipeline_cancel(run_id: RunId, cluster: Cluster = None, endpoint: Endpoint =
     print(f"run {run_id} is being terminated")
 
 
+@pipeline.command("doctor")
+def pipeline_doctor(
+    cluster: Cluster = None,
+    nodes: Nodes = 1,
+    image: Image = "",
+    endpoint: Endpoint = "",
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Check that the cluster has all that a run needs, through the kubeconfig; exit code 1 if something fails."""
+    from pixelclip.commands.doctor import as_json, as_text
+    from pixelclip_pipelines.cluster_doctor import run
+    from pixelclip_pipelines.submit import Target
+
+    findings = run(Target(endpoint, cluster, nodes, image))
+    print(as_json(findings) if json else as_text(findings))
+    raise typer.Exit(any(finding.state == "failed" for finding in findings))
+
+
 @pipeline.command("run")
 def pipeline_run(
     images: Annotated[str, typer.Option(help="Unlabelled images: folder, s3://, or path in --repo.")],
