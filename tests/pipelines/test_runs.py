@@ -11,6 +11,7 @@ from kfp import compiler
 
 from helpers.command_line import pixelclip  # noqa: F401
 from helpers.kfp_server import fake_kfp
+from helpers.kubernetes_server import fake_cluster
 from pixelclip_pipelines import runs
 from pixelclip_pipelines.cluster_config import Cluster
 from pixelclip_pipelines.pixelclip import build
@@ -138,6 +139,55 @@ def test_mlflow_ui_replaces_the_address_inside_the_cluster(kfp):
     Path("cluster.yaml").write_text("mlflow_ui: https://mlflow.example/")
     last = runs.status(Target(kfp.url), answer["run_id"]).lines[-1]
     assert last == "MLflow: https://mlflow.example/#/experiments/2/runs/f8ddfd346623416ba4323141902fcf27"
+
+
+def waiting_for_its_first_pod():
+    """Return the run of a missing ConfigMap as it was before it was terminated."""
+    answer = recorded("terminated-missing-configmap")
+    answer |= {"state": "RUNNING", "finished_at": "1970-01-01T00:00:00Z", "state_history": answer["state_history"][:2]}
+    tasks = []
+    for task in answer["run_details"]["task_details"]:
+        if task["start_time"] < "2026-11-28T12:04:36" and "finish" not in task["display_name"]:
+            is_open = task["display_name"] in ("pin-revision", "pin-revision(0)", "executor", "executor(0)")
+            state = "PENDING" if task["display_name"] == "executor(0)" else "RUNNING"
+            change = {"state": state, "end_time": "0001-01-01T00:00:00Z", "state_history": task["state_history"][:1]}
+            tasks.append(task | change if is_open else task)
+    for task in tasks:
+        if task["display_name"] == "executor":  # the second attempt came later
+            first = f"pixelclip-4fn52-{fnv1a('pixelclip-4fn52(0).root(0).exit-handler-1(0).pin-revision(0).executor(0)')}"
+            task["child_tasks"] = [child for child in task["child_tasks"] if child["pod_name"] == first]
+    answer["run_details"]["task_details"] = tasks
+    return answer
+
+
+def test_status_names_what_a_pod_waits_for(kfp, tmp_path):
+    answer = waiting_for_its_first_pod()
+    kfp.kept["runs"][answer["run_id"]] = answer
+    lines = runs.status(Target(kfp.url), answer["run_id"], NOW).lines
+    assert lines[0].endswith("pin_revision: its pod has not started; try pixelclip pipeline doctor")
+    with fake_cluster(tmp_path / "no-kubeconfig") as cluster:
+        (task,) = [task for task in answer["run_details"]["task_details"] if task["display_name"] == "executor"]
+        workflow, _, number = task["child_tasks"][0]["pod_name"].rpartition("-")
+        waiting = {"reason": "CreateContainerConfigError", "message": 'configmap "pixelclip" not found'}
+        status = {"phase": "Pending", "containerStatuses": [container("wait", {}), container("main", {"waiting": waiting})]}
+        cluster.add("pods", f"{workflow}-retry-system-container-impl-{number}", status=status)
+        lines = runs.status(Target(kfp.url), answer["run_id"], NOW).lines
+        assert lines[0] == ('PENDING      1:15:25  pin_revision: CreateContainerConfigError: configmap "pixelclip" not found')
+        scheduled = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": "0/3 nodes are available"}
+        cluster.add("pods", f"{workflow}-retry-system-container-impl-{number}", status={"conditions": [scheduled]})
+        lines = runs.status(Target(kfp.url), answer["run_id"], NOW).lines
+        assert lines[0].endswith("pin_revision: Unschedulable: 0/3 nodes are available")
+
+
+def container(name, state):
+    return {"name": name, "state": state, "image": "i", "imageID": "", "ready": False, "restartCount": 0}
+
+
+def fnv1a(text):
+    value = 2166136261
+    for byte in text.encode():
+        value = ((value ^ byte) * 16777619) % 2**32
+    return value
 
 
 def test_status_command(kfp, run):

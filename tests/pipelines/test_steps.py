@@ -54,8 +54,14 @@ def artifact(path: Path, **metadata: str) -> dsl.Dataset:
 # Data.
 
 
-@pytest.mark.parametrize("path", ["/data/images", "s3://bucket/images"])
-def test_without_a_repository_the_output_is_a_pointer(tmp_path, path):
+@pytest.mark.parametrize("remote", [False, True])
+def test_without_a_repository_the_output_is_a_pointer(tmp_path, request, remote):
+    path = str(tmp_path / "images")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.jpg").write_bytes(b"x")
+    if remote:
+        request.getfixturevalue("bucket").put_object(Bucket="data", Key="images/a.jpg", Body=b"x")
+        path = "s3://data/images"
     output = artifact(tmp_path / "step" / "data")
     metrics, version = fetched(output, "", path, "unpinned-1", {}, str(tmp_path / "space"))
     assert metrics == {} and version.startswith("unpinned-")
@@ -67,6 +73,27 @@ def test_without_a_repository_the_output_is_a_pointer(tmp_path, path):
     # KFP uploads the file at the artifact's path and rejects URIs outside the run's bucket.
     assert output.uri == str(tmp_path / "step" / "data") and (tmp_path / "step" / "data").read_text() == f"{path}\n"
     assert not (tmp_path / "space").exists()
+
+
+def test_empty_or_missing_data_fail_in_the_first_step(tmp_path, bucket):
+    bucket.put_object(Bucket="data", Key="photos/a.jpg", Body=b"x")
+    bucket.put_object(Bucket="data", Key="shards.txt", Body=b"a.tar")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "shards.txt").write_text("a.tar")
+    for path in ("s3://data/photos", "s3://data/photos/", "s3://data", "s3://data/shards.txt", str(tmp_path / "shards.txt")):
+        fetched(artifact(tmp_path / "step" / "data"), "", path, "", {}, "")
+    for path, message in [
+        ("s3://data/photo", "s3://data/photo: no object below this prefix"),
+        ("s3://none/photos", "s3://none/photos: there is no such bucket"),
+        (str(tmp_path / "empty"), "empty: the folder is empty"),
+        (str(tmp_path / "none"), "none: no such file or folder"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            fetched(artifact(tmp_path / "step" / "data"), "", path, "", {}, "")
+    bucket.delete_object(Bucket="data", Key="photos/a.jpg")
+    bucket.delete_object(Bucket="data", Key="shards.txt")
+    with pytest.raises(ValueError, match="s3://data: no object below this prefix"):
+        fetched(artifact(tmp_path / "step" / "data"), "", "s3://data", "", {}, "")
 
 
 def test_artifact_without_location_is_located_at_its_path(tmp_path):
