@@ -133,7 +133,7 @@ _EVALUATION = {
     **{"gpus": 1, "shared_memory": "8Gi", "timeout": "12h"},
 }
 STEPS: dict[str, dict[str, Any]] = {
-    "pin_revision": {},
+    "pin_revision": {"timeout": "20m"},  # includes the wait of a pod that cannot start, for example without its ConfigMap
     "fetch_data": {"memory": "2Gi", "timeout": "6h"},
     "shards": {"cpu": "2", "cpu_limit": "4", "memory": "2Gi", "memory_limit": "8Gi", "timeout": "12h"},
     "masks": {"cpu": "4", "cpu_limit": "8", "memory": "8Gi", "memory_limit": "32Gi", "shared_memory": "4Gi", "timeout": "24h"},
@@ -186,6 +186,11 @@ class Cluster(_Section):
     endpoint: str = Field("", description="URL of KFP; --endpoint, KFP_ENDPOINT and KF_PIPELINES_ENDPOINT override it.")
     namespace: str = Field("", description="Namespace of the profile, if KFP is multi-user.")
     experiment: str = Field("pixelclip", min_length=1, description="KFP experiment of the runs.")
+    mlflow_ui: str = Field(
+        "",
+        pattern=r"^(https?://\S+)?$",
+        description="URL of MLflow's pages in a browser, for links; if empty, MLflow's address.",
+    )
     service_account: str = Field("", description="Service account of the runs; KFP's default if empty.")
     secrets: list[Source] = Field([], description="Secrets whose keys become environment variables of all steps.")
     config_maps: list[Source] = Field([], description="ConfigMaps whose keys become environment variables of all steps.")
@@ -241,6 +246,7 @@ def shared_folder(cluster: Cluster) -> str:
     return cluster.volume.mount if cluster.volume.claim else ""
 
 
-def pod_environment(step: Step, image: str) -> dict[str, str]:
-    """Return variables that tell a pod its image (for the lineage) and its number of GPUs."""
-    return {"PIXELCLIP_IMAGE": image} | ({"PIXELCLIP_GPUS": str(step.gpus)} if step.gpus else {})
+def pod_environment(step: Step, image: str, mlflow_ui: str = "") -> dict[str, str]:
+    """Return variables that tell a pod its image (for the lineage), its number of GPUs, and where MLflow's pages are."""
+    gpus = {"PIXELCLIP_GPUS": str(step.gpus)} if step.gpus else {}
+    return {"PIXELCLIP_IMAGE": image} | gpus | ({"PIXELCLIP_MLFLOW_UI": mlflow_ui} if mlflow_ui else {})

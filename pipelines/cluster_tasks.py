@@ -23,7 +23,7 @@ def place_on(task: dsl.PipelineTask, cluster: Cluster, name: str, image: str) ->
     """
     step = cluster.steps[name]
     task.set_container_image(image)
-    for variable, value in pod_environment(step, image).items():
+    for variable, value in pod_environment(step, image, cluster.mlflow_ui).items():
         task.set_env_variable(variable, value)
     task.set_cpu_request(step.cpu).set_cpu_limit(step.cpu_limit)
     task.set_memory_request(step.memory).set_memory_limit(step.memory_limit)

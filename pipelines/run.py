@@ -16,7 +16,7 @@ from kfp import compiler, local
 from pixelclip.storage.files import read_json
 from pixelclip.storage.s3 import is_s3
 from pixelclip.tracking.run import PIPELINE_RUN
-from pixelclip.tracking.server import connect, tracking_uri
+from pixelclip.tracking.server import connect, tracking_uri, ui_address
 from pixelclip.workflow.stage import METRICS
 from pixelclip_pipelines.cluster_config import image_of, read
 from pixelclip_pipelines.docker_runner import containers
@@ -78,7 +78,6 @@ def run_locally(
     # Steps are separate processes, which inherit MLflow's address and the ID of the run.
     os.environ["MLFLOW_TRACKING_URI"] = _absolute(tracking_uri())
     os.environ[PIPELINE_RUN] = str(uuid.uuid4())
-    os.environ.setdefault("TQDM_MININTERVAL", "15")  # without a terminal, a progress bar prints a line per refresh
     artifacts = out / ".kfp"
     steps = containers(checked, out) if runner == "docker" else contextlib.nullcontext(local.SubprocessRunner(use_venv=False))
     with steps as kfp_runner:
@@ -98,7 +97,7 @@ def run_locally(
     registered = read_json(out / "register" / "registration.json")
     print(f"\n{(out / 'evaluate' / 'table.txt').read_text()}")
     print(f"{registered['model_uri']} is {registered['role']}: {registered['reason']}")
-    print(f"results: {out}   MLflow: {tracking_uri()}")
+    print(f"results: {out}   MLflow: {ui_address() or tracking_uri()}")
 
 
 class _StageOutput(io.TextIOBase):

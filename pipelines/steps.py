@@ -22,7 +22,7 @@ import yaml
 
 from pixelclip import __version__
 from pixelclip.config import TrainConfig, load
-from pixelclip.storage.download import local_path
+from pixelclip.storage.download import check_exists, local_path
 from pixelclip.storage.files import read_json, write_atomically, write_json
 from pixelclip.workflow.code_version import CHANGED, UNKNOWN, code_revision
 from pixelclip.workflow.provenance import origins, source
@@ -86,6 +86,9 @@ def fetched(artifact: Any, repo: str, path: str, revision: str, settings: Mappin
         The version of the data: path and MD5, or a unique value for unversioned data.
     """
     if not repo:
+        check_exists(path)
+        if Path(path).is_dir() and not any(Path(path).iterdir()):
+            raise ValueError(f"{path}: the folder is empty")
         point(artifact, path)
         return _unique()
     from pixelclip.fetch_data import about, run
@@ -174,11 +177,12 @@ def close_run(state: str) -> None:
 def links(registration: Path, evaluation: Path) -> str:
     """Return a model's registration as Markdown: MLflow run, registered version, and the versions of its data."""
     from pixelclip.registry.model_version import REGISTRATION, markdown
+    from pixelclip.tracking.server import ui_address
 
     registered = read_json(registration / REGISTRATION)
     lines = [markdown(registration)]
-    if registered["tracking_uri"].startswith("http"):
-        address = f"{registered['tracking_uri'].rstrip('/')}/#/models/{registered['name']}/versions/{registered['version']}"
+    if ui := ui_address(registered["tracking_uri"]):
+        address = f"{ui}/#/models/{registered['name']}/versions/{registered['version']}"
         lines.append(f"[{registered['name']} version {registered['version']} in the registry]({address})\n")
     rows = {
         name: f"| {name} | `{described['md5']}` | {source(described).get('git_sha', '–')} | {described['path']} |"

@@ -1,4 +1,4 @@
-"""Client of Kubeflow Pipelines: submit a run, print its status, manage schedules."""
+"""Client of Kubeflow Pipelines: submit a run, manage schedules."""
 
 import contextlib
 import hashlib
@@ -26,8 +26,6 @@ from pixelclip_pipelines.pixelclip import build
 
 ENDPOINTS = ("KFP_ENDPOINT", "KF_PIPELINES_ENDPOINT")
 TOKEN = "KFP_TOKEN"
-_EXIT_CODES = {"SUCCEEDED": 0, "SKIPPED": 0, "FAILED": 1, "CANCELED": 1, "CANCELLED": 1}
-_RUNNING = 3
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,7 @@ def schedules(target: Target) -> list[str]:
     Raises:
         ValueError: KFP is unreachable or rejects the request.
     """
-    with _connected(target) as (client, cluster, _):
+    with connected(target) as (client, cluster, _):
         try:
             experiment = client.get_experiment(experiment_name=cluster.experiment, namespace=cluster.namespace or None)
         except ValueError as error:
@@ -115,28 +113,8 @@ def unschedule(target: Target, schedule_id: str) -> None:
     Raises:
         ValueError: no such schedule; KFP is unreachable or rejects the request.
     """
-    with _connected(target) as (client, _, _):
+    with connected(target) as (client, _, _):
         client.delete_recurring_run(schedule_id)
-
-
-def status(target: Target, run_id: str) -> tuple[list[str], int]:
-    """Return the state of a run.
-
-    Returns:
-        One line per step with its state and one for the run, and an exit code: 0 succeeded, 1 failed or cancelled, 3 running.
-
-    Raises:
-        ValueError: no such run; KFP is unreachable or rejects the request.
-    """
-    with _connected(target) as (client, _, page):
-        run = client.get_run(run_id)
-    tasks = (run.run_details.task_details if run.run_details else None) or []
-    # Hide KFP's helpers: a driver before every step, and the root around all of them.
-    shown = [task for task in tasks if task.display_name and not re.search(r"(-driver|^root|^executor)$", task.display_name)]
-    shown.sort(key=lambda task: (task.start_time or task.create_time or datetime.max.replace(tzinfo=UTC), task.display_name))
-    lines = [f"{task.state or 'PENDING':<10} {_duration(task):>9}  {task.display_name}{_reason(task)}" for task in shown]
-    lines.append(f"{run.state or 'PENDING':<10} {'':>9}  run {run_id}{_reason(run)}: {page}/#/runs/details/{run_id}")
-    return lines, _EXIT_CODES.get(run.state, _RUNNING)
 
 
 @contextlib.contextmanager
@@ -147,7 +125,7 @@ def _uploaded(arguments: Mapping[str, Any], target: Target) -> Iterator[tuple[kf
     check_place(arguments.get("workspace", ""), shared_folder(cluster), target.nodes)
     if not arguments.get("settings_file"):  # which the first step reads
         check_batch(check_settings(None, of_form(arguments))["train"], target.nodes, cluster.steps["train"].gpus)
-    with tempfile.TemporaryDirectory() as folder, _connected(target) as (client, _, page):
+    with tempfile.TemporaryDirectory() as folder, connected(target) as (client, _, page):
         file = Path(folder, "pipeline.yaml")
         compiler.Compiler().compile(pipeline, str(file))
         pipeline_id, version_id = _upload(client, file, pipeline.name, described(pipeline), cluster.namespace)
@@ -163,7 +141,7 @@ def _uploaded(arguments: Mapping[str, Any], target: Target) -> Iterator[tuple[kf
 
 
 @contextlib.contextmanager
-def _connected(target: Target) -> Iterator[tuple[kfp.Client, Cluster, str]]:
+def connected(target: Target) -> Iterator[tuple[kfp.Client, Cluster, str]]:
     """Yield a connected client, the cluster's settings and the URL of KFP's pages."""
     cluster = read(target.cluster)
     from_environment = next((os.environ[name] for name in ENDPOINTS if os.environ.get(name)), "")
@@ -253,16 +231,6 @@ def _interval(every: str) -> int:
     return seconds(every)
 
 
-def _duration(task: Any) -> str:
-    if not (task.start_time and task.end_time) or task.end_time < task.start_time:
-        return ""
-    return str(task.end_time - task.start_time).partition(".")[0]
-
-
-def _reason(entry: Any) -> str:
-    message = entry.error.message if entry.error else ""
-    return f": {_first_line(message)}" if message else ""
-
-
 def _first_line(text: Any) -> str:
+    text = text.decode(errors="replace") if isinstance(text, bytes) else text
     return (str(text or "").strip().splitlines() or [""])[0][:300]

@@ -62,7 +62,7 @@ def template(cluster: Cluster, nodes: int, image: str) -> dict[str, Any]:
     node = {"name": "node", "template": {"spec": {"template": {"spec": {key: value for key, value in pod.items() if value}}}}}
     gpus = {step.gpu_type: str(step.gpus)} if step.gpus else {}
     environment = [
-        *({"name": name, "value": value} for name, value in pod_environment(step, image).items()),
+        *({"name": name, "value": value} for name, value in pod_environment(step, image, cluster.mlflow_ui).items()),
         *(
             {"name": name, "valueFrom": {kind: {"name": source.name, "key": key, "optional": source.optional}}}
             for kind, sources in (("secretKeyRef", cluster.secrets), ("configMapKeyRef", cluster.config_maps))

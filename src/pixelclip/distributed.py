@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pixelclip.config import DEVICES
-from pixelclip.cpus import count_cpus, count_threads
+from pixelclip.workflow.cpus import count_cpus, count_threads
 
 _TIMEOUT = timedelta(hours=2)  # ranks wait while the main process reads a terabyte of shards to identify them
 

@@ -15,10 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from pixelclip.config import FetchDataConfig
 from pixelclip.storage.files import digest, file_md5, read_json
+from pixelclip.storage.progress import track
 from pixelclip.workflow.stage import METRICS, PROVENANCE, Metrics, Stage, describe
 
 _AT_ONCE = 16
@@ -197,7 +196,7 @@ def _fetch(files: Any, path: str, where: str, folder: Path) -> dict[str, Any]:
 
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         try:
-            targets = list(tqdm(pool.map(fetch, infos), total=len(infos), desc="fetch_data", unit="file", disable=None))
+            targets = list(track(pool.map(fetch, infos), "fetch_data", "file", len(infos)))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

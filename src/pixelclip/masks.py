@@ -18,10 +18,8 @@ from types import ModuleType
 from typing import Any, TypeVar, cast
 
 from PIL import Image
-from tqdm import tqdm
 
 from pixelclip.config import MasksConfig
-from pixelclip.cpus import count_workers
 from pixelclip.data.annotations import annotate, parse_annotation
 from pixelclip.data.images import cell_centres, decode_image, encode_jpeg, to_rgb
 from pixelclip.data.shard_format import Member, ShardWriter, index_shard, read_part
@@ -29,7 +27,9 @@ from pixelclip.data.shard_sources import Shard, describe_shards, list_shards
 from pixelclip.mask_generators import EncodedSample, Generate
 from pixelclip.storage.download import local_copy
 from pixelclip.storage.files import read_json, write_json
+from pixelclip.storage.progress import count
 from pixelclip.workflow.bad_samples import BadSamples
+from pixelclip.workflow.cpus import count_workers
 from pixelclip.workflow.stage import Metrics, Stage, describe
 
 _WINDOW = 64  # samples in flight between the main process and the workers
@@ -160,7 +160,7 @@ def _mask_shard(tar: Shard, out: Path, results: _Results) -> dict[str, Any]:
     members, bad_members = index_shard(tar)
     bad = [f"{name}: {reason}" for name, reason in bad_members]
     images, masks = 0, 0
-    progress = tqdm(total=len(members), desc=f"masks {tar.stem}", unit="image")
+    progress = count(len(members), f"masks {tar.stem}", "image")
     with ShardWriter(out) as writer, progress:
         for member, result in zip(members, results(tar, members), strict=True):
             progress.update()

@@ -6,13 +6,13 @@ from itertools import islice
 from pathlib import Path
 
 from PIL import Image
-from tqdm import tqdm
 
 from pixelclip.config import ShardsConfig
 from pixelclip.data.images import IMAGE_SUFFIXES, decode_image, encode_jpeg, to_rgb, turn_upright
 from pixelclip.data.shard_format import ShardWriter
 from pixelclip.storage.download import local_path
 from pixelclip.storage.files import files_below
+from pixelclip.storage.progress import track
 from pixelclip.workflow.bad_samples import BadSamples
 from pixelclip.workflow.stage import Metrics, Stage, describe
 
@@ -80,7 +80,7 @@ def _ignored(files: list[Path]) -> str:
 def _samples(root: Path, paths: list[Path], config: ShardsConfig, bad: BadSamples) -> Iterator[list[tuple[str, bytes]]]:
     """Yield the members (name, data) of each usable sample."""
     keys: set[str] = set()
-    for path in tqdm(paths, desc="shards", unit="image"):
+    for path in track(paths, "shards", "image"):
         name = path.relative_to(root).with_suffix("").as_posix()
         key = name.replace(".", "_")  # in WebDataset a key ends at the first dot
         try:

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 from PIL import Image
-from tqdm import tqdm
 
 from pixelclip.config import ToyConfig
 from pixelclip.data.images import encode_jpeg
+from pixelclip.storage.progress import track
 from pixelclip.toy_scenes.scenes import CLASSES, paint
 from pixelclip.workflow.stage import Metrics, Stage
 
@@ -28,7 +28,7 @@ def run(out: Path, config: ToyConfig) -> Metrics:
         for folder in ("images", "toy/images", "toy/labels"):
             (stage.folder / folder).mkdir(parents=True, exist_ok=True)
         (stage.folder / "toy" / "classes.txt").write_text("\n".join(CLASSES) + "\n")
-        for index in tqdm(range(config.train_scenes + config.test_scenes), desc="toy", unit="scene"):
+        for index in track(range(config.train_scenes + config.test_scenes), "toy", "scene"):
             scene, is_test = paint(config.seed, index, config.side), index >= config.train_scenes
             jpeg = encode_jpeg(Image.fromarray(scene.image), quality=95)
             (stage.folder / ("toy/images" if is_test else "images") / f"{index:06d}.jpg").write_bytes(jpeg)

@@ -13,10 +13,8 @@ import numpy as np
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
-from tqdm import tqdm
 
 from pixelclip.config import TrainConfig
-from pixelclip.cpus import count_workers
 from pixelclip.data.class_names import names_file, names_of
 from pixelclip.data.dataset import Batch, MaskedImages, load_batches, sample_indices
 from pixelclip.data.shard_sources import describe_shards, list_shards
@@ -31,9 +29,11 @@ from pixelclip.models.pixelclip import PixelCLIP
 from pixelclip.models.text import TEMPLATES, Prompts, TextTower, Vectors, classifier
 from pixelclip.models.training_state import Progress, load_state, save_state
 from pixelclip.storage.download import local_copy
+from pixelclip.storage.progress import track
 from pixelclip.tracking.run import Run
 from pixelclip.visualization.pictures import gallery, training_picture
 from pixelclip.workflow.bad_samples import BadSamples
+from pixelclip.workflow.cpus import count_workers
 from pixelclip.workflow.stage import Metrics, Stage, describe
 
 STATE_FILE = "state.safetensors"
@@ -92,6 +92,8 @@ def run(masks: Path | str, out: Path, config: TrainConfig) -> Metrics:
                 tracked.finish()
                 stage.finish(metrics, files=[WEIGHTS, CONFIG])
                 (stage.out / STATE_FILE).unlink(missing_ok=True)  # not earlier: an interrupted run resumes from it
+                loss, concepts = metrics["train/loss"], metrics["train/concepts_used"]
+                print(f"train: finished after {config.steps} steps: loss {loss:.4f}, {concepts:g} concepts used", flush=True)
             return metrics
 
 
@@ -144,9 +146,7 @@ def _train(
     )
     workers = count_workers(config.workers, most=_MOST_WORKERS)
     loader = iter(load_batches(dataset, index_lists, workers, pin=group.device.type == "cuda"))
-    bar = tqdm(
-        range(start, config.steps), desc="train", unit="step", initial=start, total=config.steps, disable=not group.is_main
-    )
+    bar = track(range(start, config.steps), "train", "step", config.steps, start, enabled=group.is_main)
 
     output, maskless, num_bad, seen, since = None, resumed.maskless, resumed.bad, 0, time.monotonic()
     pending: deque[tuple[int, Callable[[], list[float]]]] = deque()
@@ -195,7 +195,7 @@ def _train(
         seen += config.batch_size
         if tracked and logged:
             speed, seen, since = seen / (time.monotonic() - since), 0, time.monotonic()
-            bar.set_postfix(loss=f"{output.loss.item():.4f}", images_s=f"{speed:.1f}", refresh=False)
+            bar.show(loss=f"{output.loss.item():.4f}", images_s=f"{speed:.1f}")
             entropy = -(output.assignment * output.assignment.clamp_min(1e-12).log()).sum(dim=-1).mean().item()
             rates = {parameters["name"]: parameters["lr"] for parameters in optimizer.param_groups}
             tracked.log(

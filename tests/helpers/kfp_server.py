@@ -1,4 +1,4 @@
-"""Fake server with the part of KFP's v2beta1 API that `pixelclip pipeline submit | status | schedule` use.
+"""Fake server with the part of KFP's API that `pixelclip pipeline submit | status | logs | cancel | schedule` use.
 
 Like KFP's server it stores all entries and accepts any run parameter.
 """
@@ -36,6 +36,7 @@ class FakeKfp:
         token: required bearer token, if not empty.
         page_size: entries per page of a list.
         gone: whether it closes every connection without an answer.
+        logs: log of each pod.
     """
 
     url: str = ""
@@ -44,6 +45,7 @@ class FakeKfp:
     gone: bool = False
     kept: dict[str, dict[str, dict[str, Any]]] = field(default_factory=lambda: {kind: {} for kind in _KINDS})
     asked: list[str] = field(default_factory=list)
+    logs: dict[str, str] = field(default_factory=dict)
 
     def all(self, kind: str) -> list[dict[str, Any]]:
         """Return all entries of a kind, oldest first."""
@@ -83,6 +85,9 @@ class _Handler(JsonHandler):
             self.answer(401, {"error": "Unauthorized", "message": "no valid token"})
             return
         self.fake.asked.append(f"{method} {url.path}")
+        if url.path.startswith("/apis/v1alpha1/runs/") and url.path.endswith("/log"):
+            self._log(url.path.split("/")[-2])
+            return
         words = url.path.removeprefix(_BELOW).split("/")
         if words == ["healthz"]:
             self.answer(200, {"multi_user": False})
@@ -97,11 +102,27 @@ class _Handler(JsonHandler):
             self.answer(200, self.fake.add(words[-1], {"state": "PENDING", **entry} if words[-1] == "runs" else entry))
         elif method == "GET" and words[-1] in _KINDS:
             self.answer(200, self._page(words, query))
-        elif words[0] in _KINDS and words[1] in self.fake.kept[words[0]]:
+        elif method == "POST" and words[0] == "runs" and words[1].endswith(":terminate"):
+            self.fake.kept["runs"][words[1].removesuffix(":terminate")]["state"] = "CANCELING"
+            self.answer(200, {})
+        elif words[2:3] == ["versions"] and words[3] in self.fake.kept["versions"]:
+            self.answer(200, self.fake.kept["versions"][words[3]])
+        elif words[0] in _KINDS and len(words) == 2 and words[1] in self.fake.kept[words[0]]:
             entries = self.fake.kept[words[0]]
             self.answer(200, entries.pop(words[1]) and {} if method == "DELETE" else entries[words[1]])
         else:
             self.answer(404, {"error": "not found", "message": f"{words[0]} {words[-1]} not found."})
+
+    def _log(self, pod: str) -> None:
+        if pod not in self.fake.logs:
+            self.answer(500, {"error": "InternalServerError", "message": f"failed to find the log of pod {pod}"})
+            return
+        data = self.fake.logs[pod].encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "text/plain")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
 
     def _version(self, body: bytes, query: dict[str, str]) -> dict[str, Any]:
         message = BytesParser().parsebytes(b"Content-Type: " + self.headers["Content-Type"].encode() + b"\r\n\r\n" + body)

@@ -294,6 +294,14 @@ def test_literal_variables_are_image_and_gpus_only(pipeline, several_nodes):
             assert found == image | ({"PIXELCLIP_GPUS": gpus[name]} if name in gpus else {}), name
 
 
+def test_every_step_and_node_gets_the_address_of_mlflows_pages(tmp_path):
+    settings = "{mlflow_ui: 'https://mlflow.example', volume: {claim: shared}}"
+    spec, _, _ = compiled(tmp_path, settings, nodes=2)
+    expected = {"name": "PIXELCLIP_MLFLOW_UI", "value": "https://mlflow.example"}
+    assert all(expected in container["env"] for container in containers(spec).values())
+    assert expected in job_of(spec)["spec"]["trainer"]["env"]
+
+
 def test_every_step_has_run_id_and_volume(pipeline):
     for name, pod in pods(pipeline[1]).items():
         assert pod["fieldPathAsEnv"] == [{"name": "PIXELCLIP_PIPELINE_RUN", "fieldPath": "metadata.labels['pipeline/runid']"}]
@@ -471,6 +479,7 @@ def test_cluster_yaml_of_the_current_folder_is_read(tmp_path, monkeypatch):
         ("volume: {claim: -a}", "volume.claim: '-a' must be a DNS label"),
         ("volume: {clam: x}", "volume: unknown key 'clam', did you mean 'claim'?"),
         ("trainer: {runtim: x}", "trainer: unknown key 'runtim', did you mean 'runtime'?"),
+        ("mlflow_ui: mlflow.example", "mlflow_ui: "),
         ("parts: 0", "parts: Input should be greater than or equal to 1"),
         ("- a", "must contain keys and values, found list"),
         ("a: [", "cannot be read as YAML"),

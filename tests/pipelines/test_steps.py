@@ -56,8 +56,14 @@ def artifact(path: Path, **metadata: str) -> dsl.Dataset:
 # Data.
 
 
-@pytest.mark.parametrize("path", ["/data/images", "s3://bucket/images"])
-def test_without_a_repository_the_output_is_a_pointer(tmp_path, path):
+@pytest.mark.parametrize("remote", [False, True])
+def test_without_a_repository_the_output_is_a_pointer(tmp_path, request, remote):
+    path = str(tmp_path / "images")
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.jpg").write_bytes(b"x")
+    if remote:
+        request.getfixturevalue("bucket").put_object(Bucket="data", Key="images/a.jpg", Body=b"x")
+        path = "s3://data/images"
     output = artifact(tmp_path / "step" / "data")
     version = fetched(output, "", path, "unpinned-1", {}, str(tmp_path / "space"))
     assert version.startswith("unpinned-")
@@ -69,6 +75,27 @@ def test_without_a_repository_the_output_is_a_pointer(tmp_path, path):
     # KFP uploads the file at the artifact's path and rejects URIs outside the run's bucket.
     assert output.uri == str(tmp_path / "step" / "data") and (tmp_path / "step" / "data").read_text() == f"{path}\n"
     assert not (tmp_path / "space").exists()
+
+
+def test_empty_or_missing_data_fail_in_the_first_step(tmp_path, bucket):
+    bucket.put_object(Bucket="data", Key="photos/a.jpg", Body=b"x")
+    bucket.put_object(Bucket="data", Key="shards.txt", Body=b"a.tar")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "shards.txt").write_text("a.tar")
+    for path in ("s3://data/photos", "s3://data/photos/", "s3://data", "s3://data/shards.txt", str(tmp_path / "shards.txt")):
+        fetched(artifact(tmp_path / "step" / "data"), "", path, "", {}, "")
+    for path, message in [
+        ("s3://data/photo", "s3://data/photo: there is no such key"),
+        ("s3://none/photos", "s3://none/photos: there is no such bucket"),
+        (str(tmp_path / "empty"), "empty: the folder is empty"),
+        (str(tmp_path / "none"), "none: no such file or folder"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            fetched(artifact(tmp_path / "step" / "data"), "", path, "", {}, "")
+    bucket.delete_object(Bucket="data", Key="photos/a.jpg")
+    bucket.delete_object(Bucket="data", Key="shards.txt")
+    with pytest.raises(ValueError, match="s3://data: no object below this prefix"):
+        fetched(artifact(tmp_path / "step" / "data"), "", "s3://data", "", {}, "")
 
 
 def test_artifact_without_location_is_located_at_its_path(tmp_path):
@@ -506,6 +533,19 @@ def test_page_links_run_version_and_data(tmp_path, uri):
     assert rows["images"] == [f"`{'i' * 32}`", "c0ffee", "/data/images"]
     assert rows["labelled"] == [f"`{'t' * 32}`", "–", "/data/toy"]
     assert set(rows) == {"data", "images", "labelled", "clip"}
+
+
+def test_links_use_the_pages_address_instead_of_the_one_inside_the_cluster(tmp_path, monkeypatch):
+    monkeypatch.setenv("PIXELCLIP_MLFLOW_UI", "https://mlflow.example/team/")
+    registered = {"name": "m", "version": 7, "role": "champion", "reason": "better", "run_id": "r1", "model_uri": "models:/m/7"}
+    server = "http://bot:secret@mlflow.mlflow.svc:5000"
+    write_json(tmp_path / "registered" / "registration.json", {**registered, "tracking_uri": server})
+    text = links(tmp_path / "registered", evaluation_of(tmp_path / "evaluation"))
+    base = "https://mlflow.example/team/#"
+    assert re.findall(r"\]\(([^)]*)\)", text) == [f"{base}/runs/r1", f"{base}/models/m/versions/7"]
+    assert "svc:5000" not in text and "secret" not in text
+    monkeypatch.delenv("PIXELCLIP_MLFLOW_UI")
+    assert "secret" not in links(tmp_path / "registered", evaluation_of(tmp_path / "evaluation"))
 
 
 def test_confusion_of_the_most_frequent_classes():

@@ -1,4 +1,4 @@
-"""Submit, status and schedule: kfp.Client against a small server of KFP's v2beta1 API."""
+"""Submit and schedule: kfp.Client against a small server of KFP's v2beta1 API."""
 
 import json
 import socket
@@ -158,34 +158,6 @@ def test_server_errors_are_one_line(kfp, run, pixelclip, monkeypatch):  # noqa: 
         endpoint = f"http://127.0.0.1:{free.getsockname()[1]}"
     code, _, err = pixelclip("pipeline", "submit", *DATA, "--endpoint", endpoint)
     assert code == 2 and f"{endpoint} cannot be reached" in err and err.count("\n") == 1
-
-
-def task(name: str, state: str, seconds: int | None = None, why: str = "") -> dict:
-    times = {"start_time": "2026-01-02T03:00:00Z", "end_time": f"2026-01-02T03:00:{seconds:02d}Z"} if seconds else {}
-    return {"display_name": name, "state": state, **times, **({"error": {"message": why}} if why else {})}
-
-
-@pytest.mark.parametrize(
-    ("state", "expected"),
-    [("SUCCEEDED", 0), ("FAILED", 1), ("CANCELED", 1), ("RUNNING", 3), ("PENDING", 3), ("CANCELING", 3), (None, 3)],
-)
-def test_status_prints_steps_and_sets_the_exit_code(kfp, run, state, expected):
-    tasks = [task("root", "RUNNING"), task("shards-driver", "SUCCEEDED", 1), task("shards", "SUCCEEDED", 12)]
-    tasks += [task("train", "FAILED", 30, "exit code 137\nmore"), task("evaluate", "PENDING")]
-    created = kfp.add("runs", {"state": state, "run_details": {"task_details": tasks}, "experiment_id": "e"})
-    code, out, err = run("status", created["run_id"])
-    assert (code, err) == (expected, "")
-    lines = [line.split() for line in out.splitlines()]
-    assert [line[:3] for line in lines[:2]] == [["SUCCEEDED", "0:00:12", "shards"], ["FAILED", "0:00:30", "train:"]]
-    assert lines[2] == ["PENDING", "evaluate"] and len(lines) == 4
-    assert lines[1][3:] == ["exit", "code", "137"]
-    assert lines[3][0] == (state or "PENDING") and lines[3][-1].endswith(created["run_id"])
-
-
-def test_pending_run_has_no_steps(kfp, run):
-    created = kfp.add("runs", {"state": "PENDING", "experiment_id": "e"})
-    code, out, _ = run("status", created["run_id"])
-    assert code == 3 and len(out.splitlines()) == 1
 
 
 def test_schedules_are_created_listed_and_deleted(kfp, run):

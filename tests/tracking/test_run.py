@@ -18,7 +18,7 @@ from helpers.mlflow_runs import PROVENANCE, curve, mlflow_on_sqlite
 from helpers.services import Mlflow
 from pixelclip.tracking import journal
 from pixelclip.tracking.run import PARENT_RUN, PIPELINE_RUN, Run, lineage_tags
-from pixelclip.tracking.server import connect, experiment_id
+from pixelclip.tracking.server import connect, experiment_id, tracking_uri
 from pixelclip.workflow.provenance import flatten
 
 client = mlflow_runs.client
@@ -345,6 +345,14 @@ def test_server_without_the_run_receives_the_whole_history(client, monkeypatch, 
     assert new.info.status == "FINISHED"
     assert curve(client, attached.run_id) == [(1, 1.0), (2, 2.0)]
     assert new.data.params["masks.generator"] == "given"
+
+
+@pytest.mark.parametrize("pages", ["", "https://mlflow.example"])
+def test_start_prints_the_url_of_the_run(client, monkeypatch, tmp_path, capsys, pages):
+    monkeypatch.setenv("PIXELCLIP_MLFLOW_UI", pages)
+    run = start(tmp_path / "stage")
+    expected = f"{pages}/#/runs/{run.run_id}" if pages else f"{run.run_id} at {tracking_uri()}"
+    assert f"MLflow run: {expected}\n" in capsys.readouterr().out
 
 
 def test_unreachable_server_is_an_error_at_the_start(client, monkeypatch, tmp_path):

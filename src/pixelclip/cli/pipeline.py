@@ -28,6 +28,7 @@ Revision = Annotated[str, typer.Option(help="Branch, tag or commit of --repo; de
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[NAME=VALUE]...", help="Pipeline parameters, or STAGE.SETTING=VALUE.")
 ]
+RunId = Annotated[str, typer.Argument(help="ID of a run, printed by submit.")]
 Endpoint = Annotated[str, typer.Option(help="URL of KFP; default: KFP_ENDPOINT, KF_PIPELINES_ENDPOINT, or cluster.yaml's.")]
 Images = Annotated[str, typer.Option(help="Unlabelled images on the cluster: path in --repo, folder or s3://.")]
 Labelled = Annotated[str, typer.Option(help="Labelled set, located like --images: images/, labels/ and classes.txt.")]
@@ -65,16 +66,64 @@ def pipeline_submit(
 
 @pipeline.command("status")
 def pipeline_status(
-    run_id: Annotated[str, typer.Argument(help="ID of a run, printed by submit.")],
+    run_id: RunId,
+    watch: Annotated[bool, typer.Option("--watch", help="Print changes until the run ends.")] = False,
     cluster: Cluster = None,
     endpoint: Endpoint = "",
 ) -> None:
     """Print a run's steps and states; exit code 0: succeeded, 1: failed or cancelled, 3: running."""
-    from pixelclip_pipelines.submit import Target, status
+    from pixelclip_pipelines import runs
+    from pixelclip_pipelines.submit import Target
 
-    lines, code = status(Target(endpoint, cluster), run_id)
-    print("\n".join(lines))
-    raise typer.Exit(code)
+    target = Target(endpoint, cluster)
+    if watch:
+        raise typer.Exit(runs.watch(target, run_id))
+    status = runs.status(target, run_id)
+    print("\n".join(status.lines))
+    raise typer.Exit(status.exit_code)
+
+
+@pipeline.command("logs")
+def pipeline_logs(
+    run_id: RunId,
+    step: Annotated[str, typer.Argument(help="Step as in the lines of status: train, masks/2, ...")],
+    cluster: Cluster = None,
+    endpoint: Endpoint = "",
+) -> None:
+    """Print the logs of a step, of all its attempts."""
+    from pixelclip_pipelines.runs import logs
+    from pixelclip_pipelines.submit import Target
+
+    for text in logs(Target(endpoint, cluster), run_id, step):
+        print(text)
+
+
+@pipeline.command("cancel")
+def pipeline_cancel(run_id: RunId, cluster: Cluster = None, endpoint: Endpoint = "") -> None:
+    """Terminate a run; its last step still closes the MLflow run."""
+    from pixelclip_pipelines.runs import cancel
+    from pixelclip_pipelines.submit import Target
+
+    cancel(Target(endpoint, cluster), run_id)
+    print(f"run {run_id} is being terminated")
+
+
+@pipeline.command("doctor")
+def pipeline_doctor(
+    cluster: Cluster = None,
+    nodes: Nodes = 1,
+    image: Image = "",
+    endpoint: Endpoint = "",
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Check that the cluster has all that a run needs, through the kubeconfig; exit code 1 if something fails."""
+    from pixelclip.commands.doctor import as_json, as_text
+    from pixelclip_pipelines.cluster_doctor import run
+    from pixelclip_pipelines.submit import Target
+
+    findings = run(Target(endpoint, cluster, nodes, image))
+    print(as_json(findings) if json else as_text(findings))
+    raise typer.Exit(any(finding.state == "failed" for finding in findings))
 
 
 @pipeline.command("run")

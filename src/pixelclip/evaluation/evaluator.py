@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 from pixelclip.config import EvaluateConfig
 from pixelclip.data.labelled_sets import LabelledSet
@@ -32,6 +31,7 @@ from pixelclip.evaluation.confusion import CLIP, OURS, EvaluationCounts, Predict
 from pixelclip.models.backbone import Backbone
 from pixelclip.models.checkpoint import Clip
 from pixelclip.storage.files import write_atomically
+from pixelclip.storage.progress import track
 from pixelclip.workflow.bad_samples import BadSamples
 
 STATE_FOLDER = "state"
@@ -106,9 +106,8 @@ def evaluate_towers(
     bad = BadSamples(stage, config.max_bad_share, counts.bad_samples)
     given = GivenMasks(config.masks_folder) if config.protocol == "masks" and config.masks == "given" else None
     saved_index = counts.next_index
-    bar = tqdm(
-        range(saved_index, indices.stop), stage, indices.stop, unit="image", initial=saved_index, disable=not group.is_main
-    )
+    left = range(saved_index, indices.stop)
+    bar = track(left, stage, "image", len(indices), saved_index - indices.start, enabled=group.is_main)
     samples = _read_samples(dataset, bar, config, given, bad)
     while batch := list(islice(samples, config.batch_size)):
         truths = [sample.labels for sample in batch]

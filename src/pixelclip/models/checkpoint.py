@@ -282,3 +282,5 @@ def _with_prefix(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 # open_clip warns about resizing and defaults on every load; real problems raise an error instead.
 logging.getLogger("open_clip").setLevel(logging.ERROR)
+# It logs to the root logger, too, of which KFP's executor shows every message.
+logging.getLogger().addFilter(lambda entry: entry.levelno >= logging.ERROR or "open_clip" not in Path(entry.pathname).parts)

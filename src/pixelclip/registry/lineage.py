@@ -15,7 +15,7 @@ from mlflow.exceptions import MlflowException
 from pixelclip.config import SETTINGS
 from pixelclip.registry.model_version import EVALUATION
 from pixelclip.registry.promotion import registry
-from pixelclip.tracking.server import first_line, tracking_uri, transfer
+from pixelclip.tracking.server import first_line, run_url, tracking_uri, transfer
 from pixelclip.workflow.provenance import WEIGHTS, chain, origins, source
 from pixelclip.workflow.stage import METRICS, PROVENANCE
 
@@ -96,7 +96,12 @@ def trace(registered: Registered) -> dict[str, Any]:
             "gate": version.tags.get("gate", ""),
             "metrics": registered.metrics,
         },
-        "run": {"id": version.run_id, "tracking_uri": uri, "kfp": version.tags.get("kfp.run_id", "")},
+        "run": {
+            "id": version.run_id,
+            "tracking_uri": uri,
+            "url": run_url(version.run_id),
+            "kfp": version.tags.get("kfp.run_id", ""),
+        },
         "stages": list(stages.values()),
         "data": list(data.values()),
     }
@@ -112,7 +117,7 @@ def table(origin: dict[str, Any]) -> str:
         ("", f"md5 {model['md5']}"),
         ("measured", ", ".join(f"{key} {value:.2f}" for key, value in shown.items())),
         ("gate", model["gate"]),
-        ("run", f"{mlflow_run['id']} at {mlflow_run['tracking_uri']}"),
+        ("run", mlflow_run["url"]),
         *([("kfp run", mlflow_run["kfp"])] if mlflow_run["kfp"] else []),
     ]
     for entry in origin["data"]:

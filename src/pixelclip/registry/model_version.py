@@ -20,7 +20,7 @@ from pixelclip.models.checkpoint import CONFIG, WEIGHTS
 from pixelclip.storage.files import read_json
 from pixelclip.tracking.journal import RUN
 from pixelclip.tracking.run import Run
-from pixelclip.tracking.server import connect, first_line, is_missing, tracking_uri, transfer
+from pixelclip.tracking.server import connect, first_line, is_missing, tracking_uri, transfer, ui_address
 from pixelclip.workflow.stage import PROVENANCE
 
 REGISTRATION = "registration.json"
@@ -108,9 +108,12 @@ def fetch(uri: str, folder: Path | None = None) -> Path:
 def markdown(out: Path) -> str:
     """Format a registration for the KFP page: version, role, reason, and a link to the run."""
     registration = read_json(out / REGISTRATION)
-    uri, run_id = registration["tracking_uri"], registration["run_id"]
-    run = f"[run `{run_id}`]({uri.rstrip('/')}/#/runs/{run_id})" if uri.startswith("http") else f"run `{run_id}`"
-    return f"**{registration['model_uri']}** is **{registration['role']}**: {registration['reason']}\n\nMLflow {run} at {uri}\n"
+    ui, run_id = ui_address(registration["tracking_uri"]), registration["run_id"]
+    run = f"[run `{run_id}`]({ui}/#/runs/{run_id})" if ui else f"run `{run_id}`"
+    place = ui or registration["tracking_uri"]
+    return (
+        f"**{registration['model_uri']}** is **{registration['role']}**: {registration['reason']}\n\nMLflow {run} at {place}\n"
+    )
 
 
 def _requirements() -> list[str]:

@@ -17,6 +17,7 @@ from urllib.request import Request, urlopen
 
 from pixelclip.storage import cache, s3
 from pixelclip.storage.files import file_md5
+from pixelclip.storage.progress import count
 
 _WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds before each retry of an http(s) request
 _CHUNK = 1 << 16  # bytes; the most that a failed connection costs
@@ -212,7 +213,7 @@ def _receive(uri: str, head: Message, path: Path) -> None:
         with path.open("ab" if resumed else "wb") as file:
             if reply.headers["Content-Length"]:
                 size = file.tell() + int(reply.headers["Content-Length"])
-            with s3.progress(max(size, 0) or None, uri, file.tell()) as bar:
+            with count(max(size, 0) or None, uri, "B", file.tell()) as bar:
                 while chunk := _read(reply):
                     bar.update(file.write(chunk))
             file.flush()

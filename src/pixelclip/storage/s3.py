@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+from pixelclip.storage.progress import count
 
 _ATTEMPTS = 8  # botocore doubles the delay before each retry, up to 20 s
 _CHANGED = "changed in the store during the download; try again"
@@ -174,7 +174,7 @@ def download(uri: str, files: Mapping[Path, Listed]) -> None:
     def pin_version(params: dict[str, Any], **_: Any) -> dict[str, Any]:
         return {**params, "IfMatch": f'"{etags[params["Bucket"], params["Key"]]}"'}
 
-    with connected(uri) as client, progress(sum(one.size for one in files.values()), uri) as bar:
+    with connected(uri) as client, count(sum(one.size for one in files.values()), uri, "B") as bar:
         client.meta.events.register("provide-client-params.s3.GetObject", pin_version)
         with transfers(client) as manager:
             futures = []
@@ -187,11 +187,6 @@ def download(uri: str, files: Mapping[Path, Listed]) -> None:
                     future.result()
                 with path.open("rb") as file:
                     os.fsync(file.fileno())
-
-
-def progress(size: int | None, title: str, start: int = 0) -> "tqdm[Any]":
-    """Return a progress bar that counts bytes."""
-    return tqdm(total=size, initial=start, desc=title, unit="B", unit_scale=True, unit_divisor=1024)
 
 
 def transfers(client: Any, part: int = 8 << 20) -> Any:

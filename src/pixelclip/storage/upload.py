@@ -7,10 +7,9 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from pixelclip.storage import s3
 from pixelclip.storage.files import files_below
+from pixelclip.storage.progress import track
 
 _PART = 64 << 20  # bytes; S3 accepts 10,000 parts, so a file may have 670 GB
 
@@ -39,7 +38,7 @@ def upload_folder(folder: Path, uri: str, last: str) -> None:
     existing = {(one.uri, one.size, one.etag) for one in s3.list_below(uri)}
     files = sorted(files_below(folder), key=lambda path: path.relative_to(folder).as_posix() == last)
     with s3.connected(uri) as client:
-        for path in tqdm(files, desc=f"to {uri}", unit="file"):
+        for path in track(files, f"to {uri}", "file"):
             target = f"{uri}/{path.relative_to(folder).as_posix()}"
             if (target, path.stat().st_size, _etag(path)) not in existing:
                 _upload(client, path, target)

@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm import tqdm
 
 from pixelclip.models.checkpoint import CLIP_CONFIG, CLIP_WEIGHTS
 from pixelclip.storage.files import write_atomically
+from pixelclip.storage.progress import track
 from pixelclip.toy_scenes.scenes import CLASSES, paint
 
 MODEL_CONFIG: dict[str, Any] = {
@@ -89,7 +89,7 @@ def train_clip(
     """
     if num_scenes < batch_size or steps < 1:
         raise ValueError(f"train_clip: num_scenes {num_scenes} (at least {batch_size}), steps {steps} (at least 1)")
-    scenes = [paint(seed, index) for index in tqdm(range(num_scenes), "painting", unit="scene")]
+    scenes = [paint(seed, index) for index in track(range(num_scenes), "painting", "scene")]
     images = torch.stack([torch.from_numpy(scene.image).permute(2, 0, 1) for scene in scenes])  # uint8 [N, 3, side, side]
     tokenizer = open_clip.SimpleTokenizer(context_length=MODEL_CONFIG["text_cfg"]["context_length"])
     captions = tokenizer([scene.caption for scene in scenes])  # [N, context length]
@@ -119,7 +119,7 @@ def _fit(model: CLIP, images: Tensor, captions: Tensor, steps: int, batch_size: 
     order = torch.empty(0, dtype=torch.long)
     model.visual.patch_dropout = PatchDropout(PATCH_DROPOUT)
     model.train()
-    for step in (progress := tqdm(range(steps), "training CLIP", unit="step")):
+    for step in (progress := track(range(steps), "training CLIP", "step")):
         if step == round(steps * (1 - WHOLE_IMAGES)):
             model.visual.patch_dropout = nn.Identity()
         if len(order) < batch_size:
@@ -140,7 +140,7 @@ def _fit(model: CLIP, images: Tensor, captions: Tensor, steps: int, batch_size: 
         with torch.no_grad():
             model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
         losses.append(loss.item())
-        progress.set_postfix(loss=f"{losses[-1]:.3f}")
+        progress.show(loss=f"{losses[-1]:.3f}")
     return losses
 
 

@@ -19,7 +19,7 @@ from mlflow.exceptions import MlflowException
 
 from pixelclip.storage.files import read_json
 from pixelclip.tracking.journal import CURVES, RUN, Journal
-from pixelclip.tracking.server import connect, experiment_id, first_line, is_missing, tracking_uri
+from pixelclip.tracking.server import connect, experiment_id, first_line, is_missing, run_url, tracking_uri
 from pixelclip.workflow.provenance import data, flatten, source
 from pixelclip.workflow.provenance import tags as tags_of
 
@@ -79,6 +79,7 @@ class Run:
                 run.journal.requests.append(describe)  # the server usually has this already; it may be unreachable now
             else:
                 describe()
+        print(f"MLflow run: {run_url(run_id)}", flush=True)
         return run
 
     @classmethod

@@ -5,6 +5,7 @@ same folder.
 """
 
 import os
+import re
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -24,6 +25,21 @@ _TRANSFER_SECONDS = 600
 def tracking_uri() -> str:
     """Return the URI of the tracking server or database."""
     return os.environ.get("MLFLOW_TRACKING_URI") or _DEFAULT_URI
+
+
+def ui_address(server: str = "") -> str:
+    """Return the URL of MLflow's pages in a browser: PIXELCLIP_MLFLOW_UI, else the server's; empty for a database.
+
+    Inside a cluster the server's own address often opens in no browser. `server` is by default `tracking_uri()`.
+    """
+    uri = os.environ.get("PIXELCLIP_MLFLOW_UI") or server or tracking_uri()
+    return re.sub(r"//[^/@]*@", "//", uri).rstrip("/") if uri.startswith(("http://", "https://")) else ""
+
+
+def run_url(run_id: str) -> str:
+    """Return the URL of a run's page, or its ID and database if there is none."""
+    address = ui_address()
+    return f"{address}/#/runs/{run_id}" if address else f"{run_id} at {tracking_uri()}"
 
 
 def connect() -> MlflowClient:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pixelclip.cpus import count_cpus, count_threads, count_workers
+from pixelclip.workflow.cpus import count_cpus, count_threads, count_workers
 
 V1_PATHS = "9:name=systemd:/\n4:memory:/pod/x\n2:cpu,cpuacct:{}\n"
 V1_MOUNT = "37 32 0:32 {root} {folder}/cpu ro,nosuid - cgroup cgroup rw,cpu,cpuacct\n"
@@ -91,7 +91,7 @@ def test_threads_are_whole_cpus_shared_by_the_processes_of_a_machine(monkeypatch
 
 
 def test_workers(monkeypatch):
-    monkeypatch.setattr("pixelclip.cpus.count_cpus", lambda: 6.5)
+    monkeypatch.setattr("pixelclip.workflow.cpus.count_cpus", lambda: 6.5)
     assert [count_workers(-1, most) for most in (4, 64)] == [4, 6]
     assert [count_workers(workers, 4) for workers in (0, 1, 9)] == [0, 1, 9], "a number is taken as it is"
 
@@ -118,7 +118,7 @@ def report(prepare: str, **environment: str) -> tuple[str, str]:
 
 @pytest.mark.slow
 def test_process_limits_its_threads_and_logs_it_once():
-    quota = "import pixelclip.cpus; pixelclip.cpus._quotas = lambda _: [1.5]; torch.set_num_threads(7)"
+    quota = "import pixelclip.workflow.cpus; pixelclip.workflow.cpus._quotas = lambda _: [1.5]; torch.set_num_threads(7)"
     threads, log = report(quota)
     assert threads == "1 PASSIVE"
     assert log.count("threads: 1 (this process may use ") == 1 and "OMP_NUM_THREADS overrides it" in log
