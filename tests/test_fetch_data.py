@@ -305,6 +305,29 @@ def test_data_over_s3(s3, remote, tmp_path, monkeypatch):
 
 
 @pytest.mark.services
+def test_files_over_s3_take_one_request_each(s3, remote, tmp_path, monkeypatch):
+    from dvc_objects.fs.base import FileSystem
+
+    repo, files = tmp_path / "repo", {f"{number}.jpg": bytes([number]) * 100 for number in range(40)}
+    tiny.dvc_repository(repo, remote, {"data/images": files}, {})
+    shutil.rmtree(repo / ".dvc" / "cache")
+    asked, exists = [], FileSystem.exists
+    monkeypatch.setattr(FileSystem, "exists", lambda self, path, *words: asked.append(path) or exists(self, path, *words))
+    run(str(repo), tmp_path / "out", FetchDataConfig(path="data/images"))
+    assert fetched(tmp_path / "out") == files
+    assert len([path for path in asked if tmp_path.name in str(path) and "files/md5" in str(path)]) < 5
+
+    md5 = hashlib.md5(files["1.jpg"]).hexdigest()
+    damaged = {"Bucket": "dvc", "Key": f"{tmp_path.name}/files/md5/{md5[:2]}/{md5[2:]}"}
+    s3.client().put_object(**damaged, Body=b"other")
+    with pytest.raises(ValueError, match=r"1\.jpg is damaged in the DVC remote"):
+        run(str(repo), tmp_path / "again", FetchDataConfig(path="data/images"))
+    s3.client().put_object(**damaged, Body=files["1.jpg"])
+    run(str(repo), tmp_path / "again", FetchDataConfig(path="data/images"))
+    assert fetched(tmp_path / "again") == files
+
+
+@pytest.mark.services
 def test_s3_refusal_is_one_clear_line(s3, remote, tmp_path, monkeypatch):
     (port,) = services.free_ports(1)
     repo = tmp_path / "repo"
