@@ -1,20 +1,16 @@
 """The TrainJob launcher: the kubernetes client against a small server of its API."""
 
-import contextlib
 import json
 import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import yaml
 
-from helpers.json_server import JsonHandler, served
+from helpers.kubernetes_server import ends, fake_kubernetes, kubeconfig
 from pixelclip.config import TrainConfig, load, parse_overrides
 from pixelclip_components.train_job.component import train_job
 from pixelclip_pipelines import trainjob
@@ -24,74 +20,11 @@ from pixelclip_pipelines.trainjob import template, train_on_nodes
 JOBS = "/apis/trainer.kubeflow.org/v1alpha1/namespaces/default/trainjobs"
 
 
-@dataclass
-class FakeKubernetes:
-    """TrainJobs, and the result of each poll: a condition, `gone`, an HTTP status, or None for running."""
-
-    url: str = ""
-    jobs: dict[str, dict] = field(default_factory=dict)
-    fate: list[object] = field(default_factory=list)
-    log: list[str] = field(default_factory=list)
-    refuse: int = 0
-
-
-@contextlib.contextmanager
-def fake_kubernetes() -> Iterator[FakeKubernetes]:
-    held = FakeKubernetes()
-
-    class Handler(JsonHandler):
-        def do_POST(self):
-            body = json.loads(self.body())
-            held.log.append(f"create {body['metadata']['name']}")
-            if held.refuse:
-                self.answer(held.refuse, {"kind": "Status", "message": "trainjobs is forbidden to pipeline-runner"})
-                return
-            held.jobs[body["metadata"]["name"]] = body
-            self.answer(201, body)
-
-        def do_GET(self):
-            name = self.path.rpartition("/")[2]
-            if name not in held.jobs:
-                self.answer(404, {"message": "not found"})
-                return
-            fate = held.fate.pop(0) if held.fate and not held.jobs[name].get("status") else None
-            if isinstance(fate, int):
-                self.answer(fate, {"message": "try later"})
-                return
-            if fate == "gone":
-                del held.jobs[name]
-                self.answer(404, {"message": "not found"})
-                return
-            if fate:
-                held.jobs[name]["status"] = {"conditions": [{"type": "Suspended", "status": "False"}, fate]}
-            self.answer(200, held.jobs[name])
-
-        def do_DELETE(self):
-            name = self.path.partition("?")[0].rpartition("/")[2]
-            held.log.append(f"delete {name}")
-            self.answer(200, held.jobs.pop(name, {}))
-
-    with served(Handler) as held.url:
-        yield held
-
-
-def ends(kind: str, reason: str = "", message: str = "") -> dict:
-    return {"type": kind, "status": "True", "reason": reason, "message": message}
-
-
 @pytest.fixture
 def kubernetes(monkeypatch, tmp_path):
     with fake_kubernetes() as server:
-        document = {
-            "apiVersion": "v1",
-            "kind": "Config",
-            "current-context": "here",
-            "contexts": [{"name": "here", "context": {"cluster": "here", "user": "me"}}],
-            "clusters": [{"name": "here", "cluster": {"server": server.url}}],
-            "users": [{"name": "me", "user": {}}],
-        }
-        (tmp_path / "kubeconfig").write_text(yaml.safe_dump(document))
-        monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "kubeconfig"))
+        path = kubeconfig(tmp_path / "kubeconfig", server.url)
+        monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(path))
         monkeypatch.setenv("PIXELCLIP_PIPELINE_RUN", "run-1")
         yield server
 
