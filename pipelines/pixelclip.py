@@ -89,7 +89,7 @@ def build(cluster: Cluster | None = None, nodes: int = 1, image: str = IMAGE) ->
         """
         everywhere = {"settings": settings, "workspace": workspace}
         training = {"clip": clip, "steps": steps, "batch_size": batch_size, "concepts": concepts, "seed": seed}
-        with dsl.ExitHandler(on("finish", finish()), name="pixelclip"):
+        with dsl.ExitHandler(on("finish", finish(nodes=nodes)), name="pixelclip"):
             pins = on("pin_revision", pin_revision(repo=repo, revision=revision, clip=clip, **everywhere)).outputs
 
             def fetched(path: str) -> dsl.PipelineTask:

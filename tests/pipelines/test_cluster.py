@@ -94,6 +94,7 @@ def test_dag_runs_inside_an_exit_handler(pipeline):
     root = spec["root"]["dag"]["tasks"]
     assert set(root) == {"exit-handler-1", "finish"}
     assert root["finish"]["triggerPolicy"] == {"strategy": "ALL_UPSTREAM_TASKS_COMPLETED"}
+    assert root["finish"]["inputs"]["parameters"]["nodes"] == {"runtimeValue": {"constant": 1.0}}
     assert root["finish"]["inputs"]["parameters"]["status"] == {"taskFinalStatus": {"producerTask": "exit-handler-1"}}
     inner = spec["components"]["comp-exit-handler-1"]["dag"]["tasks"]
     loop = next(name for name in inner if name.startswith("for-loop"))
@@ -348,6 +349,12 @@ def test_launcher_of_several_nodes_needs_no_gpu(several_nodes):
     launcher = containers(spec)["exec-train-job"]["resources"]
     assert "accelerator" not in launcher and launcher["resourceCpuLimit"] == "1"
     assert int(pods(platform)["exec-train-job"]["activeDeadlineSeconds"]) > job_of(spec)["spec"]["activeDeadlineSeconds"]
+
+
+def test_exit_handler_deletes_the_trainjob_of_several_nodes(several_nodes):
+    assert several_nodes[0]["root"]["dag"]["tasks"]["finish"]["inputs"]["parameters"]["nodes"] == {
+        "runtimeValue": {"constant": 2.0}
+    }
 
 
 def test_trainjob_has_the_resources_of_train(several_nodes):
