@@ -49,11 +49,10 @@ def close_run(state: str) -> None:
     if not pipeline_run:
         raise ValueError(f"{PIPELINE_RUN} is not set; it must be the ID of the pipeline run")
     client = connect()
-    runs = client.search_runs([experiment_id(client)], f"tags.`kfp.run_id` = '{pipeline_run}'")
+    found = client.search_runs([experiment_id(client)], f"tags.`kfp.run_id` = '{pipeline_run}'")
+    runs = [run for run in found if "mlflow.parentRunId" not in run.data.tags]  # whoever created the parent closes its children
     if not runs:
-        print(
-            f"finish: pipeline run {pipeline_run} ({state}) has no MLflow run to close, since train did not start", flush=True
-        )
+        print(f"finish: pipeline run {pipeline_run} ({state}) has no MLflow run of its own to close", flush=True)
         return
     status = _STATUS.get(state) or ("KILLED" if is_terminated(pipeline_run) else None)
     for run in runs:

@@ -32,7 +32,7 @@ secrets:
   - {name: store, env: {AWS_ACCESS_KEY_ID: key, AWS_SECRET_ACCESS_KEY: secret}}
   - {name: tracking, env: {MLFLOW_TRACKING_PASSWORD: password}, optional: true}
 config_maps:
-  - {name: places, env: {MLFLOW_TRACKING_URI: mlflow}}
+  - {name: places, env: {PIXELCLIP_MLFLOW_URI: mlflow}}
 volume: {claim: shared, mount: /workspace}
 steps:
   masks: {gpus: 1, gpu_type: nvidia.com/mig-1g.10gb}
@@ -280,7 +280,7 @@ def test_secrets_and_config_maps_are_references(pipeline):
         assert secrets == expected, name
         (config,) = pod["configMapAsEnv"]
         assert config["configMapName"] == "places"
-        assert config["keyToEnv"] == [{"configMapKey": "mlflow", "envVar": "MLFLOW_TRACKING_URI"}]
+        assert config["keyToEnv"] == [{"configMapKey": "mlflow", "envVar": "PIXELCLIP_MLFLOW_URI"}]
         assert pod["imagePullSecret"][0]["secretName"] == "registry" and pod["imagePullPolicy"] == "IfNotPresent"
     assert SECRET not in path.read_text()
 
@@ -375,7 +375,7 @@ def test_trainjob_has_the_resources_of_train(several_nodes):
         "AWS_ACCESS_KEY_ID": "store",
         "AWS_SECRET_ACCESS_KEY": "store",
         "MLFLOW_TRACKING_PASSWORD": "tracking",
-        "MLFLOW_TRACKING_URI": "places",
+        "PIXELCLIP_MLFLOW_URI": "places",
     }
     (node,) = spec["runtimePatches"][0]["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
     pod = node["template"]["spec"]["template"]["spec"]
@@ -470,6 +470,11 @@ def test_cluster_yaml_of_the_current_folder_is_read(tmp_path, monkeypatch):
         (
             "secrets: [{name: a, env: {X: y}}, {name: b, env: {X: y}}]",
             "secrets and config_maps: environment variables defined twice: X",
+        ),
+        (
+            "config_maps: [{name: a, env: {MLFLOW_TRACKING_URI: y}}]",
+            "MLFLOW_TRACKING_URI is a variable of KFP's MLflow plugin, and Kubernetes rejects a pod in which both define it; "
+            "the variable for MLflow's address is PIXELCLIP_MLFLOW_URI",
         ),
         ("volume: {clam: x}", "volume: unknown key 'clam', did you mean 'claim'?"),
         ("trainer: {runtim: x}", "trainer: unknown key 'runtim', did you mean 'runtime'?"),

@@ -125,7 +125,7 @@ def test_run_of_the_mlflow_plugin_is_not_closed(client, monkeypatch, capsys):
 def test_without_training_no_run_is_closed(client, monkeypatch, capsys):
     monkeypatch.setenv(PIPELINE_RUN, "a")
     close_run("FAILED")
-    assert "no MLflow run to close" in capsys.readouterr().out
+    assert "no MLflow run of its own to close" in capsys.readouterr().out
     monkeypatch.delenv(PIPELINE_RUN)
     with pytest.raises(ValueError, match=PIPELINE_RUN):
         close_run("FAILED")
