@@ -19,6 +19,7 @@ FILE = Path("cluster.yaml")
 _HOST = r"[a-z0-9][a-z0-9._-]*(:\d+(?=/))?"
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _MAX_DAYS = 365
+_OF_THE_PLUGIN = ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID")
 
 
 def _checked_image(image: str) -> str:
@@ -214,6 +215,11 @@ class Cluster(_Section):
         names = [name for source in (*self.secrets, *self.config_maps) for name in source.env]
         if duplicates := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"secrets and config_maps: environment variables defined twice: {', '.join(duplicates)}")
+        if taken := [name for name in names if name in _OF_THE_PLUGIN]:
+            raise ValueError(
+                f"secrets and config_maps: {taken[0]} is a variable of KFP's MLflow plugin, and Kubernetes rejects a pod in "
+                "which both define it; the variable for MLflow's address is PIXELCLIP_MLFLOW_URI"
+            )
         return self
 
 

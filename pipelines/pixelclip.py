@@ -91,7 +91,7 @@ def build(cluster: Cluster | None = None, nodes: int = 1, image: str = IMAGE) ->
         place: dict[str, Any] = {}
         if cluster:
             place = {"volume": shared_folder(cluster), "nodes": nodes, "gpus": cluster.steps["train"].gpus}
-        with dsl.ExitHandler(on("finish", "Close the MLflow run", finish()), name="pixelclip"):
+        with dsl.ExitHandler(on("finish", "Close the MLflow run", finish(nodes=nodes)), name="pixelclip"):
             first = pin_revision(**form, **place)
             pins = on("pin_revision", "Check parameters, pin versions", first).outputs
             everywhere = {"settings": pins["stage_settings"], "workspace": workspace}

@@ -1,4 +1,4 @@
-"""Helpers of the component bodies: pinned versions, fetched data, processes, the end of the MLflow run, pages for KFP.
+"""Helpers of the component bodies: pinned versions, fetched data, processes, pages for KFP.
 
 Common arguments: `repo` is the URL or path of a DVC repository (if empty, data are folders or s3:// prefixes), `workspace` is a
 folder that outlives the run (or empty), and `settings` contains the settings of all stages as `stage.setting`.
@@ -8,7 +8,6 @@ Running steps import this module, so it must not import kfp.
 
 import csv
 import io
-import os
 import subprocess
 import sys
 import tempfile
@@ -30,7 +29,6 @@ from pixelclip.workflow.stage import METRICS, PROVENANCE, Metrics
 from pixelclip_pipelines.artifacts import located, pack, place, point, record, writable
 
 _TRAINING_SETTINGS_OF_CLIP = ("train.side", "train.residual")
-_STATUS = {"SUCCEEDED": "FINISHED", "FAILED": "FAILED", "CANCELLED": "KILLED"}
 _DATA_COLUMNS = "| data | md5 | revision | path |\n|---|---|---|---|\n"
 
 
@@ -142,36 +140,6 @@ def train_by(number: int, masks: Path | str, out: Path, config: TrainConfig) -> 
     if code:
         raise SystemExit(code)
     return dict(read_json(out / METRICS))
-
-
-def close_run(state: str) -> None:
-    """End the MLflow run of this pipeline run with the status of its steps (`state`, as KFP names it).
-
-    Raises:
-        ValueError: the ID of the pipeline run is not set, or MLflow is unreachable.
-    """
-    from pixelclip.tracking.run import PIPELINE_RUN
-    from pixelclip.tracking.server import connect, experiment_id
-
-    if run_id := os.environ.get("MLFLOW_RUN_ID"):
-        print(f"finish: MLflow run {run_id} will be closed by the plugin that started it", flush=True)
-        return
-    pipeline_run = os.environ.get(PIPELINE_RUN)
-    if not pipeline_run:
-        raise ValueError(f"{PIPELINE_RUN} is not set; it must be the ID of the pipeline run")
-    client = connect()
-    runs = client.search_runs([experiment_id(client)], f"tags.`kfp.run_id` = '{pipeline_run}'")
-    if not runs:
-        print(
-            f"finish: pipeline run {pipeline_run} ({state}) has no MLflow run to close, since train did not start", flush=True
-        )
-    for run in runs:
-        # With a loop, KFP before 2.17 reports RUNNING (kubeflow/pipelines#13321). Then the run is finished if its last step
-        # registered a model.
-        registered = client.search_model_versions(f"run_id = '{run.info.run_id}'")
-        status = _STATUS.get(state) or ("FINISHED" if registered else "FAILED")
-        client.set_terminated(run.info.run_id, status)
-        print(f"finish: MLflow run {run.info.run_id} is {status} (the pipeline's steps: {state})", flush=True)
 
 
 def links(registration: Path, evaluation: Path) -> str:

@@ -1,32 +1,21 @@
-"""Training on several nodes: the TrainJob of Kubeflow Trainer, and the launcher step that starts it and waits for it."""
+"""Training on several nodes: the TrainJob of Kubeflow Trainer. `launcher` starts it, waits for it and deletes it."""
 
-import contextlib
 import json
 import os
-import signal
-import time
 from pathlib import Path
 from typing import Any
 
-from kubernetes import client, config
-from urllib3.exceptions import HTTPError
-
 from pixelclip.config import TrainConfig
-from pixelclip.storage.files import read_json
 from pixelclip.tracking.run import PARENT_RUN, PIPELINE_RUN
-from pixelclip.workflow.stage import METRICS, Metrics
 from pixelclip_pipelines.cluster_config import Cluster, pod_environment, seconds
 
 GROUP, VERSION, PLURAL = "trainer.kubeflow.org", "v1alpha1", "trainjobs"
 MANAGER = "pixelclip.io/pipeline"
 """Owner of the runtime patches; Kubeflow Trainer requires this field."""
-_POLL = "pixelclip.io/poll-seconds"
-_NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+POLL = "pixelclip.io/poll-seconds"
+"""Annotation with the seconds between two checks of the TrainJob."""
 _FORWARDED = (PIPELINE_RUN, PARENT_RUN, "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_TRACKING_URI")
 _GROUP = 1000  # group of the image's user; as fsGroup it can write to a fresh volume if the volume's driver supports it
-_TIMEOUT = 5.0  # seconds per request; urllib3 tries four times, and KFP kills a step 30 s after SIGTERM
-_MAX_FAILURES = 40  # consecutive failed requests before the launcher gives up
-_REQUEST_ERRORS = (client.ApiException, HTTPError)
 
 
 def template(cluster: Cluster, nodes: int, image: str) -> dict[str, Any]:
@@ -88,7 +77,7 @@ def template(cluster: Cluster, nodes: int, image: str) -> dict[str, Any]:
         "kind": "TrainJob",
         "metadata": {
             "labels": {"app.kubernetes.io/name": "pixelclip", "app.kubernetes.io/component": "train"},
-            "annotations": {_POLL: str(seconds(cluster.trainer.poll))},
+            "annotations": {POLL: str(seconds(cluster.trainer.poll))},
         },
         "spec": {
             "runtimeRef": {"apiGroup": GROUP, "kind": "ClusterTrainingRuntime", "name": cluster.trainer.runtime},
@@ -102,7 +91,7 @@ def template(cluster: Cluster, nodes: int, image: str) -> dict[str, Any]:
 
 
 def complete(job: dict[str, Any], masks: Path, out: Path, settings: TrainConfig) -> dict[str, Any]:
-    """Return the TrainJob of one run, with its name, arguments and MLflow run.
+    """Return the TrainJob of one run, with its name, owner, arguments and MLflow run.
 
     Raises:
         ValueError: a path is not on the shared volume.
@@ -120,134 +109,17 @@ def complete(job: dict[str, Any], masks: Path, out: Path, settings: TrainConfig)
         "args": ["--masks", str(masks), "--out", str(out), *overrides],
         "env": [*trainer["env"], *({"name": name, "value": os.environ[name]} for name in forwarded)],
     }
-    metadata = job["metadata"] | {"name": f"pixelclip-{os.environ.get(PIPELINE_RUN, 'by-hand')}"}
+    owners = [owner] if (owner := launcher_pod()) else []
+    metadata = job["metadata"] | {"name": job_name()} | ({"ownerReferences": owners} if owners else {})
     return job | {"metadata": metadata, "spec": job["spec"] | {"trainer": trainer}}
 
 
-def train_on_nodes(job: str, workspace: str, settings: TrainConfig) -> Metrics:
-    """Start a TrainJob and wait until it ends. A retry waits for a running job and replaces a failed one.
-
-    Args:
-        job: output of `template` as JSON.
-        workspace: folder on the shared volume with the result of stage masks.
-        settings: settings of the training.
-
-    Returns:
-        The metrics of the training.
-
-    Raises:
-        ValueError: no workspace, or one that is not on the shared volume.
-        RuntimeError: the TrainJob failed or was deleted, or Kubernetes is unreachable or rejects a request.
-    """
-    if not workspace:
-        raise ValueError(
-            "training on several nodes needs the parameter `workspace`: a folder on the volume that the nodes share"
-        )
-    out = Path(workspace, "train")
-    body = complete(json.loads(job), Path(workspace, "masks"), out, settings)
-    launcher = _Launcher(body)
-    # The handler only records the signal, since an exception could interrupt a request.
-    previous = signal.signal(signal.SIGTERM, lambda number, _frame: launcher.signals.append(number))
-    try:
-        launcher.start()
-        condition = launcher.wait()
-    except SystemExit:
-        launcher.delete()  # the run was stopped, so the nodes must stop too
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-    if condition["type"] == "Failed":
-        reason = f"{condition.get('reason', '')} {condition.get('message', '')}".strip()
-        raise RuntimeError(f"TrainJob {launcher.name} failed: {reason}")
-    return dict(read_json(out / METRICS))
+def job_name() -> str:
+    """Return the name of this pipeline run's TrainJob."""
+    return f"pixelclip-{os.environ.get(PIPELINE_RUN, 'by-hand')}"
 
 
-class _Launcher:
-    """Create, watch and delete one TrainJob. `start` and `wait` raise SystemExit once `signals` is not empty."""
-
-    def __init__(self, body: dict[str, Any]) -> None:
-        try:
-            config.load_incluster_config()
-        except config.ConfigException:
-            config.load_kube_config()
-        namespace = _NAMESPACE.read_text().strip() if _NAMESPACE.is_file() else "default"
-        self.name, self._body = body["metadata"]["name"], body
-        self.signals: list[int] = []
-        self._pause = float(body["metadata"]["annotations"][_POLL])
-        self._path = {"group": GROUP, "version": VERSION, "namespace": namespace, "plural": PLURAL}
-        self._api = client.CustomObjectsApi()
-
-    def start(self) -> None:
-        """Create the job. Keep an existing one unless it failed."""
-        try:
-            existing = self._get()
-            if _final_condition(existing).get("type") == "Failed":
-                self._print("failed before; replacing it, and training resumes from the last checkpoint")
-                self.delete()
-                while existing := self._get():
-                    self._sleep(1.0)
-            if existing:
-                self._print("already exists")
-                return
-            self._api.create_namespaced_custom_object(**self._path, body=self._body)
-        except _REQUEST_ERRORS as error:
-            status = f"{error.status} " if isinstance(error, client.ApiException) else ""
-            raise RuntimeError(f"TrainJob {self.name} cannot be created: {status}{_message(error)}") from None
-        selector = f"-n {self._path['namespace']} -f -l jobset.sigs.k8s.io/jobset-name={self.name}"
-        self._print(f"started; its logs: kubectl logs {selector}")
-
-    def wait(self) -> dict[str, Any]:
-        """Poll until the job has completed or failed, and return its final condition."""
-        failures = 0
-        while True:
-            try:
-                job, failures = self._get(), 0
-            except _REQUEST_ERRORS as error:
-                failures += 1
-                if failures > _MAX_FAILURES or getattr(error, "status", None) in (401, 403):
-                    raise RuntimeError(f"TrainJob {self.name} cannot be watched: {_message(error)}") from None
-                self._print(f"Kubernetes does not answer ({_message(error)}); retrying")
-            else:
-                if job is None:
-                    raise RuntimeError(f"TrainJob {self.name} was deleted before it ended")
-                if condition := _final_condition(job):
-                    return condition
-            self._sleep(self._pause)
-
-    def delete(self) -> None:
-        """Delete the job and its pods if it exists."""
-        try:
-            self._api.delete_namespaced_custom_object(**self._path, name=self.name, propagation_policy="Foreground")
-        except client.ApiException as error:
-            if error.status != 404:
-                raise
-
-    def _get(self) -> dict[str, Any] | None:
-        try:
-            return self._api.get_namespaced_custom_object(**self._path, name=self.name, _request_timeout=_TIMEOUT)
-        except client.ApiException as error:
-            if error.status == 404:
-                return None
-            raise
-
-    def _sleep(self, seconds: float) -> None:
-        end = time.monotonic() + seconds
-        while not self.signals and (left := end - time.monotonic()) > 0:
-            time.sleep(min(left, 1.0))  # a signal does not end a sleep
-        if self.signals:
-            raise SystemExit(128 + self.signals[0])
-
-    def _print(self, event: str) -> None:
-        print(f"TrainJob {self.name}: {event}", flush=True)
-
-
-def _final_condition(job: dict[str, Any] | None) -> dict[str, Any]:
-    """Return the condition that ended the job, or an empty one."""
-    conditions = (job or {}).get("status", {}).get("conditions", [])
-    return next((each for each in conditions if each["type"] in ("Complete", "Failed") and each["status"] == "True"), {})
-
-
-def _message(error: Exception) -> str:
-    with contextlib.suppress(AttributeError, ValueError, KeyError, TypeError):
-        return str(json.loads(error.body)["message"])  # type: ignore[attr-defined]
-    return str(getattr(error, "reason", error)).splitlines()[0]
+def launcher_pod() -> dict[str, Any]:
+    """Return this pod as owner of the TrainJob, or nothing outside of KFP. Kubernetes deletes a TrainJob with its owner."""
+    name, uid = os.environ.get("KFP_POD_NAME"), os.environ.get("KFP_POD_UID")
+    return {"apiVersion": "v1", "kind": "Pod", "name": name, "uid": uid} if name and uid else {}

@@ -1,4 +1,4 @@
-"""KFP component that ends the MLflow run."""
+"""KFP component that ends a run."""
 
 from kfp import dsl
 
@@ -6,8 +6,8 @@ from pixelclip_components import IMAGE
 
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
-def finish(status: dsl.PipelineTaskFinalStatus):
-    """End the MLflow run with the status of the pipeline's steps."""
-    from pixelclip_pipelines.steps import close_run
+def finish(status: dsl.PipelineTaskFinalStatus, nodes: int = 1):
+    """Delete an unfinished TrainJob, and end the MLflow run with the status of the pipeline's steps."""
+    from pixelclip_pipelines.finish import finish as end
 
-    close_run(status.state)
+    end(status.state, nodes)

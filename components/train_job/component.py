@@ -24,7 +24,7 @@ def train_job(
     """Train on several nodes: start a TrainJob of Kubeflow Trainer and wait until it ends."""
     from pixelclip.config import load
     from pixelclip_pipelines.artifacts import place, record
-    from pixelclip_pipelines.trainjob import train_on_nodes
+    from pixelclip_pipelines.launcher import train_on_nodes
 
     chosen = {"clip": clip, "steps": steps, "batch_size": batch_size, "concepts": concepts, "seed": seed}
     config = load("train", overrides={**settings, **{f"train.{name}": value for name, value in chosen.items()}})

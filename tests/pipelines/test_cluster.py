@@ -32,7 +32,7 @@ secrets:
   - {name: store, env: {AWS_ACCESS_KEY_ID: key, AWS_SECRET_ACCESS_KEY: secret}}
   - {name: tracking, env: {MLFLOW_TRACKING_PASSWORD: password}, optional: true}
 config_maps:
-  - {name: places, env: {MLFLOW_TRACKING_URI: mlflow}}
+  - {name: places, env: {PIXELCLIP_MLFLOW_URI: mlflow}}
 volume: {claim: shared, mount: /workspace}
 steps:
   masks: {gpus: 1, gpu_type: nvidia.com/mig-1g.10gb}
@@ -94,6 +94,7 @@ def test_dag_runs_inside_an_exit_handler(pipeline):
     root = spec["root"]["dag"]["tasks"]
     assert set(root) == {"exit-handler-1", "finish"}
     assert root["finish"]["triggerPolicy"] == {"strategy": "ALL_UPSTREAM_TASKS_COMPLETED"}
+    assert root["finish"]["inputs"]["parameters"]["nodes"] == {"runtimeValue": {"constant": 1.0}}
     assert root["finish"]["inputs"]["parameters"]["status"] == {"taskFinalStatus": {"producerTask": "exit-handler-1"}}
     inner = spec["components"]["comp-exit-handler-1"]["dag"]["tasks"]
     loop = next(name for name in inner if name.startswith("for-loop"))
@@ -280,7 +281,7 @@ def test_secrets_and_config_maps_are_references(pipeline):
         assert secrets == expected, name
         (config,) = pod["configMapAsEnv"]
         assert config["configMapName"] == "places"
-        assert config["keyToEnv"] == [{"configMapKey": "mlflow", "envVar": "MLFLOW_TRACKING_URI"}]
+        assert config["keyToEnv"] == [{"configMapKey": "mlflow", "envVar": "PIXELCLIP_MLFLOW_URI"}]
         assert pod["imagePullSecret"][0]["secretName"] == "registry" and pod["imagePullPolicy"] == "IfNotPresent"
     assert SECRET not in path.read_text()
 
@@ -359,6 +360,12 @@ def test_launcher_of_several_nodes_needs_no_gpu(several_nodes):
     assert int(pods(platform)["exec-train-job"]["activeDeadlineSeconds"]) > job_of(spec)["spec"]["activeDeadlineSeconds"]
 
 
+def test_exit_handler_deletes_the_trainjob_of_several_nodes(several_nodes):
+    assert several_nodes[0]["root"]["dag"]["tasks"]["finish"]["inputs"]["parameters"]["nodes"] == {
+        "runtimeValue": {"constant": 2.0}
+    }
+
+
 def test_trainjob_has_the_resources_of_train(several_nodes):
     spec = job_of(several_nodes[0])["spec"]
     trainer = spec["trainer"]
@@ -377,7 +384,7 @@ def test_trainjob_has_the_resources_of_train(several_nodes):
         "AWS_ACCESS_KEY_ID": "store",
         "AWS_SECRET_ACCESS_KEY": "store",
         "MLFLOW_TRACKING_PASSWORD": "tracking",
-        "MLFLOW_TRACKING_URI": "places",
+        "PIXELCLIP_MLFLOW_URI": "places",
     }
     (node,) = spec["runtimePatches"][0]["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
     pod = node["template"]["spec"]["template"]["spec"]
@@ -477,6 +484,11 @@ def test_cluster_yaml_of_the_current_folder_is_read(tmp_path, monkeypatch):
         (f"volume: {{claim: {'a' * 64}}}", "at most 63 lower-case letters, digits and '-', no '-' at its ends (found 64"),
         ("volume: {claim: Shared}", "volume.claim: 'Shared' must be a DNS label"),
         ("volume: {claim: -a}", "volume.claim: '-a' must be a DNS label"),
+        (
+            "config_maps: [{name: a, env: {MLFLOW_TRACKING_URI: y}}]",
+            "MLFLOW_TRACKING_URI is a variable of KFP's MLflow plugin, and Kubernetes rejects a pod in which both define it; "
+            "the variable for MLflow's address is PIXELCLIP_MLFLOW_URI",
+        ),
         ("volume: {clam: x}", "volume: unknown key 'clam', did you mean 'claim'?"),
         ("trainer: {runtim: x}", "trainer: unknown key 'runtim', did you mean 'runtime'?"),
         ("mlflow_ui: mlflow.example", "mlflow_ui: "),

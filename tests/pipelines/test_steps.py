@@ -1,11 +1,9 @@
 """Helpers of the component bodies."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
-import sys
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,16 +23,13 @@ from pixelclip.evaluate import CONFUSION
 from pixelclip.evaluation.confusion import OTHERS, ConfusionMatrix
 from pixelclip.masks import run as make_masks
 from pixelclip.storage.files import write_json
-from pixelclip.tracking.run import PIPELINE_RUN
 from pixelclip.workflow.code_version import code_image
 from pixelclip_components.evaluate_clip.component import evaluate_clip
-from pixelclip_components.finish.component import finish
 from pixelclip_components.masks.component import masks as masks_component
 from pixelclip_components.shards.component import shards as shards_component
 from pixelclip_pipelines.artifacts import located, pack, place
 from pixelclip_pipelines.cluster_config import Step, pod_environment
 from pixelclip_pipelines.steps import (
-    close_run,
     fetched,
     gathered,
     links,
@@ -449,56 +444,6 @@ def test_failed_process_fails_the_step(clip, tmp_path, monkeypatch, capfd):
     assert not (tmp_path / "model").exists()
 
 
-# End of the run.
-
-
-def started(client, tag: str, monkeypatch) -> str:
-    monkeypatch.setenv(PIPELINE_RUN, tag)
-    experiment = client.get_experiment_by_name("pixelclip")
-    number = experiment.experiment_id if experiment else client.create_experiment("pixelclip")
-    return client.create_run(number, tags={"kfp.run_id": tag}).info.run_id
-
-
-@pytest.mark.parametrize(("state", "expected"), [("SUCCEEDED", "FINISHED"), ("FAILED", "FAILED"), ("CANCELLED", "KILLED")])
-def test_run_is_closed_with_the_status_of_the_steps(tmp_path, monkeypatch, state, expected):
-    client = tiny.mlflow_at(monkeypatch, tmp_path)
-    other = started(client, "b", monkeypatch)
-    mine = [started(client, "a", monkeypatch) for _ in range(2)]
-    client.set_terminated(mine[1], "FINISHED")  # train succeeded; a later step failed
-    finish.python_func(SimpleNamespace(state=state))
-    assert [client.get_run(run).info.status for run in mine] == [expected] * 2
-    assert client.get_run(other).info.status == "RUNNING"
-
-
-@pytest.mark.parametrize(("registered", "expected"), [(True, "FINISHED"), (False, "FAILED")])
-def test_unknown_status_is_derived_from_the_registry(tmp_path, monkeypatch, registered, expected):
-    client = tiny.mlflow_at(monkeypatch, tmp_path)
-    run = started(client, "a", monkeypatch)
-    if registered:
-        client.create_registered_model("m")
-        client.create_model_version("m", source="file:///nowhere", run_id=run)
-    close_run("RUNNING")
-    assert client.get_run(run).info.status == expected
-
-
-def test_run_of_the_mlflow_plugin_is_not_closed(tmp_path, monkeypatch, capsys):
-    client = tiny.mlflow_at(monkeypatch, tmp_path)
-    run = started(client, "a", monkeypatch)
-    monkeypatch.setenv("MLFLOW_RUN_ID", run)
-    close_run("FAILED")
-    assert client.get_run(run).info.status == "RUNNING" and "closed by the plugin" in capsys.readouterr().out
-
-
-def test_without_training_no_run_is_closed(tmp_path, monkeypatch, capsys):
-    tiny.mlflow_at(monkeypatch, tmp_path)
-    monkeypatch.setenv(PIPELINE_RUN, "a")
-    close_run("FAILED")
-    assert "no MLflow run to close" in capsys.readouterr().out
-    monkeypatch.delenv(PIPELINE_RUN)
-    with pytest.raises(ValueError, match=PIPELINE_RUN):
-        close_run("FAILED")
-
-
 # Pages of KFP.
 
 
@@ -590,35 +535,3 @@ def test_readme_names_every_input_and_output(step):
     text = (ROOT / "components" / step / "README.md").read_text()
     for name in [*(spec.inputs or {}), *(spec.outputs or {})]:
         assert f"`{name}`" in text, name
-
-
-RUNTIME = """
-import ast, json, sys, traceback
-failed = False
-for name, source in json.load(sys.stdin).items():
-    try:
-        exec(source, names := {})
-        (function,) = [node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)]
-        imports = [node for node in function.body if isinstance(node, ast.Import | ast.ImportFrom)]
-        exec(compile(ast.Module(imports, []), name, "exec"), names)
-    except Exception:
-        failed = True
-        print(name, traceback.format_exc())
-import pixelclip_pipelines.artifacts, pixelclip_pipelines.cluster_config
-import pixelclip_pipelines.steps, pixelclip_pipelines.trainjob
-sys.exit(failed)
-"""
-
-
-def test_components_and_their_imports_work_in_a_running_step():
-    """KFP runs steps with _KFP_RUNTIME=true, which disables most of kfp.dsl and all of kfp.kubernetes."""
-    sources = {}
-    for path in sorted((ROOT / "components").glob("*/component.py")):
-        component = getattr(import_module(f"pixelclip_components.{path.parent.name}.component"), path.parent.name)
-        sources[path.parent.name] = component.component_spec.implementation.container.command[-1]
-    assert len(sources) == 11
-    environment = os.environ | {"_KFP_RUNTIME": "true"}
-    result = subprocess.run(
-        [sys.executable, "-c", RUNTIME], input=json.dumps(sources), env=environment, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stdout + result.stderr

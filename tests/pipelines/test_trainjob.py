@@ -4,94 +4,32 @@ import contextlib
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import yaml
+from kubeflow_trainer_api.models.trainer_v1alpha1_train_job import TrainerV1alpha1TrainJob
 
-from helpers.json_server import JsonHandler, served
+from helpers.trainjob_server import ends, fake_kubernetes, kubeconfig
 from pixelclip.config import TrainConfig, load, parse_overrides
 from pixelclip_components.train_job.component import train_job
-from pixelclip_pipelines import trainjob
+from pixelclip_pipelines import launcher
 from pixelclip_pipelines.cluster_config import Cluster
-from pixelclip_pipelines.trainjob import template, train_on_nodes
+from pixelclip_pipelines.launcher import delete_unfinished, train_on_nodes
+from pixelclip_pipelines.trainjob import template
 
 JOBS = "/apis/trainer.kubeflow.org/v1alpha1/namespaces/default/trainjobs"
-
-
-@dataclass
-class FakeKubernetes:
-    """TrainJobs, and the result of each poll: a condition, `gone`, an HTTP status, or None for running."""
-
-    url: str = ""
-    jobs: dict[str, dict] = field(default_factory=dict)
-    fate: list[object] = field(default_factory=list)
-    log: list[str] = field(default_factory=list)
-    refuse: int = 0
-
-
-@contextlib.contextmanager
-def fake_kubernetes() -> Iterator[FakeKubernetes]:
-    held = FakeKubernetes()
-
-    class Handler(JsonHandler):
-        def do_POST(self):
-            body = json.loads(self.body())
-            held.log.append(f"create {body['metadata']['name']}")
-            if held.refuse:
-                self.answer(held.refuse, {"kind": "Status", "message": "trainjobs is forbidden to pipeline-runner"})
-                return
-            held.jobs[body["metadata"]["name"]] = body
-            self.answer(201, body)
-
-        def do_GET(self):
-            name = self.path.rpartition("/")[2]
-            if name not in held.jobs:
-                self.answer(404, {"message": "not found"})
-                return
-            fate = held.fate.pop(0) if held.fate and not held.jobs[name].get("status") else None
-            if isinstance(fate, int):
-                self.answer(fate, {"message": "try later"})
-                return
-            if fate == "gone":
-                del held.jobs[name]
-                self.answer(404, {"message": "not found"})
-                return
-            if fate:
-                held.jobs[name]["status"] = {"conditions": [{"type": "Suspended", "status": "False"}, fate]}
-            self.answer(200, held.jobs[name])
-
-        def do_DELETE(self):
-            name = self.path.partition("?")[0].rpartition("/")[2]
-            held.log.append(f"delete {name}")
-            self.answer(200, held.jobs.pop(name, {}))
-
-    with served(Handler) as held.url:
-        yield held
-
-
-def ends(kind: str, reason: str = "", message: str = "") -> dict:
-    return {"type": kind, "status": "True", "reason": reason, "message": message}
 
 
 @pytest.fixture
 def kubernetes(monkeypatch, tmp_path):
     with fake_kubernetes() as server:
-        document = {
-            "apiVersion": "v1",
-            "kind": "Config",
-            "current-context": "here",
-            "contexts": [{"name": "here", "context": {"cluster": "here", "user": "me"}}],
-            "clusters": [{"name": "here", "cluster": {"server": server.url}}],
-            "users": [{"name": "me", "user": {}}],
-        }
-        (tmp_path / "kubeconfig").write_text(yaml.safe_dump(document))
-        monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "kubeconfig"))
+        path = kubeconfig(tmp_path / "kubeconfig", server.url)
+        monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(path))
         monkeypatch.setenv("PIXELCLIP_PIPELINE_RUN", "run-1")
         yield server
 
@@ -185,7 +123,7 @@ def test_lost_rights_end_the_wait(kubernetes, space, code):
 
 
 def test_persistent_api_errors_end_the_wait(kubernetes, space, monkeypatch):
-    monkeypatch.setattr(trainjob, "_MAX_FAILURES", 3)
+    monkeypatch.setattr(launcher, "_MAX_FAILURES", 3)
     kubernetes.jobs["pixelclip-run-1"] = {"metadata": {}}
     kubernetes.fate = [None, *[500] * 9]
     with pytest.raises(RuntimeError, match="cannot be watched"):
@@ -205,19 +143,111 @@ def test_unreachable_api_server_is_reported(kubernetes, space, tmp_path):
         train_on_nodes(job(space), str(space), TrainConfig())
 
 
-def test_sigterm_deletes_the_job(kubernetes, space):
+LAUNCHER = """
+import sys
+from pixelclip.config import TrainConfig
+from pixelclip_pipelines.launcher import train_on_nodes
+train_on_nodes(open(sys.argv[1]).read(), sys.argv[2], TrainConfig())
+"""
+
+
+def test_sigterm_deletes_the_job_within_the_time_that_kfp_leaves(kubernetes, space, tmp_path):
+    """KFP kills the process 1.4 s after SIGTERM. Here the API server does not answer the request under way."""
+    (tmp_path / "job.json").write_text(job(space))
+    kubernetes.fate = ["hang"]
+    words = [sys.executable, "-c", LAUNCHER, str(tmp_path / "job.json"), str(space)]
+    environment = os.environ | {"KUBECONFIG": str(tmp_path / "kubeconfig")}
+    with subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 30
+        while kubernetes.polls < 2 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(1.4)
+        process.kill()
+        printed = process.stdout.read() if process.stdout else ""
+    assert process.returncode == 128 + signal.SIGTERM
+    assert kubernetes.log == ["create pixelclip-run-1", "delete pixelclip-run-1"] and not kubernetes.jobs
+    assert printed.splitlines()[-1] == "TrainJob pixelclip-run-1: SIGTERM; deleted"
+
+
+def test_sigterm_between_two_polls_deletes_the_job(kubernetes, space):
+    slow = json.loads(job(space))
+    slow["metadata"]["annotations"] = dict.fromkeys(slow["metadata"]["annotations"], "60")
     before = signal.getsignal(signal.SIGTERM)
 
     def stop() -> None:
-        while not kubernetes.jobs:
+        while kubernetes.polls < 2:
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=stop).start()
-    with pytest.raises(SystemExit):
-        train_on_nodes(job(space), str(space), TrainConfig())
+    start = time.monotonic()
+    with pytest.raises(SystemExit) as ended:
+        train_on_nodes(json.dumps(slow), str(space), TrainConfig())
+    assert ended.value.code == 128 + signal.SIGTERM and time.monotonic() - start < 30
     assert kubernetes.log == ["create pixelclip-run-1", "delete pixelclip-run-1"] and not kubernetes.jobs
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_launching_pod_owns_the_job(kubernetes, space, monkeypatch):
+    monkeypatch.setenv("KFP_POD_NAME", "pixelclip-4zjps-2111814482")
+    monkeypatch.setenv("KFP_POD_UID", "u-1")
+    kubernetes.fate = [ends("Complete")]
+    train_on_nodes(job(space), str(space), TrainConfig())
+    created = {name: value for name, value in kubernetes.jobs["pixelclip-run-1"].items() if name != "status"}
+    (owner,) = created["metadata"]["ownerReferences"]
+    assert owner == {"apiVersion": "v1", "kind": "Pod", "name": "pixelclip-4zjps-2111814482", "uid": "u-1"}
+    assert TrainerV1alpha1TrainJob.from_dict(created).metadata.owner_references[0].uid == "u-1"
+
+
+def test_retry_in_a_new_pod_takes_over_a_running_job(kubernetes, space, monkeypatch, capsys):
+    """The job would be deleted with the pod of the first attempt."""
+    first = {"apiVersion": "v1", "kind": "Pod", "name": "first", "uid": "u-1"}
+    running = {"metadata": {"name": "pixelclip-run-1", "resourceVersion": "7", "ownerReferences": [first]}, "spec": {"a": 1}}
+    kubernetes.jobs["pixelclip-run-1"] = json.loads(json.dumps(running))
+    monkeypatch.setenv("KFP_POD_NAME", "second")
+    monkeypatch.setenv("KFP_POD_UID", "u-2")
+    kubernetes.fate = [None, ends("Complete")]
+    train_on_nodes(job(space), str(space), TrainConfig())
+    taken = kubernetes.jobs["pixelclip-run-1"]
+    assert [owner["uid"] for owner in taken["metadata"]["ownerReferences"]] == ["u-2"]
+    assert taken["metadata"]["resourceVersion"] == "7" and taken["spec"] == {"a": 1}
+    kubernetes.jobs["pixelclip-run-1"], kubernetes.refuse = running, 403
+    kubernetes.fate = [None, ends("Complete")]
+    train_on_nodes(job(space), str(space), TrainConfig())
+    assert "cannot be assigned to this pod (trainjobs is forbidden" in capsys.readouterr().out
+
+
+def test_job_that_is_being_deleted_is_created_anew(kubernetes, space, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    kubernetes.jobs["pixelclip-run-1"] = {"metadata": {"deletionTimestamp": "2026-11-28T12:00:00Z"}}
+    kubernetes.fate = [None, None, "gone", ends("Complete")]
+    train_on_nodes(job(space), str(space), TrainConfig())
+    assert kubernetes.log == ["create pixelclip-run-1"]
+
+
+@pytest.mark.parametrize(
+    ("existing", "log"),
+    [
+        ([], ["delete pixelclip-run-1"]),
+        ([ends("Failed")], ["delete pixelclip-run-1"]),
+        ([ends("Complete")], []),
+        (None, []),
+    ],
+    ids=["running", "failed", "complete", "missing"],
+)
+def test_unfinished_job_is_deleted_at_the_end(kubernetes, existing, log):
+    if existing is not None:
+        kubernetes.jobs["pixelclip-run-1"] = {"metadata": {}, "status": {"conditions": existing}}
+    delete_unfinished()
+    assert kubernetes.log == log
+
+
+def test_missing_right_to_delete_is_reported(kubernetes):
+    kubernetes.jobs["pixelclip-run-1"], kubernetes.refuse = {"metadata": {}}, 403
+    with pytest.raises(RuntimeError, match="TrainJob pixelclip-run-1 cannot be deleted: trainjobs is forbidden"):
+        delete_unfinished()
 
 
 def test_paths_off_the_volume_are_rejected(kubernetes, space, tmp_path):

@@ -362,6 +362,14 @@ def test_unreachable_server_is_an_error_at_the_start(client, monkeypatch, tmp_pa
         start(tmp_path / "stage")
 
 
+def test_unreachable_server_names_the_variable_of_its_address(client, monkeypatch):
+    uri = f"http://127.0.0.1:{services.free_ports(1)[0]}"
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    monkeypatch.setenv("PIXELCLIP_MLFLOW_URI", uri)
+    with pytest.raises(ValueError, match=f"MLflow at {uri} cannot be reached .*PIXELCLIP_MLFLOW_URI"):
+        connect()
+
+
 def test_file_that_is_not_a_database_is_an_error(client, tmp_path):
     (tmp_path / "mlflow" / "mlflow.db").write_text("no database")
     with pytest.raises(ValueError, match=r"mlflow\.db cannot be used .*MLFLOW_TRACKING_URI"):

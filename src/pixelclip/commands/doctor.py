@@ -174,8 +174,10 @@ def storage(uri: str) -> _Result:
 @_check("MLflow", "check MLFLOW_TRACKING_URI, _USERNAME and _PASSWORD; status 403: --allowed-hosts of the server")
 def mlflow(seconds: float = SECONDS) -> _Result:
     """Check the tracking server and its registry."""
-    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-    if not uri:
+    from pixelclip.tracking.server import ADDRESSES, tracking_uri
+
+    uri = tracking_uri()
+    if not any(os.environ.get(name) for name in ADDRESSES):
         return "not configured", "runs go to sqlite:///runs/mlflow.db", "set MLFLOW_TRACKING_URI for a server"
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(max(1, int(seconds / 2))))
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")

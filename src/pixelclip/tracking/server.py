@@ -1,7 +1,7 @@
 """Access to MLflow: tracking URI, a checked client, the experiment of new runs, timeouts.
 
-`MLFLOW_TRACKING_URI` and MLflow's other variables are honoured; the default is `sqlite:///runs/mlflow.db` with artifacts in the
-same folder.
+`MLFLOW_TRACKING_URI` and MLflow's other variables are honoured. Without it the address is `PIXELCLIP_MLFLOW_URI`, which pods of
+KFP use, since KFP's MLflow plugin sets the former; the default is `sqlite:///runs/mlflow.db` with artifacts in the same folder.
 """
 
 import os
@@ -16,6 +16,8 @@ import mlflow
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
+ADDRESSES = ("MLFLOW_TRACKING_URI", "PIXELCLIP_MLFLOW_URI")
+"""Environment variables with the address of MLflow; the first that is set is used."""
 _DEFAULT_URI = "sqlite:///runs/mlflow.db"
 _TIMEOUT, _RETRIES = "MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
 _DEFAULTS = {_TIMEOUT: "20", _RETRIES: "2"}  # MLflow's own retries block for minutes
@@ -24,7 +26,12 @@ _TRANSFER_SECONDS = 600
 
 def tracking_uri() -> str:
     """Return the URI of the tracking server or database."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or _DEFAULT_URI
+    return os.environ.get(_variable()) or _DEFAULT_URI
+
+
+def _variable() -> str:
+    """Return the variable that sets the address."""
+    return next((name for name in ADDRESSES if os.environ.get(name)), ADDRESSES[0])
 
 
 def ui_address(server: str = "") -> str:
@@ -64,7 +71,7 @@ def connect() -> MlflowClient:
         client = MlflowClient(uri)
         client.search_experiments(max_results=1)
     except Exception as error:  # MLflow raises many types, from SQLAlchemy's to its own
-        problem = f"cannot be used (MLFLOW_TRACKING_URI): {first_line(error)}"
+        problem = f"cannot be used ({_variable()}): {first_line(error)}"
         if "error code 403" in str(error):
             reason = "the user may not read experiments, or this host and port are missing from the server's --allowed-hosts"
             problem = f"rejects this request (403): {reason}"
@@ -116,7 +123,7 @@ def _check_alive(uri: str) -> None:
         return  # the server is up; the first real request checks access
     except OSError as error:
         reason = getattr(error, "reason", error)
-        raise ValueError(f"MLflow at {uri} cannot be reached (MLFLOW_TRACKING_URI): {reason}") from None
+        raise ValueError(f"MLflow at {uri} cannot be reached ({_variable()}): {reason}") from None
 
 
 def is_missing(error: MlflowException) -> bool:
