@@ -2,6 +2,9 @@
 
 `run` starts one process for all, because importing torch takes seconds. In it the long stages (STAGES) are replaced by
 functions that check how they are called; everything before and after them is the component's own.
+
+The inputs are those of 0.1.0 on KFP 2.17.0. Where a parameter or an output of a component has another name since, the files have
+the new one; paths in a store that the test does not have are folders below /workspace.
 """
 
 import inspect
@@ -89,7 +92,7 @@ def _replace(stage: str, called: dict[str, str]) -> None:
         arguments = signature.bind(*given).arguments
         called.update({name: str(value) for name, value in arguments.items()})
         out = arguments["out"]
-        out.mkdir(parents=True)
+        out.mkdir(parents=True, exist_ok=True)
         (out / "report.html").write_text("<p>")
         registration = {
             "name": "m",

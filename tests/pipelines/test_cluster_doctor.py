@@ -18,7 +18,7 @@ secrets:
   - {name: s3, env: {AWS_ACCESS_KEY_ID: id, AWS_SECRET_ACCESS_KEY: key}}
   - {name: login, env: {MLFLOW_TRACKING_PASSWORD: password}, optional: true}
 config_maps:
-  - {name: places, env: {MLFLOW_TRACKING_URI: mlflow}}
+  - {name: places, env: {PIXELCLIP_MLFLOW_URI: mlflow}}
   - {name: places, env: {AWS_ENDPOINT_URL: s3}, optional: true}
 steps:
   train: {gpus: 4, node_selector: {pool: h100}}

@@ -24,6 +24,12 @@ def results(folder):
     trained = folder / "workspace" / "w1" / "train"
     trained.mkdir(parents=True)
     (trained / "metrics.json").write_text('{"train/loss": 0.25}')
+    recorded = json.loads((kfp_steps.RECORDED / "evaluate.json").read_text())["inputs"]["artifacts"]
+    model = folder / recorded["model"]["artifacts"][0]["uri"].replace("minio://", "minio/")
+    model.mkdir(parents=True)
+    (model / "metrics.json").write_text('{"train/loss": 0.25}')
+    (folder / "workspace" / "photos").mkdir()
+    (folder / "workspace" / "photos" / "a.jpg").write_bytes(b"")
     with pytest.MonkeyPatch.context() as patch, fake_kubernetes() as kubernetes:
         tiny.mlflow_at(patch, folder / "mlflow")
         kubernetes.fate = [ends("Complete")]
@@ -59,7 +65,7 @@ def test_stages_get_inputs_and_settings(results, folder):
     assert Path(results["train-parts"]["called"]["masks"]).name.startswith("masks-"), "links to three parts"
     assert results["evaluate"]["called"]["clip_evaluation"].endswith("/evaluation")
     assert "name='pixelclip-toy'" in results["register"]["called"]["config"]
-    metrics = {
-        name: results[name]["output"]["artifacts"]["metrics"]["artifacts"][0]["metadata"] for name in ("train", "train_job")
+    models = {
+        name: results[name]["output"]["artifacts"]["model"]["artifacts"][0]["metadata"] for name in ("train", "train_job")
     }
-    assert metrics == {"train": {"train/value": 0.5}, "train_job": {"train/loss": 0.25}}
+    assert models["train"]["train/value"] == 0.5 and models["train_job"]["train/loss"] == 0.25
