@@ -62,7 +62,9 @@ def test_closed_connections_of_all_clients_may_pass(closed, monkeypatch):
 @pytest.mark.parametrize(("status", "passes"), [(503, True), (429, True), (404, False), (403, False)])
 def test_answers_of_a_server(status, passes):
     with answering(status) as url:
-        assert may_pass(caught(urllib.request.urlopen, url)) is passes
+        refused = caught(urllib.request.urlopen, url)
+        assert may_pass(refused) is passes
+        refused.close()
         assert may_pass(caught(api_of(url).list_cluster_custom_object, "g", "v1", "jobs")) is passes
 
 
