@@ -97,8 +97,8 @@ class Step(_Section):
     tolerations: list[Toleration] = Field(
         [], description="Tolerations of the pod; steps with GPUs tolerate the GPU taint by default."
     )
-    timeout: Duration = Field("1h", description="Time limit of one attempt: 90s, 20m, 4h, 2d.")
-    retries: int = Field(2, ge=0, description="Retries after the first attempt.")
+    timeout: Duration = Field("1h", description="Time limit of one pod with all its attempts: 90s, 20m, 4h, 2d.")
+    retries: int = Field(2, ge=0, description="Retries after a kill, a network fault or a lost pod; never after bad input.")
     backoff: Duration = Field("30s", description="Delay before the first retry.")
     backoff_factor: int = Field(2, ge=1, description="Growth factor of the delay, an integer.")
 
@@ -124,7 +124,7 @@ class Step(_Section):
 
     @property
     def total_seconds(self) -> int:
-        """Time limit of all attempts and the delays between them."""
+        """Time limit of all pods and the delays between them."""
         delays = sum(seconds(self.backoff) * self.backoff_factor**number for number in range(self.retries))
         return (self.retries + 1) * seconds(self.timeout) + delays
 

@@ -1,12 +1,15 @@
 """Apply the settings of a cluster to the tasks of a pipeline at compile time."""
 
+from importlib.metadata import version
+
 from kfp import dsl, kubernetes
 
 from pixelclip.tracking.run import PIPELINE_RUN
-from pixelclip_pipelines.cluster_config import Cluster, pod_environment, seconds
+from pixelclip_pipelines.cluster_config import Cluster, Step, pod_environment, seconds
 
 RUN_LABEL = "metadata.labels['pipeline/runid']"
 """Label of every pod with the ID of the KFP run."""
+_EXECUTOR, _SUPERVISOR = "python3 -m kfp.dsl.executor_main", "python3 -m pixelclip_pipelines.supervisor"
 
 
 def place_on(task: dsl.PipelineTask, cluster: Cluster, name: str, image: str) -> dsl.PipelineTask:
@@ -37,6 +40,8 @@ def place_on(task: dsl.PipelineTask, cluster: Cluster, name: str, image: str) ->
         kubernetes.add_toleration(task, **toleration)
     kubernetes.set_timeout(task, seconds(step.timeout))
     # backoff_max_duration limits all attempts together, counted from the start of the first, not a single delay.
+    # This repeats only lost pods: KFP 2.17 sets Argo's retryPolicy to OnError. The supervisor repeats failed containers.
+    _supervise(task, name, step)
     task.set_retry(step.retries, f"{seconds(step.backoff)}s", step.backoff_factor, f"{step.total_seconds}s")
     # A cached result would be wrong: KFP identifies input folders by address instead of content, and training and registering
     # change MLflow. Finished results are reused in the workspace.
@@ -65,6 +70,19 @@ def _by_key(env: dict[str, str]) -> list[dict[str, str]]:
             maps.append(free := {})
         free[key] = variable
     return maps
+
+
+def _supervise(task: dsl.PipelineTask, name: str, step: Step) -> None:
+    """Start a task's executor by `pixelclip_pipelines.supervisor`.
+
+    Raises:
+        ValueError: this version of kfp starts its executor in another way.
+    """
+    options = f"--step {name} --retries {step.retries} --backoff {seconds(step.backoff)} --backoff-factor {step.backoff_factor}"
+    changed = [part.replace(_EXECUTOR, f"{_SUPERVISOR} {options}") for part in task.container_spec.command]
+    if changed == task.container_spec.command:
+        raise ValueError(f"kfp {version('kfp')} starts steps in a way that pixelclip does not support; see requirements.txt")
+    task.container_spec.command = changed
 
 
 def set_run_id(task: dsl.PipelineTask) -> dsl.PipelineTask:

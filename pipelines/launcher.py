@@ -14,8 +14,9 @@ from urllib3.exceptions import HTTPError
 
 from pixelclip.config import TrainConfig
 from pixelclip.storage.files import read_json
+from pixelclip.workflow.failures import BAD_INPUT
 from pixelclip.workflow.stage import METRICS, Metrics
-from pixelclip_pipelines.trainjob import GROUP, PLURAL, POLL, VERSION, complete, job_name, launcher_pod
+from pixelclip_pipelines.trainjob import GROUP, PLURAL, POLL, VERSION, complete, failure_file, job_name, launcher_pod
 
 _NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 _TIMEOUT = 5.0  # seconds per request; urllib3 tries four times
@@ -38,15 +39,15 @@ def train_on_nodes(job: str, workspace: str, settings: TrainConfig) -> Metrics:
         The metrics of the training.
 
     Raises:
-        ValueError: no workspace, or one that is not on the shared volume.
-        RuntimeError: the TrainJob failed or was deleted, or Kubernetes is unreachable or rejects a request.
+        ValueError: no workspace, or one that is not on the shared volume; the training failed because of its input.
+        RuntimeError: the TrainJob failed (`TrainJobError`) or was deleted, or Kubernetes is unreachable or rejects a request.
     """
     if not workspace:
         raise ValueError(
             "training on several nodes needs the parameter `workspace`: a folder on the volume that the nodes share"
         )
     out = Path(workspace, "train")
-    launcher = _Launcher(complete(json.loads(job), Path(workspace, "masks"), out, settings))
+    launcher = _Launcher(complete(json.loads(job), Path(workspace, "masks"), out, settings), out)
     previous = signal.signal(signal.SIGTERM, launcher.stop)
     try:
         launcher.start()
@@ -55,8 +56,18 @@ def train_on_nodes(job: str, workspace: str, settings: TrainConfig) -> Metrics:
         signal.signal(signal.SIGTERM, previous)
     if condition["type"] == "Failed":
         reason = f"{condition.get('reason', '')} {condition.get('message', '')}".strip()
-        raise RuntimeError(f"TrainJob {launcher.job.name} failed: {reason}")
+        failure = failure_file(out)
+        code, _, message = failure.read_text().partition(" ") if failure.is_file() else ("", "", "")
+        if code == str(BAD_INPUT):
+            raise ValueError(f"TrainJob {launcher.job.name} failed: {message}")
+        raise TrainJobError(f"TrainJob {launcher.job.name} failed: {message or reason}")
     return dict(read_json(out / METRICS))
+
+
+class TrainJobError(RuntimeError):
+    """A TrainJob failed for another reason than bad input, such as a lost node or the memory."""
+
+    may_pass = True
 
 
 def delete_unfinished() -> None:
@@ -134,8 +145,8 @@ class TrainJob:
 class _Launcher:
     """Create and watch one TrainJob."""
 
-    def __init__(self, body: dict[str, Any]) -> None:
-        self._body = body
+    def __init__(self, body: dict[str, Any], out: Path) -> None:
+        self._body, self._out = body, out
         self.job = TrainJob(body["metadata"]["name"])
         self._pause = float(body["metadata"]["annotations"][POLL])
 
@@ -164,6 +175,7 @@ class _Launcher:
             while existing:
                 existing = self.job.get()
                 time.sleep(1.0 if existing else 0.0)
+            failure_file(self._out).unlink(missing_ok=True)
             self.job.create(self._body)
         except _REQUEST_ERRORS as error:
             status = f"{error.status} " if isinstance(error, client.ApiException) else ""

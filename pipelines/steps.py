@@ -8,9 +8,12 @@ Running steps import this module, so it must not import kfp.
 
 import csv
 import io
+import os
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,11 +27,14 @@ from pixelclip.config import TrainConfig, load
 from pixelclip.storage.download import check_exists, local_path
 from pixelclip.storage.files import read_json, write_atomically, write_json
 from pixelclip.workflow.code_version import CHANGED, UNKNOWN, code_revision
+from pixelclip.workflow.failures import FAILURE_FILE
 from pixelclip.workflow.provenance import origins, source
 from pixelclip.workflow.stage import METRICS, PROVENANCE, Metrics
 from pixelclip_pipelines.artifacts import located, pack, place, point, record, writable
+from pixelclip_pipelines.supervisor import RETRIES
 
 _TRAINING_SETTINGS_OF_CLIP = ("train.side", "train.residual")
+_WATCH_SECONDS = 0.1
 _DATA_COLUMNS = "| data | md5 | revision | path |\n|---|---|---|---|\n"
 
 
@@ -122,24 +128,53 @@ def processes(device: str) -> int:
 
 
 def train_by(number: int, masks: Path | str, out: Path, config: TrainConfig) -> Metrics:
-    """Run `train.run` in this process, or in `number` processes started by torchrun.
+    """Run `train.run` in `number` processes started by torchrun; a single one without retries in this process.
+
+    Torchrun restarts all processes if one fails, up to PIXELCLIP_RETRIES times, and the training continues after its last
+    checkpoint. It does not after bad input, nor after a network fault: then the whole step is repeated, see `supervisor`.
 
     Raises:
         SystemExit: a process failed after printing the reason; carries its exit code.
     """
-    if number == 1:
+    restarts = int(os.environ.get(RETRIES, "0"))
+    if number == 1 and not restarts:
         from pixelclip.train import run
 
         return run(masks, out, config)
     with tempfile.TemporaryDirectory() as folder:
-        params = Path(folder, "params.yaml")
+        params, failure = Path(folder, "params.yaml"), Path(folder, "failure")
         params.write_text(yaml.safe_dump({"train": config.model_dump()}))
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={number}"]
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        torchrun += [f"--nproc-per-node={number}", f"--max-restarts={restarts}"]
         options = ["--masks", str(masks), "--out", str(out), "--params", str(params)]
-        code = subprocess.run([*torchrun, "-m", "pixelclip", "train", *options]).returncode
-    if code:
-        raise SystemExit(code)
+        command = [*torchrun, "-m", "pixelclip_pipelines.worker", "train", *options]
+        if code := _watch(command, failure):
+            raise SystemExit(code)
     return dict(read_json(out / METRICS))
+
+
+def _watch(command: Sequence[str], failure: Path) -> int:
+    """Run torchrun, pass SIGTERM on, and stop it if a process writes `failure`, since torchrun restarts after every error.
+
+    Returns:
+        The exit code: that of `failure`, or torchrun's, which is 128 plus the signal if it was killed.
+    """
+    # Restarted processes would find the addresses of their predecessors in the agent's store and wait for them forever.
+    environment = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", FAILURE_FILE: str(failure)}
+    with subprocess.Popen(command, env=os.environ | environment) as process:
+        previous = signal.signal(signal.SIGTERM, lambda number, _frame: process.send_signal(number))
+        try:
+            while (code := process.poll()) is None:
+                if failure.is_file():
+                    process.terminate()
+                    process.wait()
+                else:
+                    time.sleep(_WATCH_SECONDS)
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+    if failure.is_file():
+        return int(failure.read_text().partition(" ")[0])
+    return 128 - code if code < 0 else code
 
 
 def links(registration: Path, evaluation: Path) -> str:

@@ -7,6 +7,7 @@ from typing import Any
 
 from pixelclip.config import TrainConfig
 from pixelclip.tracking.run import PARENT_RUN, PIPELINE_RUN
+from pixelclip.workflow.failures import FAILURE_FILE
 from pixelclip_pipelines.cluster_config import Cluster, pod_environment, seconds
 
 GROUP, VERSION, PLURAL = "trainer.kubeflow.org", "v1alpha1", "trainjobs"
@@ -107,11 +108,20 @@ def complete(job: dict[str, Any], masks: Path, out: Path, settings: TrainConfig)
     forwarded = [name for name in _FORWARDED if os.environ.get(name) and name not in defined]
     trainer = trainer | {
         "args": ["--masks", str(masks), "--out", str(out), *overrides],
-        "env": [*trainer["env"], *({"name": name, "value": os.environ[name]} for name in forwarded)],
+        "env": [
+            *trainer["env"],
+            *({"name": name, "value": os.environ[name]} for name in forwarded),
+            {"name": FAILURE_FILE, "value": str(failure_file(out))},
+        ],
     }
     owners = [owner] if (owner := launcher_pod()) else []
     metadata = job["metadata"] | {"name": job_name()} | ({"ownerReferences": owners} if owners else {})
     return job | {"metadata": metadata, "spec": job["spec"] | {"trainer": trainer}}
+
+
+def failure_file(out: Path) -> Path:
+    """Return the file, on the shared volume, in which the nodes report why a training into `out` failed."""
+    return out.with_name(f".{out.name}.failure")
 
 
 def job_name() -> str:

@@ -29,9 +29,9 @@ class JsonHandler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def served(handler: type[JsonHandler]) -> Iterator[str]:
-    """Start the server on a free port and yield its URL."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+def served(handler: type[BaseHTTPRequestHandler], port: int = 0) -> Iterator[str]:
+    """Start the server on a port, by default a free one, and yield its URL."""
+    server = ThreadingHTTPServer(("127.0.0.1", port), handler)
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()

@@ -3,8 +3,8 @@
 `run` starts one process for all, because importing torch takes seconds. In it the long stages (STAGES) are replaced by
 functions that check how they are called; everything before and after them is the component's own.
 
-The inputs are those of 0.1.0 on KFP 2.17.0. Where a parameter or an output of a component has another name since, the files have
-the new one; paths in a store that the test does not have are folders below /workspace.
+The inputs are those of 0.1.0 on KFP 2.17.0. Where a parameter or an output of a component has been renamed since, the files
+have its new name; paths in a store that the test does not have are folders below /workspace.
 """
 
 import inspect

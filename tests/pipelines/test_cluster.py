@@ -235,6 +235,23 @@ def test_every_step_has_a_timeout_and_retries_with_backoff(pipeline):
         assert retry["backoffFactor"] == int(retry["backoffFactor"]), f"{name}: Argo requires a whole number"
 
 
+def test_every_step_repeats_itself(pipeline, several_nodes):
+    """KFP 2.17 does not repeat a failed container, so a supervisor takes the place of KFP's executor."""
+    for spec, *_ in (pipeline, several_nodes):
+        for name, container in containers(spec).items():
+            step, command = name.removeprefix("exec-").removesuffix("-2").replace("-", "_"), " ".join(container["command"])
+            assert f"python3 -m pixelclip_pipelines.supervisor --step {step} --retries " in command, name
+            assert "--component_module_path" in command and "kfp.dsl.executor_main" not in command
+    train = " ".join(containers(pipeline[0])["exec-train"]["command"])
+    assert "--step train --retries 5 --backoff 120 --backoff-factor 3 " in train
+
+
+def test_other_executor_of_kfp_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr("pixelclip_pipelines.cluster_tasks._EXECUTOR", "python4 -m kfp.executor")
+    with pytest.raises(ValueError, match="starts steps in a way that pixelclip does not support"):
+        compiled(tmp_path, "parts: 1")
+
+
 def test_only_steps_determined_by_their_parameters_are_cached(pipeline, several_nodes):
     for spec, *_ in (pipeline, several_nodes):
         cached = {name for name, task in tasks(spec).items() if task.get("cachingOptions", {}).get("enableCache")}

@@ -16,6 +16,7 @@ from kubeflow_trainer_api.models.trainer_v1alpha1_train_job import TrainerV1alph
 
 from helpers.trainjob_server import ends, fake_kubernetes, kubeconfig
 from pixelclip.config import TrainConfig, load, parse_overrides
+from pixelclip.workflow.failures import exit_code
 from pixelclip_components.train_job.component import train_job
 from pixelclip_pipelines import launcher
 from pixelclip_pipelines.cluster_config import Cluster
@@ -84,6 +85,33 @@ def test_trainjob_command_is_valid_on_the_command_line(kubernetes, space):
 def test_failed_training_fails_the_step(kubernetes, space):
     kubernetes.fate = [None, ends("Failed", "DeadlineExceeded", "no node was found")]
     with pytest.raises(RuntimeError, match="TrainJob pixelclip-run-1 failed: DeadlineExceeded no node was found"):
+        train_on_nodes(job(space), str(space), TrainConfig())
+
+
+def test_nodes_report_whether_a_retry_can_help(kubernetes, space):
+    """Kubernetes says only that the job failed; the nodes write the reason to the shared volume."""
+    kubernetes.fate = [ends("Complete")]
+    train_on_nodes(job(space), str(space), TrainConfig())
+    variables = {each["name"]: each.get("value") for each in kubernetes.jobs["pixelclip-run-1"]["spec"]["trainer"]["env"]}
+    failure = Path(variables["PIXELCLIP_FAILURE_FILE"])
+    assert failure.parent == space, "on the volume"
+    for written, kind, code, message in (
+        ("2 masks: no such folder", ValueError, 2, "masks: no such folder"),
+        ("75 MLflow cannot be reached", RuntimeError, 75, "MLflow cannot be reached"),
+        ("", RuntimeError, 75, "JobFailed"),
+    ):
+        kubernetes.jobs["pixelclip-run-1"] = {"metadata": {}}
+        kubernetes.fate = [None, None, ends("Failed", "JobFailed")]
+        failure.write_text(written) if written else failure.unlink()
+        with pytest.raises(kind, match=f"TrainJob pixelclip-run-1 failed: {message}") as failed:
+            train_on_nodes(job(space), str(space), TrainConfig())
+        assert exit_code(failed.value) == code
+
+
+def test_reason_of_an_earlier_failure_is_removed(kubernetes, space):
+    (space / ".train.failure").write_text("2 masks: no such folder")
+    kubernetes.fate = [ends("Failed", "JobFailed")]
+    with pytest.raises(RuntimeError, match="JobFailed"):
         train_on_nodes(job(space), str(space), TrainConfig())
 
 

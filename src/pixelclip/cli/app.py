@@ -13,6 +13,7 @@ from pixelclip.config import ImportConfig, as_table, build, device_name, load, p
 from pixelclip.storage.download import local_path
 from pixelclip.storage.s3 import is_s3
 from pixelclip.storage.upload import upload
+from pixelclip.workflow.failures import BAD_INPUT, report
 from pixelclip.workflow.output import output_folder
 
 _MODEL = "Model folder, s3://bucket/folder, or models:/NAME@ALIAS."
@@ -333,11 +334,11 @@ def main() -> None:
     """Run a command; report input and disk errors in one message with exit code 2."""
     try:
         app()
-    except ValueError as error:
-        message = str(error)
-    except OSError as error:  # usually of the disk: missing folder, no permission, no space left
-        message = f"{error.filename}: {error.strerror}" if error.filename else " ".join(str(error).split())
-    else:
         return
+    except (ValueError, OSError) as error:
+        problem, message = error, str(error)
+    if isinstance(problem, OSError):  # usually of the disk: missing folder, no permission, no space left
+        message = f"{problem.filename}: {problem.strerror}" if problem.filename else " ".join(message.split())
     print(f"pixelclip: {message}", file=sys.stderr)
-    sys.exit(2)
+    report(problem, message)
+    sys.exit(BAD_INPUT)
