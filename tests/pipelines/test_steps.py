@@ -433,17 +433,6 @@ def test_two_processes_train_the_same_model_as_one(shards, clip, tmp_path, monke
     assert all(torch.allclose(tensor, two[name], atol=2e-3, rtol=1e-3) for name, tensor in one.items())
 
 
-def test_failed_process_fails_the_step(clip, tmp_path, monkeypatch, capfd):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    tiny.mlflow_at(monkeypatch, tmp_path / "mlflow")
-    config = TrainConfig(**training.SMALL, clip=str(clip))
-    with pytest.raises(SystemExit) as ended:
-        train_by(2, tmp_path / "nothing", tmp_path / "model", config)
-    assert ended.value.code != 0
-    assert "no such folder or manifest of shards" in capfd.readouterr().err
-    assert not (tmp_path / "model").exists()
-
-
 # Pages of KFP.
 
 

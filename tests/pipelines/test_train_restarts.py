@@ -107,10 +107,11 @@ def test_torchrun_does_not_restart_after_bad_input(clip, tmp_path, monkeypatch, 
     monkeypatch.setenv(supervisor.RETRIES, "3")
     config = TrainConfig(**training.SMALL, clip=str(clip))
     with pytest.raises(SystemExit) as ended:
-        train_by(2, tmp_path / "nothing", tmp_path / "model", config)
+        train_by(1, tmp_path / "nothing", tmp_path / "model", config)
     assert ended.value.code == 2
     shown = "".join(capfd.readouterr())
     assert "no such folder or manifest of shards" in shown and "attempt 2" not in shown
+    assert not (tmp_path / "model").exists()
 
 
 @pytest.mark.slow
