@@ -176,7 +176,7 @@ def test_failing_added_row_is_named_and_leaves_the_others(made, monkeypatch, cap
         main()
     assert ended.value.code == 2
     message = capsys.readouterr().err
-    assert "\npixelclip: 2 of 6 runs failed" in message and "row 'broken', seed 3: step 2: loss" in message
+    assert message.startswith("pixelclip: 2 of 6 runs failed") and "row 'broken', seed 3: step 2: loss" in message
     head, broken, *others = cells((made.out / "table.md").read_text())
     assert broken[0] == "broken" and broken[2:7] == ["–", "–", "–", "–", "0 of 2"]
     assert head[7] == "error" and broken[7].startswith("seed 0: step 2: loss")

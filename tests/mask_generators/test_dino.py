@@ -190,10 +190,10 @@ def test_file_that_is_not_a_checkpoint_is_rejected(tmp_path):
     (tmp_path / "page.pth").write_text("<!doctype html><title>404</title>")
     with pytest.raises(ValueError, match=r"page\.pth: .*not a checkpoint"):
         load_dino(tmp_path / "page.pth")
-    with zipfile.ZipFile(tmp_path / "script.pt", "w") as archive:  # the format of OpenAI's CLIP
+    with zipfile.ZipFile(tmp_path / "script.pt", "w") as archive:  # TorchScript, cut off
         archive.writestr("script/constants.pkl", b"")
         archive.writestr("script/version", "3")
-    with pytest.raises(ValueError, match=r"script\.pt: truncated, or not a checkpoint \(.*TorchScript.*\);") as caught:
+    with pytest.raises(ValueError, match=r"script\.pt: truncated, or not a checkpoint \(.*\);") as caught:
         load_dino(tmp_path / "script.pt")
     assert "Re-running" not in str(caught.value)
     for path in (tmp_path, tmp_path / "absent.pth", tmp_path / "absent.safetensors"):

@@ -18,7 +18,7 @@ import pytest
 from pixelclip.storage import progress
 from pixelclip.storage.progress import count, track
 
-INPUTS = Path(__file__).parent / "fixtures" / "kfp" / "executor_input"
+INPUTS = Path(__file__).parents[1] / "fixtures" / "kfp" / "executor_input"
 
 
 class Clock:
