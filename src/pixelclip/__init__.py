@@ -1,6 +1,5 @@
 """Open-vocabulary segmentation from images that nobody labelled (PixelCLIP, NeurIPS 2024)."""
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,8 +8,6 @@ if TYPE_CHECKING:
 
 __all__ = ["__version__", "load"]
 __version__ = "0.2.0"
-# Waiting threads sleep instead of spinning, which takes CPU time from others. OpenMP reads this when torch is imported.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def load(model: Path | str, device: str = "auto") -> "Predictor":

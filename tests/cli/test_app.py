@@ -1,5 +1,6 @@
 """Command line: every command has help, every mistake is one message with exit code 2."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -31,6 +32,15 @@ def commands() -> list[tuple[str, ...]]:
 def test_every_stage_has_a_command():
     assert {(stage,) for stage in SETTINGS} <= set(commands())
     assert {("predict",), ("settings",), ("pipeline", "run"), ("pipeline", "compile")} <= set(commands())
+
+
+@pytest.mark.parametrize(("given", "used"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_waiting_threads_sleep_unless_the_user_decides(pixelclip, monkeypatch, given, used):
+    monkeypatch.setenv("OMP_WAIT_POLICY", given or "")
+    if given is None:
+        monkeypatch.delenv("OMP_WAIT_POLICY")
+    pixelclip("--help")
+    assert os.environ["OMP_WAIT_POLICY"] == used
 
 
 def test_help_lists_every_command(pixelclip):

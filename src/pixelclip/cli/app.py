@@ -1,5 +1,6 @@
 """Command line: one command per stage, and predict, doctor, ... Commands only parse and call."""
 
+import os
 import sys
 import tempfile
 from importlib import import_module
@@ -332,6 +333,8 @@ def _path(spec: str) -> Path:
 
 def main() -> None:
     """Run a command; report input and disk errors in one message with exit code 2."""
+    # Waiting threads sleep instead of spinning, which uses up a CPU quota. OpenMP reads this when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
         return
