@@ -7,6 +7,7 @@ import json
 import shlex
 import tempfile
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def arguments(
     else:
         configs = check_settings(params, chosen)
         sent = changed(configs)
-    named = {name: sent.get(setting, value) for (name, setting), value in zip(SETTING_OF.items(), defaults(), strict=True)}
+    named = {name: sent.get(setting, defaults()[name]) for name, setting in SETTING_OF.items()}
     # A parameter with its default leaves the setting to the file, so `settings` has to repeat it.
     left = {setting for name, setting in SETTING_OF.items() if settings_file and is_default(name, named)}
     settings = {name: value for name, value in sent.items() if name in left or name not in SETTING_OF.values()}
@@ -208,14 +209,16 @@ def of_form(form: Mapping[str, Any]) -> dict[str, Any]:
     return {**fields, **written}
 
 
-def defaults() -> list[Any]:
-    """Return the defaults of the parameters in `SETTING_OF`, in their order."""
-    return [getattr(load(stage), field) for stage, _, field in (setting.partition(".") for setting in SETTING_OF.values())]
+@cache
+def defaults() -> Mapping[str, Any]:
+    """Return the default of every parameter in `SETTING_OF`."""
+    parts = {name: setting.partition(".") for name, setting in SETTING_OF.items()}
+    return {name: getattr(load(stage), field) for name, (stage, _, field) in parts.items()}
 
 
 def is_default(name: str, form: Mapping[str, Any]) -> bool:
     """Return whether a parameter in `SETTING_OF` has its default, which leaves the setting to the settings file."""
-    return bool(form[name] == dict(zip(SETTING_OF, defaults(), strict=True))[name])
+    return bool(form[name] == defaults()[name])
 
 
 def flat(configs: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,6 @@ import os
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from wsgiref.simple_server import WSGIRequestHandler, make_server
@@ -20,6 +19,7 @@ from dulwich.web import make_wsgi_chain
 
 from helpers import services, tiny
 from helpers.fake_data import write_files
+from helpers.json_server import running
 from pixelclip.config import FetchDataConfig
 from pixelclip.fetch_data import about, run
 from pixelclip.storage.files import digest, read_json
@@ -383,14 +383,8 @@ def git_server(repo: Path, login: str) -> Iterator[str]:
             return [b""]
 
         server = make_server("127.0.0.1", 0, guarded, handler_class=Quiet)
-        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
-        thread.start()
-        try:
-            yield f"127.0.0.1:{server.server_port}"
-        finally:
-            server.shutdown()
-            thread.join()
-            server.server_close()
+        with running(server) as address:
+            yield address
 
 
 def test_login_from_git_variables_is_not_recorded(repo, tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 from typing import Any
 
 
@@ -33,10 +33,17 @@ def served(handler: type[BaseHTTPRequestHandler], port: int = 0) -> Iterator[str
     """Start the server on a port, by default a free one, and yield its URL."""
     server = ThreadingHTTPServer(("127.0.0.1", port), handler)
     server.daemon_threads = True
+    with running(server) as address:
+        yield f"http://{address}"
+
+
+@contextmanager
+def running(server: HTTPServer) -> Iterator[str]:
+    """Serve in a thread and yield host and port; close the server at the end."""
     thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()
     try:
-        yield f"http://127.0.0.1:{server.server_port}"
+        yield f"127.0.0.1:{server.server_port}"
     finally:
         server.shutdown()
         thread.join()

@@ -12,9 +12,11 @@ from email.parser import BytesParser
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+import pytest
 import yaml
 
 from helpers.json_server import JsonHandler, served
+from pixelclip_pipelines.submit import ENDPOINTS, TOKEN
 
 NOW = "2026-01-02T03:04:05Z"
 _BELOW = "/apis/v2beta1/"
@@ -162,3 +164,21 @@ class _Handler(JsonHandler):
 
     def do_DELETE(self) -> None:
         self._dispatch("DELETE")
+
+
+@pytest.fixture
+def kfp(monkeypatch, tmp_path):
+    """Start the server, without any setting of this machine that points to another one."""
+    for name in (*ENDPOINTS, TOKEN, "KF_PIPELINES_UI_ENDPOINT", "PIXELCLIP_IMAGE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))  # kfp.Client stores a context there
+    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "no-kubeconfig"))
+    monkeypatch.chdir(tmp_path)
+    with fake_kfp() as server:
+        yield server
+
+
+@pytest.fixture
+def run(kfp, pixelclip):
+    """Run a command of `pixelclip pipeline` against the server; return exit code, output and errors."""
+    return lambda *words: pixelclip("pipeline", *words, "--endpoint", kfp.url)

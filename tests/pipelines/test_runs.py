@@ -9,15 +9,16 @@ import pytest
 import yaml
 from kfp import compiler
 
+from helpers import kfp_server
 from helpers.command_line import pixelclip  # noqa: F401
-from helpers.kfp_server import fake_kfp
 from helpers.kubernetes_server import fake_cluster
 from pixelclip_pipelines import runs
 from pixelclip_pipelines.cluster_config import Cluster
 from pixelclip_pipelines.pixelclip import build
 from pixelclip_pipelines.run_steps import steps_of
-from pixelclip_pipelines.submit import ENDPOINTS, TOKEN, Target
+from pixelclip_pipelines.submit import TOKEN, Target
 
+kfp, run = kfp_server.kfp, kfp_server.run
 FOLDER = Path(__file__).parents[1] / "fixtures" / "kfp" / "runs"
 RUNS = sorted(path.stem for path in FOLDER.glob("*.json"))
 NOW = datetime(2026, 11, 28, 13, 20, tzinfo=UTC)
@@ -74,22 +75,6 @@ def compiled(tmp_path_factory):
     # The recorded runs are of 0.1.0, where the step fetch_labelled was a second fetch_data.
     pipeline, platform = yaml.safe_load_all(file.read_text().replace("fetch-labelled", "fetch-data-2"))
     return {"pipeline_spec": pipeline, "platform_spec": platform}
-
-
-@pytest.fixture
-def kfp(monkeypatch, tmp_path):
-    for name in (*ENDPOINTS, TOKEN, "KF_PIPELINES_UI_ENDPOINT"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr("kubernetes.config.kube_config.KUBE_CONFIG_DEFAULT_LOCATION", str(tmp_path / "no-kubeconfig"))
-    monkeypatch.chdir(tmp_path)
-    with fake_kfp() as server:
-        yield server
-
-
-@pytest.fixture
-def run(kfp, pixelclip):  # noqa: F811
-    return lambda *words: pixelclip("pipeline", *words, "--endpoint", kfp.url)
 
 
 def load(kfp, name, compiled=None):

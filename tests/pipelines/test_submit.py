@@ -6,27 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from helpers import kfp_server
 from helpers.command_line import pixelclip  # noqa: F401
-from helpers.kfp_server import fake_kfp
 from pixelclip_pipelines.submit import ENDPOINTS, TOKEN
 
+kfp, run = kfp_server.kfp, kfp_server.run
 DATA = ("--images", "/data/images", "--labelled", "/data/toy")
-
-
-@pytest.fixture
-def kfp(monkeypatch, tmp_path):
-    for name in (*ENDPOINTS, TOKEN, "KF_PIPELINES_UI_ENDPOINT", "PIXELCLIP_IMAGE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", str(tmp_path))  # kfp.Client stores a context there
-    monkeypatch.chdir(tmp_path)
-    with fake_kfp() as server:
-        yield server
-
-
-@pytest.fixture
-def run(kfp, pixelclip):  # noqa: F811
-    """Run a command of `pixelclip pipeline` against the server; return exit code, output and errors."""
-    return lambda *words: pixelclip("pipeline", *words, "--endpoint", kfp.url)
 
 
 def test_submit_uploads_once_and_starts_runs_with_every_parameter(kfp, run):
