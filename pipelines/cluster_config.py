@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from kubernetes.utils.quantity import parse_quantity
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from pixelclip.config import build, nearest, read_yaml
+from pixelclip.settings import build, nearest, read_yaml
 
 FILE = Path("cluster.yaml")
 """Read from the current folder if no other file is given."""

@@ -13,8 +13,9 @@ from typing import Any
 
 import yaml
 
-from pixelclip.config import TrainConfig, load, load_all, nearest, parse_overrides
+from pixelclip.config import TrainConfig
 from pixelclip.fetch_data import has_secret, look_inside, without_login
+from pixelclip.settings import load, load_all, nearest, parse_overrides
 
 SETTING_OF = {
     "masks_generator": "masks.generator",

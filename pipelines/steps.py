@@ -23,7 +23,8 @@ from typing import Any
 import yaml
 
 from pixelclip import __version__
-from pixelclip.config import TrainConfig, load
+from pixelclip.config import TrainConfig
+from pixelclip.settings import load
 from pixelclip.storage.download import check_exists, local_path
 from pixelclip.storage.files import read_json, write_atomically, write_json
 from pixelclip.workflow.code_version import CHANGED, UNKNOWN, code_revision

@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from pixelclip import config
-from pixelclip.config import STAGES, as_table, build, lasting, load, load_all, nearest, parse_overrides
+from pixelclip.config import STAGES, lasting
+from pixelclip.settings import as_table, build, load, load_all, nearest, parse_overrides
 
 PARAMS = Path(__file__).parents[1] / "params.yaml"
 

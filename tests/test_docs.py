@@ -8,7 +8,7 @@ import typer
 import yaml
 
 from pixelclip.cli.app import app
-from pixelclip.config import as_table
+from pixelclip.settings import as_table
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]

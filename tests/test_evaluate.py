@@ -17,7 +17,7 @@ from helpers.evaluations import CONFIG, KilledError, Reads, naive_iou, result, w
 from helpers.fake_data import annotation, encoded, write_files
 from pixelclip import evaluate as stage
 from pixelclip import evaluate_clip
-from pixelclip.config import EvaluateConfig, build
+from pixelclip.config import EvaluateConfig
 from pixelclip.data.labelled_sets import KINDS, open_folder
 from pixelclip.data.tensors import normalise, resize_square, to_tensor
 from pixelclip.distributed import ProcessGroup
@@ -29,6 +29,7 @@ from pixelclip.mask_generators.felzenszwalb import felzenszwalb
 from pixelclip.models.backbone import Backbone
 from pixelclip.models.checkpoint import backbone_of, load_clip, load_model
 from pixelclip.models.text import TEMPLATES, TextTower, classifier
+from pixelclip.settings import build
 from pixelclip.storage.files import read_json
 
 client, made, reads, seven = evaluations.client, evaluations.made, evaluations.reads, evaluations.seven

@@ -20,8 +20,8 @@ def evaluate(
     """Evaluate a model and the CLIP it was trained from on a labelled set."""
     import shutil
 
-    from pixelclip.config import load
     from pixelclip.evaluate import REPORT, run
+    from pixelclip.settings import load
     from pixelclip_pipelines.artifacts import located, place
     from pixelclip_pipelines.steps import compared, show_confusion, show_metrics
 

@@ -16,8 +16,8 @@ def evaluate_clip(
     workspace: str = "",
 ):
     """Evaluate the unchanged CLIP on a labelled set. The versions are part of KFP's cache key."""
-    from pixelclip.config import load
     from pixelclip.evaluate_clip import run
+    from pixelclip.settings import load
     from pixelclip_pipelines.artifacts import located, place, record
 
     clip_evaluation.metadata.update(clip_version=clip_version, data_version=data_version)

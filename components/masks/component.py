@@ -15,8 +15,8 @@ def masks(
     workspace: str = "",
 ):
     """Generate class-agnostic masks for every image of the shards, or of one part of them."""
-    from pixelclip.config import load
     from pixelclip.masks import run
+    from pixelclip.settings import load
     from pixelclip_pipelines.artifacts import located, place, record
 
     config = load("masks", overrides={**settings, "masks.generator": generator, "masks.part": part})

@@ -19,8 +19,8 @@ def register(
     """Register a model in MLflow and decide whether it becomes champion."""
     from pathlib import Path
 
-    from pixelclip.config import load
     from pixelclip.register import run
+    from pixelclip.settings import load
     from pixelclip_pipelines.artifacts import located, place, record
     from pixelclip_pipelines.steps import links as page
 

@@ -13,7 +13,7 @@ def shards(
     workspace: str = "",
 ):
     """Pack a folder of images into tar shards."""
-    from pixelclip.config import load
+    from pixelclip.settings import load
     from pixelclip.shards import run
     from pixelclip_pipelines.artifacts import located, place, record
 

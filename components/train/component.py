@@ -21,7 +21,7 @@ def train(
     workspace: str = "",
 ):
     """Train PixelCLIP on masked shards with all GPUs of the pod."""
-    from pixelclip.config import load
+    from pixelclip.settings import load
     from pixelclip_pipelines.artifacts import place, record
     from pixelclip_pipelines.steps import gathered, processes, train_by
 

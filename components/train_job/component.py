@@ -22,7 +22,7 @@ def train_job(
     workspace: str = "",
 ):
     """Train on several nodes: start a TrainJob of Kubeflow Trainer and wait until it ends."""
-    from pixelclip.config import load
+    from pixelclip.settings import load
     from pixelclip_pipelines.artifacts import place, record
     from pixelclip_pipelines.launcher import train_on_nodes
 

@@ -20,7 +20,7 @@ from helpers.training import SMALL
 from pixelclip import evaluate, train
 from pixelclip.cli.app import main
 from pixelclip.commands import sweep
-from pixelclip.config import load
+from pixelclip.settings import load
 from pixelclip.tracking.run import PARENT_RUN, PIPELINE_RUN
 from pixelclip_components.sweep_table.component import sweep_table
 from pixelclip_pipelines import sweep as pipeline

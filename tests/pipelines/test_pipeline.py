@@ -15,7 +15,7 @@ from helpers.training import SMALL
 from pixelclip import masks as stage_masks
 from pixelclip import shards as stage_shards
 from pixelclip import train as stage_train
-from pixelclip.config import load, load_all
+from pixelclip.settings import load, load_all
 from pixelclip.storage.files import read_json, write_json
 from pixelclip_pipelines.artifacts import located
 from pixelclip_pipelines.cluster_config import Cluster, Volume

@@ -15,7 +15,8 @@ import pytest
 from kubeflow_trainer_api.models.trainer_v1alpha1_train_job import TrainerV1alpha1TrainJob
 
 from helpers.trainjob_server import ends, fake_kubernetes, kubeconfig
-from pixelclip.config import TrainConfig, load, parse_overrides
+from pixelclip.config import TrainConfig
+from pixelclip.settings import load, parse_overrides
 from pixelclip.workflow.failures import exit_code
 from pixelclip_components.train_job.component import train_job
 from pixelclip_pipelines import launcher

@@ -10,7 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from pixelclip.cli.pipeline import Params, Sweep, pipeline, reject_s3
-from pixelclip.config import ImportConfig, as_table, build, device_name, load, parse_overrides
+from pixelclip.config import ImportConfig, device_name
+from pixelclip.settings import as_table, build, load, parse_overrides
 from pixelclip.storage.download import local_path
 from pixelclip.storage.s3 import is_s3
 from pixelclip.storage.upload import upload

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from pixelclip.config import parse_overrides
+from pixelclip.settings import parse_overrides
 
 
 def reject_s3(path: Path) -> Path:

@@ -17,13 +17,14 @@ from typing import Any
 from mlflow import MlflowClient
 
 from pixelclip import __version__, evaluate, masks, shards, train
-from pixelclip.config import STAGES, build, lasting
+from pixelclip.config import STAGES, lasting
 from pixelclip.data.labelled_sets import open_labelled
 from pixelclip.data.shard_sources import describe_shards
 from pixelclip.models.clip_sources import clip_folder
 from pixelclip.registry.lineage import Registered, recorded
 from pixelclip.registry.model_version import fetch
 from pixelclip.registry.promotion import registry
+from pixelclip.settings import build
 from pixelclip.storage.download import local_path
 from pixelclip.storage.files import digest, write_json
 from pixelclip.storage.s3 import is_s3

@@ -24,9 +24,10 @@ from mlflow.exceptions import MlflowException
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from pixelclip import evaluate, train
-from pixelclip.config import STAGES, EvaluateConfig, TrainConfig, build, load, nearest, read_yaml
+from pixelclip.config import STAGES, EvaluateConfig, TrainConfig
 from pixelclip.data.labelled_sets import open_labelled
 from pixelclip.data.shard_sources import list_shards
+from pixelclip.settings import build, load, nearest, read_yaml
 from pixelclip.storage.download import local_path
 from pixelclip.storage.files import read_json, write_atomically
 from pixelclip.tracking.journal import RUN

@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from pixelclip.config import nearest
 from pixelclip.data.annotations import parse_annotation
 from pixelclip.data.class_names import check_names, read_classes
 from pixelclip.data.images import IMAGE_SUFFIXES, decode_image, open_image
+from pixelclip.settings import nearest
 from pixelclip.storage.files import files_below, read_json
 
 IGNORE = 255

@@ -24,10 +24,10 @@ from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field
 
-from pixelclip.config import build
 from pixelclip.data.class_names import parse_names
 from pixelclip.data.images import decode_image
 from pixelclip.inference.predictor import Predictor, label_image, overlay
+from pixelclip.settings import build
 
 ARTIFACT = "pixelclip"
 SIGNATURE = ModelSignature(

@@ -21,12 +21,12 @@ from safetensors.torch import load_file as load_tensors
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from pixelclip.config import nearest
 from pixelclip.models.backbone import Backbone, Residual
 from pixelclip.models.clip_checkpoint import download, load_file
 from pixelclip.models.clip_sources import clip_folder
 from pixelclip.models.text import Prompts, TextTower, Vectors
 from pixelclip.models.weights import check_fit
+from pixelclip.settings import nearest
 from pixelclip.storage.files import read_json, write_json
 from pixelclip.workflow.stage import PROVENANCE
 

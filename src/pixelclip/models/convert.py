@@ -10,7 +10,7 @@ import torch
 from open_clip.timm_model import TimmModel
 from torch import Tensor
 
-from pixelclip.config import ImportConfig, nearest
+from pixelclip.config import ImportConfig
 from pixelclip.models.backbone import Backbone, check_side
 from pixelclip.models.checkpoint import (
     CLIP_CONFIG,
@@ -27,6 +27,7 @@ from pixelclip.models.checkpoint import (
 from pixelclip.models.decoder import Decoder
 from pixelclip.models.text import TextTower
 from pixelclip.models.weights import check_fit, check_tensors, read_weights
+from pixelclip.settings import nearest
 from pixelclip.storage.files import check_writable, read_json, write_atomically
 from pixelclip.workflow.stage import Metrics, Stage, describe
 

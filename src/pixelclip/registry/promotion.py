@@ -13,8 +13,9 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from pixelclip.config import RegisterConfig, nearest
+from pixelclip.config import RegisterConfig
 from pixelclip.registry.gate import Decision, GateMetrics, decide
+from pixelclip.settings import nearest
 from pixelclip.tracking.server import connect, first_line, is_missing, tracking_uri
 
 CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous", "challenger"
