@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,7 @@ from pixelclip.models.checkpoint import backbone_of, load_clip, load_model
 from pixelclip.models.text import TEMPLATES, TextTower, classifier
 from pixelclip.settings import build
 from pixelclip.storage.files import read_json
+from pixelclip.workflow.termination import Terminated
 
 client, made, reads, seven = evaluations.client, evaluations.made, evaluations.reads, evaluations.seven
 
@@ -440,6 +442,22 @@ def test_interrupted_run_resumes_to_the_same_result(made, seven, client, tmp_pat
     assert "resumes after 5 images" in printed and "1 of 7 samples cannot be used" in printed
     assert result(tmp_path / "out") == result(tmp_path / "undisturbed")
     assert result(tmp_path / "out")["report.html"].count("<figure>") == 4 * 6
+
+
+def test_signal_ends_the_evaluation_after_the_batch(made, seven, client, tmp_path, capsys, reads):
+    config = with_settings(max_bad_share=0.2, pictures=7, batch_size=2)
+    undisturbed = run(made / "changed", seven, tmp_path / "undisturbed", config)
+    reads.kill_at, reads.signal = 3, signal.SIGTERM
+    with pytest.raises(Terminated) as ended:
+        run(made / "changed", seven, tmp_path / "out", config)
+    assert ended.value.code == 143
+    assert "evaluate: stopped by SIGTERM after 5 of 7 images; the same command continues" in capsys.readouterr().out
+    reads.kill_at = -1
+    reads.seen.clear()
+    assert run(made / "changed", seven, tmp_path / "out", config) == undisturbed
+    assert reads.seen == [5, 6]
+    assert result(tmp_path / "out") == result(tmp_path / "undisturbed")
+    assert {run.info.status for run in client.search_runs(["1"])} == {"FINISHED"}
 
 
 @pytest.mark.parametrize("changed", [{"pictures": 3}, {"batch_size": 3}], ids=["pictures", "batch_size"])

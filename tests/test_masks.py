@@ -2,6 +2,7 @@
 
 import io
 import json
+import signal
 import tracemalloc
 import zlib
 from pathlib import Path
@@ -26,6 +27,7 @@ from pixelclip.mask_generators import EncodedSample
 from pixelclip.mask_generators.dino import IMAGENET_MEAN, IMAGENET_STD, load_dino, segment
 from pixelclip.mask_generators.felzenszwalb import felzenszwalb
 from pixelclip.masks import GENERATORS, run, shrink_sample
+from pixelclip.workflow.termination import Terminated
 
 HEIGHT, WIDTH = 24, 32
 JPEG = encoded(pixels(HEIGHT, WIDTH), quality=95)
@@ -250,6 +252,39 @@ def test_shards_with_the_same_name_are_rejected(tmp_path: Path) -> None:
     manifest = write_files(tmp_path, {"list.txt": b"one/0.tar\ntwo/0.tar\n"}) / "list.txt"
     with pytest.raises(ValueError, match=r"list\.txt: .* duplicates: 0\.tar"):
         run(manifest, tmp_path / "out", config())
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_signal_keeps_the_images_masked_so_far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, workers) -> None:
+    images = {f"{i}.jpg": encoded(pixels(HEIGHT, WIDTH, seed=i)) for i in range(6)} | {"bad.jpg": b"x"}
+    write_tar(tmp_path / "shards" / "0.tar", {f"a{name}": data for name, data in images.items()})
+    shards = write_tar(tmp_path / "shards" / "1.tar", dict(sorted(images.items()))).parent
+    settings = config(workers=workers, max_bad_share=0.2)
+    undisturbed = run(shards, tmp_path / "whole", settings)
+    read, keys = module._read, []
+
+    def read_or_stop(tar: Path, member: module.Member) -> module.EncodedSample:
+        keys.append(member.key)
+        if member.key == "3" and stop:
+            signal.raise_signal(signal.SIGTERM)
+        return read(tar, member)
+
+    monkeypatch.setattr(module, "_read", read_or_stop)
+    stop = True
+    with pytest.raises(Terminated) as ended:
+        run(shards, tmp_path / "out", settings)
+    assert ended.value.code == 143
+    done = keys.index("3") - keys.index("0") + 1 if workers == 0 else 1  # with workers all were read before the first result
+    assert f"masks: stopped by SIGTERM after {done} of 7 images of {shards}/1.tar; the same command" in capsys.readouterr().out
+    stop = False
+    keys.clear()
+    assert run(shards, tmp_path / "out", settings) == undisturbed
+    assert len(keys) == 7 - done
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
+        path.name for path in (tmp_path / "whole").iterdir()
+    )
+    for name in ("0.tar", "1.tar", "1.summary.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
 def test_resume_keeps_the_shards_finished_before_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

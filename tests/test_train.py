@@ -22,6 +22,7 @@ from pixelclip import train
 from pixelclip.models.checkpoint import load_clip, load_model
 from pixelclip.models.pixelclip import PixelCLIP
 from pixelclip.models.text import TEMPLATES, classifier
+from pixelclip.workflow.termination import Terminated
 
 clip, config, shards = training.clip, training.config, training.shards
 
@@ -88,6 +89,46 @@ def test_killed_training_resumes_with_identical_losses(shards, config, tmp_path,
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.parametrize(("number", "update"), [(signal.SIGTERM, 0), (signal.SIGINT, 2), (signal.SIGTERM, 5)])
+def test_signal_ends_the_training_after_the_step_with_a_checkpoint(
+    shards, config, tmp_path, monkeypatch, capsys, number, update
+):
+    undisturbed = train.run(shards, tmp_path / "whole", config(checkpoint_every=100))
+    with monkeypatch.context() as patch:
+        kill_at(update, patch, lambda: signal.raise_signal(number))
+        with pytest.raises(Terminated) as ended:
+            train.run(shards, tmp_path / "stopped", config(checkpoint_every=100))
+    assert ended.value.code == 128 + number
+    stopped = update + 1 if update < 5 else 6
+    reason = f"stopped by {number.name}" + (f" after step {stopped} of 6" if update < 5 else "")
+    assert f"train: {reason}; the same command continues\n" in capsys.readouterr().out
+    client = MlflowClient()
+
+    def status() -> str:
+        (run,) = client.search_runs(["1"], "attributes.run_name = 'stopped'")
+        return run.info.status
+
+    assert status() == "KILLED"
+    with monkeypatch.context() as patch:
+        seen = []
+        patch.setattr(PixelCLIP, "update_teacher", lambda *_, move=PixelCLIP.update_teacher: (seen.append(1), move(*_)))
+        assert train.run(shards, tmp_path / "stopped", config(checkpoint_every=100)) == undisturbed
+    assert len(seen) == 6 - stopped, "no step is repeated"
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "whole")
+    assert status() == "FINISHED"
+
+
+def test_checkpoints_are_written_by_time_too(shards, config, tmp_path, monkeypatch):
+    saved = []
+    save = train.save_state
+    monkeypatch.setattr(train, "save_state", lambda *given: (saved.append(given[3].steps), save(*given)))
+    train.run(shards, tmp_path / "model", config(checkpoint_every=100, checkpoint_minutes=1e-9))
+    assert saved == [1, 2, 3, 4, 5, 6]
+    saved.clear()
+    train.run(shards, tmp_path / "other", config(checkpoint_every=100, checkpoint_minutes=0))
+    assert saved == [6]
+
+
 def flawed(folder: Path) -> Path:
     """Write three good images, an unreadable one, and one whose mask vanishes on the mask grid."""
     dot = np.zeros((1, 40, 48), bool)
@@ -134,7 +175,7 @@ def test_training_killed_while_finishing_resumes_from_its_last_checkpoint(shards
         with pytest.raises(Killed):
             train.run(shards, tmp_path / "model", config())
     train.run(shards, tmp_path / "model", config())
-    assert "after step 4" in capsys.readouterr().out
+    assert "after step 6" in capsys.readouterr().out
     assert not (tmp_path / "model" / train.STATE_FILE).exists()
 
 

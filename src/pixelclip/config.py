@@ -178,6 +178,9 @@ class TrainConfig(_Settings):
     workers: int = _setting(-1, "Loader processes; 0: main process, -1: one per CPU, up to 4.", runtime=True, ge=-1, le=1024)
     log_every: int = _setting(10, "Steps between logged metrics.", runtime=True, ge=1)
     checkpoint_every: int = _setting(500, "Steps between checkpoints.", runtime=True, ge=1)
+    checkpoint_minutes: float = _setting(
+        10.0, "Minutes after which a checkpoint is written even before checkpoint_every; 0 disables it.", runtime=True, ge=0
+    )
     picture_every: int = _setting(1000, "Steps between pictures of masks and concepts; 0 disables them.", runtime=True, ge=0)
 
     @model_validator(mode="after")

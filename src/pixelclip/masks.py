@@ -8,11 +8,10 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
 from itertools import islice
-from multiprocessing import get_context
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar, cast
@@ -31,6 +30,8 @@ from pixelclip.storage.progress import count
 from pixelclip.workflow.bad_samples import BadSamples
 from pixelclip.workflow.cpus import count_workers
 from pixelclip.workflow.stage import Metrics, Stage, describe
+from pixelclip.workflow.termination import Terminated, deferred
+from pixelclip.workflow.worker_processes import start_worker, worker_context
 
 _WINDOW = 64  # samples in flight between the main process and the workers
 GENERATORS = {"felzenszwalb": "workers", "given": "workers", "sam": "device", "dino": "device"}
@@ -121,12 +122,16 @@ def _num_bytes(tar: Shard) -> int:
     return tar.stat().st_size if isinstance(tar, Path) else tar.size
 
 
-def _start_pool(workers: int) -> AbstractContextManager[Executor | None]:
+@contextmanager
+def _start_pool(workers: int) -> Iterator[Executor | None]:
     if workers == 0:
-        return nullcontext()
-    context = get_context("forkserver")
-    context.set_forkserver_preload([__name__, "skimage.segmentation"])
-    return ProcessPoolExecutor(workers, mp_context=context)
+        yield None
+        return
+    pool = ProcessPoolExecutor(workers, worker_context([__name__, "skimage.segmentation"]), start_worker)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 _Results = Callable[[Shard, list[Member]], Iterator[Masked | str]]
@@ -156,22 +161,40 @@ def _mask_shards(tars: list[Shard], folder: Path, config: MasksConfig, results: 
 
 
 def _mask_shard(tar: Shard, out: Path, results: _Results) -> dict[str, Any]:
-    """Write one masked shard; return the numbers of images and masks, and the bad samples."""
+    """Write one masked shard; return the numbers of images and masks, and the bad samples.
+
+    After SIGTERM or Ctrl-C the samples so far are kept, and the next call continues with the following one.
+    """
     members, bad_members = index_shard(tar)
-    bad = [f"{name}: {reason}" for name, reason in bad_members]
-    images, masks = 0, 0
-    progress = count(len(members), f"masks {tar.stem}", "image")
-    with ShardWriter(out) as writer, progress:
-        for member, result in zip(members, results(tar, members), strict=True):
-            progress.update()
-            if isinstance(result, str):
-                bad.append(f"{tar}: {member.key}: {result}")
-                continue
-            sample, document = result
-            writer.add(f"{sample.key}.jpg", sample.image)
-            writer.add(f"{sample.key}.json", json.dumps(document, separators=(",", ":")).encode())
-            images, masks = images + 1, masks + len(document["annotations"])
-    return {"images": images, "masks": masks, "bad": bad}
+    begun = out.with_name(f".{out.stem}.begun.json")  # next to the unfinished tar; only if that ends with a whole sample
+    none: dict[str, Any] = {"images": 0, "masks": 0, "bad": [f"{name}: {reason}" for name, reason in bad_members]}
+    done, counts = read_json(begun) if begun.is_file() else (0, none)
+    begun.unlink(missing_ok=True)
+    progress = count(len(members), f"masks {tar.stem}", "image", done)
+    try:
+        with deferred() as received, ShardWriter(out, append=done > 0) as writer, progress:
+            left = members[done:]
+            for member, result in zip(left, results(tar, left), strict=True):
+                _add(writer, result, counts, f"{tar}: {member.key}")
+                done += 1
+                progress.update()
+                if number := received():
+                    raise Terminated(number, f"after {done} of {len(members)} images of {tar}")
+    except Terminated:
+        write_json(begun, (done, counts))
+        raise
+    return counts
+
+
+def _add(writer: ShardWriter, result: Masked | str, counts: dict[str, Any], where: str) -> None:
+    if isinstance(result, str):
+        counts["bad"].append(f"{where}: {result}")
+        return
+    sample, document = result
+    writer.add(f"{sample.key}.jpg", sample.image)
+    writer.add(f"{sample.key}.json", json.dumps(document, separators=(",", ":")).encode())
+    counts["images"] += 1
+    counts["masks"] += len(document["annotations"])
 
 
 def _results(

@@ -1,6 +1,7 @@
 """STAGE train: train PixelCLIP on shards with masks, starting from a pretrained CLIP (PixelCLIP, section 3)."""
 
 import math
+import signal
 import time
 from collections import deque
 from collections.abc import Callable
@@ -30,11 +31,12 @@ from pixelclip.models.text import TEMPLATES, Prompts, TextTower, Vectors, classi
 from pixelclip.models.training_state import Progress, load_state, save_state
 from pixelclip.storage.download import local_copy
 from pixelclip.storage.progress import track
-from pixelclip.tracking.run import Run
+from pixelclip.tracking.run import KILLED, Run
 from pixelclip.visualization.pictures import gallery, training_picture
 from pixelclip.workflow.bad_samples import BadSamples
 from pixelclip.workflow.cpus import count_workers
 from pixelclip.workflow.stage import Metrics, Stage, describe
+from pixelclip.workflow.termination import Terminated, deferred
 
 STATE_FILE = "state.safetensors"
 _MOST_WORKERS = 4
@@ -80,12 +82,16 @@ def run(masks: Path | str, out: Path, config: TrainConfig) -> Metrics:
             shared = config.model_dump(include={field.name for field in fields(Views)})
             views = Views(**shared, mean=clip.mean, std=clip.std)
             dataset = MaskedImages(shards, views, config.seed, dino is None, config.shards_at_once)
-            tracked = Run.start(stage.folder, name=out.name, provenance=stage.provenance()) if group.is_main else None
+            tracked: Run | None = None
             try:
-                metrics = _train(stage, clip, dino and load_dino(dino), dataset, config, group, tracked)
-            except BaseException:
+                if group.is_main:
+                    with deferred():  # otherwise a run could stay open that nobody knows
+                        tracked = Run.start(stage.folder, name=out.name, provenance=stage.provenance())
+                with deferred() as received:
+                    metrics = _train(stage, clip, dino and load_dino(dino), dataset, config, group, tracked, received)
+            except BaseException as error:
                 if tracked:
-                    tracked.finish("FAILED")
+                    tracked.finish(KILLED if isinstance(error, Terminated) else "FAILED")
                 raise
             if tracked:
                 tracked.values(metrics)
@@ -115,6 +121,7 @@ def _train(
     config: TrainConfig,
     group: ProcessGroup,
     tracked: Run | None,
+    received: Callable[[], int],
 ) -> Metrics:
     # Model. Every process builds the same one, because initial values depend only on the seed.
     text = TextTower(clip.model)
@@ -149,14 +156,26 @@ def _train(
     bar = track(range(start, config.steps), "train", "step", config.steps, start, enabled=group.is_main)
 
     output, maskless, num_bad, seen, since = None, resumed.maskless, resumed.bad, 0, time.monotonic()
+    saved_at = since
+
+    def progress(steps: int) -> Progress:
+        loss, used = (output.loss.item(), output.concepts_used()) if output else (resumed.loss, resumed.concepts_used)
+        return Progress(steps, maskless, num_bad, loss, used)
+
     pending: deque[tuple[int, Callable[[], list[float]]]] = deque()
     for step in bar:
         micro_batches = [next(loader) for _ in range(config.accumulate)]
 
         # Report and count bad samples; too many stop the training.
         bad.found += [name for batch in micro_batches for name in batch.bad]
-        local = [len(bad.found) - len(dataset.bad), sum(len(batch.masks) for batch in micro_batches)]
-        new_bad, num_masks = group.all_reduce(torch.tensor(local)).tolist()
+        local = [len(bad.found) - len(dataset.bad), sum(len(batch.masks) for batch in micro_batches), received()]
+        new_bad, num_masks, signals = group.all_reduce(torch.tensor(local)).tolist()
+        if signals:  # of any process; all of them stop before this step
+            if tracked:
+                tracked.mark_killed()
+                _check_finite(pending, keep=0)
+                save_state(stage.folder / STATE_FILE, model, optimizer, progress(step))
+            raise Terminated(received() or signal.SIGTERM, f"after step {step} of {config.steps}")
         num_bad = resumed.bad + new_bad
         if num_bad:
             bad.stop_if_too_many(_drawn_from(dataset, (step + 1) * config.batch_size), len(dataset.bad) + num_bad)
@@ -182,7 +201,8 @@ def _train(
         pictured = tracked and config.picture_every and ((step + 1) % config.picture_every == 0 or step == 0)
         output = model.accumulate(batches, group, shown=_PICTURE_IMAGES if pictured else 0)
         norm = nn.utils.clip_grad_norm_(model.learning(), config.gradient_clip)
-        saved = (step + 1) % config.checkpoint_every == 0
+        saved = (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps
+        saved |= 0 < 60 * config.checkpoint_minutes <= time.monotonic() - saved_at
         pending.append((step, copy_to_host_async(torch.stack([output.loss, norm]))))
         # On a GPU check one step late, so that the host does not wait. Check before a log or a checkpoint, too.
         _check_finite(pending, keep=int(group.device.type == "cuda" and not (logged or saved)))
@@ -216,9 +236,9 @@ def _train(
             tracked.artifact(picture, "pictures")
 
         # Checkpoint.
-        if group.is_main and saved and step + 1 < config.steps:
-            progress = Progress(step + 1, maskless, num_bad, output.loss.item(), output.concepts_used())
-            save_state(stage.folder / STATE_FILE, model, optimizer, progress)
+        if group.is_main and saved:
+            save_state(stage.folder / STATE_FILE, model, optimizer, progress(step + 1))
+            saved_at = time.monotonic()
 
     _check_finite(pending, keep=0)
     bad.found = sum(group.all_gather_object(bad.found[len(dataset.bad) :]), list(dataset.bad))
@@ -231,9 +251,10 @@ def _train(
             gallery(model.eval(), dataset, stage.folder, group.device)
         model = model.cpu()  # the student's tower is clip.model.visual itself
         save_model(stage.folder, clip, model.prompts, model.decoder, side=config.side, residual=config.residual, origin=origin)
+    last = progress(config.steps)
     return {
-        "train/loss": output.loss.item() if output else resumed.loss,
-        "train/concepts_used": float(output.concepts_used() if output else resumed.concepts_used),
+        "train/loss": last.loss,
+        "train/concepts_used": float(last.concepts_used),
         "train/steps": float(config.steps),
         "train/bad_samples": float(len(dataset.bad) + num_bad),
         "train/maskless_batches": float(maskless),

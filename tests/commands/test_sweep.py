@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import signal
 import sys
 from itertools import chain
 from pathlib import Path
@@ -22,6 +23,7 @@ from pixelclip.cli.app import main
 from pixelclip.commands import sweep
 from pixelclip.settings import load
 from pixelclip.tracking.run import PARENT_RUN, PIPELINE_RUN
+from pixelclip.workflow.termination import Terminated
 from pixelclip_components.sweep_table.component import sweep_table
 from pixelclip_pipelines import sweep as pipeline
 
@@ -139,7 +141,7 @@ def test_same_command_again_reuses_all_runs_and_the_parent(made, monkeypatch):
     assert PARENT_RUN not in os.environ and os.environ[PIPELINE_RUN] == "kept"
 
 
-def test_interrupted_sweep_resumes_below_the_same_parent(made, tmp_path, monkeypatch):
+def test_terminated_sweep_resumes_below_the_same_parent(made, tmp_path, monkeypatch, capsys):
     file = write_sweep(tmp_path / "killed.yaml", name="killed", rows={"one": None})
     inputs = (*made.inputs[:2], tmp_path / "out", made.inputs[3])
     original, calls = evaluate.run, []
@@ -147,13 +149,14 @@ def test_interrupted_sweep_resumes_below_the_same_parent(made, tmp_path, monkeyp
     def evaluate_or_interrupt(*arguments):
         calls.append(arguments)
         if len(calls) == 2:
-            raise KeyboardInterrupt
+            signal.raise_signal(signal.SIGTERM)
         return original(*arguments)
 
     with monkeypatch.context() as patch:
         patch.setattr(evaluate, "run", evaluate_or_interrupt)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Terminated):
             sweep.run(file, *inputs)
+    assert "sweep: stopped by SIGTERM; the same command continues with run 2 of 2" in capsys.readouterr().out
     before = written(tmp_path / "out")
     assert len(before) == 3
     assert [line[6] for line in cells((tmp_path / "out" / "table.md").read_text())] == ["seeds", "1"]
@@ -161,7 +164,7 @@ def test_interrupted_sweep_resumes_below_the_same_parent(made, tmp_path, monkeyp
     def parents():
         return [run for run in all_runs(made.client) if run.info.run_name == "killed"]
 
-    assert [run.info.status for run in parents()] == ["FAILED"]
+    assert [run.info.status for run in parents()] == ["KILLED"]
     assert sweep.run(file, *inputs)[0]["seeds"] == 2
     assert before.items() <= written(tmp_path / "out").items()
     assert [run.info.status for run in parents()] == ["FINISHED"]

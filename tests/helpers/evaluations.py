@@ -1,5 +1,6 @@
 """A trained model, a labelled set and their evaluation."""
 
+import signal
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -63,9 +64,10 @@ class KilledError(Exception):
 
 @dataclass
 class Reads:
-    """Indices of the images read; reading index `kill_at` kills the stage."""
+    """Indices of the images read; reading index `kill_at` kills the stage, or sends it the signal."""
 
     kill_at: int = -1
+    signal: int = 0
     seen: list[int] = field(default_factory=list)
 
 
@@ -75,7 +77,9 @@ def reads(monkeypatch) -> Reads:
 
     def watched(self, index):
         if index == reads.kill_at:
-            raise KilledError
+            if not reads.signal:
+                raise KilledError
+            signal.raise_signal(reads.signal)
         reads.seen.append(index)
         return read(self, index)
 

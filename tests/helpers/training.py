@@ -1,6 +1,7 @@
 """Shards, a tiny CLIP and settings of short training runs."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -65,13 +66,17 @@ class Killed(BaseException):
     pass
 
 
-def kill_at(update: int, patch: pytest.MonkeyPatch) -> None:
+def die() -> None:
+    raise Killed
+
+
+def kill_at(update: int, patch: pytest.MonkeyPatch, kill: Callable[[], None] = die) -> None:
     """Kill the training before the teacher update with this index; steps without masks have none."""
     move, count = PixelCLIP.update_teacher, iter(range(100))
 
     def move_or_die(self, momentum):
         if next(count) == update:
-            raise Killed
+            kill()
         move(self, momentum)
 
     patch.setattr(PixelCLIP, "update_teacher", move_or_die)

@@ -31,8 +31,9 @@ from pixelclip.settings import build, load, nearest, read_yaml
 from pixelclip.storage.download import local_path
 from pixelclip.storage.files import read_json, write_atomically
 from pixelclip.tracking.journal import RUN
-from pixelclip.tracking.run import PARENT_RUN, PIPELINE_RUN, Run
+from pixelclip.tracking.run import KILLED, PARENT_RUN, PIPELINE_RUN, Run
 from pixelclip.tracking.server import connect
+from pixelclip.workflow.termination import Terminated, deferred, terminable
 
 TABLE, RUNS, PLOT = "table.md", "runs.csv", "sweep.png"
 # Metrics of the table: prefix in evaluate's metrics, before the slash, and heading.
@@ -147,7 +148,14 @@ def run(file: Path, masks: Path | str, labelled: Path | str, out: Path, params: 
         raise ValueError(f"{out}: must be a folder, found a file")
     connect()  # reports an unreachable server before anything is written
     out.mkdir(parents=True, exist_ok=True)
-    parent, status = Run.start(out, name, {"stage": "sweep", "settings": {}, "inputs": {}}), "FAILED"
+    with terminable():
+        return _run_all(name, planned, masks, labelled, out)
+
+
+def _run_all(name: str, planned: list[SweepRun], masks: Path | str, labelled: Path, out: Path) -> list[dict[str, Any]]:
+    with deferred():  # otherwise a run could stay open that nobody knows
+        parent = Run.start(out, name, {"stage": "sweep", "settings": {}, "inputs": {}})
+    status = "FAILED"
     runs: list[dict[str, Any]] = []
     try:
         parent.tags({"sweep.out": str(out.resolve())})
@@ -164,6 +172,10 @@ def run(file: Path, masks: Path | str, labelled: Path | str, out: Path, params: 
             parent.artifact(out / file_name)
         failed = [f"row {run['row']!r}, seed {run['seed']}: {run['error']}" for run in runs if run["error"]]
         status = "FAILED" if failed else "FINISHED"
+    except Terminated as stop:
+        status = KILLED
+        print(f"sweep: {stop.reason}; the same command continues with run {len(runs) + 1} of {len(planned)}", flush=True)
+        raise
     finally:
         parent.finish(status)
     print((out / TABLE).read_text(), flush=True)

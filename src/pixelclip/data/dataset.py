@@ -4,7 +4,6 @@ Every sample is a pure function of (seed, position in the sample stream), so tha
 or the number of workers.
 """
 
-import multiprocessing
 import tarfile
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -26,6 +25,7 @@ from pixelclip.data.rle import RunMasks
 from pixelclip.data.shard_format import index_shard, read_part
 from pixelclip.data.shard_sources import RemoteFile, Shard
 from pixelclip.data.views import TrainingSample, Views, draw, shrink_factor, unpack
+from pixelclip.workflow.worker_processes import start_worker, worker_context
 
 
 @dataclass(frozen=True)
@@ -218,13 +218,12 @@ def sample_indices(batch_size: int, local: range, pieces: int, start: int, stop:
 
 def load_batches(dataset: MaskedImages, lists: Iterable[list[int]], workers: int, pin: bool) -> DataLoader[PackedBatch]:
     """Load one batch for every list of sample indices, in order for any number of workers."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", __name__])  # imported once and shared by all workers
     return DataLoader(
         dataset,  # type: ignore[arg-type]
         batch_sampler=lists,
         collate_fn=collate,
         num_workers=workers,
-        multiprocessing_context=context if workers else None,
+        multiprocessing_context=worker_context(["__main__", __name__]) if workers else None,
+        worker_init_fn=start_worker,
         pin_memory=pin,
     )

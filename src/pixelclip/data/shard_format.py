@@ -72,12 +72,17 @@ def read_part(path: Shard, offset: int, size: int) -> bytes:
 
 
 class ShardWriter:
-    """Write samples into one tar, reproducible byte for byte; the file gets its final name only when it is complete."""
+    """Write samples into one tar, reproducible byte for byte; the file gets its final name only when it is complete.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: the tar.
+        append: continue the tar of a writer that an exception ended, after its last member.
+    """
+
+    def __init__(self, path: Path, append: bool = False) -> None:
         self._path = path
         self._temporary = path.with_name(f".{path.name}.partial")
-        self._tar = tarfile.open(self._temporary, "w", format=tarfile.GNU_FORMAT)  # noqa: SIM115
+        self._tar = tarfile.open(self._temporary, "a" if append else "w", format=tarfile.GNU_FORMAT)  # noqa: SIM115
 
     def add(self, name: str, data: bytes) -> None:
         """Add one member."""

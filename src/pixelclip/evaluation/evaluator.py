@@ -33,6 +33,7 @@ from pixelclip.models.checkpoint import Clip
 from pixelclip.storage.files import write_atomically
 from pixelclip.storage.progress import track
 from pixelclip.workflow.bad_samples import BadSamples
+from pixelclip.workflow.termination import Terminated, deferred
 
 STATE_FOLDER = "state"
 """Folder in a stage's partial output, with the counts and examples from which an interrupted evaluation resumes."""
@@ -109,24 +110,28 @@ def evaluate_towers(
     left = range(saved_index, indices.stop)
     bar = track(left, stage, "image", len(indices), saved_index - indices.start, enabled=group.is_main)
     samples = _read_samples(dataset, bar, config, given, bad)
-    while batch := list(islice(samples, config.batch_size)):
-        truths = [sample.labels for sample in batch]
-        predictions = _predict(batch, list(towers.values()), clip, classes, config)
-        counts.add(truths, predictions)
-        if CLIP in towers:
-            whole_images = _resize_batch(batch, clip.side, clip, group.device)
-            similarities = F.normalize(towers[CLIP].image_features(whole_images), dim=-1) @ classes.T
-            counts.add_recalled(truths, similarities.cpu())
-        for sample, predicted in zip(batch, predictions, strict=True):
-            if sample.index in example_indices:
-                label_maps = zip(towers, predicted.label_maps, strict=True)
-                arrays = {f"map{tower}": labels.cpu().numpy().astype(np.uint16) for tower, labels in label_maps}
-                arrays |= {"image": np.asarray(sample.image), "truth": sample.labels.astype(np.uint16)}
-                write_atomically(_example_file(state, sample.index), to_npz(**arrays))
-        counts.next_index = batch[-1].index + 1
-        if counts.next_index - saved_index >= config.checkpoint_every:
-            counts.save(checkpoint)
-            saved_index = counts.next_index
+    with deferred() as received:
+        while batch := list(islice(samples, config.batch_size)):
+            truths = [sample.labels for sample in batch]
+            predictions = _predict(batch, list(towers.values()), clip, classes, config)
+            counts.add(truths, predictions)
+            if CLIP in towers:
+                whole_images = _resize_batch(batch, clip.side, clip, group.device)
+                similarities = F.normalize(towers[CLIP].image_features(whole_images), dim=-1) @ classes.T
+                counts.add_recalled(truths, similarities.cpu())
+            for sample, predicted in zip(batch, predictions, strict=True):
+                if sample.index in example_indices:
+                    label_maps = zip(towers, predicted.label_maps, strict=True)
+                    arrays = {f"map{tower}": labels.cpu().numpy().astype(np.uint16) for tower, labels in label_maps}
+                    arrays |= {"image": np.asarray(sample.image), "truth": sample.labels.astype(np.uint16)}
+                    write_atomically(_example_file(state, sample.index), to_npz(**arrays))
+            counts.next_index = batch[-1].index + 1
+            number = received()
+            if number or counts.next_index - saved_index >= config.checkpoint_every:
+                counts.save(checkpoint)
+                saved_index = counts.next_index
+            if number:
+                raise Terminated(number, f"after {saved_index} of {indices.stop} images")
     counts.all_reduce(group)
     bad.found = counts.bad_samples
     (bad.check if group.is_main else bad.stop_if_too_many)(len(dataset))

@@ -19,16 +19,19 @@ from mlflow.exceptions import MlflowException
 
 from pixelclip.storage.files import read_json
 from pixelclip.tracking.journal import CURVES, RUN, Journal
-from pixelclip.tracking.server import connect, experiment_id, first_line, is_missing, run_url, tracking_uri
+from pixelclip.tracking.server import connect, experiment_id, first_line, is_missing, request_limits, run_url, tracking_uri
 from pixelclip.workflow.provenance import data, flatten, source
 from pixelclip.workflow.provenance import tags as tags_of
 
+KILLED = "KILLED"
+"""Status of a run that a signal ended."""
 PIPELINE_RUN = "PIXELCLIP_PIPELINE_RUN"
 """Environment variable with the ID of the pipeline run that a stage belongs to."""
 PARENT_RUN = "PIXELCLIP_PARENT_RUN"
 """Environment variable with the ID of the parent of new MLflow runs."""
 _PARAMS_PER_REQUEST = 90  # MLflow accepts 100
 _CLOSE_SECONDS = 30.0
+_KILL_SECONDS = 5
 
 
 def lineage_tags(provenance: Mapping[str, Any]) -> dict[str, str]:
@@ -168,7 +171,7 @@ class Run:
 
     def finish(self, status: str = "FINISHED") -> bool:
         """Deliver everything and end the run; print a message and return False if delivery fails."""
-        if not self.journal.flush(_CLOSE_SECONDS):
+        if not self.journal.flush(_KILL_SECONDS if status == KILLED else _CLOSE_SECONDS):
             print(
                 f"Lost connection to MLflow at {tracking_uri()} ({self.journal.error}), run {self.run_id}. "
                 f"{len(self.journal.points)} curve points will be sent by the next stage from {CURVES}; "
@@ -177,12 +180,20 @@ class Run:
                 flush=True,
             )
             return False
+        self._close(status)
+        return True
+
+    def mark_killed(self) -> None:
+        """Set the status KILLED before slower work, because a cluster may leave little time; `finish` delivers the rest."""
+        with request_limits(timeout=_KILL_SECONDS, retries=0):
+            self._close(KILLED)
+
+    def _close(self, status: str) -> None:
         if self._owned:
             try:
                 self.client.set_terminated(self.run_id, status)
             except Exception as error:  # MLflow raises many types, see `connect`
                 print(f"MLflow at {tracking_uri()}: the run could not be closed: {first_line(error)}", flush=True)
-        return True
 
     def _describe(self, provenance: Mapping[str, Any], tags: Mapping[str, str]) -> None:
         if self._owned:

@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
@@ -24,10 +24,12 @@ from pixelclip.config import lasting
 from pixelclip.storage.cache import origin
 from pixelclip.storage.files import digest, files_below, read_json, write_json
 from pixelclip.workflow.code_version import code_image, code_revision
+from pixelclip.workflow.termination import Terminated, terminable
 
 Metrics = dict[str, float]
 PROVENANCE = "provenance.json"
 METRICS = "metrics.json"
+_UNFINISHED = re.compile(r"\..+\.(partial|[0-9a-f]{8})")
 
 
 class Stage:
@@ -63,6 +65,7 @@ class Stage:
         identity += [self.source["git_sha"]] if self.source else []
         self.fingerprint = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         self.folder = self.out.with_name(f".{self.out.name}.{self.fingerprint[:12]}.partial")
+        self._signals = ExitStack()
         self._check_out()
 
     @property
@@ -88,6 +91,7 @@ class Stage:
         except OSError as error:
             raise ValueError(f"{self.out}: cannot be created: {error.strerror}") from None
         self._handle = self._lock(self.folder)
+        self._signals.enter_context(terminable())
         print(f"{self.name}: {'continues an interrupted run' if resumed else 'starts'} → {_short(self.out)}", flush=True)
         if not resumed and siblings:
             names = ", ".join(_short(folder) for folder in siblings)
@@ -98,6 +102,9 @@ class Stage:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename is None:
             error.filename = str(self.folder)  # a failed write names no file; the message must name the full disk
+        if isinstance(error, Terminated):
+            print(f"{self.name}: {error.reason}; the same command continues", flush=True)
+        self._signals.close()
         os.close(self._handle)
 
     def finish(self, metrics: Metrics, files: Sequence[str]) -> Metrics:
@@ -110,6 +117,7 @@ class Stage:
         Returns:
             `metrics`.
         """
+        _remove_unfinished_files(self.folder)
         chosen = [path for path in files_below(self.folder) if any(path.match(pattern) for pattern in files)]
         write_json(self.folder / METRICS, metrics)
         write_json(
@@ -191,6 +199,13 @@ class Stage:
             [f"{key} {old} → {new}" for key, (old, new) in changes.items() if old != new]
             + [f"different {key}" for key in different]
         )
+
+
+def _remove_unfinished_files(folder: Path) -> None:
+    """Remove what killed writes left behind: the hidden files of `write_atomically` and of others, which end in `.partial`."""
+    for path in folder.rglob(".*"):
+        if _UNFINISHED.fullmatch(path.name) and path.is_file():
+            path.unlink()
 
 
 def _code(provenance: Mapping[str, Any]) -> str:

@@ -1,0 +1,135 @@
+"""SIGTERM and Ctrl-C: where they end a process, with which exit code, and that workers end with their parent."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from pixelclip.workflow import termination
+from pixelclip.workflow.termination import Terminated, deferred, terminable
+
+SIGNALS = {signal.SIGTERM: 143, signal.SIGINT: 130}
+
+
+@pytest.mark.parametrize(("number", "code"), SIGNALS.items())
+def test_signal_raises_and_the_former_handler_comes_back(number, code):
+    before = signal.getsignal(number)
+    with pytest.raises(Terminated) as ended, terminable():
+        signal.raise_signal(number)
+    assert ended.value.code == code
+    assert ended.value.reason == f"stopped by {number.name}"
+    assert signal.getsignal(number) is before
+
+
+def test_deferred_signal_is_noted_and_sent_again_if_nobody_acts_on_it():
+    reached = []
+    with pytest.raises(Terminated), terminable(), deferred() as received:
+        assert received() == 0
+        signal.raise_signal(signal.SIGTERM)
+        reached.append(received())
+    assert reached == [signal.SIGTERM]
+
+
+def test_deferred_signal_that_the_caller_acts_on_is_not_sent_again():
+    with terminable():
+        with pytest.raises(Terminated, match="143") as ended, deferred() as received:
+            signal.raise_signal(signal.SIGTERM)
+            raise Terminated(received(), "after step 3 of 5")
+        assert ended.value.reason == "stopped by SIGTERM after step 3 of 5"
+
+
+def test_second_signal_acts_at_once_unless_it_repeats_the_first(monkeypatch):
+    """Torchrun passes on the signal that a terminal has sent to all processes."""
+    reached = []
+    with pytest.raises(Terminated) as ended, terminable(), deferred():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGTERM)
+        reached.append("repeated")
+        monkeypatch.setattr(termination, "_ONE_REQUEST_SECONDS", 0.0)
+        signal.raise_signal(signal.SIGTERM)
+        reached.append("second")
+    assert reached == ["repeated"]
+    assert ended.value.code == 143
+
+
+def test_other_threads_install_no_handlers():
+    seen = []
+
+    def work() -> None:
+        with terminable(), deferred() as received:
+            seen.append(received())
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [0]
+
+
+WORKERS = """
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from pixelclip.workflow.worker_processes import start_worker, worker_context
+import os, signal, time
+
+if __name__ == "__main__":
+    with ProcessPoolExecutor(2, worker_context([]), start_worker) as pool:
+        print(*{pool.submit(os.getpid).result() for _ in range(20)}, flush=True)
+        print(sum(pool.map(abs, [time.sleep(1) or 1, 2])), flush=True)
+        time.sleep(60)
+"""
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return condition()
+
+
+def start(tmp_path: Path) -> tuple["subprocess.Popen[str]", list[int]]:
+    (tmp_path / "workers.py").write_text(WORKERS)
+    words = [sys.executable, str(tmp_path / "workers.py")]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    assert process.stdout
+    return process, [int(word) for word in process.stdout.readline().split()]
+
+
+def test_workers_end_when_their_parent_is_killed(tmp_path):
+    process, pids = start(tmp_path)
+    with process:
+        process.kill()
+    assert wait_until(lambda: not any(map(alive, pids)))
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_workers_and_their_server_survive_a_signal_to_the_whole_group(tmp_path, number):
+    process, pids = start(tmp_path)
+    others = [int(path.name) for path in Path("/proc").glob("[0-9]*") if in_session(int(path.name), process.pid)]
+    with process:
+        for pid in others:
+            if pid != process.pid:
+                os.kill(pid, number)
+        assert process.stdout
+        assert process.stdout.readline() == "3\n"
+        assert all(map(alive, pids))
+        process.kill()
+
+
+def in_session(pid: int, session: int) -> bool:
+    try:
+        return os.getsid(pid) == session
+    except OSError:
+        return False
