@@ -3,10 +3,9 @@
 import contextlib
 import os
 import re
-import signal
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from docker.errors import DockerException, ImageNotFound
 from docker.types import DeviceRequest, Mount
 from kfp import local
 
+from pixelclip.workflow.termination import terminable
 from pixelclip_components import IMAGE
 from pixelclip_pipelines.docker_patch import patched, remove
 from pixelclip_pipelines.parameters import parse
@@ -58,27 +58,10 @@ def containers(arguments: Mapping[str, Any], out: Path) -> Iterator[local.Docker
                 remove(container)
 
         try:
-            with _on_interrupt(remove_all):
+            with terminable(remove_all):  # at once, because KFP waits for the threads that run the steps of a loop
                 yield local.DockerRunner(labels={_LABEL: run}, **_options(arguments, out, image))
         finally:
             remove_all()
-
-
-@contextlib.contextmanager
-def _on_interrupt(action: Callable[[], None]) -> Iterator[None]:
-    """Run `action` first on SIGINT and SIGTERM, because KFP waits for the threads that run the steps of a loop."""
-
-    def interrupt(number: int, frame: object) -> None:
-        action()
-        raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
-
-    main = threading.current_thread() is threading.main_thread()  # other threads cannot set handlers
-    previous = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM) if main}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _engine() -> Any:

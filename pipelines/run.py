@@ -7,10 +7,11 @@ import shutil
 import sys
 import uuid
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+import psutil
 from kfp import compiler, local
 
 from pixelclip.storage.files import read_json
@@ -18,6 +19,7 @@ from pixelclip.storage.s3 import is_s3
 from pixelclip.tracking.run import PIPELINE_RUN
 from pixelclip.tracking.server import connect, tracking_uri, ui_address
 from pixelclip.workflow.stage import METRICS
+from pixelclip.workflow.termination import Terminated, terminable
 from pixelclip_pipelines.cluster_config import image_of, read
 from pixelclip_pipelines.docker_runner import containers
 from pixelclip_pipelines.parameters import arguments
@@ -79,7 +81,7 @@ def run_locally(
     os.environ["MLFLOW_TRACKING_URI"] = _absolute(tracking_uri())
     os.environ[PIPELINE_RUN] = str(uuid.uuid4())
     artifacts = out / ".kfp"
-    steps = containers(checked, out) if runner == "docker" else contextlib.nullcontext(local.SubprocessRunner(use_venv=False))
+    steps = containers(checked, out) if runner == "docker" else _processes()
     with steps as kfp_runner:
         out.mkdir(parents=True, exist_ok=True)
         local.init(kfp_runner, pipeline_root=str(artifacts), raise_on_error=True)
@@ -89,6 +91,9 @@ def run_locally(
             )  # the image is this project's
             with (out / LOG).open("a") as log, contextlib.redirect_stdout(_StageOutput(sys.stdout, log)):
                 pixelclip(**checked)
+        except Terminated as stop:
+            print(f"pipeline: {stop.reason}; the same command continues", flush=True)
+            raise
         except RuntimeError as error:  # raised by kfp for a failed step, which has printed its own message
             raise SystemExit(f"pixelclip: {error}\nFinished stages are kept in {out}; the same command resumes.") from None
     shutil.rmtree(artifacts, ignore_errors=True)  # all results are in the workspace
@@ -98,6 +103,19 @@ def run_locally(
     print(f"\n{(out / 'evaluate' / 'table.txt').read_text()}")
     print(f"{registered['model_uri']} is {registered['role']}: {registered['reason']}")
     print(f"results: {out}   MLflow: {ui_address() or tracking_uri()}")
+
+
+@contextlib.contextmanager
+def _processes() -> Iterator[local.SubprocessRunner]:
+    """Yield the runner of steps in processes, which get SIGTERM if this process is asked to end: they save what they have."""
+
+    def stop_steps() -> None:
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.terminate()
+
+    with terminable(stop_steps):
+        yield local.SubprocessRunner(use_venv=False)
 
 
 class _StageOutput(io.TextIOBase):

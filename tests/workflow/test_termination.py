@@ -29,31 +29,45 @@ def test_signal_raises_and_the_former_handler_comes_back(number, code):
 
 def test_deferred_signal_is_noted_and_sent_again_if_nobody_acts_on_it():
     reached = []
-    with pytest.raises(Terminated), terminable(), deferred() as received:
-        assert received() == 0
-        signal.raise_signal(signal.SIGTERM)
-        reached.append(received())
-    assert reached == [signal.SIGTERM]
+
+    def work() -> None:
+        with terminable(lambda: reached.append("first")), deferred() as received:
+            reached.append(received())
+            signal.raise_signal(signal.SIGTERM)
+            reached.append(received())
+
+    with pytest.raises(Terminated):
+        work()
+    assert reached == [0, signal.SIGTERM, "first"]
 
 
 def test_deferred_signal_that_the_caller_acts_on_is_not_sent_again():
-    with terminable():
-        with pytest.raises(Terminated, match="143") as ended, deferred() as received:
+    def work() -> None:
+        with deferred() as received:
             signal.raise_signal(signal.SIGTERM)
             raise Terminated(received(), "after step 3 of 5")
+
+    with terminable():
+        with pytest.raises(Terminated) as ended:
+            work()
         assert ended.value.reason == "stopped by SIGTERM after step 3 of 5"
 
 
 def test_second_signal_acts_at_once_unless_it_repeats_the_first(monkeypatch):
     """Torchrun passes on the signal that a terminal has sent to all processes."""
     reached = []
-    with pytest.raises(Terminated) as ended, terminable(), deferred():
-        signal.raise_signal(signal.SIGINT)
-        signal.raise_signal(signal.SIGTERM)
-        reached.append("repeated")
-        monkeypatch.setattr(termination, "_ONE_REQUEST_SECONDS", 0.0)
-        signal.raise_signal(signal.SIGTERM)
-        reached.append("second")
+
+    def work() -> None:
+        with terminable(), deferred():
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM)
+            reached.append("repeated")
+            monkeypatch.setattr(termination, "_ONE_REQUEST_SECONDS", 0.0)
+            signal.raise_signal(signal.SIGTERM)
+            reached.append("second")
+
+    with pytest.raises(Terminated) as ended:
+        work()
     assert reached == ["repeated"]
     assert ended.value.code == 143
 

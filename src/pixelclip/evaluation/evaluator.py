@@ -121,10 +121,7 @@ def evaluate_towers(
                 counts.add_recalled(truths, similarities.cpu())
             for sample, predicted in zip(batch, predictions, strict=True):
                 if sample.index in example_indices:
-                    label_maps = zip(towers, predicted.label_maps, strict=True)
-                    arrays = {f"map{tower}": labels.cpu().numpy().astype(np.uint16) for tower, labels in label_maps}
-                    arrays |= {"image": np.asarray(sample.image), "truth": sample.labels.astype(np.uint16)}
-                    write_atomically(_example_file(state, sample.index), to_npz(**arrays))
+                    _save_example(_example_file(state, sample.index), sample, towers, predicted)
             counts.next_index = batch[-1].index + 1
             number = received()
             if number or counts.next_index - saved_index >= config.checkpoint_every:
@@ -152,6 +149,13 @@ def _with_examples(
             for name, maps in evaluation.label_maps.items():
                 maps[index] = saved[f"map{name}"]
     return evaluation
+
+
+def _save_example(file: Path, sample: _LabelledImage, towers: Iterable[str], predicted: Predictions) -> None:
+    label_maps = zip(towers, predicted.label_maps, strict=True)
+    arrays = {f"map{tower}": labels.cpu().numpy().astype(np.uint16) for tower, labels in label_maps}
+    arrays |= {"image": np.asarray(sample.image), "truth": sample.labels.astype(np.uint16)}
+    write_atomically(file, to_npz(**arrays))
 
 
 def _example_file(state: Path, index: int) -> Path:

@@ -28,10 +28,11 @@ class Terminated(SystemExit):
 
 
 @contextmanager
-def terminable() -> Iterator[None]:
-    """Raise `Terminated` where the process is when it receives SIGTERM or SIGINT. Other threads than the main one cannot."""
+def terminable(first: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """On SIGTERM or SIGINT call `first`, then raise `Terminated` where the main thread is. In other threads nothing changes."""
 
     def stop(number: int, _frame: FrameType | None) -> None:
+        first()
         raise Terminated(number)
 
     with _handled_by(stop):
