@@ -3,8 +3,10 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import mlflow
@@ -14,6 +16,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
+from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 from PIL import Image
 
 from helpers import tiny
@@ -384,3 +387,52 @@ def test_damaged_evaluation_names_the_file(made, client, tmp_path, name, content
     with pytest.raises(ValueError, match=rf"^\S+evaluation/{name}: is damaged: {message}$"):
         run(made / "model1", evaluated, tmp_path / "out", CONFIG)
     assert versions(client) == [1]
+
+
+class Killed(BaseException):
+    """Nothing in the code catches it, as if the process were killed."""
+
+
+REQUESTS = {
+    "create_run": "tracking",
+    "update_run_info": "tracking",
+    "create_logged_model": "tracking",
+    "log_outputs": "tracking",
+    "finalize_logged_model": "tracking",
+    "create_model_version": "model_registry",
+}
+"""Methods of MLflow's stores that a registration calls, and the package of the store."""
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("request_name", REQUESTS)
+def test_registration_killed_at_a_request_closes_its_run_and_uploads_weights_once(
+    made, client, monkeypatch, tmp_path, request_name, when
+):
+    evaluation(tmp_path / "evaluation", made / "model1", miou=50.0, gain=20.0)
+    shutil.copytree(made / "model1", tmp_path / "model")
+    inputs = (tmp_path / "model", tmp_path / "evaluation", tmp_path / "registration", CONFIG)
+    uploads = []
+    upload = LocalArtifactRepository.log_artifacts
+    monkeypatch.setattr(LocalArtifactRepository, "log_artifacts", lambda *given: (uploads.append(given), upload(*given)))
+    store = import_module(f"mlflow.store.{REQUESTS[request_name]}.sqlalchemy_store").SqlAlchemyStore
+    original = getattr(store, request_name)
+
+    def kill(*given, **named):
+        if when == "after":
+            original(*given, **named)
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, request_name, kill)
+        with pytest.raises(Killed):
+            run(*inputs)
+    run(*inputs)
+    registered = read_json(tmp_path / "registration" / "registration.json")
+    orphan = (request_name, when) == ("create_run", "after")  # nobody has learned its ID
+    assert client.get_run(registered["run_id"]).info.status == "FINISHED"
+    runs = client.search_runs([experiment_id(client)])
+    assert sum(each.info.status != "FINISHED" for each in runs) == orphan
+    assert versions(client)[0] == 1 and fetch(f"models:/{NAME}/{registered['version']}", tmp_path / "fetched").is_dir()
+    again = (request_name, when) == ("finalize_logged_model", "before")  # nobody knows whether the upload was complete
+    assert len(uploads) == 1 + again

@@ -8,10 +8,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import mlflow
+import mlflow.pyfunc
 from mlflow import MlflowClient
+from mlflow.entities import LoggedModelStatus
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
+from mlflow.models import Model
 from packaging.requirements import Requirement
 
 import pixelclip
@@ -48,30 +50,46 @@ def find(client: MlflowClient, name: str, model_md5: str) -> ModelVersion | None
 
 
 def create(client: MlflowClient, model: Path, provenance: Mapping[str, Any], name: str) -> ModelVersion:
-    """Log a model and the code to serve it to the run that trained it, and create a version of `name` from it."""
+    """Log a model and the code to serve it to the run that trained it, and create a version of `name` from it.
+
+    A model that an interrupted registration has uploaded completely is used.
+    """
     run_id = Run.trained(client, model, provenance)
-    status = client.get_run(run_id).info.status
-    try:
-        with transfer(), mlflow.start_run(run_id=run_id), tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-            # The signature is explicit, so MLflow needs no example to infer it.
-            warnings.filterwarnings("ignore", ".*input example was not provided", UserWarning)
-            logged = mlflow.pyfunc.log_model(
-                name="model",
-                python_model=serving.__file__,
-                artifacts={serving.ARTIFACT: str(_inference_files(model, Path(folder)))},
-                signature=serving.SIGNATURE,
-                code_paths=[str(copy_code(Path(pixelclip.__file__).parent, Path(folder)))],
-                pip_requirements=_requirements(),
-            )
-    finally:
-        client.update_run(run_id, status=status)  # leaving `start_run` ends the run, which another process may own
-    return client.create_model_version(
-        name,
-        source=logged.model_uri,
-        run_id=run_id,
-        model_id=logged.model_id,
-        tags={"model.md5": provenance["output"]["md5"]},
+    tags = {"model.md5": provenance["output"]["md5"]}
+    model_id = _uploaded(client, run_id, tags) or _upload(client, model, run_id, tags)
+    return client.create_model_version(name, source=f"models:/{model_id}", run_id=run_id, model_id=model_id, tags=tags)
+
+
+def _uploaded(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> str | None:
+    """Return the ID of a completely uploaded model of a run with these tags."""
+    experiment = client.get_run(run_id).info.experiment_id
+    query = " AND ".join([f"source_run_id = '{run_id}'", *(f"tags.`{name}` = '{value}'" for name, value in tags.items())])
+    found = client.search_logged_models([experiment], query)
+    return next((str(each.model_id) for each in found if each.status == LoggedModelStatus.READY), None)
+
+
+def _upload(client: MlflowClient, model: Path, run_id: str, tags: dict[str, str]) -> str:
+    """Upload a model of a run, and the code to serve it; return its ID."""
+    run = client.get_run(run_id)
+    logged = client.create_logged_model(
+        run.info.experiment_id, name="model", source_run_id=run_id, tags=tags, params=run.data.params
     )
+    with transfer(), tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        # The signature is explicit, so MLflow needs no example to infer it.
+        warnings.filterwarnings("ignore", ".*input example was not provided", UserWarning)
+        # Not mlflow.pyfunc.log_model, which needs an active run: it would reopen the run, and a kill would leave it open.
+        Model.log(
+            artifact_path=None,
+            flavor=mlflow.pyfunc,
+            run_id=run_id,
+            model_id=logged.model_id,
+            python_model=serving.__file__,
+            artifacts={serving.ARTIFACT: str(_inference_files(model, Path(folder)))},
+            signature=serving.SIGNATURE,
+            code_paths=[str(copy_code(Path(pixelclip.__file__).parent, Path(folder)))],
+            pip_requirements=_requirements(),
+        )
+    return str(logged.model_id)
 
 
 def copy_code(package: Path, folder: Path) -> Path:

@@ -103,7 +103,9 @@ class Run:
                     experiment_id(client), run_name=model.name, tags=lineage_tags(provenance)
                 ).info.run_id
             run = cls(client, model, run_id, owned=run_id != env_run)
-            if existing is None or run.journal.pending:
+            # The training has ended: a run that is still open was left by a process that was killed.
+            left_open = run._owned and client.get_run(run_id).info.status == "RUNNING"
+            if existing is None or run.journal.pending or left_open:
                 run.params(flatten(provenance))
                 run.datasets(provenance, "training")
                 run.finish()
