@@ -9,7 +9,7 @@ IMAGE_FILES := Dockerfile .dockerignore pyproject.toml setup.py requirements.txt
 DOCKER_BUILD_ARGS ?= --network=host
 
 .DEFAULT_GOAL := help
-.PHONY: demo demo-docker test test-services test-docker bench lint ui image clean help requirements
+.PHONY: demo demo-docker test test-services test-docker test-faults bench lint ui image clean help requirements
 
 demo: .venv/installed  ## The whole pipeline on painted scenes, 5 to 15 minutes on 2 cores: runs/demo/
 	@$(BIN)/pixelclip toy --out $(DEMO)/toy --params params.yaml
@@ -31,6 +31,10 @@ test-docker: .venv/installed  ## Tests that need a Docker engine and the image o
 
 bench: .venv/installed  ## Speed and memory against baselines: a table and bench/results.json
 	@$(BIN)/python -m bench
+
+test-faults: .venv/installed  ## Kills and signals at many moments of every stage; half an hour
+	@rm -f runs/faults.json
+	@$(BIN)/python -m pytest -m slow tests/faults; status=$$?; $(BIN)/python tests/helpers/faults.py; exit $$status
 
 lint: .venv/installed  ## Ruff and the type checker
 	@$(BIN)/ruff check .

@@ -17,6 +17,7 @@ from pixelclip.storage.s3 import is_s3
 from pixelclip.storage.upload import upload
 from pixelclip.workflow.failures import BAD_INPUT, report
 from pixelclip.workflow.output import output_folder
+from pixelclip.workflow.termination import terminable
 
 _MODEL = "Model folder, s3://bucket/folder, or models:/NAME@ALIAS."
 
@@ -337,7 +338,8 @@ def main() -> None:
     # Waiting threads sleep instead of spinning, which uses up a CPU quota. OpenMP reads this when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        app()
+        with terminable():
+            app()
         return
     except (ValueError, OSError) as error:
         problem, message = error, str(error)
