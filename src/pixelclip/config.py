@@ -161,6 +161,9 @@ class TrainConfig(_Settings):
     concept_names: str = _setting("", "Kind names: a file with one class name per line, or 'dog|puppy,grass'; empty otherwise.")
     concepts: int = _setting(64, "K: number of concepts (kind names: number of names).", ge=2)
     prompt_tokens: int = _setting(4, "L: learnable tokens per prompt.", ge=1, le=64)
+    templates: Literal["single", "ensemble"] = _setting(
+        "single", "Concepts of prompts and names: the last of the paper's 8 templates, or the mean over all of them."
+    )
     assignment_scale: float = _setting(100.0, "Factor on the cosines before the softmax of the assignment.", gt=0)
     sinkhorn_iterations: int = _setting(3, "Sinkhorn-Knopp iterations.", ge=1)
     teacher_momentum: float = _setting(0.999, "Momentum of the teacher's exponential moving average.", ge=0, lt=1)
@@ -187,6 +190,8 @@ class TrainConfig(_Settings):
         if self.shortest_edge > self.longest_edge:
             raise ValueError(f"shortest_edge {self.shortest_edge} is larger than longest_edge {self.longest_edge}")
         self._check_required("concept_names", "concept_kind", "names")
+        if self.concept_kind == "vectors" and self.templates != "single":
+            raise ValueError(f"templates must be single for concept_kind vectors, which has no text (found {self.templates})")
         return self
 
 
