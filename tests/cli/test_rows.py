@@ -59,3 +59,15 @@ def test_template_ensemble_in_training(run_row, shards):
 
 def test_convnext_with_its_own_side_and_scale(run_row, shards):
     run_row(shards, kind="convnext", **CONVNEXT)
+
+
+def test_ground_truth_masks_without_labels(run_row, pixelclip, tmp_path):
+    labelled = tiny.labelled_set(tmp_path / "labelled")
+    settings = ("generator=labels", f"labels_folder={labelled}", "workers=0")
+    for command in (
+        ("shards", "--images", labelled / "images", "--out", tmp_path / "in"),
+        ("masks", "--shards", tmp_path / "in", "--out", tmp_path / "masks", *settings),
+    ):
+        code, _, err = pixelclip(*command)
+        assert code == 0, err
+    run_row(tmp_path / "masks", shortest_edge=28)
