@@ -57,8 +57,8 @@ def test_template_ensemble_in_training(run_row, shards):
     assert tokens.shape == (4, 2, tiny.CLIP_CONFIG["text_cfg"]["width"])
 
 
-def test_convnext_with_its_own_side_and_scale(run_row, shards):
-    run_row(shards, kind="convnext", **CONVNEXT)
+def test_large_convnext_with_its_own_side_and_scale(run_row, shards):
+    run_row(shards, kind="convnext_mlp", **CONVNEXT)
 
 
 def test_ground_truth_masks_without_labels(run_row, pixelclip, tmp_path):
