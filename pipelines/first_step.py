@@ -99,6 +99,7 @@ def _errors_of_settings(configs: Mapping[str, Any]) -> list[str]:
     looked_at = [
         ("masks.weights", masks.weights, check_exists),
         ("masks.given_folder", masks.given_folder, check_exists),
+        ("masks.labels_folder", masks.labels_folder, check_exists),
         ("train.dino", train.dino, check_exists),
         ("train.concept_names", train.concept_names, names_of),
         ("evaluate.masks_folder", evaluate.masks_folder if evaluate.masks == "given" else "", check_exists),

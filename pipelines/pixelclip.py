@@ -69,7 +69,8 @@ def build(cluster: Cluster | None = None, nodes: int = 1, image: str = IMAGE) ->
                 training.
             data_repo: DVC repository (URL or path) with images and labelled set; if empty, they are folders or s3:// prefixes.
             data_revision: Branch, tag or commit of `data_repo`, resolved once to a full commit; if empty, the default branch.
-            masks_generator: felzenszwalb, given (SA-1B JSON beside the images), sam or dino (with masks.weights in `settings`).
+            masks_generator: felzenszwalb, given (SA-1B JSON beside the images), sam or dino (with masks.weights in `settings`),
+                or labels (with masks.labels_folder).
             train_clip: CLIP to start from: toy, an open_clip folder, NAME:PRETRAINED or NAME:FILE.
             train_steps: Optimizer steps.
             train_batch_size: Images in one optimizer step.

@@ -11,6 +11,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 DEVICES = "auto, cpu, cuda, cuda:N, mps"
 _BAD_SHARE = "Maximum fraction of unreadable samples; the stage stops above it."
+_LABELLED_KIND = "Layout of the labelled set: folder (images/, labels/, classes.txt) or a benchmark's published layout."
+_LabelledKind = Literal["folder", "coco-stuff", "ade20k", "pascal-context", "cityscapes", "voc"]
 _DEVICE = f"Device: {DEVICES}; auto selects a CUDA GPU if available."
 
 
@@ -71,15 +73,22 @@ class ShardsConfig(_Settings):
 class MasksConfig(_Settings):
     """Class-agnostic masks of every image."""
 
-    generator: Literal["felzenszwalb", "given", "sam", "dino"] = _setting(
+    generator: Literal["felzenszwalb", "given", "sam", "dino", "labels"] = _setting(
         "felzenszwalb",
-        "felzenszwalb (graph segmentation, no weights), given (SA-1B JSON), sam, or dino (k-means of patch tokens).",
+        "felzenszwalb (graph segmentation, no weights), given (SA-1B JSON), sam, dino (k-means of patch tokens), or labels "
+        "(label maps without their classes).",
     )
     shortest_edge: int = _setting(
         0, "Shrink images and given masks to this shortest edge in pixels first (paper: 750); 0 keeps the size.", ge=0, le=16384
     )
     jpeg_quality: int = _setting(95, "JPEG quality of images that are shrunk.", ge=1, le=100)
     given_folder: str = _setting("", "Generator given: folder of KEY.json; if empty, the JSON in the shards is used.")
+    labels_folder: str = _setting("", "Generator labels: labelled set of the same images, matched by name; path or s3://.")
+    labels_kind: _LabelledKind = _setting("folder", _LABELLED_KIND)
+    labels_split: Literal["train", "val"] = _setting("train", "Generator labels: split of a benchmark; a folder has none.")
+    labels_unit: Literal["class", "component"] = _setting(
+        "class", "Generator labels: one mask per class, or one per connected component (8 neighbours) of a class."
+    )
     felzenszwalb_scale: float = _setting(200.0, "Felzenszwalb: larger values give larger segments.", gt=0)
     felzenszwalb_sigma: float = _setting(0.8, "Felzenszwalb: sigma of the Gaussian smoothing, in pixels.", ge=0)
     felzenszwalb_min_size: int = _setting(100, "Felzenszwalb: minimum segment size in pixels.", ge=1)
@@ -114,6 +123,7 @@ class MasksConfig(_Settings):
     @model_validator(mode="after")
     def _fits(self) -> "MasksConfig":
         self._check_required("weights", "generator", "sam", "dino")
+        self._check_required("labels_folder", "generator", "labels")
         if self.given_folder and self.generator != "given":
             found = f"given_folder {self.given_folder!r}, generator {self.generator}"
             raise ValueError(f"given_folder must be empty unless generator is given (found {found})")
@@ -161,6 +171,9 @@ class TrainConfig(_Settings):
     concept_names: str = _setting("", "Kind names: a file with one class name per line, or 'dog|puppy,grass'; empty otherwise.")
     concepts: int = _setting(64, "K: number of concepts (kind names: number of names).", ge=2)
     prompt_tokens: int = _setting(4, "L: learnable tokens per prompt.", ge=1, le=64)
+    templates: Literal["single", "ensemble"] = _setting(
+        "single", "Concepts of prompts and names: the last of the paper's 8 templates, or the mean over all of them."
+    )
     assignment_scale: float = _setting(100.0, "Factor on the cosines before the softmax of the assignment.", gt=0)
     sinkhorn_iterations: int = _setting(3, "Sinkhorn-Knopp iterations.", ge=1)
     teacher_momentum: float = _setting(0.999, "Momentum of the teacher's exponential moving average.", ge=0, lt=1)
@@ -190,15 +203,15 @@ class TrainConfig(_Settings):
         if self.shortest_edge > self.longest_edge:
             raise ValueError(f"shortest_edge {self.shortest_edge} is larger than longest_edge {self.longest_edge}")
         self._check_required("concept_names", "concept_kind", "names")
+        if self.concept_kind == "vectors" and self.templates != "single":
+            raise ValueError(f"templates must be single for concept_kind vectors, which has no text (found {self.templates})")
         return self
 
 
 class EvaluateConfig(_Settings):
     """Evaluation of the model and its CLIP on one labelled set."""
 
-    kind: Literal["folder", "coco-stuff", "ade20k", "pascal-context", "cityscapes", "voc"] = _setting(
-        "folder", "Layout of the labelled set: folder (images/, labels/, classes.txt) or a benchmark's published layout."
-    )
+    kind: _LabelledKind = _setting("folder", _LABELLED_KIND)
     name: str = _setting(
         "", "Name of the labelled set in the metrics; if empty, the folder's name or the kind.", pattern=r"^[\w.-]*$"
     )

@@ -1,6 +1,7 @@
 """STAGE masks: add class-agnostic masks in SA-1B's annotation format to shards (PixelCLIP, section 4.1).
 
-Generators: `sam`, `dino` (k-means), `felzenszwalb` (graph segmentation without weights), `given` (existing masks).
+Generators: `sam`, `dino` (k-means), `felzenszwalb` (graph segmentation without weights), `given` (existing masks), `labels`
+(label maps without their classes).
 """
 
 import json
@@ -24,7 +25,7 @@ from pixelclip.data.images import cell_centres, decode_image, encode_jpeg, to_rg
 from pixelclip.data.shard_format import Member, ShardWriter, index_shard, read_part
 from pixelclip.data.shard_sources import Shard, describe_shards, list_shards
 from pixelclip.mask_generators import EncodedSample, Generate
-from pixelclip.storage.download import local_copy
+from pixelclip.storage.download import local_copy, local_path
 from pixelclip.storage.files import read_json, write_json
 from pixelclip.storage.progress import count
 from pixelclip.workflow.bad_samples import BadSamples
@@ -34,7 +35,7 @@ from pixelclip.workflow.termination import Terminated, deferred
 from pixelclip.workflow.worker_processes import start_worker, worker_context
 
 _WINDOW = 64  # samples in flight between the main process and the workers
-GENERATORS = {"felzenszwalb": "workers", "given": "workers", "sam": "device", "dino": "device"}
+GENERATORS = {"felzenszwalb": "workers", "given": "workers", "labels": "workers", "sam": "device", "dino": "device"}
 """Where each module of `mask_generators` runs: `generate` in worker processes, or `load_generator` on the device."""
 _MOST_WORKERS = {"workers": 32, "device": 4}  # workers by default: beside a device they only decode images
 Masked = tuple[EncodedSample, dict[str, Any]]
@@ -68,6 +69,10 @@ def run(shards: Path | str, out: Path, config: MasksConfig) -> Metrics:
     if config.given_folder:
         _check_given(Path(config.given_folder), tars[0])
         inputs["given"] = describe(Path(config.given_folder))
+    labels = local_path(config.labels_folder) if config.labels_folder else None
+    if labels:
+        _module(config).check(labels, config, tars[0])
+        inputs["labels"] = {**describe(labels), "path": config.labels_folder}
     weights = local_copy(config.weights) if config.weights else None
     if weights:
         inputs["weights"] = {**describe(weights), "path": config.weights}
@@ -77,6 +82,8 @@ def run(shards: Path | str, out: Path, config: MasksConfig) -> Metrics:
         bad.found = [line for tar in tars for line in read_json(_summary(stage.out, tar))["bad"]]
         bad.stop_if_too_many(int(metrics["images"]) + len(bad.found))  # the finished run may have had a higher limit
         return metrics
+    if labels:
+        config = config.model_copy(update={"labels_folder": str(labels)})  # a local copy for the workers
     with stage, _start_pool(config.workers) as pool:
         on_device = GENERATORS[config.generator] == "device"
         generate: Generate | None = _module(config).load_generator(weights, config) if on_device else None

@@ -250,7 +250,16 @@ def _train(
         if not dino:  # on the training device: a CPU would take hours for a large tower in bfloat16
             gallery(model.eval(), dataset, stage.folder, group.device)
         model = model.cpu()  # the student's tower is clip.model.visual itself
-        save_model(stage.folder, clip, model.prompts, model.decoder, side=config.side, residual=config.residual, origin=origin)
+        save_model(
+            stage.folder,
+            clip,
+            model.prompts,
+            model.decoder,
+            side=config.side,
+            residual=config.residual,
+            origin=origin,
+            templates=config.templates,
+        )
     last = progress(config.steps)
     return {
         "train/loss": last.loss,
@@ -298,11 +307,11 @@ def new_concepts(text: TextTower, config: TrainConfig) -> Prompts | Vectors:
     """
     generator = torch.Generator().manual_seed(config.seed)
     if config.concept_kind == "names":
-        return Vectors(classifier(text, names_of(config.concept_names), TEMPLATES["single"]), learn=False)
+        return Vectors(classifier(text, names_of(config.concept_names), TEMPLATES[config.templates]), learn=False)
     if config.concept_kind == "vectors":
         return Vectors(torch.randn(config.concepts, text.embed_dim, generator=generator), learn=True)
     words = torch.randint(0, text.tokenizer.sot_token_id, (config.concepts, config.prompt_tokens), generator=generator)
-    return Prompts(text, words, learn=config.concept_kind == "prompts")
+    return Prompts(text, words, config.concept_kind == "prompts", TEMPLATES[config.templates])
 
 
 def new_decoder(seed: int) -> Decoder:

@@ -1,6 +1,7 @@
 """Labelled sets are read as published; every error names the file, the value found and the allowed values."""
 
 import json
+import re
 import struct
 import zlib
 from collections.abc import Callable
@@ -261,6 +262,30 @@ TRAIN_IDS = {
     "gtFine/val/munster/munster_000173_000019_gtFine_labelTrainIds.png": grey([[0, 13, 18], [255, 255, 2]]),
 }
 BENCHMARKS = KINDS[1:]
+# As converted by the reference's scripts: values are class indices. Images without a map belong to another split.
+CONVERTED_TREES: dict[str, dict[str, bytes]] = {
+    "coco-stuff": {
+        "val2017/000000000139.jpg": PHOTO,
+        "annotations_detectron2/val2017/000000000139.png": grey(EXPECTED["coco-stuff"]),
+        "annotations/instances_val2017.json": b"unused",
+    },
+    "ade20k": {
+        "ADEChallengeData2016/images/validation/ADE_val_00000001.jpg": PHOTO,
+        "ADEChallengeData2016/annotations_detectron2/validation/ADE_val_00000001.png": grey(EXPECTED["ade20k"]),
+    },
+    "pascal-context": {
+        "VOCdevkit/VOC2010/JPEGImages/2010_000003.jpg": PHOTO,
+        "VOCdevkit/VOC2010/JPEGImages/2008_000002.jpg": PHOTO,
+        "VOCdevkit/VOC2010/annotations_detectron2/pc59_val/2010_000003.png": grey(EXPECTED["pascal-context"]),
+    },
+    "voc": {
+        "VOCdevkit/VOC2012/JPEGImages/2007_000033.jpg": PHOTO,
+        "VOCdevkit/VOC2012/JPEGImages/2007_000027.jpg": PHOTO,
+        "VOCdevkit/VOC2012/annotations_detectron2/val/2007_000033.png": grey(EXPECTED["voc"]),
+        "VOCdevkit/VOC2012/annotations_detectron2_bg/val/2007_000033.png": b"unused",
+        "VOCdevkit/VOC2012/ImageSets/Segmentation/val.txt": b"2007_000033\n2007_000061\n",
+    },
+}
 
 
 @pytest.fixture
@@ -324,6 +349,72 @@ def test_common_layouts_of_coco_stuff_are_accepted(tmp_path: Path, images: str, 
     # mmsegmentation writes its own maps beside the published ones.
     write_files(tmp_path, placed | {f"{labels}/{name}_labelTrainIds.png": b"unused"})
     assert labels_of(open_labelled(tmp_path, "coco-stuff")).tolist() == EXPECTED["coco-stuff"]
+
+
+@pytest.mark.parametrize("images", ["val2017", "images/val2017"])
+@pytest.mark.parametrize("labels", ["val2017", "images/val2017"])
+def test_coco_zips_may_be_unpacked_in_one_folder(tmp_path: Path, images: str, labels: str) -> None:
+    """The zip of maps has the folders of the zips of images: train2017 and val2017."""
+    maps = grey([[0, 10, 12], [181, 255, 91]])
+    files = {f"{images}/000000000139.jpg": PHOTO, f"{labels}/000000000139.png": maps}
+    files |= {name.replace("val2017", "train2017").replace("139", "009"): data for name, data in files.items()}
+    write_files(tmp_path, files)
+    opened = open_labelled(tmp_path, "coco-stuff")
+    assert [image.name for image, _ in opened.pairs] == ["000000000139.jpg"]
+    assert labels_of(opened).tolist() == EXPECTED["coco-stuff"]
+    train = open_labelled(tmp_path, "coco-stuff", "train")
+    assert [image.name for image, _ in train.pairs] == ["000000000009.jpg"]
+    assert labels_of(train).tolist() == EXPECTED["coco-stuff"]
+
+
+@pytest.mark.parametrize("kind", CONVERTED_TREES)
+def test_label_maps_of_the_reference_are_read(tmp_path: Path, kind: str) -> None:
+    opened = open_labelled(write_files(tmp_path, CONVERTED_TREES[kind]), kind)
+    assert len(opened) == 1
+    assert "annotations_detectron2/" in opened.pairs[0][1].as_posix()
+    assert labels_of(opened).tolist() == EXPECTED[kind]
+    count = len(opened.classes)
+    assert opened.table[:256].tolist() == [*range(count), *[-1] * (255 - count), IGNORE]
+
+
+@pytest.mark.parametrize("kind", CONVERTED_TREES)
+def test_published_label_maps_take_precedence_over_those_of_the_reference(tree: Callable[..., Path], kind: str) -> None:
+    converted = {name: b"unused" for name in CONVERTED_TREES[kind] if "annotations_detectron2/" in name}
+    assert labels_of(open_labelled(tree(kind, converted), kind)).tolist() == EXPECTED[kind]
+
+
+def test_label_map_of_the_reference_without_image_is_reported(tmp_path: Path) -> None:
+    folder = write_files(tmp_path, CONVERTED_TREES["voc"])
+    write_files(folder, {"VOCdevkit/VOC2012/annotations_detectron2/val/2007_000061.png": grey([[0, 0, 0], [0, 0, 0]])})
+    with pytest.raises(ValueError, match=r"detectron2/val: 1 label maps have no image, the first is .*2007_000061\.jpg"):
+        open_labelled(folder, "voc")
+
+
+@pytest.mark.parametrize("kind", BENCHMARKS)
+def test_training_split_is_read_from_the_same_layout(tmp_path: Path, kind: str) -> None:
+    """The validation split of each miniature becomes its training split."""
+    files = {}
+    document = json.dumps(DETAIL).replace('"train"', '"test"').replace('"val"', '"train"').encode()
+    for name, data in TREES[kind].items():
+        if name == "train2017/000000000009.jpg":
+            continue
+        name = re.sub(r"\bval2017", "train2017", name.replace("validation", "training"))
+        name = name.replace("/val/", "/train/").replace("val.txt", "train.txt")
+        files[name] = document if name.endswith(".json") else data
+    folder = write_files(tmp_path, files)
+    assert labels_of(open_labelled(folder, kind, "train")).tolist() == EXPECTED[kind]
+    with pytest.raises(ValueError, match="val"):
+        open_labelled(folder, kind)
+
+
+def test_training_split_of_the_reference_is_read(tmp_path: Path) -> None:
+    files = {name.replace("val2017", "train2017"): data for name, data in CONVERTED_TREES["coco-stuff"].items()}
+    folder = write_files(tmp_path, files)
+    assert labels_of(open_labelled(folder, "coco-stuff", "train")).tolist() == EXPECTED["coco-stuff"]
+    with pytest.raises(ValueError, match=r"val2017 is missing; it needs val2017/\*\.jpg.*annotations_detectron2/val2017"):
+        open_labelled(folder, "coco-stuff")
+    with pytest.raises(ValueError, match="images/training is missing; it needs ADEChallengeData2016/images/training"):
+        open_labelled(folder, "ade20k", "train")
 
 
 def test_cityscapes_train_ids_are_used_without_label_ids(tmp_path: Path) -> None:

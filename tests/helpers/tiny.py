@@ -53,7 +53,9 @@ SIDE, CONCEPTS, TOKENS = 48, 3, 2
 CLASSES = ("dog, puppy", "grass", "sky")
 
 
-CLIP_CONFIGS = {"vit": CLIP_CONFIG, "convnext": CONVNEXT_CONFIG}
+# Like `convnext_large_d_320`, whose projection is an MLP.
+CONVNEXT_MLP_CONFIG = CONVNEXT_CONFIG | {"vision_cfg": CONVNEXT_CONFIG["vision_cfg"] | {"timm_proj": "mlp"}}
+CLIP_CONFIGS = {"vit": CLIP_CONFIG, "convnext": CONVNEXT_CONFIG, "convnext_mlp": CONVNEXT_MLP_CONFIG}
 
 
 def clip_config(folder: Path, config: dict[str, Any]) -> Path:

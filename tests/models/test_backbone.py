@@ -1,3 +1,4 @@
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -40,6 +41,16 @@ def test_dense_features_equal_a_literal_implementation(clip, residual, height, w
     y = visual.ln_post(y + block.mlp(block.ln_2(y))) @ visual.proj
     expected = y.reshape(2, h, w, 64).permute(0, 3, 1, 2)
     torch.testing.assert_close(Backbone(visual, residual)(x), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["convnext", "convnext_mlp"])
+def test_dense_features_of_a_convnext_equal_a_loop_over_locations(kind):
+    visual = tiny.clip_of(kind).eval().requires_grad_(False).visual
+    maps, dense = visual.trunk.forward_features(images(64, 96)), Backbone(visual)(images(64, 96))
+    assert dense.shape == (2, 64, 2, 3)
+    for image, y, x in np.ndindex(2, 2, 3):
+        location = visual.trunk.head.norm(maps[image : image + 1, :, y : y + 1, x : x + 1])
+        torch.testing.assert_close(dense[image, :, y, x], visual.head(location.flatten(1))[0], atol=1e-4, rtol=1e-4)
 
 
 def test_trained_parameters_are_attention_and_position(clip):

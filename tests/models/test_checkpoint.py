@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from helpers import tiny
 from pixelclip.models.checkpoint import backbone_of, build_clip, load_clip, load_model, save_model, write_tensors
 from pixelclip.models.decoder import Decoder
-from pixelclip.models.text import Prompts, TextTower
+from pixelclip.models.text import TEMPLATES, Prompts, TextTower
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +60,21 @@ def test_save_then_load_is_bit_equal(clip_folder, tmp_path):
         assert torch.equal(loaded.clip.model.encode_text(tokens), clip.model.encode_text(tokens))
         assert torch.equal(loaded.prompts(TextTower(loaded.clip.model)), prompts(TextTower(clip.model)))
         assert backbone_of(loaded)(images).shape == (2, 64, 4, 4)
+
+
+def test_loaded_concepts_use_the_templates_of_training(clip_folder, tmp_path):
+    clip = load_clip(str(clip_folder))
+    text = TextTower(clip.model)
+    prompts = Prompts(text, torch.arange(6).reshape(3, 2), templates=TEMPLATES["ensemble"])
+    origin = {"spec": "x", "md5": "y"}
+    save_model(tmp_path, clip, prompts, Decoder(), side=40, residual="cls", origin=origin, templates="ensemble")
+    (tmp_path / "provenance.json").write_text("{}")
+    assert torch.equal(load_model(tmp_path).prompts(text), prompts(text))
+    change_config(tmp_path, templates=None)  # as written before this setting existed
+    assert torch.equal(load_model(tmp_path).prompts(text), Prompts(text, torch.arange(6).reshape(3, 2))(text))
+    change_config(tmp_path, templates="all")
+    with pytest.raises(ValueError, match=r"config\.json: templates: .*'single' or 'ensemble' \(found 'all'\)"):
+        load_model(tmp_path)
 
 
 def test_model_folder_contains_no_pickle(model_folder):

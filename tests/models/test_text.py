@@ -3,6 +3,7 @@
 import open_clip
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from helpers import tiny
@@ -75,6 +76,37 @@ def test_prompt_tokens_beyond_the_context_length_are_rejected(tower):
     Prompts(tower, torch.zeros(2, 68, dtype=torch.long))  # with the 7 fixed words, start and end: 77
     with pytest.raises(ValueError, match="69 prompt tokens do not fit the context length 77"):
         Prompts(tower, torch.zeros(2, 69, dtype=torch.long))
+
+
+def test_template_ensemble_of_prompts_equals_a_loop_over_templates(clip, tower):
+    """Sentences of real words as learned tokens, encoded by open_clip one by one at all 77 positions."""
+    sentences = ["dog cat", "grass sky"]
+    prompts = Prompts(tower, TOKENIZER(sentences)[:, 1:3], templates=TEMPLATES["ensemble"])
+    expected = []
+    for sentence in sentences:
+        units = [F.normalize(encode_text(clip, template.format(sentence)), dim=0) for template in TEMPLATES["ensemble"]]
+        expected.append(F.normalize(sum(units) / len(units), dim=0))
+    torch.testing.assert_close(prompts(tower), torch.stack(expected), atol=1e-5, rtol=0)
+
+
+def test_every_token_learns_from_every_template(tower):
+    words = torch.full((2, 4), 320)
+    prompts = Prompts(tower, words, templates=TEMPLATES["ensemble"])
+    prompts(tower)[:, 0].sum().backward()
+    assert prompts.tokens.grad.abs().amax(dim=-1).min() > 0
+    alone = []
+    for template in TEMPLATES["ensemble"]:
+        single = Prompts(tower, words, templates=(template,))
+        alone.append(F.normalize(single(tower), dim=-1))
+        alone[-1][:, 0].sum().backward()
+        assert single.tokens.grad.abs().max() > 0, template
+    assert len({tuple(features[0].tolist()) for features in alone}) == len(alone)  # no template stands for another
+
+
+def test_longest_template_counts_for_the_context_length(tower):
+    Prompts(tower, torch.zeros(2, 68, dtype=torch.long), templates=TEMPLATES["ensemble"])
+    with pytest.raises(ValueError, match="69 prompt tokens do not fit the context length 77"):
+        Prompts(tower, torch.zeros(2, 69, dtype=torch.long), templates=TEMPLATES["ensemble"])
 
 
 def test_unsupported_text_towers_are_rejected():

@@ -53,7 +53,11 @@ WRONG = [
     ({"settings": "trian.crop=3"}, ["trian.crop=3"], "unknown stage 'trian' in setting 'trian.crop', did you mean 'train'?"),
     ({"settings": "train.crop=big"}, ["train.crop=big"], "crop: Input should be a valid integer"),
     ({"settings": "train.crop"}, ["train.crop"], "settings are written NAME=VALUE, found 'train.crop'"),
-    ({"masks_generator": "sma"}, ["generator=sma"], "generator: Input should be 'felzenszwalb', 'given', 'sam' or 'dino'"),
+    (
+        {"masks_generator": "sma"},
+        ["generator=sma"],
+        "generator: Input should be 'felzenszwalb', 'given', 'sam', 'dino' or 'labels'",
+    ),
     ({"masks_generator": "sam"}, ["generator=sam"], "weights is required for generator sam or dino"),
     (
         {"settings": "train.shortest_edge=99 train.longest_edge=98"},

@@ -1,4 +1,4 @@
-"""Labelled sets for evaluation: five benchmarks in their published layouts, or a plain folder.
+"""Labelled sets, for evaluation and generator `labels`: five benchmarks in their published layouts, or a plain folder.
 
 A plain folder contains `images/`, `labels/` (PNG, 255 = ignore) and `classes.txt`.
 """
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,6 +25,7 @@ _INVALID = -1
 _NUM_VALUES = 1 << 16  # PASCAL-Context has 459 categories, too many for 8 bits
 
 Pairs = list[tuple[Path, Path]]
+Split = Literal["train", "val"]
 
 
 @dataclass(frozen=True)
@@ -101,21 +102,24 @@ def _draw(masks: bytes, size: tuple[int, int]) -> NDArray[np.uint16]:
     return values
 
 
-def open_labelled(folder: Path, kind: str = "folder") -> LabelledSet:
-    """Open the validation split of a benchmark in its published layout, or a plain folder.
+def open_labelled(folder: Path, kind: str = "folder", split: Split = "val") -> LabelledSet:
+    """Open a split of a benchmark in its published layout, or a plain folder.
+
+    The folders `annotations_detectron2/` of the reference implementation are read where the published label maps are missing.
 
     Args:
         folder: root of the layout; for ADE20K and PASCAL also a parent folder.
         kind: one of `KINDS`.
+        split: `val` for evaluation, `train` for masks; a plain folder has no splits.
 
     Raises:
         ValueError: unknown kind, or part of the layout is missing, unreadable or empty.
     """
-    if kind not in _OPENERS:
+    if kind not in KINDS:
         raise ValueError(f"unknown kind of labelled set {kind!r}{nearest(kind, KINDS)}; allowed: {', '.join(KINDS)}")
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
-    return _OPENERS[kind](folder)
+    return open_folder(folder) if kind == "folder" else _OPENERS[kind](folder, split)
 
 
 def open_folder(folder: Path) -> LabelledSet:
@@ -139,14 +143,20 @@ def open_folder(folder: Path) -> LabelledSet:
 
 
 _LAYOUTS = {
-    "coco-stuff": "val2017/*.jpg (or images/val2017) and stuffthingmaps_trainval2017/val2017/*.png "
-    "(or stuffthingmaps/val2017, annotations/val2017)",
-    "ade20k": "ADEChallengeData2016/images/validation/*.jpg and ADEChallengeData2016/annotations/validation/*.png",
-    "pascal-context": "VOCdevkit/VOC2010/JPEGImages/*.jpg and beside it either SegmentationClassContext/*.png with "
-    "ImageSets/SegmentationContext/val.txt, or trainval_merged.json",
-    "cityscapes": "leftImg8bit/val/CITY/*_leftImg8bit.png and gtFine/val/CITY/*_gtFine_labelIds.png (or _labelTrainIds)",
-    "voc": "VOCdevkit/VOC2012/JPEGImages/*.jpg and beside it SegmentationClass/*.png and ImageSets/Segmentation/val.txt",
+    "coco-stuff": "{split}2017/*.jpg (or images/{split}2017) and stuffthingmaps_trainval2017/{split}2017/*.png "
+    "(or stuffthingmaps/{split}2017, annotations/{split}2017, beside the images, or annotations_detectron2/{split}2017)",
+    "ade20k": "ADEChallengeData2016/images/{long}/*.jpg and ADEChallengeData2016/annotations/{long}/*.png "
+    "(or annotations_detectron2/{long})",
+    "pascal-context": "VOCdevkit/VOC2010/JPEGImages/*.jpg and beside it SegmentationClassContext/*.png with "
+    "ImageSets/SegmentationContext/{split}.txt, trainval_merged.json, or annotations_detectron2/pc59_{split}/*.png",
+    "cityscapes": "leftImg8bit/{split}/CITY/*_leftImg8bit.png and gtFine/{split}/CITY/*_gtFine_labelIds.png "
+    "(or _labelTrainIds)",
+    "voc": "VOCdevkit/VOC2012/JPEGImages/*.jpg and beside it SegmentationClass/*.png with ImageSets/Segmentation/{split}.txt, "
+    "or annotations_detectron2/{split}/*.png",
 }
+_LONG = {"train": "training", "val": "validation"}
+_CONVERTED = "annotations_detectron2"
+"""Label maps converted by the reference's scripts: values are class indices, 255 is ignored."""
 
 # Values of COCO-Stuff's maps (id - 1) that never occur: thing categories without annotations in COCO.
 _COCO_UNUSED = {11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90}
@@ -160,22 +170,31 @@ _CONTEXT = (
 )
 
 
-def _open_coco_stuff(folder: Path) -> LabelledSet:
-    images = _part("coco-stuff", folder, "val2017", "images/val2017")
+def _open_coco_stuff(folder: Path, split: Split) -> LabelledSet:
+    name = f"{split}2017"
+    # The zip of maps has the same folder names as those of images, so all may be unpacked in one place.
+    with_images, with_maps = (
+        [place for place in (name, f"images/{name}") if any((folder / place).glob(files))] for files in ("*.jpg", "*.png")
+    )
+    images = _part("coco-stuff", split, folder, *with_images, name, f"images/{name}")
     maps = ("stuffthingmaps_trainval2017", "stuffthingmaps", "annotations/stuffthingmaps_trainval2017", "annotations")
-    labels = _part("coco-stuff", folder, *(f"{name}/val2017" for name in maps))
-    used = [value for value in range(182) if value not in _COCO_UNUSED]
+    published = [*(f"{parent}/{name}" for parent in maps), *with_maps]
+    labels, converted = _maps("coco-stuff", split, folder, f"{_CONVERTED}/{name}", *published)
+    used = range(171) if converted else [value for value in range(182) if value not in _COCO_UNUSED]
     return _benchmark("coco-stuff", _below(images, ".jpg", labels, ".png"), _numbered(used) | {255: IGNORE})
 
 
-def _open_ade20k(folder: Path) -> LabelledSet:
-    images = _part("ade20k", folder, "images/validation", "ADEChallengeData2016/images/validation")
-    labels = _part("ade20k", images.parents[1], "annotations/validation")
-    return _benchmark("ade20k", _below(images, ".jpg", labels, ".png"), _numbered(range(1, 151)) | {0: IGNORE})
+def _open_ade20k(folder: Path, split: Split) -> LabelledSet:
+    name = _LONG[split]
+    images = _part("ade20k", split, folder, f"images/{name}", f"ADEChallengeData2016/images/{name}")
+    root = images.parents[1]
+    labels, converted = _maps("ade20k", split, root, f"{_CONVERTED}/{name}", f"annotations/{name}")
+    values = _numbered(range(150)) | {255: IGNORE} if converted else _numbered(range(1, 151)) | {0: IGNORE}
+    return _benchmark("ade20k", _below(images, ".jpg", labels, ".png"), values)
 
 
-def _open_cityscapes(folder: Path) -> LabelledSet:
-    images, labels = _part("cityscapes", folder, "leftImg8bit/val"), _part("cityscapes", folder, "gtFine/val")
+def _open_cityscapes(folder: Path, split: Split) -> LabelledSet:
+    images, labels = (_part("cityscapes", split, folder, f"{part}/{split}") for part in ("leftImg8bit", "gtFine"))
     trained = not any(labels.glob("*/*_labelIds.png")) and any(labels.glob("*/*_labelTrainIds.png"))
     pairs = _below(images, "_leftImg8bit.png", labels, f"_gtFine_{'labelTrainIds' if trained else 'labelIds'}.png")
     if trained:
@@ -183,29 +202,36 @@ def _open_cityscapes(folder: Path) -> LabelledSet:
     return _benchmark("cityscapes", pairs, dict.fromkeys(range(34), IGNORE) | _numbered(_CITYSCAPES))
 
 
-def _open_voc(folder: Path) -> LabelledSet:
-    root = _part("voc", folder, "JPEGImages", "VOC2012/JPEGImages", "VOCdevkit/VOC2012/JPEGImages").parent
-    pairs = _listed("voc", root, "SegmentationClass", "ImageSets/Segmentation/val.txt")
+def _open_voc(folder: Path, split: Split) -> LabelledSet:
+    images = _part("voc", split, folder, "JPEGImages", "VOC2012/JPEGImages", "VOCdevkit/VOC2012/JPEGImages")
+    labels, converted = _maps("voc", split, images.parent, f"{_CONVERTED}/{split}", "SegmentationClass")
+    if converted:
+        return _benchmark("voc", _with_images(labels, images), _numbered(range(20)) | {255: IGNORE})
+    pairs = _listed("voc", split, labels, f"ImageSets/Segmentation/{split}.txt")
     return _benchmark("voc", pairs, _numbered(range(1, 21)) | {0: IGNORE, 255: IGNORE})
 
 
-def _open_pascal_context(folder: Path) -> LabelledSet:
-    images = _part("pascal-context", folder, "JPEGImages", "VOC2010/JPEGImages", "VOCdevkit/VOC2010/JPEGImages")
-    root = images.parent
-    if (root / "SegmentationClassContext").is_dir():
-        pairs = _listed("pascal-context", root, "SegmentationClassContext", "ImageSets/SegmentationContext/val.txt")
-        return _benchmark("pascal-context", pairs, _numbered(range(1, 60)) | {0: IGNORE})
-    path = _part("pascal-context", root, "trainval_merged.json")
-    masks = _read_detail(path)
-    pairs = _complete(path, [(images / name, path) for name in masks], "listed files are missing")
-    return _benchmark("pascal-context", pairs, _numbered(_CONTEXT) | {0: IGNORE}, list(masks.values()))
+def _open_pascal_context(folder: Path, split: Split) -> LabelledSet:
+    kind = "pascal-context"
+    images = _part(kind, split, folder, "JPEGImages", "VOC2010/JPEGImages", "VOCdevkit/VOC2010/JPEGImages")
+    folder_of_maps = (images.parent / "SegmentationClassContext").is_dir()
+    published = "SegmentationClassContext" if folder_of_maps else "trainval_merged.json"
+    labels, converted = _maps(kind, split, images.parent, f"{_CONVERTED}/pc59_{split}", published)
+    if converted:
+        return _benchmark(kind, _with_images(labels, images), _numbered(range(59)) | {255: IGNORE})
+    if labels.is_dir():
+        pairs = _listed(kind, split, labels, f"ImageSets/SegmentationContext/{split}.txt")
+        return _benchmark(kind, pairs, _numbered(range(1, 60)) | {0: IGNORE})
+    masks = _read_detail(labels, split)
+    pairs = _complete(labels, [(images / name, labels) for name in masks], "listed files are missing")
+    return _benchmark(kind, pairs, _numbered(_CONTEXT) | {0: IGNORE}, list(masks.values()))
 
 
-def _read_detail(path: Path) -> dict[str, bytes]:
-    """Read the masks of PASCAL in Detail's validation images, by file name, in the format of `LabelledSet.masks`."""
+def _read_detail(path: Path, split: Split) -> dict[str, bytes]:
+    """Read the masks of PASCAL in Detail's images of a split, by file name, in the format of `LabelledSet.masks`."""
     document = read_json(path)
     try:
-        names = {image["image_id"]: str(image["file_name"]) for image in document["images"] if image["phase"] == "val"}
+        names = {image["image_id"]: str(image["file_name"]) for image in document["images"] if image["phase"] == split}
         masks: dict[str, list[dict[str, Any]]] = {name: [] for name in sorted(names.values())}
         for annotation in document["annos_segmentation"]:
             if annotation["image_id"] in names:
@@ -220,19 +246,18 @@ def _read_detail(path: Path) -> dict[str, bytes]:
             "images (image_id, file_name, phase) and annos_segmentation (image_id, category_id, segmentation)"
         ) from None
     if not masks:
-        raise ValueError(f"{path}: contains no image of phase 'val'")
+        raise ValueError(f"{path}: contains no image of phase {split!r}")
     return {name: json.dumps({"annotations": entries}).encode() if entries else b"" for name, entries in masks.items()}
 
 
-_OPENERS: dict[str, Callable[[Path], LabelledSet]] = {
-    "folder": open_folder,
+_OPENERS: dict[str, Callable[[Path, Split], LabelledSet]] = {
     "coco-stuff": _open_coco_stuff,
     "ade20k": _open_ade20k,
     "pascal-context": _open_pascal_context,
     "cityscapes": _open_cityscapes,
     "voc": _open_voc,
 }
-KINDS = tuple(_OPENERS)
+KINDS = ("folder", *_OPENERS)
 
 
 def _benchmark(kind: str, pairs: Pairs, values: Mapping[int, int], masks: list[bytes] | None = None) -> LabelledSet:
@@ -253,11 +278,19 @@ def _table(labels: Mapping[int, int]) -> NDArray[np.int16]:
     return table
 
 
-def _part(kind: str, folder: Path, *candidates: str) -> Path:
+def _part(kind: str, split: Split, folder: Path, *candidates: str) -> Path:
     for candidate in candidates:
         if (folder / candidate).exists():
             return folder / candidate
-    raise ValueError(f"{folder}: is not {kind} as published, {candidates[0]} is missing; it needs {_LAYOUTS[kind]}")
+    layout = _LAYOUTS[kind].format(split=split, long=_LONG[split])
+    raise ValueError(f"{folder}: is not {kind} as published, {candidates[0]} is missing; it needs {layout}")
+
+
+def _maps(kind: str, split: Split, folder: Path, converted: str, *published: str) -> tuple[Path, bool]:
+    """Find the label maps, and whether they are those of `_CONVERTED`, which are read only if no published ones exist."""
+    if (folder / converted).is_dir() and not any((folder / name).exists() for name in published):
+        return folder / converted, True
+    return _part(kind, split, folder, *published), False
 
 
 def _below(images: Path, image_ending: str, labels: Path, label_ending: str) -> Pairs:
@@ -269,16 +302,25 @@ def _below(images: Path, image_ending: str, labels: Path, label_ending: str) -> 
     return _complete(images, pairs, "images have no label map")
 
 
-def _listed(kind: str, root: Path, labels: str, split: str) -> Pairs:
-    folder, path = _part(kind, root, labels), _part(kind, root, split)
+def _listed(kind: str, split: Split, labels: Path, names_file: str) -> Pairs:
+    root = labels.parent
+    path = _part(kind, split, root, names_file)
     try:
         names = path.read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: the list of images cannot be read: {error}") from None
     if not names:
         raise ValueError(f"{path}: lists no image")
-    pairs = [(root / "JPEGImages" / f"{name}.jpg", folder / f"{name}.png") for name in names]
+    pairs = [(root / "JPEGImages" / f"{name}.jpg", labels / f"{name}.png") for name in names]
     return _complete(path, pairs, "listed files are missing")
+
+
+def _with_images(labels: Path, images: Path) -> Pairs:
+    """Pair every label map with its image; images of other splits have no label map."""
+    maps = [path for path in files_below(labels) if path.suffix == ".png"]
+    if not maps:
+        raise ValueError(f"{labels}: contains no *.png")
+    return _complete(labels, [(images / f"{path.stem}.jpg", path) for path in maps], "label maps have no image")
 
 
 def _complete(source: Path, pairs: Pairs, problem: str) -> Pairs:

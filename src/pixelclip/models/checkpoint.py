@@ -10,7 +10,7 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import open_clip
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from pixelclip.models.backbone import Backbone, Residual
 from pixelclip.models.clip_checkpoint import download, load_file
 from pixelclip.models.clip_sources import clip_folder
-from pixelclip.models.text import Prompts, TextTower, Vectors
+from pixelclip.models.text import TEMPLATES, Prompts, TextTower, Vectors
 from pixelclip.models.weights import check_fit
 from pixelclip.settings import nearest
 from pixelclip.storage.files import read_json, write_json
@@ -34,6 +34,7 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"
 CLIP_WEIGHTS, CLIP_CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
 """Files of an open_clip folder."""
 _FORMAT = 1
+TemplateSet = Literal["single", "ensemble"]
 MAX_MESSAGE = 300
 """Characters of an error message of open_clip or torch."""
 
@@ -112,7 +113,15 @@ def check_name(spec: str, file: Path | None) -> None:
 
 
 def save_model(
-    folder: Path, clip: Clip, prompts: nn.Module, decoder: nn.Module, *, side: int, residual: Residual, origin: dict[str, Any]
+    folder: Path,
+    clip: Clip,
+    prompts: nn.Module,
+    decoder: nn.Module,
+    *,
+    side: int,
+    residual: Residual,
+    origin: dict[str, Any],
+    templates: TemplateSet = "single",
 ) -> None:
     """Write `model.safetensors` and `config.json`; `Stage` writes the provenance.
 
@@ -124,6 +133,7 @@ def save_model(
         side: side in pixels of the images in training.
         residual: see `Backbone`.
         origin: the initial CLIP, `{"spec": ..., "md5": ...}`.
+        templates: templates of the concepts, a key of `TEMPLATES`.
     """
     tensors = {
         # A state dict may contain a tensor under two names; safetensors rejects tensors that share memory.
@@ -133,7 +143,7 @@ def save_model(
     }
     write_tensors(folder / WEIGHTS, tensors)
     config = {"format": _FORMAT, "model_cfg": clip.model_cfg, "mean": clip.mean, "std": clip.std}
-    write_json(folder / CONFIG, config | {"side": side, "residual": residual, "clip": origin})
+    write_json(folder / CONFIG, config | {"side": side, "residual": residual, "clip": origin, "templates": templates})
 
 
 def load_model(folder: Path) -> Model:
@@ -160,7 +170,7 @@ def load_model(folder: Path) -> Model:
     try:
         check_fit(weights, model.state_dict())
         model.load_state_dict(weights)  # before the prompts, whose fixed words it embeds
-        prompts = load_prompts(_with_prefix(tensors, "prompts."), TextTower(model))
+        prompts = load_prompts(_with_prefix(tensors, "prompts."), TextTower(model), config["templates"])
     except ValueError as error:
         raise ValueError(f"{folder / WEIGHTS}: does not fit {CONFIG}: {error}") from None
     return Model(Clip(model.eval(), cfg, mean, std), config["side"], config["residual"], prompts.requires_grad_(False), config)
@@ -179,14 +189,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     if config.get("format") != _FORMAT:
         raise ValueError(f"{path}: unsupported format {config.get('format')!r}; this version reads {_FORMAT}")
     try:
-        _Config.model_validate(config)
+        return config | {"templates": _Config.model_validate(config).templates}
     except ValidationError as error:
         fault = error.errors()[0]  # one is enough: nobody edits this file, so it is damaged
         name = ".".join(str(part) for part in fault["loc"])
         if fault["type"] == "missing":
             raise ValueError(f"{path}: entry {name!r} is missing") from None
         raise ValueError(f"{path}: {name}: {fault['msg']} (found {fault['input']!r})") from None
-    return config
 
 
 class _ModelConfig(BaseModel):
@@ -213,9 +222,10 @@ class _Config(BaseModel, strict=True):
     side: int = Field(ge=1)
     residual: Residual
     clip: _Origin
+    templates: TemplateSet = "single"  # older models have no such entry
 
 
-def load_prompts(state: dict[str, Tensor], text: TextTower) -> Prompts | Vectors:
+def load_prompts(state: dict[str, Tensor], text: TextTower, templates: TemplateSet = "single") -> Prompts | Vectors:
     """Build the concepts of a state dict; raise ValueError if it does not fit the text tower."""
     if "values" in state:
         check_fit(state, {"values": torch.empty(len(state["values"]), text.embed_dim, device="meta")})
@@ -224,7 +234,7 @@ def load_prompts(state: dict[str, Tensor], text: TextTower) -> Prompts | Vectors
         raise ValueError("neither prompts.tokens nor prompts.values found")
     if state["tokens"].ndim != 3:
         raise ValueError(f"prompts.tokens is {list(state['tokens'].shape)} instead of [concepts, tokens, {text.width}]")
-    prompts = Prompts(text, torch.zeros(state["tokens"].shape[:2], dtype=torch.long))
+    prompts = Prompts(text, torch.zeros(state["tokens"].shape[:2], dtype=torch.long), templates=TEMPLATES[templates])
     check_fit(state, prompts.state_dict())
     prompts.load_state_dict(state)
     return prompts

@@ -37,7 +37,7 @@ REFERENCE_CLIPS = {
     "ViT-L-14-quickgelu": "openai",
     "ViT-L-14-336-quickgelu": "openai",
     "convnext_base_w_320": "laion_aesthetic_s13b_b82k",
-    "convnext_large_d_320": "laion2b_s29b_b131k_ft",
+    "convnext_large_d_320": "laion2b_s29b_b131k_ft_soup",
 }
 _CLIP, _PROMPTS, _HEAD = "sem_seg_head.predictor.clip_model.", "sem_seg_head.predictor.prompt_tokens", "head."
 _OPENAI_EXTRAS = {f"{_CLIP}{name}" for name in ("input_resolution", "context_length", "vocab_size")}

@@ -136,38 +136,56 @@ def classifier(tower: TextTower, names: Sequence[str], templates: Sequence[str] 
 
 
 class Prompts(nn.Module):
-    """K learnable concepts: "A photo of a {t1..tL} in the scene" with learnable t1..tL.
+    """K learnable concepts: "A photo of a {t1..tL} in the scene" with learnable t1..tL, or the mean over several templates.
 
     Args:
         tower: text tower, which embeds the fixed words and is not stored.
         words: [K, L], token ids whose embeddings initialise the learnable tokens.
         learn: whether the tokens are learnable.
+        templates: texts with one `{}` for the learnable tokens.
+
+    Raises:
+        ValueError: the longest text does not fit the context length.
     """
 
-    def __init__(self, tower: TextTower, words: Tensor, learn: bool = True) -> None:
+    def __init__(
+        self, tower: TextTower, words: Tensor, learn: bool = True, templates: Sequence[str] = TEMPLATES["single"]
+    ) -> None:
         super().__init__()
         length = words.shape[1]
-        text = PROMPT_TEMPLATE.replace("{}", " ".join(["{}"] * length))
-        tokens = tower.tokenize([text])[0]
-        slots = (tokens == _PLACEHOLDER).nonzero()[:, 0]
-        end = int(tokens.argmax())
-        if len(slots) != length or end != len(tower.tokenizer.encode(text)) + 1:  # the tokenizer truncates silently
-            raise ValueError(f"{length} prompt tokens do not fit the context length {len(tokens)} of this CLIP")
+        # Blanks around the placeholders, because the tokenizer would read "{}." as one word.
+        texts = [template.replace("{}", f" {' '.join(['{}'] * length)} ") for template in templates]
+        tokens = tower.tokenize(texts)  # [M, T], M templates
+        slots = (tokens == _PLACEHOLDER).nonzero()[:, 1]
+        ends = tokens.argmax(dim=-1)
+        lengths = [len(tower.tokenizer.encode(text)) for text in texts]  # the tokenizer truncates silently
+        if len(slots) != length * len(texts) or ends.tolist() != [number + 1 for number in lengths]:
+            raise ValueError(f"{length} prompt tokens do not fit the context length {tokens.shape[1]} of this CLIP")
         with torch.no_grad():
-            fixed = tower.token_embedding(tokens[: end + 1]).clone()  # [T, D]
+            fixed = tower.token_embedding(tokens[:, : int(ends.max()) + 1]).clone()  # [M, T, D]
             start = tower.token_embedding(words.to(tokens.device)).clone()  # [K, L, D]
         self.tokens = nn.Parameter(start, requires_grad=learn)
-        # Not in the state dict, because both follow from the CLIP.
+        # Not in the state dict, because all follow from the CLIP and the templates.
         self.fixed: Tensor
         self.slots: Tensor
+        self.ends: Tensor
         self.register_buffer("fixed", fixed, persistent=False)
-        self.register_buffer("slots", slots, persistent=False)
+        self.register_buffer("slots", slots.view(len(texts), length), persistent=False)
+        self.register_buffer("ends", ends, persistent=False)
 
     def forward(self, tower: TextTower) -> Tensor:
-        """Return the concepts [K, C], not normalised."""
-        count = self.tokens.shape[0]
-        embeddings = self.fixed.expand(count, -1, -1).index_copy(1, self.slots, self.tokens)  # [K, T, D]
-        return tower(embeddings, torch.full((count,), embeddings.shape[1] - 1, device=embeddings.device))
+        """Return the concepts [K, C]: not normalised for one template, otherwise of unit length.
+
+        Several templates are averaged like those of `classifier`: the unit features' mean, normalised.
+        """
+        count, num_templates = len(self.tokens), len(self.fixed)
+        fixed = self.fixed[:, None].expand(-1, count, -1, -1)  # [M, K, T, D]
+        tokens = self.tokens.expand(num_templates, -1, -1, -1)  # [M, K, L, D]
+        embeddings = fixed.scatter(2, self.slots[:, None, :, None].expand_as(tokens), tokens)
+        features = tower(embeddings.flatten(0, 1), self.ends.repeat_interleave(count)).unflatten(0, (num_templates, count))
+        if num_templates == 1:
+            return features[0]
+        return F.normalize(F.normalize(features, dim=-1).mean(dim=0), dim=-1)
 
 
 class Vectors(nn.Module):
