@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.train_step import CONCEPTS, GRID, IMAGES, MASKS, SETTINGS, batch_of, model_of, random_clip
 from pixelclip.models.clustering import merge_by_concept
 from pixelclip.models.decoder import decoded_loss
-from pixelclip.train import make_optimizer
+from pixelclip.models.optimizer import make_optimizer
 
 
 def _best(work: Callable[[], Any], rounds: int = 3) -> float:

@@ -19,7 +19,7 @@ def _measure(concepts: int, masks: int) -> dict[str, Any]:
     """Measure steps of one image (ViT-B/16, float32): memory added by the first, best time of the next two."""
     from bench.train_step import batch_of, model_of, our_step, random_clip
     from pixelclip.config import TrainConfig
-    from pixelclip.train import make_optimizer
+    from pixelclip.models.optimizer import make_optimizer
 
     settings = TrainConfig(concepts=concepts)
     model = model_of(random_clip(), settings=settings)

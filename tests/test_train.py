@@ -242,28 +242,6 @@ def test_side_below_one_patch_is_rejected(shards, config, tmp_path):
     assert not list(tmp_path.glob(".model*")), "no unfinished folder is left"
 
 
-def test_optimizer_groups_cover_all_parameters_and_exempt_norms_from_decay(config):
-    clip_model = load_clip(config().clip)
-    text = train.TextTower(clip_model.model)
-    prompts = train.Prompts(text, torch.zeros(4, 2, dtype=torch.long))
-    model = PixelCLIP(train.Backbone(clip_model.model.visual), text, prompts, train.new_decoder(0))
-    groups = train.make_optimizer(model, config()).param_groups
-    grouped = [id(p) for group in groups for p in group["params"]]
-    assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
-    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            plain = "double_conv.1" not in name and "double_conv.4" not in name
-            embedding = name.endswith("positional_embedding") or name == "prompts.tokens"
-            assert (id(parameter) in decayed) is (plain and not embedding), name
-
-
-def test_schedule_is_a_cosine_to_the_final_learning_rate():
-    assert train.cosine_factor(0, 100, 0.5) == 1
-    assert train.cosine_factor(50, 100, 0.5) == pytest.approx(0.75)
-    assert train.cosine_factor(100, 100, 0.5) == pytest.approx(0.5)
-
-
 @pytest.mark.parametrize("kind", ["fixed_prompts", "vectors", "names"])
 def test_every_kind_of_concepts_can_be_trained(shards, config, clip, tmp_path, kind):
     names = {"concept_names": "dog|puppy,grass,sky"} if kind == "names" else {}

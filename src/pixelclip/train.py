@@ -26,6 +26,7 @@ from pixelclip.models.backbone import Backbone, check_side
 from pixelclip.models.checkpoint import CONFIG, WEIGHTS, Clip, load_clip, save_model
 from pixelclip.models.clip_sources import clip_folder
 from pixelclip.models.decoder import Decoder
+from pixelclip.models.optimizer import cosine_factor, make_optimizer
 from pixelclip.models.pixelclip import PixelCLIP
 from pixelclip.models.text import TEMPLATES, Prompts, TextTower, Vectors, classifier
 from pixelclip.models.training_state import Progress, load_state, save_state
@@ -319,31 +320,3 @@ def new_decoder(seed: int) -> Decoder:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Decoder()
-
-
-def cosine_factor(step: int, steps: int, final: float) -> float:
-    """Return the learning rate at a step as a fraction of the initial one: a cosine from 1 to `final`."""
-    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * step / steps))
-
-
-def make_optimizer(model: PixelCLIP, config: TrainConfig) -> torch.optim.AdamW:
-    """Build AdamW over image tower, prompts and decoder, without weight decay on norms and embeddings."""
-    backbone = model.student.trained_parameters()
-    norms = {id(p) for part in model.modules() if isinstance(part, nn.GroupNorm | nn.LayerNorm) for p in part.parameters()}
-    groups: dict[str, tuple[float, float, list[nn.Parameter]]] = {
-        "backbone": (config.learning_rate_backbone, config.weight_decay, []),
-        "backbone_no_decay": (config.learning_rate_backbone, 0.0, []),
-        "prompts": (config.learning_rate_prompts, 0.0, [p for p in model.prompts.parameters() if p.requires_grad]),
-        "decoder": (config.learning_rate_decoder, config.weight_decay, []),
-        "decoder_no_decay": (config.learning_rate_decoder, 0.0, []),
-    }
-    for name, parameter in backbone.items():
-        no_decay = id(parameter) in norms or name.endswith("positional_embedding")
-        groups["backbone_no_decay" if no_decay else "backbone"][2].append(parameter)
-    for parameter in model.decoder.parameters():
-        groups["decoder_no_decay" if id(parameter) in norms else "decoder"][2].append(parameter)
-    return torch.optim.AdamW(
-        [{"name": name, "lr": rate, "weight_decay": decay, "params": p} for name, (rate, decay, p) in groups.items() if p],
-        betas=(0.9, 0.999),
-        fused=True,
-    )
