@@ -21,7 +21,7 @@ from pixelclip.data.shard_sources import describe_shards, list_shards
 from pixelclip.data.views import Views
 from pixelclip.distributed import ProcessGroup, copy_to_host_async, init_process_group, pick_precision
 from pixelclip.mask_generators.dino import load_dino, masks_of
-from pixelclip.models.backbone import Backbone, check_side
+from pixelclip.models.backbone import Backbone, check_multiple, check_side
 from pixelclip.models.checkpoint import CONFIG, WEIGHTS, Clip, load_clip, save_model
 from pixelclip.models.clip_sources import clip_folder
 from pixelclip.models.decoder import Decoder
@@ -76,13 +76,16 @@ def run(masks: Path | str, out: Path, config: TrainConfig) -> Metrics:
             return group.broadcast_object(stage.reuse() if group.is_main else {})
         clip = load_clip(config.clip)
         check_side("train.side", config.side, Backbone(clip.model.visual, config.residual))
+        network = load_dino(dino) if dino else None
+        if network:
+            check_multiple("train.dino_side", config.dino_side, network.patch_embed.patch_size[0])
         with stage if group.is_main else nullcontext():
             shared = config.model_dump(include={field.name for field in fields(Views)})
-            views = Views(**shared, mean=clip.mean, std=clip.std)
+            views = Views(**{**shared, "dino_side": config.dino_side if dino else 0}, mean=clip.mean, std=clip.std)
             dataset = MaskedImages(shards, views, config.seed, dino is None, config.shards_at_once)
             tracked = Run.start(stage.folder, name=out.name, provenance=stage.provenance()) if group.is_main else None
             try:
-                metrics = _train(stage, clip, dino and load_dino(dino), dataset, config, group, tracked)
+                metrics = _train(stage, clip, network, dataset, config, group, tracked)
             except BaseException:
                 if tracked:
                     tracked.finish("FAILED")
@@ -169,7 +172,7 @@ def _train(
             continue
         batches = [batch.to(group.device) for batch in micro_batches]
         if dino:
-            batches = [_find_masks(dino, batch, config, clip) for batch in batches]
+            batches = [_find_masks(dino, batch, config) for batch in batches]
 
         # Schedule.
         for parameters, rate in zip(optimizer.param_groups, initial_rates, strict=True):
@@ -257,16 +260,15 @@ def _check_finite(pending: deque[tuple[int, Callable[[], list[float]]]], keep: i
             )
 
 
-def _find_masks(dino: VisionTransformer, batch: Batch, config: TrainConfig, clip: Clip) -> Batch:
-    """Replace the masks of a batch by DINO's masks of its weak views; the old masks mark the visible pixels."""
-    if not len(batch.masks):  # no readable image
+def _find_masks(dino: VisionTransformer, batch: Batch, config: TrainConfig) -> Batch:
+    """Replace the masks of a batch by DINO's masks of its crops; the old masks mark the visible pixels."""
+    if batch.crops is None:  # no readable image
         return batch
-    mean, std = (torch.tensor(values, device=batch.weak.device).view(3, 1, 1) for values in (clip.mean, clip.std))
     visible = batch.masks.new_zeros(len(batch.weak), *batch.masks.shape[1:])
     visible[batch.image_index] = batch.masks
     seeds = [int(np.random.SeedSequence([config.seed, 3, p]).generate_state(1)[0]) for p in batch.sample_indices]
-    masks, index = masks_of(dino, batch.weak * std + mean, visible, config.dino_clusters, seeds)
-    return replace(batch, masks=masks, image_index=index, counts=None)
+    masks, index = masks_of(dino, batch.crops / 255, visible, config.dino_clusters, seeds)
+    return replace(batch, masks=masks, image_index=index, counts=None, crops=None)
 
 
 def new_concepts(text: TextTower, config: TrainConfig) -> Prompts | Vectors:
