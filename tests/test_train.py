@@ -291,7 +291,7 @@ def test_dino_sees_the_crop_at_its_own_side(config, tmp_path, monkeypatch):
     pixels = np.array(Image.open(io.BytesIO(image)))  # the crop is the whole image
     expected = (pixels / 255 - IMAGENET_MEAN) / IMAGENET_STD
     np.testing.assert_allclose(crop.permute(1, 2, 0), expected, atol=1e-5)
-    with pytest.raises(ValueError, match=r"train\.dino_side 42 is not a multiple of the patch size \(4\); nearest valid: 40, 44"):
+    with pytest.raises(ValueError, match=r"train\.dino_side 42 is not a multiple of the patch size \(4\)"):
         train.run(tmp_path / "images", tmp_path / "other", config(**settings, dino_side=42))
 
 

@@ -21,12 +21,13 @@ from pixelclip.data.shard_sources import describe_shards, list_shards
 from pixelclip.data.views import Views
 from pixelclip.distributed import ProcessGroup, copy_to_host_async, init_process_group, pick_precision
 from pixelclip.mask_generators.dino import load_dino, masks_of
-from pixelclip.models.backbone import Backbone, check_multiple, check_side
+from pixelclip.models.backbone import POSITIONS, Backbone, check_multiple, check_side
 from pixelclip.models.checkpoint import CONFIG, WEIGHTS, Clip, load_clip, save_model
 from pixelclip.models.clip_sources import clip_folder
 from pixelclip.models.decoder import Decoder
 from pixelclip.models.pixelclip import PixelCLIP
 from pixelclip.models.text import TEMPLATES, Prompts, TextTower, Vectors, classifier
+from pixelclip.models.tokenizer import TOKENIZER_FILES
 from pixelclip.models.training_state import Progress, load_state, save_state
 from pixelclip.storage.download import local_copy
 from pixelclip.storage.progress import track
@@ -93,7 +94,7 @@ def run(masks: Path | str, out: Path, config: TrainConfig) -> Metrics:
             if tracked:
                 tracked.values(metrics)
                 tracked.finish()
-                stage.finish(metrics, files=[WEIGHTS, CONFIG])
+                stage.finish(metrics, files=[WEIGHTS, CONFIG, *TOKENIZER_FILES])
                 (stage.out / STATE_FILE).unlink(missing_ok=True)  # not earlier: an interrupted run resumes from it
                 loss, concepts = metrics["train/loss"], metrics["train/concepts_used"]
                 print(f"train: finished after {config.steps} steps: loss {loss:.4f}, {concepts:g} concepts used", flush=True)
@@ -120,7 +121,7 @@ def _train(
     tracked: Run | None,
 ) -> Metrics:
     # Model. Every process builds the same one, because initial values depend only on the seed.
-    text = TextTower(clip.model)
+    text = clip.text_tower()
     precision = pick_precision(config.precision, group.device)
     model = PixelCLIP(
         Backbone(clip.model.visual, config.residual, precision),
@@ -282,7 +283,7 @@ def new_concepts(text: TextTower, config: TrainConfig) -> Prompts | Vectors:
         return Vectors(classifier(text, names_of(config.concept_names), TEMPLATES["single"]), learn=False)
     if config.concept_kind == "vectors":
         return Vectors(torch.randn(config.concepts, text.embed_dim, generator=generator), learn=True)
-    words = torch.randint(0, text.tokenizer.sot_token_id, (config.concepts, config.prompt_tokens), generator=generator)
+    words = torch.randint(0, text.vocabulary, (config.concepts, config.prompt_tokens), generator=generator)
     return Prompts(text, words, learn=config.concept_kind == "prompts")
 
 
@@ -310,7 +311,7 @@ def make_optimizer(model: PixelCLIP, config: TrainConfig) -> torch.optim.AdamW:
         "decoder_no_decay": (config.learning_rate_decoder, 0.0, []),
     }
     for name, parameter in backbone.items():
-        no_decay = id(parameter) in norms or name.endswith("positional_embedding")
+        no_decay = id(parameter) in norms or name.endswith((*POSITIONS, ".latent"))
         groups["backbone_no_decay" if no_decay else "backbone"][2].append(parameter)
     for parameter in model.decoder.parameters():
         groups["decoder_no_decay" if id(parameter) in norms else "decoder"][2].append(parameter)
