@@ -1,3 +1,4 @@
+import io
 import json
 import os
 import signal
@@ -19,6 +20,8 @@ from safetensors.torch import load_file
 from helpers import fake_data, random_dino, tiny, training
 from helpers.training import Killed, kill_at, losses
 from pixelclip import train
+from pixelclip.config import MasksConfig
+from pixelclip.mask_generators.dino import IMAGENET_MEAN, IMAGENET_STD, segment
 from pixelclip.models.checkpoint import load_clip, load_model
 from pixelclip.models.pixelclip import PixelCLIP
 from pixelclip.models.text import TEMPLATES, classifier
@@ -273,7 +276,7 @@ def test_dino_masks_during_training_do_not_depend_on_accumulation(config, tmp_pa
     members = {f"{number}.jpg": fake_data.encoded(fake_data.pixels(40, 48, number)) for number in range(8)}
     fake_data.write_tar(tmp_path / "images" / "0.tar", members)
     torch.save(random_dino.weights(), tmp_path / "dino.pth")
-    settings = {"dino": str(tmp_path / "dino.pth"), "dino_clusters": 3, "strong_view": True}
+    settings = {"dino": str(tmp_path / "dino.pth"), "dino_clusters": 3, "dino_side": 20, "strong_view": True}
     for name, accumulate in (("one", 1), ("two", 1), ("accumulated", 4)):
         train.run(tmp_path / "images", tmp_path / name, config(**settings, accumulate=accumulate))
     assert losses(tmp_path / "one") == losses(tmp_path / "two")
@@ -285,6 +288,30 @@ def test_dino_masks_during_training_do_not_depend_on_accumulation(config, tmp_pa
     assert all(0 < loss < 2 for loss in losses(tmp_path / "one"))
     with pytest.raises(ValueError, match="no sample in these shards has masks"):
         train.run(tmp_path / "images", tmp_path / "three", config())
+
+
+def test_dino_sees_the_crop_at_its_own_side(config, tmp_path, monkeypatch):
+    image = fake_data.encoded(fake_data.pixels(40, 40))
+    fake_data.write_tar(tmp_path / "images" / "0.tar", {"0.jpg": image})
+    torch.save(random_dino.weights(), tmp_path / "dino.pth")
+    assert config().dino_side == MasksConfig().dino_side == 640  # the reference's crop: 40 x 40 patches of 16 pixels
+    seen = []
+
+    def spy(dino, images, *others):
+        seen.append(images)
+        return segment(dino, images, *others)
+
+    monkeypatch.setattr("pixelclip.mask_generators.dino.segment", spy)
+    plain = {"color_jitter": False, "flip": False, "strong_view": False, "crop": 40, "shortest_edge": 40, "batch_size": 1}
+    settings = {"dino": str(tmp_path / "dino.pth"), "dino_clusters": 3, "steps": 1, **plain}
+    train.run(tmp_path / "images", tmp_path / "model", config(**settings, dino_side=40))
+    ((crop,),) = seen
+    assert config(**settings).side == 32  # CLIP's view
+    pixels = np.array(Image.open(io.BytesIO(image)))  # the crop is the whole image
+    expected = (pixels / 255 - IMAGENET_MEAN) / IMAGENET_STD
+    np.testing.assert_allclose(crop.permute(1, 2, 0), expected, atol=1e-5)
+    with pytest.raises(ValueError, match=r"train\.dino_side 42 is not a multiple of the patch size \(4\)"):
+        train.run(tmp_path / "images", tmp_path / "other", config(**settings, dino_side=42))
 
 
 def test_all_parameters_of_a_convnext_are_trained(shards, config, tmp_path):

@@ -110,7 +110,7 @@ class MasksConfig(_Settings):
     )
     dino_clusters: int = _setting(16, "DINO: k of the k-means over the patch tokens of an image.", ge=2)
     dino_side: int = _setting(
-        320, "DINO: images are resized to a square of this side in pixels, a multiple of the patch size.", ge=16, le=4096
+        640, "DINO: images are resized to a square of this side in pixels, a multiple of the patch size.", ge=16, le=4096
     )
     seed: int = _setting(0, "Seed of DINO's k-means.", ge=0)
     max_masks: int = _setting(0, "Keep at most this many of an image's largest masks; 0 keeps all.", ge=0)
@@ -160,6 +160,9 @@ class TrainConfig(_Settings):
     accumulate: int = _setting(1, "Micro-batches per step and process, to save memory.", runtime=True, ge=1)
     dino: str = _setting("", "DINO checkpoint that generates masks during training; if empty, the shards' masks are used.")
     dino_clusters: int = _setting(16, "DINO: k of the k-means over the patch tokens of a view.", ge=2)
+    dino_side: int = _setting(
+        640, "DINO: side in pixels at which it sees the weak view's crop, a multiple of the patch size.", ge=16, le=4096
+    )
     precision: Literal["auto", "float32", "tf32", "bfloat16"] = _setting(
         "auto", "Precision of towers and decoder; auto is bfloat16 if the hardware supports it, else float32."
     )

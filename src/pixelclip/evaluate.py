@@ -157,7 +157,7 @@ def _differ_by_image_tower_only(clip: Clip, other: Clip) -> bool:
 
 
 def _classifier(clip: Clip, dataset: LabelledSet, config: EvaluateConfig, group: ProcessGroup) -> tuple[TextTower, Tensor]:
-    text = TextTower(clip.model).to(group.device).eval()
+    text = clip.text_tower().to(group.device).eval()
     return text, classifier(text, dataset.classes, TEMPLATES[config.templates])
 
 

@@ -27,7 +27,7 @@ from pixelclip.evaluation.protocol import (
 )
 from pixelclip.models.backbone import Backbone, Residual
 from pixelclip.models.checkpoint import load_clip
-from pixelclip.models.text import TEMPLATES, TextTower, classifier
+from pixelclip.models.text import TEMPLATES, classifier
 from pixelclip.storage.download import local_path
 from pixelclip.storage.files import write_json
 from pixelclip.workflow.stage import METRICS, Metrics, Stage
@@ -83,7 +83,7 @@ def _run(
     tower, protocol = Backbone(loaded.model.visual, residual), protocol_of(config)
     check_sides(tower, config)
     with stage if group.is_main else nullcontext():
-        text = TextTower(loaded.model).to(group.device).eval()
+        text = loaded.text_tower().to(group.device).eval()
         classes = classifier(text, dataset.classes, TEMPLATES[config.templates])
         towers, state = {CLIP: tower}, stage.folder / STATE_FOLDER
         evaluation = evaluate_towers(towers, loaded, classes, dataset, config, group, state, BASELINE_STAGE)

@@ -22,13 +22,14 @@ from pixelclip.data.shard_sources import describe_shards, list_shards
 from pixelclip.data.views import Views
 from pixelclip.distributed import ProcessGroup, copy_to_host_async, init_process_group, pick_precision
 from pixelclip.mask_generators.dino import load_dino, masks_of
-from pixelclip.models.backbone import Backbone, check_side
+from pixelclip.models.backbone import Backbone, check_multiple, check_side
 from pixelclip.models.checkpoint import CONFIG, WEIGHTS, Clip, load_clip, save_model
 from pixelclip.models.clip_sources import clip_folder
 from pixelclip.models.decoder import Decoder
 from pixelclip.models.optimizer import cosine_factor, make_optimizer
 from pixelclip.models.pixelclip import PixelCLIP
 from pixelclip.models.text import TEMPLATES, Prompts, TextTower, Vectors, classifier
+from pixelclip.models.tokenizer import TOKENIZER_FILES
 from pixelclip.models.training_state import Progress, load_state, save_state
 from pixelclip.storage.download import local_copy
 from pixelclip.storage.progress import track
@@ -79,9 +80,12 @@ def run(masks: Path | str, out: Path, config: TrainConfig) -> Metrics:
             return group.broadcast_object(stage.reuse() if group.is_main else {})
         clip = load_clip(config.clip)
         check_side("train.side", config.side, Backbone(clip.model.visual, config.residual))
+        network = load_dino(dino) if dino else None
+        if network:
+            check_multiple("train.dino_side", config.dino_side, network.patch_embed.patch_size[0])
         with stage if group.is_main else nullcontext():
             shared = config.model_dump(include={field.name for field in fields(Views)})
-            views = Views(**shared, mean=clip.mean, std=clip.std)
+            views = Views(**{**shared, "dino_side": config.dino_side if dino else 0}, mean=clip.mean, std=clip.std)
             dataset = MaskedImages(shards, views, config.seed, dino is None, config.shards_at_once)
             tracked: Run | None = None
             try:
@@ -89,7 +93,7 @@ def run(masks: Path | str, out: Path, config: TrainConfig) -> Metrics:
                     with deferred():  # otherwise a run could stay open that nobody knows
                         tracked = Run.start(stage.folder, name=out.name, provenance=stage.provenance())
                 with deferred() as received:
-                    metrics = _train(stage, clip, dino and load_dino(dino), dataset, config, group, tracked, received)
+                    metrics = _train(stage, clip, network, dataset, config, group, tracked, received)
             except BaseException as error:
                 if tracked:
                     tracked.finish(KILLED if isinstance(error, Terminated) else "FAILED")
@@ -97,7 +101,7 @@ def run(masks: Path | str, out: Path, config: TrainConfig) -> Metrics:
             if tracked:
                 tracked.values(metrics)
                 tracked.finish()
-                stage.finish(metrics, files=[WEIGHTS, CONFIG])
+                stage.finish(metrics, files=[WEIGHTS, CONFIG, *TOKENIZER_FILES])
                 (stage.out / STATE_FILE).unlink(missing_ok=True)  # not earlier: an interrupted run resumes from it
                 loss, concepts = metrics["train/loss"], metrics["train/concepts_used"]
                 print(f"train: finished after {config.steps} steps: loss {loss:.4f}, {concepts:g} concepts used", flush=True)
@@ -125,7 +129,7 @@ def _train(
     received: Callable[[], int],
 ) -> Metrics:
     # Model. Every process builds the same one, because initial values depend only on the seed.
-    text = TextTower(clip.model)
+    text = clip.text_tower()
     precision = pick_precision(config.precision, group.device)
     model = PixelCLIP(
         Backbone(clip.model.visual, config.residual, precision),
@@ -189,7 +193,7 @@ def _train(
             continue
         batches = [batch.to(group.device) for batch in micro_batches]
         if dino:
-            batches = [_find_masks(dino, batch, config, clip) for batch in batches]
+            batches = [_find_masks(dino, batch, config) for batch in batches]
 
         # Schedule.
         for parameters, rate in zip(optimizer.param_groups, initial_rates, strict=True):
@@ -288,16 +292,15 @@ def _check_finite(pending: deque[tuple[int, Callable[[], list[float]]]], keep: i
             )
 
 
-def _find_masks(dino: VisionTransformer, batch: Batch, config: TrainConfig, clip: Clip) -> Batch:
-    """Replace the masks of a batch by DINO's masks of its weak views; the old masks mark the visible pixels."""
-    if not len(batch.masks):  # no readable image
+def _find_masks(dino: VisionTransformer, batch: Batch, config: TrainConfig) -> Batch:
+    """Replace the masks of a batch by DINO's masks of its crops; the old masks mark the visible pixels."""
+    if batch.crops is None:  # no readable image
         return batch
-    mean, std = (torch.tensor(values, device=batch.weak.device).view(3, 1, 1) for values in (clip.mean, clip.std))
     visible = batch.masks.new_zeros(len(batch.weak), *batch.masks.shape[1:])
     visible[batch.image_index] = batch.masks
     seeds = [int(np.random.SeedSequence([config.seed, 3, p]).generate_state(1)[0]) for p in batch.sample_indices]
-    masks, index = masks_of(dino, batch.weak * std + mean, visible, config.dino_clusters, seeds)
-    return replace(batch, masks=masks, image_index=index, counts=None)
+    masks, index = masks_of(dino, batch.crops / 255, visible, config.dino_clusters, seeds)
+    return replace(batch, masks=masks, image_index=index, counts=None, crops=None)
 
 
 def new_concepts(text: TextTower, config: TrainConfig) -> Prompts | Vectors:
@@ -311,7 +314,7 @@ def new_concepts(text: TextTower, config: TrainConfig) -> Prompts | Vectors:
         return Vectors(classifier(text, names_of(config.concept_names), TEMPLATES[config.templates]), learn=False)
     if config.concept_kind == "vectors":
         return Vectors(torch.randn(config.concepts, text.embed_dim, generator=generator), learn=True)
-    words = torch.randint(0, text.tokenizer.sot_token_id, (config.concepts, config.prompt_tokens), generator=generator)
+    words = torch.randint(0, text.vocabulary, (config.concepts, config.prompt_tokens), generator=generator)
     return Prompts(text, words, config.concept_kind == "prompts", TEMPLATES[config.templates])
 
 

@@ -1,17 +1,24 @@
 """Command line: every command has help, every mistake is one message with exit code 2."""
 
+import json
 import os
 import sys
 from pathlib import Path
 
+import numpy as np
+import open_clip
 import pytest
+import torch
 import typer
 from PIL import Image
 
-from helpers import command_line
-from helpers.fake_data import encoded, pixels, write_tar
+from helpers import command_line, tiny, training
+from helpers.fake_data import annotation, encoded, pixels, write_tar
 from pixelclip.cli.app import app
 from pixelclip.config import SETTINGS, STAGES
+from pixelclip.inference.predictor import Predictor
+from pixelclip.models.tokenizer import FileTokenizer
+from pixelclip.registry.model_version import _inference_files
 from pixelclip.storage.s3 import is_s3, list_below
 
 pixelclip = command_line.pixelclip
@@ -182,3 +189,35 @@ def test_params_and_overrides_reach_the_stage(pixelclip, tmp_path):
 
 def test_command_is_installed():
     assert Path(sys.executable).with_name("pixelclip").is_file()
+
+
+def test_siglip_is_trained_evaluated_and_exported(pixelclip, monkeypatch, tmp_path):
+    """Its image tower pools by attention, and its text tower has its own tokenizer and context length."""
+    tiny.mlflow_at(monkeypatch, tmp_path / "mlflow")
+    clip, masks = tiny.clip_folder(tmp_path / "clip", kind="siglip"), np.zeros((2, 40, 48), bool)
+    masks[0, :, :24] = masks[1, :, 24:] = True
+    members = {"0.jpg": encoded(pixels(40, 48)), "0.json": annotation(masks)}
+    write_tar(tmp_path / "masks" / "0.tar", members)
+    small = {name: value for name, value in training.SMALL.items() if name != "workers"} | {"steps": 2, "batch_size": 2}
+    settings = [f"{name}={value}" for name, value in (small | {"side": 48, "clip": clip}).items()]
+    code, _, error = pixelclip("train", "--masks", tmp_path / "masks", "--out", tmp_path / "model", *settings, "workers=0")
+    assert code == 0, error
+    labelled = tiny.labelled_set(tmp_path / "labelled")
+    code, _, error = pixelclip(
+        "evaluate", "--model", tmp_path / "model", "--labelled", labelled, "--out", tmp_path / "evaluation", "device=cpu"
+    )
+    assert code == 0, error
+    assert 0 <= json.loads((tmp_path / "evaluation" / "metrics.json").read_text())["miou/labelled"] <= 100
+    code, _, error = pixelclip("export", "--model", tmp_path / "model", "--out", tmp_path / "exported")
+    assert code == 0, error
+    predictor = Predictor.load(_inference_files(tmp_path / "model", tmp_path), "cpu")  # as in a registered model
+    exported = open_clip.create_model(f"local-dir:{tmp_path / 'exported'}").eval()
+    start, x = tiny.clip_of("siglip").visual, torch.randn(1, 3, 160, 160)
+    for name, tensor in exported.visual.named_parameters():
+        asks = name in ("trunk.attn_pool.latent", "trunk.attn_pool.q.weight", "trunk.attn_pool.q.bias")  # no token asks another
+        learned = ("attn" in name or "pos_embed" in name) and not asks
+        assert torch.equal(tensor, start.get_parameter(name)) is not learned, name
+    assert torch.equal(predictor.backbone.image_features(x), exported.encode_image(x))
+    texts = ["a dog in the scene", "grass"]
+    tokens = FileTokenizer(tmp_path / "exported", 64, "canonicalize")(texts)
+    torch.testing.assert_close(predictor.text.encode(texts), exported.encode_text(tokens), atol=1e-5, rtol=0)

@@ -253,3 +253,29 @@ def test_blur_width_is_in_pixels_of_the_methods_crop(size: int, edge: int, crop:
             assert found == pytest.approx(scale * expected, rel=0.2), seed  # narrow blurs are coarsely sampled
             compared += 1
     assert compared > 3
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_dinos_crop_shows_the_weak_view_at_its_own_side(seed: int) -> None:
+    """Same crop, colours and flip; asking for it changes nothing else."""
+    image, masks = Image.fromarray(pixels(60, 90, seed)), in_runs(blobs(2, 60, 90, seed))
+    jittered = replace(FULL, color_jitter=True, flip=True)
+
+    def sample(side: int, dino_side: int) -> views.TrainingSample:
+        parameters = replace(jittered, side=side, dino_side=dino_side)
+        return views.draw(image, masks, parameters, np.random.default_rng(seed))
+
+    small, without = sample(FULL.side, 2 * FULL.side), sample(FULL.side, 0)
+    assert without.crop is None
+    for name in ("weak", "strong", "packed"):
+        assert torch.equal(getattr(small, name), getattr(without, name)), name
+    weak = sample(2 * FULL.side, 0).weak
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (FULL.mean, FULL.std))
+    assert small.crop is not None and small.crop.dtype == torch.uint8
+    torch.testing.assert_close(small.crop / 255, weak * std + mean, atol=0.501 / 255, rtol=0)
+
+
+def test_images_are_decoded_large_enough_for_dino() -> None:
+    parameters = replace(PLAIN, shortest_edge=1024, longest_edge=1333, crop=640, side=320)
+    assert views.shrink_factor((2048, 2048), parameters) == 4  # crops of 1,280 pixels
+    assert views.shrink_factor((2048, 2048), replace(parameters, dino_side=640)) == 2

@@ -18,6 +18,10 @@ import torch
 from mlflow import MlflowClient
 from PIL import Image
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import Unigram
+from tokenizers.pre_tokenizers import Metaspace
+from tokenizers.processors import TemplateProcessing
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # MLflow warns about its own type hints
@@ -48,6 +52,30 @@ CONVNEXT_CONFIG: dict[str, Any] = {
     },
     "text_cfg": CLIP_CONFIG["text_cfg"],
 }
+SIGLIP_CONFIG: dict[str, Any] = {
+    "embed_dim": 96,
+    "init_logit_bias": -10,
+    "custom_text": True,
+    "vision_cfg": {
+        "timm_model_name": "test_vit3",  # patches of 16 pixels, a grid of 10 x 10, pools by attention
+        "timm_model_pretrained": False,
+        "timm_pool": "map",
+        "timm_proj": "none",
+        "image_size": 160,
+    },
+    "text_cfg": {
+        "context_length": 64,
+        "vocab_size": 64,
+        "hf_tokenizer_name": "tests/tokenizer",
+        "tokenizer_kwargs": {"clean": "canonicalize"},
+        "width": 32,
+        "heads": 2,
+        "layers": 1,
+        "no_causal_mask": True,
+        "proj_bias": True,
+        "pool_type": "last",
+    },
+}
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.3, 0.2)
 SIDE, CONCEPTS, TOKENS = 48, 3, 2
 CLASSES = ("dog, puppy", "grass", "sky")
@@ -55,7 +83,7 @@ CLASSES = ("dog, puppy", "grass", "sky")
 
 # Like `convnext_large_d_320`, whose projection is an MLP.
 CONVNEXT_MLP_CONFIG = CONVNEXT_CONFIG | {"vision_cfg": CONVNEXT_CONFIG["vision_cfg"] | {"timm_proj": "mlp"}}
-CLIP_CONFIGS = {"vit": CLIP_CONFIG, "convnext": CONVNEXT_CONFIG, "convnext_mlp": CONVNEXT_MLP_CONFIG}
+CLIP_CONFIGS = {"vit": CLIP_CONFIG, "convnext": CONVNEXT_CONFIG, "convnext_mlp": CONVNEXT_MLP_CONFIG, "siglip": SIGLIP_CONFIG}
 
 
 def clip_config(folder: Path, config: dict[str, Any]) -> Path:
@@ -71,20 +99,60 @@ def clip_folder(folder: Path, seed: int = 0, kind: str = "vit", **vision: Any) -
     config = CLIP_CONFIGS[kind]
     clip_config(folder, config | {"vision_cfg": config["vision_cfg"] | vision})
     save_file(clip_state(seed, kind), folder / "open_clip_model.safetensors")
+    if kind == "siglip":
+        tokenizer_files(folder)
     return folder
 
 
-def clip_of(kind: str = "vit", seed: int = 0) -> open_clip.CLIP:
-    """Create a CLIP with a ViT or a ConvNeXt and random weights."""
-    clip = open_clip.CLIP(**CLIP_CONFIGS[kind])
+def clip_of(kind: str = "vit", seed: int = 0) -> open_clip.CLIP | open_clip.CustomTextCLIP:
+    """Create a CLIP with random weights."""
+    clip = _empty(kind)
     clip.load_state_dict(clip_state(seed, kind))
     return clip
 
 
-@cache
+def _empty(kind: str) -> open_clip.CLIP | open_clip.CustomTextCLIP:
+    config = dict(CLIP_CONFIGS[kind])
+    return (open_clip.CustomTextCLIP if config.pop("custom_text", False) else open_clip.CLIP)(**config)
+
+
+def tokenizer_files(folder: Path) -> Path:
+    """Write a tokenizer like SigLIP's: SentencePiece's unigrams, `</s>` at the end, which is the padding, too."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    pieces = [
+        "<pad>",
+        "</s>",
+        "<unk>",
+        "▁",
+        *letters,
+        *(f"▁{x}" for x in letters),
+        "▁photo",
+        "▁of",
+        "▁in",
+        "▁the",
+        "▁scene",
+        "▁dog",
+    ]
+    tokenizer = Tokenizer(Unigram([(piece, -float(bool(piece[1:])) - 1) for piece in pieces], unk_id=2))
+    tokenizer.pre_tokenizer = Metaspace()
+    tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer.add_special_tokens(["<pad>", "</s>", "<unk>"])
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"pad_token": "</s>", "tokenizer_class": "PreTrainedTokenizerFast"})
+    )
+    return folder
+
+
 def clip_state(seed: int = 0, kind: str = "vit") -> dict[str, torch.Tensor]:
-    """Return the random weights of `clip_of`."""
-    return _vary(open_clip.CLIP(**CLIP_CONFIGS[kind]).state_dict(), seed)
+    """Return the random weights of `clip_of`, in a new dictionary."""
+    return dict(_clip_state(seed, kind))
+
+
+@cache
+def _clip_state(seed: int, kind: str) -> dict[str, torch.Tensor]:
+    return _vary(_empty(kind).state_dict(), seed)
 
 
 def _vary(state: dict[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:

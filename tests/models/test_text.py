@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from helpers import tiny
-from pixelclip.models.checkpoint import load_clip
+from pixelclip.models.checkpoint import Clip, load_clip
 from pixelclip.models.text import TEMPLATES, Prompts, TextTower, classifier
 
 TOKENIZER = open_clip.SimpleTokenizer()
@@ -118,3 +118,46 @@ def test_unsupported_text_towers_are_rejected():
 def test_classifier_rejects_unusable_class_names(tower, names):
     with pytest.raises(ValueError, match="class name"):
         classifier(tower, names)
+
+
+@pytest.fixture(scope="module")
+def siglip(tmp_path_factory) -> Clip:
+    return load_clip(str(tiny.clip_folder(tmp_path_factory.mktemp("siglip"), kind="siglip")))
+
+
+def test_siglips_texts_are_encoded_at_all_positions_and_pooled_at_the_last(siglip):
+    texts = ["A photo of a dog in the scene!", "", "dog " * 80]
+    tokens = siglip.tokenizer(texts)
+    assert tokens.shape == (3, 64) and (tokens[:, -1] == 1).all()
+    expected = siglip.model.encode_text(tokens)
+    torch.testing.assert_close(siglip.text_tower().encode(texts), expected, atol=1e-5, rtol=0)
+
+
+def test_siglips_prompts_equal_the_sentence_of_the_same_words(siglip):
+    """Every position matters, so the padding after the prompt does, too."""
+    tower, text = siglip.text_tower(), "a photo of a the photo in the scene"
+    tokens = siglip.tokenizer([text, "the photo"])
+    prompts = Prompts(tower, tokens[1:, :2])
+    torch.testing.assert_close(prompts(tower), siglip.model.encode_text(tokens[:1]), atol=1e-5, rtol=0)
+    prompts(tower).sum().backward()
+    assert prompts.tokens.grad.abs().amax(dim=-1).min() > 0
+    with pytest.raises(ValueError, match="57 prompt tokens do not fit the context length 64"):
+        Prompts(tower, torch.zeros(1, 57, dtype=torch.long))  # with the 7 fixed words and the end: 65
+    Prompts(tower, torch.zeros(1, 56, dtype=torch.long))
+
+
+def test_text_tower_without_causal_attention_is_not_truncated():
+    """MobileCLIP2-L-14: CLIP's tokenizer, pooled at the end-of-text token, attention to all positions."""
+    clip = open_clip.CustomTextCLIP(**tiny.CLIP_CONFIG | {"text_cfg": {**tiny.CLIP_CONFIG["text_cfg"], "no_causal_mask": True}})
+    with torch.no_grad():
+        for parameter in clip.text.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    tower, text = TextTower(clip), "A photo of a dog cat in the scene"
+    expected = encode_text(clip, text)
+    torch.testing.assert_close(tower.encode([text])[0], expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(Prompts(tower, TOKENIZER(["dog cat"])[:, 1:3])(tower)[0], expected, atol=1e-5, rtol=0)
+
+
+def test_other_tokenizers_are_not_replaced_by_clips(siglip):
+    with pytest.raises(ValueError, match="this text tower needs its own tokenizer: it has 64 tokens"):
+        TextTower(siglip.model)

@@ -37,12 +37,14 @@ class _Images:
     bad: list[str]
     sample_indices: list[int] = field(default_factory=list)
     counts: list[int] | None = None
+    crops: Tensor | None = None
 
 
 class Batch(_Images):
     """B images with N masks: `weak`, `strong` [B, 3, side, side]; `masks` [N, H, W]; `image_index` [N]; `bad`: skipped samples.
 
-    `counts`, if given, is the number of masks of each image; the masks are then ordered by image.
+    `counts`, if given, is the number of masks of each image; the masks are then ordered by image. `crops`
+    [B, 3, dino_side, dino_side], uint8, are the weak views for DINO, if it is used.
     """
 
 
@@ -52,13 +54,15 @@ class PackedBatch(_Images):
     def pin_memory(self) -> "PackedBatch":
         """Copy to pinned memory; called by the DataLoader."""
         weak, strong, masks, index = (x.pin_memory() for x in (self.weak, self.strong, self.masks, self.image_index))
-        return PackedBatch(weak, strong, masks, index, self.bad, self.sample_indices, self.counts)
+        crops = None if self.crops is None else self.crops.pin_memory()
+        return PackedBatch(weak, strong, masks, index, self.bad, self.sample_indices, self.counts, crops)
 
     def to(self, device: torch.device) -> Batch:
         """Copy to a device asynchronously and unpack the masks."""
         tensors = (self.weak, self.strong, self.masks, self.image_index)
         weak, strong, masks, index = (x.to(device, non_blocking=True) for x in tensors)
-        return Batch(weak, strong, unpack(masks), index, self.bad, self.sample_indices, self.counts)
+        crops = None if self.crops is None else self.crops.to(device, non_blocking=True)
+        return Batch(weak, strong, unpack(masks), index, self.bad, self.sample_indices, self.counts, crops)
 
 
 class MaskedImages(Dataset[TrainingSample | str]):
@@ -189,6 +193,7 @@ def collate(samples: Sequence[TrainingSample | str]) -> PackedBatch:
         empty = torch.zeros(0)
         return PackedBatch(empty, empty, torch.zeros(0, 0, 0, dtype=torch.uint8), empty.long(), bad, [], [])
     counts = [len(sample.packed) for sample in good]
+    crops = [sample.crop for sample in good if sample.crop is not None]
     return PackedBatch(
         weak=default_collate([sample.weak for sample in good]),  # stacks in shared memory
         strong=default_collate([sample.strong for sample in good]),
@@ -197,6 +202,7 @@ def collate(samples: Sequence[TrainingSample | str]) -> PackedBatch:
         bad=bad,
         sample_indices=[sample.position for sample in good],
         counts=counts,
+        crops=default_collate(crops) if crops else None,
     )
 
 

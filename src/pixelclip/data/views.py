@@ -4,6 +4,7 @@ N masks, H W mask grid, which is square. The colour transforms do not use torchv
 seconds, and here its strong jitter takes 2.4 times as long (docs/experiments.md).
 """
 
+import copy
 import math
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ from pixelclip.data.tensors import normalise, to_tensor
 
 @dataclass(frozen=True)
 class Views:
-    """Parameters of the views; lengths in pixels, see the settings of the same names."""
+    """Parameters of the views; lengths in pixels, see the settings of the same names; `dino_side` 0 without DINO."""
 
     side: int
     mask_grid: int
@@ -34,16 +35,21 @@ class Views:
     cutout_max: float
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    dino_side: int = 0
 
 
 @dataclass(frozen=True)
 class TrainingSample:
-    """`weak`, `strong` [3, side, side], normalised; `packed` masks, see `unpack`; `position` in the sample stream."""
+    """`weak`, `strong` [3, side, side], normalised; `packed` masks, see `unpack`; `position` in the sample stream.
+
+    `crop` [3, dino_side, dino_side], uint8, is the weak view for DINO, if it is used.
+    """
 
     weak: Tensor
     strong: Tensor
     packed: Tensor
     position: int = -1
+    crop: Tensor | None = None
 
     @property
     def masks(self) -> Tensor:
@@ -75,14 +81,19 @@ def draw(image: Image.Image, masks: RunMasks, views: Views, generator: np.random
     width, height = _crop_size(size, views)
     left, top = generator.uniform(0, size[0] - width), generator.uniform(0, size[1] - height)
     box = (left / shrunk, top / shrunk, (left + width) / shrunk, (top + height) / shrunk)
-    pixels = to_tensor(image.resize((views.side, views.side), Image.Resampling.BILINEAR, box=box)).contiguous()
-    if views.color_jitter:
-        pixels = _ssd_jitter(pixels, generator)
+
+    def resample(side: int, generator: np.random.Generator) -> Tensor:
+        pixels = to_tensor(image.resize((side, side), Image.Resampling.BILINEAR, box=box)).contiguous()
+        return _ssd_jitter(pixels, generator) if views.color_jitter else pixels
+
+    large = resample(views.dino_side, copy.deepcopy(generator)) if views.dino_side else None  # with the weak view's colours
+    pixels = resample(views.side, generator)
     grid = (np.arange(views.mask_grid) + 0.5) / views.mask_grid
     rows = np.minimum((top + grid * height).astype(np.int64), size[1] - 1)
     columns = np.minimum((left + grid * width).astype(np.int64), size[0] - 1)
     if views.flip and generator.random() < 0.5:
         pixels, columns = pixels.flip(-1), columns[::-1]
+        large = None if large is None else large.flip(-1)
     packed = masks.sample_packed(rows, columns)  # [N, ceil(H / 8), W]
     strong = pixels
     if views.strong_view:
@@ -92,12 +103,13 @@ def draw(image: Image.Image, masks: RunMasks, views: Views, generator: np.random
         normalise(pixels, views.mean, views.std),
         normalise(strong, views.mean, views.std),
         torch.from_numpy(packed[_more_than_one(packed)]),
+        crop=None if large is None else (large * 255).round_().byte(),
     )
 
 
 def shrink_factor(size: tuple[int, int], views: Views) -> int:
-    """Return the maximum factor for decoding an image of (width, height) such that crops are not smaller than the view."""
-    limit = min(_crop_size(size, views)) / views.side
+    """Return the maximum factor for decoding an image of (width, height) such that crops are not smaller than the views."""
+    limit = min(_crop_size(size, views)) / max(views.side, views.dino_side)
     return max([1] + [factor for factor in (2, 4, 8) if factor <= limit])
 
 

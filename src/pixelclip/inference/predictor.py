@@ -21,7 +21,7 @@ from pixelclip.distributed import pick_device, pick_precision
 from pixelclip.inference.label_map import label_map
 from pixelclip.models.backbone import Backbone
 from pixelclip.models.checkpoint import Clip, Model, backbone_of, load_model
-from pixelclip.models.text import TEMPLATES, TextTower, classifier
+from pixelclip.models.text import TEMPLATES, classifier
 
 _CLASSES_AT_ONCE = 16
 _EPSILON = 1e-12  # of F.normalize
@@ -182,7 +182,7 @@ class Predictor:
         self.side = model.side
         self.feature_grid = feature_grid
         self.backbone = backbone_of(model).to(self.device).eval()
-        self.text = TextTower(model.clip.model).to(self.device).eval()
+        self.text = model.clip.text_tower().to(self.device).eval()
         self._classifiers: dict[tuple[str, ...], Tensor] = {}
 
     @classmethod

@@ -21,6 +21,7 @@ from pixelclip.data.tensors import normalise, resized_square
 from pixelclip.distributed import pick_device, pick_precision
 from pixelclip.mask_generators import Generate
 from pixelclip.mask_generators.kmeans import kmeans
+from pixelclip.models.backbone import check_multiple
 from pixelclip.models.weights import check_fit, check_tensors, named, read_weights
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -39,8 +40,7 @@ def load_generator(weights: Path, config: MasksConfig) -> Generate:
     device = pick_device(config.device)
     pick_precision("float32", device)  # earlier work in this process may have enabled TF32
     dino = load_dino(weights).to(device)
-    if config.dino_side % (patch := dino.patch_embed.patch_size[0]):
-        raise ValueError(f"masks.dino_side {config.dino_side} is not a multiple of the patch size ({patch})")
+    check_multiple("masks.dino_side", config.dino_side, dino.patch_embed.patch_size[0])
 
     def generate(batch: list[tuple[str, Image.Image]]) -> Iterator[dict[str, Any]]:
         views = [resized_square(image, config.dino_side, IMAGENET_MEAN, IMAGENET_STD, device) for _, image in batch]
@@ -115,7 +115,7 @@ def masks_of(dino: VisionTransformer, images: Tensor, visible: Tensor, k: int, s
 
     Args:
         dino: from `load_dino`.
-        images: [B, 3, H, W], RGB in 0..1; sides are rounded to multiples of the patch size.
+        images: [B, 3, H, W], RGB in 0..1; H and W multiples of the patch size.
         visible: [B, H', W'], bool, on the mask grid: False where CutOut erased the image.
         k: clusters per image.
         seeds: one per image.
@@ -123,9 +123,6 @@ def masks_of(dino: VisionTransformer, images: Tensor, visible: Tensor, k: int, s
     Returns:
         Masks of more than one pixel [N, H', W'], bool, and the image index of each mask [N].
     """
-    patch = dino.patch_embed.patch_size[0]
-    sides = [max(patch, round(side / patch) * patch) for side in images.shape[2:]]
-    images = F.interpolate(images, size=sides, mode="bilinear", align_corners=False, antialias=True)
     labels = segment(dino, normalise(images, IMAGENET_MEAN, IMAGENET_STD), k, seeds)  # [B, h, w]
     labels = F.interpolate(labels[:, None].float(), size=visible.shape[1:], mode="nearest-exact")[:, 0].long()
     masks = (labels[:, None] == torch.arange(k, device=labels.device)[:, None, None]) & visible[:, None]  # [B, k, H', W']

@@ -14,8 +14,12 @@ from timm.models.convnext import ConvNeXt
 from torch import Tensor, nn
 
 from pixelclip.models.attention import run_block
+from pixelclip.models.positions import resize_position
+from pixelclip.models.timm_vit import SUPPORTED, check_timm_vit, dense_timm_vit, global_timm_vit, is_timm_vit
 
 Residual = Literal["cls", "patch"]
+POSITIONS = ("positional_embedding", "pos_embed")
+"""Names of a ViT's position embedding in open_clip and timm."""
 
 
 def full_precision(x: Tensor) -> Tensor:
@@ -27,12 +31,13 @@ class Backbone(nn.Module):
     """Dense features of a CLIP ViT or ConvNeXt.
 
     In a ViT, the last block uses only its value path, so that a patch keeps its own content instead of a mixture of all
-    patches (MaskCLIP). In a ConvNeXt, the head's norm and the projection are applied at every grid position, without pooling.
+    patches (MaskCLIP). If the ViT pools by attention, like SigLIP, its pool does so instead. In a ConvNeXt, the head's norm and
+    the projection are applied at every grid position, without pooling.
 
     Args:
-        visual: open_clip's `VisionTransformer` pooled at the CLS token, or its `TimmModel` around a ConvNeXt.
+        visual: open_clip's `VisionTransformer` pooled at the CLS token, or its `TimmModel` around a ViT or a ConvNeXt.
         residual: token added to a ViT's last value path: the CLS token (reference implementation) or the patch's own token
-            (MaskCLIP).
+            (MaskCLIP). Unused by an attention pool and a ConvNeXt.
         precision: autocast's dtype; features are returned in float32 or wider.
 
     Raises:
@@ -41,38 +46,47 @@ class Backbone(nn.Module):
 
     def __init__(self, visual: nn.Module, residual: Residual = "cls", precision: torch.dtype | None = None) -> None:
         super().__init__()
+        trunk = visual.trunk if isinstance(visual, TimmModel) else visual
+        self.is_convnext, self.is_timm_vit = isinstance(trunk, ConvNeXt), is_timm_vit(trunk)
         if isinstance(visual, VisionTransformer):
             _check_vit(visual)
-        elif isinstance(visual, TimmModel):
+        elif self.is_convnext:
             _check_convnext(visual)
+        elif self.is_timm_vit:
+            check_timm_vit(trunk, residual)
         else:
-            raise ValueError(
-                f"image tower {type(visual).__name__} is not supported; use open_clip's VisionTransformer or ConvNeXt"
-            )
-        self.visual = visual
+            raise ValueError(f"image tower {type(trunk).__name__} is not supported; {SUPPORTED}")
+        self.visual: Any = visual
         self.residual = residual
         self.precision = precision
 
     @property
     def patch_size(self) -> tuple[int, int]:
         """Height and width in pixels of one position of the feature grid."""
-        if isinstance(self.visual, TimmModel):
+        if self.is_convnext:
             stride = int(self.visual.trunk.feature_info[-1]["reduction"])
             return stride, stride
+        if self.is_timm_vit:
+            height, width = self.visual.trunk.patch_embed.feat_ratio(as_scalar=False)
+            return height, width
         height, width = self.visual.conv1.kernel_size
         return height, width
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
-        """Return the trainable parameters: attention and position embedding of a ViT, or the whole tower of a ConvNeXt."""
-        whole, parameters = isinstance(self.visual, TimmModel), self.visual.named_parameters()
-        trained = {name: p for name, p in parameters if whole or name == "positional_embedding" or ".attn." in name}
-        return {f"visual.{name}": parameter for name, parameter in trained.items()}
+        """Return the trainable parameters: attention, its pool and position embedding of a ViT, or all of a ConvNeXt."""
+        return {
+            f"visual.{name}": parameter
+            for name, parameter in self.visual.named_parameters()
+            if self.is_convnext or name.endswith(POSITIONS) or ".attn." in name or ".attn_pool." in name
+        }
 
     def image_features(self, images: Tensor) -> Tensor:
         """Return CLIP's global features [B, C] of images [B, 3, H, W] of any size, not normalised."""
         with self._autocast(images):
-            if isinstance(self.visual, TimmModel):
+            if self.is_convnext:
                 return full_precision(self.visual(images))
+            if self.is_timm_vit:
+                return full_precision(global_timm_vit(self.visual, images))
             pooled, _ = self.visual._pool(self.visual.transformer(_embed(self.visual, images)[0]))
             return full_precision(pooled if self.visual.proj is None else pooled @ self.visual.proj)
 
@@ -86,9 +100,10 @@ class Backbone(nn.Module):
             [B, C, h, w] with h = H // patch, w = W // patch; not normalised.
         """
         with self._autocast(images):
-            convnext = isinstance(self.visual, TimmModel)
-            dense = _dense_convnext(self.visual, images) if convnext else _dense_vit(self.visual, images, self.residual)
-        return full_precision(dense)
+            if self.is_convnext:
+                return full_precision(_dense_convnext(self.visual, images))
+            dense = dense_timm_vit if self.is_timm_vit else _dense_vit
+            return full_precision(dense(self.visual, images, self.residual))
 
     def _autocast(self, like: Tensor) -> torch.autocast:
         return torch.autocast(like.device.type, self.precision, enabled=self.precision is not None)
@@ -119,7 +134,8 @@ def _embed(visual: Any, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
     grid = (x.shape[2], x.shape[3])
     x = x.flatten(2).transpose(1, 2)  # [B, P, D]
     cls = visual.class_embedding.to(x.dtype).expand(len(x), 1, -1)
-    x = torch.cat([cls, x], dim=1) + _resize_position(visual, grid).to(x.dtype)
+    position = resize_position(visual.positional_embedding, tuple(visual.grid_size), grid, prefix=1)
+    x = torch.cat([cls, x], dim=1) + position.to(x.dtype)
     return visual.ln_pre(x), grid
 
 
@@ -130,13 +146,12 @@ def _check_vit(visual: Any) -> None:
         or visual.final_ln_after_pool
         or not isinstance(visual.transformer.resblocks[-1], ResidualAttentionBlock)
     ):
-        raise ValueError("this ViT is not supported: it must pool at the CLS token and end in a plain attention block")
+        reason = "it must pool at the CLS token and end in a plain attention block"
+        raise ValueError(f"this ViT is not supported: {reason}; {SUPPORTED}")
 
 
 def _check_convnext(visual: Any) -> None:
     trunk = visual.trunk
-    if not isinstance(trunk, ConvNeXt):
-        raise ValueError(f"image tower {type(trunk).__name__} is not supported; the only supported tower of timm is ConvNeXt")
     norm, pre_logits = getattr(trunk.head, "norm", None), getattr(trunk.head, "pre_logits", None)
     if not (isinstance(norm, nn.LayerNorm) and isinstance(pre_logits, nn.Identity) and len(visual.head)):
         raise ValueError("this ConvNeXt is not supported: it must have a norm in the trunk's head and open_clip's projection")
@@ -168,13 +183,3 @@ def _value_path(block: Any, x: Tensor) -> Tensor:
     attention, width = block.attn, x.shape[-1]
     weight, bias = attention.in_proj_weight[-width:], attention.in_proj_bias[-width:]
     return attention.out_proj(F.linear(block.ln_1(x), weight, bias))
-
-
-def _resize_position(visual: Any, grid: tuple[int, int]) -> Tensor:
-    """Resize the position embedding to a grid (h, w) bicubically: [1 + h * w, D]."""
-    position, native = visual.positional_embedding, tuple(visual.grid_size)
-    if grid == native:
-        return position
-    maps = position[1:].T.unflatten(1, native)[None]  # [1, D, h0, w0]
-    maps = F.interpolate(maps, size=grid, mode="bicubic", align_corners=False)
-    return torch.cat([position[:1], maps[0].flatten(1).T])

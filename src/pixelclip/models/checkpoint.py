@@ -1,7 +1,7 @@
 """Load a CLIP; save and load a PixelCLIP model as a folder of safetensors and JSON, without pickles.
 
 A model folder contains `model.safetensors` (the CLIP under `clip.` with open_clip's names, `prompts.tokens`, `decoder.*`),
-`config.json` and `provenance.json`.
+`config.json` and `provenance.json`; with SigLIP's tokenizer also its files.
 """
 
 import json
@@ -22,9 +22,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from pixelclip.models.backbone import Backbone, Residual
-from pixelclip.models.clip_checkpoint import download, load_file
+from pixelclip.models.clip_checkpoint import download, load_file, statistics_of
 from pixelclip.models.clip_sources import clip_folder
 from pixelclip.models.text import TEMPLATES, Prompts, TextTower, Vectors
+from pixelclip.models.tokenizer import TOKENIZER_FILES, FileTokenizer, load_tokenizer
 from pixelclip.models.weights import check_fit
 from pixelclip.settings import nearest
 from pixelclip.storage.files import read_json, write_json
@@ -35,18 +36,24 @@ CLIP_WEIGHTS, CLIP_CONFIG = "open_clip_model.safetensors", "open_clip_config.jso
 """Files of an open_clip folder."""
 _FORMAT = 1
 TemplateSet = Literal["single", "ensemble"]
+_CLIP_ARGUMENTS = ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "init_logit_bias", "nonscalar_logit_scale")
 MAX_MESSAGE = 300
 """Characters of an error message of open_clip or torch."""
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A CLIP: open_clip model, the config to rebuild it, mean and standard deviation of its images (RGB, 0 to 1)."""
+    """A CLIP: open_clip model, the config to rebuild it, mean and standard deviation of its images (RGB, 0 to 1), tokenizer."""
 
-    model: open_clip.CLIP
+    model: open_clip.CLIP | open_clip.CustomTextCLIP
     model_cfg: dict[str, Any]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    tokenizer: FileTokenizer | None = None
+
+    def text_tower(self) -> TextTower:
+        """Return the text tower with its tokenizer; raise ValueError if it is not supported."""
+        return TextTower(self.model, self.tokenizer)
 
     @property
     def side(self) -> int:
@@ -88,7 +95,11 @@ def load_clip(spec: str) -> Clip:
             name, _, weights = spec.partition(":")
             model = load_file(name, folder) if folder else download(name, weights)
             model_cfg, preprocess = dict(open_clip.get_model_config(name)), getattr(model.visual, "preprocess_cfg", {})
+            if folder:
+                preprocess = statistics_of(name) or preprocess
+                folder = folder.parent if (folder.parent / TOKENIZER_FILES[0]).is_file() else None
             model_cfg["quick_gelu"] = any(isinstance(part, QuickGELU) for part in model.modules())
+        tokenizer = load_tokenizer(model_cfg["text_cfg"], folder)
     except KeyError as error:
         raise ValueError(f"CLIP {spec!r}: {folder}/{CLIP_CONFIG} has no entry {error}") from None
     except (TypeError, ValueError, RuntimeError, OSError, AssertionError, SafetensorError) as error:
@@ -96,7 +107,7 @@ def load_clip(spec: str) -> Clip:
         raise ValueError(f"CLIP {spec!r}: {' '.join(line.strip() for line in lines[:3])[:MAX_MESSAGE]}") from None
     mean = tuple(preprocess.get("mean", open_clip.OPENAI_DATASET_MEAN))
     std = tuple(preprocess.get("std", open_clip.OPENAI_DATASET_STD))
-    return Clip(model.float().eval(), model_cfg, mean, std)
+    return Clip(model.float().eval(), model_cfg, mean, std, tokenizer)
 
 
 def check_name(spec: str, file: Path | None) -> None:
@@ -144,6 +155,8 @@ def save_model(
     write_tensors(folder / WEIGHTS, tensors)
     config = {"format": _FORMAT, "model_cfg": clip.model_cfg, "mean": clip.mean, "std": clip.std}
     write_json(folder / CONFIG, config | {"side": side, "residual": residual, "clip": origin, "templates": templates})
+    if clip.tokenizer:
+        clip.tokenizer.save(folder)
 
 
 def load_model(folder: Path) -> Model:
@@ -166,14 +179,15 @@ def load_model(folder: Path) -> Model:
     except Exception as error:  # open_clip raises all types of exceptions for invalid values
         reason = f"entry {error} is missing" if isinstance(error, KeyError) else str(error).partition("\n")[0]
         raise ValueError(f"{folder / CONFIG}: model_cfg: open_clip cannot build a CLIP from it: {reason}") from None
-    weights = _with_prefix(tensors, "clip.")
+    tokenizer, weights = load_tokenizer(cfg["text_cfg"], folder), _with_prefix(tensors, "clip.")
     try:
         check_fit(weights, model.state_dict())
         model.load_state_dict(weights)  # before the prompts, whose fixed words it embeds
-        prompts = load_prompts(_with_prefix(tensors, "prompts."), TextTower(model), config["templates"])
+        clip = Clip(model.eval(), cfg, mean, std, tokenizer)
+        prompts = load_prompts(_with_prefix(tensors, "prompts."), clip.text_tower(), config["templates"])
     except ValueError as error:
         raise ValueError(f"{folder / WEIGHTS}: does not fit {CONFIG}: {error}") from None
-    return Model(Clip(model.eval(), cfg, mean, std), config["side"], config["residual"], prompts.requires_grad_(False), config)
+    return Model(clip, config["side"], config["residual"], prompts.requires_grad_(False), config)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -240,13 +254,13 @@ def load_prompts(state: dict[str, Tensor], text: TextTower, templates: TemplateS
     return prompts
 
 
-def build_clip(model_cfg: dict[str, Any]) -> open_clip.CLIP:
+def build_clip(model_cfg: dict[str, Any]) -> open_clip.CLIP | open_clip.CustomTextCLIP:
     """Build an open_clip CLIP with random weights from its config, without logging or download."""
-    cfg = {key: value for key, value in model_cfg.items() if key in ("embed_dim", "vision_cfg", "text_cfg", "quick_gelu")}
+    cfg = {key: value for key, value in model_cfg.items() if key in _CLIP_ARGUMENTS}
     cfg = json.loads(json.dumps(cfg))
     if "timm_model_name" in cfg["vision_cfg"]:
         cfg["vision_cfg"]["timm_model_pretrained"] = False
-    return open_clip.CLIP(**cfg)
+    return (open_clip.CustomTextCLIP if model_cfg.get("custom_text") else open_clip.CLIP)(**cfg)
 
 
 def backbone_of(model: Model) -> Backbone:

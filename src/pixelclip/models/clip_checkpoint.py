@@ -6,21 +6,18 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
 
 import open_clip
-from huggingface_hub import constants
 from open_clip.convert import convert_state_dict
 from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed, resize_text_pos_embed
 from torch import Tensor, nn
 
+from pixelclip.models.hub import cached_or_online
 from pixelclip.models.weights import check_fit, check_tensors, named, read_weights, without_wrappers
 
 _OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")
 """Sizes that OpenAI's files contain as tensors."""
 _QUICK = "-quickgelu"
-_SECONDS = 5.0  # time limit of the test whether the hub can be reached
 
 
 def load_file(name: str, path: Path) -> nn.Module:
@@ -89,26 +86,29 @@ def _resize(state: dict[str, Tensor], model: nn.Module, key: str, resize: Callab
     print(f"{path}: {key} is resized from {len(found)} to {len(expected)} positions, the size of this CLIP", flush=True)
 
 
+def statistics_of(name: str) -> dict[str, Any]:
+    """Return mean and standard deviation of the images of all weights that open_clip knows by a name; empty if they differ."""
+    configs = [open_clip.get_pretrained_cfg(name, tag) for tag in open_clip.list_pretrained_tags_by_model(name)]
+    found = {(tuple(config["mean"]), tuple(config["std"])) for config in configs if config.get("mean") and config.get("std")}
+    return dict(zip(("mean", "std"), found.pop(), strict=True)) if len(found) == 1 else {}
+
+
 def download(name: str, tag: str) -> nn.Module:
     """Build a CLIP with the pretrained weights that open_clip knows by a tag; downloaded once.
 
     Raises:
         ValueError: the weights are not on this machine and cannot be downloaded.
     """
-    config = open_clip.get_pretrained_cfg(name, tag)
-    unreachable = _unreachable() if config.get("hf_hub") and not constants.HF_HUB_OFFLINE else ""
-    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE or bool(unreachable)
-    try:  # offline, the hub's client uses its cache; online, it would retry for a minute
-        with _no_logging():
+    on_hub = bool(open_clip.get_pretrained_cfg(name, tag).get("hf_hub"))
+    with cached_or_online(on_hub) as unreachable, _no_logging():
+        try:
             return open_clip.create_model(name, pretrained=tag, require_pretrained=True)
-    except (RuntimeError, OSError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(
-            f"the weights are not on this machine and cannot be downloaded ({unreachable or lines[0]}); "
-            f"use {name}:FILE with a path, a URL or s3://"
-        ) from None
-    finally:
-        constants.HF_HUB_OFFLINE = before
+        except (RuntimeError, OSError) as error:
+            lines = str(error).strip().splitlines() or [type(error).__name__]
+            raise ValueError(
+                f"the weights are not on this machine and cannot be downloaded ({unreachable or lines[0]}); "
+                f"use {name}:FILE with a path, a URL or s3://"
+            ) from None
 
 
 @contextmanager
@@ -120,14 +120,3 @@ def _no_logging() -> Iterator[None]:
         yield
     finally:
         logging.disable(before)
-
-
-def _unreachable() -> str:
-    """Return why the Hugging Face hub cannot be reached; empty if it answers."""
-    try:
-        urlopen(Request(constants.ENDPOINT, method="HEAD"), timeout=_SECONDS).close()
-    except HTTPError as error:
-        error.close()  # an answer
-    except (OSError, ValueError) as error:
-        return f"{constants.ENDPOINT} cannot be reached: {getattr(error, 'reason', error)}"
-    return ""

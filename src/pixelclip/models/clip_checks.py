@@ -40,7 +40,7 @@ def check_clip(spec: str) -> None:
 
 
 def patch_of(spec: str) -> int | None:
-    """Return the side in pixels of the patches of a CLIP that `check_clip` accepts, or None for a ConvNeXt."""
+    """Return the side in pixels of the patches of a CLIP that `check_clip` accepts, or None for a tower of timm."""
     folder = None if "://" in spec else clip_folder(spec)
     name = spec.partition(":")[0]
     config = read_json(folder / CLIP_CONFIG)["model_cfg"] if folder and folder.is_dir() else open_clip.get_model_config(name)

@@ -7,7 +7,6 @@ from typing import Any
 
 import open_clip
 import torch
-from open_clip.timm_model import TimmModel
 from torch import Tensor
 
 from pixelclip.config import ImportConfig
@@ -26,6 +25,7 @@ from pixelclip.models.checkpoint import (
 )
 from pixelclip.models.decoder import Decoder
 from pixelclip.models.text import TextTower
+from pixelclip.models.tokenizer import TOKENIZER_FILES
 from pixelclip.models.weights import check_fit, check_tensors, read_weights
 from pixelclip.settings import nearest
 from pixelclip.storage.files import check_writable, read_json, write_atomically
@@ -122,7 +122,7 @@ def _side(chosen: int, backbone: Backbone) -> int:
         check_side("import.side", chosen, backbone)
         return chosen
     patch = max(backbone.patch_size)
-    return max(1, round((640 if isinstance(backbone.visual, TimmModel) else 320) / patch)) * patch
+    return max(1, round((640 if backbone.is_convnext else 320) / patch)) * patch
 
 
 def _find_clip(name: str) -> tuple[str, dict[str, Any], Any, Any]:
@@ -153,7 +153,7 @@ def export(model: Path, out: Path) -> None:
     """
     check_writable(out / CLIP_WEIGHTS)
     loaded = load_model(model)
-    if existing := [name for name in (CLIP_CONFIG, CLIP_WEIGHTS) if (out / name).exists()]:
+    if existing := [name for name in (CLIP_CONFIG, CLIP_WEIGHTS, *TOKENIZER_FILES) if (out / name).exists()]:
         raise ValueError(f"{out}: {existing[0]} already exists; remove it or choose another folder")
     state = {name: tensor.contiguous() for name, tensor in loaded.clip.model.state_dict().items()}
     write_tensors(out / CLIP_WEIGHTS, state, metadata={"format": "pt"})
@@ -161,3 +161,5 @@ def export(model: Path, out: Path) -> None:
     preprocess = {"size": size, "mean": loaded.clip.mean, "std": loaded.clip.std, "resize_mode": "squash"}
     config = json.dumps({"model_cfg": loaded.clip.model_cfg, "preprocess_cfg": preprocess}, indent=1)
     write_atomically(out / CLIP_CONFIG, config + "\n")
+    if loaded.clip.tokenizer:
+        loaded.clip.tokenizer.save(out)

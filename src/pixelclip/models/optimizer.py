@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from pixelclip.config import TrainConfig
+from pixelclip.models.backbone import POSITIONS
 from pixelclip.models.pixelclip import PixelCLIP
 
 
@@ -26,7 +27,7 @@ def make_optimizer(model: PixelCLIP, config: TrainConfig) -> torch.optim.AdamW:
         "decoder_no_decay": (config.learning_rate_decoder, 0.0, []),
     }
     for name, parameter in backbone.items():
-        no_decay = id(parameter) in norms or name.endswith("positional_embedding")
+        no_decay = id(parameter) in norms or name.endswith((*POSITIONS, ".latent"))
         groups["backbone_no_decay" if no_decay else "backbone"][2].append(parameter)
     for parameter in model.decoder.parameters():
         groups["decoder_no_decay" if id(parameter) in norms else "decoder"][2].append(parameter)

@@ -5,14 +5,17 @@ B images, K concepts, L prompt tokens per concept, C embedding width, T text pos
 
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import open_clip
 import torch
 import torch.nn.functional as F
+from open_clip.transformer import TextTransformer
 from torch import Tensor, nn
 
 from pixelclip.data.class_names import check_names
 from pixelclip.models.attention import run_block
+from pixelclip.models.tokenizer import FileTokenizer
 
 PROMPT_TEMPLATE = "A photo of a {} in the scene"
 TEMPLATES: dict[str, tuple[str, ...]] = {
@@ -28,7 +31,9 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
     ),
     "single": (PROMPT_TEMPLATE,),
 }
-_PLACEHOLDER = 39025  # BPE token of "{}"
+_WORDS = ("dog", "cat")
+"""Words of one token in every tokenizer. Where they change the tokens of a template, the learnable ones stand."""
+_VOCABULARY = 49408  # of CLIP's own tokenizer
 
 
 @cache
@@ -40,27 +45,38 @@ class TextTower(nn.Module):
     """CLIP's text tower, called with token embeddings; shares the modules of open_clip's model.
 
     Args:
-        clip: an open_clip `CLIP` with causal attention, pooled at the end-of-text token.
+        clip: an open_clip `CLIP` or `CustomTextCLIP` whose transformer is open_clip's, pooled at the end-of-text token (CLIP)
+            or the last position (SigLIP).
+        tokenizer: None is CLIP's own.
 
     Raises:
-        ValueError: the text tower is not supported.
+        ValueError: the text tower is not supported, or needs another tokenizer.
     """
 
-    def __init__(self, clip: nn.Module) -> None:
+    def __init__(self, clip: nn.Module, tokenizer: FileTokenizer | None = None) -> None:
         super().__init__()
-        if not isinstance(clip, open_clip.CLIP) or getattr(clip, "text_pool_type", "argmax") != "argmax":
+        text: Any = getattr(clip, "text", clip)  # open_clip's CLIP contains the parts of its text tower
+        self.pool = getattr(text, "text_pool_type", getattr(text, "pool_type", "argmax"))
+        known = isinstance(clip, open_clip.CLIP) or isinstance(text, TextTransformer)
+        if not known or self.pool not in ("argmax", "last") or getattr(text, "cls_emb", None) is not None:
             raise ValueError(
-                f"the text tower of {type(clip).__name__} is not supported: "
-                "it must be an open_clip CLIP with causal attention, pooled at the end-of-text token"
+                f"the text tower of {type(clip).__name__} is not supported: it must be open_clip's own transformer, "
+                "pooled at the end-of-text token (CLIP, EVA-CLIP, MobileCLIP) or the last position (SigLIP, SigLIP2)"
             )
-        self.token_embedding = clip.token_embedding
-        self.positional_embedding = clip.positional_embedding
-        self.transformer = clip.transformer
-        self.ln_final = clip.ln_final
-        self.text_projection = clip.text_projection
+        if text.text_projection is None:
+            raise ValueError("this text tower is not supported: it has no projection")
+        if tokenizer is None and (count := len(text.token_embedding.weight)) != _VOCABULARY:
+            raise ValueError(f"this text tower needs its own tokenizer: it has {count} tokens, CLIP's {_VOCABULARY}")
+        self.token_embedding = text.token_embedding
+        self.positional_embedding = text.positional_embedding
+        self.transformer = text.transformer
+        self.ln_final = text.ln_final
+        self.text_projection = text.text_projection
         self.attn_mask: Tensor | None
-        self.register_buffer("attn_mask", clip.attn_mask, persistent=False)
-        self.tokenizer = _tokenizer(int(clip.context_length))
+        self.register_buffer("attn_mask", text.attn_mask, persistent=False)
+        self.tokenizer = tokenizer or _tokenizer(len(text.positional_embedding))
+        # Only then do later positions not change the output.
+        self.truncates = self.pool == "argmax" and text.attn_mask is not None
 
     @property
     def width(self) -> int:
@@ -73,18 +89,36 @@ class TextTower(nn.Module):
         projection = self.text_projection
         return int(projection.out_features if isinstance(projection, nn.Linear) else projection.shape[1])
 
+    @property
+    def room(self) -> int:
+        """Number of tokens, as `tokenizer.encode` returns them, that fit the context length."""
+        return self.tokenizer.context_length - (0 if isinstance(self.tokenizer, FileTokenizer) else 2)  # start and end
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of tokens that are parts of words; their ids start at 0."""
+        if isinstance(self.tokenizer, FileTokenizer):
+            return len(self.token_embedding.weight)
+        return int(self.tokenizer.sot_token_id)
+
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         """Return token ids [N, T] of the texts, truncated to the context length."""
         return self.tokenizer(list(texts)).to(self.token_embedding.weight.device)
 
+    def end(self, tokens: Tensor) -> Tensor:
+        """Return the position [N] at which the output of tokens [N, T] is taken."""
+        if self.pool == "last":
+            return torch.full_like(tokens[:, 0], tokens.shape[1] - 1)
+        return tokens.argmax(dim=-1)  # the end-of-text token has the highest id
+
     def forward(self, embeddings: Tensor, end: Tensor) -> Tensor:
         """Encode token embeddings.
 
-        Attention is causal, so positions after `end`, where the output is taken, may be omitted.
+        If `truncates`, attention is causal, and positions after `end` may be omitted; else T must be the context length.
 
         Args:
-            embeddings: [N, T, D], T at most the context length.
-            end: [N], position of the end-of-text token of each row.
+            embeddings: [N, T, D].
+            end: [N], position at which the output of each row is taken.
 
         Returns:
             [N, C], not normalised.
@@ -99,13 +133,17 @@ class TextTower(nn.Module):
         projection = self.text_projection
         return projection(x) if isinstance(projection, nn.Linear) else x @ projection
 
+    def length(self, end: Tensor) -> int:
+        """Return the number of positions that determine the outputs at `end` [N]."""
+        return int(end.max()) + 1 if self.truncates else len(self.positional_embedding)
+
     def encode(self, texts: Sequence[str], batch_size: int = 256) -> Tensor:
         """Return the features [N, C] of texts, not normalised."""
         features = []
         for start in range(0, len(texts), batch_size):
             tokens = self.tokenize(texts[start : start + batch_size])
-            end = tokens.argmax(dim=-1)  # the end-of-text token has the highest id
-            features.append(self(self.token_embedding(tokens[:, : int(end.max()) + 1]), end))
+            end = self.end(tokens)
+            features.append(self(self.token_embedding(tokens[:, : self.length(end)]), end))
         return torch.cat(features)
 
 
@@ -153,16 +191,15 @@ class Prompts(nn.Module):
     ) -> None:
         super().__init__()
         length = words.shape[1]
-        # Blanks around the placeholders, because the tokenizer would read "{}." as one word.
-        texts = [template.replace("{}", f" {' '.join(['{}'] * length)} ") for template in templates]
-        tokens = tower.tokenize(texts)  # [M, T], M templates
-        slots = (tokens == _PLACEHOLDER).nonzero()[:, 1]
-        ends = tokens.argmax(dim=-1)
-        lengths = [len(tower.tokenizer.encode(text)) for text in texts]  # the tokenizer truncates silently
-        if len(slots) != length * len(texts) or ends.tolist() != [number + 1 for number in lengths]:
+        words_of_templates = [[template.replace("{}", " ".join([word] * length)) for template in templates] for word in _WORDS]
+        tokens, others = (tower.tokenize(texts) for texts in words_of_templates)  # [M, T], M templates
+        learnable = tokens != others
+        too_long = any(len(tower.tokenizer.encode(text)) > tower.room for text in words_of_templates[0])
+        if too_long or (learnable.sum(dim=1) != length).any():
             raise ValueError(f"{length} prompt tokens do not fit the context length {tokens.shape[1]} of this CLIP")
+        ends = tower.end(tokens)
         with torch.no_grad():
-            fixed = tower.token_embedding(tokens[:, : int(ends.max()) + 1]).clone()  # [M, T, D]
+            fixed = tower.token_embedding(tokens[:, : tower.length(ends)]).clone()  # [M, T, D]
             start = tower.token_embedding(words.to(tokens.device)).clone()  # [K, L, D]
         self.tokens = nn.Parameter(start, requires_grad=learn)
         # Not in the state dict, because all follow from the CLIP and the templates.
@@ -170,7 +207,7 @@ class Prompts(nn.Module):
         self.slots: Tensor
         self.ends: Tensor
         self.register_buffer("fixed", fixed, persistent=False)
-        self.register_buffer("slots", slots.view(len(texts), length), persistent=False)
+        self.register_buffer("slots", learnable.nonzero()[:, 1].view(len(tokens), length), persistent=False)
         self.register_buffer("ends", ends, persistent=False)
 
     def forward(self, tower: TextTower) -> Tensor:

@@ -19,6 +19,7 @@ from packaging.requirements import Requirement
 import pixelclip
 from pixelclip.inference import serving
 from pixelclip.models.checkpoint import CONFIG, WEIGHTS
+from pixelclip.models.tokenizer import TOKENIZER_FILES
 from pixelclip.storage.files import read_json
 from pixelclip.tracking.journal import RUN
 from pixelclip.tracking.run import Run
@@ -144,7 +145,7 @@ def _inference_files(model: Path, folder: Path) -> Path:
     """Copy the files that inference needs, without the pictures and curves of training."""
     copy = folder / serving.ARTIFACT
     copy.mkdir()
-    for name in (WEIGHTS, CONFIG, PROVENANCE, RUN):
+    for name in (WEIGHTS, CONFIG, PROVENANCE, RUN, *TOKENIZER_FILES):
         if (model / name).is_file():
             shutil.copyfile(model / name, copy / name)
     return copy
