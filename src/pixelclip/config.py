@@ -33,7 +33,7 @@ _Device = Annotated[str, AfterValidator(device_name)]
 
 
 class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, coerce_numbers_to_str=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     def _check_required(self, name: str, switch: str, *values: str) -> None:
         """Check that a setting is present for these values of `switch` and empty for all others."""
