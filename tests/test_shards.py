@@ -5,9 +5,12 @@ import json
 import os
 import tarfile
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from helpers.fake_data import annotation, encoded, pixels, read_tar, write_files, write_tar
@@ -186,6 +189,126 @@ def test_index_agrees_with_tarfile(tmp_path: Path, kind: int) -> None:
         for member in members
     }
     assert parts == {"sa_1": (b"one", b"{1}"), "sa_2": (b"two", b"{2}"), long: (b"3", b"")}
+
+
+def joined(path: Path, *archives: dict[str, bytes | tuple[bytes, str]]) -> Path:
+    """Join tars as `cat` does; a member is a file's content, or type and target of a link."""
+    parts = []
+    for archive in archives:
+        with tarfile.open(path, "w") as tar:
+            for name, content in archive.items():
+                info = tarfile.TarInfo(name)
+                if isinstance(content, tuple):
+                    info.type, info.linkname = content
+                    tar.addfile(info)
+                else:
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+        parts.append(path.read_bytes())
+    path.write_bytes(b"".join(parts))
+    return path
+
+
+def contents(path: Path) -> dict[str, tuple[bytes, bytes]]:
+    """Read image and JSON of every indexed sample."""
+    return {
+        m.key: (read_part(path, m.image_offset, m.image_size), read_part(path, m.json_offset, m.json_size))
+        for m in index_shard(path)[0]
+    }
+
+
+@settings(max_examples=30)
+@given(samples=st.lists(st.lists(st.booleans(), max_size=4), min_size=1, max_size=4), padding=st.integers(0, 40))
+def test_every_sample_of_joined_tars_is_read(samples: list[list[bool]], padding: int) -> None:
+    archives, expected = [], {}
+    for number, masked in enumerate(samples):
+        archives.append({"notes.txt": b"x"})
+        for index, has_json in enumerate(masked):
+            key, image = f"d/{number}-{index}", b"i" * (600 * index) + key_bytes(number, index)
+            archives[-1] |= {f"{key}.jpg": image} | ({f"{key}.json": b"{}"} if has_json else {})
+            expected[key] = (image, b"{}" if has_json else b"")
+    with TemporaryDirectory() as folder:
+        path = joined(Path(folder, "0.tar"), *archives)
+        path.write_bytes(path.read_bytes() + bytes(512 * padding))
+        assert contents(path) == expected
+        assert index_shard(path)[1] == []
+
+
+def key_bytes(*numbers: int) -> bytes:
+    return "-".join(map(str, numbers)).encode()
+
+
+def test_bytes_that_are_no_tar_behind_the_end_are_reported(tmp_path: Path) -> None:
+    path = joined(tmp_path / "0.tar", {"a.jpg": b"1"})
+    end = path.stat().st_size
+    path.write_bytes(path.read_bytes() + b"garbage" * 200)
+    members, bad = index_shard(path)
+    assert [member.key for member in members] == ["a"]
+    assert bad == [(str(path), f"damaged tar: at byte {end} neither a member nor the end; the rest is skipped")]
+
+
+def test_links_give_the_content_of_their_target(tmp_path: Path) -> None:
+    hard, symbolic = tarfile.LNKTYPE, tarfile.SYMTYPE
+    path = joined(
+        tmp_path / "0.tar",
+        {
+            "early.jpg": (symbolic, "d/a.jpg"),
+            "d/a.jpg": b"image",
+            "d/a.json": b"{}",
+            "b.jpg": (hard, "d/a.jpg"),
+            "./d/c.jpg": (symbolic, "a.jpg"),
+            "d/c.json": (symbolic, "../d/./a.json"),
+            "e/d.jpg": (symbolic, "../d/c.jpg"),
+            "f.jpg": (hard, "b.jpg"),
+        },
+    )
+    expected = {"early": "", "d/a": "{}", "b": "", "d/c": "{}", "e/d": "", "f": ""}
+    assert contents(path) == {key: (b"image", json.encode()) for key, json in expected.items()}
+    assert list(contents(path)) == list(expected)
+    assert index_shard(path)[1] == []
+
+
+def test_member_that_is_not_read_is_reported(tmp_path: Path) -> None:
+    path = joined(
+        tmp_path / "0.tar",
+        {
+            "a.jpg": b"1",
+            "a.depth.jpg": b"2",
+            "v1.2/x.jpg": b"3",
+            "frame.0001.jpg": b"4",
+            "frame.0001.json": b"{}",
+            "b.JPG": b"5",
+            "gone.jpg": (tarfile.SYMTYPE, "/data/gone.jpg"),
+            "out.jpg": (tarfile.SYMTYPE, "../a.jpg"),
+            "loop.jpg": (tarfile.SYMTYPE, "pool.jpg"),
+            "pool.jpg": (tarfile.SYMTYPE, "loop.jpg"),
+            "to/text.jpg": (tarfile.LNKTYPE, "notes"),
+            "notes": b"x",
+            "pipe.jpg": (tarfile.FIFOTYPE, ""),
+            "c.png": (tarfile.LNKTYPE, "a.jpg"),
+            "twice.jpg": b"6",
+            "twice.json": b"{}",
+        },
+        {"twice.jpg": b"7"},
+    )
+    members, bad = index_shard(path)
+    assert [member.key for member in members] == ["a", "v1.2/x"]
+    dots = "not read: the key of a sample ends at the first dot, and its parts must be named KEY.jpg and KEY.json"
+    reasons = {name.removeprefix(f"{path}: "): reason for name, reason in bad}
+    assert reasons == {
+        "a.depth.jpg": dots,
+        "frame.0001.jpg": dots,
+        "frame.0001.json": dots,
+        "b.JPG": "not read: images in a shard must be named KEY.jpg",
+        "c.png": "not read: images in a shard must be named KEY.jpg",
+        "gone.jpg": "link to /data/gone.jpg, which is not KEY.jpg or KEY.json in this tar",
+        "out.jpg": "link to ../a.jpg, which is not KEY.jpg or KEY.json in this tar",
+        "loop.jpg": "link to pool.jpg, which is not KEY.jpg or KEY.json in this tar",
+        "pool.jpg": "link to loop.jpg, which is not KEY.jpg or KEY.json in this tar",
+        "to/text.jpg": "link to notes, which is not KEY.jpg or KEY.json in this tar",
+        "pipe.jpg": "neither a file nor a link",
+        "twice": "several members have this name, so image and masks may not belong together",
+    }
 
 
 def test_incomplete_shard_does_not_get_its_final_name(tmp_path: Path) -> None:

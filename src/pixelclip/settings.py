@@ -4,7 +4,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -110,7 +110,7 @@ class _Loader(yaml.SafeLoader):
     Integers are decimal. YAML 1.1 would read 010 as 8, 1:30 as 90 and 0b11 as 3; here they are text.
     """
 
-    yaml_implicit_resolvers: ClassVar = {
+    yaml_implicit_resolvers = {  # noqa: RUF012  (as PyYAML declares it)
         first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:int"]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
