@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from helpers.fake_data import annotation, encoded, pixels, read_tar, write_files, write_tar
+from helpers.fake_data import annotation, encoded, pixels, read_tar, turned, write_files, write_tar
 from pixelclip.config import ShardsConfig
 from pixelclip.data.annotations import parse_annotation
 from pixelclip.data.shard_format import ShardWriter, index_shard, read_part
@@ -65,17 +65,25 @@ def test_other_formats_become_rgb_jpegs(tmp_path: Path, mode: str) -> None:
     assert np.asarray(image).min() >= 250
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_masks_beside_an_image_that_exif_turns_are_refused(tmp_path: Path, capsys, orientation: int) -> None:
+    masks = annotation(np.ones((1, 20, 30)))
+    files = {"a.jpg": encoded(pixels(20, 30), exif=turned(orientation)), "a.json": masks, "b.jpg": JPEG, "b.json": masks}
+    members = pack(tmp_path, files, max_bad_share=0.5)
+    assert ("a.jpg" in members) == (orientation == 1)
+    refused = f"a.jpg: EXIF orientation {orientation} turns this image, but not its masks" in capsys.readouterr().out
+    assert refused == (orientation != 1)
+
+
 @pytest.mark.parametrize("mode", ["CMYK", "L"])
 def test_jpegs_that_are_not_rgb_are_reencoded(tmp_path: Path, mode: str) -> None:
     assert opened(pack(tmp_path, {"a.jpg": encoded(Image.new(mode, (8, 8)))})["a.jpg"]).mode == "RGB"
 
 
 def test_exif_orientation_is_applied(tmp_path: Path) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6  # shown rotated by 90 degrees clockwise
     stored = np.zeros((8, 16, 3), np.uint8)
-    stored[:, :8] = 255  # the stored left is the shown top
-    image = opened(pack(tmp_path, {"a.jpg": encoded(stored, exif=exif, quality=95)})["a.jpg"])
+    stored[:, :8] = 255  # the stored left is the shown top: rotated by 90 degrees clockwise
+    image = opened(pack(tmp_path, {"a.jpg": encoded(stored, exif=turned(6), quality=95)})["a.jpg"])
     assert image.size == (8, 16) and image.getexif().get(0x0112, 1) == 1
     shown = np.asarray(image)
     assert shown[:7].min() > 230 and shown[9:].max() < 25
@@ -404,6 +412,9 @@ def test_annotation_in_sa1b_format_is_accepted() -> None:
         (b"[]", "not in SA-1B's annotation format"),
         (b"{}", "annotations"),
         (b'{"annotations": []}', "no mask found"),
+        (annotation(np.zeros((2, 7, 9))), "all 2 masks are empty"),
+        (annotation(np.ones((1, 7, 9))).replace(b'"area": 63', b'"area": NaN'), "unreadable JSON: NaN is not a JSON number"),
+        (annotation(np.ones((1, 7, 9))).replace(b'"area": 63', b'"predicted_iou": -Infinity'), "-Infinity is not a JSON"),
         (document([7], "ng0"), "size must be two integers"),
         (document([7.0, 9.0], "ng0"), "size must be two integers"),
         (document([7, 9], [63]), "counts must be a compressed RLE"),

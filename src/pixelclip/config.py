@@ -78,7 +78,7 @@ class MasksConfig(_Settings):
     shortest_edge: int = _setting(
         0, "Shrink images and given masks to this shortest edge in pixels first (paper: 750); 0 keeps the size.", ge=0, le=16384
     )
-    jpeg_quality: int = _setting(95, "JPEG quality of images that are shrunk.", ge=1, le=100)
+    jpeg_quality: int = _setting(95, "JPEG quality of images that are shrunk or turned upright.", ge=1, le=100)
     given_folder: str = _setting("", "Generator given: folder of KEY.json; if empty, the JSON in the shards is used.")
     felzenszwalb_scale: float = _setting(200.0, "Felzenszwalb: larger values give larger segments.", gt=0)
     felzenszwalb_sigma: float = _setting(0.8, "Felzenszwalb: sigma of the Gaussian smoothing, in pixels.", ge=0)

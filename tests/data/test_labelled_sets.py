@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as rle
 
-from helpers.fake_data import encoded, pixels, write_files
+from helpers.fake_data import encoded, pixels, turned, write_files
 from pixelclip.data.class_names import read_classes
 from pixelclip.data.labelled_sets import IGNORE, KINDS, LabelledSet, open_folder, open_labelled
 
@@ -66,10 +66,15 @@ def test_labels_of_few_bits_are_not_scaled(folder: Path, bits: int, colour: int)
 
 
 def test_image_is_read_upright(folder: Path) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    (folder / "images" / "a.jpg").write_bytes(encoded(pixels(3, 2), exif=exif))
+    (folder / "images" / "a.jpg").write_bytes(encoded(pixels(3, 2), exif=turned(6)))
     assert open_folder(folder).read(0)[0].size == (3, 2)
+
+
+@pytest.mark.parametrize("orientation", [2, 3, 4])
+def test_label_map_that_may_belong_to_the_stored_or_the_turned_image_is_refused(folder: Path, orientation: int) -> None:
+    (folder / "images" / "a.jpg").write_bytes(encoded(pixels(2, 3), exif=turned(orientation)))
+    with pytest.raises(ValueError, match=rf"a\.jpg: EXIF orientation {orientation} turns this image, but not its labels"):
+        open_folder(folder).read(0)
 
 
 @pytest.mark.parametrize(

@@ -51,10 +51,11 @@ class LabelledSet:
         """Read one image (RGB, upright) and its label map [H, W].
 
         Raises:
-            ValueError: a file is unreadable, the sizes differ or a value is not allowed; the message names the file.
+            ValueError: a file is unreadable, the sizes differ, a value is not allowed, or EXIF data turn the image without
+                changing its size; the message names the file.
         """
         image_path, label_path = self.pairs[index]
-        image = open_image(image_path)
+        image = open_image(image_path, "labels")
         where = f"{label_path}" if self.masks is None else f"{label_path}: {image_path.name}"
         try:
             values = _read_map(label_path) if self.masks is None else _draw(self.masks[index], image.size)
