@@ -155,7 +155,7 @@ def test_output_inside_the_folder_of_images_is_rejected(tmp_path: Path, inside: 
 def test_ignored_files_are_counted_by_suffix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = {"a.jpg": JPEG, "a.json": b"{}", "lonely.json": b"{}", ".hidden": b"", "b.HEIC": b"", "c.heic": b"", "d.gif": b""}
     pack(tmp_path / "some", files | {"photo": JPEG})
-    message = "shards: ignored files by suffix: .heic 2, .gif 1, none 1; image suffixes are .jpg, .jpeg, .png,"
+    message = "shards: ignored files by suffix: .heic 2, .gif 1, none 1; image suffixes are .jpg, .jpeg, .jfif, .png,"
     assert message in capsys.readouterr().out
     pack(tmp_path / "none", {"a.jpg": JPEG, "a.json": b"{}"})
     assert "ignored files" not in capsys.readouterr().out
