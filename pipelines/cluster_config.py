@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from kubernetes.utils.quantity import parse_quantity
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from pixelclip.settings import build, nearest, read_yaml
 
@@ -38,10 +38,14 @@ def _checked_label(name: str) -> str:
     return name
 
 
+def _quantity(value: Any) -> Any:
+    return str(value) if type(value) in (int, float) else value  # as Kubernetes accepts it: cpu: 4
+
+
 Image = Annotated[str, AfterValidator(_checked_image)]
-Cpu = Annotated[str, Field(pattern=r"^(\d+(\.\d+)?|\d+m)$")]
-Memory = Annotated[str, Field(pattern=r"^\d+(Ki|Mi|Gi|Ti|M|G|T)?$")]
-Duration = Annotated[str, Field(pattern=r"^[1-9]\d*[smhd]$")]
+Cpu = Annotated[str, BeforeValidator(_quantity), Field(pattern=r"^(\d+(\.\d+)?|\d+m)$")]
+Memory = Annotated[str, BeforeValidator(_quantity), Field(pattern=r"^\d+(Ki|Mi|Gi|Ti|M|G|T)?$")]
+Duration = Annotated[str, BeforeValidator(_quantity), Field(pattern=r"^[1-9]\d*[smhd]$")]
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$", max_length=253)]
 Label = Annotated[str, AfterValidator(_checked_label)]
 
@@ -52,7 +56,7 @@ def seconds(duration: str) -> int:
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, coerce_numbers_to_str=True)
+    model_config = ConfigDict(frozen=True)
 
     @model_validator(mode="before")
     @classmethod

@@ -11,8 +11,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from pixelclip.config import TrainConfig
 from pixelclip.fetch_data import has_secret, look_inside, without_login
 from pixelclip.settings import load, load_all, nearest, parse_overrides
@@ -238,7 +236,7 @@ def parse(settings: str | Mapping[str, Any]) -> dict[str, Any]:
     """Parse the pipeline's parameter `settings`.
 
     Args:
-        settings: as on the command line (`train.crop=80 evaluate.side=144`), a JSON object, or a mapping.
+        settings: as on the command line (`train.crop=80 evaluate.side=144`, values are texts), a JSON object, or a mapping.
 
     Raises:
         ValueError: neither of them.
@@ -260,16 +258,10 @@ def parse(settings: str | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def as_text(settings: Mapping[str, Any]) -> str:
-    """Write settings as on a command line, the reverse of `parse`."""
-    return " ".join(shlex.quote(f"{name}={_as_scalar(value)}") for name, value in settings.items())
+    """Write settings as one line of a shell, the reverse of `parse`."""
+    return shlex.join(as_arguments(settings))
 
 
-def _as_scalar(value: Any) -> str:
-    """Write a value as the YAML scalar that `parse_overrides` reads."""
-    if not isinstance(value, str):
-        return json.dumps(value)
-    try:
-        plain = value == "" or yaml.safe_load(value) == value
-    except yaml.YAMLError:
-        plain = False
-    return value if plain else json.dumps(value)
+def as_arguments(settings: Mapping[str, Any]) -> list[str]:
+    """Return settings as arguments NAME=VALUE of a command; texts are written as they are."""
+    return [f"{name}={value if isinstance(value, str) else json.dumps(value)}" for name, value in settings.items()]

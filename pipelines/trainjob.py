@@ -1,6 +1,5 @@
 """Training on several nodes: the TrainJob of Kubeflow Trainer. `launcher` starts it, waits for it and deletes it."""
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from pixelclip.config import TrainConfig
 from pixelclip.tracking.run import PARENT_RUN, PIPELINE_RUN
 from pixelclip.workflow.failures import FAILURE_FILE
 from pixelclip_pipelines.cluster_config import Cluster, pod_environment, seconds
+from pixelclip_pipelines.parameters import as_arguments
 
 GROUP, VERSION, PLURAL = "trainer.kubeflow.org", "v1alpha1", "trainjobs"
 MANAGER = "pixelclip.io/pipeline"
@@ -102,7 +102,7 @@ def complete(job: dict[str, Any], masks: Path, out: Path, settings: TrainConfig)
     for path in (masks, out):
         if not path.is_relative_to(mount):
             raise ValueError(f"{path}: must be below {mount}, the volume that the nodes share; set the parameter `workspace`")
-    overrides = [f"train.{name}={json.dumps(value)}" for name, value in settings.model_dump().items()]
+    overrides = as_arguments({f"train.{name}": value for name, value in settings.model_dump().items()})
     trainer = job["spec"]["trainer"]
     defined = {variable["name"] for variable in trainer["env"]}
     forwarded = [name for name in _FORWARDED if os.environ.get(name) and name not in defined]

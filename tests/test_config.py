@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pixelclip import config
 from pixelclip.config import STAGES, lasting
@@ -104,17 +106,59 @@ def test_settings_cannot_be_changed() -> None:
         load("train").steps = 3
 
 
-def test_pairs_are_yaml_scalars() -> None:
-    pairs = ["steps=10", "train.clip=toy", "flip=false", "given_folder=", "a=b=c", "rate=2e-6"]
-    expected = {"steps": 10, "train.clip": "toy", "flip": False, "given_folder": "", "a": "b=c", "rate": "2e-6"}
-    assert parse_overrides(pairs) == expected
-    assert load("train", None, {"learning_rate_backbone": "2e-6"}).learning_rate_backbone == 2e-6
+def test_pairs_are_converted_to_the_type_of_their_setting() -> None:
+    pairs = ["steps=10", "train.clip=toy", "flip=false", "color_jitter=no", "learning_rate_backbone=2e-6", "concept_names="]
+    loaded = load("train", None, parse_overrides(pairs))
+    assert (loaded.steps, loaded.clip, loaded.flip, loaded.color_jitter) == (10, "toy", False, False)
+    assert (loaded.learning_rate_backbone, loaded.concept_names) == (2e-6, "")
+    assert parse_overrides(["a=b=c", " x = y "]) == {"a": "b=c", "x": " y "}
 
 
-@pytest.mark.parametrize("pair", ["steps", "=3", "given_folder=@x", "clip=[", "clip={a"])
+@pytest.mark.parametrize("pair", ["steps", "=3"])
 def test_invalid_pair_is_named(pair: str) -> None:
     with pytest.raises(ValueError, match=re.escape(repr(pair))):
         parse_overrides([pair])
+
+
+@pytest.mark.parametrize("value", ["", "x", "1.5", "[1]", "true", "null", "3 # three", '"3"', "1:30", "@x", "{a"])
+def test_override_that_is_no_number_is_rejected_as_typed(value: str) -> None:
+    with pytest.raises(ValueError, match="steps: Input should be a valid integer.*" + re.escape(f"(found {value!r})")):
+        load("train", None, parse_overrides([f"steps={value}"]))
+
+
+# Of these YAML changes everything but the first.
+TEXTS = ("set", "1.10", "007", "0123456", "2024_01", "1e3", "0x1f", "1:30", "2024-01-01", "yes", "null", "~", "set #2",
+         "dog #1,cat", "a: b", "[x", "{x", "@x", "'x'", '"x"', " x ", "!x", "&x", "*x", "- x", "x\ty", "ä\u2028")  # fmt: skip
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_text_on_the_command_line_is_kept_as_typed(text: str) -> None:
+    for name in ("path", "fetch_data.path"):
+        assert load("fetch_data", PARAMS, parse_overrides([f"{name}={text}"])).path == text
+
+
+@given(text=st.text(min_size=1))
+def test_any_text_on_the_command_line_is_kept_as_typed(text: str) -> None:
+    assert load("fetch_data", None, parse_overrides([f"revision={text}"])).revision == text
+
+
+@pytest.mark.parametrize("value", ["1.10", "7", "2024-01-01", "yes", "null", "[a]"])
+def test_unquoted_value_of_a_text_setting_in_a_file_is_rejected(params, value: str) -> None:
+    with pytest.raises(ValueError, match=r"my\.yaml: fetch_data: revision: must be text; quote it: '\.\.\.' \(found .+\)$"):
+        load("fetch_data", params(f"fetch_data:\n  revision: {value}\n"))
+    assert load("fetch_data", params(f"fetch_data:\n  revision: '{value}'\n")).revision == value
+
+
+@pytest.mark.parametrize(("number", "value"), [("010", 10), ("0010", 10), ("1_000", 1000), ("90", 90)])
+def test_integers_in_a_file_are_decimal(params, number: str, value: int) -> None:
+    assert load("train", params(f"train:\n  seed: {number}\n")).seed == value
+    assert load("train", None, parse_overrides([f"seed={number}"])).seed == value
+    assert load("fetch_data", params(f"fetch_data:\n  path: x\ntrain:\n  seed: {number}\n")).path == "x"
+
+
+def test_text_of_digits_that_is_no_yaml_integer_is_kept(params) -> None:
+    for text in ("007", "0123456", "0x1f", "1:30", "0b11"):  # YAML 1.1 has octal, hexadecimal and sexagesimal numbers
+        assert load("fetch_data", params(f"fetch_data:\n  revision: {text}\n")).revision == text
 
 
 def test_nearest_is_empty_without_a_close_match() -> None:

@@ -187,6 +187,27 @@ def test_side_below_the_patch_of_a_different_clip_is_rejected_early(made, client
         run(made / "changed", made / "labelled", tmp_path / "out", with_settings(clip=str(other)))
 
 
+def test_label_map_without_an_image_fails_or_is_reported(made, client, tmp_path, capsys):
+    labelled = tiny.labelled_set(tmp_path / "labelled", images=4)
+    (labelled / "images" / "1.png").rename(labelled / "images" / "1.heic")
+    with pytest.raises(ValueError, match=r"labels/1\.png: label map without an image"):
+        run(made / "changed", labelled, tmp_path / "out", CONFIG)
+    assert run(made / "changed", labelled, tmp_path / "out", with_settings(max_bad_share=0.25))["images/set"] == 3
+    assert "labels/1.png: label map without an image" in capsys.readouterr().out
+
+
+def test_class_that_never_occurs_is_a_warning(made, client, tmp_path, capsys):
+    labelled = tiny.labelled_set(tmp_path / "labelled", images=2, classes=["sky", "grass"])
+    run(made / "changed", labelled, tmp_path / "out", CONFIG)
+    warning = "evaluate: WARNING: 1 of 2 classes in classes.txt never occurs in the label maps: grass"
+    reason = "; if the maps hold 0 and 255 (which is ignored), write 1 for the second class"
+    assert warning + reason in capsys.readouterr().out
+    labels = np.tile(np.arange(2, dtype=np.uint8), (20, 20))
+    Image.fromarray(labels).save(labelled / "labels" / "0.png")
+    run(made / "changed", labelled, tmp_path / "both", CONFIG)
+    assert "never occur" not in capsys.readouterr().out
+
+
 def test_bad_image_fails_or_is_skipped_and_reported(made, client, tmp_path, capsys):
     labelled = tiny.labelled_set(tmp_path / "labelled", images=4)
     (labelled / "images" / "1.png").write_bytes(b"no image")

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from pycocotools import mask as rle
 from skimage.segmentation import felzenszwalb as reference
 
 from helpers import random_dino, random_sam
-from helpers.fake_data import annotation, die, encoded, pixels, read_tar, write_files, write_tar
+from helpers.fake_data import annotation, die, encoded, pixels, read_tar, turned, write_files, write_tar
 from pixelclip import masks as module
 from pixelclip.config import MasksConfig
 from pixelclip.data.annotations import annotate, decode_masks
@@ -137,17 +137,53 @@ def test_given_masks_are_copied_unchanged(tmp_path: Path, source: str) -> None:
     assert np.array_equal(masked(tmp_path / "out" / "0.tar", "x/a"), STRIPES)
 
 
-@pytest.mark.parametrize("area", ["right", "missing", "nonsense"])
+@pytest.mark.parametrize("area", ["right", "missing", "nonsense", "wrong", "negative", "infinite"])
 def test_only_the_largest_masks_are_kept(tmp_path: Path, area: str) -> None:
     document = json.loads(annotation(STRIPES))
-    for entry in document["annotations"] if area != "right" else []:
-        entry["area"] = "large"
+    for number, entry in enumerate(document["annotations"] if area != "right" else []):
+        entry["area"] = {"wrong": number * 7, "negative": -entry["area"], "infinite": 10**400}.get(area, "large")
         if area == "missing":
             del entry["area"]
     data = json.dumps(document).encode()
     shards = write_tar(tmp_path / "shards" / "0.tar", {"a.jpg": JPEG, "a.json": data}).parent
     run(shards, tmp_path / "out", config(generator="given", max_masks=3))
     assert np.array_equal(masked(tmp_path / "out" / "0.tar", "a"), STRIPES[[1, 2, 0]])
+    written = json.loads(read_tar(tmp_path / "out" / "0.tar")["a.json"])["annotations"]
+    assert [entry["area"] for entry in written] == [192, 192, 184]
+
+
+def test_empty_masks_are_dropped(tmp_path: Path) -> None:
+    none = np.zeros_like(STRIPES[:1])
+    members = {"a.jpg": JPEG, "a.json": annotation(np.concatenate([none, STRIPES, none])), "b.jpg": JPEG}
+    shards = write_tar(tmp_path / "shards" / "0.tar", members | {"b.json": annotation(none)}).parent
+    metrics = run(shards, tmp_path / "out", config(generator="given", max_bad_share=0.5))
+    assert (metrics["images"], metrics["masks"], metrics["bad_images"]) == (1, 4, 1)
+    assert np.array_equal(masked(tmp_path / "out" / "0.tar", "a"), STRIPES)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_images_of_foreign_tars_are_turned_upright(tmp_path: Path, orientation: int) -> None:
+    stored = pixels(HEIGHT, WIDTH)
+    photo = encoded(stored, exif=turned(orientation), quality=95)
+    shards = write_tar(tmp_path / "shards" / "0.tar", {"a.jpg": photo}).parent
+    run(shards, tmp_path / "out", config())
+    written = read_tar(tmp_path / "out" / "0.tar")
+    image = Image.open(io.BytesIO(written["a.jpg"]))
+    assert image.getexif().get(0x0112, 1) == 1
+    upright = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(photo))), int)
+    assert np.abs(np.asarray(image, int) - upright).max() <= 12  # JPEG encoded twice
+    assert masked(tmp_path / "out" / "0.tar", "a").shape[1:] == upright.shape[:2]
+    assert (written["a.jpg"] == photo) == (orientation == 1)
+
+
+@pytest.mark.parametrize("orientation", [2, 3, 6])
+def test_given_masks_of_a_turned_image_are_refused(tmp_path: Path, capsys, orientation: int) -> None:
+    members = {"good.jpg": JPEG, "good.json": annotation(STRIPES), "odd.json": annotation(STRIPES)}
+    members["odd.jpg"] = encoded(pixels(HEIGHT, WIDTH), exif=turned(orientation))
+    shards = write_tar(tmp_path / "shards" / "0.tar", members).parent
+    metrics = run(shards, tmp_path / "out", config(generator="given", max_bad_share=0.5))
+    assert (metrics["images"], metrics["bad_images"]) == (1, 1)
+    assert f"odd: EXIF orientation {orientation} turns this image, but not its masks" in capsys.readouterr().out
 
 
 def uncompressed() -> bytes:

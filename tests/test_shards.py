@@ -5,12 +5,15 @@ import json
 import os
 import tarfile
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
-from helpers.fake_data import annotation, encoded, pixels, read_tar, write_files, write_tar
+from helpers.fake_data import annotation, encoded, pixels, read_tar, turned, write_files, write_tar
 from pixelclip.config import ShardsConfig
 from pixelclip.data.annotations import parse_annotation
 from pixelclip.data.shard_format import ShardWriter, index_shard, read_part
@@ -62,17 +65,25 @@ def test_other_formats_become_rgb_jpegs(tmp_path: Path, mode: str) -> None:
     assert np.asarray(image).min() >= 250
 
 
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_masks_beside_an_image_that_exif_turns_are_refused(tmp_path: Path, capsys, orientation: int) -> None:
+    masks = annotation(np.ones((1, 20, 30)))
+    files = {"a.jpg": encoded(pixels(20, 30), exif=turned(orientation)), "a.json": masks, "b.jpg": JPEG, "b.json": masks}
+    members = pack(tmp_path, files, max_bad_share=0.5)
+    assert ("a.jpg" in members) == (orientation == 1)
+    refused = f"a.jpg: EXIF orientation {orientation} turns this image, but not its masks" in capsys.readouterr().out
+    assert refused == (orientation != 1)
+
+
 @pytest.mark.parametrize("mode", ["CMYK", "L"])
 def test_jpegs_that_are_not_rgb_are_reencoded(tmp_path: Path, mode: str) -> None:
     assert opened(pack(tmp_path, {"a.jpg": encoded(Image.new(mode, (8, 8)))})["a.jpg"]).mode == "RGB"
 
 
 def test_exif_orientation_is_applied(tmp_path: Path) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6  # shown rotated by 90 degrees clockwise
     stored = np.zeros((8, 16, 3), np.uint8)
-    stored[:, :8] = 255  # the stored left is the shown top
-    image = opened(pack(tmp_path, {"a.jpg": encoded(stored, exif=exif, quality=95)})["a.jpg"])
+    stored[:, :8] = 255  # the stored left is the shown top: rotated by 90 degrees clockwise
+    image = opened(pack(tmp_path, {"a.jpg": encoded(stored, exif=turned(6), quality=95)})["a.jpg"])
     assert image.size == (8, 16) and image.getexif().get(0x0112, 1) == 1
     shown = np.asarray(image)
     assert shown[:7].min() > 230 and shown[9:].max() < 25
@@ -144,7 +155,7 @@ def test_output_inside_the_folder_of_images_is_rejected(tmp_path: Path, inside: 
 def test_ignored_files_are_counted_by_suffix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = {"a.jpg": JPEG, "a.json": b"{}", "lonely.json": b"{}", ".hidden": b"", "b.HEIC": b"", "c.heic": b"", "d.gif": b""}
     pack(tmp_path / "some", files | {"photo": JPEG})
-    message = "shards: ignored files by suffix: .heic 2, .gif 1, none 1; image suffixes are .jpg, .jpeg, .png,"
+    message = "shards: ignored files by suffix: .heic 2, .gif 1, none 1; image suffixes are .jpg, .jpeg, .jfif, .png,"
     assert message in capsys.readouterr().out
     pack(tmp_path / "none", {"a.jpg": JPEG, "a.json": b"{}"})
     assert "ignored files" not in capsys.readouterr().out
@@ -186,6 +197,126 @@ def test_index_agrees_with_tarfile(tmp_path: Path, kind: int) -> None:
         for member in members
     }
     assert parts == {"sa_1": (b"one", b"{1}"), "sa_2": (b"two", b"{2}"), long: (b"3", b"")}
+
+
+def joined(path: Path, *archives: dict[str, bytes | tuple[bytes, str]]) -> Path:
+    """Join tars as `cat` does; a member is a file's content, or type and target of a link."""
+    parts = []
+    for archive in archives:
+        with tarfile.open(path, "w") as tar:
+            for name, content in archive.items():
+                info = tarfile.TarInfo(name)
+                if isinstance(content, tuple):
+                    info.type, info.linkname = content
+                    tar.addfile(info)
+                else:
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+        parts.append(path.read_bytes())
+    path.write_bytes(b"".join(parts))
+    return path
+
+
+def contents(path: Path) -> dict[str, tuple[bytes, bytes]]:
+    """Read image and JSON of every indexed sample."""
+    return {
+        m.key: (read_part(path, m.image_offset, m.image_size), read_part(path, m.json_offset, m.json_size))
+        for m in index_shard(path)[0]
+    }
+
+
+@settings(max_examples=30)
+@given(samples=st.lists(st.lists(st.booleans(), max_size=4), min_size=1, max_size=4), padding=st.integers(0, 40))
+def test_every_sample_of_joined_tars_is_read(samples: list[list[bool]], padding: int) -> None:
+    archives, expected = [], {}
+    for number, masked in enumerate(samples):
+        archives.append({"notes.txt": b"x"})
+        for index, has_json in enumerate(masked):
+            key, image = f"d/{number}-{index}", b"i" * (600 * index) + key_bytes(number, index)
+            archives[-1] |= {f"{key}.jpg": image} | ({f"{key}.json": b"{}"} if has_json else {})
+            expected[key] = (image, b"{}" if has_json else b"")
+    with TemporaryDirectory() as folder:
+        path = joined(Path(folder, "0.tar"), *archives)
+        path.write_bytes(path.read_bytes() + bytes(512 * padding))
+        assert contents(path) == expected
+        assert index_shard(path)[1] == []
+
+
+def key_bytes(*numbers: int) -> bytes:
+    return "-".join(map(str, numbers)).encode()
+
+
+def test_bytes_that_are_no_tar_behind_the_end_are_reported(tmp_path: Path) -> None:
+    path = joined(tmp_path / "0.tar", {"a.jpg": b"1"})
+    end = path.stat().st_size
+    path.write_bytes(path.read_bytes() + b"garbage" * 200)
+    members, bad = index_shard(path)
+    assert [member.key for member in members] == ["a"]
+    assert bad == [(str(path), f"damaged tar: at byte {end} neither a member nor the end; the rest is skipped")]
+
+
+def test_links_give_the_content_of_their_target(tmp_path: Path) -> None:
+    hard, symbolic = tarfile.LNKTYPE, tarfile.SYMTYPE
+    path = joined(
+        tmp_path / "0.tar",
+        {
+            "early.jpg": (symbolic, "d/a.jpg"),
+            "d/a.jpg": b"image",
+            "d/a.json": b"{}",
+            "b.jpg": (hard, "d/a.jpg"),
+            "./d/c.jpg": (symbolic, "a.jpg"),
+            "d/c.json": (symbolic, "../d/./a.json"),
+            "e/d.jpg": (symbolic, "../d/c.jpg"),
+            "f.jpg": (hard, "b.jpg"),
+        },
+    )
+    expected = {"early": "", "d/a": "{}", "b": "", "d/c": "{}", "e/d": "", "f": ""}
+    assert contents(path) == {key: (b"image", json.encode()) for key, json in expected.items()}
+    assert list(contents(path)) == list(expected)
+    assert index_shard(path)[1] == []
+
+
+def test_member_that_is_not_read_is_reported(tmp_path: Path) -> None:
+    path = joined(
+        tmp_path / "0.tar",
+        {
+            "a.jpg": b"1",
+            "a.depth.jpg": b"2",
+            "v1.2/x.jpg": b"3",
+            "frame.0001.jpg": b"4",
+            "frame.0001.json": b"{}",
+            "b.JPG": b"5",
+            "gone.jpg": (tarfile.SYMTYPE, "/data/gone.jpg"),
+            "out.jpg": (tarfile.SYMTYPE, "../a.jpg"),
+            "loop.jpg": (tarfile.SYMTYPE, "pool.jpg"),
+            "pool.jpg": (tarfile.SYMTYPE, "loop.jpg"),
+            "to/text.jpg": (tarfile.LNKTYPE, "notes"),
+            "notes": b"x",
+            "pipe.jpg": (tarfile.FIFOTYPE, ""),
+            "c.png": (tarfile.LNKTYPE, "a.jpg"),
+            "twice.jpg": b"6",
+            "twice.json": b"{}",
+        },
+        {"twice.jpg": b"7"},
+    )
+    members, bad = index_shard(path)
+    assert [member.key for member in members] == ["a", "v1.2/x"]
+    dots = "not read: the key of a sample ends at the first dot, and its parts must be named KEY.jpg and KEY.json"
+    reasons = {name.removeprefix(f"{path}: "): reason for name, reason in bad}
+    assert reasons == {
+        "a.depth.jpg": dots,
+        "frame.0001.jpg": dots,
+        "frame.0001.json": dots,
+        "b.JPG": "not read: images in a shard must be named KEY.jpg",
+        "c.png": "not read: images in a shard must be named KEY.jpg",
+        "gone.jpg": "link to /data/gone.jpg, which is not KEY.jpg or KEY.json in this tar",
+        "out.jpg": "link to ../a.jpg, which is not KEY.jpg or KEY.json in this tar",
+        "loop.jpg": "link to pool.jpg, which is not KEY.jpg or KEY.json in this tar",
+        "pool.jpg": "link to loop.jpg, which is not KEY.jpg or KEY.json in this tar",
+        "to/text.jpg": "link to notes, which is not KEY.jpg or KEY.json in this tar",
+        "pipe.jpg": "neither a file nor a link",
+        "twice": "several members have this name, so image and masks may not belong together",
+    }
 
 
 def test_incomplete_shard_does_not_get_its_final_name(tmp_path: Path) -> None:
@@ -281,6 +412,9 @@ def test_annotation_in_sa1b_format_is_accepted() -> None:
         (b"[]", "not in SA-1B's annotation format"),
         (b"{}", "annotations"),
         (b'{"annotations": []}', "no mask found"),
+        (annotation(np.zeros((2, 7, 9))), "all 2 masks are empty"),
+        (annotation(np.ones((1, 7, 9))).replace(b'"area": 63', b'"area": NaN'), "unreadable JSON: NaN is not a JSON number"),
+        (annotation(np.ones((1, 7, 9))).replace(b'"area": 63', b'"predicted_iou": -Infinity'), "-Infinity is not a JSON"),
         (document([7], "ng0"), "size must be two integers"),
         (document([7.0, 9.0], "ng0"), "size must be two integers"),
         (document([7, 9], [63]), "counts must be a compressed RLE"),

@@ -58,6 +58,8 @@ def test_training_writes_a_complete_model_folder(shards, config, clip, tmp_path)
     run = MlflowClient(os.environ["MLFLOW_TRACKING_URI"]).get_run(json.loads((out / "run.json").read_text())["run_id"])
     assert run.info.status == "FINISHED"
     assert run.data.params["train.steps"] == "6"
+    history = MlflowClient(os.environ["MLFLOW_TRACKING_URI"]).get_metric_history(run.info.run_id, "train/loss")
+    assert [(point.step, point.value) for point in history] == list(enumerate(losses(out), 1))
     for curve in ("loss", "gradient_norm", "concepts_used", "assignment_entropy", "images_per_second"):
         assert f"train/{curve}" in run.data.metrics
     for group in ("backbone", "prompts", "decoder"):

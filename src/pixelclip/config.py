@@ -35,7 +35,7 @@ _Device = Annotated[str, AfterValidator(device_name)]
 
 
 class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, coerce_numbers_to_str=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     def _check_required(self, name: str, switch: str, *values: str) -> None:
         """Check that a setting is present for these values of `switch` and empty for all others."""
@@ -81,7 +81,7 @@ class MasksConfig(_Settings):
     shortest_edge: int = _setting(
         0, "Shrink images and given masks to this shortest edge in pixels first (paper: 750); 0 keeps the size.", ge=0, le=16384
     )
-    jpeg_quality: int = _setting(95, "JPEG quality of images that are shrunk.", ge=1, le=100)
+    jpeg_quality: int = _setting(95, "JPEG quality of images that are shrunk or turned upright.", ge=1, le=100)
     given_folder: str = _setting("", "Generator given: folder of KEY.json; if empty, the JSON in the shards is used.")
     labels_folder: str = _setting("", "Generator labels: labelled set of the same images, matched by name; path or s3://.")
     labels_kind: _LabelledKind = _setting("folder", _LABELLED_KIND)

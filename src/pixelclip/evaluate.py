@@ -19,7 +19,14 @@ from pixelclip.data.labelled_sets import LabelledSet, open_labelled
 from pixelclip.distributed import ProcessGroup, init_process_group
 from pixelclip.evaluation.clip_baseline import check_baseline, load_baseline, resolve_config
 from pixelclip.evaluation.confusion import CLIP, OURS
-from pixelclip.evaluation.evaluator import STATE_FOLDER, TowerEvaluation, compute_metrics, evaluate_towers, per_class_iou
+from pixelclip.evaluation.evaluator import (
+    STATE_FOLDER,
+    TowerEvaluation,
+    absent_classes,
+    compute_metrics,
+    evaluate_towers,
+    per_class_iou,
+)
 from pixelclip.evaluation.protocol import (
     PROTOCOL,
     check_masks,
@@ -104,6 +111,8 @@ def _run(
         evaluation, words = _evaluate(loaded, clip, dataset, resolved, group, stage.folder / STATE_FOLDER)
         values = compute_metrics(evaluation.counts, len(dataset), config.protocol == "masks", labelled)
         metrics = {f"{key}/{metric_label(protocol)}": value for key, value in values.items()}
+        if group.is_main and config.kind == "folder" and (warning := absent_classes(dataset, evaluation.counts)):
+            print(f"evaluate: WARNING: {warning}", flush=True)
         if tracked:
             _write(stage.folder, model, dataset, protocol, metrics, evaluation, words)
             tracked.values(metrics)

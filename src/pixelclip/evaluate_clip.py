@@ -14,7 +14,7 @@ from pixelclip.data.labelled_sets import open_labelled
 from pixelclip.distributed import ProcessGroup, init_process_group
 from pixelclip.evaluation.clip_baseline import BASELINE_STAGE, COUNTS, MAPS, resolve_config, save_baseline
 from pixelclip.evaluation.confusion import CLIP
-from pixelclip.evaluation.evaluator import STATE_FOLDER, compute_metrics, evaluate_towers
+from pixelclip.evaluation.evaluator import STATE_FOLDER, absent_classes, compute_metrics, evaluate_towers
 from pixelclip.evaluation.protocol import (
     PROTOCOL,
     check_masks,
@@ -90,6 +90,8 @@ def _run(
         values = compute_metrics(evaluation.counts, len(dataset), config.protocol == "masks", labelled)
         metrics = {f"{key}/{metric_label(protocol)}": value for key, value in values.items()}
         if group.is_main:
+            if config.kind == "folder" and (warning := absent_classes(dataset, evaluation.counts)):
+                print(f"{BASELINE_STAGE}: WARNING: {warning}", flush=True)
             label, settings = metric_label(protocol), describe_protocol(protocol)
             print(f"{BASELINE_STAGE}: mIoU {values['miou_clip']:.1f} on {label}; {settings}", flush=True)
             evaluation.counts.next_index = len(dataset)

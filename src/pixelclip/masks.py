@@ -21,7 +21,15 @@ from PIL import Image
 
 from pixelclip.config import MasksConfig
 from pixelclip.data.annotations import annotate, parse_annotation
-from pixelclip.data.images import cell_centres, decode_image, encode_jpeg, to_rgb
+from pixelclip.data.images import (
+    cell_centres,
+    check_not_turned,
+    decode_image,
+    encode_jpeg,
+    exif_orientation,
+    to_rgb,
+    turn_upright,
+)
 from pixelclip.data.shard_format import Member, ShardWriter, index_shard, read_part
 from pixelclip.data.shard_sources import Shard, describe_shards, list_shards
 from pixelclip.mask_generators import EncodedSample, Generate
@@ -233,7 +241,7 @@ def _map(function: Callable[[EncodedSample], _T], samples: Iterator[EncodedSampl
 
 
 def _prepare(sample: EncodedSample, config: MasksConfig) -> EncodedSample | str:
-    """Shrink a sample and load its given masks, in a worker."""
+    """Turn and shrink a sample and load its given masks, in a worker."""
     key, data, annotation = sample
     if config.generator != "given":
         annotation = b""  # existing masks are replaced, so they are neither parsed nor resized
@@ -250,17 +258,22 @@ def _prepare(sample: EncodedSample, config: MasksConfig) -> EncodedSample | str:
 
 
 def shrink_sample(sample: EncodedSample, shortest_edge: int, quality: int) -> EncodedSample:
-    """Shrink an image to at most `shortest_edge` pixels on its shorter side; resize its masks by nearest neighbour.
+    """Turn an image upright and shrink it to at most `shortest_edge` pixels on its shorter side.
+
+    Masks are resized by nearest neighbour, but not turned.
 
     Raises:
-        ValueError: the image or the JSON cannot be read.
+        ValueError: the image or the JSON cannot be read, or EXIF data turn an image with masks.
     """
     key, data, annotation = sample
-    if not shortest_edge:
+    if annotation:
+        check_not_turned(data, "masks")
+    turned = exif_orientation(data) != 1
+    if not (shortest_edge or turned):
         return sample
-    image = to_rgb(decode_image(data))
-    if min(image.size) <= shortest_edge:
-        return sample
+    image = to_rgb(turn_upright(decode_image(data)))
+    if not shortest_edge or min(image.size) <= shortest_edge:
+        return EncodedSample(key, encode_jpeg(image, quality), b"") if turned else sample
     scale = shortest_edge / min(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     if annotation:

@@ -1,6 +1,7 @@
 """Settings from params.yaml and the command line, validated by the classes of `config`."""
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -49,6 +50,9 @@ def build(kind: type[_Kind], values: Mapping[str, Any], source: str, sources: Ma
             if fault["type"] == "extra_forbidden":
                 hint = nearest(name, kind.model_fields) or f"; the settings are {', '.join(kind.model_fields)}"
                 lines.append(f"{origin}: unknown setting {name!r}{hint}")
+            elif fault["type"] in ("string_type", "literal_error") and not isinstance(fault["input"], str):
+                # The YAML reader has already changed the text: 1.10 is 1.1 for it.
+                lines.append(f"{origin}: {name}: must be text; quote it: '...' (found {fault['input']!r})")
             else:
                 found = "" if fault["type"] == "value_error" else f" (found {fault['input']!r})"  # our validators name it
                 lines.append(f"{origin}: {f'{name}: ' if name else ''}{message}{found}")
@@ -61,7 +65,7 @@ def load(stage: str, params: Path | None = None, overrides: Mapping[str, Any] | 
     Args:
         stage: a key of `STAGES`.
         params: YAML file with one section per stage; the sections of other stages are validated too.
-        overrides: `setting: value` or `stage.setting: value`; those of other stages are ignored.
+        overrides: `setting: value` or `stage.setting: value`; those of other stages are ignored. A value may be its text.
         origin: origin of `overrides`, for errors; the command line if empty.
 
     Raises:
@@ -101,7 +105,15 @@ def load_all(params: Path | None, overrides: Mapping[str, Any], origin: str = ""
 
 
 class _Loader(yaml.SafeLoader):
-    """Loader that rejects duplicate keys, of which PyYAML would silently keep the last."""
+    """Loader that rejects duplicate keys, of which PyYAML would silently keep the last.
+
+    Integers are decimal. YAML 1.1 would read 010 as 8, 1:30 as 90 and 0b11 as 3; here they are text.
+    """
+
+    yaml_implicit_resolvers = {  # noqa: RUF012  (as PyYAML declares it)
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:int"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -111,6 +123,9 @@ class _Loader(yaml.SafeLoader):
                     raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key.value!r}", key.start_mark)
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][0-9_]*)$"), list("-+0123456789"))
 
 
 def read_yaml(path: Path, content: str) -> dict[Any, Any]:
@@ -137,21 +152,20 @@ def read_yaml(path: Path, content: str) -> dict[Any, Any]:
     return document
 
 
-def parse_overrides(pairs: Iterable[str]) -> dict[str, Any]:
-    """Parse `["steps=10", "train.clip=toy"]` to `{"steps": 10, "train.clip": "toy"}` (values are YAML scalars).
+def parse_overrides(pairs: Iterable[str]) -> dict[str, str]:
+    """Parse `["steps=10", "train.clip=toy"]` to `{"steps": "10", "train.clip": "toy"}`.
+
+    Values are kept as typed. `load` converts them to the types of their settings, so a text such as `1.10` stays unchanged.
 
     Raises:
-        ValueError: an entry without `=`, or a value that is not YAML.
+        ValueError: an entry without `=` or without a name.
     """
     values = {}
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals or not key:
             raise ValueError(f"settings are written NAME=VALUE, found {pair!r}")
-        try:
-            values[key.strip()] = yaml.safe_load(text) if text else ""
-        except yaml.YAMLError:
-            raise ValueError(f"setting {pair!r}: the value is not YAML; put it in quotes") from None
+        values[key.strip()] = text
     return values
 
 

@@ -233,6 +233,9 @@ def test_run_id_from_the_environment_is_the_parent(made, tmp_path, monkeypatch):
         ("rows: {K 8: , k-8: }", "rows 'K 8' and 'k-8' would share the folder 'k-8'"),
         ("rows: {a: , a: {train.steps: 2}}", "duplicate key 'a'"),
         ("rows: {'*': }", "row '*': its name must contain a letter or a digit"),
+        ("rows: {1.10: }", "rows.1.1.[key]: must be text; quote it: '...' (found 1.1)"),
+        ("name: 1.10\nrows: {a: }", "name: must be text; quote it: '...' (found 1.1)"),
+        ("rows: {a: {train.clip: 1.10}}", "train: clip: must be text; quote it: '...' (found 1.1)"),
         ("rows: {a: [1]}", "rows.a: Input should be a valid dictionary"),
         ("- rows", "must contain rows of settings, found list"),
         ("rows: {", "cannot be read as YAML"),
@@ -271,7 +274,7 @@ def test_unusable_inputs_are_rejected_before_the_first_run(made, tmp_path, monke
 
 
 def test_name_and_seeds_have_defaults(tmp_path):
-    (tmp_path / "mine.yaml").write_text("rows: {8: {train.concepts: 8}}")
+    (tmp_path / "mine.yaml").write_text("rows: {'8': {train.concepts: 8}}")
     name, planned = sweep.read(tmp_path / "mine.yaml")
     assert (name, [(each.row, each.seed, each.train.concepts) for each in planned]) == ("mine", [("8", 0, 8)])
 

@@ -1,6 +1,6 @@
 import pytest
 
-from pixelclip.data.class_names import check_names, names_of, parse_names
+from pixelclip.data.class_names import check_names, names_of, parse_names, read_classes
 
 
 @pytest.mark.parametrize(
@@ -24,6 +24,15 @@ def test_duplicate_check_takes_linear_time():
 def test_line_of_names_is_parsed_with_synonyms():
     assert parse_names("dog|puppy, traffic light ,sky") == ["dog, puppy", "traffic light", "sky"]
     assert parse_names("dog") == ["dog"]
+
+
+def test_bar_separates_synonyms_in_a_file_as_in_a_line(tmp_path):
+    (tmp_path / "c.txt").write_text("sky|heaven\ngrass | lawn \ndog, puppy|whelp\n")
+    assert read_classes(tmp_path / "c.txt") == ["sky, heaven", "grass, lawn", "dog, puppy, whelp"]
+    assert read_classes(tmp_path / "c.txt")[:2] == parse_names("sky|heaven,grass | lawn ")
+    (tmp_path / "c.txt").write_text("sky\n|\n")
+    with pytest.raises(ValueError, match="blank class name at position 2"):
+        read_classes(tmp_path / "c.txt")
 
 
 @pytest.mark.parametrize("text", ["", "  ", "|", "dog,,sky", "dog,dog", "dog| puppy,dog|puppy"])

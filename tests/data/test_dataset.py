@@ -3,6 +3,7 @@
 Alignment is tested with an image whose colours are its coordinates.
 """
 
+import io
 from collections.abc import Iterable
 from dataclasses import asdict, replace
 from itertools import chain
@@ -13,9 +14,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
-from helpers.fake_data import annotation, encoded, pixels, write_tar
+from helpers.fake_data import annotation, encoded, pixels, turned, write_tar
 from helpers.samples import FULL, PLAIN, blobs, in_runs
 from pixelclip.data.dataset import MaskedImages, PackedBatch, collate, load_batches, sample_indices
 from pixelclip.data.rle import RunMasks
@@ -178,6 +179,8 @@ BAD = {
     "image": (b"no image", annotation(blobs(40, 61)), "unreadable image"),
     "json": (encoded(pixels(40, 61)), b"{", "unreadable JSON"),
     "size": (encoded(pixels(40, 61)), annotation(blobs(61, 40)), "mask has size 40x61, but the image is 61x40"),
+    "turned": (encoded(pixels(40, 61), exif=turned(3)), annotation(blobs(40, 61)), "EXIF orientation 3 turns this image"),
+    "empty": (encoded(pixels(40, 61)), annotation(np.zeros((2, 40, 61))), "all 2 masks are empty"),
     "no masks": (encoded(pixels(40, 61)), b'{"annotations": []}', "no mask found"),
     "rle": (encoded(pixels(40, 61)), b'{"annotations": [{"segmentation": {"size": [40, 61], "counts": "oo"}}]}', "damaged RLE"),
 }
@@ -191,6 +194,17 @@ def test_bad_sample_becomes_a_string_that_names_it(shards: list[Path], tmp_path:
     batch = collate([dataset[position] for position in range(8)])
     assert len(batch.bad) == 1 and len(batch.weak) == 7
     assert batch.bad[0].startswith(f"{bad}: some/folder/x y.jpg: ") and reason in batch.bad[0]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_image_without_masks_is_read_upright(tmp_path: Path, orientation: int) -> None:
+    photo = encoded(pixels(200, 300), exif=turned(orientation))
+    dataset = MaskedImages([write_tar(tmp_path / "0.tar", {"a.jpg": photo})], FULL, seed=0, masked=False)
+    upright = ImageOps.exif_transpose(Image.open(io.BytesIO(photo)))
+    image, masks = dataset.read(0)
+    assert np.array_equal(image, upright)
+    assert np.array_equal(masks.decode(0), np.ones(upright.size[::-1]))
+    assert isinstance(dataset[0], TrainingSample)
 
 
 def test_collate_joins_samples_and_indexes_the_image_of_each_mask() -> None:

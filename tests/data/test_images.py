@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from helpers.fake_data import encoded, pixels
+from helpers.fake_data import encoded, pixels, turned
 from pixelclip.data.images import (
     colour_labels,
     decode_image,
@@ -21,12 +21,6 @@ from pixelclip.data.images import (
     to_rgb,
     turn_upright,
 )
-
-
-def with_orientation(orientation: int) -> Image.Exif:
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    return exif
 
 
 @pytest.mark.parametrize("data", [b"", b"no image", encoded(pixels(40, 30))[:-200], encoded(pixels(40, 30), "PNG")[:-60]])
@@ -85,7 +79,7 @@ def test_missing_file_is_reported(tmp_path: Path) -> None:
 def test_open_image_applies_exif_orientation(tmp_path: Path, kind: str, orientation: int, turns: int) -> None:
     stored = pixels(8, 12)
     path = tmp_path / f"image.{kind}"
-    path.write_bytes(encoded(stored, kind, exif=with_orientation(orientation)))
+    path.write_bytes(encoded(stored, kind, exif=turned(orientation)))
     assert np.array_equal(np.asarray(open_image(path)), np.rot90(stored, turns))
 
 
@@ -98,7 +92,7 @@ def test_open_image_converts_to_rgb(tmp_path: Path) -> None:
 
 
 def test_damaged_exif_is_rejected() -> None:
-    exif = with_orientation(6)
+    exif = turned(6)
     exif[0x010F] = "maker"
     good = encoded(pixels(8, 12), "WEBP", exif=exif)
     at = good.index(b"EXIF") + 8
@@ -126,10 +120,64 @@ def test_every_mode_is_encoded_as_an_rgb_jpeg(mode: str) -> None:
     assert np.asarray(jpeg).min() > 250
 
 
-def test_palette_with_transparency_is_converted() -> None:
-    source = Image.fromarray(pixels(8, 8)).convert("P")
-    data = encoded(source, "PNG", transparency=bytes(range(256)))
-    assert np.array_equal(np.asarray(to_rgb(decode_image(data))), np.asarray(source.convert("RGB")))
+@pytest.mark.parametrize("bits", [10, 12, 14, 16])
+def test_16_bit_images_are_scaled_by_the_bits_in_use(bits: int) -> None:
+    tones = np.linspace(0, 2**bits - 1, 64 * 64).astype(np.uint16).reshape(64, 64)
+    for kind in ("PNG", "TIFF"):
+        found = np.asarray(to_rgb(decode_image(encoded(tones, kind))))
+        assert np.array_equal(found[..., 0], tones >> (bits - 8)) and found.max() == 255
+
+
+def test_8_bit_values_in_16_bits_are_kept() -> None:
+    tones = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    assert np.array_equal(np.asarray(to_rgb(decode_image(encoded(tones, "PNG"))))[..., 1], tones)
+
+
+def colour_png(values: np.ndarray) -> bytes:
+    """Encode 16-bit colours [H, W, 2 to 4], which Pillow cannot write."""
+    height, width, channels = values.shape
+    header = struct.pack(">IIBBBBB", width, height, 16, {2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    data = [struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(data)
+
+
+@pytest.mark.parametrize("channels", [2, 3, 4])
+def test_16_bit_colours_with_12_bits_in_use_are_rejected(channels: int) -> None:
+    values = np.random.default_rng(0).integers(0, 1 << 16, (5, 6, channels))
+    values[..., : 3 : 1 if channels != 2 else 2][0, 0] = 65535
+    if channels != 3:
+        values[..., -1] = 65535
+    colours = values[..., : channels - (channels != 3)]
+    found = np.asarray(to_rgb(decode_image(colour_png(values))))
+    assert np.array_equal(found, np.broadcast_to(colours >> 8, (5, 6, 3)))
+    values[..., : colours.shape[-1]] >>= 4
+    with pytest.raises(ValueError, match="16-bit colours of which at most 12 bits are in use"):
+        decode_image(colour_png(values))
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])
+def test_transparent_pixels_are_blended_with_white(mode: str) -> None:
+    colours, alpha = pixels(8, 9), np.random.default_rng(1).integers(0, 256, (8, 9)).astype(np.uint8)
+    alpha[:2], alpha[2:4] = 0, 255
+    source = Image.fromarray(colours).convert(mode.removesuffix("A") if mode != "RGBA" else "RGB")
+    opaque = np.asarray(source.convert("RGB"), float)
+    image = source.convert(mode)
+    image.putalpha(Image.fromarray(alpha))
+    found = np.asarray(to_rgb(image), float)
+    share = alpha[..., None] / 255
+    assert np.abs(found - (share * opaque + (1 - share) * 255)).max() <= 1
+    assert (found[:2] == 255).all() and (found[2:4] == opaque[2:4]).all()
+
+
+@pytest.mark.parametrize("mode", ["P", "L", "RGB"])
+def test_transparent_colour_becomes_white(mode: str) -> None:
+    source = Image.fromarray(pixels(8, 8)).convert(mode)
+    hidden = source.getpixel((3, 3))
+    image = decode_image(encoded(source, "PNG", transparency=hidden))
+    expected = np.where((np.asarray(source) == hidden).reshape(8, 8, -1).all(-1, keepdims=True), 255, source.convert("RGB"))
+    assert np.array_equal(np.asarray(to_rgb(image)), expected)
 
 
 def test_palette_colours_are_distinct() -> None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from pycocotools import mask as rle
 
-from helpers.fake_data import encoded, pixels, write_files
+from helpers.fake_data import encoded, pixels, turned, write_files
 from pixelclip.data.class_names import read_classes
 from pixelclip.data.labelled_sets import IGNORE, KINDS, LabelledSet, open_folder, open_labelled
 
@@ -67,10 +67,15 @@ def test_labels_of_few_bits_are_not_scaled(folder: Path, bits: int, colour: int)
 
 
 def test_image_is_read_upright(folder: Path) -> None:
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    (folder / "images" / "a.jpg").write_bytes(encoded(pixels(3, 2), exif=exif))
+    (folder / "images" / "a.jpg").write_bytes(encoded(pixels(3, 2), exif=turned(6)))
     assert open_folder(folder).read(0)[0].size == (3, 2)
+
+
+@pytest.mark.parametrize("orientation", [2, 3, 4])
+def test_label_map_that_may_belong_to_the_stored_or_the_turned_image_is_refused(folder: Path, orientation: int) -> None:
+    (folder / "images" / "a.jpg").write_bytes(encoded(pixels(2, 3), exif=turned(orientation)))
+    with pytest.raises(ValueError, match=rf"a\.jpg: EXIF orientation {orientation} turns this image, but not its labels"):
+        open_folder(folder).read(0)
 
 
 @pytest.mark.parametrize(
@@ -147,6 +152,24 @@ def test_invalid_class_names_are_rejected(tmp_path: Path, content: bytes, messag
 def test_byte_order_mark_is_ignored(tmp_path: Path) -> None:
     path = write_files(tmp_path, {"classes.txt": b"\xef\xbb\xbfroad\r\nstra\xc3\x9fe\r\n"}) / "classes.txt"
     assert read_classes(path) == ["road", "straße"]
+
+
+@pytest.mark.parametrize("name", ["b.jfif", "b.JPG", "b.Jpeg", "b.png", "b.WEBP", "sub/b.tiff", "b.c.bmp"])
+def test_images_of_every_suffix_are_read(folder: Path, name: str) -> None:
+    kind = {".jfif": "JPEG", ".jpg": "JPEG"}.get(Path(name).suffix.lower(), Path(name).suffix[1:].upper())
+    label = f"labels/{name.rpartition('.')[0]}.png"
+    write_files(folder, {f"images/{name}": encoded(pixels(2, 3), kind), label: FILES["labels/a.png"]})
+    dataset = open_folder(folder)
+    assert [path.relative_to(folder / "images").as_posix() for path, _ in dataset.pairs] == ["a.jpg", name]
+    assert np.array_equal(dataset.read(1)[1], LABELS)
+
+
+def test_label_map_without_an_image_is_an_unreadable_sample(folder: Path) -> None:
+    write_files(folder, {"images/sub/b.heic": b"unknown", "labels/sub/b.png": FILES["labels/a.png"], "labels/notes.txt": b""})
+    dataset = open_folder(folder)
+    assert len(dataset) == 2
+    with pytest.raises(ValueError, match=r"labels/sub/b\.png: label map without an image: .*images/sub/b with one of \.jpg"):
+        dataset.read(1)
 
 
 def test_more_than_255_classes_are_rejected(folder: Path) -> None:
@@ -530,6 +553,27 @@ def test_converted_pascal_context_requires_its_image_list(tree: Callable[..., Pa
     changed = CONVERTED | {"VOCdevkit/VOC2010/ImageSets/SegmentationContext/val.txt": None}
     with pytest.raises(ValueError, match=r"ImageSets/SegmentationContext/val\.txt is missing; it needs"):
         open_labelled(tree("pascal-context", changed), "pascal-context")
+
+
+@pytest.mark.parametrize(
+    ("kind", "image"),
+    [
+        ("coco-stuff", "val2017/000000000139.jpg"),
+        ("ade20k", "ADEChallengeData2016/images/validation/ADE_val_00000001.jpg"),
+        ("cityscapes", "_leftImg8bit.png"),
+    ],
+)
+def test_every_image_and_label_map_of_a_benchmark_is_used_or_named(tree: Callable[..., Path], kind: str, image: str) -> None:
+    root = tree(kind, {})
+    samples = len(open_labelled(root, kind))
+    path = next(path for path in root.rglob("*") if path.is_file() and path.as_posix().endswith(image))
+    for suffix in (".JPG", ".jpeg", ".png", ".PNG"):
+        path = path.rename(path.with_suffix(suffix))
+        dataset = open_labelled(root, kind)
+        assert len(dataset) == samples and path in [found for found, _ in dataset.pairs]
+    path.rename(path.with_suffix(".heic"))
+    with pytest.raises(ValueError, match=r"\.png: label map without an image|contains no \*"):
+        [(dataset := open_labelled(root, kind)).read(index) for index in range(samples)]
 
 
 @pytest.mark.parametrize(

@@ -28,6 +28,13 @@ def encoded(image: NDArray[Any] | Image.Image, kind: str = "JPEG", **options: An
     return buffer.getvalue()
 
 
+def turned(orientation: int) -> Image.Exif:
+    """Return EXIF data that turn or mirror an image (1: neither)."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif
+
+
 def annotation(masks: NDArray[Any]) -> bytes:
     """Encode masks [N, H, W] as SA-1B's annotation JSON."""
     codes = [rle.encode(np.asfortranarray(mask, dtype=np.uint8)) for mask in masks]

@@ -132,6 +132,7 @@ def tokenizer_files(folder: Path) -> Path:
         "▁the",
         "▁scene",
         "▁dog",
+        "▁cat",
     ]
     tokenizer = Tokenizer(Unigram([(piece, -float(bool(piece[1:])) - 1) for piece in pieces], unk_id=2))
     tokenizer.pre_tokenizer = Metaspace()

@@ -195,14 +195,17 @@ def test_every_image_mode_is_read_as_rgb(predictor):
     palette = Image.fromarray(indices.astype(np.uint8), "L")
     palette.putpalette(colours.tobytes())
     transparent = palette.copy()
-    transparent.info["transparency"] = bytes(range(200))
-    alpha = np.dstack([rgb, np.full(grey.shape, 200, np.uint8)])
+    opaque, hidden = np.full(grey.shape, 255, np.uint8), np.zeros_like(grey)  # transparent pixels are white
+    hidden[:9] = 255
+    left = hidden[..., None] > 0
+    transparent.info["transparency"] = bytes([255] * 100 + [0] * 100)
     cases = {
-        "RGBA": (Image.fromarray(alpha), rgb),
+        "RGBA": (Image.fromarray(np.dstack([rgb, opaque])), rgb),
+        "RGBA with transparent pixels": (Image.fromarray(np.dstack([rgb, hidden])), np.where(left, rgb, 255)),
         "grey": (Image.fromarray(grey), np.dstack([grey] * 3)),
-        "grey with alpha": (Image.fromarray(np.dstack([grey, grey])), np.dstack([grey] * 3)),
+        "grey with alpha": (Image.fromarray(np.dstack([grey, hidden])), np.where(left, grey[..., None], 255).repeat(3, axis=2)),
         "palette": (palette, colours[indices]),
-        "palette with alpha": (transparent, colours[indices]),
+        "palette with alpha": (transparent, np.where(indices[..., None] < 100, colours[indices], 255)),
         "black and white": (Image.fromarray(grey > 127), np.dstack([(grey > 127).astype(np.uint8) * 255] * 3)),
     }
     for name, (image, same) in cases.items():

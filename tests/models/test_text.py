@@ -1,5 +1,7 @@
 """Classifier and prompts against open_clip's text tower."""
 
+from importlib import resources
+
 import open_clip
 import pytest
 import torch
@@ -107,6 +109,39 @@ def test_longest_template_counts_for_the_context_length(tower):
     Prompts(tower, torch.zeros(2, 68, dtype=torch.long), templates=TEMPLATES["ensemble"])
     with pytest.raises(ValueError, match="69 prompt tokens do not fit the context length 77"):
         Prompts(tower, torch.zeros(2, 69, dtype=torch.long), templates=TEMPLATES["ensemble"])
+
+
+def test_class_name_that_the_tokenizer_would_cut_is_rejected(tower):
+    template = max(TEMPLATES["ensemble"], key=lambda text: len(tower.tokenizer.encode(text)))
+    room = 75 - len(tower.tokenizer.encode(template.replace("{}", "")))
+    fits = " ".join(["word"] * room)
+    classifier(tower, ["sky", fits])
+    for name in (f"{fits} beyond", f"grass, {fits} beyond"):
+        with pytest.raises(ValueError, match=r"class name 2 '.*word beyond' .*78 tokens.*reads 77.*cut after '.*word .*'$"):
+            classifier(tower, ["sky", name])
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("Sky", "sky"),
+        ("caf\u00e9", "cafe\u0301"),
+        ("traffic light", "traffic  light"),
+        ("rock & roll", "rock &amp; roll"),
+        ("a, b", "B, A"),
+        ("dog", "dog, DOG"),
+    ],
+)
+def test_class_names_that_are_equal_to_the_tokenizer_are_rejected(tower, first, second):
+    with pytest.raises(ValueError, match=rf"class names 2 {first!r} and 3 {second!r} are the same to the tokenizer"):
+        classifier(tower, ["tree", first, second])
+
+
+def test_names_of_every_benchmark_differ_and_fit(tower):
+    folder = resources.files("pixelclip").joinpath("assets/classes")
+    for file in folder.iterdir():
+        names = file.read_text().splitlines()
+        assert len(classifier(tower, names, TEMPLATES["single"])) == len(names)
 
 
 def test_unsupported_text_towers_are_rejected():

@@ -482,6 +482,8 @@ def test_cluster_yaml_of_the_current_folder_is_read(tmp_path, monkeypatch):
         ("steps: {train: {gpu: 2}}", "steps.train: unknown key 'gpu', did you mean 'gpus'?"),
         ("steps: {tarin: {gpus: 2}}", "unknown step 'tarin', did you mean 'train'?"),
         ("steps: {train: {gpus: -1}}", "steps.train.gpus: Input should be greater than or equal to 0 (found -1)"),
+        ("namespace: 007.0", "namespace: must be text; quote it: '...' (found 7.0)"),
+        ("steps: {train: {node_selector: {pool: 1.10}}}", "pool: must be text; quote it: '...' (found 1.1)"),
         ("steps: {train: {timeout: 5}}", "steps.train.timeout: String should match pattern"),
         ("steps: {train: {backoff_factor: 1.5}}", "steps.train.backoff_factor: Input should be a valid integer"),
         ("steps: {train: {backoff_max: 1h}}", "steps.train: unknown key 'backoff_max', did you mean 'backoff"),

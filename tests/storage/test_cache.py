@@ -1,12 +1,15 @@
 """The shared cache: complete folders, the origin of a copy, the size limit."""
 
 import os
+from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 
 from pixelclip.storage import s3
 from pixelclip.storage.cache import origin, trim
 from pixelclip.storage.download import local_copy
+from pixelclip.storage.files import write_atomically
 from pixelclip.storage.s3 import Listed, list_below
 
 
@@ -37,6 +40,44 @@ def test_interrupted_folder_keeps_its_complete_files(bucket, cache, monkeypatch)
     assert local_copy("s3://data/set") == whole
     assert (whole / "b").read_text() == "b" and (whole / "a").stat().st_mtime_ns == before
     assert sorted(path.name for path in whole.iterdir()) == ["a", "b", "c"] and not partial.exists()
+
+
+@pytest.mark.parametrize("damaged", ["a", "sub/b"])
+def test_byte_that_changes_in_flight_is_noticed_in_a_folder(bucket, cache, monkeypatch, damaged):
+    for name in ("a", "sub/b", "c"):
+        bucket.put_object(Bucket="data", Key=f"set/{name}", Body=name.encode() * 100)
+    right, wanted = s3.download, []
+
+    def flip(uri, files):
+        right(uri, files)
+        wanted.append(sorted(one.uri.partition("set/")[2] for one in files.values()))
+        for path, one in files.items():
+            if one.uri.endswith(f"set/{damaged}") and len(wanted) == 1:
+                content = bytearray(path.read_bytes())
+                content[7] ^= 1
+                path.write_bytes(content)
+
+    monkeypatch.setattr(s3, "download", flip)
+    with pytest.raises(ValueError, match=rf"^s3://data/set/{damaged}: MD5 mismatch: expected \w+, got \w+; try again$"):
+        local_copy("s3://data/set")
+    folder = local_copy("s3://data/set")
+    assert (folder / damaged).read_bytes() == damaged.encode() * 100
+    assert wanted == [["a", "c", "sub/b"], [damaged]]
+
+
+def test_folder_with_etags_that_are_no_md5_is_copied(bucket, cache, monkeypatch):
+    bucket.put_object(Bucket="data", Key="set/a", Body=b"1")
+    listed = list_below
+    monkeypatch.setattr(s3, "list_below", lambda uri: [replace(one, etag="0" * 32) for one in listed(uri)])
+    monkeypatch.setattr(s3, "download", lambda uri, files: [write_atomically(path, b"1") for path in files])
+    for reply, message in (
+        (Listed("s3://data/set/a", "0" * 32, 1), ""),  # encrypted with a customer's key
+        (Listed("s3://data/set/a", "1" * 32, 1, "1" * 32), "s3://data/set/a: changed in the store during the download"),
+    ):
+        monkeypatch.setattr(s3, "current_version", lambda uri, reply=reply: reply)
+        with pytest.raises(ValueError, match=message) if message else nullcontext():
+            assert (local_copy("s3://data/set/") / "a").read_bytes() == b"1"
+            bucket.put_object(Bucket="data", Key="set/b", Body=b"2")  # another version of the folder
 
 
 @pytest.mark.parametrize("size", [3, 12 << 20], ids=["small", "of several parts"])

@@ -61,6 +61,21 @@ def test_files_below_are_sorted_without_hidden_files(tmp_path: Path) -> None:
     assert [path.relative_to(tmp_path).as_posix() for path in files_below(tmp_path)] == ["a", "b/10", "b/2", "c d/é"]
 
 
+def test_unreadable_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_files(tmp_path, {"a": b"1", "b/c/locked/x": b"2", "b/z": b"3"})
+    scandir = os.scandir
+
+    def denied(path: str | Path):  # root may read every folder, so permissions cannot be removed
+        if Path(path).name == "locked":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", denied)
+    for read in (files_below, digest):
+        with pytest.raises(ValueError, match=r"^.*/b/c/locked: folder cannot be read: Permission denied$"):
+            read(tmp_path)
+
+
 def test_links_are_followed_except_to_parents(tmp_path: Path) -> None:
     write_files(tmp_path, {"data/a": b"1", "elsewhere/b": b"2"})
     (tmp_path / "data" / "link").symlink_to(tmp_path / "elsewhere")

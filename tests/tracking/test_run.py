@@ -64,6 +64,30 @@ def test_metrics_params_tags_and_files_are_logged(client, tmp_path):
     assert [file.path for file in client.list_artifacts(run.run_id, "notes")] == ["notes/note.txt"]
 
 
+def test_final_value_of_a_curve_adds_no_point(client, tmp_path):
+    run = start(tmp_path / "stage")
+    run.log({"loss": 2.0}, 1)
+    run.finish()
+    resumed = start(tmp_path / "stage")
+    for step in (1, 2):
+        resumed.log({"loss": 2 / step}, step)
+    resumed.values({"loss": 1.0, "final": 0.5})
+    assert resumed.finish()
+    assert curve(client, run.run_id) == [(1, 2.0), (2, 1.0)]
+    assert client.get_run(run.run_id).data.metrics == {"loss": 1.0, "final": 0.5}
+
+
+def test_long_values_are_cut_at_the_limit_of_mlflow_and_marked(client, tmp_path):
+    run = start(tmp_path / "stage")
+    texts = {str(length): "x" * (length - 1) + "y" for length in (500, 501, 6000, 6001, 8000, 8001, 20000)}
+    run.params({f"long.{name}": text for name, text in texts.items()})
+    run.tags({f"long.{name}": text for name, text in texts.items()})
+    data = client.get_run(run.run_id).data
+    for found, limit in ((data.params, 6000), (data.tags, 8000)):
+        for name, text in texts.items():
+            assert found[f"long.{name}"] == (text if len(text) <= limit else text[: limit - 3] + "...")
+
+
 def test_failed_run_has_status_failed(client, tmp_path):
     run = start(tmp_path / "stage")
     run.finish("FAILED")

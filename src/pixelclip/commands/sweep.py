@@ -51,7 +51,7 @@ def slug(row: str) -> str:
 class SweepFile(BaseModel):
     """Schema of a sweep file."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
+    model_config = ConfigDict(extra="forbid", frozen=True)
     name: str = Field(min_length=1)
     seeds: list[Annotated[int, Field(strict=True, ge=0)]] = Field(default=[0], min_length=1)
     settings: dict[str, Any] | None = None

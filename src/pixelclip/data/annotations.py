@@ -55,16 +55,16 @@ def parse_annotation(data: bytes, size: tuple[int, int], may_be_empty: bool = Fa
     Args:
         data: the JSON.
         size: (width, height) of its image.
-        may_be_empty: accept a document without masks.
+        may_be_empty: accept a document without masks or with only empty ones.
 
     Returns:
         The document and its masks.
 
     Raises:
-        ValueError: not JSON, no annotations, or a mask whose size differs from the image's.
+        ValueError: not JSON, no annotations, only empty masks, or a mask whose size differs from the image's.
     """
     try:
-        document = json.loads(data)
+        document = json.loads(data, parse_constant=_reject_constant)
         codes = [annotation["segmentation"] for annotation in document["annotations"]]
         sizes = {tuple(code["size"]) for code in codes}
         counts_are_text = all(isinstance(code["counts"], str) for code in codes)
@@ -82,4 +82,11 @@ def parse_annotation(data: bytes, size: tuple[int, int], may_be_empty: bool = Fa
     if wrong := sizes - {(height, width)}:
         shapes = ", ".join(f"{w}x{h}" for h, w in sorted(wrong))
         raise ValueError(f"mask has size {shapes}, but the image is {width}x{height}")
-    return document, RunMasks(read_runs([code["counts"] for code in codes], height * width), (height, width))
+    masks = RunMasks(read_runs([code["counts"] for code in codes], height * width), (height, width))
+    if not may_be_empty and not any(runs[1::2].any() for runs in masks.runs):
+        raise ValueError(f"all {len(masks)} masks are empty")
+    return document, masks
+
+
+def _reject_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")

@@ -24,7 +24,7 @@ def check_names(names: Sequence[str], source: str = "classes") -> list[str]:
 
 
 def read_classes(path: Path) -> list[str]:
-    """Read class names from a text file, one per line.
+    """Read class names from a text file, one per line; a bar or a comma separates synonyms of one class.
 
     Raises:
         ValueError: the file is missing or empty, or a name is blank or a duplicate; the message names the file.
@@ -35,7 +35,7 @@ def read_classes(path: Path) -> list[str]:
         raise ValueError(f"{path}: cannot read class names (one per line): {error}") from None
     while lines and not lines[-1].strip():
         lines.pop()
-    return check_names(lines, str(path))
+    return check_names([_with_commas(line) if "|" in line else line for line in lines], str(path))
 
 
 def parse_names(text: str) -> list[str]:
@@ -44,8 +44,11 @@ def parse_names(text: str) -> list[str]:
     Raises:
         ValueError: see `check_names`.
     """
-    names = [", ".join(word.strip() for word in name.split("|")) for name in text.split(",")] if text.strip() else []
-    return check_names(names)
+    return check_names([_with_commas(name) for name in text.split(",")] if text.strip() else [])
+
+
+def _with_commas(name: str) -> str:
+    return ", ".join(word.strip() for word in name.split("|"))
 
 
 def names_file(text: str) -> Path | None:

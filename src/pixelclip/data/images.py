@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
 # Pillow warns above 89 megapixels and fails above 179, process-wide. A user's own scans and aerial images may be larger;
 # untrusted images are checked by their header before decoding (`max_pixels`).
@@ -26,7 +26,8 @@ def decode_image(data: bytes, max_pixels: int | None = None, shrink: int = 1) ->
             many pixels; other formats are decoded at full size.
 
     Raises:
-        ValueError: the image is unreadable, truncated or too large.
+        ValueError: the image is unreadable, truncated or too large, or its 16-bit colours use at most 12 bits, of which
+            Pillow would keep the upper 4.
     """
     with _opened(data) as image:
         too_large = max_pixels is not None and image.width * image.height > max_pixels
@@ -36,6 +37,10 @@ def decode_image(data: bytes, max_pixels: int | None = None, shrink: int = 1) ->
             image.load()
     if too_large:
         raise ValueError(f"image: {image.width} x {image.height} pixels; at most {max_pixels} are allowed")
+    colours = {"RGB": 3, "RGBA": 3, "LA": 1}.get(image.mode, 0)
+    is_16_bit = image.format == "PNG" and data[24] == 16  # bit depth in IHDR
+    if is_16_bit and colours and np.asarray(image)[..., :colours].max() < 16:
+        raise ValueError("16-bit colours of which at most 12 bits are in use; save it with 8 bits per channel")
     return image
 
 
@@ -55,6 +60,27 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
         raise ValueError(f"unreadable image: {reason}") from None
 
 
+def check_not_turned(data: bytes, beside: str) -> None:
+    """Reject an image file that its EXIF orientation turns or mirrors: what is stored beside it may fit either version.
+
+    Args:
+        data: an image file.
+        beside: what is stored beside it, for the error.
+
+    Raises:
+        ValueError: it has such an orientation, or is unreadable.
+    """
+    if (turn := exif_orientation(data)) != 1:
+        raise ValueError(f"EXIF orientation {turn} turns this image, but not its {beside}; store the pixels upright")
+
+
+def exif_orientation(data: bytes) -> int:
+    """Read the EXIF orientation from the header of an image file: 1 (upright) to 8; raise ValueError if unreadable."""
+    with _opened(data) as image:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return int(orientation) if orientation in range(1, 9) else 1
+
+
 def turn_upright(image: Image.Image) -> Image.Image:
     """Rotate an image by its EXIF orientation; raise ValueError for unreadable EXIF data."""
     try:
@@ -64,28 +90,44 @@ def turn_upright(image: Image.Image) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image to 8-bit RGB; 16 bits keep their upper 8, where Pillow would clip to white.
+    """Convert an image to 8-bit RGB.
+
+    Of 16-bit values the upper 8 bits are kept, where Pillow would clip to white. Cameras and scanners also store 10, 12 or
+    14 bits in them: the highest value in the image tells. Transparent pixels are blended with white, as viewers do.
 
     Raises:
         ValueError: 32-bit pixels, whose range is unknown.
     """
     if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
+        values = np.asarray(image)
+        bits = next(bits for bits in (8, 10, 12, 14, 16) if values.max() < 1 << bits)
+        return Image.fromarray((values >> (bits - 8)).astype(np.uint8)).convert("RGB")
     if image.mode in ("I", "F"):
         raise ValueError(f"expected 8 or 16 bits per channel, found 32 (mode {image.mode})")
-    if image.mode == "P":
-        image = image.convert("RGBA")  # Pillow warns if a palette with transparency is converted directly
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def open_image(path: Path) -> Image.Image:
+def open_image(path: Path, beside: str = "") -> Image.Image:
     """Open an image file as RGB, rotated by its EXIF orientation.
 
+    Args:
+        path: an image file.
+        beside: pixel-wise data of the image, such as "labels". If the orientation keeps the size of the image, the data may
+            belong to the stored or to the turned image, which is an error.
+
     Raises:
-        ValueError: missing, truncated or not an image.
+        ValueError: missing, truncated, not an image, or see `beside`.
     """
     try:
-        return to_rgb(turn_upright(decode_image(path.read_bytes())))
+        data = path.read_bytes()
+        image = decode_image(data)
+        upright = turn_upright(image)
+        if beside and upright.size == image.size:
+            check_not_turned(data, beside)
+        return to_rgb(upright)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: {getattr(error, 'strerror', error)}") from None
 

@@ -34,7 +34,8 @@ class LabelledSet:
 
     Args:
         classes: class names in the order of the labels; "a, b" are synonyms.
-        pairs: image file and label file of each sample; several samples may share one label file.
+        pairs: image file and label file of each sample; several samples may share one label file. For a label map
+            without an image, the image is a path without suffix that does not exist.
         table: [65536], maps each value of a label file to its label, or to -1 if the value is not allowed.
         masks: for sets without pixel maps: the masks of each sample as SA-1B annotation JSON with a `category_id` per mask,
             empty for a sample without masks.
@@ -52,10 +53,13 @@ class LabelledSet:
         """Read one image (RGB, upright) and its label map [H, W].
 
         Raises:
-            ValueError: a file is unreadable, the sizes differ or a value is not allowed; the message names the file.
+            ValueError: a file is unreadable, the sizes differ, a value is not allowed, or EXIF data turn the image without
+                changing its size; the message names the file.
         """
         image_path, label_path = self.pairs[index]
-        image = open_image(image_path)
+        if not image_path.is_file():  # see _without_image
+            raise ValueError(f"{label_path}: label map without an image: {image_path} with one of {', '.join(IMAGE_SUFFIXES)}")
+        image = open_image(image_path, "labels")
         where = f"{label_path}" if self.masks is None else f"{label_path}: {image_path.name}"
         try:
             values = _read_map(label_path) if self.masks is None else _draw(self.masks[index], image.size)
@@ -139,6 +143,7 @@ def open_folder(folder: Path) -> LabelledSet:
         raise ValueError(f"{folder / 'images'}: contains no image")
     labels = [folder / "labels" / path.relative_to(folder / "images").with_suffix(".png") for path in images]
     pairs = _complete(folder, list(zip(images, labels, strict=True)), "images have no label map")
+    pairs += _without_image(folder / "images", "", folder / "labels", ".png", pairs)
     return LabelledSet(classes, pairs, _table({label: label for label in [*range(len(classes)), IGNORE]}))
 
 
@@ -294,12 +299,26 @@ def _maps(kind: str, split: Split, folder: Path, converted: str, *published: str
 
 
 def _below(images: Path, image_ending: str, labels: Path, label_ending: str) -> Pairs:
-    paths = [path for path in files_below(images) if path.name.endswith(image_ending)]
+    middle = image_ending.rpartition(".")[0]  # converted images have another suffix
+    beside = label_ending if labels == images else "/"  # label maps may lie among the images
+    files = [path for path in files_below(images) if not path.name.endswith(beside)]
+    paths = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES and path.stem.endswith(middle)]
     if not paths:
         raise ValueError(f"{images}: contains no *{image_ending}")
-    stems = [path.relative_to(images).as_posix().removesuffix(image_ending) for path in paths]
+    stems = [path.relative_to(images).with_suffix("").as_posix().removesuffix(middle) for path in paths]
     pairs = [(path, labels / f"{stem}{label_ending}") for path, stem in zip(paths, stems, strict=True)]
-    return _complete(images, pairs, "images have no label map")
+    pairs = _complete(images, pairs, "images have no label map")
+    return pairs + _without_image(images, middle, labels, label_ending, pairs)
+
+
+def _without_image(images: Path, middle: str, labels: Path, label_ending: str, pairs: Pairs) -> Pairs:
+    """Return the label maps without an image as samples that cannot be read, so that an evaluation counts and names them."""
+    used = {label for _, label in pairs}
+    left = [path for path in files_below(labels) if path.name.endswith(label_ending) and path not in used]
+    stems = [path.relative_to(labels).as_posix().removesuffix(label_ending) for path in left]
+    # mmsegmentation writes NAME_labelTrainIds.png beside COCO-Stuff's maps.
+    pairs = [(images / f"{stem}{middle}", path) for stem, path in zip(stems, left, strict=True)]
+    return [pair for pair, stem in zip(pairs, stems, strict=True) if not stem.endswith("_labelTrainIds")]
 
 
 def _listed(kind: str, split: Split, labels: Path, names_file: str) -> Pairs:

@@ -35,6 +35,7 @@ from pixelclip.storage.progress import track
 from pixelclip.workflow.bad_samples import BadSamples
 from pixelclip.workflow.termination import Terminated, deferred
 
+_NAMED = 10  # maximum number of absent classes listed by name
 STATE_FOLDER = "state"
 """Folder in a stage's partial output, with the counts and examples from which an interrupted evaluation resumes."""
 LabelMaps = dict[int, NDArray[np.uint16]]
@@ -231,6 +232,19 @@ def compute_metrics(counts: EvaluationCounts, num_images: int, masks: bool, labe
     metrics["image_recall_clip"] = recalled / max(present, 1)
     metrics["images"] = float(num_images - len(counts.bad_samples))
     return metrics
+
+
+def absent_classes(dataset: LabelledSet, counts: EvaluationCounts) -> str:
+    """Return a warning that names the classes without labelled pixels and the probable reason; empty if there are none."""
+    present = counts.confusions[CLIP].counts.sum(axis=1) > 0
+    absent = [name for name, found in zip(dataset.classes, present, strict=True) if not found]
+    if not absent:
+        return ""
+    named = ", ".join(absent[:_NAMED]) + (f" and {len(absent) - _NAMED} more" if len(absent) > _NAMED else "")
+    binary = len(present) == 2 and present[0]
+    reason = "; if the maps hold 0 and 255 (which is ignored), write 1 for the second class" if binary else ""
+    occur = "occurs" if len(absent) == 1 else "occur"
+    return f"{len(absent)} of {len(present)} classes in classes.txt never {occur} in the label maps: {named}{reason}"
 
 
 def per_class_iou(names: list[str], counts: EvaluationCounts) -> list[dict[str, Any]]:

@@ -11,7 +11,7 @@ from pixelclip.mask_generators import EncodedSample
 
 
 def generate(sample: EncodedSample, _: MasksConfig) -> dict[str, Any]:
-    """Return the sample's annotation document, with missing or invalid areas filled in.
+    """Return the sample's annotation document without empty masks, with areas counted from the masks.
 
     Raises:
         ValueError: the sample has no JSON, or the JSON does not fit its image.
@@ -20,6 +20,6 @@ def generate(sample: EncodedSample, _: MasksConfig) -> dict[str, Any]:
         raise ValueError("no JSON with masks beside the image")
     document, _masks = parse_annotation(sample.annotation, decode_image(sample.image).size)
     for entry in document["annotations"]:
-        if not isinstance(entry.get("area"), int | float):
-            entry["area"] = int(rle.area(entry["segmentation"]))
+        entry["area"] = int(rle.area(entry["segmentation"]))  # files state wrong ones, and `max_masks` sorts by it
+    document["annotations"] = [entry for entry in document["annotations"] if entry["area"]]
     return document

@@ -163,14 +163,37 @@ def classifier(tower: TextTower, names: Sequence[str], templates: Sequence[str] 
         [K, C] of unit length.
 
     Raises:
-        ValueError: as `check_names`.
+        ValueError: as `check_names`, two names have the same tokens, or a name does not fit the context length.
     """
     names = check_names(names)
     synonyms = [[word.strip() for word in name.split(",") if word.strip()] for name in names]
+    _check_tokens(tower, names, synonyms, templates)
     texts = [template.replace("{}", word) for words in synonyms for word in words for template in templates]
     features = F.normalize(tower.encode(texts), dim=-1).unflatten(0, (-1, len(templates)))  # [words, templates, C]
     per_class = torch.stack([words.mean(dim=0) for words in features.split([len(words) for words in synonyms])])
     return F.normalize(F.normalize(per_class, dim=-1).mean(dim=1), dim=-1)
+
+
+def _check_tokens(tower: TextTower, names: Sequence[str], synonyms: Sequence[Sequence[str]], templates: Sequence[str]) -> None:
+    """Raise ValueError for a name that the tokenizer would cut, or that equals another one after its normalisation."""
+    tokenizer = tower.tokenizer
+    longest = max(templates, key=lambda template: len(tokenizer.encode(template)))
+    positions: dict[frozenset[tuple[int, ...]], int] = {}
+    for position, (name, words) in enumerate(zip(names, synonyms, strict=True)):
+        for word in words:
+            tokens = tokenizer.encode(longest.replace("{}", word))
+            if (excess := len(tokens) - tower.room) > 0:
+                kept, limit = tokenizer.decode(tokens[: tower.room]), tokenizer.context_length
+                raise ValueError(
+                    f"class name {position + 1} {name!r} is too long: {limit + excess} tokens in the template {longest!r}, "
+                    f"and this CLIP reads {limit}; it would be cut after {kept.strip()[-30:]!r}"
+                )
+        same = positions.setdefault(frozenset(tuple(tokenizer.encode(word)) for word in words), position)
+        if same != position:
+            raise ValueError(
+                f"class names {same + 1} {names[same]!r} and {position + 1} {name!r} are the same to the tokenizer, which "
+                "ignores case, repeated blanks and the encoding of accents"
+            )
 
 
 class Prompts(nn.Module):

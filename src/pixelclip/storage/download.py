@@ -125,8 +125,7 @@ def _from_s3(uri: str, name: str) -> Path:
 
     def fetch(path: Path) -> None:
         s3.download(uri, {path: found})
-        if found.md5 and (md5 := file_md5(path)) != found.md5:
-            raise ValueError(f"{uri}: MD5 mismatch: expected {found.md5}, got {md5}; try again")
+        s3.check_content(path, found)
 
     return _cached(uri, f'"{found.etag}"', name, fetch)
 
@@ -143,6 +142,8 @@ def _from_prefix(uri: str, listed: list[s3.Listed], name: str) -> Path:
         for path in [path for path in folder.rglob("*") if path.is_file() and path not in wanted]:
             path.unlink()  # incomplete
         s3.download(uri, {path: one for path, one in wanted.items() if not path.is_file() or path.stat().st_size != one.size})
+        for path, one in wanted.items():  # also those of an interrupted call, which ended before the check
+            s3.check_content(path, one)
 
     return _cached(uri, " ".join(f"{one.uri} {one.etag}" for one in listed), name, fetch)
 

@@ -65,9 +65,16 @@ def files_below(folder: Path) -> list[Path]:
     """List all files below `folder`, sorted by relative path, without hidden files and folders.
 
     Links are followed, except links to a parent folder.
+
+    Raises:
+        ValueError: a folder cannot be read; the message names it.
     """
+
+    def stop(error: OSError) -> None:  # os.walk would skip the folder silently
+        raise ValueError(f"{error.filename}: folder cannot be read: {error.strerror}") from None
+
     files = []
-    for root, folders, names in os.walk(folder, followlinks=True):
+    for root, folders, names in os.walk(folder, onerror=stop, followlinks=True):
         above = {os.path.realpath(path) for path in [Path(root), *Path(root).parents]}
         folders[:] = [name for name in folders if not name.startswith(".") and os.path.realpath(Path(root, name)) not in above]
         files += [Path(root, name) for name in names if not name.startswith(".") and name not in _IGNORED]
@@ -91,7 +98,7 @@ def digest(path: Path, files: Iterable[Path] | None = None) -> dict[str, Any]:
         `{"md5": ..., "num_files": ..., "size": bytes}`.
 
     Raises:
-        ValueError: no such file or folder.
+        ValueError: no such file or folder, or a folder cannot be read.
     """
     if path.is_file():
         return {"md5": file_md5(path), "num_files": 1, "size": path.stat().st_size}

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from pixelclip.storage.files import file_md5
 from pixelclip.storage.progress import count
 
 _ATTEMPTS = 8  # botocore doubles the delay before each retry, up to 20 s
@@ -159,6 +160,26 @@ def current_version(uri: str) -> Listed:
     customer_key = reply.get("ServerSideEncryption", "AES256") != "AES256" or "SSECustomerAlgorithm" in reply
     is_md5 = re.fullmatch("[0-9a-f]{32}", etag) and not customer_key and not bucket.endswith("--x-s3")
     return Listed(uri, etag, reply["ContentLength"], etag if is_md5 else "")
+
+
+def check_content(path: Path, listed: Listed) -> None:
+    """Compare a downloaded file with the MD5 of its object, if the store has one, and delete a damaged file.
+
+    A listing does not tell whether an ETag is an MD5, so the store is asked about an ETag that differs.
+
+    Raises:
+        ValueError: the content differs, or the object has changed since it was listed.
+    """
+    md5 = file_md5(path)
+    if md5 == listed.etag or not re.fullmatch("[0-9a-f]{32}", listed.etag):
+        return
+    found = current_version(listed.uri) if not listed.md5 else listed
+    if found.etag != listed.etag:
+        path.unlink()
+        raise ValueError(f"{listed.uri}: {_CHANGED}")
+    if found.md5:
+        path.unlink()
+        raise ValueError(f"{listed.uri}: MD5 mismatch: expected {found.md5}, got {md5}; try again")
 
 
 def download(uri: str, files: Mapping[Path, Listed]) -> None:

@@ -40,6 +40,8 @@ class Journal:
         same_run = state.get("run_id") == run_id and state.get("tracking_uri") == tracking_uri()
         self._num_delivered = min(int(state["delivered"]), len(lines)) if same_run else 0
         self._last_step = json.loads(lines[-1])["step"] if lines else -1
+        self.curves: set[str] = set(json.loads(lines[-1])["metrics"]) if lines else set()
+        """Names of the metrics of the last point."""
         self._server_steps: dict[str, int] = {}  # last step of each curve on the server
         self._pause, self._next_attempt = 0.0, 0.0
         self.points = lines[self._num_delivered :]
@@ -63,7 +65,7 @@ class Journal:
         with (self._folder / CURVES).open("a") as file:
             file.write(line + "\n")
         self.points.append(line)
-        self._last_step = step
+        self._last_step, self.curves = step, set(metrics)
 
     def deliver(self) -> None:
         """Deliver pending points and requests unless in a pause; never raises for a failing server."""

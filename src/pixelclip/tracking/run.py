@@ -16,6 +16,7 @@ from typing import Any, Self
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
+from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH, MAX_TAG_VAL_LENGTH
 
 from pixelclip.storage.files import read_json
 from pixelclip.tracking.journal import CURVES, RUN, Journal
@@ -137,23 +138,23 @@ class Run:
         self.journal.deliver()
 
     def values(self, metrics: Mapping[str, float]) -> None:
-        """Set final metrics without a curve, at the next delivery."""
+        """Set final metrics at the next delivery, without those that have a curve, whose last point is the final value."""
         now = int(time.time() * 1000)
-        points = [Metric(name, float(value), now, 0) for name, value in metrics.items()]
+        points = [Metric(name, float(value), now, 0) for name, value in metrics.items() if name not in self.journal.curves]
         for run_id in self._run_ids:
             self.journal.requests.append(partial(self.client.log_batch, run_id, metrics=points))
 
     def params(self, params: Mapping[str, Any]) -> None:
-        """Log settings; a value that was logged before is kept."""
+        """Log settings; a value that was logged before is kept. Texts longer than MLflow accepts are cut and end with `...`."""
         existing = self.client.get_run(self.run_id).data.params
-        new = [Param(name, str(value)[:500]) for name, value in params.items() if name not in existing]
+        new = [Param(name, _cut(value, MAX_PARAM_VAL_LENGTH)) for name, value in params.items() if name not in existing]
         for start in range(0, len(new), _PARAMS_PER_REQUEST):
             self.client.log_batch(self.run_id, params=new[start : start + _PARAMS_PER_REQUEST])
 
     def tags(self, tags: Mapping[str, str]) -> None:
-        """Set tags."""
+        """Set tags, cut like the settings in `params`."""
         for run_id in self._run_ids:
-            self.client.log_batch(run_id, tags=[RunTag(name, str(value)[:5000]) for name, value in tags.items()])
+            self.client.log_batch(run_id, tags=[RunTag(name, _cut(value, MAX_TAG_VAL_LENGTH)) for name, value in tags.items()])
 
     def datasets(self, provenance: Mapping[str, Any], context: str) -> None:
         """Log the data that the first stages read as MLflow datasets, identified by MD5."""
@@ -203,6 +204,11 @@ class Run:
         self.params(flatten(provenance))
         self.tags(tags)
         self.datasets(provenance, "training")
+
+
+def _cut(value: object, limit: int) -> str:
+    text = str(value)
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 @contextlib.contextmanager
