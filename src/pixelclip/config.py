@@ -206,6 +206,15 @@ class EvaluateConfig(_Settings):
     side: int = _setting(
         0, "Whole and masks: side of CLIP's input in pixels, a multiple of the patch size; 0 as in training.", ge=0, le=4096
     )
+    shortest_edge: int = _setting(
+        640,
+        "Whole: first resize images to this shortest edge in pixels, with antialiasing; 0 disables it.",
+        ge=0,
+        le=16384,
+    )
+    longest_edge: int = _setting(
+        2560, "Whole: maximum longest edge after that resize, in pixels; 0 for no limit.", ge=0, le=65535
+    )
     feature_grid: int = _setting(64, "Whole and slide: features are resized to this grid before classification.", ge=1, le=4096)
     slide_side: int = _setting(0, "Slide: resize to this shortest edge in pixels; 0 keeps the size.", ge=0, le=16384)
     crop: int = _setting(336, "Slide: side of a window in pixels.", ge=1, le=16384)
@@ -234,6 +243,8 @@ class EvaluateConfig(_Settings):
     def _fits(self) -> "EvaluateConfig":
         if self.stride > self.crop:
             raise ValueError(f"stride {self.stride} is larger than crop {self.crop}: windows would leave gaps")
+        if self.shortest_edge > self.longest_edge > 0:
+            raise ValueError(f"shortest_edge {self.shortest_edge} is larger than longest_edge {self.longest_edge}")
         self._check_required("masks_folder", "masks", "given")
         return self
 

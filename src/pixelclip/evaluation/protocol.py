@@ -18,7 +18,7 @@ from pixelclip.workflow.stage import describe
 
 PROTOCOL = "protocol.json"
 _OPTIONS = {
-    "whole": ("side", "feature_grid"),
+    "whole": ("side", "shortest_edge", "longest_edge", "feature_grid"),
     "slide": ("slide_side", "crop", "stride", "feature_grid"),
     "masks": ("side", "masks"),
     "given": ("masks_folder",),
@@ -66,10 +66,20 @@ def metric_name(labelled: Path, config: EvaluateConfig) -> str:
 def protocol_of(config: EvaluateConfig) -> dict[str, Any]:
     """Return the content of `protocol.json` for resolved settings; unused settings are None."""
     used = {*_OPTIONS[config.protocol], *(_OPTIONS.get(config.masks, ()) if config.protocol == "masks" else ())}
-    settings = config.model_dump()
+    settings = config.model_dump() | resize_of(config.model_dump())
     always = {key: settings[key] for key in ("name", "kind", "protocol", "templates")}
     always |= {} if config.precision == "float32" else {"precision": config.precision}
     return always | {key: settings[key] if key in used else None for options in _OPTIONS.values() for key in options}
+
+
+def resize_of(settings: Mapping[str, Any]) -> dict[str, int]:
+    """Return `shortest_edge` and `longest_edge` of an evaluation's settings, zeros without that resize.
+
+    Args:
+        settings: settings of stage `evaluate`; those of versions before 0.2.0, which did not resize, lack both.
+    """
+    shortest = settings.get("shortest_edge", 0)
+    return {"shortest_edge": shortest, "longest_edge": settings["longest_edge"] if shortest else 0}
 
 
 def conditions_of(protocol: Mapping[str, Any], inputs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

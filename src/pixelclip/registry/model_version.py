@@ -16,8 +16,9 @@ from packaging.requirements import Requirement
 
 import pixelclip
 from pixelclip.inference import serving
+from pixelclip.inference.predictor import INFERENCE
 from pixelclip.models.checkpoint import CONFIG, WEIGHTS
-from pixelclip.storage.files import read_json
+from pixelclip.storage.files import read_json, write_json
 from pixelclip.tracking.journal import RUN
 from pixelclip.tracking.run import Run
 from pixelclip.tracking.server import connect, first_line, is_missing, tracking_uri, transfer, ui_address
@@ -26,6 +27,8 @@ from pixelclip.workflow.stage import PROVENANCE
 REGISTRATION = "registration.json"
 EVALUATION = "evaluation"
 """Tag of a version: artifact path of its evaluation in the run."""
+RESIZE = "resize"
+"""Tag of a version: shortest and longest edge of the first resize, `640 2560`; versions without it do not resize."""
 
 
 def create_name(client: MlflowClient, name: str) -> None:
@@ -41,14 +44,25 @@ def create_name(client: MlflowClient, name: str) -> None:
             raise ValueError(f"register.name {name!r} is rejected by MLflow at {tracking_uri()}: {first_line(error)}") from None
 
 
-def find(client: MlflowClient, name: str, model_md5: str) -> ModelVersion | None:
-    """Return the latest version with exactly these weights, or None."""
-    same = client.search_model_versions(f"name = '{name}' and tags.`model.md5` = '{model_md5}'")
+def find(client: MlflowClient, name: str, model_md5: str, resize: Mapping[str, int]) -> ModelVersion | None:
+    """Return the latest version with exactly these weights and this `resize` (see `create`), or None."""
+    versions = client.search_model_versions(f"name = '{name}' and tags.`model.md5` = '{model_md5}'")
+    same = [version for version in versions if version.tags.get(RESIZE, _resize_tag({})) == _resize_tag(resize)]
     return max(same, key=lambda version: int(version.version), default=None)
 
 
-def create(client: MlflowClient, model: Path, provenance: Mapping[str, Any], name: str) -> ModelVersion:
-    """Log a model and the code to serve it to the run that trained it, and create a version of `name` from it."""
+def create(
+    client: MlflowClient, model: Path, provenance: Mapping[str, Any], name: str, resize: Mapping[str, int]
+) -> ModelVersion:
+    """Log a model and the code to serve it to the run that trained it, and create a version of `name` from it.
+
+    Args:
+        client: a connected client.
+        model: model folder.
+        provenance: of the model.
+        name: registered model.
+        resize: `shortest_edge` and `longest_edge` of the evaluation; `Predictor.load` uses them for the registered model.
+    """
     run_id = Run.trained(client, model, provenance)
     status = client.get_run(run_id).info.status
     try:
@@ -58,7 +72,7 @@ def create(client: MlflowClient, model: Path, provenance: Mapping[str, Any], nam
             logged = mlflow.pyfunc.log_model(
                 name="model",
                 python_model=serving.__file__,
-                artifacts={serving.ARTIFACT: str(_inference_files(model, Path(folder)))},
+                artifacts={serving.ARTIFACT: str(_inference_files(model, Path(folder), resize))},
                 signature=serving.SIGNATURE,
                 code_paths=[str(copy_code(Path(pixelclip.__file__).parent, Path(folder)))],
                 pip_requirements=_requirements(),
@@ -70,7 +84,7 @@ def create(client: MlflowClient, model: Path, provenance: Mapping[str, Any], nam
         source=logged.model_uri,
         run_id=run_id,
         model_id=logged.model_id,
-        tags={"model.md5": provenance["output"]["md5"]},
+        tags={"model.md5": provenance["output"]["md5"], RESIZE: _resize_tag(resize)},
     )
 
 
@@ -122,11 +136,16 @@ def _requirements() -> list[str]:
     return [f"{each.name}=={metadata.version(each.name)}" for each in requirements if each.marker is None]
 
 
-def _inference_files(model: Path, folder: Path) -> Path:
-    """Copy the files that inference needs, without the pictures and curves of training."""
+def _resize_tag(resize: Mapping[str, int]) -> str:
+    return " ".join(str(resize.get(key, 0)) for key in ("shortest_edge", "longest_edge"))
+
+
+def _inference_files(model: Path, folder: Path, resize: Mapping[str, int]) -> Path:
+    """Copy the files that inference needs, without the pictures and curves of training, and add `inference.json`."""
     copy = folder / serving.ARTIFACT
     copy.mkdir()
     for name in (WEIGHTS, CONFIG, PROVENANCE, RUN):
         if (model / name).is_file():
             shutil.copyfile(model / name, copy / name)
+    write_json(copy / INFERENCE, dict(resize))
     return copy
