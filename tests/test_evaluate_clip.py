@@ -108,6 +108,17 @@ def with_another_class(made: Path, tmp_path: Path) -> dict[str, object]:
     return {"labelled": tiny.labelled_set(tmp_path / "labelled", classes=("dog, puppy", "grass", "sea"))}
 
 
+def with_other_names(made: Path, tmp_path: Path) -> dict[str, object]:
+    (tmp_path / "a.txt").write_text("dog\ngrass\nsky\n")
+    (tmp_path / "b.txt").write_text("dog\nlawn\nsky\n")
+    return {key: with_settings(names=str(tmp_path / file)) for key, file in (("before", "a.txt"), ("config", "b.txt"))}
+
+
+def with_a_file_of_names(made: Path, tmp_path: Path) -> dict[str, object]:
+    (tmp_path / "a.txt").write_text("dog, puppy\ngrass\nsky\n")
+    return {"config": with_settings(names=str(tmp_path / "a.txt"))}
+
+
 def with_another_clip(made: Path, tmp_path: Path) -> dict[str, object]:
     return {"config": with_settings(clip=str(tiny.clip_folder(tmp_path / "other", seed=1)))}
 
@@ -134,6 +145,8 @@ def with_other_masks(made: Path, tmp_path: Path) -> dict[str, object]:
         ({"side": 40}, r"side is 40, expected 48$"),
         (with_another_class, r"md5 of labelled is '\w{32}', expected '\w{32}'$"),
         (with_another_clip, r"md5 of clip is '\w{32}', expected '\w{32}'$"),
+        (with_other_names, r"md5 of names is '\w{32}', expected '\w{32}'$"),
+        (with_a_file_of_names, r"md5 of names is None, expected '\w{32}'$"),
         (with_other_masks, r"md5 of masks is '\w{32}', expected '\w{32}'$"),
     ],
     ids=lambda value: value.__name__ if callable(value) else str(value)[:40],

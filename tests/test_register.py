@@ -146,8 +146,11 @@ def test_registered_model_resizes_as_in_its_evaluation(made, client, tmp_path):
     assert run(made / "model1", before, tmp_path / "old", CONFIG)["register/version"] == 3
 
 
-def test_models_evaluated_with_another_resize_are_not_compared(made, client, tmp_path):
-    other = evaluation(tmp_path / "evaluation", made / "model1", miou=99.0, gain=50.0, shortest_edge=0)
+@pytest.mark.parametrize("settings", [{"shortest_edge": 0}, {"kind": "voc", "names": "readable"}])
+def test_models_evaluated_with_another_resize_or_names_are_not_compared(made, client, tmp_path, settings):
+    first = evaluation(tmp_path / "first", made / "model0", miou=40.0, gain=10.0, **{"kind": settings.get("kind", "folder")})
+    run(made / "model0", first, tmp_path / "one", CONFIG)
+    other = evaluation(tmp_path / "evaluation", made / "model1", miou=99.0, gain=50.0, **settings)
     assert run(made / "model1", other, tmp_path / "out", CONFIG)["register/champion"] == 0
     assert "a different labelled set or protocol" in read_json(tmp_path / "out" / "registration.json")["reason"]
 

@@ -199,6 +199,12 @@ class EvaluateConfig(_Settings):
     name: str = _setting(
         "", "Name of the labelled set in the metrics; if empty, the folder's name or the kind.", pattern=r"^[\w.-]*$"
     )
+    names: str = _setting(
+        "reference",
+        "Class names of a benchmark: reference (the paper's lists), readable (with synonyms), or a file, one name per line. "
+        "A folder has its classes.txt, which only a file replaces.",
+        min_length=1,
+    )
     clip: str = _setting("", "CLIP to compare with, using its own text tower; if empty, the model's original CLIP.")
     protocol: Literal["whole", "slide", "masks"] = _setting(
         "whole", "whole (paper: one view resized to a square), slide (windows), or masks (zero-shot mask classification)."

@@ -75,7 +75,7 @@ def _run(
 ) -> Metrics:
     loaded = load_model(model)
     spec = config.clip or loaded.config["clip"]["spec"]
-    dataset = open_labelled(labelled, config.kind)
+    dataset = open_labelled(labelled, config.kind, config.names)
     resolved = resolve_config(spec, labelled, config, loaded.side, loaded.residual)
     check_masks(dataset, config)
     inputs: dict[str, dict[str, Any]] = {}

@@ -294,6 +294,23 @@ def test_benchmark_is_read_as_published(tree: Callable[..., Path], kind: str) ->
     assert labels_of(opened).tolist() == EXPECTED[kind]
 
 
+def test_names_of_a_benchmark_and_of_a_folder(tree: Callable[..., Path], folder: Path, tmp_path: Path) -> None:
+    """A file replaces the names of both; the shipped lists are of the benchmarks only."""
+    names = {chosen: open_labelled(tree("voc"), "voc", chosen).classes[10] for chosen in ("reference", "readable")}
+    assert names == {"reference": "diningtable", "readable": "dining table"}
+    assert open_labelled(tree("voc"), "voc").classes[10] == "diningtable"
+    file = tmp_path / "names.txt"
+    file.write_text("".join(f"thing {number}\n" for number in range(20)))
+    assert open_labelled(tree("voc"), "voc", str(file)).classes[10] == "thing 10"
+    for chosen in ("reference", "readable"):
+        assert open_labelled(folder, "folder", chosen).classes == ["road", "sky, heaven", "grass"]
+    with pytest.raises(ValueError, match=r"names\.txt: contains 20 class names, but .* \(folder\) has 3 classes"):
+        open_labelled(folder, "folder", str(file))
+    file.write_text("street\nsky\nlawn\n")
+    opened = open_labelled(folder, "folder", str(file))
+    assert opened.classes == ["street", "sky", "lawn"] and np.array_equal(labels_of(opened), LABELS)
+
+
 def test_default_kind_is_folder(folder: Path) -> None:
     assert np.array_equal(labels_of(open_labelled(folder)), LABELS)
 
@@ -397,7 +414,7 @@ def test_every_class_has_one_value_and_one_name(tree: Callable[..., Path], kind:
 def test_official_values_map_to_their_class_names(
     tree: Callable[..., Path], kind: str, value: int, label: int, name: str
 ) -> None:
-    opened = open_labelled(tree(kind), kind)
+    opened = open_labelled(tree(kind), kind, "readable")
     assert opened.table[value] == label
     assert opened.classes[label] == name
 

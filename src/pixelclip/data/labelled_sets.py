@@ -5,8 +5,7 @@ A plain folder contains `images/`, `labels/` (PNG, 255 = ignore) and `classes.tx
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from importlib import resources
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from pixelclip.data.annotations import parse_annotation
-from pixelclip.data.class_names import check_names, read_classes
+from pixelclip.data.class_names import SHIPPED, benchmark_names, read_classes
 from pixelclip.data.images import IMAGE_SUFFIXES, decode_image, open_image
 from pixelclip.settings import nearest
 from pixelclip.storage.files import files_below, read_json
@@ -101,21 +100,29 @@ def _draw(masks: bytes, size: tuple[int, int]) -> NDArray[np.uint16]:
     return values
 
 
-def open_labelled(folder: Path, kind: str = "folder") -> LabelledSet:
+def open_labelled(folder: Path, kind: str = "folder", names: str = "reference") -> LabelledSet:
     """Open the validation split of a benchmark in its published layout, or a plain folder.
 
     Args:
         folder: root of the layout; for ADE20K and PASCAL also a parent folder.
         kind: one of `KINDS`.
+        names: see `benchmark_names`; a plain folder has its own names unless this is a file.
 
     Raises:
-        ValueError: unknown kind, or part of the layout is missing, unreadable or empty.
+        ValueError: unknown kind, part of the layout is missing, unreadable or empty, or the names do not fit.
     """
     if kind not in _OPENERS:
         raise ValueError(f"unknown kind of labelled set {kind!r}{nearest(kind, KINDS)}; allowed: {', '.join(KINDS)}")
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
-    return _OPENERS[kind](folder)
+    opened = _OPENERS[kind](folder)
+    if kind == "folder" and names in SHIPPED:
+        return opened
+    classes = benchmark_names(names, kind)
+    if len(classes) != len(opened.classes):
+        needed = f"{folder} ({kind}) has {len(opened.classes)} classes"
+        raise ValueError(f"evaluate.names {names}: contains {len(classes)} class names, but {needed}")
+    return replace(opened, classes=classes)
 
 
 def open_folder(folder: Path) -> LabelledSet:
@@ -236,11 +243,7 @@ KINDS = tuple(_OPENERS)
 
 
 def _benchmark(kind: str, pairs: Pairs, values: Mapping[int, int], masks: list[bytes] | None = None) -> LabelledSet:
-    # Official names in readable form. COCO-Stuff: the endings -other and -stuff are dropped, materials come first ("wall-brick"
-    # becomes "brick wall"), other hyphens become blanks ("wall panel", "window blind"), "structural" becomes "structure".
-    # Compounds are split ("potted plant").
-    names = resources.files("pixelclip").joinpath(f"assets/classes/{kind}.txt").read_text(encoding="utf-8")
-    return LabelledSet(check_names(names.splitlines(), kind), pairs, _table(values), masks)
+    return LabelledSet(benchmark_names("reference", kind), pairs, _table(values), masks)
 
 
 def _numbered(values: Iterable[int]) -> dict[int, int]:

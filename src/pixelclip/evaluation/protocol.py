@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pixelclip.config import EvaluateConfig
+from pixelclip.data.class_names import SHIPPED
 from pixelclip.data.labelled_sets import KINDS, LabelledSet
 from pixelclip.data.shard_sources import describe_shards
 from pixelclip.models.backbone import Backbone, check_patch, check_side
@@ -68,6 +69,8 @@ def protocol_of(config: EvaluateConfig) -> dict[str, Any]:
     used = {*_OPTIONS[config.protocol], *(_OPTIONS.get(config.masks, ()) if config.protocol == "masks" else ())}
     settings = config.model_dump() | resize_of(config.model_dump())
     always = {key: settings[key] for key in ("name", "kind", "protocol", "templates")}
+    # A folder has only its own names, so the word does not matter unless it is a file.
+    always["names"] = None if config.kind == "folder" and config.names in SHIPPED else config.names
     always |= {} if config.precision == "float32" else {"precision": config.precision}
     return always | {key: settings[key] if key in used else None for options in _OPTIONS.values() for key in options}
 
@@ -87,8 +90,9 @@ def conditions_of(protocol: Mapping[str, Any], inputs: Mapping[str, Mapping[str,
 
     Arguments are the results of `protocol_of` and `describe_inputs`, or the content of their files.
     """
-    md5 = {f"md5 of {key}": inputs[key]["md5"] for key in ("labelled", "masks") if key in inputs}
-    return md5 | {key: value for key, value in protocol.items() if key != "masks_folder"}
+    md5 = {f"md5 of {key}": inputs[key]["md5"] for key in ("labelled", "masks", "names") if key in inputs}
+    paths = {"masks_folder", *(["names"] if "names" in inputs else [])}
+    return md5 | {key: value for key, value in protocol.items() if key not in paths}
 
 
 def metric_label(protocol: dict[str, Any]) -> str:
@@ -107,7 +111,7 @@ def describe_protocol(protocol: dict[str, Any]) -> str:
 
 
 def describe_inputs(labelled: Path, dataset: LabelledSet, config: EvaluateConfig) -> dict[str, dict[str, Any]]:
-    """Identify all inputs besides the model, as `describe` does: `labelled`; `clip` and `masks` if they are files."""
+    """Identify all inputs besides the model, as `describe` does: `labelled`; `clip`, `masks` and `names` if they are files."""
     if config.kind == "folder":
         description = describe(labelled)
     else:  # a published benchmark also contains training images, which are not read
@@ -116,6 +120,8 @@ def describe_inputs(labelled: Path, dataset: LabelledSet, config: EvaluateConfig
     inputs = {"labelled": description}
     if weights := clip_folder(config.clip):
         inputs["clip"] = describe(weights)
+    if config.names not in SHIPPED:
+        inputs["names"] = describe(Path(config.names))
     if config.protocol == "masks" and config.masks == "given":
         inputs["masks"] = describe_shards(config.masks_folder)
     return inputs
