@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from bench.case import Case
 from bench.train_step import SIDE, random_clip, reference
 from pixelclip.config import EvaluateConfig
-from pixelclip.data.labelled_sets import IGNORE, open_labelled
+from pixelclip.data.labelled_images import IGNORE
+from pixelclip.data.labelled_sets import open_labelled
 from pixelclip.data.tensors import normalise, resize_square, to_tensor
 from pixelclip.distributed import SINGLE_PROCESS
 from pixelclip.evaluation.confusion import CLIP, OURS, EvaluationCounts, count_recalled
@@ -106,7 +107,7 @@ def make(
     vectors = F.normalize(torch.randn(classes, 512, generator=generator), dim=1)
     towers = {OURS: learned.visual.eval(), CLIP: original.visual.eval()}
     clip = Clip(original, {"vision_cfg": {}}, MEAN, STD)
-    config = EvaluateConfig(side=SIDE, pictures=0, batch_size=4, precision=precision)
+    config = EvaluateConfig(side=SIDE, pictures=0, batch_size=4, shortest_edge=0, precision=precision)
     atexit.register(shutil.rmtree, temporary)
     return Case(
         what=f"ViT-B/16 twice at {SIDE} px, once at {clip.side} px, {images} photographs of {size[1]}x{size[0]}, K {classes}, "

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pixelclip.config import EvaluateConfig, TrainConfig
-from pixelclip.data.class_names import names_of
+from pixelclip.data.class_names import benchmark_names, names_of
 from pixelclip.fetch_data import look_inside, without_login
 from pixelclip.storage.download import check_exists
 from pixelclip.storage.s3 import is_s3
@@ -102,6 +102,7 @@ def _errors_of_settings(configs: Mapping[str, Any]) -> list[str]:
         ("masks.labels_folder", masks.labels_folder, check_exists),
         ("train.dino", train.dino, check_exists),
         ("train.concept_names", train.concept_names, names_of),
+        ("evaluate.names", evaluate.names, lambda names: benchmark_names(names, "voc")),  # of a file, any kind
         ("evaluate.masks_folder", evaluate.masks_folder if evaluate.masks == "given" else "", check_exists),
         ("train.clip", train.clip, check_clip),
         ("evaluate.clip", evaluate.clip, check_clip),

@@ -45,6 +45,7 @@ def test_defaults_then_file_then_overrides(params) -> None:
         ("train:\n  gradient_clip: .inf\n", ["gradient_clip", "finite"]),
         ("train:\n  cutout_min: .6\n", ["cutout_min 0.6 is larger than cutout_max 0.5"]),
         ("train:\n  concept_kind: vectors\n  templates: ensemble\n", ["templates must be single", "found ensemble"]),
+        ("evaluate:\n  shortest_edge: 9000\n", ["shortest_edge 9000 is larger than longest_edge 2560"]),
         ("train:\n  shortest_edge: 2000\n", ["shortest_edge 2000 is larger than longest_edge 1333"]),
         ("train: 3\n", ["my.yaml", "'train'", "found 3"]),
         ("train:\n  off: 3\n", ["my.yaml", "train", "False"]),  # YAML reads `off` as a truth value

@@ -376,6 +376,13 @@ def test_benchmark_in_its_published_layout_is_evaluated(made, client, tmp_path):
     rows = {row["class"]: row["pixels"] for row in read_json(tmp_path / "out" / "per_class.json")}
     assert len(rows) == 20 and rows["aeroplane"] == (labels == 1).sum() and rows["boat"] == 0
     assert read_json(tmp_path / "out" / "provenance.json")["inputs"]["labelled"]["num_files"] == 4
+    assert rows.keys() >= {"diningtable", "tvmonitor"} and read_json(tmp_path / "out" / "protocol.json")["names"] == "reference"
+    clip, readable = tmp_path / "clip", with_settings(kind="voc", name="", names="readable")
+    evaluate_clip.run(str(made / "clip"), tmp_path / "VOC2012", clip, readable, tiny.SIDE, "cls")
+    with pytest.raises(ValueError, match=r"clip: .*: names is 'readable', expected 'reference'$"):
+        run(made / "changed", tmp_path / "VOC2012", tmp_path / "new", with_settings(kind="voc", name=""), clip)
+    run(made / "changed", tmp_path / "VOC2012", tmp_path / "readable", readable, clip)
+    assert "tv, monitor" in (tmp_path / "readable" / "per_class.json").read_text()
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from helpers.evaluations import CONFIG, KilledError, Reads, naive_iou, result, w
 from helpers.fake_data import annotation, write_files
 from pixelclip import evaluate, evaluate_clip
 from pixelclip.config import EvaluateClipConfig, EvaluateConfig, lasting
-from pixelclip.data.labelled_sets import LabelledSet
+from pixelclip.data.labelled_images import LabelledSet
 from pixelclip.evaluate_clip import run
 from pixelclip.evaluation.clip_baseline import COUNTS, MAPS
 from pixelclip.evaluation.evaluator import evaluate_towers
@@ -108,6 +108,17 @@ def with_another_class(made: Path, tmp_path: Path) -> dict[str, object]:
     return {"labelled": tiny.labelled_set(tmp_path / "labelled", classes=("dog, puppy", "grass", "sea"))}
 
 
+def with_other_names(made: Path, tmp_path: Path) -> dict[str, object]:
+    (tmp_path / "a.txt").write_text("dog\ngrass\nsky\n")
+    (tmp_path / "b.txt").write_text("dog\nlawn\nsky\n")
+    return {key: with_settings(names=str(tmp_path / file)) for key, file in (("before", "a.txt"), ("config", "b.txt"))}
+
+
+def with_a_file_of_names(made: Path, tmp_path: Path) -> dict[str, object]:
+    (tmp_path / "a.txt").write_text("dog, puppy\ngrass\nsky\n")
+    return {"config": with_settings(names=str(tmp_path / "a.txt"))}
+
+
 def with_another_clip(made: Path, tmp_path: Path) -> dict[str, object]:
     return {"config": with_settings(clip=str(tiny.clip_folder(tmp_path / "other", seed=1)))}
 
@@ -123,14 +134,19 @@ def with_other_masks(made: Path, tmp_path: Path) -> dict[str, object]:
     ("change", "differences"),
     [
         ({"config": with_settings(side=56)}, r"side is 48, expected 56$"),
+        ({"config": with_settings(shortest_edge=80)}, r"shortest_edge is 640, expected 80$"),
+        ({"config": with_settings(shortest_edge=0)}, r"shortest_edge is 640, expected 0; longest_edge is 2560, expected 0$"),
+        ({"config": with_settings(longest_edge=700)}, r"longest_edge is 2560, expected 700$"),
         ({"config": with_settings(feature_grid=9, templates="single")}, r"templates .*; feature_grid is 64, expected 9$"),
         ({"config": with_settings(name="b")}, r"name is 'set', expected 'b'$"),
         ({"config": with_settings(pictures=3)}, r"pictures is 2, expected 3$"),
-        ({"config": with_settings(protocol="masks")}, r"protocol is 'whole', expected 'masks'; feature_grid .*; masks is None"),
+        ({"config": with_settings(protocol="masks")}, r"protocol is 'whole', expected 'masks'; shortest_edge .* masks is None"),
         ({"residual": "patch"}, r"residual is 'patch', expected 'cls'$"),
         ({"side": 40}, r"side is 40, expected 48$"),
         (with_another_class, r"md5 of labelled is '\w{32}', expected '\w{32}'$"),
         (with_another_clip, r"md5 of clip is '\w{32}', expected '\w{32}'$"),
+        (with_other_names, r"md5 of names is '\w{32}', expected '\w{32}'$"),
+        (with_a_file_of_names, r"md5 of names is None, expected '\w{32}'$"),
         (with_other_masks, r"md5 of masks is '\w{32}', expected '\w{32}'$"),
     ],
     ids=lambda value: value.__name__ if callable(value) else str(value)[:40],

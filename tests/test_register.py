@@ -24,12 +24,13 @@ from helpers.artifact_server import slow_artifacts
 from helpers.registrations import evaluation, evaluation_of
 from pixelclip.config import RegisterConfig
 from pixelclip.inference.predictor import Predictor
+from pixelclip.models.checkpoint import load_model
 from pixelclip.register import run
 from pixelclip.registry import promotion
 from pixelclip.registry.gate import GateMetrics, decide
 from pixelclip.registry.model_version import copy_code, fetch, markdown
 from pixelclip.registry.promotion import metrics_of
-from pixelclip.storage.files import read_json
+from pixelclip.storage.files import read_json, write_json
 from pixelclip.tracking import server
 from pixelclip.tracking.server import experiment_id
 from pixelclip.workflow.stage import describe
@@ -123,6 +124,38 @@ def test_registered_model_predicts(made, client):
     assert json.loads(answer["classes"]) == ["dog, puppy", "sky"]
     expected = Predictor.load(made / "model0", "cpu")(Image.new("RGB", (20, 10), "green"), ["dog, puppy", "sky"]).labels
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(answer["label_map"]))), expected)
+
+
+def test_registered_model_resizes_as_in_its_evaluation(made, client, tmp_path):
+    """The same weights with another resize are another version; a version of older code, without the tag, does not resize."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 140, 3), dtype=np.uint8))
+    found = []
+    for number, settings in enumerate(({}, {"shortest_edge": 0}, {"shortest_edge": 0, "longest_edge": 9})):
+        evaluated = evaluation(tmp_path / f"e{number}", made / "model1", miou=50.0, gain=10.0, **settings)
+        version = run(made / "model1", evaluated, tmp_path / f"r{number}", CONFIG)["register/version"]
+        fetched = fetch(f"models:/{NAME}/{version:.0f}", tmp_path / f"m{number}")
+        found.append((version, Predictor.load(fetched, "cpu")(image, ["dog", "sky"]).scores))
+    assert [version for version, _ in found] == [2, 3, 3]
+    model = load_model(made / "model1")
+    for (_, scores), edges in zip(found, [(640, 2560), (0, 0), (0, 0)], strict=True):
+        predictor = Predictor(model, "cpu", shortest_edge=edges[0], longest_edge=edges[1])
+        assert np.array_equal(predictor(image, ["dog", "sky"]).scores, scores)
+    assert not np.array_equal(found[0][1], found[1][1])
+    client.delete_model_version_tag(NAME, "3", "resize")
+    before = evaluation(tmp_path / "before", made / "model1", miou=50.0, gain=10.0)
+    document = read_json(before / "provenance.json")
+    document["settings"] = {key: value for key, value in document["settings"].items() if not key.endswith("est_edge")}
+    write_json(before / "provenance.json", document)
+    assert run(made / "model1", before, tmp_path / "old", CONFIG)["register/version"] == 3
+
+
+@pytest.mark.parametrize("settings", [{"shortest_edge": 0}, {"kind": "voc", "names": "readable"}])
+def test_models_evaluated_with_another_resize_or_names_are_not_compared(made, client, tmp_path, settings):
+    first = evaluation(tmp_path / "first", made / "model0", miou=40.0, gain=10.0, **{"kind": settings.get("kind", "folder")})
+    run(made / "model0", first, tmp_path / "one", CONFIG)
+    other = evaluation(tmp_path / "evaluation", made / "model1", miou=99.0, gain=50.0, **settings)
+    assert run(made / "model1", other, tmp_path / "out", CONFIG)["register/champion"] == 0
+    assert "a different labelled set or protocol" in read_json(tmp_path / "out" / "registration.json")["reason"]
 
 
 _SHIPPED = """

@@ -218,12 +218,27 @@ class EvaluateConfig(_Settings):
     name: str = _setting(
         "", "Name of the labelled set in the metrics; if empty, the folder's name or the kind.", pattern=r"^[\w.-]*$"
     )
+    names: str = _setting(
+        "reference",
+        "Class names of a benchmark: reference (the paper's lists), readable (with synonyms), or a file, one name per line. "
+        "A folder has its classes.txt, which only a file replaces.",
+        min_length=1,
+    )
     clip: str = _setting("", "CLIP to compare with, using its own text tower; if empty, the model's original CLIP.")
     protocol: Literal["whole", "slide", "masks"] = _setting(
         "whole", "whole (paper: one view resized to a square), slide (windows), or masks (zero-shot mask classification)."
     )
     side: int = _setting(
         0, "Whole and masks: side of CLIP's input in pixels, a multiple of the patch size; 0 as in training.", ge=0, le=4096
+    )
+    shortest_edge: int = _setting(
+        640,
+        "Whole: first resize images to this shortest edge in pixels, with antialiasing; 0 disables it.",
+        ge=0,
+        le=16384,
+    )
+    longest_edge: int = _setting(
+        2560, "Whole: maximum longest edge after that resize, in pixels; 0 for no limit.", ge=0, le=65535
     )
     feature_grid: int = _setting(64, "Whole and slide: features are resized to this grid before classification.", ge=1, le=4096)
     slide_side: int = _setting(0, "Slide: resize to this shortest edge in pixels; 0 keeps the size.", ge=0, le=16384)
@@ -253,6 +268,8 @@ class EvaluateConfig(_Settings):
     def _fits(self) -> "EvaluateConfig":
         if self.stride > self.crop:
             raise ValueError(f"stride {self.stride} is larger than crop {self.crop}: windows would leave gaps")
+        if self.shortest_edge > self.longest_edge > 0:
+            raise ValueError(f"shortest_edge {self.shortest_edge} is larger than longest_edge {self.longest_edge}")
         self._check_required("masks_folder", "masks", "given")
         return self
 

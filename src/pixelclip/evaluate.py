@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pixelclip.config import EvaluateConfig
-from pixelclip.data.labelled_sets import LabelledSet, open_labelled
+from pixelclip.data.labelled_images import LabelledSet
+from pixelclip.data.labelled_sets import open_labelled
 from pixelclip.distributed import ProcessGroup, init_process_group
 from pixelclip.evaluation.clip_baseline import check_baseline, load_baseline, resolve_config
 from pixelclip.evaluation.confusion import CLIP, OURS
@@ -82,7 +83,7 @@ def _run(
 ) -> Metrics:
     loaded = load_model(model)
     spec = config.clip or loaded.config["clip"]["spec"]
-    dataset = open_labelled(labelled, config.kind)
+    dataset = open_labelled(labelled, config.kind, names=config.names)
     resolved = resolve_config(spec, labelled, config, loaded.side, loaded.residual)
     check_masks(dataset, config)
     inputs: dict[str, dict[str, Any]] = {}

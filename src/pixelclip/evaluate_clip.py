@@ -73,7 +73,7 @@ def _run(
     clip: str, labelled: Path, out: Path, config: EvaluateConfig, side: int, residual: Residual, group: ProcessGroup
 ) -> Metrics:
     config = resolve_config(clip, labelled, config, side, residual)
-    dataset = open_labelled(labelled, config.kind)
+    dataset = open_labelled(labelled, config.kind, names=config.names)
     check_masks(dataset, config)
     inputs = group.broadcast_object(describe_inputs(labelled, dataset, config) if group.is_main else None)
     stage = Stage(BASELINE_STAGE, out, inputs, config)

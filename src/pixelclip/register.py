@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pixelclip.config import RegisterConfig
-from pixelclip.evaluation.protocol import PROTOCOL, conditions_of
+from pixelclip.evaluation.protocol import PROTOCOL, conditions_of, resize_of
 from pixelclip.models.checkpoint import read_config
 from pixelclip.registry import model_version
 from pixelclip.registry.gate import GateMetrics
@@ -29,7 +29,7 @@ _SHOWN_CHARACTERS = 60  # of an invalid entry, in a message
 
 
 def run(model: Path, evaluation: Path, out: Path, config: RegisterConfig) -> Metrics:
-    """Register a model and promote it if it passes the gate; the same weights are registered only once.
+    """Register a model and promote it if it passes the gate; the same weights are registered once per first resize.
 
     Args:
         model: model folder.
@@ -53,17 +53,18 @@ def run(model: Path, evaluation: Path, out: Path, config: RegisterConfig) -> Met
     if evaluated["inputs"]["model"]["md5"] != md5:
         raise ValueError(f"{evaluation}: evaluates a different model than {model}")
     metrics, labelled_name = _metrics(model, evaluation, evaluated)
+    resize = resize_of(evaluated["settings"])
     stage = Stage("register", out, {"model": describe(model), "evaluation": describe(evaluation)}, config)
     with registry(config.name) as client:
         if stage.finished:
-            if model_version.find(client, config.name, md5) is not None:
+            if model_version.find(client, config.name, md5, resize) is not None:
                 return stage.reuse()
             shutil.rmtree(stage.out)  # the recorded version is not in this registry, or was deleted
         with stage:
             model_version.create_name(client, config.name)
-            version = model_version.find(client, config.name, md5)
+            version = model_version.find(client, config.name, md5, resize)
             if version is None:
-                version = model_version.create(client, model, provenance, config.name)
+                version = model_version.create(client, model, provenance, config.name, resize)
             number = str(version.version)
             artifact_path = f"evaluations/{metrics.measured_on[:12]}-{md5[:12]}"
             with transfer():

@@ -1,6 +1,12 @@
+import hashlib
+import json
+from importlib import resources
+
+import open_clip
 import pytest
 
-from pixelclip.data.class_names import check_names, names_of, parse_names, read_classes
+from pixelclip.data.class_names import benchmark_names, check_names, names_of, parse_names, read_classes
+from pixelclip.models.text import TEMPLATES
 
 
 @pytest.mark.parametrize(
@@ -49,3 +55,34 @@ def test_names_come_from_a_file_or_a_line_of_any_length(tmp_path, monkeypatch):
     assert names_of("dog") == ["cat"]
     with pytest.raises(ValueError, match=r"dogs\.txt: cannot read class names \(one per line\)"):
         names_of("dogs.txt")
+
+
+# MD5 of the reference implementation's JSON file without a final line break, and the names that differ from the readable ones.
+@pytest.mark.parametrize(
+    ("kind", "md5", "differing"),
+    [
+        ("ade20k", "321914a766e6c0d1529d934649e509bb", 84),
+        ("coco-stuff", "bd6c981512a726d460d8e94af131124b", 31),
+        ("pascal-context", "35935e31e54dbcb20797a013ee237c11", 3),
+        ("voc", "9429cb65cfd04277254ff04bf660a9e5", 3),
+        ("cityscapes", "faa19de44d04e0fe2d16c4e1a0ddfee1", 0),
+    ],
+)
+def test_shipped_lists_are_the_reference_and_the_readable_names(kind, md5, differing):
+    folder = resources.files("pixelclip").joinpath("assets/classes")
+    reference, readable = (
+        folder.joinpath(f"{names}/{kind}.txt").read_text().removesuffix("\n").split("\n") for names in ("reference", "readable")
+    )
+    assert hashlib.md5(json.dumps(reference).encode()).hexdigest() == md5
+    assert sum(one != other for one, other in zip(reference, readable, strict=True)) == differing
+    assert benchmark_names("reference", kind) == [name.strip() for name in reference]
+    assert benchmark_names("readable", kind) == readable
+    tokenizer = open_clip.SimpleTokenizer()  # removes the blank after "bed", too
+    for name in reference:
+        for template in TEMPLATES["ensemble"]:
+            assert tokenizer.encode(template.replace("{}", name)) == tokenizer.encode(template.replace("{}", name.strip()))
+
+
+def test_names_that_are_neither_a_list_nor_a_file_are_rejected():
+    with pytest.raises(ValueError, match=r"^evaluate\.names 'readible': must be reference, readable or a file"):
+        benchmark_names("readible", "voc")

@@ -18,6 +18,7 @@ from pixelclip.data.images import (
     image_size,
     open_image,
     palette,
+    resize_shortest_edge,
     to_rgb,
     turn_upright,
 )
@@ -197,3 +198,34 @@ def test_labels_are_coloured_and_others_are_black() -> None:
     assert painted.shape == (2, 3, 3)
     assert np.array_equal(painted[0, 1], colours[2]) and np.array_equal(painted[1, 1], colours[1])
     assert not painted[0, 2].any() and not painted[1, 0].any()
+
+
+@pytest.mark.parametrize(
+    ("size", "shortest", "longest", "expected"),
+    [
+        ((640, 480), 640, 2560, (853, 640)),  # 853.33
+        ((427, 640), 640, 2560, (640, 959)),  # 959.25
+        ((20, 10), 5, 0, (10, 5)),
+        ((60, 2600), 640, 2560, (59, 2560)),  # limited: 59.08
+        ((60, 2600), 640, 0, (640, 27733)),
+        ((1, 9000), 640, 2560, (1, 2560)),  # never below one pixel
+        ((7, 7), 14, 14, (14, 14)),
+    ],
+)
+def test_shortest_edge_is_resized_up_to_the_longest(size, shortest, longest, expected):
+    assert resize_shortest_edge(Image.new("L", size), shortest, longest).size == expected
+
+
+def test_resize_to_half_averages_with_the_weights_of_a_triangle():
+    """An antialiased bilinear filter that halves a row weights its four nearest pixels 1, 3, 3, 1 of 8."""
+    row = np.random.default_rng(0).integers(0, 256, 32)
+    image = Image.fromarray(np.broadcast_to(row[None, :, None], (32, 32, 3)).astype(np.uint8))
+    resized = np.asarray(resize_shortest_edge(image, 16, 16))[8]
+    weights = np.array([1, 3, 3, 1])
+    expected = [(row[2 * i - 1 : 2 * i + 3] * weights).sum() / 8 for i in range(1, 15)]
+    np.testing.assert_allclose(resized[1:15, 1], expected, atol=0.51)
+
+
+def test_zero_keeps_the_image():
+    image = Image.new("P", (30, 20))
+    assert resize_shortest_edge(image, 0, 10) is image

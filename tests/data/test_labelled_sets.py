@@ -16,7 +16,8 @@ from pycocotools import mask as rle
 
 from helpers.fake_data import encoded, pixels, turned, write_files
 from pixelclip.data.class_names import read_classes
-from pixelclip.data.labelled_sets import IGNORE, KINDS, LabelledSet, open_folder, open_labelled
+from pixelclip.data.labelled_images import IGNORE, LabelledSet
+from pixelclip.data.labelled_sets import KINDS, open_folder, open_labelled
 
 LABELS = np.array([[0, 1, 2], [255, 2, 0]], np.uint8)
 FILES = {
@@ -342,6 +343,23 @@ def test_benchmark_is_read_as_published(tree: Callable[..., Path], kind: str) ->
     assert labels_of(opened).tolist() == EXPECTED[kind]
 
 
+def test_names_of_a_benchmark_and_of_a_folder(tree: Callable[..., Path], folder: Path, tmp_path: Path) -> None:
+    """A file replaces the names of both; the shipped lists are of the benchmarks only."""
+    names = {chosen: open_labelled(tree("voc"), "voc", names=chosen).classes[10] for chosen in ("reference", "readable")}
+    assert names == {"reference": "diningtable", "readable": "dining table"}
+    assert open_labelled(tree("voc"), "voc").classes[10] == "diningtable"
+    file = tmp_path / "names.txt"
+    file.write_text("".join(f"thing {number}\n" for number in range(20)))
+    assert open_labelled(tree("voc"), "voc", names=str(file)).classes[10] == "thing 10"
+    for chosen in ("reference", "readable"):
+        assert open_labelled(folder, "folder", names=chosen).classes == ["road", "sky, heaven", "grass"]
+    with pytest.raises(ValueError, match=r"names\.txt: contains 20 class names, but .* \(folder\) has 3 classes"):
+        open_labelled(folder, "folder", names=str(file))
+    file.write_text("street\nsky\nlawn\n")
+    opened = open_labelled(folder, "folder", names=str(file))
+    assert opened.classes == ["street", "sky", "lawn"] and np.array_equal(labels_of(opened), LABELS)
+
+
 def test_default_kind_is_folder(folder: Path) -> None:
     assert np.array_equal(labels_of(open_labelled(folder)), LABELS)
 
@@ -511,7 +529,7 @@ def test_every_class_has_one_value_and_one_name(tree: Callable[..., Path], kind:
 def test_official_values_map_to_their_class_names(
     tree: Callable[..., Path], kind: str, value: int, label: int, name: str
 ) -> None:
-    opened = open_labelled(tree(kind), kind)
+    opened = open_labelled(tree(kind), kind, names="readable")
     assert opened.table[value] == label
     assert opened.classes[label] == name
 

@@ -10,7 +10,7 @@ import pytest
 
 from helpers import tiny
 from pixelclip.config import EvaluateConfig
-from pixelclip.data.labelled_sets import LabelledSet
+from pixelclip.data.labelled_images import LabelledSet
 
 CONFIG = EvaluateConfig(name="set", device="cpu", batch_size=2, pictures=2)
 

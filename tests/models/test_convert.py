@@ -1,32 +1,21 @@
 """Import of reference checkpoints, written with the reference's key names, and export to open_clip."""
 
 import json
-from argparse import Namespace
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import open_clip
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from helpers import tiny
+from helpers.reference_inference import checkpoint as reference_checkpoint
 from pixelclip.config import ImportConfig
 from pixelclip.models import convert
 from pixelclip.models.backbone import Backbone
 from pixelclip.models.checkpoint import backbone_of, build_clip, load_model
 from pixelclip.models.decoder import Decoder
 from pixelclip.models.text import Prompts, TextTower
-
-
-def reference_checkpoint(clip: dict[str, Any], tokens: Any, head: dict[str, Any]) -> dict[str, Any]:
-    """Return a checkpoint as detectron2 writes it: the reference's names, plus the entries of its trainer."""
-    model = {f"sem_seg_head.predictor.clip_model.{name}": tensor for name, tensor in clip.items()}
-    model["sem_seg_head.predictor.prompt_tokens"] = tokens
-    model |= {f"teacher_encoder.{name}": tensor + 1 for name, tensor in clip.items() if name.startswith("visual.")}
-    model |= {f"head.{name}": tensor for name, tensor in head.items()}
-    return {"model": model, "iteration": 9999, "best": np.float64(0.5), "args": Namespace(lr=2e-4)}
 
 
 @pytest.fixture(params=["vit", "convnext"])

@@ -43,7 +43,7 @@ _REPEATABLE: dict[str, tuple[str, Callable[[Any, Path, Any], Any]]] = {
 }
 """Main input and function of every repeatable stage."""
 _SHARDS = ("shards", "masks")
-_SETTING = {name: name for name in ("clip", "dino", "weights", "concept_names")}
+_SETTING = {name: name for name in ("clip", "dino", "weights", "concept_names", "names")}
 _SETTING |= {"given": "given_folder", "labels": "labels_folder", "masks": "masks_folder"}
 """Setting with the path of each other input."""
 

@@ -142,8 +142,8 @@ def run(file: Path, masks: Path | str, labelled: Path | str, out: Path, params: 
         raise ValueError("sweep: runs in one process; with several GPUs compile it for a cluster (pipeline compile-sweep)")
     list_shards(masks)
     labelled = local_path(labelled)
-    for kind in sorted({each.evaluate.kind for each in planned}):
-        open_labelled(labelled, kind)
+    for kind, names in sorted({(each.evaluate.kind, each.evaluate.names) for each in planned}):
+        open_labelled(labelled, kind, names=names)
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: must be a folder, found a file")
     connect()  # reports an unreachable server before anything is written

@@ -2,7 +2,11 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from importlib import resources
 from pathlib import Path
+
+SHIPPED = ("reference", "readable")
+"""Shipped lists of a benchmark's class names, see docs/paper.md."""
 
 
 def check_names(names: Sequence[str], source: str = "classes") -> list[str]:
@@ -36,6 +40,24 @@ def read_classes(path: Path) -> list[str]:
     while lines and not lines[-1].strip():
         lines.pop()
     return check_names([_with_commas(line) if "|" in line else line for line in lines], str(path))
+
+
+def benchmark_names(names: str, kind: str) -> list[str]:
+    """Return the class names of a benchmark in the order of its labels.
+
+    Args:
+        names: one of `SHIPPED`, or a text file with one name per line.
+        kind: name of the benchmark, which a file does not depend on.
+
+    Raises:
+        ValueError: neither a shipped list nor a file, or as `read_classes`.
+    """
+    if names in SHIPPED:
+        file = resources.files("pixelclip").joinpath(f"assets/classes/{names}/{kind}.txt")
+        return check_names(file.read_text(encoding="utf-8").splitlines(), kind)
+    if not Path(names).is_file():
+        raise ValueError(f"evaluate.names {names!r}: must be {', '.join(SHIPPED)} or a file with one class name per line")
+    return read_classes(Path(names))
 
 
 def parse_names(text: str) -> list[str]:

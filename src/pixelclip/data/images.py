@@ -145,6 +145,25 @@ def fitted(size: tuple[int, int], box: tuple[int, int]) -> tuple[int, int]:
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
+def resize_shortest_edge(image: Image.Image, shortest: int, longest: int) -> Image.Image:
+    """Resize an image to a shortest edge, bilinearly with antialiasing, as detectron2's `ResizeShortestEdge` does.
+
+    Args:
+        image: any mode that `to_rgb` accepts; the result is RGB.
+        shortest: shortest edge in pixels, larger or smaller than the image's; 0 returns the image unchanged.
+        longest: limit of the longest edge in pixels, which makes the shortest edge smaller; 0 for no limit.
+    """
+    if not shortest:
+        return image
+    short = min(image.size)
+    edges = [shortest if edge == short else edge * (shortest / short) for edge in image.size]
+    if longest and max(edges) > longest:
+        shrink = longest / max(edges)
+        edges = [edge * shrink for edge in edges]
+    width, height = (max(1, int(edge + 0.5)) for edge in edges)
+    return to_rgb(image).resize((width, height), Image.Resampling.BILINEAR)
+
+
 def cell_centres(count: int, size: int) -> NDArray[np.int64]:
     """Return the pixels at the centres of `count` equal cells along `size` pixels."""
     return ((np.arange(count) + 0.5) * size / count).astype(np.int64)

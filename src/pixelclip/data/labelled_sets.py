@@ -3,110 +3,20 @@
 A plain folder contains `images/`, `labels/` (PNG, 255 = ignore) and `classes.txt`.
 """
 
-import json
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from importlib import resources
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
-
-from pixelclip.data.annotations import parse_annotation
-from pixelclip.data.class_names import check_names, read_classes
-from pixelclip.data.images import IMAGE_SUFFIXES, decode_image, open_image
+from pixelclip.data.benchmarks import OPENERS
+from pixelclip.data.class_names import SHIPPED, benchmark_names, read_classes
+from pixelclip.data.images import IMAGE_SUFFIXES
+from pixelclip.data.labelled_images import IGNORE, LabelledSet, Split, complete, value_table, without_image
 from pixelclip.settings import nearest
-from pixelclip.storage.files import files_below, read_json
+from pixelclip.storage.files import files_below
 
-IGNORE = 255
-_INVALID = -1
-_NUM_VALUES = 1 << 16  # PASCAL-Context has 459 categories, too many for 8 bits
-
-Pairs = list[tuple[Path, Path]]
-Split = Literal["train", "val"]
+KINDS = ("folder", *OPENERS)
 
 
-@dataclass(frozen=True)
-class LabelledSet:
-    """Images with label maps; labels index into `classes` or are `IGNORE`.
-
-    Args:
-        classes: class names in the order of the labels; "a, b" are synonyms.
-        pairs: image file and label file of each sample; several samples may share one label file. For a label map
-            without an image, the image is a path without suffix that does not exist.
-        table: [65536], maps each value of a label file to its label, or to -1 if the value is not allowed.
-        masks: for sets without pixel maps: the masks of each sample as SA-1B annotation JSON with a `category_id` per mask,
-            empty for a sample without masks.
-    """
-
-    classes: list[str]
-    pairs: Pairs
-    table: NDArray[np.int16]
-    masks: list[bytes] | None = None
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def read(self, index: int) -> tuple[Image.Image, NDArray[np.uint8]]:
-        """Read one image (RGB, upright) and its label map [H, W].
-
-        Raises:
-            ValueError: a file is unreadable, the sizes differ, a value is not allowed, or EXIF data turn the image without
-                changing its size; the message names the file.
-        """
-        image_path, label_path = self.pairs[index]
-        if not image_path.is_file():  # see _without_image
-            raise ValueError(f"{label_path}: label map without an image: {image_path} with one of {', '.join(IMAGE_SUFFIXES)}")
-        image = open_image(image_path, "labels")
-        where = f"{label_path}" if self.masks is None else f"{label_path}: {image_path.name}"
-        try:
-            values = _read_map(label_path) if self.masks is None else _draw(self.masks[index], image.size)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{where}: {error}") from None
-        if values.shape != image.size[::-1]:
-            size = values.shape[::-1]
-            raise ValueError(f"{where}: label map has size {size}, but image {image_path.name} has {image.size}")
-        labels = self.table[values]
-        invalid = np.unique(values[labels == _INVALID])
-        if len(invalid):
-            raise ValueError(f"{where}: found label {', '.join(map(str, invalid[:5]))}; allowed: {self._allowed()}")
-        return image, labels.astype(np.uint8)
-
-    def _allowed(self) -> str:
-        ignored = self.table == IGNORE
-        return f"{_ranges(~ignored & (self.table != _INVALID))} (classes) and {_ranges(ignored)} (ignore)"
-
-
-def _ranges(mask: NDArray[np.bool_]) -> str:
-    values = np.flatnonzero(mask)
-    runs = np.split(values, np.flatnonzero(np.diff(values) > 1) + 1)
-    return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
-
-
-def _read_map(path: Path) -> NDArray[np.uint8]:
-    data = path.read_bytes()
-    label = decode_image(data)
-    if label.mode not in ("L", "P"):
-        raise ValueError(f"must have one 8-bit channel (mode L or P), found mode {label.mode}")
-    values = np.asarray(label)
-    if label.format == "PNG" and label.mode == "L" and (bits := data[24]) < 8:  # bit depth in IHDR
-        values = values // np.uint8(255 // (2**bits - 1))  # Pillow scales 2- and 4-bit grey to 0 to 255
-    return values
-
-
-def _draw(masks: bytes, size: tuple[int, int]) -> NDArray[np.uint16]:
-    """Draw category ids [H, W], 0 outside all masks, in file order like the Detail API's `getMask`: the last one is on top."""
-    from pycocotools import mask as rle  # an optional dependency that inference does not need
-
-    values = np.zeros(size[::-1], np.uint16)
-    for annotation in parse_annotation(masks, size)[0]["annotations"] if masks else []:
-        values[rle.decode(annotation["segmentation"]) == 1] = annotation["category_id"]
-    return values
-
-
-def open_labelled(folder: Path, kind: str = "folder", split: Split = "val") -> LabelledSet:
+def open_labelled(folder: Path, kind: str = "folder", split: Split = "val", names: str = "reference") -> LabelledSet:
     """Open a split of a benchmark in its published layout, or a plain folder.
 
     The folders `annotations_detectron2/` of the reference implementation are read where the published label maps are missing.
@@ -115,15 +25,23 @@ def open_labelled(folder: Path, kind: str = "folder", split: Split = "val") -> L
         folder: root of the layout; for ADE20K and PASCAL also a parent folder.
         kind: one of `KINDS`.
         split: `val` for evaluation, `train` for masks; a plain folder has no splits.
+        names: see `benchmark_names`; a plain folder has its own names unless this is a file.
 
     Raises:
-        ValueError: unknown kind, or part of the layout is missing, unreadable or empty.
+        ValueError: unknown kind, part of the layout is missing, unreadable or empty, or the names do not fit.
     """
     if kind not in KINDS:
         raise ValueError(f"unknown kind of labelled set {kind!r}{nearest(kind, KINDS)}; allowed: {', '.join(KINDS)}")
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
-    return open_folder(folder) if kind == "folder" else _OPENERS[kind](folder, split)
+    opened = open_folder(folder) if kind == "folder" else OPENERS[kind](folder, split)
+    if kind == "folder" and names in SHIPPED:
+        return opened
+    classes = benchmark_names(names, kind)
+    if len(classes) != len(opened.classes):
+        needed = f"{folder} ({kind}) has {len(opened.classes)} classes"
+        raise ValueError(f"evaluate.names {names}: contains {len(classes)} class names, but {needed}")
+    return replace(opened, classes=classes)
 
 
 def open_folder(folder: Path) -> LabelledSet:
@@ -142,208 +60,6 @@ def open_folder(folder: Path) -> LabelledSet:
     if not images:
         raise ValueError(f"{folder / 'images'}: contains no image")
     labels = [folder / "labels" / path.relative_to(folder / "images").with_suffix(".png") for path in images]
-    pairs = _complete(folder, list(zip(images, labels, strict=True)), "images have no label map")
-    pairs += _without_image(folder / "images", "", folder / "labels", ".png", pairs)
-    return LabelledSet(classes, pairs, _table({label: label for label in [*range(len(classes)), IGNORE]}))
-
-
-_LAYOUTS = {
-    "coco-stuff": "{split}2017/*.jpg (or images/{split}2017) and stuffthingmaps_trainval2017/{split}2017/*.png "
-    "(or stuffthingmaps/{split}2017, annotations/{split}2017, beside the images, or annotations_detectron2/{split}2017)",
-    "ade20k": "ADEChallengeData2016/images/{long}/*.jpg and ADEChallengeData2016/annotations/{long}/*.png "
-    "(or annotations_detectron2/{long})",
-    "pascal-context": "VOCdevkit/VOC2010/JPEGImages/*.jpg and beside it SegmentationClassContext/*.png with "
-    "ImageSets/SegmentationContext/{split}.txt, trainval_merged.json, or annotations_detectron2/pc59_{split}/*.png",
-    "cityscapes": "leftImg8bit/{split}/CITY/*_leftImg8bit.png and gtFine/{split}/CITY/*_gtFine_labelIds.png "
-    "(or _labelTrainIds)",
-    "voc": "VOCdevkit/VOC2012/JPEGImages/*.jpg and beside it SegmentationClass/*.png with ImageSets/Segmentation/{split}.txt, "
-    "or annotations_detectron2/{split}/*.png",
-}
-_LONG = {"train": "training", "val": "validation"}
-_CONVERTED = "annotations_detectron2"
-"""Label maps converted by the reference's scripts: values are class indices, 255 is ignored."""
-
-# Values of COCO-Stuff's maps (id - 1) that never occur: thing categories without annotations in COCO.
-_COCO_UNUSED = {11, 25, 28, 29, 44, 65, 67, 68, 70, 82, 90}
-# labelIds in cityscapesScripts' labels.py, ordered by trainId; the other ids up to 33 are ignored in evaluation.
-_CITYSCAPES = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
-# The 59 evaluated categories of 459, in ascending order, which is how all converters of trainval_merged.json number them.
-_CONTEXT = (
-    *(2, 9, 18, 19, 22, 23, 25, 31, 33, 34, 44, 45, 46, 59, 65, 68, 72, 80, 85, 98, 104, 105, 113, 115, 144, 158, 159, 162),
-    *(187, 189, 207, 220, 232, 258, 259, 260, 284, 295, 296, 308, 324, 326, 347, 349, 354, 355, 360, 366, 368, 397, 415),
-    *(416, 420, 424, 427, 440, 445, 454, 458),
-)
-
-
-def _open_coco_stuff(folder: Path, split: Split) -> LabelledSet:
-    name = f"{split}2017"
-    # The zip of maps has the same folder names as those of images, so all may be unpacked in one place.
-    with_images, with_maps = (
-        [place for place in (name, f"images/{name}") if any((folder / place).glob(files))] for files in ("*.jpg", "*.png")
-    )
-    images = _part("coco-stuff", split, folder, *with_images, name, f"images/{name}")
-    maps = ("stuffthingmaps_trainval2017", "stuffthingmaps", "annotations/stuffthingmaps_trainval2017", "annotations")
-    published = [*(f"{parent}/{name}" for parent in maps), *with_maps]
-    labels, converted = _maps("coco-stuff", split, folder, f"{_CONVERTED}/{name}", *published)
-    used = range(171) if converted else [value for value in range(182) if value not in _COCO_UNUSED]
-    return _benchmark("coco-stuff", _below(images, ".jpg", labels, ".png"), _numbered(used) | {255: IGNORE})
-
-
-def _open_ade20k(folder: Path, split: Split) -> LabelledSet:
-    name = _LONG[split]
-    images = _part("ade20k", split, folder, f"images/{name}", f"ADEChallengeData2016/images/{name}")
-    root = images.parents[1]
-    labels, converted = _maps("ade20k", split, root, f"{_CONVERTED}/{name}", f"annotations/{name}")
-    values = _numbered(range(150)) | {255: IGNORE} if converted else _numbered(range(1, 151)) | {0: IGNORE}
-    return _benchmark("ade20k", _below(images, ".jpg", labels, ".png"), values)
-
-
-def _open_cityscapes(folder: Path, split: Split) -> LabelledSet:
-    images, labels = (_part("cityscapes", split, folder, f"{part}/{split}") for part in ("leftImg8bit", "gtFine"))
-    trained = not any(labels.glob("*/*_labelIds.png")) and any(labels.glob("*/*_labelTrainIds.png"))
-    pairs = _below(images, "_leftImg8bit.png", labels, f"_gtFine_{'labelTrainIds' if trained else 'labelIds'}.png")
-    if trained:
-        return _benchmark("cityscapes", pairs, _numbered(range(19)) | {255: IGNORE})
-    return _benchmark("cityscapes", pairs, dict.fromkeys(range(34), IGNORE) | _numbered(_CITYSCAPES))
-
-
-def _open_voc(folder: Path, split: Split) -> LabelledSet:
-    images = _part("voc", split, folder, "JPEGImages", "VOC2012/JPEGImages", "VOCdevkit/VOC2012/JPEGImages")
-    labels, converted = _maps("voc", split, images.parent, f"{_CONVERTED}/{split}", "SegmentationClass")
-    if converted:
-        return _benchmark("voc", _with_images(labels, images), _numbered(range(20)) | {255: IGNORE})
-    pairs = _listed("voc", split, labels, f"ImageSets/Segmentation/{split}.txt")
-    return _benchmark("voc", pairs, _numbered(range(1, 21)) | {0: IGNORE, 255: IGNORE})
-
-
-def _open_pascal_context(folder: Path, split: Split) -> LabelledSet:
-    kind = "pascal-context"
-    images = _part(kind, split, folder, "JPEGImages", "VOC2010/JPEGImages", "VOCdevkit/VOC2010/JPEGImages")
-    folder_of_maps = (images.parent / "SegmentationClassContext").is_dir()
-    published = "SegmentationClassContext" if folder_of_maps else "trainval_merged.json"
-    labels, converted = _maps(kind, split, images.parent, f"{_CONVERTED}/pc59_{split}", published)
-    if converted:
-        return _benchmark(kind, _with_images(labels, images), _numbered(range(59)) | {255: IGNORE})
-    if labels.is_dir():
-        pairs = _listed(kind, split, labels, f"ImageSets/SegmentationContext/{split}.txt")
-        return _benchmark(kind, pairs, _numbered(range(1, 60)) | {0: IGNORE})
-    masks = _read_detail(labels, split)
-    pairs = _complete(labels, [(images / name, labels) for name in masks], "listed files are missing")
-    return _benchmark(kind, pairs, _numbered(_CONTEXT) | {0: IGNORE}, list(masks.values()))
-
-
-def _read_detail(path: Path, split: Split) -> dict[str, bytes]:
-    """Read the masks of PASCAL in Detail's images of a split, by file name, in the format of `LabelledSet.masks`."""
-    document = read_json(path)
-    try:
-        names = {image["image_id"]: str(image["file_name"]) for image in document["images"] if image["phase"] == split}
-        masks: dict[str, list[dict[str, Any]]] = {name: [] for name in sorted(names.values())}
-        for annotation in document["annos_segmentation"]:
-            if annotation["image_id"] in names:
-                category = annotation["category_id"]
-                if type(category) is not int or not 0 <= category < _NUM_VALUES:
-                    raise ValueError(f"category_id {category!r}")
-                mask = {"segmentation": annotation["segmentation"], "category_id": category}
-                masks[names[annotation["image_id"]]].append(mask)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path}: is not a trainval_merged.json of PASCAL in Detail ({type(error).__name__} {error}); it needs "
-            "images (image_id, file_name, phase) and annos_segmentation (image_id, category_id, segmentation)"
-        ) from None
-    if not masks:
-        raise ValueError(f"{path}: contains no image of phase {split!r}")
-    return {name: json.dumps({"annotations": entries}).encode() if entries else b"" for name, entries in masks.items()}
-
-
-_OPENERS: dict[str, Callable[[Path, Split], LabelledSet]] = {
-    "coco-stuff": _open_coco_stuff,
-    "ade20k": _open_ade20k,
-    "pascal-context": _open_pascal_context,
-    "cityscapes": _open_cityscapes,
-    "voc": _open_voc,
-}
-KINDS = ("folder", *_OPENERS)
-
-
-def _benchmark(kind: str, pairs: Pairs, values: Mapping[int, int], masks: list[bytes] | None = None) -> LabelledSet:
-    # Official names in readable form. COCO-Stuff: the endings -other and -stuff are dropped, materials come first ("wall-brick"
-    # becomes "brick wall"), other hyphens become blanks ("wall panel", "window blind"), "structural" becomes "structure".
-    # Compounds are split ("potted plant").
-    names = resources.files("pixelclip").joinpath(f"assets/classes/{kind}.txt").read_text(encoding="utf-8")
-    return LabelledSet(check_names(names.splitlines(), kind), pairs, _table(values), masks)
-
-
-def _numbered(values: Iterable[int]) -> dict[int, int]:
-    return {value: label for label, value in enumerate(values)}
-
-
-def _table(labels: Mapping[int, int]) -> NDArray[np.int16]:
-    table = np.full(_NUM_VALUES, _INVALID, np.int16)
-    table[list(labels)] = list(labels.values())
-    return table
-
-
-def _part(kind: str, split: Split, folder: Path, *candidates: str) -> Path:
-    for candidate in candidates:
-        if (folder / candidate).exists():
-            return folder / candidate
-    layout = _LAYOUTS[kind].format(split=split, long=_LONG[split])
-    raise ValueError(f"{folder}: is not {kind} as published, {candidates[0]} is missing; it needs {layout}")
-
-
-def _maps(kind: str, split: Split, folder: Path, converted: str, *published: str) -> tuple[Path, bool]:
-    """Find the label maps, and whether they are those of `_CONVERTED`, which are read only if no published ones exist."""
-    if (folder / converted).is_dir() and not any((folder / name).exists() for name in published):
-        return folder / converted, True
-    return _part(kind, split, folder, *published), False
-
-
-def _below(images: Path, image_ending: str, labels: Path, label_ending: str) -> Pairs:
-    middle = image_ending.rpartition(".")[0]  # converted images have another suffix
-    beside = label_ending if labels == images else "/"  # label maps may lie among the images
-    files = [path for path in files_below(images) if not path.name.endswith(beside)]
-    paths = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES and path.stem.endswith(middle)]
-    if not paths:
-        raise ValueError(f"{images}: contains no *{image_ending}")
-    stems = [path.relative_to(images).with_suffix("").as_posix().removesuffix(middle) for path in paths]
-    pairs = [(path, labels / f"{stem}{label_ending}") for path, stem in zip(paths, stems, strict=True)]
-    pairs = _complete(images, pairs, "images have no label map")
-    return pairs + _without_image(images, middle, labels, label_ending, pairs)
-
-
-def _without_image(images: Path, middle: str, labels: Path, label_ending: str, pairs: Pairs) -> Pairs:
-    """Return the label maps without an image as samples that cannot be read, so that an evaluation counts and names them."""
-    used = {label for _, label in pairs}
-    left = [path for path in files_below(labels) if path.name.endswith(label_ending) and path not in used]
-    stems = [path.relative_to(labels).as_posix().removesuffix(label_ending) for path in left]
-    # mmsegmentation writes NAME_labelTrainIds.png beside COCO-Stuff's maps.
-    pairs = [(images / f"{stem}{middle}", path) for stem, path in zip(stems, left, strict=True)]
-    return [pair for pair, stem in zip(pairs, stems, strict=True) if not stem.endswith("_labelTrainIds")]
-
-
-def _listed(kind: str, split: Split, labels: Path, names_file: str) -> Pairs:
-    root = labels.parent
-    path = _part(kind, split, root, names_file)
-    try:
-        names = path.read_text(encoding="utf-8").split()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: the list of images cannot be read: {error}") from None
-    if not names:
-        raise ValueError(f"{path}: lists no image")
-    pairs = [(root / "JPEGImages" / f"{name}.jpg", labels / f"{name}.png") for name in names]
-    return _complete(path, pairs, "listed files are missing")
-
-
-def _with_images(labels: Path, images: Path) -> Pairs:
-    """Pair every label map with its image; images of other splits have no label map."""
-    maps = [path for path in files_below(labels) if path.suffix == ".png"]
-    if not maps:
-        raise ValueError(f"{labels}: contains no *.png")
-    return _complete(labels, [(images / f"{path.stem}.jpg", path) for path in maps], "label maps have no image")
-
-
-def _complete(source: Path, pairs: Pairs, problem: str) -> Pairs:
-    missing = list(dict.fromkeys(path for pair in pairs for path in pair if not path.is_file()))
-    if missing:
-        raise ValueError(f"{source}: {len(missing)} {problem}, the first is {missing[0]}")
-    return pairs
+    pairs = complete(folder, list(zip(images, labels, strict=True)), "images have no label map")
+    pairs += without_image(folder / "images", "", folder / "labels", ".png", pairs)
+    return LabelledSet(classes, pairs, value_table({label: label for label in [*range(len(classes)), IGNORE]}))

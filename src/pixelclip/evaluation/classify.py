@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pixelclip.config import EvaluateConfig
 from pixelclip.data.annotations import annotate, decode_masks, parse_annotation
-from pixelclip.data.labelled_sets import IGNORE
+from pixelclip.data.labelled_images import IGNORE
 from pixelclip.data.shard_format import Member, index_shard, read_part
 from pixelclip.data.shard_sources import Shard, list_shards, parts
 from pixelclip.evaluation.confusion import Predictions

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pixelclip.data.labelled_sets import IGNORE
+from pixelclip.data.labelled_images import IGNORE
 from pixelclip.distributed import ProcessGroup
 from pixelclip.storage.files import write_atomically
 

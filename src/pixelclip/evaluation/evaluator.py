@@ -15,7 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from pixelclip.config import EvaluateConfig
-from pixelclip.data.labelled_sets import LabelledSet
+from pixelclip.data.images import resize_shortest_edge
+from pixelclip.data.labelled_images import LabelledSet
 from pixelclip.data.tensors import normalise, resized_square, to_tensor
 from pixelclip.distributed import ProcessGroup, pick_precision
 from pixelclip.evaluation.classify import (
@@ -117,7 +118,7 @@ def evaluate_towers(
             predictions = _predict(batch, list(towers.values()), clip, classes, config)
             counts.add(truths, predictions)
             if CLIP in towers:
-                whole_images = _resize_batch(batch, clip.side, clip, group.device)
+                whole_images = _resize_batch([sample.image for sample in batch], clip.side, clip, group.device)
                 similarities = F.normalize(towers[CLIP].image_features(whole_images), dim=-1) @ classes.T
                 counts.add_recalled(truths, similarities.cpu())
             for sample, predicted in zip(batch, predictions, strict=True):
@@ -195,7 +196,10 @@ def _predict(
     if config.protocol == "slide":
         full_size = (normalise(to_tensor(sample.image).to(classes.device), clip.mean, clip.std)[None] for sample in batch)
         return [predict_windows(towers, image, classes, config) for image in full_size]
-    images = _resize_batch(batch, config.side, clip, classes.device)
+    photos = (sample.image for sample in batch)
+    if config.protocol == "whole":
+        photos = (resize_shortest_edge(photo, config.shortest_edge, config.longest_edge) for photo in photos)
+    images = _resize_batch(photos, config.side, clip, classes.device)
     if config.protocol == "whole":
         return predict_whole(towers, images, [sample.labels.shape for sample in batch], classes, config.feature_grid)
     features = torch.stack([tower(images) for tower in towers], dim=1)  # [B, T, C, h, w]
@@ -204,8 +208,8 @@ def _predict(
     ]
 
 
-def _resize_batch(batch: list[_LabelledImage], side: int, clip: Clip, device: torch.device) -> Tensor:
-    return torch.cat([resized_square(sample.image, side, clip.mean, clip.std, device) for sample in batch])
+def _resize_batch(images: Iterable[Image.Image], side: int, clip: Clip, device: torch.device) -> Tensor:
+    return torch.cat([resized_square(image, side, clip.mean, clip.std, device) for image in images])
 
 
 def compute_metrics(counts: EvaluationCounts, num_images: int, masks: bool, labelled: Path) -> dict[str, float]:

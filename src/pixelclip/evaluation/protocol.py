@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from pixelclip.config import EvaluateConfig
-from pixelclip.data.labelled_sets import KINDS, LabelledSet
+from pixelclip.data.class_names import SHIPPED
+from pixelclip.data.labelled_images import LabelledSet
+from pixelclip.data.labelled_sets import KINDS
 from pixelclip.data.shard_sources import describe_shards
 from pixelclip.models.backbone import Backbone, check_patch, check_side
 from pixelclip.models.clip_sources import clip_folder
@@ -18,7 +20,7 @@ from pixelclip.workflow.stage import describe
 
 PROTOCOL = "protocol.json"
 _OPTIONS = {
-    "whole": ("side", "feature_grid"),
+    "whole": ("side", "shortest_edge", "longest_edge", "feature_grid"),
     "slide": ("slide_side", "crop", "stride", "feature_grid"),
     "masks": ("side", "masks"),
     "given": ("masks_folder",),
@@ -66,10 +68,22 @@ def metric_name(labelled: Path, config: EvaluateConfig) -> str:
 def protocol_of(config: EvaluateConfig) -> dict[str, Any]:
     """Return the content of `protocol.json` for resolved settings; unused settings are None."""
     used = {*_OPTIONS[config.protocol], *(_OPTIONS.get(config.masks, ()) if config.protocol == "masks" else ())}
-    settings = config.model_dump()
+    settings = config.model_dump() | resize_of(config.model_dump())
     always = {key: settings[key] for key in ("name", "kind", "protocol", "templates")}
+    # A folder has only its own names, so the word does not matter unless it is a file.
+    always["names"] = None if config.kind == "folder" and config.names in SHIPPED else config.names
     always |= {} if config.precision == "float32" else {"precision": config.precision}
     return always | {key: settings[key] if key in used else None for options in _OPTIONS.values() for key in options}
+
+
+def resize_of(settings: Mapping[str, Any]) -> dict[str, int]:
+    """Return `shortest_edge` and `longest_edge` of an evaluation's settings, zeros without that resize.
+
+    Args:
+        settings: settings of stage `evaluate`; those of versions before 0.2.0, which did not resize, lack both.
+    """
+    shortest = settings.get("shortest_edge", 0)
+    return {"shortest_edge": shortest, "longest_edge": settings["longest_edge"] if shortest else 0}
 
 
 def conditions_of(protocol: Mapping[str, Any], inputs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -77,8 +91,9 @@ def conditions_of(protocol: Mapping[str, Any], inputs: Mapping[str, Mapping[str,
 
     Arguments are the results of `protocol_of` and `describe_inputs`, or the content of their files.
     """
-    md5 = {f"md5 of {key}": inputs[key]["md5"] for key in ("labelled", "masks") if key in inputs}
-    return md5 | {key: value for key, value in protocol.items() if key != "masks_folder"}
+    md5 = {f"md5 of {key}": inputs[key]["md5"] for key in ("labelled", "masks", "names") if key in inputs}
+    paths = {"masks_folder", *(["names"] if "names" in inputs else [])}
+    return md5 | {key: value for key, value in protocol.items() if key not in paths}
 
 
 def metric_label(protocol: dict[str, Any]) -> str:
@@ -97,7 +112,7 @@ def describe_protocol(protocol: dict[str, Any]) -> str:
 
 
 def describe_inputs(labelled: Path, dataset: LabelledSet, config: EvaluateConfig) -> dict[str, dict[str, Any]]:
-    """Identify all inputs besides the model, as `describe` does: `labelled`; `clip` and `masks` if they are files."""
+    """Identify all inputs besides the model, as `describe` does: `labelled`; `clip`, `masks` and `names` if they are files."""
     if config.kind == "folder":
         description = describe(labelled)
     else:  # a published benchmark also contains training images, which are not read
@@ -106,6 +121,8 @@ def describe_inputs(labelled: Path, dataset: LabelledSet, config: EvaluateConfig
     inputs = {"labelled": description}
     if weights := clip_folder(config.clip):
         inputs["clip"] = describe(weights)
+    if config.names not in SHIPPED:
+        inputs["names"] = describe(Path(config.names))
     if config.protocol == "masks" and config.masks == "given":
         inputs["masks"] = describe_shards(config.masks_folder)
     return inputs

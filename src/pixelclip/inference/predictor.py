@@ -14,15 +14,20 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from pixelclip.config import EvaluateConfig
 from pixelclip.data.class_names import check_names
-from pixelclip.data.images import colour_labels, palette, to_rgb, turn_upright
+from pixelclip.data.images import colour_labels, palette, resize_shortest_edge, to_rgb, turn_upright
 from pixelclip.data.tensors import resized_square
 from pixelclip.distributed import pick_device, pick_precision
 from pixelclip.inference.label_map import label_map
 from pixelclip.models.backbone import Backbone
 from pixelclip.models.checkpoint import Clip, Model, backbone_of, load_model
 from pixelclip.models.text import TEMPLATES, classifier
+from pixelclip.settings import build
+from pixelclip.storage.files import read_json
 
+INFERENCE = "inference.json"
+"""File in a registered model with the settings of its evaluation that a `Predictor` uses."""
 _CLASSES_AT_ONCE = 16
 _EPSILON = 1e-12  # of F.normalize
 MAX_CLASSES = 65535  # of a 16-bit label map
@@ -174,21 +179,31 @@ class Predictor:
         model: a loaded model.
         device: auto, cpu, cuda, cuda:N or mps.
         feature_grid: see `class_scores`.
+        shortest_edge, longest_edge: first resize of an image in pixels, see `resize_shortest_edge`; by default the reference's.
     """
 
-    def __init__(self, model: Model, device: str = "auto", feature_grid: int = 64) -> None:
+    def __init__(
+        self, model: Model, device: str = "auto", feature_grid: int = 64, shortest_edge: int = 640, longest_edge: int = 2560
+    ) -> None:
         self.device = pick_device(device)
         self.clip: Clip = model.clip
         self.side = model.side
         self.feature_grid = feature_grid
+        self.shortest_edge, self.longest_edge = shortest_edge, longest_edge
         self.backbone = backbone_of(model).to(self.device).eval()
         self.text = model.clip.text_tower().to(self.device).eval()
         self._classifiers: dict[tuple[str, ...], Tensor] = {}
 
     @classmethod
     def load(cls, folder: Path, device: str = "auto") -> "Predictor":
-        """Load a model folder; raise ValueError as `load_model` and `pick_device`."""
-        return cls(load_model(folder), device)
+        """Load a model folder; a registered model resizes images as in its evaluation.
+
+        Raises:
+            ValueError: as `load_model` and `pick_device`, or `inference.json` is damaged.
+        """
+        file = folder / INFERENCE
+        config = build(EvaluateConfig, read_json(file) if file.is_file() else {}, str(file))
+        return cls(load_model(folder), device, shortest_edge=config.shortest_edge, longest_edge=config.longest_edge)
 
     @torch.no_grad()
     def __call__(self, image: Image.Image, classes: Sequence[str]) -> Prediction:
@@ -209,7 +224,8 @@ class Predictor:
         if tuple(names) not in cached:
             self._classifiers = cached = {tuple(names): classifier(self.text, names, TEMPLATES["ensemble"])}
         upright = turn_upright(image)
-        pixels = resized_square(upright, self.side, self.clip.mean, self.clip.std, self.device)
+        resized = resize_shortest_edge(upright, self.shortest_edge, self.longest_edge)
+        pixels = resized_square(resized, self.side, self.clip.mean, self.clip.std, self.device)
         scores = class_scores(self.backbone, pixels, cached[tuple(names)], self.feature_grid)
         labels = label_map(scores, (upright.height, upright.width))[0]
         return Prediction(labels.cpu().numpy().astype(np.uint16), scores[0].cpu().numpy(), names)

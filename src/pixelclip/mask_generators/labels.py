@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from pixelclip.config import MasksConfig
 from pixelclip.data.annotations import annotate
 from pixelclip.data.images import cell_centres, decode_image
-from pixelclip.data.labelled_sets import IGNORE, LabelledSet, Split, open_labelled
+from pixelclip.data.labelled_images import IGNORE, LabelledSet, Split
+from pixelclip.data.labelled_sets import open_labelled
 from pixelclip.data.shard_format import index_shard
 from pixelclip.data.shard_sources import Shard
 from pixelclip.mask_generators import EncodedSample

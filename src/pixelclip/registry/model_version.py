@@ -18,9 +18,10 @@ from packaging.requirements import Requirement
 
 import pixelclip
 from pixelclip.inference import serving
+from pixelclip.inference.predictor import INFERENCE
 from pixelclip.models.checkpoint import CONFIG, WEIGHTS
 from pixelclip.models.tokenizer import TOKENIZER_FILES
-from pixelclip.storage.files import read_json
+from pixelclip.storage.files import read_json, write_json
 from pixelclip.tracking.journal import RUN
 from pixelclip.tracking.run import Run
 from pixelclip.tracking.server import connect, first_line, is_missing, tracking_uri, transfer, ui_address
@@ -29,6 +30,8 @@ from pixelclip.workflow.stage import PROVENANCE
 REGISTRATION = "registration.json"
 EVALUATION = "evaluation"
 """Tag of a version: artifact path of its evaluation in the run."""
+RESIZE = "resize"
+"""Tag of a version: shortest and longest edge of the first resize, `640 2560`; versions without it do not resize."""
 
 
 def create_name(client: MlflowClient, name: str) -> None:
@@ -44,20 +47,30 @@ def create_name(client: MlflowClient, name: str) -> None:
             raise ValueError(f"register.name {name!r} is rejected by MLflow at {tracking_uri()}: {first_line(error)}") from None
 
 
-def find(client: MlflowClient, name: str, model_md5: str) -> ModelVersion | None:
-    """Return the latest version with exactly these weights, or None."""
-    same = client.search_model_versions(f"name = '{name}' and tags.`model.md5` = '{model_md5}'")
+def find(client: MlflowClient, name: str, model_md5: str, resize: Mapping[str, int]) -> ModelVersion | None:
+    """Return the latest version with exactly these weights and this `resize` (see `create`), or None."""
+    versions = client.search_model_versions(f"name = '{name}' and tags.`model.md5` = '{model_md5}'")
+    same = [version for version in versions if version.tags.get(RESIZE, _resize_tag({})) == _resize_tag(resize)]
     return max(same, key=lambda version: int(version.version), default=None)
 
 
-def create(client: MlflowClient, model: Path, provenance: Mapping[str, Any], name: str) -> ModelVersion:
+def create(
+    client: MlflowClient, model: Path, provenance: Mapping[str, Any], name: str, resize: Mapping[str, int]
+) -> ModelVersion:
     """Log a model and the code to serve it to the run that trained it, and create a version of `name` from it.
 
     A model that an interrupted registration has uploaded completely is used.
+
+    Args:
+        client: a connected client.
+        model: model folder.
+        provenance: of the model.
+        name: registered model.
+        resize: `shortest_edge` and `longest_edge` of the evaluation; `Predictor.load` uses them for the registered model.
     """
     run_id = Run.trained(client, model, provenance)
-    tags = {"model.md5": provenance["output"]["md5"]}
-    model_id = _uploaded(client, run_id, tags) or _upload(client, model, run_id, tags)
+    tags = {"model.md5": provenance["output"]["md5"], RESIZE: _resize_tag(resize)}
+    model_id = _uploaded(client, run_id, tags) or _upload(client, model, run_id, tags, resize)
     return client.create_model_version(name, source=f"models:/{model_id}", run_id=run_id, model_id=model_id, tags=tags)
 
 
@@ -69,7 +82,7 @@ def _uploaded(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> str
     return next((str(each.model_id) for each in found if each.status == LoggedModelStatus.READY), None)
 
 
-def _upload(client: MlflowClient, model: Path, run_id: str, tags: dict[str, str]) -> str:
+def _upload(client: MlflowClient, model: Path, run_id: str, tags: dict[str, str], resize: Mapping[str, int]) -> str:
     """Upload a model of a run, and the code to serve it; return its ID."""
     run = client.get_run(run_id)
     logged = client.create_logged_model(
@@ -85,7 +98,7 @@ def _upload(client: MlflowClient, model: Path, run_id: str, tags: dict[str, str]
             run_id=run_id,
             model_id=logged.model_id,
             python_model=serving.__file__,
-            artifacts={serving.ARTIFACT: str(_inference_files(model, Path(folder)))},
+            artifacts={serving.ARTIFACT: str(_inference_files(model, Path(folder), resize))},
             signature=serving.SIGNATURE,
             code_paths=[str(copy_code(Path(pixelclip.__file__).parent, Path(folder)))],
             pip_requirements=_requirements(),
@@ -141,11 +154,16 @@ def _requirements() -> list[str]:
     return [f"{each.name}=={metadata.version(each.name)}" for each in requirements if each.marker is None]
 
 
-def _inference_files(model: Path, folder: Path) -> Path:
-    """Copy the files that inference needs, without the pictures and curves of training."""
+def _resize_tag(resize: Mapping[str, int]) -> str:
+    return " ".join(str(resize.get(key, 0)) for key in ("shortest_edge", "longest_edge"))
+
+
+def _inference_files(model: Path, folder: Path, resize: Mapping[str, int]) -> Path:
+    """Copy the files that inference needs, without the pictures and curves of training, and add `inference.json`."""
     copy = folder / serving.ARTIFACT
     copy.mkdir()
     for name in (WEIGHTS, CONFIG, PROVENANCE, RUN, *TOKENIZER_FILES):
         if (model / name).is_file():
             shutil.copyfile(model / name, copy / name)
+    write_json(copy / INFERENCE, dict(resize))
     return copy
