@@ -210,7 +210,7 @@ def test_siglip_is_trained_evaluated_and_exported(pixelclip, monkeypatch, tmp_pa
     assert 0 <= json.loads((tmp_path / "evaluation" / "metrics.json").read_text())["miou/labelled"] <= 100
     code, _, error = pixelclip("export", "--model", tmp_path / "model", "--out", tmp_path / "exported")
     assert code == 0, error
-    predictor = Predictor.load(_inference_files(tmp_path / "model", tmp_path), "cpu")  # as in a registered model
+    predictor = Predictor.load(_inference_files(tmp_path / "model", tmp_path, {}), "cpu")  # as in a registered model
     exported = open_clip.create_model(f"local-dir:{tmp_path / 'exported'}").eval()
     start, x = tiny.clip_of("siglip").visual, torch.randn(1, 3, 160, 160)
     for name, tensor in exported.visual.named_parameters():

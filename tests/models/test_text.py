@@ -139,7 +139,7 @@ def test_class_names_that_are_equal_to_the_tokenizer_are_rejected(tower, first, 
 
 def test_names_of_every_benchmark_differ_and_fit(tower):
     folder = resources.files("pixelclip").joinpath("assets/classes")
-    for file in folder.iterdir():
+    for file in [file for names in folder.iterdir() for file in names.iterdir()]:
         names = file.read_text().splitlines()
         assert len(classifier(tower, names, TEMPLATES["single"])) == len(names)
 

@@ -79,8 +79,8 @@ def test_arguments_reach_every_stage():
     given = arguments("i", "l", "", ROOT / "params.yaml", {"steps": 7, "train.prompt_tokens": 3, "masks.max_masks": 9})
     assert given["train_steps"] == 7
     settings = parse(given["settings"])
-    assert settings["train.prompt_tokens"] == 3
-    assert settings["masks.max_masks"] == 9
+    assert settings["train.prompt_tokens"] == "3"
+    assert settings["masks.max_masks"] == "9"
     config = load("train", overrides={**settings, "train.steps": given["train_steps"]})
     assert (config.steps, config.prompt_tokens, config.side) == (7, 3, load("train", ROOT / "params.yaml").side)
 

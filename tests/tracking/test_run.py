@@ -341,13 +341,26 @@ def test_attaching_adds_to_the_run_and_does_not_end_it(client, tmp_path):
     trained.log({"loss": 1.0}, 1)
     trained.finish()
     stage.mkdir()
-    client.update_run(trained.run_id, status="RUNNING")
+    client.update_run(trained.run_id, status="FAILED")
     attached = Run.attach(model, stage, PROVENANCE)
     attached.values({"miou": 30.0})
     assert attached.finish()
     assert attached.run_id == trained.run_id
     assert client.get_run(trained.run_id).data.metrics == {"loss": 1.0, "miou": 30.0}
-    assert client.get_run(trained.run_id).info.status == "RUNNING"
+    assert client.get_run(trained.run_id).info.status == "FAILED"
+
+
+@pytest.mark.parametrize("owned", [True, False])
+def test_open_run_of_a_finished_training_is_closed_only_if_the_training_owned_it(client, monkeypatch, tmp_path, owned):
+    run_id = client.create_run(experiment_id(client)).info.run_id
+    if not owned:
+        monkeypatch.setenv("MLFLOW_RUN_ID", run_id)
+    trained = start(tmp_path / "model")
+    trained.finish()
+    monkeypatch.delenv("MLFLOW_RUN_ID", raising=False)
+    client.update_run(trained.run_id, status="RUNNING")
+    assert Run.trained(client, tmp_path / "model", PROVENANCE) == trained.run_id
+    assert client.get_run(trained.run_id).info.status == ("FINISHED" if owned else "RUNNING")
 
 
 @pytest.mark.parametrize("missing", ["another store", "a deleted run"])

@@ -31,10 +31,12 @@ class Journal:
         client: a connected client.
         folder: folder of `curves.jsonl` and `run.json`.
         run_id: ID of an existing run.
+        owned: whether the process that created the run also ends it; kept in `run.json`.
     """
 
-    def __init__(self, client: MlflowClient, folder: Path, run_id: str) -> None:
+    def __init__(self, client: MlflowClient, folder: Path, run_id: str, owned: bool = False) -> None:
         self._client, self._folder, self._run_id = client, folder, run_id
+        self._owned = owned
         lines = _complete_lines(folder / CURVES)
         state = read_json(folder / RUN) if (folder / RUN).is_file() else {}
         same_run = state.get("run_id") == run_id and state.get("tracking_uri") == tracking_uri()
@@ -128,7 +130,7 @@ class Journal:
         return self._server_steps[curve]
 
     def _save(self) -> None:
-        state = {"run_id": self._run_id, "tracking_uri": tracking_uri(), "delivered": self._num_delivered}
+        state = {"run_id": self._run_id, "tracking_uri": tracking_uri(), "delivered": self._num_delivered, "owned": self._owned}
         with contextlib.suppress(PermissionError):  # read-only model folder; points are then compared with the server's
             write_json(self._folder / RUN, state)
 

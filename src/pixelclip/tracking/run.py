@@ -53,7 +53,7 @@ class Run:
 
     def __init__(self, client: MlflowClient, folder: Path, run_id: str, owned: bool) -> None:
         self.client, self.run_id = client, run_id
-        self.journal = Journal(client, folder, run_id)
+        self.journal = Journal(client, folder, run_id, owned)
         self._owned = owned
         self._run_ids = [run_id]  # runs that receive final metrics and tags
 
@@ -103,9 +103,9 @@ class Run:
                 run_id = client.create_run(
                     experiment_id(client), run_name=model.name, tags=lineage_tags(provenance)
                 ).info.run_id
+            # The training has ended: if its run is still open, the process was killed that should have closed it.
+            left_open = existing and _owned(model) and client.get_run(existing).info.status == "RUNNING"
             run = cls(client, model, run_id, owned=run_id != env_run)
-            # The training has ended: a run that is still open was left by a process that was killed.
-            left_open = run._owned and client.get_run(run_id).info.status == "RUNNING"
             if existing is None or run.journal.pending or left_open:
                 run.params(flatten(provenance))
                 run.datasets(provenance, "training")
@@ -232,6 +232,10 @@ def _existing(client: MlflowClient, folder: Path) -> str | None:
             return None
         raise
     return str(info.run_id) if info.lifecycle_stage == "active" else None  # MLflow rejects changes to a deleted run
+
+
+def _owned(folder: Path) -> bool:
+    return bool(read_json(folder / RUN).get("owned"))
 
 
 def _resumed(folder: Path) -> tuple[MlflowClient, str | None]:
