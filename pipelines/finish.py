@@ -6,7 +6,7 @@ import time
 import urllib.request
 from pathlib import Path
 
-from pixelclip.tracking.run import PIPELINE_RUN
+from pixelclip.tracking.run import KILLED, PIPELINE_RUN
 from pixelclip.tracking.server import connect, experiment_id
 
 _STATUS = {"COMPLETE": "FINISHED", "SUCCEEDED": "FINISHED", "FAILED": "FAILED"}  # SUCCEEDED: of KFP's local runners
@@ -54,21 +54,24 @@ def close_run(state: str) -> None:
     if not runs:
         print(f"finish: pipeline run {pipeline_run} ({state}) has no MLflow run of its own to close", flush=True)
         return
-    status = _STATUS.get(state) or ("KILLED" if is_terminated(pipeline_run) else None)
+    status = _STATUS.get(state)
+    terminated = None if status else is_terminated(pipeline_run)
     for run in runs:
         # With a loop, KFP before 2.17 reports RUNNING (kubeflow/pipelines#13321). Then the run is finished if its last step
         # registered a model.
         registered = client.search_model_versions(f"run_id = '{run.info.run_id}'")
-        ended = status or ("FINISHED" if registered else "FAILED")
+        # A step that got SIGTERM has marked the run. Its reason may also be a timeout, so KFP's word counts first.
+        killed = terminated or (terminated is None and run.info.status == KILLED)
+        ended = status or (KILLED if killed else "FINISHED" if registered else "FAILED")
         client.set_terminated(run.info.run_id, ended)
         print(f"finish: MLflow run {run.info.run_id} is {ended} (the pipeline's steps: {state})", flush=True)
 
 
-def is_terminated(pipeline_run: str) -> bool:
+def is_terminated(pipeline_run: str) -> bool | None:
     """Return whether a user terminated the run, according to KFP's API: the run is CANCELING until this step has ended.
 
     The address is KF_PIPELINES_ENDPOINT, or the service of KFP in this namespace or in `kubeflow`. If the API does not answer,
-    print why and return False.
+    print why and return None.
     """
     host, port = os.environ.get("ML_PIPELINE_SERVICE_HOST"), os.environ.get("ML_PIPELINE_SERVICE_PORT", "8888")
     api = (os.environ.get("KF_PIPELINES_ENDPOINT") or (f"http://{host}:{port}" if host else _KFP)).rstrip("/")
@@ -84,4 +87,4 @@ def is_terminated(pipeline_run: str) -> bool:
         except (OSError, ValueError) as error:
             problem = str(error)
     print(f"finish: KFP at {api} does not say whether the run was terminated ({problem})", flush=True)
-    return False
+    return None

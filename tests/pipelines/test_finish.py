@@ -97,11 +97,13 @@ def test_kfp_is_asked_again_with_the_pods_token(client, kfp, monkeypatch, tmp_pa
     assert client.get_run(run).info.status == "KILLED" and kfp.tokens == ["Bearer secret"] * 3
 
 
-def test_without_kfps_word_a_run_counts_as_failed(client, kfp, monkeypatch, capsys):
+@pytest.mark.parametrize(("marked", "expected"), [("RUNNING", "FAILED"), ("KILLED", "KILLED")])
+def test_without_kfps_word_the_mark_of_a_terminated_step_counts(client, kfp, monkeypatch, capsys, marked, expected):
     run = started(client, "a", monkeypatch)
+    client.update_run(run, status=marked)
     kfp.answers = [401, 401, 401]
     close_run("RUNNING")
-    assert client.get_run(run).info.status == "FAILED"
+    assert client.get_run(run).info.status == expected
     assert "does not say whether the run was terminated (HTTP Error 401" in capsys.readouterr().out
 
 

@@ -145,7 +145,6 @@ def test_terminated_training_ends_as_killed(shards, clip, tmp_path, monkeypatch,
         process.kill()
     assert ended == 128 + signal.SIGTERM, "the step ends before it is killed"
     (run,) = client.search_runs([client.get_experiment_by_name("pixelclip").experiment_id])
-    assert run.info.status == "RUNNING"
 
     class Kfp(JsonHandler):
         def do_GET(self):
