@@ -24,6 +24,7 @@ import yaml
 
 from pixelclip import __version__
 from pixelclip.config import TrainConfig
+from pixelclip.data.class_names import SHIPPED
 from pixelclip.settings import load
 from pixelclip.storage.download import check_exists, local_path
 from pixelclip.storage.files import read_json, write_atomically, write_json
@@ -72,10 +73,12 @@ def pinned_clip(clip: str, settings: Mapping[str, Any], workspace: str) -> tuple
     chosen = {key: value for key, value in settings.items() if key.startswith("evaluate.") or key in _TRAINING_SETTINGS_OF_CLIP}
     revision = code_revision()
     version = f"{clip_version(str(settings.get('evaluate.clip') or clip))} code {__version__} {revision}"
-    # KFP does not check the content of a workspace or a folder of masks, and the revision does not identify uncommitted code.
+    # KFP does not check the content of a workspace, a folder of masks or a file of names, and the revision does not identify
+    # uncommitted code.
     # The key is unique then, and the stage itself checks what can be reused.
     unversioned = revision == UNKNOWN or revision.endswith(CHANGED)
-    return f"{version} {_unique()}" if workspace or settings.get("evaluate.masks_folder") or unversioned else version, chosen
+    folder = settings.get("evaluate.masks_folder") or settings.get("evaluate.names", SHIPPED[0]) not in SHIPPED
+    return f"{version} {_unique()}" if workspace or folder or unversioned else version, chosen
 
 
 def _unique() -> str:

@@ -26,7 +26,8 @@ from pixelclip.data.shard_sources import describe_shards, list_shards
 from pixelclip.mask_generators import EncodedSample
 from pixelclip.mask_generators.dino import IMAGENET_MEAN, IMAGENET_STD, load_dino, segment
 from pixelclip.mask_generators.felzenszwalb import felzenszwalb
-from pixelclip.masks import GENERATORS, run, shrink_sample
+from pixelclip.mask_generators.shrink import shrink_sample
+from pixelclip.masks import GENERATORS, run
 from pixelclip.workflow.termination import Terminated
 
 HEIGHT, WIDTH = 24, 32
@@ -321,6 +322,38 @@ def test_signal_keeps_the_images_masked_so_far(tmp_path: Path, monkeypatch: pyte
     )
     for name in ("0.tar", "1.tar", "1.summary.json"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, call: int, after: bool) -> None:
+    """Send SIGTERM before or after a call of a function, at once even where signals are deferred."""
+    original, calls = getattr(owner, name), iter(range(100))
+
+    def stopped(*given: object) -> object:
+        if (now := next(calls) == call) and not after:
+            raise Terminated(signal.SIGTERM)
+        result = original(*given)
+        if now and after:
+            raise Terminated(signal.SIGTERM)
+        return result
+
+    monkeypatch.setattr(owner, name, stopped)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "call", "after"),
+    [(Path, "replace", 0, True), (module.ShardWriter, "add", 3, False), (module.ShardWriter, "add", 3, True)],
+    ids=["after the shard has its name", "between image and masks", "after a sample"],
+)
+def test_signal_elsewhere_repeats_the_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner, name, call, after) -> None:
+    members = {f"{i}.jpg": encoded(pixels(HEIGHT, WIDTH, seed=i)) for i in range(3)}
+    shards = write_tar(tmp_path / "shards" / "0.tar", members).parent
+    undisturbed = run(shards, tmp_path / "whole", config())
+    with monkeypatch.context() as patch:
+        stop_at(patch, owner, name, call, after)
+        with pytest.raises(Terminated):
+            run(shards, tmp_path / "out", config())
+    assert run(shards, tmp_path / "out", config()) == undisturbed
+    assert (tmp_path / "out" / "0.tar").read_bytes() == (tmp_path / "whole" / "0.tar").read_bytes()
 
 
 def test_resume_keeps_the_shards_finished_before_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,19 +20,14 @@ from typing import Any, TypeVar, cast
 from PIL import Image
 
 from pixelclip.config import MasksConfig
-from pixelclip.data.annotations import annotate, parse_annotation
 from pixelclip.data.images import (
-    cell_centres,
-    check_not_turned,
     decode_image,
-    encode_jpeg,
-    exif_orientation,
     to_rgb,
-    turn_upright,
 )
 from pixelclip.data.shard_format import Member, ShardWriter, index_shard, read_part
 from pixelclip.data.shard_sources import Shard, describe_shards, list_shards
 from pixelclip.mask_generators import EncodedSample, Generate
+from pixelclip.mask_generators.shrink import shrink_sample
 from pixelclip.storage.download import local_copy, local_path
 from pixelclip.storage.files import read_json, write_json
 from pixelclip.storage.progress import count
@@ -186,6 +181,7 @@ def _mask_shard(tar: Shard, out: Path, results: _Results) -> dict[str, Any]:
     done, counts = read_json(begun) if begun.is_file() else (0, none)
     begun.unlink(missing_ok=True)
     progress = count(len(members), f"masks {tar.stem}", "image", done)
+    between: Terminated | None = None  # raised between two samples; elsewhere the tar may end within one
     try:
         with deferred() as received, ShardWriter(out, append=done > 0) as writer, progress:
             left = members[done:]
@@ -194,9 +190,11 @@ def _mask_shard(tar: Shard, out: Path, results: _Results) -> dict[str, Any]:
                 done += 1
                 progress.update()
                 if number := received():
-                    raise Terminated(number, f"after {done} of {len(members)} images of {tar}")
-    except Terminated:
-        write_json(begun, (done, counts))
+                    between = Terminated(number, f"after {done} of {len(members)} images of {tar}")
+                    raise between
+    except Terminated as stop:
+        if stop is between:
+            write_json(begun, (done, counts))
         raise
     return counts
 
@@ -255,37 +253,6 @@ def _prepare(sample: EncodedSample, config: MasksConfig) -> EncodedSample | str:
         return shrink_sample(EncodedSample(key, data, annotation), config.shortest_edge, config.jpeg_quality)
     except ValueError as error:
         return str(error)
-
-
-def shrink_sample(sample: EncodedSample, shortest_edge: int, quality: int) -> EncodedSample:
-    """Turn an image upright and shrink it to at most `shortest_edge` pixels on its shorter side.
-
-    Masks are resized by nearest neighbour, but not turned.
-
-    Raises:
-        ValueError: the image or the JSON cannot be read, or EXIF data turn an image with masks.
-    """
-    key, data, annotation = sample
-    if annotation:
-        check_not_turned(data, "masks")
-    turned = exif_orientation(data) != 1
-    if not (shortest_edge or turned):
-        return sample
-    image = to_rgb(turn_upright(decode_image(data)))
-    if not shortest_edge or min(image.size) <= shortest_edge:
-        return EncodedSample(key, encode_jpeg(image, quality), b"") if turned else sample
-    scale = shortest_edge / min(image.size)
-    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    if annotation:
-        document, masks = parse_annotation(annotation, image.size)
-        small = masks.sample(cell_centres(size[1], image.height), cell_centres(size[0], image.width))  # [N, H, W]
-        kept = [index for index, mask in enumerate(small) if mask.any()]
-        resized = annotate((small[index] for index in kept), size, key)
-        for entry, index in zip(resized["annotations"], kept, strict=True):
-            old = document["annotations"][index]
-            entry.update({name: old[name] for name in ("id", "predicted_iou", "stability_score") if name in old})
-        annotation = json.dumps(resized, separators=(",", ":")).encode()
-    return EncodedSample(key, encode_jpeg(image.resize(size, Image.Resampling.LANCZOS), quality), annotation)
 
 
 def _mask_one(sample: EncodedSample, config: MasksConfig) -> Masked | str:

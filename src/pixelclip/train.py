@@ -29,7 +29,7 @@ from pixelclip.models.decoder import Decoder
 from pixelclip.models.optimizer import cosine_factor, make_optimizer
 from pixelclip.models.pixelclip import PixelCLIP
 from pixelclip.models.text import TEMPLATES, Prompts, TextTower, Vectors, classifier
-from pixelclip.models.tokenizer import TOKENIZER_FILES
+from pixelclip.models.tokenizer import TOKENIZER_FILES, describe_tokenizer
 from pixelclip.models.training_state import Progress, load_state, save_state
 from pixelclip.storage.download import local_copy
 from pixelclip.storage.progress import track
@@ -110,7 +110,7 @@ def run(masks: Path | str, out: Path, config: TrainConfig) -> Metrics:
 
 def _inputs(masks: Path | str, clip: Path | None, dino: Path | None, config: TrainConfig) -> dict[str, dict[str, Any]]:
     """Identify all inputs; shards without provenance are read completely."""
-    inputs = {"masks": describe_shards(masks)} | ({"clip": describe(clip)} if clip else {})
+    inputs = {"masks": describe_shards(masks)} | ({"clip": describe(clip), **describe_tokenizer(clip)} if clip else {})
     if config.concept_names and (names := names_file(config.concept_names)):
         inputs["concept_names"] = describe(names)
     if dino:

@@ -84,5 +84,5 @@ def test_shipped_lists_are_the_reference_and_the_readable_names(kind, md5, diffe
 
 
 def test_names_that_are_neither_a_list_nor_a_file_are_rejected():
-    with pytest.raises(ValueError, match=r"^evaluate\.names 'readible': must be reference, readable or a file"):
+    with pytest.raises(ValueError, match=r"^'readible' must be reference, readable or a file"):
         benchmark_names("readible", "voc")

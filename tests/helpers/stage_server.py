@@ -101,8 +101,8 @@ def wait_until(condition: Callable[[], object], seconds: float) -> bool:
 
 
 def shared_memory() -> set[str]:
-    """Return the names of all segments of shared memory."""
-    return {path.name for path in SHARED_MEMORY.iterdir()}
+    """Return the names of all segments of shared memory, without the files of MLflow's servers (`tmp...`)."""
+    return {path.name for path in SHARED_MEMORY.iterdir() if not path.name.startswith("tmp")}
 
 
 def _serve() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 from mlflow import MlflowClient
 
 from helpers import kfp_steps, tiny, training
@@ -154,3 +156,29 @@ def test_terminated_training_ends_as_killed(shards, clip, tmp_path, monkeypatch,
         monkeypatch.setenv("KF_PIPELINES_ENDPOINT", url)
         finish("RUNNING", nodes=1)
     assert client.get_run(run.info.run_id).info.status == "KILLED"
+
+
+@pytest.mark.slow
+def test_signal_to_one_of_two_processes_stops_both_after_the_same_step(shards, clip, tmp_path, client):
+    settings = {**training.SETTINGS, "steps": 60, "checkpoint_every": 100, "clip": str(clip)}
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump({"train": settings}))
+
+    def command(out: Path) -> list[str]:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "pixelclip"]
+        return [*torchrun, "train", "--masks", str(shards), "--out", str(out), "--params", str(tmp_path / "params.yaml")]
+
+    subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True)
+    out = tmp_path / "stopped"
+    with subprocess.Popen(command(out), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        wait_for(lambda: [path for path in tmp_path.glob(".stopped.*.partial") if (path / "curves.jsonl").is_file()])
+        os.kill(workers(out)[1], signal.SIGTERM)
+        printed, _ = process.communicate()
+    assert process.returncode != 0
+    (stopped,) = re.findall(r"train: stopped by SIGTERM after step (\d+) of 60; the same command continues", printed)
+    (folder,) = tmp_path.glob(".stopped.*.partial")
+    assert steps_of(folder) == list(range(1, int(stopped) + 1))
+    assert {run.info.status for run in client.search_runs(["1"])} == {"FINISHED", "KILLED"}
+    printed = subprocess.run(command(out), check=True, capture_output=True, text=True).stdout
+    assert f"train: resuming after step {stopped}" in printed
+    assert training.losses(out) == training.losses(tmp_path / "whole")
+    assert {run.info.status for run in client.search_runs(["1"])} == {"FINISHED"}

@@ -18,7 +18,7 @@ from mlflow import MlflowClient
 
 from pixelclip import __version__, evaluate, masks, shards, train
 from pixelclip.config import STAGES, lasting
-from pixelclip.data.labelled_sets import open_labelled
+from pixelclip.data.labelled_sets import describe_labelled, open_labelled
 from pixelclip.data.shard_sources import describe_shards
 from pixelclip.models.clip_sources import clip_folder
 from pixelclip.registry.lineage import Registered, recorded
@@ -26,7 +26,7 @@ from pixelclip.registry.model_version import fetch
 from pixelclip.registry.promotion import registry
 from pixelclip.settings import build
 from pixelclip.storage.download import local_path
-from pixelclip.storage.files import digest, write_json
+from pixelclip.storage.files import write_json
 from pixelclip.storage.s3 import is_s3
 from pixelclip.tracking.journal import RUN
 from pixelclip.tracking.run import PARENT_RUN, lineage_tags
@@ -46,6 +46,8 @@ _SHARDS = ("shards", "masks")
 _SETTING = {name: name for name in ("clip", "dino", "weights", "concept_names", "names")}
 _SETTING |= {"given": "given_folder", "labels": "labels_folder", "masks": "masks_folder"}
 """Setting with the path of each other input."""
+_EVALUATED_BEFORE = {"shortest_edge": 0, "longest_edge": 0, "names": "readable"}
+"""What evaluations before 0.2.0 did; their records lack these settings."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ def run(uri: str, out: Path, *, train: bool = False, tolerance: float = 0.01, ru
     for line in _other_code(repeated):
         print(f"reproduce: WARNING: {line}", flush=True)
     with _new_run(model_record, name) as (client, run_id):
-        inputs, settings = provenance["inputs"], dict(provenance["settings"])
+        inputs, settings = provenance["inputs"], _EVALUATED_BEFORE | provenance["settings"]
         model = _repeat(inputs["model"], work) if train else _fetch_model(name, inputs["model"]["md5"], out)
         kind = settings["kind"]
         labelled = _restore("labelled", inputs["labelled"], work, kind=kind)
@@ -200,8 +202,9 @@ def _md5(name: str, spec: Path | str, kind: str) -> str:
     if name in _SHARDS:
         return str(describe_shards(spec)["md5"])
     path = Path(spec)
-    if name == "labelled" and kind != "folder":  # includes only the files that `evaluate` reads
-        return str(digest(path, {file for pair in open_labelled(path, kind).pairs for file in pair})["md5"])
+    if name == "labelled":
+        files = () if kind == "folder" else (file for pair in open_labelled(path, kind).pairs for file in pair)
+        return str(describe_labelled(path, kind, files)["md5"])
     return str(describe(path)["md5"])
 
 
@@ -211,6 +214,10 @@ def _repeat(described: Mapping[str, Any], work: _Work) -> Path:
     name, out = provenance["stage"], work.out / provenance["stage"]
     if name not in _REPEATABLE:
         raise ValueError(f"{described['path']}: stage {name} cannot be repeated, only {', '.join(_REPEATABLE)}")
+    if provenance["settings"].get("dino") and "dino_side" not in provenance["settings"]:
+        raise ValueError(
+            f"{described['path']}: DINO saw the view of CLIP before 0.2.0; this version cannot repeat that training"
+        )
     main_input, repeat = _REPEATABLE[name]
     main = _restore(main_input, provenance["inputs"][main_input], work)
     whole = {"part": ""} if name == "masks" else {}

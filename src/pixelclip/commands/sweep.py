@@ -153,11 +153,12 @@ def run(file: Path, masks: Path | str, labelled: Path | str, out: Path, params: 
 
 
 def _run_all(name: str, planned: list[SweepRun], masks: Path | str, labelled: Path, out: Path) -> list[dict[str, Any]]:
-    with deferred():  # otherwise a run could stay open that nobody knows
-        parent = Run.start(out, name, {"stage": "sweep", "settings": {}, "inputs": {}})
+    parent: Run | None = None
     status = "FAILED"
     runs: list[dict[str, Any]] = []
     try:
+        with deferred():  # otherwise a run could stay open that nobody knows
+            parent = Run.start(out, name, {"stage": "sweep", "settings": {}, "inputs": {}})
         parent.tags({"sweep.out": str(out.resolve())})
         parent.journal.deliver()  # a continued run is RUNNING again
         with _children_of(parent.run_id):
@@ -177,7 +178,8 @@ def _run_all(name: str, planned: list[SweepRun], masks: Path | str, labelled: Pa
         print(f"sweep: {stop.reason}; the same command continues with run {len(runs) + 1} of {len(planned)}", flush=True)
         raise
     finally:
-        parent.finish(status)
+        if parent:
+            parent.finish(status)
     print((out / TABLE).read_text(), flush=True)
     if failed:
         raise ValueError("\n".join([f"{len(failed)} of {len(runs)} runs failed, see {out / TABLE}", *failed]))

@@ -56,7 +56,7 @@ def benchmark_names(names: str, kind: str) -> list[str]:
         file = resources.files("pixelclip").joinpath(f"assets/classes/{names}/{kind}.txt")
         return check_names(file.read_text(encoding="utf-8").splitlines(), kind)
     if not Path(names).is_file():
-        raise ValueError(f"evaluate.names {names!r}: must be {', '.join(SHIPPED)} or a file with one class name per line")
+        raise ValueError(f"{names!r} must be {', '.join(SHIPPED)} or a file with one class name per line")
     return read_classes(Path(names))
 
 

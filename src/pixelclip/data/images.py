@@ -70,15 +70,23 @@ def check_not_turned(data: bytes, beside: str) -> None:
     Raises:
         ValueError: it has such an orientation, or is unreadable.
     """
-    if (turn := exif_orientation(data)) != 1:
-        raise ValueError(f"EXIF orientation {turn} turns this image, but not its {beside}; store the pixels upright")
+    _check_upright(exif_orientation(data), beside)
 
 
 def exif_orientation(data: bytes) -> int:
-    """Read the EXIF orientation from the header of an image file: 1 (upright) to 8; raise ValueError if unreadable."""
+    """Read the EXIF orientation of an image file, 1 (upright) to 8; raise ValueError if unreadable."""
     with _opened(data) as image:
-        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+        return _orientation(image)
+
+
+def _orientation(image: Image.Image) -> int:
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     return int(orientation) if orientation in range(1, 9) else 1
+
+
+def _check_upright(turn: int, beside: str) -> None:
+    if turn != 1:
+        raise ValueError(f"EXIF orientation {turn} turns this image, but not its {beside}; store the pixels upright")
 
 
 def turn_upright(image: Image.Image) -> Image.Image:
@@ -124,9 +132,10 @@ def open_image(path: Path, beside: str = "") -> Image.Image:
     try:
         data = path.read_bytes()
         image = decode_image(data)
+        turn = _orientation(image) if beside else 1
         upright = turn_upright(image)
-        if beside and upright.size == image.size:
-            check_not_turned(data, beside)
+        if upright.size == image.size:
+            _check_upright(turn, beside)
         return to_rgb(upright)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: {getattr(error, 'strerror', error)}") from None

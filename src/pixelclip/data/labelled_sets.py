@@ -3,15 +3,19 @@
 A plain folder contains `images/`, `labels/` (PNG, 255 = ignore) and `classes.txt`.
 """
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from pixelclip.data.benchmarks import OPENERS
 from pixelclip.data.class_names import SHIPPED, benchmark_names, read_classes
 from pixelclip.data.images import IMAGE_SUFFIXES
 from pixelclip.data.labelled_images import IGNORE, LabelledSet, Split, complete, value_table, without_image
 from pixelclip.settings import nearest
-from pixelclip.storage.files import files_below
+from pixelclip.storage.cache import origin
+from pixelclip.storage.files import digest, files_below
+from pixelclip.workflow.stage import describe
 
 KINDS = ("folder", *OPENERS)
 
@@ -37,11 +41,21 @@ def open_labelled(folder: Path, kind: str = "folder", split: Split = "val", name
     opened = open_folder(folder) if kind == "folder" else OPENERS[kind](folder, split)
     if kind == "folder" and names in SHIPPED:
         return opened
-    classes = benchmark_names(names, kind)
+    try:
+        classes = benchmark_names(names, kind)
+    except ValueError as error:
+        raise ValueError(f"evaluate.names: {error}") from None
     if len(classes) != len(opened.classes):
         needed = f"{folder} ({kind}) has {len(opened.classes)} classes"
         raise ValueError(f"evaluate.names {names}: contains {len(classes)} class names, but {needed}")
     return replace(opened, classes=classes)
+
+
+def describe_labelled(folder: Path, kind: str, files: Iterable[Path]) -> dict[str, Any]:
+    """Identify a labelled set like `workflow.stage.describe`, a benchmark only by the files of it that are read."""
+    if kind == "folder":
+        return describe(folder)
+    return {"path": origin(folder), **digest(folder, set(files))}
 
 
 def open_folder(folder: Path) -> LabelledSet:

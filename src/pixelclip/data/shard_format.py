@@ -169,6 +169,8 @@ class ShardWriter:
     def __init__(self, path: Path, append: bool = False) -> None:
         self._path = path
         self._temporary = path.with_name(f".{path.name}.partial")
+        if append:
+            self._temporary.stat()  # tarfile would create a missing file
         self._tar = tarfile.open(self._temporary, "a" if append else "w", format=tarfile.GNU_FORMAT)  # noqa: SIM115
 
     def add(self, name: str, data: bytes) -> None:

@@ -131,6 +131,7 @@ def evaluate_towers(
                 saved_index = counts.next_index
             if number:
                 raise Terminated(number, f"after {saved_index} of {indices.stop} images")
+    counts.save(checkpoint)  # what follows may be interrupted, too
     counts.all_reduce(group)
     bad.found = counts.bad_samples
     (bad.check if group.is_main else bad.stop_if_too_many)(len(dataset))
@@ -248,7 +249,7 @@ def absent_classes(dataset: LabelledSet, counts: EvaluationCounts) -> str:
     binary = len(present) == 2 and present[0]
     reason = "; if the maps hold 0 and 255 (which is ignored), write 1 for the second class" if binary else ""
     occur = "occurs" if len(absent) == 1 else "occur"
-    return f"{len(absent)} of {len(present)} classes in classes.txt never {occur} in the label maps: {named}{reason}"
+    return f"{len(absent)} of {len(present)} classes never {occur} in the label maps: {named}{reason}"
 
 
 def per_class_iou(names: list[str], counts: EvaluationCounts) -> list[dict[str, Any]]:

@@ -2,19 +2,19 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from pixelclip.config import EvaluateConfig
 from pixelclip.data.class_names import SHIPPED
 from pixelclip.data.labelled_images import LabelledSet
-from pixelclip.data.labelled_sets import KINDS
+from pixelclip.data.labelled_sets import KINDS, describe_labelled
 from pixelclip.data.shard_sources import describe_shards
 from pixelclip.models.backbone import Backbone, check_patch, check_side
 from pixelclip.models.clip_sources import clip_folder
-from pixelclip.storage.cache import origin
+from pixelclip.models.tokenizer import describe_tokenizer
 from pixelclip.storage.download import local_path
-from pixelclip.storage.files import digest
 from pixelclip.storage.s3 import is_s3
 from pixelclip.workflow.stage import describe
 
@@ -91,9 +91,11 @@ def conditions_of(protocol: Mapping[str, Any], inputs: Mapping[str, Mapping[str,
 
     Arguments are the results of `protocol_of` and `describe_inputs`, or the content of their files.
     """
-    md5 = {f"md5 of {key}": inputs[key]["md5"] for key in ("labelled", "masks", "names") if key in inputs}
+    md5 = {f"md5 of {key}": inputs[key]["md5"] for key in ("labelled", "masks", "names", "tokenizer") if key in inputs}
     paths = {"masks_folder", *(["names"] if "names" in inputs else [])}
-    return md5 | {key: value for key, value in protocol.items() if key not in paths}
+    # Versions before 0.2.0 had no such settings; without them the conditions are the same.
+    unused = {key for key in ("names", "shortest_edge", "longest_edge") if not protocol.get(key)}
+    return md5 | {key: value for key, value in protocol.items() if key not in paths | unused}
 
 
 def metric_label(protocol: dict[str, Any]) -> str:
@@ -112,15 +114,12 @@ def describe_protocol(protocol: dict[str, Any]) -> str:
 
 
 def describe_inputs(labelled: Path, dataset: LabelledSet, config: EvaluateConfig) -> dict[str, dict[str, Any]]:
-    """Identify all inputs besides the model, as `describe` does: `labelled`; `clip`, `masks` and `names` if they are files."""
-    if config.kind == "folder":
-        description = describe(labelled)
-    else:  # a published benchmark also contains training images, which are not read
-        files = {file for pair in dataset.pairs for file in pair}
-        description = {"path": origin(labelled), **digest(labelled, files)}
-    inputs = {"labelled": description}
+    """Identify all inputs besides the model, as `describe` does: `labelled`, and if they are files `clip`, its `tokenizer`,
+    `masks` and `names`.
+    """
+    inputs = {"labelled": describe_labelled(labelled, config.kind, chain(*dataset.pairs))}
     if weights := clip_folder(config.clip):
-        inputs["clip"] = describe(weights)
+        inputs |= {"clip": describe(weights), **describe_tokenizer(weights)}
     if config.names not in SHIPPED:
         inputs["names"] = describe(Path(config.names))
     if config.protocol == "masks" and config.masks == "given":
@@ -139,7 +138,7 @@ def check_masks(dataset: LabelledSet, config: EvaluateConfig) -> None:
     if not is_s3(config.masks_folder) and not Path(config.masks_folder).exists():
         raise ValueError(f"evaluate.masks_folder {config.masks_folder}: no such folder")
     stems: dict[str, Path] = {}
-    for image, _ in dataset.pairs:
+    for image in (image for image, _ in dataset.pairs if image.is_file()):  # others are label maps without an image
         if (other := stems.setdefault(image.stem, image)) != image:
             raise ValueError(f"masks are matched by image name, but two images are named {image.stem}: {other} and {image}")
 

@@ -57,6 +57,8 @@ def _open(folder: str, kind: str, split: Split) -> tuple[LabelledSet, dict[str, 
     labelled = open_labelled(Path(folder), kind, split)
     indices: dict[str, int] = {}
     for index, (image, _) in enumerate(labelled.pairs):
+        if not image.is_file():  # a label map without an image
+            continue
         if (other := indices.setdefault(_name(image.stem), index)) != index:
             raise ValueError(
                 f"label maps are matched by image name, but two images are named {image.stem}: "

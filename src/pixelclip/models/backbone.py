@@ -4,6 +4,7 @@ B images, P patches, D tower width, C embedding width, h w feature grid.
 """
 
 import math
+import re
 from typing import Any, Literal
 
 import torch
@@ -19,6 +20,8 @@ from pixelclip.models.timm_vit import SUPPORTED, check_timm_vit, dense_timm_vit,
 
 Residual = Literal["cls", "patch"]
 POSITIONS = ("positional_embedding", "pos_embed")
+_POOL = re.compile(r"\.attn_pool\.(?!q\.|latent)")
+"""Parameters of an attention pool that dense features use: all but those of its query."""
 """Names of a ViT's position embedding in open_clip and timm."""
 
 
@@ -77,7 +80,7 @@ class Backbone(nn.Module):
         return {
             f"visual.{name}": parameter
             for name, parameter in self.visual.named_parameters()
-            if self.is_convnext or name.endswith(POSITIONS) or ".attn." in name or ".attn_pool." in name
+            if self.is_convnext or name.endswith(POSITIONS) or ".attn." in name or _POOL.search(name)
         }
 
     def image_features(self, images: Tensor) -> Tensor:

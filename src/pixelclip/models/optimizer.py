@@ -27,7 +27,7 @@ def make_optimizer(model: PixelCLIP, config: TrainConfig) -> torch.optim.AdamW:
         "decoder_no_decay": (config.learning_rate_decoder, 0.0, []),
     }
     for name, parameter in backbone.items():
-        no_decay = id(parameter) in norms or name.endswith((*POSITIONS, ".latent"))
+        no_decay = id(parameter) in norms or name.endswith(POSITIONS)
         groups["backbone_no_decay" if no_decay else "backbone"][2].append(parameter)
     for parameter in model.decoder.parameters():
         groups["decoder_no_decay" if id(parameter) in norms else "decoder"][2].append(parameter)

@@ -32,7 +32,7 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
     "single": (PROMPT_TEMPLATE,),
 }
 _WORDS = ("dog", "cat")
-"""Words of one token in every tokenizer. Where they change the tokens of a template, the learnable ones stand."""
+"""Words of one token in the supported tokenizers. Where they change the tokens of a template, the learnable ones stand."""
 _VOCABULARY = 49408  # of CLIP's own tokenizer
 
 
@@ -191,8 +191,7 @@ def _check_tokens(tower: TextTower, names: Sequence[str], synonyms: Sequence[Seq
         same = positions.setdefault(frozenset(tuple(tokenizer.encode(word)) for word in words), position)
         if same != position:
             raise ValueError(
-                f"class names {same + 1} {names[same]!r} and {position + 1} {name!r} are the same to the tokenizer, which "
-                "ignores case, repeated blanks and the encoding of accents"
+                f"class names {same + 1} {names[same]!r} and {position + 1} {name!r} are the same to the tokenizer"
             )
 
 
@@ -218,7 +217,9 @@ class Prompts(nn.Module):
         tokens, others = (tower.tokenize(texts) for texts in words_of_templates)  # [M, T], M templates
         learnable = tokens != others
         too_long = any(len(tower.tokenizer.encode(text)) > tower.room for text in words_of_templates[0])
-        if too_long or (learnable.sum(dim=1) != length).any():
+        if not too_long and (learnable.sum(dim=1) != length).any():
+            raise ValueError(f"this tokenizer is not supported: {' or '.join(map(repr, _WORDS))} is not one token")
+        if too_long:
             raise ValueError(f"{length} prompt tokens do not fit the context length {tokens.shape[1]} of this CLIP")
         ends = tower.end(tokens)
         with torch.no_grad():

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from pixelclip.models.hub import cached_or_online
+from pixelclip.storage.files import digest
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 """Its files in a folder: the tokenizer, and its padding token."""
@@ -71,6 +72,14 @@ class FileTokenizer:
             (folder / name).write_bytes(content)
 
 
+def describe_tokenizer(weights: Path) -> dict[str, dict[str, Any]]:
+    """Identify the tokenizer beside a file of weights, as the input `tokenizer` of a stage; empty if there is none."""
+    files = [weights.parent / name for name in TOKENIZER_FILES]
+    if weights.is_dir() or not all(file.is_file() for file in files):
+        return {}
+    return {"tokenizer": {"path": str(files[0]), **digest(weights.parent, files)}}
+
+
 def load_tokenizer(text_cfg: dict[str, Any], folder: Path | None) -> FileTokenizer | None:
     """Load the tokenizer that a CLIP's config names, or return None for CLIP's own.
 
@@ -104,5 +113,5 @@ def _download(repo: str) -> Path:
             reason = unreachable or str(error).strip().partition("\n")[0]
     raise ValueError(
         f"its tokenizer ({repo}) is not on this machine and cannot be downloaded ({reason}); "
-        f"put its {' and '.join(TOKENIZER_FILES)} beside the weights of NAME:FILE"
+        f"put its {' and '.join(TOKENIZER_FILES)} beside a local FILE in NAME:FILE"
     )

@@ -37,8 +37,8 @@ def decide(challenger: GateMetrics, champion: GateMetrics | None, min_gain: floa
     if champion.measured_on != challenger.measured_on:
         return Decision(
             False,
-            "the champion was evaluated on a different labelled set or protocol, or by an older pixelclip; evaluate it again: "
-            "pixelclip evaluate --model models:/NAME@champion, then pixelclip register with that evaluation",
+            "the champion was evaluated on a different labelled set or protocol, or with another first resize; evaluate both "
+            "alike. The champion's resize is in its tag `resize`; without that tag it is evaluate.shortest_edge=0",
         )
     comparison = f"mIoU {challenger.miou:.2f} against the champion's {champion.miou:.2f}"
     return Decision(challenger.miou > champion.miou, comparison)

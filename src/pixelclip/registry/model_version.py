@@ -134,7 +134,10 @@ def fetch(uri: str, folder: Path | None = None) -> Path:
     weights = list(root.rglob(WEIGHTS))
     if len(weights) != 1:
         raise ValueError(f"{uri}: is not a pixelclip model: it has {len(weights)} files {WEIGHTS}")
-    return weights[0].parent
+    folder = weights[0].parent
+    if not (folder / INFERENCE).is_file():  # registered before 0.2.0, when images were not resized first
+        write_json(folder / INFERENCE, {"shortest_edge": 0, "longest_edge": 0})
+    return folder
 
 
 def markdown(out: Path) -> str:

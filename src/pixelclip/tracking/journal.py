@@ -36,10 +36,10 @@ class Journal:
 
     def __init__(self, client: MlflowClient, folder: Path, run_id: str, owned: bool = False) -> None:
         self._client, self._folder, self._run_id = client, folder, run_id
-        self._owned = owned
         lines = _complete_lines(folder / CURVES)
         state = read_json(folder / RUN) if (folder / RUN).is_file() else {}
         same_run = state.get("run_id") == run_id and state.get("tracking_uri") == tracking_uri()
+        self._owned = bool(state.get("owned")) if same_run else owned
         self._num_delivered = min(int(state["delivered"]), len(lines)) if same_run else 0
         self._last_step = json.loads(lines[-1])["step"] if lines else -1
         self.curves: set[str] = set(json.loads(lines[-1])["metrics"]) if lines else set()

@@ -174,7 +174,13 @@ class Run:
 
     def finish(self, status: str = "FINISHED") -> bool:
         """Deliver everything and end the run; print a message and return False if delivery fails."""
-        if not self.journal.flush(_KILL_SECONDS if status == KILLED else _CLOSE_SECONDS):
+        if status == KILLED:  # little time is left
+            with request_limits(timeout=_KILL_SECONDS, retries=0):
+                return self._deliver_and_close(status, _KILL_SECONDS)
+        return self._deliver_and_close(status, _CLOSE_SECONDS)
+
+    def _deliver_and_close(self, status: str, seconds: float) -> bool:
+        if not self.journal.flush(seconds):
             print(
                 f"Lost connection to MLflow at {tracking_uri()} ({self.journal.error}), run {self.run_id}. "
                 f"{len(self.journal.points)} curve points will be sent by the next stage from {CURVES}; "
