@@ -135,7 +135,10 @@ def with_other_masks(made: Path, tmp_path: Path) -> dict[str, object]:
     [
         ({"config": with_settings(side=56)}, r"side is 48, expected 56$"),
         ({"config": with_settings(shortest_edge=80)}, r"shortest_edge is 640, expected 80$"),
-        ({"config": with_settings(shortest_edge=0)}, r"shortest_edge is 640, expected 0; longest_edge is 2560, expected 0$"),
+        (
+            {"config": with_settings(shortest_edge=0)},
+            r"shortest_edge is 640, expected none; longest_edge is 2560, expected none$",
+        ),
         ({"config": with_settings(longest_edge=700)}, r"longest_edge is 2560, expected 700$"),
         ({"config": with_settings(feature_grid=9, templates="single")}, r"templates .*; feature_grid is 64, expected 9$"),
         ({"config": with_settings(name="b")}, r"name is 'set', expected 'b'$"),

@@ -67,7 +67,8 @@ def check_baseline(folder: Path, config: EvaluateClipConfig, inputs: Mapping[str
     expected = _conditions(protocol_of(config), config.model_dump(), inputs)
     keys = [key for key in dict.fromkeys([*saved, *expected]) if saved.get(key) != expected.get(key)]
     if keys:
-        differences = "; ".join(f"{key} is {saved.get(key)!r}, expected {expected.get(key)!r}" for key in keys)
+        found, needed = ({key: repr(each[key]) if key in each else "none" for key in keys} for each in (saved, expected))
+        differences = "; ".join(f"{key} is {found[key]}, expected {needed[key]}" for key in keys)
         raise ValueError(f"{folder}: this evaluation of CLIP does not match the evaluation of the model: {differences}")
 
 
