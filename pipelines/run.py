@@ -5,6 +5,8 @@ import io
 import os
 import shutil
 import sys
+import threading
+import time
 import uuid
 import warnings
 from collections.abc import Iterator, Mapping
@@ -19,7 +21,7 @@ from pixelclip.storage.s3 import is_s3
 from pixelclip.tracking.run import PIPELINE_RUN
 from pixelclip.tracking.server import connect, tracking_uri, ui_address
 from pixelclip.workflow.stage import METRICS
-from pixelclip.workflow.termination import Terminated, terminable
+from pixelclip.workflow.termination import Terminated, deferred
 from pixelclip_pipelines.cluster_config import image_of, read
 from pixelclip_pipelines.docker_runner import containers
 from pixelclip_pipelines.parameters import arguments
@@ -27,6 +29,7 @@ from pixelclip_pipelines.pixelclip import build, pixelclip
 
 LOG = "pipeline.log"
 RUNNERS = ("subprocess", "docker")
+_STOP_SECONDS = 0.2
 
 
 def compile_to(path: Path, cluster: Path | None = None, nodes: int = 1, image: str = "") -> None:
@@ -107,15 +110,28 @@ def run_locally(
 
 @contextlib.contextmanager
 def _processes() -> Iterator[local.SubprocessRunner]:
-    """Yield the runner of steps in processes, which get SIGTERM if this process is asked to end: they save what they have."""
+    """Yield the runner of steps in processes; a request to end goes to them, and this process waits until they have."""
+    with deferred(lambda: threading.Thread(target=_stop_steps, daemon=True).start()) as received:
+        try:
+            yield local.SubprocessRunner(use_venv=False)
+        except BaseException:
+            if not (number := received()):
+                raise
+            stop = Terminated(number)
+            print(f"pipeline: {stop.reason}; the same command continues", flush=True)
+            raise stop from None
 
-    def stop_steps() -> None:
+
+def _stop_steps() -> None:
+    """Send SIGTERM to every step once, also to those that KFP still starts, until this process ends."""
+    stopped: set[int] = set()
+    while True:
         for process in psutil.Process().children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.terminate()
-
-    with terminable(stop_steps):
-        yield local.SubprocessRunner(use_venv=False)
+            if process.pid not in stopped:
+                stopped.add(process.pid)
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.terminate()
+        time.sleep(_STOP_SECONDS)
 
 
 class _StageOutput(io.TextIOBase):

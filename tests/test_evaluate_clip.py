@@ -149,7 +149,7 @@ def with_other_masks(made: Path, tmp_path: Path) -> dict[str, object]:
         (with_another_class, r"md5 of labelled is '\w{32}', expected '\w{32}'$"),
         (with_another_clip, r"md5 of clip is '\w{32}', expected '\w{32}'$"),
         (with_other_names, r"md5 of names is '\w{32}', expected '\w{32}'$"),
-        (with_a_file_of_names, r"md5 of names is None, expected '\w{32}'$"),
+        (with_a_file_of_names, r"md5 of names is none, expected '\w{32}'$"),
         (with_other_masks, r"md5 of masks is '\w{32}', expected '\w{32}'$"),
     ],
     ids=lambda value: value.__name__ if callable(value) else str(value)[:40],

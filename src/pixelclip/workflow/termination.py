@@ -40,8 +40,8 @@ def terminable(first: Callable[[], None] = lambda: None) -> Iterator[None]:
 
 
 @contextmanager
-def deferred() -> Iterator[Callable[[], int]]:
-    """Only note SIGTERM and SIGINT inside; yield a function that returns the signal's number, or 0.
+def deferred(first: Callable[[], None] = lambda: None) -> Iterator[Callable[[], int]]:
+    """Only call `first` and note the signal at SIGTERM or SIGINT; yield a function that returns the signal's number, or 0.
 
     The caller asks it wherever it can save its state, and raises `Terminated`. If it has not when the block ends, the signal
     is sent again. A second signal, more than a second after the first, acts at once.
@@ -56,6 +56,7 @@ def deferred() -> Iterator[Callable[[], int]]:
             signal.raise_signal(number)
         elif not received:
             received.append((number, now))
+            first()
 
     with _handled_by(note) as handlers:
         previous.update(handlers)
