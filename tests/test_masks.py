@@ -18,7 +18,7 @@ from pycocotools import mask as rle
 from skimage.segmentation import felzenszwalb as reference
 
 from helpers import random_dino, random_sam
-from helpers.fake_data import annotation, die, encoded, pixels, read_tar, turned, write_files, write_tar
+from helpers.fake_data import annotation, bomb, die, encoded, pixels, read_tar, turned, write_files, write_tar
 from pixelclip import masks as module
 from pixelclip.config import MasksConfig
 from pixelclip.data.annotations import annotate, decode_masks
@@ -126,6 +126,18 @@ def test_two_workers_write_the_same_bytes_as_none(tmp_path: Path) -> None:
     assert metrics[0] == metrics[1]
     assert metrics[0]["bad_images"] == 1
     assert (tmp_path / "out0" / "0.tar").read_bytes() == (tmp_path / "out2" / "0.tar").read_bytes()
+
+
+@pytest.mark.parametrize("settings", [{}, {"shortest_edge": 8}, {"generator": "given"}])
+@pytest.mark.parametrize("kind", ["ICO", "TIFF"])
+def test_bomb_is_a_bad_sample(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch, kind: str, settings: dict) -> None:
+    monkeypatch.setenv("PIXELCLIP_MAX_PIXELS", "1000000")
+    masks = annotation(STRIPES) if settings.get("generator") == "given" else b""
+    members = {"a.jpg": JPEG, "a.json": masks, "b.jpg": bomb(kind, 1001), "b.json": masks}
+    shards = write_tar(tmp_path / "shards" / "0.tar", {name: data for name, data in members.items() if data}).parent
+    assert run(shards, tmp_path / "out", config(max_bad_share=0.5, **settings))["bad_images"] == 1
+    reason = "unreadable image" if kind == "ICO" else "image: 1001 x 1001 pixels; at most 1000000 are allowed"
+    assert f"0.tar: b: {reason}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("source", ["shard", "folder"])

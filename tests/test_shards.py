@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from helpers.fake_data import annotation, encoded, pixels, read_tar, turned, write_files, write_tar
+from helpers.fake_data import annotation, black_png, bomb, encoded, pixels, read_tar, turned, write_files, write_tar
 from pixelclip.config import ShardsConfig
 from pixelclip.data.annotations import parse_annotation
 from pixelclip.data.shard_format import ShardWriter, index_shard, read_part
@@ -116,6 +116,16 @@ def test_file_names_that_are_not_unicode_are_packed_and_reported(tmp_path: Path,
     members = pack(tmp_path, {good: JPEG, bad: b"x"}, max_bad_share=0.5)
     assert members == {good: JPEG}
     assert "b\\udcfe.jpg: unreadable image" in capfd.readouterr().out
+
+
+def test_bombs_are_bad_samples(tmp_path: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PIXELCLIP_MAX_PIXELS", "1000000")
+    files = {f"{kind}.png": bomb(kind, 1001) for kind in ("ICO", "ICNS", "TIFF")} | {"b.png": black_png(1001), "good.jpg": JPEG}
+    assert pack(tmp_path, files, max_bad_share=0.8) == {"good.jpg": JPEG}
+    printed = capsys.readouterr().out
+    assert "4 of 5 samples cannot be used" in printed
+    for name in ("TIFF.png", "b.png"):
+        assert f"{name}: image: 1001 x 1001 pixels; at most 1000000 are allowed (PIXELCLIP_MAX_PIXELS)" in printed
 
 
 def test_too_many_bad_images_stop_the_stage_without_output(tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from helpers.fake_data import encoded, pixels, turned
+from helpers.fake_data import bomb, encoded, pixels, turned
 from pixelclip.data.images import (
+    MAX_PIXELS,
     colour_labels,
     decode_image,
     encode_jpeg,
@@ -62,6 +63,53 @@ def test_oversized_image_is_rejected_before_decoding(edge: int) -> None:
     assert image_size(huge(edge)) == (edge, edge)
     with pytest.raises(ValueError, match=rf"^image: {edge} x {edge} pixels; at most 16000000 are allowed$"):
         decode_image(huge(edge), max_pixels=16_000_000)
+
+
+@pytest.mark.parametrize("kind", ["ICO", "ICNS", "EPS", "TIFF"])
+def test_image_that_hides_its_size_is_rejected_before_decoding(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for plugin in ("PngImagePlugin.PngImageFile", "TiffImagePlugin.TiffImageFile", "EpsImagePlugin.EpsImageFile"):
+        monkeypatch.setattr(f"PIL.{plugin}.load", lambda image: pytest.fail("decoded"))
+    size = "1001 x 1001 pixels; at most 1000000 are allowed"
+    with pytest.raises(ValueError, match=f"^image: {size}$" if kind == "TIFF" else "cannot identify image file; formats are"):
+        decode_image(bomb(kind, 1001), max_pixels=1_000_000)
+
+
+def test_tile_larger_than_its_image_is_decoded_within_the_limit() -> None:
+    assert decode_image(bomb("TIFF", 1000), max_pixels=1_000_000).size == (16, 16)
+
+
+@pytest.mark.parametrize("kind", ["AVIF", "EPS", "ICO", "ICNS", "JPEG2000", "PPM", "PSD", "TGA", "WMF"])
+@pytest.mark.parametrize("seed", range(3))
+def test_damaged_files_of_other_formats_are_not_parsed(kind: str, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the parsers of the allowed formats run, whatever the bytes claim."""
+    Image.init()
+    monkeypatch.setitem(Image.OPEN, kind, (lambda *_: pytest.fail("parsed"), lambda _: True))
+    with pytest.raises(ValueError, match="unreadable image"):
+        decode_image(np.random.default_rng(seed).bytes(500))
+
+
+@pytest.mark.parametrize("kind", ["BMP", "GIF", "JPEG", "MPO", "PNG", "TIFF", "WEBP"])
+def test_allowed_formats_are_decoded(kind: str) -> None:
+    options = {"save_all": True, "append_images": [Image.new("RGB", (9, 8))]} if kind == "MPO" else {}
+    image = decode_image(encoded(Image.new("RGB", (9, 8), (200, 100, 50)), kind, **options))
+    assert (image.size, image.format) == ((9, 8), kind)
+    assert np.abs(np.asarray(to_rgb(image), int) - (200, 100, 50)).max() <= 3
+
+
+def test_limit_of_the_environment_guards_every_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"^image: 15812 x 15812 pixels; at most 250000000 .*\(PIXELCLIP_MAX_PIXELS\)$"):
+        decode_image(huge(15_812))
+    (tmp_path / "a.png").write_bytes(encoded(pixels(8, 9), "PNG"))
+    monkeypatch.setenv(MAX_PIXELS, "71")
+    message = r"a\.png: image: 9 x 8 pixels; at most 71 are allowed \(PIXELCLIP_MAX_PIXELS\)$"
+    with pytest.raises(ValueError, match=message):
+        open_image(tmp_path / "a.png")
+    monkeypatch.setenv(MAX_PIXELS, "72")
+    assert open_image(tmp_path / "a.png").size == (9, 8)
+    for text in ("0", "-1", "1e6", "many", "²"):
+        monkeypatch.setenv(MAX_PIXELS, text)
+        with pytest.raises(ValueError, match=rf"PIXELCLIP_MAX_PIXELS must be a positive whole number \(found '{text}'\)"):
+            open_image(tmp_path / "a.png")
 
 
 @pytest.mark.filterwarnings("error")

@@ -4,7 +4,9 @@ import io
 import json
 import os
 import signal
+import struct
 import tarfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,32 @@ def encoded(image: NDArray[Any] | Image.Image, kind: str = "JPEG", **options: An
     buffer = io.BytesIO()
     (image if isinstance(image, Image.Image) else Image.fromarray(image)).save(buffer, kind, **options)
     return buffer.getvalue()
+
+
+def black_png(edge: int) -> bytes:
+    """Encode a black image of edge x edge pixels, which compresses a thousandfold."""
+    rows = zlib.compressobj(9)
+    data = b"".join([*(rows.compress(bytes(edge + 1)) for _ in range(edge)), rows.flush()])
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", edge, edge, 8, 0, 0, 0, 0)), (b"IDAT", data), (b"IEND", b"")]
+    framed = [struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(framed)
+
+
+def bomb(kind: str, edge: int) -> bytes:
+    """Create an image that says 16 x 16 pixels, or nothing (EPS), but from which edge x edge pixels would be decoded."""
+    png = black_png(edge) if kind in ("ICO", "ICNS") else b""
+    if kind == "ICO":
+        return struct.pack("<HHH BBBBHHII", 0, 1, 1, 16, 16, 0, 0, 1, 32, len(png), 22) + png
+    if kind == "ICNS":
+        return b"icns" + struct.pack(">I", len(png) + 16) + b"ic07" + struct.pack(">I", len(png) + 8) + png
+    if kind == "EPS":
+        return f"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 {edge} {edge}\n%%EndComments\nshowpage\n".encode()
+    rows = zlib.compressobj(9)  # a TIFF of one tile
+    data = b"".join([*(rows.compress(bytes(edge)) for _ in range(edge)), rows.flush()])
+    tags = [(256, 16), (257, 16), (258, 8), (259, 8), (262, 1), (277, 1), (322, edge), (323, edge), (324, 134)]
+    tags.append((325, len(data)))
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags)
+    return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4) + data
 
 
 def turned(orientation: int) -> Image.Exif:

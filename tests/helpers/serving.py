@@ -22,12 +22,12 @@ def decoded(image: bytes | str) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(image) if isinstance(image, str) else image))
 
 
-def ask(address: str, rows: list[tuple[bytes, str]], **params: bool) -> tuple[int, dict]:
+def ask(address: str, rows: list[tuple[bytes, str]], seconds: float = 60, **params: bool) -> tuple[int, dict]:
     data = [[base64.b64encode(image).decode(), classes] for image, classes in rows]
     body = {"dataframe_split": {"columns": ["image", "classes"], "data": data}, "params": params}
     request = urllib.request.Request(address, json.dumps(body).encode(), {"Content-Type": "application/json"})
     try:
-        with urllib.request.urlopen(request, timeout=60) as response:
+        with urllib.request.urlopen(request, timeout=seconds) as response:
             return response.status, json.load(response)
     except urllib.error.HTTPError as error:
         return error.code, json.load(error)

@@ -4,11 +4,16 @@ import base64
 import io
 import json
 import os
+import re
 import struct
 import sys
+import threading
+import time
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import mlflow
@@ -19,6 +24,7 @@ from mlflow.exceptions import MlflowException
 from PIL import Image
 
 from helpers import services, tiny
+from helpers.fake_data import bomb
 from helpers.serving import ask, decoded, photo
 from pixelclip.inference import serving
 from pixelclip.inference.predictor import Predictor, overlay
@@ -158,6 +164,31 @@ def test_concurrent_requests_with_different_classes_do_not_mix(model):
     assert together == [[one] * 12 for one in alone]
 
 
+def test_at_most_max_parallel_images_are_segmented_at_the_same_time(limited, monkeypatch):
+    loaded, running, most, lock = limited(max_parallel=3), 0, 0, threading.Lock()
+
+    def segment(*_: object) -> dict[str, str]:
+        nonlocal running, most
+        with lock:
+            running += 1
+            most = max(most, running)
+        time.sleep(0.01)
+        with lock:
+            running -= 1
+        raise ValueError("bad row")  # which must free its place
+
+    monkeypatch.setattr(loaded, "_segment", segment)
+    frame = pd.DataFrame({"image": [photo(9, 9, 0)], "classes": ["a,b"]})
+
+    def ask(_: int) -> None:
+        with pytest.raises(MlflowException, match="row 0: bad row"):
+            loaded.predict(None, frame)
+
+    with ThreadPoolExecutor(12) as pool:
+        list(pool.map(ask, range(24)))
+    assert most == 3
+
+
 def test_base64_equals_bytes(model):
     image = photo(20, 20, 2)
     loaded = model.unwrap_python_model()  # MLflow may pass the text of an HTTP request on undecoded
@@ -191,18 +222,61 @@ def test_cell_of_the_wrong_type_is_named(model, column, expected, cell, found):
         model.predict(pd.DataFrame(rows))
 
 
-@pytest.fixture(scope="module")
-def served(logged, tmp_path_factory) -> Iterator[str]:
-    """Address of a real `mlflow models serve` with one limit in its environment."""
+@contextmanager
+def serving_process(logged: Path, log: Path, **environment: str) -> Iterator[tuple[str, services.Server]]:
+    """Start a real `mlflow models serve`; yield the address of its predictions, and the process."""
     (port,) = services.free_ports(1)
     words = f"-m mlflow models serve -m {logged} --env-manager local --host 127.0.0.1 --port {port}".split()
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # where MLflow finds its web server
-    environment = os.environ | {"PATH": path, "PIXELCLIP_SERVE_MAX_PIXELS": "2000"}
-    log, address = tmp_path_factory.mktemp("served") / "server.log", f"http://127.0.0.1:{port}"
-    server = services.Server("serving", [sys.executable, *words], log, lambda: services.get(f"{address}/ping"), environment)
+    address = f"http://127.0.0.1:{port}"
+    ready = partial(services.get, f"{address}/ping")
+    server = services.Server("serving", [sys.executable, *words], log, ready, os.environ | {"PATH": path} | environment)
     with services.running(server):
         server.wait()
-        yield f"{address}/invocations"
+        yield f"{address}/invocations", server
+
+
+@pytest.fixture(scope="module")
+def served(logged, tmp_path_factory) -> Iterator[str]:
+    """Address of a real server with one limit in its environment."""
+    log = tmp_path_factory.mktemp("served") / "server.log"
+    with serving_process(logged, log, PIXELCLIP_SERVE_MAX_PIXELS="2000") as (address, _):
+        yield address
+
+
+def peak_memory(group: int) -> float:
+    """Return the sum of the peak resident memory of a process group's processes, in MB."""
+    peaks = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # the process has just ended
+            if os.getpgid(int(folder.name)) == group:
+                peaks.append(int(re.search(r"VmHWM:\s*(\d+)", (folder / "status").read_text())[1]) / 1000)
+    return sum(peaks)
+
+
+@pytest.mark.slow
+@pytest.mark.services
+def test_memory_of_the_server_is_bounded_by_two_images(logged, folder, tmp_path):
+    """200 requests at once: 50 bombs of 400 megapixels, 50 images above the limit, 50 of 16 megapixels, 50 small ones."""
+    names, small, large = ["dog, puppy", "grass", "sky"], photo(50, 30, 0), photo(4000, 4000, 1)
+    predictor = Predictor.load(folder, "cpu")
+    right = {image: predictor(decoded(image), names).labels for image in (small, large)}
+    bombs = [bomb("ICO", 20_000), bomb("TIFF", 20_000)]
+    images = [image for number in range(50) for image in (bombs[number % 2], photo(4001, 4000, 2), large, small)]
+    environment = {"MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT": "1200"}
+    with serving_process(logged, tmp_path / "server.log", **environment) as (address, server):
+        for image in (small, large):  # the memory of one request
+            assert ask(address, [(image, "dog|puppy,grass,sky")])[0] == 200
+        alone = peak_memory(server.process.pid)
+        with ThreadPoolExecutor(len(images)) as pool:
+            answers = list(pool.map(lambda image: ask(address, [(image, "dog|puppy,grass,sky")], seconds=1200), images))
+        together = peak_memory(server.process.pid)
+    print(f"peak memory: {alone:.0f} MB for one request at a time, {together:.0f} MB for 200 at once")
+    for image, (status, answer) in zip(images, answers, strict=True):
+        assert status == (200 if image in right else 400), answer
+        if image in right:
+            assert np.array_equal(np.asarray(decoded(answer["predictions"][0]["label_map"])), right[image])
+    assert together < alone + 1500  # a second image of 16 megapixels
 
 
 @pytest.mark.services

@@ -1,18 +1,27 @@
 """Decode and encode images, and colour label maps."""
 
 import io
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff")
 
+MAX_PIXELS = "PIXELCLIP_MAX_PIXELS"
+"""Environment variable with the maximum number of pixels of an image that is decoded."""
+_DEFAULT_MAX_PIXELS = 250_000_000
+# The formats of IMAGE_SUFFIXES, and GIF, which is often stored as .jpg. Pillow's others include containers that state the size
+# of a preview (ICO, ICNS) and EPS, for which it starts Ghostscript.
+_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+_TILE_WIDTH, _TILE_LENGTH = 322, 323  # tags of TIFF
+
 # Pillow warns above 89 megapixels and fails above 179, process-wide. A user's own scans and aerial images may be larger;
-# untrusted images are checked by their header before decoding (`max_pixels`).
+# `decode_image` has its own limit.
 Image.MAX_IMAGE_PIXELS = None
 
 
@@ -21,7 +30,7 @@ def decode_image(data: bytes, max_pixels: int | None = None, shrink: int = 1) ->
 
     Args:
         data: an image file.
-        max_pixels: reject an image whose header states more pixels.
+        max_pixels: reject an image with more pixels, before decoding; by default PIXELCLIP_MAX_PIXELS.
         shrink: 2, 4 or 8 decodes a JPEG faster at 1/2, 1/4 or 1/8 of its size, rounded up, if its edges have at least as
             many pixels; other formats are decoded at full size.
 
@@ -29,19 +38,36 @@ def decode_image(data: bytes, max_pixels: int | None = None, shrink: int = 1) ->
         ValueError: the image is unreadable, truncated or too large, or its 16-bit colours use at most 12 bits, of which
             Pillow would keep the upper 4.
     """
+    limit = _limit() if max_pixels is None else max_pixels
     with _opened(data) as image:
-        too_large = max_pixels is not None and image.width * image.height > max_pixels
+        width, height = _decoded_size(image)
+        too_large = width * height > limit
         if not too_large:
             if shrink > 1:
                 image.draft(image.mode, (max(1, image.width // shrink), max(1, image.height // shrink)))
             image.load()
     if too_large:
-        raise ValueError(f"image: {image.width} x {image.height} pixels; at most {max_pixels} are allowed")
+        hint = f" ({MAX_PIXELS})" if max_pixels is None else ""
+        raise ValueError(f"image: {width} x {height} pixels; at most {limit} are allowed{hint}")
     colours = {"RGB": 3, "RGBA": 3, "LA": 1}.get(image.mode, 0)
     is_16_bit = image.format == "PNG" and data[24] == 16  # bit depth in IHDR
     if is_16_bit and colours and np.asarray(image)[..., :colours].max() < 16:
         raise ValueError("16-bit colours of which at most 12 bits are in use; save it with 8 bits per channel")
     return image
+
+
+def _limit() -> int:
+    text = os.environ.get(MAX_PIXELS) or str(_DEFAULT_MAX_PIXELS)
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise ValueError(f"{MAX_PIXELS} must be a positive whole number (found {text!r})")
+    return int(text)
+
+
+def _decoded_size(image: Image.Image) -> tuple[int, int]:
+    """Return the width and height that Pillow decodes: libtiff decodes whole tiles, which may exceed the image."""
+    tags = getattr(image, "tag_v2", {})
+    tile = [int(tags.get(tag, 1)) for tag in (_TILE_WIDTH, _TILE_LENGTH)]
+    return max(image.width, tile[0]), max(image.height, tile[1])
 
 
 def image_size(data: bytes) -> tuple[int, int]:
@@ -53,8 +79,10 @@ def image_size(data: bytes) -> tuple[int, int]:
 @contextmanager
 def _opened(data: bytes) -> Iterator[Image.Image]:
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             yield image
+    except UnidentifiedImageError:
+        raise ValueError(f"unreadable image: cannot identify image file; formats are {', '.join(_FORMATS)}") from None
     except Exception as error:  # Pillow's parsers raise many kinds of errors on damaged files
         reason = str(error).partition(" <_io.")[0]  # drop the address of the buffer
         raise ValueError(f"unreadable image: {reason}") from None

@@ -12,6 +12,7 @@ import io
 import json
 import os
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,7 @@ class Limits(BaseModel):
     max_images: int = Field(default=16, ge=1, description="Rows per request.")
     max_bytes: int = Field(default=20_000_000, ge=1, description="Bytes of an image file.")
     max_pixels: int = Field(default=16_000_000, ge=1, description="Pixels of an image; larger ones are not decoded.")
+    max_parallel: int = Field(default=2, ge=1, description="Images segmented at the same time; the others wait.")
     max_classes: int = Field(default=1000, ge=1, description="Classes per image, without synonyms.")
     max_names: int = Field(default=1000, ge=1, description="Class names per image, with synonyms.")
     max_characters: int = Field(default=200, ge=1, description="Characters per name.")
@@ -69,6 +71,8 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
     def load_context(self, context: Any) -> None:
         """Load the logged model folder."""
         self.limits = Limits.load(dict(context.model_config or {}))
+        # The server has a thread per request, and an image may take a gigabyte while it is segmented.
+        self.slots = threading.Semaphore(self.limits.max_parallel)
         self.predictor = Predictor.load(Path(context.artifacts[ARTIFACT]))
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> pd.DataFrame:
@@ -86,7 +90,8 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         rows = []
         for number, (image, classes) in enumerate(zip(model_input["image"], model_input["classes"], strict=True)):
             try:
-                rows.append(self._segment(image, classes, options))
+                with self.slots:
+                    rows.append(self._segment(image, classes, options))
             except ValueError as error:
                 raise MlflowException.invalid_parameter_value(f"row {number}: {error}") from None
         columns = [column.name for column in SIGNATURE.outputs.inputs if column.required or options.get(column.name)]
