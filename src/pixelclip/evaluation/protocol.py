@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from pixelclip.config import EvaluateConfig
 from pixelclip.data.class_names import SHIPPED
 from pixelclip.data.labelled_images import LabelledSet
@@ -14,7 +16,7 @@ from pixelclip.models.backbone import Backbone, check_patch, check_side
 from pixelclip.models.clip_sources import clip_folder
 from pixelclip.storage.cache import origin
 from pixelclip.storage.download import local_path
-from pixelclip.storage.files import digest
+from pixelclip.storage.files import digest, read_json
 from pixelclip.storage.s3 import is_s3
 from pixelclip.workflow.stage import describe
 
@@ -94,6 +96,18 @@ def conditions_of(protocol: Mapping[str, Any], inputs: Mapping[str, Mapping[str,
     md5 = {f"md5 of {key}": inputs[key]["md5"] for key in ("labelled", "masks", "names") if key in inputs}
     paths = {"masks_folder", *(["names"] if "names" in inputs else [])}
     return md5 | {key: value for key, value in protocol.items() if key not in paths}
+
+
+class _Protocol(BaseModel):
+    name: str
+    kind: str
+    protocol: str
+    side: int | None
+
+
+def read_protocol(folder: Path) -> dict[str, Any]:
+    """Read the `protocol.json` of an evaluation; raise ValueError if it is missing or damaged."""
+    return dict(read_json(folder / PROTOCOL, _Protocol))
 
 
 def metric_label(protocol: dict[str, Any]) -> str:
