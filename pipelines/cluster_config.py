@@ -102,9 +102,11 @@ class Step(_Section):
         [], description="Tolerations of the pod; steps with GPUs tolerate the GPU taint by default."
     )
     timeout: Duration = Field("1h", description="Time limit of one pod with all its attempts: 90s, 20m, 4h, 2d.")
-    retries: int = Field(2, ge=0, description="Retries after a kill, a network fault or a lost pod; never after bad input.")
+    retries: int = Field(
+        2, ge=0, le=100, description="Retries after a kill, a network fault or a lost pod; never after bad input."
+    )
     backoff: Duration = Field("30s", description="Delay before the first retry.")
-    backoff_factor: int = Field(2, ge=1, description="Growth factor of the delay, an integer.")
+    backoff_factor: int = Field(2, ge=1, le=100, description="Growth factor of the delay, an integer.")
 
     @model_validator(mode="after")
     def _consistent(self) -> "Step":
@@ -186,7 +188,7 @@ class Cluster(_Section):
     image: Image = Field("pixelclip:dev", description="Container image of all steps; --image and PIXELCLIP_IMAGE override it.")
     pull_policy: Literal["", "Always", "IfNotPresent", "Never"] = Field("", description="The default of Kubernetes if empty.")
     pull_secrets: list[Name] = Field([], description="Names of Secrets with credentials of the image registry.")
-    parts: int = Field(1, ge=1, description="Parallel parts of stage masks; at most the number of shards.")
+    parts: int = Field(1, ge=1, le=10_000, description="Parallel parts of stage masks; at most the number of shards.")
     parallel: int = Field(0, ge=0, description="Parts that run at once; 0 means all.")
     endpoint: str = Field("", description="URL of KFP; --endpoint, KFP_ENDPOINT and KF_PIPELINES_ENDPOINT override it.")
     namespace: str = Field("", description="Namespace of the profile, if KFP is multi-user.")

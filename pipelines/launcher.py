@@ -13,9 +13,8 @@ from kubernetes import client, config
 from urllib3.exceptions import HTTPError
 
 from pixelclip.config import TrainConfig
-from pixelclip.storage.files import read_json
 from pixelclip.workflow.failures import BAD_INPUT
-from pixelclip.workflow.stage import METRICS, Metrics
+from pixelclip.workflow.stage import Metrics, read_metrics
 from pixelclip_pipelines.trainjob import GROUP, PLURAL, POLL, VERSION, complete, failure_file, job_name, launcher_pod
 
 _NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
@@ -61,7 +60,7 @@ def train_on_nodes(job: str, workspace: str, settings: TrainConfig) -> Metrics:
         if code == str(BAD_INPUT):
             raise ValueError(f"TrainJob {launcher.job.name} failed: {message}")
         raise TrainJobError(f"TrainJob {launcher.job.name} failed: {message or reason}")
-    return dict(read_json(out / METRICS))
+    return read_metrics(out)
 
 
 class TrainJobError(RuntimeError):

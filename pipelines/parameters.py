@@ -14,6 +14,7 @@ from typing import Any
 from pixelclip.config import TrainConfig
 from pixelclip.fetch_data import has_secret, look_inside, without_login
 from pixelclip.settings import load, load_all, nearest, parse_overrides
+from pixelclip.storage.files import parse_json
 
 SETTING_OF = {
     "masks_generator": "masks.generator",
@@ -246,10 +247,7 @@ def parse(settings: str | Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(settings, str):
         raise ValueError(f"settings must be text such as 'train.crop=80 evaluate.side=144', found {settings!r}")
     if settings.lstrip().startswith("{"):
-        try:
-            return dict(json.loads(settings))
-        except ValueError as error:
-            raise ValueError(f"settings {settings!r}: not JSON ({error}); write NAME=VALUE, separated by spaces") from None
+        return dict(parse_json(settings, "settings (NAME=VALUE separated by spaces, or JSON)", dict[str, Any]))
     try:
         words = shlex.split(settings)
     except ValueError as error:

@@ -16,7 +16,7 @@ from typing import Any, TextIO
 import psutil
 from kfp import compiler, local
 
-from pixelclip.storage.files import read_json
+from pixelclip.registry.model_version import read_registration
 from pixelclip.storage.s3 import is_s3
 from pixelclip.tracking.run import PIPELINE_RUN
 from pixelclip.tracking.server import connect, tracking_uri, ui_address
@@ -102,7 +102,7 @@ def run_locally(
     shutil.rmtree(artifacts, ignore_errors=True)  # all results are in the workspace
     for name in (METRICS, "report.html"):
         shutil.copyfile(out / "evaluate" / name, out / name)
-    registered = read_json(out / "register" / "registration.json")
+    registered = read_registration(out / "register")
     print(f"\n{(out / 'evaluate' / 'table.txt').read_text()}")
     print(f"{registered['model_uri']} is {registered['role']}: {registered['reason']}")
     print(f"results: {out}   MLflow: {ui_address() or tracking_uri()}")

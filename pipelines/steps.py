@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel
 
 from pixelclip import __version__
 from pixelclip.config import TrainConfig
@@ -30,8 +31,8 @@ from pixelclip.storage.download import check_exists, local_path
 from pixelclip.storage.files import read_json, write_atomically, write_json
 from pixelclip.workflow.code_version import CHANGED, UNKNOWN, code_revision
 from pixelclip.workflow.failures import FAILURE_FILE
-from pixelclip.workflow.provenance import origins, source
-from pixelclip.workflow.stage import METRICS, PROVENANCE, Metrics
+from pixelclip.workflow.provenance import origins, read_provenance, source
+from pixelclip.workflow.stage import PROVENANCE, Metrics, read_metrics
 from pixelclip_pipelines.artifacts import located, pack, place, point, record, writable
 from pixelclip_pipelines.supervisor import RETRIES
 
@@ -154,7 +155,7 @@ def train_by(number: int, masks: Path | str, out: Path, config: TrainConfig) -> 
         command = [*torchrun, "-m", "pixelclip_pipelines.worker", "train", *options]
         if code := _watch(command, failure):
             raise SystemExit(code)
-    return dict(read_json(out / METRICS))
+    return read_metrics(out)
 
 
 def _watch(command: Sequence[str], failure: Path) -> int:
@@ -183,24 +184,24 @@ def _watch(command: Sequence[str], failure: Path) -> int:
 
 def links(registration: Path, evaluation: Path) -> str:
     """Return a model's registration as Markdown: MLflow run, registered version, and the versions of its data."""
-    from pixelclip.registry.model_version import REGISTRATION, markdown
+    from pixelclip.registry.model_version import markdown, read_registration
     from pixelclip.tracking.server import ui_address
 
-    registered = read_json(registration / REGISTRATION)
+    registered = read_registration(registration)
     lines = [markdown(registration)]
     if ui := ui_address(registered["tracking_uri"]):
         address = f"{ui}/#/models/{registered['name']}/versions/{registered['version']}"
         lines.append(f"[{registered['name']} version {registered['version']} in the registry]({address})\n")
     rows = {
         name: f"| {name} | `{described['md5']}` | {source(described).get('git_sha', '–')} | {described['path']} |"
-        for name, described, _ in origins(read_json(evaluation / PROVENANCE))
+        for name, described, _ in origins(read_provenance(evaluation / PROVENANCE))
     }
     return "\n".join([*lines, _DATA_COLUMNS + "\n".join(rows.values()) + "\n"])
 
 
 def compared(evaluated: Metrics, model: Path | str) -> Metrics:
     """Return the metrics by which people compare runs: those of the evaluation, and of the model's training."""
-    return {**evaluated, **read_json(local_path(model) / METRICS)}
+    return {**evaluated, **read_metrics(local_path(model))}
 
 
 def show_metrics(artifact: Any, values: Metrics) -> None:
@@ -208,6 +209,11 @@ def show_metrics(artifact: Any, values: Metrics) -> None:
     for name, value in values.items():
         artifact.log_metric(name, value)
     write_json(Path(artifact.path), values)
+
+
+class _Matrix(BaseModel):
+    classes: list[str]
+    counts: list[list[int]]
 
 
 def show_confusion(artifact: Any, evaluation: Path) -> None:
@@ -218,7 +224,7 @@ def show_confusion(artifact: Any, evaluation: Path) -> None:
     """
     from pixelclip.evaluate import CONFUSION
 
-    matrix = read_json(evaluation / CONFUSION) if (evaluation / CONFUSION).is_file() else {"classes": [], "counts": []}
+    matrix = read_json(evaluation / CONFUSION, _Matrix) if (evaluation / CONFUSION).is_file() else {"classes": [], "counts": []}
     if matrix["classes"]:
         artifact.log_confusion_matrix(matrix["classes"], matrix["counts"])
     text = io.StringIO()

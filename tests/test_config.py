@@ -69,6 +69,39 @@ def test_invalid_yaml_is_one_line(params) -> None:
             load("train", params(text))
 
 
+LAUGHS = "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 9))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (f"a0: &a0 [x]\n{LAUGHS}train: *a8\n", r"write out the value of '\*a0' .line 2, column \d+."),
+        ("a: &a [*a]\n", "aliases are not supported"),
+        ("train: " + "[" * 5000 + "]" * 5000, "nested too deeply"),
+        ("train: !!timestamp soon\n", r"!!timestamp is not supported; .* .line 1, column 8.$"),
+        ("train: !!int many\n", "!!int is not supported"),
+        ("train: !!python/object:os.system x\n", "!!python/object:os.system is not supported"),
+        ("train: 2024-13-45\n", "month must be in 1..12"),
+        ("train:\n  steps: " + "9" * 5000, ""),
+        (b"train: \xff", ""),
+    ],
+    ids=["laughs", "self", "deep", "timestamp", "int", "python", "date", "digits", "bytes"],
+)
+def test_hostile_yaml_is_one_short_line(tmp_path: Path, text: str | bytes, message: str) -> None:
+    path = tmp_path / "my.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ValueError, match=rf"^\S*my\.yaml: cannot be read as YAML: .*{message}") as refusal:
+        load("train", path)
+    assert len(str(refusal.value)) < 300 + len(str(path)) and "\n" not in str(refusal.value)
+
+
+def test_long_values_are_cut_in_messages(params) -> None:
+    for text in (f"train: {'x' * 9999}\n", f"train:\n  steps: {'x' * 9999}\n", f"{'x' * 900}: 1\n"):
+        with pytest.raises(ValueError, match=r"my\.yaml.*xxx\.\.\.") as refusal:
+            load("train", params(text))
+        assert len(str(refusal.value)) < 500
+
+
 def test_error_names_the_origin_of_the_value(params) -> None:
     path = params("train:\n  steps: 5\n  shortest_edge: 900\n")
     for overrides, said in (

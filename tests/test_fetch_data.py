@@ -146,7 +146,8 @@ def test_next_stage_records_the_source(repo, tmp_path):
 
 
 def test_fetched_stage_output_keeps_its_provenance(tmp_path):
-    before = {"stage": "masks", "settings": {}, "inputs": {}, "output": {"md5": "m" * 32, "num_files": 1, "size": 3}}
+    before = {"stage": "masks", "settings": {}, "inputs": {}, "version": "0.1.0", "revision": "abc"}
+    before["output"] = {"md5": "m" * 32, "num_files": 1, "size": 3}
     files = {"000.tar": b"tar", "provenance.json": json.dumps(before).encode(), "metrics.json": b"{}"}
     tiny.dvc_repository(tmp_path / "repo", str(tmp_path / "remote"), {"masks": files}, {})
     run(str(tmp_path / "repo"), tmp_path / "out", FetchDataConfig(path="masks"))

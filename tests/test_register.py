@@ -393,7 +393,7 @@ def test_metric_that_is_not_finite_is_rejected_before_anything_is_registered(mad
     evaluated = evaluation(tmp_path / "evaluation", made / "model1", miou=40.0, gain=10.0)
     for gain in ("NaN", '"x"'):
         (evaluated / "metrics.json").write_text(f'{{"miou/set": 1, "gain/set": {gain}}}')
-        with pytest.raises(ValueError, match=r"metrics\.json: the gate needs finite metrics, found gain/set (nan|x)$"):
+        with pytest.raises(ValueError, match=r"metrics\.json: gain/set: Input should be .* number \(found (nan|'x')\)$"):
             run(made / "model1", evaluated, tmp_path / "out", CONFIG)
     assert aliases(client) == {"champion": "1"}
     assert versions(client) == [1]
@@ -402,22 +402,22 @@ def test_metric_that_is_not_finite_is_rejected_before_anything_is_registered(mad
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("provenance.json", "[]", r"expected a JSON object, found \[\]"),
-        ("provenance.json", "{}", "stage is missing"),
+        ("provenance.json", "[]", r"Input should be an object \(found \[\]\)"),
+        ("provenance.json", "{}", "entry 'stage' is missing"),
         (
             "provenance.json",
-            '{"stage": "evaluate", "settings": {}, "inputs": {}, "output": {"md5": "x"}}',
-            "inputs.model.md5 is missing",
+            '{"stage": "evaluate", "settings": {}, "inputs": {"model": {}}}',
+            "entry 'inputs.model.md5' is missing",
         ),
-        ("metrics.json", "[]", r"expected a JSON object, found \[\]"),
-        ("protocol.json", "[]", r"expected a JSON object, found \[\]"),
-        ("protocol.json", '{"name": "set"}', "side is missing"),
+        ("metrics.json", "[]", r"Input should be a valid dictionary \(found \[\]\)"),
+        ("protocol.json", "[]", r"Input should be an object \(found \[\]\)"),
+        ("protocol.json", '{"name": "set", "kind": "folder", "protocol": "whole"}', "entry 'side' is missing"),
     ],
 )
 def test_damaged_evaluation_names_the_file(made, client, tmp_path, name, content, message):
     evaluated = evaluation(tmp_path / "evaluation", made / "model1", miou=40.0, gain=10.0)
     (evaluated / name).write_text(content)
-    with pytest.raises(ValueError, match=rf"^\S+evaluation/{name}: is damaged: {message}$"):
+    with pytest.raises(ValueError, match=rf"^\S+evaluation/{name}: {message}$"):
         run(made / "model1", evaluated, tmp_path / "out", CONFIG)
     assert versions(client) == [1]
 

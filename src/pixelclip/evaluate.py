@@ -43,9 +43,10 @@ from pixelclip.models.checkpoint import Clip, Model, backbone_of, load_clip, loa
 from pixelclip.models.clip_sources import clip_folder
 from pixelclip.models.text import TEMPLATES, TextTower, classifier
 from pixelclip.storage.download import local_path
-from pixelclip.storage.files import read_json, write_atomically, write_json
+from pixelclip.storage.files import write_atomically, write_json
 from pixelclip.tracking.run import Run
 from pixelclip.visualization.report import Example, write_report
+from pixelclip.workflow.provenance import read_provenance
 from pixelclip.workflow.stage import METRICS, PROVENANCE, Metrics, Stage, describe
 
 REPORT, PER_CLASS, TABLE = "report.html", "per_class.json", "table.txt"
@@ -152,6 +153,8 @@ def _evaluate(
         counts, maps = load_baseline(clip, len(classes))
     try:
         merged = evaluation.counts.merge(counts)
+        if maps.keys() != evaluation.examples.keys():
+            raise ValueError(f"has label maps of the images {[*maps]}, expected {[*evaluation.examples]}")
     except ValueError as error:
         raise ValueError(f"{clip if isinstance(clip, Path) else config.clip}: {error}") from None
     return TowerEvaluation(merged, {**evaluation.label_maps, CLIP: maps}, evaluation.examples), words
@@ -207,7 +210,7 @@ def _nearest_words(model: Model, text: TextTower, classes: Tensor, names: list[s
 
 
 def _attach(model: Path, stage: Stage, protocol: dict[str, Any]) -> Run:
-    tracked = Run.attach(model, stage.folder, read_json(model / PROVENANCE))
+    tracked = Run.attach(model, stage.folder, read_provenance(model / PROVENANCE))
     # These calls fail if MLflow is unreachable, so they come before the long computation.
     tracked.params({f"evaluate.{key}": value for key, value in stage.settings.items()})
     # MLflow keeps the first value of a parameter; the tag records the protocol of every metric in the run.

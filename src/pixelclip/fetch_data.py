@@ -15,6 +15,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from pixelclip.config import FetchDataConfig
 from pixelclip.storage.files import digest, file_md5, read_json
 from pixelclip.storage.progress import track
@@ -121,9 +123,13 @@ def look_inside(repo: str, revision: str, paths: Iterable[str], file: str = "") 
             raise ValueError(f"{public}: {file} at {git_sha[:12]}: cannot be read as text ({_reason(error)})") from None
 
 
+class _Fetched(BaseModel):
+    source: dict[str, Any]
+
+
 def about(out: Path) -> dict[str, Any]:
     """Return `git_sha`, `path`, `md5` (DVC's if it tracks the path), `nfiles` and `size` of an output of this stage."""
-    return {name: value for name, value in read_json(out / PROVENANCE)["source"].items() if name != "repo"}
+    return {name: value for name, value in read_json(out / PROVENANCE, _Fetched)["source"].items() if name != "repo"}
 
 
 def without_login(url: str) -> str:

@@ -24,7 +24,7 @@ from pixelclip.data.images import (
     decode_image,
     to_rgb,
 )
-from pixelclip.data.shard_format import Member, ShardWriter, index_shard, read_part
+from pixelclip.data.shard_format import Member, ShardSummary, ShardWriter, index_shard, read_part
 from pixelclip.data.shard_sources import Shard, describe_shards, list_shards
 from pixelclip.mask_generators import EncodedSample, Generate
 from pixelclip.mask_generators.shrink import shrink_sample
@@ -65,9 +65,7 @@ def run(shards: Path | str, out: Path, config: MasksConfig) -> Metrics:
     tars = _part_of(list_shards(shards), config.part, shards)
     names = [tar.name for tar in tars]
     if duplicates := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(
-            f"{shards}: shard names must be unique, because masked shards keep them; duplicates: {', '.join(duplicates)}"
-        )
+        raise ValueError(f"{shards}: shard names must be unique: masked shards keep them; duplicates: {', '.join(duplicates)}")
     inputs = {"shards": describe_shards(shards)}
     if config.given_folder:
         _check_given(Path(config.given_folder), tars[0])
@@ -82,7 +80,7 @@ def run(shards: Path | str, out: Path, config: MasksConfig) -> Metrics:
     stage, bad = Stage("masks", out, inputs, config), BadSamples("masks", config.max_bad_share)
     if stage.finished:
         metrics = stage.reuse()
-        bad.found = [line for tar in tars for line in read_json(_summary(stage.out, tar))["bad"]]
+        bad.found = [line for tar in tars for line in read_json(_summary(stage.out, tar), ShardSummary)["bad"]]
         bad.stop_if_too_many(int(metrics["images"]) + len(bad.found))  # the finished run may have had a higher limit
         return metrics
     if labels:
@@ -161,7 +159,7 @@ def _mask_shards(tars: list[Shard], folder: Path, config: MasksConfig, results: 
                     f"{tar}: a worker process died, possibly out of memory: set masks.workers below {config.workers}; "
                     "the same command resumes with this shard"
                 ) from None
-        counts = read_json(summary)
+        counts = read_json(summary, ShardSummary)
         images, masks, done = images + counts["images"], masks + counts["masks"], done + _num_bytes(tar)
         bad.found += counts["bad"]
         # The total number of samples is estimated from bytes: counting them would download every remote shard twice.
@@ -177,8 +175,9 @@ def _mask_shard(tar: Shard, out: Path, results: _Results) -> dict[str, Any]:
     """
     members, bad_members = index_shard(tar)
     begun = out.with_name(f".{out.stem}.begun.json")  # next to the unfinished tar; only if that ends with a whole sample
-    none: dict[str, Any] = {"images": 0, "masks": 0, "bad": [f"{name}: {reason}" for name, reason in bad_members]}
-    done, counts = read_json(begun) if begun.is_file() else (0, none)
+    none = {"images": 0, "masks": 0, "bad": [f"{name}: {reason}" for name, reason in bad_members]}
+    counts: dict[str, Any] = read_json(begun, ShardSummary) if begun.is_file() else none
+    done = counts["images"] + len(counts["bad"]) - len(bad_members)
     begun.unlink(missing_ok=True)
     progress = count(len(members), f"masks {tar.stem}", "image", done)
     between: Terminated | None = None  # raised between two samples; elsewhere the tar may end within one
@@ -194,7 +193,7 @@ def _mask_shard(tar: Shard, out: Path, results: _Results) -> dict[str, Any]:
                     raise between
     except Terminated as stop:
         if stop is between:
-            write_json(begun, (done, counts))
+            write_json(begun, counts)
         raise
     return counts
 

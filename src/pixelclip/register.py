@@ -7,25 +7,23 @@ reason; the full evaluation is stored as artifacts of the run.
 
 import hashlib
 import json
-import math
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pixelclip.config import RegisterConfig
-from pixelclip.evaluation.protocol import PROTOCOL, conditions_of, resize_of
+from pixelclip.evaluation.protocol import conditions_of, read_protocol, resize_of
 from pixelclip.models.checkpoint import read_config
 from pixelclip.registry import model_version
 from pixelclip.registry.gate import GateMetrics
 from pixelclip.registry.model_version import EVALUATION, REGISTRATION
 from pixelclip.registry.promotion import CHALLENGER, CHAMPION, pass_gate, registry, write_metrics
-from pixelclip.storage.files import read_json, write_json
+from pixelclip.storage.files import write_json
 from pixelclip.tracking.run import lineage_tags
 from pixelclip.tracking.server import tracking_uri, transfer
-from pixelclip.workflow.stage import METRICS, PROVENANCE, Metrics, Stage, describe
-
-_SHOWN_CHARACTERS = 60  # of an invalid entry, in a message
+from pixelclip.workflow.provenance import read_provenance
+from pixelclip.workflow.stage import METRICS, PROVENANCE, Metrics, Stage, describe, read_metrics
 
 
 def run(model: Path, evaluation: Path, out: Path, config: RegisterConfig) -> Metrics:
@@ -43,14 +41,11 @@ def run(model: Path, evaluation: Path, out: Path, config: RegisterConfig) -> Met
     Raises:
         ValueError: the evaluation is of a different model, a metric is missing or not finite, or MLflow is unreachable.
     """
-    provenance, evaluated = (
-        _read(folder / PROVENANCE, "stage", "settings", "inputs", "output.md5") for folder in (model, evaluation)
-    )
+    provenance, evaluated = (read_provenance(folder / PROVENANCE) for folder in (model, evaluation))
     if evaluated["stage"] != "evaluate":
         raise ValueError(f"{evaluation}: expected the output of evaluate, found that of {evaluated['stage']!r}")
-    _read(evaluation / PROVENANCE, "inputs.model.md5")
     md5 = provenance["output"]["md5"]
-    if evaluated["inputs"]["model"]["md5"] != md5:
+    if evaluated["inputs"].get("model", {}).get("md5") != md5:
         raise ValueError(f"{evaluation}: evaluates a different model than {model}")
     metrics, labelled_name = _metrics(model, evaluation, evaluated)
     resize = resize_of(evaluated["settings"])
@@ -98,33 +93,13 @@ def run(model: Path, evaluation: Path, out: Path, config: RegisterConfig) -> Met
             return stage.finish(values, files=[REGISTRATION])
 
 
-def _read(file: Path, *keys: str) -> dict[str, Any]:
-    """Read a JSON object and check that it has the keys; a dot separates levels."""
-    document = read_json(file)
-    if not isinstance(document, dict):
-        raise ValueError(f"{file}: is damaged: expected a JSON object, found {str(document)[:_SHOWN_CHARACTERS]}")
-    for key in keys:
-        entry = document
-        for part in key.split("."):
-            if not isinstance(entry, dict) or part not in entry:
-                raise ValueError(f"{file}: is damaged: {key} is missing")
-            entry = entry[part]
-    return document
-
-
 def _metrics(model: Path, evaluation: Path, evaluated: Mapping[str, Any]) -> tuple[GateMetrics, str]:
-    document = _read(evaluation / METRICS)
-    names = [key.removeprefix("gain/") for key in document if key.startswith("gain/")]
-    if len(names) != 1 or f"miou/{names[0]}" not in document:
-        raise ValueError(f"{evaluation / METRICS}: needs exactly one gain/NAME with its miou/NAME, found {sorted(document)}")
-    values = []
-    for key in (f"miou/{names[0]}", f"gain/{names[0]}"):
-        value = document[key]
-        if not isinstance(value, int | float) or not math.isfinite(value):
-            found = str(value)[:_SHOWN_CHARACTERS]
-            raise ValueError(f"{evaluation / METRICS}: the gate needs finite metrics, found {key} {found}")
-        values.append(float(value))
-    return GateMetrics(values[0], values[1], _measured_on(model, evaluation, evaluated)), names[0]
+    metrics = read_metrics(evaluation)
+    names = [key.removeprefix("gain/") for key in metrics if key.startswith("gain/")]
+    if len(names) != 1 or f"miou/{names[0]}" not in metrics:
+        raise ValueError(f"{evaluation / METRICS}: needs exactly one gain/NAME with its miou/NAME, found {sorted(metrics)}")
+    miou, gain = (float(metrics[f"{key}/{names[0]}"]) for key in ("miou", "gain"))
+    return GateMetrics(miou, gain, _measured_on(model, evaluation, evaluated)), names[0]
 
 
 def _measured_on(model: Path, evaluation: Path, evaluated: Mapping[str, Any]) -> str:
@@ -133,7 +108,7 @@ def _measured_on(model: Path, evaluation: Path, evaluated: Mapping[str, Any]) ->
     The name of the set is ignored, and so is the side if it is the model's own: models are compared at the sides they were
     trained with.
     """
-    conditions = conditions_of(_read(evaluation / PROTOCOL, "name", "side"), evaluated["inputs"])
+    conditions = conditions_of(read_protocol(evaluation), evaluated["inputs"])
     del conditions["name"]
     if conditions["side"] == read_config(model)["side"]:
         conditions["side"] = "the model's"

@@ -12,6 +12,13 @@ from pydantic import BaseModel, ValidationError
 from pixelclip.config import STAGES, runtime_settings
 
 _Kind = TypeVar("_Kind", bound=BaseModel)
+_SHOWN = 80  # characters of a value in a message
+
+
+def cut(value: object) -> str:
+    """Return the representation of a value for a message, at most `_SHOWN` characters of it."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 
 def nearest(word: str, allowed: Iterable[str]) -> str:
@@ -34,7 +41,7 @@ def build(kind: type[_Kind], values: Mapping[str, Any], source: str, sources: Ma
     """
     overridden = sources or {}
     lines = [
-        f"{overridden.get(name, source)}: {name}: must be a number (found {values[name]!r})"  # pydantic accepts true as 1
+        f"{overridden.get(name, source)}: {name}: must be a number (found {cut(values[name])})"  # pydantic accepts true as 1
         for name, field in kind.model_fields.items()
         if field.annotation in (int, float) and isinstance(values.get(name), bool)
     ]
@@ -49,12 +56,12 @@ def build(kind: type[_Kind], values: Mapping[str, Any], source: str, sources: Ma
             message = fault["msg"].removeprefix("Value error, ")
             if fault["type"] == "extra_forbidden":
                 hint = nearest(name, kind.model_fields) or f"; the settings are {', '.join(kind.model_fields)}"
-                lines.append(f"{origin}: unknown setting {name!r}{hint}")
+                lines.append(f"{origin}: unknown setting {cut(name)}{hint}")
             elif fault["type"] in ("string_type", "literal_error") and not isinstance(fault["input"], str):
                 # The YAML reader has already changed the text: 1.10 is 1.1 for it.
-                lines.append(f"{origin}: {name}: must be text; quote it: '...' (found {fault['input']!r})")
+                lines.append(f"{origin}: {name}: must be text; quote it: '...' (found {cut(fault['input'])})")
             else:
-                found = "" if fault["type"] == "value_error" else f" (found {fault['input']!r})"  # our validators name it
+                found = "" if fault["type"] == "value_error" else f" (found {cut(fault['input'])})"  # our validators name it
                 lines.append(f"{origin}: {f'{name}: ' if name else ''}{message}{found}")
     raise ValueError("\n".join(lines))
 
@@ -75,9 +82,9 @@ def load(stage: str, params: Path | None = None, overrides: Mapping[str, Any] | 
     sections = read_yaml(params, "one section per stage") if params else {}
     for name, section in sections.items():
         if name not in STAGES:
-            raise ValueError(f"{params}: unknown section {name!r}{nearest(str(name), STAGES)}")
+            raise ValueError(f"{params}: unknown section {cut(name)}{nearest(str(name), STAGES)}")
         if not isinstance(section, dict | None):
-            raise ValueError(f"{params}: section {name!r} must contain settings, found {section!r}")
+            raise ValueError(f"{params}: section {name!r} must contain settings, found {cut(section)}")
         build(STAGES[name], section or {}, f"{source}: {name}")
     values = dict(sections.get(stage) or {})
     sources: dict[str, str] = {}
@@ -107,7 +114,8 @@ def load_all(params: Path | None, overrides: Mapping[str, Any], origin: str = ""
 class _Loader(yaml.SafeLoader):
     """Loader that rejects duplicate keys, of which PyYAML would silently keep the last.
 
-    Integers are decimal. YAML 1.1 would read 010 as 8, 1:30 as 90 and 0b11 as 3; here they are text.
+    Aliases and tags are rejected: a few nested aliases stand for gigabytes, and PyYAML crashes on unsuitable tags. Integers
+    are decimal: YAML 1.1 would read 010 as 8, 1:30 as 90 and 0b11 as 3; here they are text.
     """
 
     yaml_implicit_resolvers = {  # noqa: RUF012  (as PyYAML declares it)
@@ -115,12 +123,22 @@ class _Loader(yaml.SafeLoader):
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        event, problem = self.peek_event(), ""
+        if isinstance(event, yaml.AliasEvent):
+            problem = f"aliases are not supported, write out the value of {f'*{event.anchor}'!r}"
+        elif tag := getattr(event, "tag", None):
+            problem = f"the tag {tag.replace('tag:yaml.org,2002:', '!!')} is not supported; to make a value text, quote it"
+        if problem:
+            raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
+        return super().compose_node(parent, index)
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
                 if key.value in seen:
-                    raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key.value!r}", key.start_mark)
+                    raise yaml.constructor.ConstructorError(None, None, f"duplicate key {cut(key.value)}", key.start_mark)
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -139,13 +157,14 @@ def read_yaml(path: Path, content: str) -> dict[Any, Any]:
         ValueError: the file is unreadable, not YAML or not a mapping, or has a duplicate key; one line with the position.
     """
     try:
-        document = yaml.load(path.read_text(), _Loader) or {}
+        document = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         position = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
         raise ValueError(f"{path}: cannot be read as YAML: {error.problem or error.context}{position}") from None
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        message = getattr(error, "strerror", None) or " ".join(str(error).split())
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        deep = "nested too deeply" if isinstance(error, RecursionError) else ""
+        message = deep or getattr(error, "strerror", None) or " ".join(str(error).split())
         raise ValueError(f"{path}: cannot be read as YAML: {message}") from None
     if not isinstance(document, dict):
         raise ValueError(f"{path}: must contain {content}, found {type(document).__name__}")

@@ -165,7 +165,7 @@ def _train(
 
     def progress(steps: int) -> Progress:
         loss, used = (output.loss.item(), output.concepts_used()) if output else (resumed.loss, resumed.concepts_used)
-        return Progress(steps, maskless, num_bad, loss, used)
+        return Progress(steps=steps, maskless=maskless, bad=num_bad, loss=loss, concepts_used=used)
 
     pending: deque[tuple[int, Callable[[], list[float]]]] = deque()
     for step in bar:

@@ -103,7 +103,9 @@ def _replace(stage: str, called: dict[str, str]) -> None:
             "model_uri": "models:/m/1",
         }
         (out / "registration.json").write_text(json.dumps(registration | {"tracking_uri": "sqlite:///mlflow.db"}))
-        (out / "provenance.json").write_text(json.dumps({"stage": stage, "settings": {}, "inputs": {}}))
+        provenance = {"stage": stage, "settings": {}, "inputs": {}, "version": "0.1.0", "revision": "abc"}
+        provenance["output"] = {"md5": "m" * 32, "num_files": 1, "size": 1}
+        (out / "provenance.json").write_text(json.dumps(provenance))
         return {f"{stage}/value": 0.5}
 
     run.__wrapped__ = getattr(module.run, "__wrapped__", module.run)  # type: ignore[attr-defined]

@@ -269,7 +269,7 @@ def test_json_number_is_no_text(form):
     ("settings", "message"),
     [
         ("train.crop='80", "no closing quotation"),
-        ('{"train.crop": 80', "not JSON"),
+        ('{"train.crop": 80', "cannot be read as JSON"),
         ([1], "must be text such as"),
         ("train.steps=5 steps=6", "train.steps is given twice"),
     ],

@@ -440,16 +440,18 @@ def evaluation_of(folder: Path) -> Path:
     """Write the provenance of an evaluation of a model whose images come from a DVC repository."""
 
     def described(name: str, made_by: dict | None = None) -> dict:
-        return {"path": f"/data/{name}", "md5": name[0] * 32} | ({"provenance": made_by} if made_by else {})
+        found = {"path": f"/data/{name}", "md5": name[0] * 32, "num_files": 1, "size": 1}
+        return found | ({"provenance": made_by} if made_by else {})
 
     def stage(name: str, inputs: dict, **settings: str) -> dict:
-        return {"stage": name, "settings": settings, "inputs": inputs}
+        return {"stage": name, "settings": settings, "inputs": inputs, "version": "0.1.0", "revision": "abc"}
 
     fetched_images = stage("fetch_data", {}, path="data/images", revision="main") | {"source": {"git_sha": "c0ffee"}}
     masks = stage("masks", {"shards": described("shards", stage("shards", {"images": described("images", fetched_images)}))})
     model = stage("train", {"masks": described("masks", masks), "clip": described("clip")})
     inputs = {"model": described("model", model), "labelled": described("toy"), "clip": described("clip")}
-    write_json(folder / "provenance.json", stage("evaluate", inputs))
+    output = {"md5": "o" * 32, "num_files": 1, "size": 1}
+    write_json(folder / "provenance.json", stage("evaluate", inputs) | {"output": output})
     return folder
 
 

@@ -4,11 +4,13 @@ import hashlib
 import os
 import stat
 from pathlib import Path
+from typing import Annotated
 
 import pytest
+from pydantic import BaseModel, Field
 
 from helpers.fake_data import write_files
-from pixelclip.storage.files import digest, file_md5, files_below, read_json, write_atomically, write_json
+from pixelclip.storage.files import digest, file_md5, files_below, parse_json, read_json, write_atomically, write_json
 
 
 def test_written_file_is_complete_and_leaves_no_temporary_file(tmp_path: Path) -> None:
@@ -54,6 +56,43 @@ def test_unreadable_json_names_the_file(tmp_path: Path, content: bytes | None) -
         path.write_bytes(content)
     with pytest.raises(ValueError, match=r"bad\.json: "):
         read_json(path)
+
+
+class Sample(BaseModel):
+    name: str
+    sizes: list[Annotated[int, Field(ge=0)]]
+    parent: "Sample | None" = None
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"[" * 99999, "cannot be read as JSON: .*recursion"),
+        (b'{"name": "a", "sizes": [' + b"9" * 5000 + b"]}", "cannot be read as JSON: Exceeds the limit"),
+        (b"\xff", "cannot be read as JSON: "),
+        (b"[]", r"Input should be an object \(found \[\]\)$"),
+        (b'{"name": "a"}', "entry 'sizes' is missing$"),
+        (b'{"name": 1, "sizes": []}', r"name: Input should be a valid string \(found 1\)$"),
+        (b'{"name": "a", "sizes": [1, -2]}', r"sizes\.1: Input should be greater than or equal to 0 \(found -2\)$"),
+        (b'{"name": "a", "sizes": [true]}', r"sizes\.0: Input should be a valid integer \(found True\)$"),
+        (b'{"name": "a", "sizes": "' + b"x" * 9999 + b'"}', r"sizes: Input should be a valid list \(found 'x+\.\.\.\)$"),
+        (b'{"name": "a", "sizes": [], "parent": {"sizes": []}}', r"entry 'parent\.name' is missing$"),
+        (b'{"name": "a", "sizes": [], "parent": ' * 300 + b"null" + b"}" * 300, "parent.*Recursion error"),
+    ],
+)
+def test_json_that_does_not_fit_is_one_line(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "bad.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=rf"^\S+/bad\.json: {message}") as refusal:
+        read_json(path, Sample)
+    assert "\n" not in str(refusal.value) and len(str(refusal.value)) < 400 + len(str(path))
+
+
+def test_json_that_fits_is_returned_unchanged(tmp_path: Path) -> None:
+    document = {"name": "a", "sizes": [1], "more": {"kept": [1.5]}}
+    write_json(tmp_path / "a.json", document)
+    assert read_json(tmp_path / "a.json", Sample) == document
+    assert parse_json('{"a": 1}', "text", dict[str, float]) == {"a": 1}
 
 
 def test_files_below_are_sorted_without_hidden_files(tmp_path: Path) -> None:

@@ -29,8 +29,8 @@ from pixelclip.data.labelled_sets import open_labelled
 from pixelclip.data.shard_sources import list_shards
 from pixelclip.settings import build, load, nearest, read_yaml
 from pixelclip.storage.download import local_path
-from pixelclip.storage.files import read_json, write_atomically
-from pixelclip.tracking.journal import RUN
+from pixelclip.storage.files import write_atomically
+from pixelclip.tracking.journal import RUN, read_run
 from pixelclip.tracking.run import KILLED, PARENT_RUN, PIPELINE_RUN, Run
 from pixelclip.tracking.server import connect
 from pixelclip.workflow.termination import Terminated, deferred, terminable
@@ -216,7 +216,7 @@ def _tag_children(each: SweepRun, folder: Path, parent: Run) -> None:
     """Set name, row and parent of a run in MLflow, even if it failed or was reused from another sweep."""
     tags = {"sweep.row": each.row, "sweep.seed": str(each.seed), "mlflow.parentRunId": parent.run_id}
     for journal in [*folder.glob(f"model/{RUN}"), *folder.glob(f".model.*.partial/{RUN}")]:
-        run_id = read_json(journal)["run_id"]
+        run_id = read_run(journal.parent)["run_id"]
         with suppress(MlflowException):  # a run on another server, or a deleted one
             parent.client.update_run(run_id, name=f"{each.row}, seed {each.seed}")
             parent.client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])

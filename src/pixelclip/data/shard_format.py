@@ -12,6 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
 
+from pydantic import BaseModel, NonNegativeInt
+
 from pixelclip.data.images import IMAGE_SUFFIXES
 from pixelclip.data.shard_sources import Shard
 
@@ -48,6 +50,14 @@ def index_shard(path: Shard) -> tuple[list[Member], list[tuple[str, str]]]:
     except (tarfile.TarError, OSError) as error:
         raise ValueError(f"{path}: cannot be read as a tar: {error}") from None
     return index.samples(), index.bad
+
+
+class ShardSummary(BaseModel):
+    """Content of `STEM.summary.json`, which `masks` writes beside a shard: images, their masks, and lines on bad samples."""
+
+    images: NonNegativeInt
+    masks: NonNegativeInt
+    bad: list[str]
 
 
 class _Index:

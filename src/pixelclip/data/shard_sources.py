@@ -8,8 +8,9 @@ from typing import Any, BinaryIO
 
 from pixelclip.storage import cache
 from pixelclip.storage.download import local_copy, local_path
-from pixelclip.storage.files import digest, read_json
+from pixelclip.storage.files import digest
 from pixelclip.storage.s3 import Listed, is_s3, list_below
+from pixelclip.workflow.provenance import read_provenance
 from pixelclip.workflow.stage import PROVENANCE, describe
 
 _MANIFEST = (".txt", ".lst", ".manifest")
@@ -76,7 +77,7 @@ def describe_shards(source: Path | str) -> dict[str, Any]:
         return describe(path)
     listed = list_below(folder := str(source).rstrip("/")) if _is_prefix(source) else []
     if any(entry.uri == f"{folder}/{PROVENANCE}" for entry in listed):
-        provenance = read_json(local_copy(f"{folder}/{PROVENANCE}"))
+        provenance = read_provenance(local_copy(f"{folder}/{PROVENANCE}"))
         return {"path": str(source), **provenance["output"], "provenance": provenance}
     shards, provenances = _find_shards(source, listed)
     md5, size = hashlib.md5(usedforsecurity=False), 0
@@ -158,11 +159,11 @@ def _complete_parts(source: Path | str, provenances: Iterable[Shard]) -> dict[st
         provenances: provenance of any stage, one file per folder.
     """
     files = {str(file).split("/")[-2]: str(file) for file in provenances}
-    made = {name: read_json(local_path(file)) for name, file in files.items() if not name.startswith(".")}
+    made = {name: read_provenance(local_path(file)) for name, file in files.items() if not name.startswith(".")}
     folder_of: dict[str, str] = {}
     runs: dict[str, str] = {}
     for name, provenance in made.items():
-        settings = dict(provenance.get("settings", {}))
+        settings = dict(provenance["settings"])
         if part := str(settings.pop("part", "")):
             inputs = {key: described["md5"] for key, described in provenance["inputs"].items()}
             runs.setdefault(json.dumps([settings, inputs, part.partition("/")[2]], sort_keys=True), name)

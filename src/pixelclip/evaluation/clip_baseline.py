@@ -1,19 +1,19 @@
 """Evaluation of the original CLIP, saved once and reused for every model that was trained from it."""
 
-import io
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import BaseModel
 
 from pixelclip.config import EvaluateClipConfig, EvaluateConfig
-from pixelclip.evaluation.confusion import CLIP, EvaluationCounts, to_npz
+from pixelclip.evaluation.confusion import CLIP, EvaluationCounts, read_npz, to_npz
 from pixelclip.evaluation.evaluator import LabelMaps, TowerEvaluation
-from pixelclip.evaluation.protocol import PROTOCOL, conditions_of, metric_name, protocol_of
+from pixelclip.evaluation.protocol import conditions_of, metric_name, protocol_of, read_protocol
 from pixelclip.models.backbone import Residual
 from pixelclip.storage.files import read_json, write_atomically
+from pixelclip.workflow.provenance import read_provenance
 from pixelclip.workflow.stage import PROVENANCE
 
 COUNTS, MAPS = "counts.npz", "maps.npz"
@@ -39,15 +39,26 @@ def load_baseline(folder: Path, num_classes: int) -> tuple[EvaluationCounts, Lab
     """Load what `save_baseline` wrote.
 
     Raises:
-        ValueError: a file cannot be read.
+        ValueError: a file is missing or damaged.
     """
     counts = EvaluationCounts.zeros([CLIP], num_classes, 0)
-    try:
-        counts.load(folder / COUNTS)
-        with np.load(io.BytesIO((folder / MAPS).read_bytes()), allow_pickle=False) as saved:
-            return counts, {int(index): saved[index] for index in saved.files}
-    except (OSError, EOFError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{folder}: {COUNTS} and {MAPS} cannot be read: {error}") from None
+    counts.load(folder / COUNTS)
+    maps = read_npz(folder / MAPS)
+    for index, labels in maps.items():
+        if not index.isdecimal() or labels.dtype != np.uint16 or labels.ndim != 2:
+            found = f"{index} is {labels.dtype}{[*labels.shape]}"
+            raise ValueError(f"{folder / MAPS}: {found}, expected label maps uint16[H, W], named by index")
+    return counts, {int(index): labels for index, labels in maps.items()}
+
+
+class _Settings(BaseModel):
+    clip: str
+    residual: str
+    pictures: int
+
+
+class _Baseline(BaseModel):
+    settings: _Settings
 
 
 def check_baseline(folder: Path, config: EvaluateClipConfig, inputs: Mapping[str, Mapping[str, Any]]) -> None:
@@ -60,10 +71,11 @@ def check_baseline(folder: Path, config: EvaluateClipConfig, inputs: Mapping[str
     Raises:
         ValueError: they differ; the message lists every difference.
     """
-    provenance = read_json(folder / PROVENANCE)
-    if provenance.get("stage") != BASELINE_STAGE:
-        raise ValueError(f"{folder}: expected the output of {BASELINE_STAGE}, found that of {provenance.get('stage')!r}")
-    saved = _conditions(read_json(folder / PROTOCOL), provenance["settings"], provenance["inputs"])
+    provenance = read_provenance(folder / PROVENANCE)
+    if provenance["stage"] != BASELINE_STAGE:
+        raise ValueError(f"{folder}: expected the output of {BASELINE_STAGE}, found that of {provenance['stage']!r}")
+    read_json(folder / PROVENANCE, _Baseline)
+    saved = _conditions(read_protocol(folder), provenance["settings"], provenance["inputs"])
     expected = _conditions(protocol_of(config), config.model_dump(), inputs)
     keys = [key for key in dict.fromkeys([*saved, *expected]) if saved.get(key) != expected.get(key)]
     if keys:

@@ -5,7 +5,8 @@ B images, T towers, N masks, K classes, H W image.
 
 import io
 import json
-from collections.abc import Collection, Sequence
+import zipfile
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -14,11 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import BaseModel, NonNegativeInt
 from torch import Tensor
 
 from pixelclip.data.labelled_images import IGNORE
 from pixelclip.distributed import ProcessGroup
-from pixelclip.storage.files import write_atomically
+from pixelclip.storage.files import parse_json, write_atomically
 
 OTHERS = "(all others)"
 """Label of the row that sums all classes without a row in a shortened confusion matrix."""
@@ -114,6 +116,11 @@ def count_recalled(similarities: Tensor, present: Sequence[NDArray[np.integer]])
     return np.array([recalled, total], np.int64)
 
 
+class _Rest(BaseModel):
+    position: NonNegativeInt
+    bad: list[str]
+
+
 @dataclass
 class EvaluationCounts:
     """Counts of an evaluation, summed over images. They can be added over processes, saved and resumed.
@@ -183,11 +190,16 @@ class EvaluationCounts:
         write_atomically(path, to_npz(**self.arrays(), rest=np.frombuffer(rest, np.uint8)))
 
     def load(self, path: Path) -> None:
-        """Load a checkpoint."""
-        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as saved:
-            for name, array in self.arrays().items():
-                array[...] = saved[name]
-            rest = json.loads(saved["rest"].tobytes())
+        """Load a checkpoint; raise ValueError if it is damaged or of other towers or classes."""
+        own = self.arrays()
+        saved = read_npz(path, [*own, "rest"])
+        for name, array in own.items():
+            found = saved[name]
+            if (found.dtype, found.shape) != (array.dtype, array.shape):
+                expected = f"{array.dtype}{[*array.shape]}"
+                raise ValueError(f"{path}: {name} is {found.dtype}{[*found.shape]}, expected {expected}")
+            array[...] = found
+        rest = parse_json(saved["rest"].tobytes(), f"{path}: rest", _Rest)
         self.next_index, self.bad_samples = rest["position"], rest["bad"]
 
 
@@ -196,3 +208,20 @@ def to_npz(**arrays: NDArray[Any]) -> bytes:
     buffer = io.BytesIO()
     np.savez_compressed(buffer, allow_pickle=False, **arrays)
     return buffer.getvalue()
+
+
+def read_npz(path: Path, expected: Iterable[str] = ()) -> dict[str, NDArray[Any]]:
+    """Read an .npz file without pickle, and check the checksum of every array, which `np.load` may not reach.
+
+    Raises:
+        ValueError: the file is missing or damaged, or has no array of an `expected` name.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            files = {name.removesuffix(".npy"): io.BytesIO(archive.read(name)) for name in archive.namelist()}
+        arrays = {name: np.lib.format.read_array(file, allow_pickle=False) for name, file in files.items()}
+    except Exception as error:  # of zipfile, zlib and numpy, many kinds for damaged files
+        raise ValueError(f"{path}: cannot be read as .npz: {error}") from None
+    if missing := [name for name in expected if name not in arrays]:
+        raise ValueError(f"{path}: array {missing[0]!r} is missing, found {', '.join(arrays) or 'none'}")
+    return arrays

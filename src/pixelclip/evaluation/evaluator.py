@@ -1,6 +1,5 @@
 """Evaluate image towers on a labelled set, in one or several processes, with checkpoints."""
 
-import io
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -28,7 +27,7 @@ from pixelclip.evaluation.classify import (
     segment_masks,
     truth_masks,
 )
-from pixelclip.evaluation.confusion import CLIP, OURS, EvaluationCounts, Predictions, to_npz
+from pixelclip.evaluation.confusion import CLIP, OURS, EvaluationCounts, Predictions, read_npz, to_npz
 from pixelclip.models.backbone import Backbone
 from pixelclip.models.checkpoint import Clip
 from pixelclip.storage.files import write_atomically
@@ -144,13 +143,13 @@ def _with_examples(
 ) -> TowerEvaluation:
     """Combine the counts with the saved examples of all processes."""
     evaluation = TowerEvaluation(counts, {tower: {} for tower in towers}, {})
-    own = [(path.stem, path.read_bytes()) for path in files if path.is_file()]
-    for stem, data in chain(*group.all_gather_object(own)):
+    names = ["image", "truth", *(f"map{tower}" for tower in towers)]
+    own = [(path.stem, read_npz(path, names)) for path in files if path.is_file()]
+    for stem, saved in chain(*group.all_gather_object(own)):
         index = int(stem.removeprefix("example-"))
-        with np.load(io.BytesIO(data), allow_pickle=False) as saved:
-            evaluation.examples[index] = Image.fromarray(saved["image"]), saved["truth"]
-            for name, maps in evaluation.label_maps.items():
-                maps[index] = saved[f"map{name}"]
+        evaluation.examples[index] = Image.fromarray(saved["image"]), saved["truth"]
+        for name, maps in evaluation.label_maps.items():
+            maps[index] = saved[f"map{name}"]
     return evaluation
 
 

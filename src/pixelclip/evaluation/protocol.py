@@ -6,6 +6,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from pixelclip.config import EvaluateConfig
 from pixelclip.data.class_names import SHIPPED
 from pixelclip.data.labelled_images import LabelledSet
@@ -15,6 +17,7 @@ from pixelclip.models.backbone import Backbone, check_patch, check_side
 from pixelclip.models.clip_sources import clip_folder
 from pixelclip.models.tokenizer import describe_tokenizer
 from pixelclip.storage.download import local_path
+from pixelclip.storage.files import read_json
 from pixelclip.storage.s3 import is_s3
 from pixelclip.workflow.stage import describe
 
@@ -96,6 +99,18 @@ def conditions_of(protocol: Mapping[str, Any], inputs: Mapping[str, Mapping[str,
     # Versions before 0.2.0 had no such settings; without them the conditions are the same.
     unused = {key for key in ("names", "shortest_edge", "longest_edge") if not protocol.get(key)}
     return md5 | {key: value for key, value in protocol.items() if key not in paths | unused}
+
+
+class _Protocol(BaseModel):
+    name: str
+    kind: str
+    protocol: str
+    side: int | None
+
+
+def read_protocol(folder: Path) -> dict[str, Any]:
+    """Read the `protocol.json` of an evaluation; raise ValueError if it is missing or damaged."""
+    return dict(read_json(folder / PROTOCOL, _Protocol))
 
 
 def metric_label(protocol: dict[str, Any]) -> str:

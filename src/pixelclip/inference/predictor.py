@@ -6,6 +6,7 @@ B images, K classes, C embedding width, h w feature grid, H W image.
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -202,7 +203,7 @@ class Predictor:
             ValueError: as `load_model` and `pick_device`, or `inference.json` is damaged.
         """
         file = folder / INFERENCE
-        config = build(EvaluateConfig, read_json(file) if file.is_file() else {}, str(file))
+        config = build(EvaluateConfig, read_json(file, dict[str, Any]) if file.is_file() else {}, str(file))
         return cls(load_model(folder), device, shortest_edge=config.shortest_edge, longest_edge=config.longest_edge)
 
     @torch.no_grad()

@@ -9,10 +9,9 @@ import huggingface_hub
 import open_clip
 from huggingface_hub.errors import HfHubHTTPError
 
-from pixelclip.models.checkpoint import CLIP_CONFIG, MAX_MESSAGE, check_name
+from pixelclip.models.checkpoint import CLIP_CONFIG, MAX_MESSAGE, check_name, read_clip_config
 from pixelclip.models.clip_sources import clip_folder
 from pixelclip.storage.download import check_exists
-from pixelclip.storage.files import read_json
 
 _TIMEOUT = 10.0  # seconds per request
 
@@ -43,7 +42,7 @@ def patch_of(spec: str) -> int | None:
     """Return the side in pixels of the patches of a CLIP that `check_clip` accepts, or None for a tower of timm."""
     folder = None if "://" in spec else clip_folder(spec)
     name = spec.partition(":")[0]
-    config = read_json(folder / CLIP_CONFIG)["model_cfg"] if folder and folder.is_dir() else open_clip.get_model_config(name)
+    config = read_clip_config(folder)["model_cfg"] if folder and folder.is_dir() else open_clip.get_model_config(name)
     patch = config["vision_cfg"].get("patch_size")
     return patch if isinstance(patch, int) else None
 

@@ -20,6 +20,7 @@ from pixelclip.models.checkpoint import (
     build_clip,
     load_model,
     load_prompts,
+    read_clip_config,
     save_model,
     write_tensors,
 )
@@ -28,7 +29,7 @@ from pixelclip.models.text import TextTower
 from pixelclip.models.tokenizer import TOKENIZER_FILES
 from pixelclip.models.weights import check_fit, check_tensors, read_weights
 from pixelclip.settings import nearest
-from pixelclip.storage.files import check_writable, read_json, write_atomically
+from pixelclip.storage.files import check_writable, write_atomically
 from pixelclip.workflow.stage import Metrics, Stage, describe
 
 # CLIPs of the paper, with open_clip's tag of their initial weights.
@@ -107,8 +108,6 @@ def run(checkpoint: Path, out: Path, config: ImportConfig) -> Metrics:
         prompts = load_prompts({"tokens": tokens}, TextTower(model))
     except ValueError as error:
         raise ValueError(f"{checkpoint}: {error}; expected a checkpoint of the reference implementation") from None
-    except KeyError as error:
-        raise ValueError(f"{Path(config.clip) / CLIP_CONFIG}: entry {error} is missing") from None
     side = _side(config.side, Backbone(model.visual))
     with stage:
         clip, origin = Clip(model, cfg, mean, std), {"spec": spec, "md5": ""}
@@ -128,8 +127,8 @@ def _side(chosen: int, backbone: Backbone) -> int:
 def _find_clip(name: str) -> tuple[str, dict[str, Any], Any, Any]:
     """Return spec, config, mean and std of a CLIP of open_clip, or of a folder with `open_clip_config.json`."""
     if Path(name).is_dir():
-        document = read_json(Path(name) / CLIP_CONFIG)
-        preprocess = document.get("preprocess_cfg", {})
+        document = read_clip_config(Path(name))
+        preprocess = document.get("preprocess_cfg") or {}
         mean, std = preprocess.get("mean"), preprocess.get("std")
         return name, document["model_cfg"], mean or open_clip.OPENAI_DATASET_MEAN, std or open_clip.OPENAI_DATASET_STD
     if name not in open_clip.list_models():

@@ -3,21 +3,21 @@
 On a CPU, losses after a resume are bit-identical to those of an uninterrupted run; on a GPU they are equal up to rounding.
 """
 
-import json
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from pydantic import BaseModel, NonNegativeInt
 from safetensors import safe_open
 from torch import Tensor
 
 from pixelclip.distributed import SINGLE_PROCESS, ProcessGroup
 from pixelclip.models.checkpoint import read_tensors, write_tensors
 from pixelclip.models.pixelclip import PixelCLIP
+from pixelclip.models.weights import check_fit
+from pixelclip.storage.files import parse_json
 
 
-@dataclass(frozen=True)
-class Progress:
+class Progress(BaseModel, frozen=True):
     """Progress of a training run, over all processes.
 
     Attributes:
@@ -28,11 +28,14 @@ class Progress:
         concepts_used: number of concepts used in that step.
     """
 
-    steps: int = 0
-    maskless: int = 0
-    bad: int = 0
-    loss: float = 0.0
-    concepts_used: int = 0
+    steps: NonNegativeInt
+    maskless: NonNegativeInt
+    bad: NonNegativeInt
+    loss: float
+    concepts_used: NonNegativeInt
+
+
+_NONE = Progress(steps=0, maskless=0, bad=0, loss=0.0, concepts_used=0)
 
 
 def _state_tensors(model: PixelCLIP) -> dict[str, Tensor]:
@@ -57,21 +60,33 @@ def save_state(path: Path, model: PixelCLIP, optimizer: torch.optim.AdamW, done:
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
             tensors[f"optimizer.{key}.{names[id(parameter)]}"] = value.detach().cpu().contiguous()
-    write_tensors(path, tensors, metadata={"done": json.dumps(asdict(done))})
+    write_tensors(path, tensors, metadata={"done": done.model_dump_json()})
 
 
 @torch.no_grad()
 def load_state(path: Path, model: PixelCLIP, optimizer: torch.optim.AdamW, group: ProcessGroup = SINGLE_PROCESS) -> Progress:
     """Load the state on the main process, broadcast it to all ranks and restore it.
 
-    Return `Progress()` if `path` does not exist.
+    Without a file at `path` the progress is that of no step.
+
+    Raises:
+        ValueError: the file is damaged or of another model.
     """
     done: Progress
-    done, tensors = group.broadcast_object(_read(path) if group.is_main and path.is_file() else (Progress(), {}))
+    done, tensors = group.broadcast_object(_read(path) if group.is_main and path.is_file() else (_NONE, {}))
     if not tensors:
-        return Progress()
+        return _NONE
     names = {}
-    for name, tensor in _state_tensors(model).items():
+    state_tensors = _state_tensors(model)
+    expected = dict(state_tensors)
+    for name in state_tensors.keys() & {key.split(".", 2)[-1] for key in tensors}:  # with a state of the optimizer
+        moments = {f"optimizer.{key}.{name}": state_tensors[name] for key in ("exp_avg", "exp_avg_sq")}
+        expected |= moments | {f"optimizer.step.{name}": torch.zeros(())}
+    try:
+        check_fit(tensors, expected)
+    except ValueError as error:
+        raise ValueError(f"{path}: does not fit the settings: {error}") from None
+    for name, tensor in state_tensors.items():
         tensor.copy_(tensors[name])
         names[id(tensor)] = name
     for param_group in optimizer.param_groups:
@@ -88,4 +103,5 @@ def load_state(path: Path, model: PixelCLIP, optimizer: torch.optim.AdamW, group
 def _read(path: Path) -> tuple[Progress, dict[str, Tensor]]:
     tensors = read_tensors(path)
     with safe_open(path, framework="pt") as file:
-        return Progress(**json.loads(file.metadata()["done"])), tensors
+        done = (file.metadata() or {}).get("done", "")
+    return Progress(**parse_json(done, f"{path}: done", Progress)), tensors

@@ -15,6 +15,7 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
 from packaging.requirements import Requirement
+from pydantic import BaseModel
 
 import pixelclip
 from pixelclip.inference import serving
@@ -142,13 +143,28 @@ def fetch(uri: str, folder: Path | None = None) -> Path:
 
 def markdown(out: Path) -> str:
     """Format a registration for the KFP page: version, role, reason, and a link to the run."""
-    registration = read_json(out / REGISTRATION)
+    registration = read_registration(out)
     ui, run_id = ui_address(registration["tracking_uri"]), registration["run_id"]
     run = f"[run `{run_id}`]({ui}/#/runs/{run_id})" if ui else f"run `{run_id}`"
     place = ui or registration["tracking_uri"]
     return (
         f"**{registration['model_uri']}** is **{registration['role']}**: {registration['reason']}\n\nMLflow {run} at {place}\n"
     )
+
+
+class _Registration(BaseModel):
+    name: str
+    version: int
+    role: str
+    reason: str
+    run_id: str
+    model_uri: str
+    tracking_uri: str
+
+
+def read_registration(out: Path) -> dict[str, Any]:
+    """Read the `registration.json` of a finished registration; raise ValueError if it is missing or damaged."""
+    return dict(read_json(out / REGISTRATION, _Registration))
 
 
 def _requirements() -> list[str]:

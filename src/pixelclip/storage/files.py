@@ -6,8 +6,13 @@ import os
 import tempfile
 import uuid
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from pixelclip.settings import cut
 
 _IGNORED = {".DS_Store", "Thumbs.db"}
 
@@ -47,18 +52,55 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file.
+def read_json(path: Path, kind: Any = Any) -> Any:
+    """Read a JSON file and check its content, see `parse_json`.
 
     Raises:
-        ValueError: the file is missing or is not JSON.
+        ValueError: as `parse_json`, or the file cannot be read.
     """
     try:
-        return json.loads(path.read_bytes())
+        data = path.read_bytes()
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read as JSON: {error}") from None
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+    return parse_json(data, str(path), kind)
+
+
+def parse_json(data: bytes | str, source: str, kind: Any = Any) -> Any:
+    """Parse a JSON document and check it, so that a damaged file is an error wherever it is read.
+
+    Args:
+        data: the document.
+        source: its origin, for errors.
+        kind: the type of its content, any that pydantic validates. Values are not converted; models allow additional entries.
+
+    Returns:
+        The document as it is.
+
+    Raises:
+        ValueError: it is not JSON or does not fit `kind`; one line with the first wrong entry, its value and what is allowed.
+    """
+    try:
+        document = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{source}: cannot be read as JSON: {error}") from None
+    try:
+        _adapter(kind).validate_python(document, strict=True)
+    except ValidationError as error:
+        fault = error.errors(include_url=False)[0]
+        name = ".".join(str(part) for part in fault["loc"])
+        if fault["type"] == "missing":
+            raise ValueError(f"{source}: entry {cut(name)} is missing") from None
+        message = "Input should be an object" if fault["type"] == "model_type" else fault["msg"].partition("\n")[0]
+        where = f"{name[:200]}: " if name else ""
+        raise ValueError(f"{source}: {where}{message} (found {cut(fault['input'])})") from None
+    return document
+
+
+@cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
 
 
 def files_below(folder: Path) -> list[Path]:

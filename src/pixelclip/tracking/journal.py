@@ -10,11 +10,13 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric
+from pydantic import BaseModel, NonNegativeInt
 
-from pixelclip.storage.files import read_json, write_json
+from pixelclip.storage.files import parse_json, read_json, write_json
 from pixelclip.tracking.server import first_line, request_limits, tracking_uri
 
 CURVES, RUN = "curves.jsonl", "run.json"
@@ -22,6 +24,29 @@ _BATCH = 500  # metrics per request; MLflow accepts 1000
 _SECONDS = 10  # time limit of one request; `deliver` starts no further request after it
 _TIMES_LONGER = 20  # pause after a delivery, relative to its duration: a slow server takes at most 5 % of the training time
 _LONGEST_PAUSE = 300.0
+
+
+class _Point(BaseModel):
+    step: NonNegativeInt
+    time: int
+    metrics: dict[str, float]
+
+
+class _Run(BaseModel):
+    run_id: str
+    tracking_uri: str
+    delivered: NonNegativeInt
+
+
+def read_points(path: Path) -> list[dict[str, Any]]:
+    """Read `curves.jsonl`; an empty list if there is no such file. Raise ValueError with the number of a damaged line."""
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    return [parse_json(line, f"{path}: line {number}", _Point) for number, line in enumerate(lines, 1)]
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """Read `run.json`: `run_id`, `tracking_uri` and `delivered`; raise ValueError if it is missing or damaged."""
+    return dict(read_json(folder / RUN, _Run))
 
 
 class Journal:
@@ -36,18 +61,19 @@ class Journal:
 
     def __init__(self, client: MlflowClient, folder: Path, run_id: str, owned: bool = False) -> None:
         self._client, self._folder, self._run_id = client, folder, run_id
-        lines = _complete_lines(folder / CURVES)
-        state = read_json(folder / RUN) if (folder / RUN).is_file() else {}
+        _remove_incomplete_line(folder / CURVES)
+        points = read_points(folder / CURVES)
+        state = read_run(folder) if (folder / RUN).is_file() else {}
         same_run = state.get("run_id") == run_id and state.get("tracking_uri") == tracking_uri()
         self._owned = bool(state.get("owned")) if same_run else owned
-        self._num_delivered = min(int(state["delivered"]), len(lines)) if same_run else 0
-        self._last_step = json.loads(lines[-1])["step"] if lines else -1
-        self.curves: set[str] = set(json.loads(lines[-1])["metrics"]) if lines else set()
+        self._num_delivered = min(state["delivered"], len(points)) if same_run else 0
+        self._last_step = points[-1]["step"] if points else -1
+        self.curves: set[str] = set(points[-1]["metrics"]) if points else set()
         """Names of the metrics of the last point."""
         self._server_steps: dict[str, int] = {}  # last step of each curve on the server
         self._pause, self._next_attempt = 0.0, 0.0
-        self.points = lines[self._num_delivered :]
-        """Undelivered points, as JSON."""
+        self.points = points[self._num_delivered :]
+        """Undelivered points, each with `step`, `time` in milliseconds and `metrics`."""
         self.requests: list[Callable[[], None]] = []
         """Other undelivered requests. They are lost when the process ends."""
         self.error = ""
@@ -63,10 +89,10 @@ class Journal:
         """Append one point to every curve, unless the journal already has this step (after a resume)."""
         if step <= self._last_step:
             return
-        line = json.dumps({"step": step, "time": int(time.time() * 1000), "metrics": dict(metrics)})
+        point = {"step": step, "time": int(time.time() * 1000), "metrics": dict(metrics)}
         with (self._folder / CURVES).open("a") as file:
-            file.write(line + "\n")
-        self.points.append(line)
+            file.write(json.dumps(point) + "\n")
+        self.points.append(point)
         self._last_step, self.curves = step, set(metrics)
 
     def deliver(self) -> None:
@@ -109,8 +135,7 @@ class Journal:
     def _send_points(self) -> None:
         metrics: list[Metric] = []
         count = 0
-        for line in self.points:
-            point = json.loads(line)
+        for point in self.points:
             if metrics and len(metrics) + len(point["metrics"]) > _BATCH:
                 break
             metrics += [Metric(name, value, point["time"], point["step"]) for name, value in point["metrics"].items()]
@@ -135,13 +160,9 @@ class Journal:
             write_json(self._folder / RUN, state)
 
 
-def _complete_lines(path: Path) -> list[str]:
-    """Read the complete lines of a journal; remove an incomplete last line, left by a killed process."""
-    if not path.is_file():
-        return []
-    content = path.read_text()
-    lines = content.splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()
-        path.write_text("".join(lines))
-    return [line.rstrip("\n") for line in lines]
+def _remove_incomplete_line(path: Path) -> None:
+    """Remove an incomplete last line of a journal, left by a killed process."""
+    content = path.read_bytes() if path.is_file() else b""
+    complete = content[: content.rfind(b"\n") + 1]
+    if complete != content:
+        path.write_bytes(complete)

@@ -18,8 +18,7 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunT
 from mlflow.exceptions import MlflowException
 from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH, MAX_TAG_VAL_LENGTH
 
-from pixelclip.storage.files import read_json
-from pixelclip.tracking.journal import CURVES, RUN, Journal
+from pixelclip.tracking.journal import CURVES, RUN, Journal, read_run
 from pixelclip.tracking.server import connect, experiment_id, first_line, is_missing, request_limits, run_url, tracking_uri
 from pixelclip.workflow.provenance import data, flatten, source
 from pixelclip.workflow.provenance import tags as tags_of
@@ -232,7 +231,7 @@ def _existing(client: MlflowClient, folder: Path) -> str | None:
     if not (folder / RUN).is_file():
         return None
     try:
-        info = client.get_run(read_json(folder / RUN)["run_id"]).info
+        info = client.get_run(read_run(folder)["run_id"]).info
     except MlflowException as error:
         if is_missing(error):
             return None
@@ -249,7 +248,7 @@ def _resumed(folder: Path) -> tuple[MlflowClient, str | None]:
 
     If the server later has no such run, the next stage delivers all curves to a new one.
     """
-    state = read_json(folder / RUN) if (folder / RUN).is_file() else {}
+    state = read_run(folder) if (folder / RUN).is_file() else {}
     client = None
     try:
         client = connect()

@@ -1,25 +1,37 @@
 """Write a self-contained report.html: images with CLIP, PixelCLIP and truth, IoU per class, loss curve, concept gallery."""
 
 import base64
-import json
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import jinja2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
+from pydantic import BaseModel, Field
 
 from pixelclip.data.images import colour_labels, encode_jpeg, fitted, palette
 from pixelclip.storage.files import read_json, write_atomically
-from pixelclip.tracking.journal import CURVES
+from pixelclip.tracking.journal import CURVES, read_points
 from pixelclip.visualization.pictures import GALLERY
-from pixelclip.workflow.provenance import flatten
+from pixelclip.workflow.provenance import flatten, read_provenance
 from pixelclip.workflow.stage import PROVENANCE, Metrics
 
 _PICTURE = (320, 1280)  # maximum width and height of a picture
+
+
+class _Picture(BaseModel):
+    file: str
+    cosine: float
+    box: Annotated[list[int], Field(min_length=4, max_length=4)] | None = None
+
+
+class _Concept(BaseModel):
+    concept: int
+    masks: int
+    best: list[_Picture]
 
 
 @dataclass(frozen=True)
@@ -59,7 +71,7 @@ def write_report(
     """
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     source = resources.files("pixelclip").joinpath("assets/report.html.j2").read_text(encoding="utf-8")
-    provenance = read_json(model / PROVENANCE)
+    provenance = read_provenance(model / PROVENANCE)
     page = template.from_string(source).render(
         name=name,
         protocol=protocol,
@@ -101,7 +113,7 @@ def _curve(path: Path) -> dict[str, Any] | None:
     """Scale the loss curve to the points of a 600 x 180 drawing."""
     if not path.is_file():
         return None
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = read_points(path)
     points = [(line["step"], line["metrics"]["train/loss"]) for line in lines if "train/loss" in line["metrics"]]
     if len(points) < 2:
         return None
@@ -115,7 +127,7 @@ def _curve(path: Path) -> dict[str, Any] | None:
 def _gallery(model: Path, words: list[list[tuple[str, float]]]) -> list[dict[str, Any]]:
     if not (model / GALLERY).is_file():
         return []
-    entries = read_json(model / GALLERY)
+    entries = read_json(model / GALLERY, list[_Concept])
     names = {best["file"] for entry in entries for best in entry["best"]}
     files = {name: Image.open(model / name).convert("RGB") for name in names if (model / name).is_file()}
     concepts = []

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from pixelclip.storage import cache, s3
 from pixelclip.storage.download import local_copy
-from pixelclip.storage.files import read_json
 from pixelclip.storage.upload import upload_folder
+from pixelclip.workflow.provenance import read_provenance
 from pixelclip.workflow.stage import METRICS, PROVENANCE
 
 
@@ -47,7 +47,7 @@ def output_folder(out: str) -> Iterator[Path]:
     elif others := [name for name in existing if not (folder / name).is_file()]:
         raise ValueError(f"{out}: contains {others[0]}, which no finished stage of pixelclip wrote; choose a new prefix")
     yield folder
-    if finished and read_json(folder / PROVENANCE) == read_json(local_copy(f"{out}/{PROVENANCE}")):
+    if finished and read_provenance(folder / PROVENANCE) == read_provenance(local_copy(f"{out}/{PROVENANCE}")):
         return
     upload_folder(folder, out, last=PROVENANCE)
     shutil.rmtree(folder.parent)

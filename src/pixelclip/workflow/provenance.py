@@ -5,13 +5,50 @@ A stage's provenance contains that of every input that a stage wrote. A stage th
 """
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from pixelclip import __version__
+from pixelclip.storage.files import read_json
 from pixelclip.workflow.code_version import code_image, code_revision
 
 WEIGHTS = ("model", "clip", "dino", "weights")
 """Inputs that are models, not data."""
+
+
+class _Digest(BaseModel):
+    md5: str
+    num_files: int
+    size: int
+
+
+class _Input(_Digest):
+    path: str
+    provenance: "_Provenance | None" = None
+
+
+class _Provenance(BaseModel):
+    stage: str
+    settings: dict[str, Any]
+    inputs: dict[str, _Input]
+    version: str
+    revision: str
+    source: dict[str, Any] | None = None
+
+
+class _Finished(_Provenance):
+    output: _Digest
+
+
+def read_provenance(file: Path) -> dict[str, Any]:
+    """Read the `provenance.json` of a finished stage.
+
+    Raises:
+        ValueError: the file is missing or damaged.
+    """
+    return dict(read_json(file, _Finished))
 
 
 def chain(provenance: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

@@ -17,13 +17,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from pydantic import BaseModel
+from pydantic import BaseModel, FiniteFloat
 
 from pixelclip import __version__
 from pixelclip.config import lasting
 from pixelclip.storage.cache import origin
 from pixelclip.storage.files import digest, files_below, read_json, write_json
 from pixelclip.workflow.code_version import code_image, code_revision
+from pixelclip.workflow.provenance import read_provenance
 from pixelclip.workflow.termination import Terminated, terminable
 
 Metrics = dict[str, float]
@@ -75,11 +76,11 @@ class Stage:
 
     def reuse(self) -> Metrics:
         """Return the metrics of the finished result; print that it is reused, and the code that wrote it."""
-        recorded = read_json(self.out / PROVENANCE)
+        recorded = read_provenance(self.out / PROVENANCE)
         written_by, current = _code(recorded), _code({"version": __version__, "revision": code_revision()})
         reason = "same inputs and settings" if written_by == current else f"written by {written_by}; this is {current}"
         print(f"{self.name}: reused {_short(self.out)} ({reason})", flush=True)
-        return dict(read_json(self.out / METRICS))
+        return read_metrics(self.out)
 
     def __enter__(self) -> Self:
         siblings, resumed = self._siblings(), self.folder.is_dir()
@@ -176,7 +177,7 @@ class Stage:
             return
         if not (self.out / PROVENANCE).is_file():
             raise ValueError(f"{self.out}: contains files that pixelclip did not create; choose an empty or new folder")
-        recorded = read_json(self.out / PROVENANCE)
+        recorded = read_provenance(self.out / PROVENANCE)
         if difference := self._difference(recorded):
             raise ValueError(
                 f"{self.out}: contains a finished result of stage {recorded.get('stage')!r} with different inputs or settings "
@@ -220,10 +221,16 @@ def describe(path: Path) -> dict[str, Any]:
     """
     location = {"path": origin(path)}
     if (path / PROVENANCE).is_file():
-        provenance = read_json(path / PROVENANCE)
-        if isinstance(provenance, dict) and isinstance(provenance.get("output"), dict):  # otherwise no stage wrote it
+        document = read_json(path / PROVENANCE)
+        if isinstance(document, dict) and document.keys() & {"fingerprint", "output"}:  # otherwise no stage wrote it
+            provenance = read_provenance(path / PROVENANCE)
             return {**location, **provenance["output"], "provenance": provenance}
     return {**location, **digest(path)}
+
+
+def read_metrics(folder: Path) -> Metrics:
+    """Read the metrics of a finished stage; raise ValueError if the file is missing or damaged."""
+    return dict(read_json(folder / METRICS, dict[str, FiniteFloat]))
 
 
 def _short(path: Path) -> str:
