@@ -36,6 +36,7 @@ class _Run(BaseModel):
     run_id: str
     tracking_uri: str
     delivered: NonNegativeInt
+    owned: bool = False
 
 
 def read_points(path: Path) -> list[dict[str, Any]]:

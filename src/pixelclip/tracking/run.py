@@ -240,7 +240,7 @@ def _existing(client: MlflowClient, folder: Path) -> str | None:
 
 
 def _owned(folder: Path) -> bool:
-    return bool(read_json(folder / RUN).get("owned"))
+    return bool(read_run(folder).get("owned"))
 
 
 def _resumed(folder: Path) -> tuple[MlflowClient, str | None]:
