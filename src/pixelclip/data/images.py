@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff")
+_PNG = b"\x89PNG\r\n\x1a\n"
 
 # Pillow warns above 89 megapixels and fails above 179, process-wide. A user's own scans and aerial images may be larger;
 # untrusted images are checked by their header before decoding (`max_pixels`).
@@ -29,6 +30,12 @@ def decode_image(data: bytes, max_pixels: int | None = None, shrink: int = 1) ->
         ValueError: the image is unreadable, truncated or too large, or its 16-bit colours use at most 12 bits, of which
             Pillow would keep the upper 4.
     """
+    if data.startswith(_PNG):
+        with _opened(data) as image:
+            image.verify()  # load() does not compare the checksums of the pixels
+    if data.startswith(_PNG):
+        with _opened(data) as image:
+            image.verify()  # load() does not compare the checksums of the pixels
     with _opened(data) as image:
         too_large = max_pixels is not None and image.width * image.height > max_pixels
         if not too_large:
