@@ -15,7 +15,8 @@ import pytest
 import torch
 from mlflow import MlflowClient
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from helpers import fake_data, random_dino, tiny, training
 from helpers.training import Killed, kill_at, losses
@@ -92,6 +93,27 @@ def test_killed_training_resumes_with_identical_losses(shards, config, tmp_path,
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "broken"))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_damaged_training_state_is_named(shards, config, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        kill_at(2, patch)
+        with pytest.raises(Killed):
+            train.run(shards, tmp_path / "out", config())
+    (state,) = tmp_path.glob(".out.*.partial/state.safetensors")
+    with safe_open(state, framework="pt") as file:
+        whole = json.loads(file.metadata()["done"])
+    tensors, tokens = load_file(state), "prompts.tokens"
+    moment = f"optimizer.exp_avg.{tokens}"
+    for done, kept, message in (
+        ({}, tensors, r"done: entry 'steps' is missing"),
+        (whole | {"steps": -1}, tensors, r"done: steps: Input should be greater than or equal to 0 \(found -1\)"),
+        (whole, tensors | {tokens: torch.zeros(1)}, rf"does not fit the settings: of a different shape: {tokens}"),
+        (whole, {name: kept for name, kept in tensors.items() if name != moment}, rf".*missing: {moment}"),
+    ):
+        save_file(kept, state, metadata={"done": json.dumps(done)})
+        with pytest.raises(ValueError, match=rf"/state\.safetensors: {message}"):
+            train.run(shards, tmp_path / "out", config())
 
 
 @pytest.mark.parametrize(("number", "update"), [(signal.SIGTERM, 0), (signal.SIGINT, 2), (signal.SIGTERM, 5)])

@@ -311,3 +311,15 @@ def test_write_error_names_the_file(tmp_path):
     assert (error.value.errno, error.value.filename) == (errno.EFBIG, str(tmp_path / "model.safetensors"))
     with pytest.raises(FileNotFoundError, match=r"nowhere/model\.safetensors"):
         write_tensors(tmp_path / "nowhere" / "model.safetensors", {"a": torch.zeros(1)})
+
+
+@pytest.mark.parametrize(
+    ("section", "entry", "value"),
+    [("vision_cfg", "layers", 10**5), ("text_cfg", "layers", 10**5), ("vision_cfg", "width", 10**5)],
+)
+@pytest.mark.timeout(20)
+def test_config_of_a_much_larger_model_is_rejected_before_it_is_built(model_folder, section, entry, value):
+    config = {**tiny.CLIP_CONFIG, section: {**tiny.CLIP_CONFIG[section], entry: value}}
+    change_config(model_folder, model_cfg=config)
+    with pytest.raises(ValueError, match=rf"config\.json: model_cfg\.{section}\.layers 100000|does not fit config\.json"):
+        load_model(model_folder)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff")
+_PNG = b"\x89PNG\r\n\x1a\n"
 
 MAX_PIXELS = "PIXELCLIP_MAX_PIXELS"
 """Environment variable with the maximum number of pixels of an image that is decoded."""
@@ -39,6 +40,9 @@ def decode_image(data: bytes, max_pixels: int | None = None, shrink: int = 1) ->
             Pillow would keep the upper 4.
     """
     limit = _limit() if max_pixels is None else max_pixels
+    if data.startswith(_PNG):
+        with _opened(data) as image:
+            image.verify()  # load() does not compare the checksums of the pixels
     with _opened(data) as image:
         width, height = _decoded_size(image)
         too_large = width * height > limit

@@ -221,7 +221,7 @@ def read_npz(path: Path, expected: Iterable[str] = ()) -> dict[str, NDArray[Any]
             files = {name.removesuffix(".npy"): io.BytesIO(archive.read(name)) for name in archive.namelist()}
         arrays = {name: np.lib.format.read_array(file, allow_pickle=False) for name, file in files.items()}
     except Exception as error:  # of zipfile, zlib and numpy, many kinds for damaged files
-        raise ValueError(f"{path}: cannot be read as .npz: {error}") from None
+        raise ValueError(f"{path}: cannot be read as .npz: {str(error)[:200]}") from None
     if missing := [name for name in expected if name not in arrays]:
         raise ValueError(f"{path}: array {missing[0]!r} is missing, found {', '.join(arrays) or 'none'}")
     return arrays

@@ -172,14 +172,20 @@ def load_model(folder: Path) -> Model:
     config = read_config(folder)
     cfg, mean, std = config["model_cfg"], tuple(config["mean"]), tuple(config["std"])
     tensors = read_tensors(folder / WEIGHTS)
+    weights = _with_prefix(tensors, "clip.")
+    for section in ("vision_cfg", "text_cfg"):
+        if isinstance(layers := cfg[section].get("layers"), int) and layers > len(weights):  # would be built for hours
+            raise ValueError(f"{folder / CONFIG}: model_cfg.{section}.layers {layers}: {WEIGHTS} has {len(weights)} tensors")
     try:
-        model = build_clip(cfg)
+        with torch.device("meta"):  # nothing is allocated before the shapes are known to fit
+            expected = build_clip(cfg).state_dict()
     except Exception as error:  # open_clip raises all types of exceptions for invalid values
         reason = f"entry {error} is missing" if isinstance(error, KeyError) else str(error).partition("\n")[0]
         raise ValueError(f"{folder / CONFIG}: model_cfg: open_clip cannot build a CLIP from it: {reason}") from None
-    tokenizer, weights = load_tokenizer(cfg["text_cfg"], folder), _with_prefix(tensors, "clip.")
+    tokenizer = load_tokenizer(cfg["text_cfg"], folder)
     try:
-        check_fit(weights, model.state_dict())
+        check_fit(weights, expected)
+        model = build_clip(cfg)
         model.load_state_dict(weights)  # before the prompts, whose fixed words it embeds
         clip = Clip(model.eval(), cfg, mean, std, tokenizer)
         prompts = load_prompts(_with_prefix(tensors, "prompts."), clip.text_tower(), config["templates"])

@@ -10,11 +10,11 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric
-from pydantic import BaseModel, NonNegativeInt
+from pydantic import BaseModel, Field, FiniteFloat, NonNegativeInt
 
 from pixelclip.storage.files import parse_json, read_json, write_json
 from pixelclip.tracking.server import first_line, request_limits, tracking_uri
@@ -27,9 +27,9 @@ _LONGEST_PAUSE = 300.0
 
 
 class _Point(BaseModel):
-    step: NonNegativeInt
-    time: int
-    metrics: dict[str, float]
+    step: Annotated[int, Field(ge=1, lt=2**63)]  # as in MLflow's database
+    time: Annotated[int, Field(ge=0, lt=2**63)]
+    metrics: dict[str, FiniteFloat]
 
 
 class _Run(BaseModel):
