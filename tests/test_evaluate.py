@@ -199,7 +199,7 @@ def test_label_map_without_an_image_fails_or_is_reported(made, client, tmp_path,
 def test_class_that_never_occurs_is_a_warning(made, client, tmp_path, capsys):
     labelled = tiny.labelled_set(tmp_path / "labelled", images=2, classes=["sky", "grass"])
     run(made / "changed", labelled, tmp_path / "out", CONFIG)
-    warning = "evaluate: WARNING: 1 of 2 classes in classes.txt never occurs in the label maps: grass"
+    warning = "evaluate: WARNING: 1 of 2 classes never occurs in the label maps: grass"
     reason = "; if the maps hold 0 and 255 (which is ignored), write 1 for the second class"
     assert warning + reason in capsys.readouterr().out
     labels = np.tile(np.arange(2, dtype=np.uint8), (20, 20))
