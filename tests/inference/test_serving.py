@@ -255,7 +255,6 @@ def peak_memory(group: int) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.services
 def test_memory_of_the_server_is_bounded_by_two_images(logged, folder, tmp_path):
     """200 requests at once: 50 bombs of 400 megapixels, 50 images above the limit, 50 of 16 megapixels, 50 small ones."""
     names, small, large = ["dog, puppy", "grass", "sky"], photo(50, 30, 0), photo(4000, 4000, 1)
