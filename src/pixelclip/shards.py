@@ -8,7 +8,15 @@ from pathlib import Path
 from PIL import Image
 
 from pixelclip.config import ShardsConfig
-from pixelclip.data.images import IMAGE_SUFFIXES, check_not_turned, decode_image, encode_jpeg, to_rgb, turn_upright
+from pixelclip.data.images import (
+    IMAGE_SUFFIXES,
+    check_upright,
+    decode_image,
+    encode_jpeg,
+    file_orientation,
+    to_rgb,
+    turn_upright,
+)
 from pixelclip.data.shard_format import ShardWriter
 from pixelclip.storage.download import local_path
 from pixelclip.storage.files import files_below
@@ -90,7 +98,7 @@ def _samples(root: Path, paths: list[Path], config: ShardsConfig, bad: BadSample
             members = [(f"{key}.jpg", _as_jpeg(data, config))]
             annotation = path.with_suffix(".json")
             if annotation.is_file():
-                check_not_turned(data, "masks")
+                check_upright(file_orientation(data), "masks")
                 members.append((f"{key}.json", annotation.read_bytes()))
         except (OSError, ValueError) as error:
             bad.add(str(path), str(error))

@@ -16,6 +16,7 @@ from pixelclip.data.images import (
     colour_labels,
     decode_image,
     encode_jpeg,
+    file_orientation,
     image_size,
     open_image,
     palette,
@@ -99,6 +100,8 @@ def test_allowed_formats_are_decoded(kind: str) -> None:
 def test_limit_of_the_environment_guards_every_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"^image: 15812 x 15812 pixels; at most 250000000 .*\(PIXELCLIP_MAX_PIXELS\)$"):
         decode_image(huge(15_812))
+    with pytest.raises(ValueError, match=r"^image: 15812 x 15812 pixels"):
+        file_orientation(huge(15_812))  # for which Pillow would decode a PNG
     (tmp_path / "a.png").write_bytes(encoded(pixels(8, 9), "PNG"))
     monkeypatch.setenv(MAX_PIXELS, "71")
     message = r"a\.png: image: 9 x 8 pixels; at most 71 are allowed \(PIXELCLIP_MAX_PIXELS\)$"

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from pixelclip.data.annotations import parse_annotation
-from pixelclip.data.images import check_not_turned, decode_image, exif_orientation, to_rgb, turn_upright
+from pixelclip.data.images import check_upright, decode_image, orientation_of, to_rgb, turn_upright
 from pixelclip.data.images import image_size as header_size
 from pixelclip.data.rle import RunMasks
 from pixelclip.data.shard_format import index_shard, read_part
@@ -152,14 +152,16 @@ class MaskedImages(Dataset[TrainingSample | str]):
         path = self.shards[shard]
         try:
             data = read_part(path, image_offset, image_size)
-            if self.masked:
-                check_not_turned(data, "masks")
-            elif exif_orientation(data) != 1:
-                image = to_rgb(turn_upright(decode_image(data)))
-                return image, RunMasks.whole(image.size[::-1]), 1
             size = header_size(data)
             factor = shrink_factor(size, self.views) if for_crop else 1
-            image = to_rgb(decode_image(data, shrink=factor))
+            decoded = decode_image(data, shrink=factor)
+            turn = orientation_of(decoded)
+            if self.masked:
+                check_upright(turn, "masks")
+            elif turn != 1:
+                image = to_rgb(turn_upright(decode_image(data)))
+                return image, RunMasks.whole(image.size[::-1]), 1
+            image = to_rgb(decoded)
             shrunk = factor if image.size != size else 1  # only JPEGs are shrunk
             if not self.masked:
                 return image, RunMasks.whole(size[::-1]), shrunk

@@ -92,33 +92,32 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
         raise ValueError(f"unreadable image: {reason}") from None
 
 
-def check_not_turned(data: bytes, beside: str) -> None:
-    """Reject an image file that its EXIF orientation turns or mirrors: what is stored beside it may fit either version.
+def check_upright(turn: int, beside: str) -> None:
+    """Reject an image that its EXIF orientation turns or mirrors: what is stored beside it may fit either version.
 
     Args:
-        data: an image file.
-        beside: what is stored beside it, for the error.
+        turn: EXIF orientation.
+        beside: what is stored beside the image, for the error.
 
     Raises:
-        ValueError: it has such an orientation, or is unreadable.
+        ValueError: the orientation is not 1.
     """
-    _check_upright(exif_orientation(data), beside)
-
-
-def exif_orientation(data: bytes) -> int:
-    """Read the EXIF orientation of an image file, 1 (upright) to 8; raise ValueError if unreadable."""
-    with _opened(data) as image:
-        return _orientation(image)
-
-
-def _orientation(image: Image.Image) -> int:
-    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    return int(orientation) if orientation in range(1, 9) else 1
-
-
-def _check_upright(turn: int, beside: str) -> None:
     if turn != 1:
         raise ValueError(f"EXIF orientation {turn} turns this image, but not its {beside}; store the pixels upright")
+
+
+def file_orientation(data: bytes) -> int:
+    """Return the EXIF orientation of an image file, from its header if possible; raise ValueError like `decode_image`."""
+    with _opened(data) as image:
+        if image.format != "PNG":
+            return orientation_of(image)
+    return orientation_of(decode_image(data))  # Pillow decodes a PNG to find EXIF data, which may follow the pixels
+
+
+def orientation_of(image: Image.Image) -> int:
+    """Return the EXIF orientation of a decoded image, 1 (upright) to 8."""
+    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return int(orientation) if orientation in range(1, 9) else 1
 
 
 def turn_upright(image: Image.Image) -> Image.Image:
@@ -164,10 +163,10 @@ def open_image(path: Path, beside: str = "") -> Image.Image:
     try:
         data = path.read_bytes()
         image = decode_image(data)
-        turn = _orientation(image) if beside else 1
+        turn = orientation_of(image) if beside else 1
         upright = turn_upright(image)
         if upright.size == image.size:
-            _check_upright(turn, beside)
+            check_upright(turn, beside)
         return to_rgb(upright)
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: {getattr(error, 'strerror', error)}") from None

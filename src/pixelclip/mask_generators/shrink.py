@@ -7,10 +7,10 @@ from PIL import Image
 from pixelclip.data.annotations import annotate, parse_annotation
 from pixelclip.data.images import (
     cell_centres,
-    check_not_turned,
+    check_upright,
     decode_image,
     encode_jpeg,
-    exif_orientation,
+    file_orientation,
     to_rgb,
     turn_upright,
 )
@@ -26,14 +26,14 @@ def shrink_sample(sample: EncodedSample, shortest_edge: int, quality: int) -> En
         ValueError: the image or the JSON cannot be read, or EXIF data turn an image with masks.
     """
     key, data, annotation = sample
+    turn = file_orientation(data)
     if annotation:
-        check_not_turned(data, "masks")
-    turned = exif_orientation(data) != 1
-    if not (shortest_edge or turned):
+        check_upright(turn, "masks")
+    if not shortest_edge and turn == 1:
         return sample
     image = to_rgb(turn_upright(decode_image(data)))
     if not shortest_edge or min(image.size) <= shortest_edge:
-        return EncodedSample(key, encode_jpeg(image, quality), b"") if turned else sample
+        return EncodedSample(key, encode_jpeg(image, quality), b"") if turn != 1 else sample
     scale = shortest_edge / min(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     if annotation:
