@@ -22,6 +22,7 @@ from PIL import Image
 from helpers import tiny
 from helpers.artifact_server import slow_artifacts
 from helpers.registrations import evaluation, evaluation_of
+from helpers.training import Killed
 from pixelclip.config import RegisterConfig
 from pixelclip.inference.predictor import Predictor
 from pixelclip.models.checkpoint import load_model
@@ -420,10 +421,6 @@ def test_damaged_evaluation_names_the_file(made, client, tmp_path, name, content
     with pytest.raises(ValueError, match=rf"^\S+evaluation/{name}: {message}$"):
         run(made / "model1", evaluated, tmp_path / "out", CONFIG)
     assert versions(client) == [1]
-
-
-class Killed(BaseException):
-    """Nothing in the code catches it, as if the process were killed."""
 
 
 REQUESTS = {

@@ -16,7 +16,8 @@ import pytest
 from mlflow import MlflowClient
 
 from helpers import faults
-from helpers.stage_server import StageServer, shared_memory, wait_until
+from helpers.processes import wait_until
+from helpers.stage_server import StageServer, shared_memory
 from pixelclip.storage.files import read_json
 
 pytestmark = [

@@ -9,12 +9,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+from helpers.processes import living, wait_until
 
 SHARED_MEMORY = Path("/dev/shm")
 
@@ -78,26 +79,7 @@ class Command:
 
     def processes(self) -> list[int]:
         """Return all living processes of its session."""
-        pids = [int(path.name) for path in Path("/proc").glob("[0-9]*")]
-        return [pid for pid in pids if _session(pid) == self.pid]
-
-
-def _session(pid: int) -> int | None:
-    try:
-        state, _, _, session = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:4]
-    except OSError:
-        return None
-    return None if state == "Z" else int(session)
-
-
-def wait_until(condition: Callable[[], object], seconds: float) -> bool:
-    """Wait for a condition; return whether it came true."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.02)
-    return bool(condition())
+        return living(self.pid)
 
 
 def shared_memory() -> set[str]:

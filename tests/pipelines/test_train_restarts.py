@@ -17,6 +17,7 @@ from mlflow import MlflowClient
 
 from helpers import kfp_steps, tiny, training
 from helpers.json_server import JsonHandler, served
+from helpers.processes import wait_until
 from pixelclip.config import TrainConfig
 from pixelclip.tracking.run import PIPELINE_RUN
 from pixelclip_pipelines import supervisor
@@ -42,10 +43,7 @@ def workers(out: Path) -> dict[int, int]:
 
 
 def wait_for(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + LIMIT
-    while not condition():
-        assert time.monotonic() < deadline, "the training did not get there"
-        time.sleep(0.01)
+    assert wait_until(condition, LIMIT), "the training did not get there"
 
 
 def steps_of(folder: Path) -> list[int]:

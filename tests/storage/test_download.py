@@ -9,7 +9,6 @@ import struct
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,6 +19,7 @@ from urllib.request import Request, urlopen
 import boto3
 import pytest
 
+from helpers.processes import wait_until
 from pixelclip.storage import s3
 from pixelclip.storage.download import local_copy
 
@@ -371,17 +371,10 @@ def downloading(url: str) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-c", code, url], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
 
 
-def wait_until(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.01)
-
-
 def test_only_one_of_several_processes_downloads(server: Served) -> None:
     server.pause.clear()
     with downloading(server.url()) as first:
-        wait_until(lambda: server.gets)
+        assert wait_until(lambda: server.gets)
         with downloading(server.url()) as second:
             assert second.stdout is not None
             assert "waiting for another process" in second.stdout.readline()
@@ -401,7 +394,7 @@ def test_only_one_of_several_threads_downloads(server: Served) -> None:
 def test_next_process_resumes_a_killed_download(server: Served, cache: Path) -> None:
     server.pause.clear()
     with downloading(server.url()) as process:
-        wait_until(lambda: [path for path in unfinished(cache) if path.stat().st_size])
+        assert wait_until(lambda: [path for path in unfinished(cache) if path.stat().st_size])
         process.kill()
     received = unfinished(cache)[0].stat().st_size
     server.pause.set()

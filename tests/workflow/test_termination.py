@@ -5,12 +5,11 @@ import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from helpers.processes import living, session_of, wait_until
 from pixelclip.workflow import termination
 from pixelclip.workflow.termination import Terminated, deferred, terminable
 
@@ -99,20 +98,6 @@ if __name__ == "__main__":
 """
 
 
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 20.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return condition()
-
-
 def start(tmp_path: Path) -> tuple["subprocess.Popen[str]", list[int]]:
     (tmp_path / "workers.py").write_text(WORKERS)
     words = [sys.executable, str(tmp_path / "workers.py")]
@@ -125,25 +110,17 @@ def test_workers_end_when_their_parent_is_killed(tmp_path):
     process, pids = start(tmp_path)
     with process:
         process.kill()
-    assert wait_until(lambda: not any(map(alive, pids)))
+    assert wait_until(lambda: not any(map(session_of, pids)))
 
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_workers_and_their_server_survive_a_signal_to_the_whole_group(tmp_path, number):
     process, pids = start(tmp_path)
-    others = [int(path.name) for path in Path("/proc").glob("[0-9]*") if in_session(int(path.name), process.pid)]
     with process:
-        for pid in others:
+        for pid in living(process.pid):
             if pid != process.pid:
                 os.kill(pid, number)
         assert process.stdout
         assert process.stdout.readline() == "3\n"
-        assert all(map(alive, pids))
+        assert all(map(session_of, pids))
         process.kill()
-
-
-def in_session(pid: int, session: int) -> bool:
-    try:
-        return os.getsid(pid) == session
-    except OSError:
-        return False
