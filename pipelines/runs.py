@@ -13,7 +13,7 @@ import kfp_server_api
 
 from pixelclip_pipelines.pods import waiting_reason
 from pixelclip_pipelines.run_steps import FINAL, Attempt, Step, steps_of, time_of, workflow_of
-from pixelclip_pipelines.submit import Target, connected
+from pixelclip_pipelines.submit import Target, connected, one_line
 
 EXIT_CODES = {"SUCCEEDED": 0, "SKIPPED": 0, "FAILED": 1, "CANCELED": 1, "CANCELLED": 1}
 """Exit code of `status` by KFP's state of the run; `RUNNING` for every other state."""
@@ -58,7 +58,7 @@ def status(target: Target, run_id: str, now: datetime | None = None) -> Status:
         start = time_of(run.answer.get("created_at"))
         end = time_of(run.answer.get("finished_at")) or (None if state in EXIT_CODES else now)
         title = f"run {run_id}{' (terminated)' if run.terminated and state in FINAL else ''}"
-        reason = _first_line((run.answer.get("error") or {}).get("message"))
+        reason = one_line((run.answer.get("error") or {}).get("message"))
         lines.append(f"{_columns(state, start, end)}{title}{f': {reason}' if reason else ''}")
         lines.append(f"KFP: {page}/#/runs/details/{run_id}")
         if url := run.mlflow_url(cluster.mlflow_ui):
@@ -250,7 +250,3 @@ def last_line(log: str) -> str:
 def _columns(state: str, start: datetime | None, end: datetime | None) -> str:
     duration = str(end - start).partition(".")[0] if start and end and end >= start else ""
     return f"{state:<10} {duration:>9}  "
-
-
-def _first_line(text: Any) -> str:
-    return (str(text or "").strip().splitlines() or [""])[0][:300]

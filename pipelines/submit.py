@@ -158,7 +158,7 @@ def connected(target: Target) -> Iterator[tuple[kfp.Client, Cluster, str]]:
             yield client, cluster, os.environ.get("KF_PIPELINES_UI_ENDPOINT", endpoint).rstrip("/")
     except kfp_server_api.ApiException as error:
         raise ValueError(
-            f"KFP at {endpoint} rejected the request ({error.status} {error.reason}): {_first_line(error.body)}"
+            f"KFP at {endpoint} rejected the request ({error.status} {error.reason}): {one_line(error.body)}"
         ) from None
     except HTTPError as error:
         raise ValueError(f"the connection to KFP at {endpoint} failed: {error}") from None
@@ -174,7 +174,7 @@ def health(endpoint: str, timeout: float = 10.0) -> dict[str, Any]:
     try:
         response = requests.get(f"{endpoint.rstrip('/')}/apis/v2beta1/healthz", headers=headers, timeout=timeout)
     except requests.RequestException as error:
-        raise ValueError(f"KFP at {endpoint} cannot be reached: {_first_line(error)}") from None
+        raise ValueError(f"KFP at {endpoint} cannot be reached: {one_line(error)}") from None
     if not response.ok:
         hint = f"; set a token in {TOKEN}" if response.status_code in (401, 403) else ""
         raise ValueError(f"KFP at {endpoint} rejected the request ({response.status_code} {response.reason}){hint}")
@@ -231,6 +231,7 @@ def _interval(every: str) -> int:
     return seconds(every)
 
 
-def _first_line(text: Any) -> str:
+def one_line(text: Any) -> str:
+    """Return the first line of an answer's text or an error, at most 300 characters; empty for None."""
     text = text.decode(errors="replace") if isinstance(text, bytes) else text
     return (str(text or "").strip().splitlines() or [""])[0][:300]

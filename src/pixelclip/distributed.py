@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from pixelclip.config import DEVICES
 from pixelclip.workflow.cpus import count_cpus, count_threads
+from pixelclip.workflow.failures import first_line
 
 _TIMEOUT = timedelta(hours=2)  # ranks wait while the main process reads a terabyte of shards to identify them
 
@@ -132,7 +133,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}; allowed: {DEVICES}") from None
+        raise ValueError(f"device {name!r} cannot be used: {first_line(error)}; allowed: {DEVICES}") from None
     return device
 
 

@@ -20,10 +20,7 @@ from typing import Any, TypeVar, cast
 from PIL import Image
 
 from pixelclip.config import MasksConfig
-from pixelclip.data.images import (
-    decode_image,
-    to_rgb,
-)
+from pixelclip.data.images import decode_image, to_rgb
 from pixelclip.data.shard_format import Member, ShardSummary, ShardWriter, index_shard, read_part
 from pixelclip.data.shard_sources import Shard, describe_shards, list_shards
 from pixelclip.mask_generators import EncodedSample, Generate

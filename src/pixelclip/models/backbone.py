@@ -20,9 +20,8 @@ from pixelclip.models.timm_vit import SUPPORTED, check_timm_vit, dense_timm_vit,
 
 Residual = Literal["cls", "patch"]
 POSITIONS = ("positional_embedding", "pos_embed")
-_POOL = re.compile(r"\.attn_pool\.(?!q\.|latent)")
-"""Parameters of an attention pool that dense features use: all but those of its query."""
 """Names of a ViT's position embedding in open_clip and timm."""
+_POOL = re.compile(r"\.attn_pool\.(?!q\.|latent)")  # of an attention pool all but its query, which dense features do not use
 
 
 def full_precision(x: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from pixelclip.models.tokenizer import TOKENIZER_FILES, FileTokenizer, load_toke
 from pixelclip.models.weights import check_fit
 from pixelclip.settings import nearest
 from pixelclip.storage.files import read_json, write_json
+from pixelclip.workflow.failures import first_line
 from pixelclip.workflow.stage import PROVENANCE
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -180,7 +181,7 @@ def load_model(folder: Path) -> Model:
         with torch.device("meta"):  # nothing is allocated before the shapes are known to fit
             expected = build_clip(cfg).state_dict()
     except Exception as error:  # open_clip raises all types of exceptions for invalid values
-        reason = f"entry {error} is missing" if isinstance(error, KeyError) else str(error).partition("\n")[0]
+        reason = f"entry {error} is missing" if isinstance(error, KeyError) else first_line(error)
         raise ValueError(f"{folder / CONFIG}: model_cfg: open_clip cannot build a CLIP from it: {reason}") from None
     tokenizer = load_tokenizer(cfg["text_cfg"], folder)
     try:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pixelclip.models.hub import cached_or_online
 from pixelclip.models.weights import check_fit, check_tensors, named, read_weights, without_wrappers
+from pixelclip.workflow.failures import first_line
 
 _OPENAI_EXTRAS = ("input_resolution", "context_length", "vocab_size")
 """Sizes that OpenAI's files contain as tensors."""
@@ -104,9 +105,8 @@ def download(name: str, tag: str) -> nn.Module:
         try:
             return open_clip.create_model(name, pretrained=tag, require_pretrained=True)
         except (RuntimeError, OSError) as error:
-            lines = str(error).strip().splitlines() or [type(error).__name__]
             raise ValueError(
-                f"the weights are not on this machine and cannot be downloaded ({unreachable or lines[0]}); "
+                f"the weights are not on this machine and cannot be downloaded ({unreachable or first_line(error)}); "
                 f"use {name}:FILE with a path, a URL or s3://"
             ) from None
 

@@ -12,6 +12,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from pixelclip.models.checkpoint import CLIP_CONFIG, MAX_MESSAGE, check_name, read_clip_config
 from pixelclip.models.clip_sources import clip_folder
 from pixelclip.storage.download import check_exists
+from pixelclip.workflow.failures import first_line
 
 _TIMEOUT = 10.0  # seconds per request
 
@@ -62,12 +63,8 @@ def _check_pretrained(spec: str, source: dict[str, Any]) -> None:
             huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(repo, file), timeout=_TIMEOUT)
             return
         except HfHubHTTPError as error:  # the hub answers, but not with this file
-            reason = reason or _line(error)
+            reason = reason or first_line(error)[:MAX_MESSAGE]
         except Exception as error:  # of httpx
-            reason = _line(error)
+            reason = first_line(error)[:MAX_MESSAGE]
             break
     raise ValueError(f"CLIP {spec!r}: the weights ({repo}) cannot be downloaded: {reason}")
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:MAX_MESSAGE]

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pixelclip.models.hub import cached_or_online
 from pixelclip.storage.files import digest
+from pixelclip.workflow.failures import first_line
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 """Its files in a folder: the tokenizer, and its padding token."""
@@ -41,7 +42,7 @@ class FileTokenizer:
             self._tokenizer, self._untruncated = (Tokenizer.from_buffer(self.files[TOKENIZER_FILES[0]]) for _ in range(2))
             pad = json.loads(self.files[TOKENIZER_FILES[1]]).get("pad_token")
         except Exception as error:  # tokenizers raises Exception itself
-            raise ValueError(f"{folder}: {names} cannot be read: {str(error).partition(chr(10))[0]}") from None
+            raise ValueError(f"{folder}: {names} cannot be read: {first_line(error)}") from None
         token = pad["content"] if isinstance(pad, dict) else pad
         index = None if token is None else self._tokenizer.token_to_id(token)
         if index is None:
@@ -110,7 +111,7 @@ def _download(repo: str) -> Path:
             paths = [Path(huggingface_hub.hf_hub_download(repo, name)) for name in TOKENIZER_FILES]
             return paths[0].parent
         except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-            reason = unreachable or str(error).strip().partition("\n")[0]
+            reason = unreachable or first_line(error)
     raise ValueError(
         f"its tokenizer ({repo}) is not on this machine and cannot be downloaded ({reason}); "
         f"put its {' and '.join(TOKENIZER_FILES)} beside a local FILE in NAME:FILE"

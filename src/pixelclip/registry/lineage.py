@@ -15,7 +15,8 @@ from mlflow.exceptions import MlflowException
 from pixelclip.config import SETTINGS
 from pixelclip.registry.model_version import EVALUATION
 from pixelclip.registry.promotion import registry
-from pixelclip.tracking.server import first_line, run_url, tracking_uri, transfer
+from pixelclip.tracking.server import run_url, tracking_uri, transfer
+from pixelclip.workflow.failures import first_line
 from pixelclip.workflow.provenance import WEIGHTS, chain, origins, source
 from pixelclip.workflow.stage import METRICS, PROVENANCE
 

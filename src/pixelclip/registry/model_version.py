@@ -18,6 +18,7 @@ from packaging.requirements import Requirement
 from pydantic import BaseModel
 
 import pixelclip
+from pixelclip.evaluation.protocol import resize_of
 from pixelclip.inference import serving
 from pixelclip.inference.predictor import INFERENCE
 from pixelclip.models.checkpoint import CONFIG, WEIGHTS
@@ -25,7 +26,8 @@ from pixelclip.models.tokenizer import TOKENIZER_FILES
 from pixelclip.storage.files import read_json, write_json
 from pixelclip.tracking.journal import RUN
 from pixelclip.tracking.run import Run
-from pixelclip.tracking.server import connect, first_line, is_missing, tracking_uri, transfer, ui_address
+from pixelclip.tracking.server import connect, is_missing, tracking_uri, transfer, ui_address
+from pixelclip.workflow.failures import first_line
 from pixelclip.workflow.stage import PROVENANCE
 
 REGISTRATION = "registration.json"
@@ -137,7 +139,7 @@ def fetch(uri: str, folder: Path | None = None) -> Path:
         raise ValueError(f"{uri}: is not a pixelclip model: it has {len(weights)} files {WEIGHTS}")
     folder = weights[0].parent
     if not (folder / INFERENCE).is_file():  # registered before 0.2.0, when images were not resized first
-        write_json(folder / INFERENCE, {"shortest_edge": 0, "longest_edge": 0})
+        write_json(folder / INFERENCE, resize_of({}))
     return folder
 
 

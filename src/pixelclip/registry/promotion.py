@@ -16,7 +16,8 @@ from mlflow.exceptions import MlflowException
 from pixelclip.config import RegisterConfig
 from pixelclip.registry.gate import Decision, GateMetrics, decide
 from pixelclip.settings import nearest
-from pixelclip.tracking.server import connect, first_line, is_missing, tracking_uri
+from pixelclip.tracking.server import connect, is_missing, tracking_uri
+from pixelclip.workflow.failures import first_line
 
 CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous", "challenger"
 GATE = "gate"

@@ -17,7 +17,8 @@ from mlflow.entities import Metric
 from pydantic import BaseModel, Field, FiniteFloat, NonNegativeInt
 
 from pixelclip.storage.files import parse_json, read_json, write_json
-from pixelclip.tracking.server import first_line, request_limits, tracking_uri
+from pixelclip.tracking.server import request_limits, tracking_uri
+from pixelclip.workflow.failures import first_line
 
 CURVES, RUN = "curves.jsonl", "run.json"
 _BATCH = 500  # metrics per request; MLflow accepts 1000

@@ -19,7 +19,8 @@ from mlflow.exceptions import MlflowException
 from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH, MAX_TAG_VAL_LENGTH
 
 from pixelclip.tracking.journal import CURVES, RUN, Journal, read_run
-from pixelclip.tracking.server import connect, experiment_id, first_line, is_missing, request_limits, run_url, tracking_uri
+from pixelclip.tracking.server import connect, experiment_id, is_missing, request_limits, run_url, tracking_uri
+from pixelclip.workflow.failures import first_line
 from pixelclip.workflow.provenance import data, flatten, source
 from pixelclip.workflow.provenance import tags as tags_of
 

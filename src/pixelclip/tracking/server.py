@@ -16,6 +16,8 @@ import mlflow
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
+from pixelclip.workflow.failures import first_line
+
 ADDRESSES = ("MLFLOW_TRACKING_URI", "PIXELCLIP_MLFLOW_URI")
 """Environment variables with the address of MLflow; the first that is set is used."""
 _DEFAULT_URI = "sqlite:///runs/mlflow.db"
@@ -129,11 +131,6 @@ def _check_alive(uri: str) -> None:
 def is_missing(error: MlflowException) -> bool:
     """Return True only for RESOURCE_DOES_NOT_EXIST; any other error leaves it open."""
     return bool(error.error_code == "RESOURCE_DOES_NOT_EXIST")
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def experiment_id(client: MlflowClient) -> str:

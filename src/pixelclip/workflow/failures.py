@@ -51,6 +51,11 @@ def exit_code(error: BaseException) -> int:
     return BAD_INPUT if isinstance(error, ValueError | OSError) else 1
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or the error's type if the message is empty."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def report(error: BaseException, message: str) -> None:
     """Write exit code and message to the file of FAILURE_FILE, if it is set and no other process has."""
     if path := os.environ.get(FAILURE_FILE):
