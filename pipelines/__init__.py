@@ -4,6 +4,8 @@ import os
 import sys
 from types import TracebackType
 
+from pixelclip.storage.urls import scrubbed
+
 
 def report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Print an input or disk error in one line, as the command line does, and any other error with its traceback."""
@@ -12,7 +14,7 @@ def report(kind: type[BaseException], error: BaseException, trace: TracebackType
         return
     named = isinstance(error, OSError) and error.filename
     message = f"{error.filename}: {error.strerror}" if named else " ".join(str(error).split())  # type: ignore[attr-defined]
-    print(f"pixelclip: {message}", file=sys.stderr, flush=True)
+    print(f"pixelclip: {scrubbed(message)}", file=sys.stderr, flush=True)
 
 
 if os.environ.get("_KFP_RUNTIME") == "true":  # set by KFP in a running step, whose executor does not catch errors

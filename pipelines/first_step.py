@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 
 from pixelclip.config import EvaluateConfig, TrainConfig
 from pixelclip.data.class_names import benchmark_names, names_of
-from pixelclip.fetch_data import look_inside, without_login
+from pixelclip.fetch_data import look_inside
 from pixelclip.storage.download import check_exists
 from pixelclip.storage.s3 import is_s3
+from pixelclip.storage.urls import public_url
 from pixelclip_pipelines.parameters import (
     SETTING_OF,
     changed,
@@ -64,7 +65,7 @@ def check_and_pin(form: Mapping[str, Any], volume: str, nodes: int, gpus: int) -
         configs = check_settings(None, chosen)
     if repo:
         commit, text = look_inside(repo, revision or "HEAD", (images, labelled), file)
-        print(f"{without_login(repo)}: {revision or 'HEAD'} is {commit}", flush=True)
+        print(f"{public_url(repo)}: {revision or 'HEAD'} is {commit}", flush=True)
         revision = commit
         configs = settings_of(chosen, file, text) if file else configs
     check_batch(configs["train"], nodes, gpus)

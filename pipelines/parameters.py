@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from pixelclip.config import TrainConfig
-from pixelclip.fetch_data import has_secret, look_inside, without_login
+from pixelclip.fetch_data import look_inside
 from pixelclip.settings import load, load_all, nearest, parse_overrides
 from pixelclip.storage.files import parse_json
+from pixelclip.storage.urls import has_secret, public_url
 
 SETTING_OF = {
     "masks_generator": "masks.generator",
@@ -96,7 +97,7 @@ def check_data(images: str, labelled: str, repo: str, revision: str, settings_fi
         raise ValueError(f"{'labelled' if images else 'images'} must name a folder")
     if has_secret(repo):
         raise ValueError(
-            f"--repo {without_login(repo)} contains credentials, which KFP would store and display; "
+            f"--repo {public_url(repo)} contains credentials, which KFP would store and display; "
             "pass them through git's environment variables, see docs/cluster.md"
         )
     if revision and not repo:
@@ -174,14 +175,25 @@ def check_settings(params: Path | None, chosen: Mapping[str, Any], origin: str =
         origin: origin of `chosen`, for errors.
 
     Raises:
-        ValueError: an unknown setting, an invalid value or combination, or a part of the masks.
+        ValueError: an unknown setting, an invalid value or combination, a URL with credentials, or a part of the masks.
     """
     configs = load_all(params, chosen, origin)
+    check_public(configs)
     if part := configs["masks"].part:
         raise ValueError(
             f"masks.part {part}: must be empty, since the pipeline computes all parts; their number is `parts` in cluster.yaml"
         )
     return configs
+
+
+def check_public(configs: Mapping[str, Any]) -> None:
+    """Raise ValueError if a setting of a stage is a URL with credentials, which would become parameters of a pipeline."""
+    for name, value in flat(configs).items():
+        if isinstance(value, str) and has_secret(value):
+            raise ValueError(
+                f"{name} {public_url(value)} contains credentials or a query, which KFP would store and display; "
+                "use a file on the volume that steps share, or s3:// with keys in environment variables"
+            )
 
 
 def settings_of(chosen: Mapping[str, Any], name: str, text: str) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from kfp import compiler, local
 from pixelclip.registry.model_version import read_registration
 from pixelclip.storage.s3 import is_s3
 from pixelclip.tracking.run import PIPELINE_RUN
-from pixelclip.tracking.server import connect, tracking_uri, ui_address
+from pixelclip.tracking.server import connect, public_uri, tracking_uri, ui_address
 from pixelclip.workflow.stage import METRICS
 from pixelclip.workflow.termination import Terminated, deferred
 from pixelclip_pipelines.cluster_config import image_of, read
@@ -105,7 +105,7 @@ def run_locally(
     registered = read_registration(out / "register")
     print(f"\n{(out / 'evaluate' / 'table.txt').read_text()}")
     print(f"{registered['model_uri']} is {registered['role']}: {registered['reason']}")
-    print(f"results: {out}   MLflow: {ui_address() or tracking_uri()}")
+    print(f"results: {out}   MLflow: {ui_address() or public_uri()}")
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ import requests
 from kfp import compiler
 from urllib3.exceptions import HTTPError
 
+from pixelclip.storage.urls import public_url, scrubbed
 from pixelclip_pipelines.cluster_config import Cluster, image_of, read, seconds, shared_folder
 from pixelclip_pipelines.form import described
 from pixelclip_pipelines.parameters import check_batch, check_place, check_settings, of_form
@@ -149,19 +150,20 @@ def connected(target: Target) -> Iterator[tuple[kfp.Client, Cluster, str]]:
     if not endpoint:
         raise ValueError(f"KFP's URL is missing: set --endpoint, {' or '.join(ENDPOINTS)}, or endpoint in cluster.yaml")
     if not endpoint.startswith(("http://", "https://")):
-        raise ValueError(f"KFP's endpoint must be a URL with http:// or https://, found {endpoint!r}")
+        raise ValueError(f"KFP's endpoint must be a URL with http:// or https://, found {public_url(endpoint)!r}")
     health(endpoint)
+    shown = public_url(endpoint)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             client = kfp.Client(host=endpoint, existing_token=os.environ.get(TOKEN), namespace=cluster.namespace or "kubeflow")
-            yield client, cluster, os.environ.get("KF_PIPELINES_UI_ENDPOINT", endpoint).rstrip("/")
+            yield client, cluster, public_url(os.environ.get("KF_PIPELINES_UI_ENDPOINT", endpoint)).rstrip("/")
     except kfp_server_api.ApiException as error:
         raise ValueError(
-            f"KFP at {endpoint} rejected the request ({error.status} {error.reason}): {one_line(error.body)}"
+            f"KFP at {shown} rejected the request ({error.status} {error.reason}): {one_line(error.body)}"
         ) from None
     except HTTPError as error:
-        raise ValueError(f"the connection to KFP at {endpoint} failed: {error}") from None
+        raise ValueError(f"the connection to KFP at {shown} failed: {scrubbed(str(error), endpoint)}") from None
 
 
 def health(endpoint: str, timeout: float = 10.0) -> dict[str, Any]:
@@ -170,19 +172,20 @@ def health(endpoint: str, timeout: float = 10.0) -> dict[str, Any]:
     Raises:
         ValueError: KFP is unreachable or rejects the request, or the URL is not KFP's API.
     """
+    shown = public_url(endpoint)
     headers = {"Authorization": f"Bearer {os.environ[TOKEN]}"} if os.environ.get(TOKEN) else {}
     try:
         response = requests.get(f"{endpoint.rstrip('/')}/apis/v2beta1/healthz", headers=headers, timeout=timeout)
     except requests.RequestException as error:
-        raise ValueError(f"KFP at {endpoint} cannot be reached: {one_line(error)}") from None
+        raise ValueError(f"KFP at {shown} cannot be reached: {scrubbed(one_line(error), endpoint)}") from None
     if not response.ok:
         hint = f"; set a token in {TOKEN}" if response.status_code in (401, 403) else ""
-        raise ValueError(f"KFP at {endpoint} rejected the request ({response.status_code} {response.reason}){hint}")
+        raise ValueError(f"KFP at {shown} rejected the request ({response.status_code} {response.reason}){hint}")
     try:
         return dict(response.json())
     except ValueError:  # a login page also has status 200
         kind = response.headers.get("Content-Type", "an unknown content type")
-        raise ValueError(f"{endpoint}: expected KFP's API, got {kind}; set a token in {TOKEN}") from None
+        raise ValueError(f"{shown}: expected KFP's API, got {kind}; set a token in {TOKEN}") from None
 
 
 def _upload(client: kfp.Client, file: Path, name: str, description: str, namespace: str) -> tuple[str, str]:

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import NoReturn
 
+from pixelclip.storage.urls import scrubbed
 from pixelclip.workflow.failures import MAY_PASS, exit_code
 
 ATTEMPT, RETRIES = "PIXELCLIP_ATTEMPT", "PIXELCLIP_RETRIES"
@@ -102,7 +103,7 @@ def _execute() -> int:
         if code == 1:
             traceback.print_exc()
         else:
-            print(f"pixelclip: {error}", file=sys.stderr, flush=True)
+            print(f"pixelclip: {scrubbed(str(error))}", file=sys.stderr, flush=True)
         return code
     return 0
 

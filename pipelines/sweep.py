@@ -16,7 +16,7 @@ from pixelclip_pipelines.cluster_config import Cluster, image_of, shared_folder
 from pixelclip_pipelines.cluster_config import read as read_cluster
 from pixelclip_pipelines.cluster_tasks import place_on
 from pixelclip_pipelines.form import label
-from pixelclip_pipelines.parameters import check_place
+from pixelclip_pipelines.parameters import check_place, check_public
 
 _PARAMETERS = ("clip", "steps", "batch_size", "concepts", "seed")
 """Settings of `train` that are parameters of its component. `settings` contains all others."""
@@ -99,9 +99,11 @@ def compile_to(
         image: container image; overrides PIXELCLIP_IMAGE and the cluster's.
 
     Raises:
-        ValueError: an invalid sweep, cluster or workspace, or `path` is not a YAML file.
+        ValueError: an invalid sweep, a URL with credentials, an invalid cluster or workspace, or `path` is not a YAML file.
     """
     name, runs = read(file, params)
+    for run in runs:
+        check_public({"train": run.train, "evaluate": run.evaluate})
     if path.suffix not in (".yaml", ".yml"):
         raise ValueError(f"{path}: the compiled pipeline must be a .yaml file")
     if path.resolve() == file.resolve():

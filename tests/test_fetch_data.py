@@ -1,25 +1,18 @@
 """Fetch data by git revision from real DVC repositories: content, identity and every kind of failure."""
 
-import base64
-import contextlib
 import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from wsgiref.simple_server import WSGIRequestHandler, make_server
 
 import pytest
-from dulwich.repo import Repo
-from dulwich.server import DictBackend
-from dulwich.web import make_wsgi_chain
 
 from helpers import services, tiny
 from helpers.fake_data import write_files
-from helpers.json_server import running
+from helpers.git_server import git_server
 from pixelclip.config import FetchDataConfig
 from pixelclip.fetch_data import about, run
 from pixelclip.storage.files import digest, read_json
@@ -360,32 +353,6 @@ def test_s3_refusal_is_one_clear_line(s3, remote, tmp_path, monkeypatch):
     md5 = hashlib.md5(b"two").hexdigest()
     s3.client().delete_object(Bucket="dvc", Key=f"{tmp_path.name}/files/md5/{md5[:2]}/{md5[2:]}")
     assert "data/images/a/2.jpg is missing from the DVC remote" in refusal(repo, out)
-
-
-# A git server that requires a login.
-
-
-@contextlib.contextmanager
-def git_server(repo: Path, login: str) -> Iterator[str]:
-    """Serve a repository over HTTP with the login `user:password`; yield the server's address."""
-    expected = f"Basic {base64.b64encode(login.encode()).decode()}"
-
-    class Quiet(WSGIRequestHandler):
-        def log_message(self, *_: object) -> None:
-            """Log nothing."""
-
-    with contextlib.closing(Repo(str(repo))) as opened:
-        git = make_wsgi_chain(DictBackend({"/data.git": opened}))
-
-        def guarded(environ: dict, start: object) -> object:
-            if environ.get("HTTP_AUTHORIZATION") == expected:
-                return git(environ, start)
-            start("401 Unauthorized", [("WWW-Authenticate", "Basic realm=git"), ("Content-Length", "0")])
-            return [b""]
-
-        server = make_server("127.0.0.1", 0, guarded, handler_class=Quiet)
-        with running(server) as address:
-            yield address
 
 
 def test_login_from_git_variables_is_not_recorded(repo, tmp_path, monkeypatch):

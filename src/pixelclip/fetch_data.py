@@ -20,6 +20,7 @@ from pydantic import BaseModel
 from pixelclip.config import FetchDataConfig
 from pixelclip.storage.files import digest, file_md5, read_json
 from pixelclip.storage.progress import track
+from pixelclip.storage.urls import public_url, scrubbed
 from pixelclip.workflow.stage import METRICS, PROVENANCE, Metrics, Stage, describe
 
 _AT_ONCE = 16
@@ -31,7 +32,7 @@ def look_at_remote(repo: str) -> str:
     Raises:
         ValueError: the repository does not exist, or the remote rejects access or cannot be reached.
     """
-    public = without_login(repo)
+    public = public_url(repo)
     with _opened(repo, public, "HEAD") as (files, _):
         try:
             remote = files.repo.cloud.get_remote()
@@ -42,10 +43,10 @@ def look_at_remote(repo: str) -> str:
         if remote.name == "auto-generated-upstream":  # DVC's name for the cache of a repository on this machine
             return ""
         is_s3 = remote.fs.protocol == "s3"
-        refused = _refusal(files) if is_s3 or remote.fs.exists(remote.path) else f": {remote.path} does not exist"
+        refused = _refusal(files) if is_s3 or remote.fs.exists(remote.path) else f": {public_url(remote.path)} does not exist"
         if refused:
             raise ValueError(f"{public}: the DVC remote cannot be read{refused}")
-        return f"{'s3://' if is_s3 else ''}{remote.path}"
+        return f"{'s3://' if is_s3 else ''}{public_url(remote.path)}"
 
 
 def run(repo: str, out: Path, config: FetchDataConfig) -> Metrics:
@@ -64,7 +65,7 @@ def run(repo: str, out: Path, config: FetchDataConfig) -> Metrics:
             is missing from it or damaged.
     """
     repo = repo if "://" in repo or not Path(repo).is_dir() else str(Path(repo).absolute())
-    public = without_login(repo)
+    public = public_url(repo)
     with _opened(repo, public, config.revision) as (files, git_sha):
         stage = Stage("fetch_data", out, {}, config, source={"repo": public, "git_sha": git_sha})
         if stage.finished:
@@ -91,7 +92,7 @@ def commit_of(repo: str, revision: str) -> str:
     """
     if re.fullmatch(r"[0-9a-f]{40}", revision):
         return revision
-    public = without_login(repo)
+    public = public_url(repo)
     with _opened(repo, public, revision) as (_, git_sha):
         print(f"{public}: {revision} is {git_sha}", flush=True)
         return git_sha
@@ -112,7 +113,7 @@ def look_inside(repo: str, revision: str, paths: Iterable[str], file: str = "") 
     Raises:
         ValueError: repository, revision, a path or the file do not exist, or the file is no text.
     """
-    public = without_login(repo)
+    public = public_url(repo)
     with _opened(repo, public, revision) as (files, git_sha):
         for path in [*paths, *([file] if file else [])]:
             if not files.exists(path):
@@ -130,16 +131,6 @@ class _Fetched(BaseModel):
 def about(out: Path) -> dict[str, Any]:
     """Return `git_sha`, `path`, `md5` (DVC's if it tracks the path), `nfiles` and `size` of an output of this stage."""
     return {name: value for name, value in read_json(out / PROVENANCE, _Fetched)["source"].items() if name != "repo"}
-
-
-def without_login(url: str) -> str:
-    """Remove user, password and token from a URL."""
-    return re.sub(r"(?<=://)[^/@]*@", "", url)
-
-
-def has_secret(url: str) -> bool:
-    """Return whether a URL contains a password or token; the user in an ssh:// URL is neither."""
-    return bool(re.match(r"https?://[^/@]*@|\w+://[^/@:]*:[^/@]*@", url))
 
 
 @contextmanager
@@ -164,7 +155,7 @@ def _opened(repo: str, public: str, revision: str) -> Iterator[tuple[Any, str]]:
     except RevError:
         raise ValueError(f"{public}: there is no revision {revision!r} (fetch_data.revision)") from None
     except (CloneError, SCMError) as error:
-        raise ValueError(f"{public}: not a readable git repository ({_reason(error).replace(repo, public)})") from None
+        raise ValueError(f"{public}: not a readable git repository ({scrubbed(_reason(error), repo)})") from None
     finally:
         pygit2.settings.owner_validation = True
         if files is not None:
@@ -275,7 +266,7 @@ def _refusal(files: Any) -> str:
         if remote.fs.protocol != "s3":
             return ""
         bucket = remote.path.split("/")[0]
-        endpoint = remote.fs.fs.client_kwargs.get("endpoint_url") or os.environ.get("AWS_ENDPOINT_URL") or "AWS"
+        endpoint = public_url(remote.fs.fs.client_kwargs.get("endpoint_url") or os.environ.get("AWS_ENDPOINT_URL") or "AWS")
         where = f"s3://{bucket} at {endpoint}"
         remote.fs.fs.call_s3("list_objects_v2", Bucket=bucket, MaxKeys=1)
         remote.fs.fs.call_s3("head_bucket", Bucket=bucket)
@@ -294,4 +285,4 @@ def _reason(error: BaseException) -> str:
     while (inner := error.__cause__ or error.__context__) is not None and id(inner) not in seen:
         seen.add(id(inner))
         error = inner
-    return " ".join(str(error).split()) or type(error).__name__
+    return scrubbed(" ".join(str(error).split())) or type(error).__name__

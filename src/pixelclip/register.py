@@ -21,7 +21,7 @@ from pixelclip.registry.model_version import EVALUATION, REGISTRATION
 from pixelclip.registry.promotion import CHALLENGER, CHAMPION, pass_gate, registry, write_metrics
 from pixelclip.storage.files import write_json
 from pixelclip.tracking.run import lineage_tags
-from pixelclip.tracking.server import tracking_uri, transfer
+from pixelclip.tracking.server import public_uri, transfer
 from pixelclip.workflow.provenance import read_provenance
 from pixelclip.workflow.stage import METRICS, PROVENANCE, Metrics, Stage, describe, read_metrics
 
@@ -86,7 +86,7 @@ def run(model: Path, evaluation: Path, out: Path, config: RegisterConfig) -> Met
                 "reason": decision.reason,
                 "run_id": version.run_id,
                 "model_uri": f"models:/{config.name}/{number}",
-                "tracking_uri": tracking_uri(),
+                "tracking_uri": public_uri(),
             }
             write_json(stage.folder / REGISTRATION, registration)
             values = {"register/version": float(number), "register/champion": float(decision.champion)}

@@ -33,6 +33,7 @@ from pixelclip.models.tokenizer import TOKENIZER_FILES, describe_tokenizer
 from pixelclip.models.training_state import Progress, load_state, save_state
 from pixelclip.storage.download import local_copy
 from pixelclip.storage.progress import track
+from pixelclip.storage.urls import public_url
 from pixelclip.tracking.run import KILLED, Run
 from pixelclip.visualization.pictures import gallery, training_picture
 from pixelclip.workflow.bad_samples import BadSamples
@@ -251,7 +252,7 @@ def _train(
         _drawn_from(dataset, config.steps * config.batch_size), len(dataset.bad) + num_bad
     )
     if group.is_main:
-        origin = {"spec": config.clip, "md5": stage.inputs.get("clip", {}).get("md5", "")}
+        origin = {"spec": public_url(config.clip), "md5": stage.inputs.get("clip", {}).get("md5", "")}
         if not dino:  # on the training device: a CPU would take hours for a large tower in bfloat16
             gallery(model.eval(), dataset, stage.folder, group.device)
         model = model.cpu()  # the student's tower is clip.model.visual itself

@@ -158,6 +158,17 @@ def test_training_resumes_without_its_server_and_delivers_later(client, monkeypa
     assert curve(client, first.run_id) == [(1, 1.0), (2, 2.0)]
 
 
+@pytest.mark.parametrize("recorded", ["http://host:5000", "http://bot:old-secret@host:5000"])  # versions before 0.2.0 wrote it
+def test_server_is_recognised_by_its_uri_without_the_password(client, monkeypatch, tmp_path, recorded):
+    (tmp_path / "run.json").write_text(json.dumps({"run_id": "r", "tracking_uri": recorded, "delivered": 1}))
+    (tmp_path / "curves.jsonl").write_text("".join(f'{{"step": {step}, "time": 0, "metrics": {{}}}}\n' for step in (1, 2)))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://bot:new@secret/x@host:5000")
+    assert len(journal.Journal(client, tmp_path, "r").points) == 1
+    assert json.loads((tmp_path / "run.json").read_text())["tracking_uri"] == "http://host:5000"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://bot:new@other:5000")
+    assert len(journal.Journal(client, tmp_path, "r").points) == 2
+
+
 def test_failing_server_that_is_not_the_one_of_the_run_is_an_error(client, monkeypatch, tmp_path):
     start(tmp_path / "stage").finish("FAILED")
     elsewhere = tiny.mlflow_at(monkeypatch, tmp_path / "elsewhere")

@@ -15,12 +15,12 @@ from pixelclip.settings import as_table, build, load, parse_overrides
 from pixelclip.storage.download import local_path
 from pixelclip.storage.s3 import is_s3
 from pixelclip.storage.upload import upload
+from pixelclip.storage.urls import scrubbed
 from pixelclip.workflow.failures import BAD_INPUT, report
 from pixelclip.workflow.output import output_folder
 from pixelclip.workflow.termination import terminable
 
 _MODEL = "Model folder, s3://bucket/folder, or models:/NAME@ALIAS."
-
 
 Out = Annotated[str, typer.Option(help="Output folder or s3://bucket/folder; a finished result is reused.")]
 Labelled = Annotated[
@@ -342,7 +342,7 @@ def main() -> None:
             app()
         return
     except (ValueError, OSError) as error:
-        problem, message = error, str(error)
+        problem, message = error, scrubbed(str(error))
     if isinstance(problem, OSError):  # usually of the disk: missing folder, no permission, no space left
         message = f"{problem.filename}: {problem.strerror}" if problem.filename else " ".join(message.split())
     print(f"pixelclip: {message}", file=sys.stderr)

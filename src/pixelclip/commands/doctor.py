@@ -16,9 +16,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-from pixelclip.fetch_data import look_at_remote, without_login
+from pixelclip.fetch_data import look_at_remote
 from pixelclip.storage import cache
 from pixelclip.storage.s3 import connected, split
+from pixelclip.storage.urls import public_url, scrubbed
 
 SECONDS = 20.0
 """Time limit of one check."""
@@ -158,7 +159,7 @@ def storage(uri: str) -> _Result:
     endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     if not (uri or endpoint or os.environ.get("AWS_ACCESS_KEY_ID") or os.environ.get("AWS_PROFILE")):
         return "not configured", "no AWS_ENDPOINT_URL and no keys", "not needed for local files"
-    name = uri or endpoint or "AWS"
+    name = uri or public_url(endpoint or "") or "AWS"
     with connected(name) as client:
         if not uri:
             buckets = sorted(bucket["Name"] for bucket in client.list_buckets()["Buckets"])
@@ -181,20 +182,19 @@ def mlflow(seconds: float = SECONDS) -> _Result:
         return "not configured", "runs go to sqlite:///runs/mlflow.db", "set MLFLOW_TRACKING_URI for a server"
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(max(1, int(seconds / 2))))
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    public = without_login(uri)
     try:
         from pixelclip.tracking.server import connect
 
         models = connect().search_registered_models(max_results=100)
-    except Exception as error:  # its message may contain the URI with its password
-        raise ValueError(_line(error).replace(uri, public)) from None
+    except Exception as error:
+        raise ValueError(_line(scrubbed(str(error), uri))) from None
     version = ""
     if uri.startswith("http"):
         import requests
 
         body = requests.get(f"{uri.rstrip('/')}/version", timeout=seconds / 2).text
         version = f" {body}" if re.fullmatch(r"[\w.]{1,20}", body) else ""
-    return "ok", f"{public}: server{version} answers, its registry has {len(models)} models"
+    return "ok", f"{public_url(uri)}: server{version} answers, its registry has {len(models)} models"
 
 
 @_check("DVC remote", "dvc remote modify NAME endpointurl URL; keys come from AWS_*")
@@ -215,7 +215,7 @@ def pipelines(endpoint: str, seconds: float = SECONDS) -> _Result:
     from pixelclip_pipelines.submit import health
 
     version, sdk = str(health(endpoint, seconds / 2).get("tag_name", "")), metadata.version("kfp")
-    details = f"{endpoint}: KFP {version or 'of unknown version'}, SDK {sdk}"
+    details = f"{public_url(endpoint)}: KFP {version or 'of unknown version'}, SDK {sdk}"
     if version and version.split(".")[0] != sdk.split(".")[0]:
         return "failed", details, "both must have the same major version"
     return "ok", details
@@ -243,4 +243,4 @@ def container_image(image: str, seconds: float = SECONDS) -> _Result:
 
 
 def _line(error: object) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+    return scrubbed(" ".join(str(error).split()))[:300] or type(error).__name__

@@ -30,6 +30,7 @@ from pixelclip.data.shard_sources import list_shards
 from pixelclip.settings import build, load, nearest, read_yaml
 from pixelclip.storage.download import local_path
 from pixelclip.storage.files import write_atomically
+from pixelclip.storage.urls import public
 from pixelclip.tracking.journal import RUN, read_run
 from pixelclip.tracking.run import KILLED, PARENT_RUN, PIPELINE_RUN, Run
 from pixelclip.tracking.server import connect
@@ -105,7 +106,7 @@ def read(file: Path, params: Path | None = None) -> tuple[str, list[SweepRun]]:
         values = shared | _checked(settings, source)
         for seed in sweep.seeds:
             configs = (load(stage, params, {**values, _SEED: seed}, source) for stage in _STAGES)
-            runs.append(SweepRun(row, seed, settings or {}, *configs))
+            runs.append(SweepRun(row, seed, public(settings or {}), *configs))
     return sweep.name, runs
 
 

@@ -15,8 +15,7 @@ from mlflow.exceptions import MlflowException
 from pixelclip.config import SETTINGS
 from pixelclip.registry.model_version import EVALUATION
 from pixelclip.registry.promotion import registry
-from pixelclip.tracking.server import run_url, tracking_uri, transfer
-from pixelclip.workflow.failures import first_line
+from pixelclip.tracking.server import public_uri, reason_of, run_url, transfer
 from pixelclip.workflow.provenance import WEIGHTS, chain, origins, source
 from pixelclip.workflow.stage import METRICS, PROVENANCE
 
@@ -72,12 +71,12 @@ def _artifact(uri: str) -> dict[str, Any]:
         with transfer():
             return load_dict(uri)
     except MlflowException as error:
-        raise ValueError(f"{uri}: cannot be read: {first_line(error)}") from None
+        raise ValueError(f"{uri}: cannot be read: {reason_of(error)}") from None
 
 
 def trace(registered: Registered) -> dict[str, Any]:
     """Collect the lineage of a registered version as JSON values."""
-    version, uri = registered.version, tracking_uri().rstrip("/")
+    version, uri = registered.version, public_uri().rstrip("/")
     stages = {}
     for stage in reversed(list(chain(registered.provenance))):  # a stage that two inputs share is listed once
         entry = {key: stage.get(key, "") for key in ("stage", "finished", "version", "revision", "image")}

@@ -24,10 +24,10 @@ from pixelclip.inference.predictor import INFERENCE
 from pixelclip.models.checkpoint import CONFIG, WEIGHTS
 from pixelclip.models.tokenizer import TOKENIZER_FILES
 from pixelclip.storage.files import read_json, write_json
+from pixelclip.storage.urls import public_url
 from pixelclip.tracking.journal import RUN
 from pixelclip.tracking.run import Run
-from pixelclip.tracking.server import connect, is_missing, tracking_uri, transfer, ui_address
-from pixelclip.workflow.failures import first_line
+from pixelclip.tracking.server import connect, is_missing, public_uri, reason_of, transfer, ui_address
 from pixelclip.workflow.stage import PROVENANCE
 
 REGISTRATION = "registration.json"
@@ -47,7 +47,7 @@ def create_name(client: MlflowClient, name: str) -> None:
         client.create_registered_model(name)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise ValueError(f"register.name {name!r} is rejected by MLflow at {tracking_uri()}: {first_line(error)}") from None
+            raise ValueError(f"register.name {name!r} is rejected by MLflow at {public_uri()}: {reason_of(error)}") from None
 
 
 def find(client: MlflowClient, name: str, model_md5: str, resize: Mapping[str, int]) -> ModelVersion | None:
@@ -133,7 +133,7 @@ def fetch(uri: str, folder: Path | None = None) -> Path:
     except MlflowException as error:
         missing = is_missing(error) or error.error_code == "INVALID_PARAMETER_VALUE"  # the latter for an unknown alias
         problem = "no such model at" if missing else "cannot be fetched from"
-        raise ValueError(f"{uri}: {problem} {tracking_uri()}: {first_line(error)}") from None
+        raise ValueError(f"{uri}: {problem} {public_uri()}: {reason_of(error)}") from None
     weights = list(root.rglob(WEIGHTS))
     if len(weights) != 1:
         raise ValueError(f"{uri}: is not a pixelclip model: it has {len(weights)} files {WEIGHTS}")
@@ -148,7 +148,7 @@ def markdown(out: Path) -> str:
     registration = read_registration(out)
     ui, run_id = ui_address(registration["tracking_uri"]), registration["run_id"]
     run = f"[run `{run_id}`]({ui}/#/runs/{run_id})" if ui else f"run `{run_id}`"
-    place = ui or registration["tracking_uri"]
+    place = ui or public_url(registration["tracking_uri"])
     return (
         f"**{registration['model_uri']}** is **{registration['role']}**: {registration['reason']}\n\nMLflow {run} at {place}\n"
     )

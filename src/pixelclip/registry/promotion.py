@@ -16,8 +16,7 @@ from mlflow.exceptions import MlflowException
 from pixelclip.config import RegisterConfig
 from pixelclip.registry.gate import Decision, GateMetrics, decide
 from pixelclip.settings import nearest
-from pixelclip.tracking.server import connect, is_missing, tracking_uri
-from pixelclip.workflow.failures import first_line
+from pixelclip.tracking.server import connect, is_missing, public_uri, reason_of
 
 CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous", "challenger"
 GATE = "gate"
@@ -151,8 +150,8 @@ def registry(name: str) -> Iterator[MlflowClient]:
             existing = [model.name for model in client.search_registered_models()]
             known = f"; registered are {', '.join(existing)}" if existing else "; no models are registered"
             hint = nearest(name, existing) or known
-            raise ValueError(f"{name}: no such registered model at {tracking_uri()}{hint}") from None
-        raise ValueError(f"{name}: rejected by MLflow at {tracking_uri()}: {first_line(error)}") from None
+            raise ValueError(f"{name}: no such registered model at {public_uri()}{hint}") from None
+        raise ValueError(f"{name}: rejected by MLflow at {public_uri()}: {reason_of(error)}") from None
 
 
 def _judge(client: MlflowClient, name: str, version: str, champion: str | None, force: str) -> Decision:

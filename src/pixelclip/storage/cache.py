@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from pixelclip.storage.urls import public_url
+
 _URI = "uri"
 _UNFINISHED = re.compile(r"\.partial(\.[0-9a-fA-F]{8})?$")  # s3transfer appends eight digits
 
@@ -48,9 +50,9 @@ def locked(uri: str) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"{uri}: waiting for another process that downloads it", flush=True)
+            print(f"{public_url(uri)}: waiting for another process that downloads it", flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
-        (folder / _URI).write_text(uri)
+        (folder / _URI).write_text(public_url(uri))
         yield
 
 

@@ -18,6 +18,7 @@ from urllib.request import Request, urlopen
 from pixelclip.storage import cache, s3
 from pixelclip.storage.files import file_md5
 from pixelclip.storage.progress import count
+from pixelclip.storage.urls import public_url, scrubbed
 
 _WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds before each retry of an http(s) request
 _CHUNK = 1 << 16  # bytes; the most that a failed connection costs
@@ -43,7 +44,7 @@ def local_copy(uri: str) -> Path:
         return Path(uri)
     fetch = {"http": _from_http, "https": _from_http, "s3": _from_s3}.get(scheme.lower())
     if fetch is None or rest.startswith("/") or not rest:
-        raise ValueError(f"{uri}: expected a local path, http://host/file, https://host/file or s3://bucket/key")
+        raise ValueError(f"{public_url(uri)}: expected a local path, http://host/file, https://host/file or s3://bucket/key")
     name = _file_name(uri)
     try:
         copy = fetch(uri, name)
@@ -109,7 +110,8 @@ def _cached(uri: str, version: str, name: str, fetch: Callable[[Path], None]) ->
             partial.replace(path)
             cache.trim(path)
     except OSError as error:
-        raise ValueError(f"{uri}: cannot write to the cache ({error}); set PIXELCLIP_CACHE to another folder") from None
+        reason = f"cannot write to the cache ({error}); set PIXELCLIP_CACHE to another folder"
+        raise ValueError(f"{public_url(uri)}: {reason}") from None
     return path
 
 
@@ -166,12 +168,14 @@ def _retry(uri: str, attempt: Callable[[], Any]) -> Any:
         except _TransferError as error:
             if wait is None:
                 kind = s3.UnreachableError if isinstance(error.__cause__, URLError) else ValueError
-                raise kind(f"{uri}: {error} (attempt {len(_WAITS) + 1} of {len(_WAITS) + 1})") from None
-            print(f"{uri}: {error}; retrying in {wait:g} s", flush=True)
+                raise kind(f"{public_url(uri)}: {error} (attempt {len(_WAITS) + 1} of {len(_WAITS) + 1})") from None
+            print(f"{public_url(uri)}: {error}; retrying in {wait:g} s", flush=True)
             time.sleep(wait)
 
 
 def _request(uri: str, method: str, headers: dict[str, str] | None = None) -> Any:
+    if not uri.startswith(public_url(uri)):  # urllib would take them for a part of the host
+        raise ValueError(f"{public_url(uri)}: a URL with user and password is not supported; use a signed URL, or s3://")
     headers = {"User-Agent": "pixelclip"} | (headers or {})
     try:
         return urlopen(Request(quote(uri, string.punctuation), headers=headers, method=method), timeout=30)
@@ -180,11 +184,11 @@ def _request(uri: str, method: str, headers: dict[str, str] | None = None) -> An
         reason = f"status {error.code} {error.reason}".splitlines()[0]
         if error.code in (408, 425, 429) or (error.code >= 500 and error.code != 501):  # 501: unknown method
             raise _TransferError(reason) from None
-        raise ValueError(f"{uri}: {reason}") from None
+        raise ValueError(f"{public_url(uri)}: {reason}") from None
     except URLError as error:
         raise _TransferError(f"cannot be reached ({error.reason})") from error
     except ValueError as error:  # includes http.client.InvalidURL
-        raise ValueError(f"{uri}: {error}") from None
+        raise ValueError(f"{public_url(uri)}: {scrubbed(str(error))}") from None
     except (OSError, HTTPException) as error:
         raise _TransferError(str(error) or type(error).__name__) from None
 
@@ -207,14 +211,14 @@ def _receive(uri: str, head: Message, path: Path) -> None:
     with _request(uri, "GET", headers) as reply:
         name = "ETag" if etag else "Last-Modified"
         if head[name] and reply.headers[name] not in (None, head[name]):
-            raise ValueError(f"{uri}: changed on the server during the download; try again")
+            raise ValueError(f"{public_url(uri)}: changed on the server during the download; try again")
         resumed = reply.status == 206
         if resumed and not str(reply.headers["Content-Range"]).startswith(f"bytes {start}-"):
             raise _TransferError(f"expected bytes from {start:,}, got {reply.headers['Content-Range']}")
         with path.open("ab" if resumed else "wb") as file:
             if reply.headers["Content-Length"]:
                 size = file.tell() + int(reply.headers["Content-Length"])
-            with count(max(size, 0) or None, uri, "B", file.tell()) as bar:
+            with count(max(size, 0) or None, public_url(uri), "B", file.tell()) as bar:
                 while chunk := _read(reply):
                     bar.update(file.write(chunk))
             file.flush()

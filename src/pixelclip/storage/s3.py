@@ -11,6 +11,7 @@ from typing import Any
 
 from pixelclip.storage.files import file_md5
 from pixelclip.storage.progress import count
+from pixelclip.storage.urls import public_url, scrubbed
 
 _ATTEMPTS = 8  # botocore doubles the delay before each retry, up to 20 s
 _CHANGED = "changed in the store during the download; try again"
@@ -95,7 +96,7 @@ def connected(uri: str) -> Iterator[Any]:
         session.register_component("data_loader", _loader())
         client = boto3.session.Session(botocore_session=session).client("s3", config=config)
     except (BotoCoreError, ValueError) as error:
-        raise ValueError(f"{uri}: {error}") from None
+        raise ValueError(f"{uri}: {scrubbed(str(error))}") from None
     with closing(client), _explained(uri, client.meta.endpoint_url):
         yield client
 
@@ -112,12 +113,12 @@ def _explained(uri: str, endpoint: str) -> Iterator[None]:
         status, code = error.response["ResponseMetadata"]["HTTPStatusCode"], error.response["Error"].get("Code", "")
         reason = _CHANGED if status == 412 else _REASONS.get(code) or error.response["Error"].get("Message") or "refused"
         kind = MissingError if code == "NoSuchKey" else ValueError
-        raise kind(f"{uri}: {reason} ({code}, status {status}, {endpoint})") from None
+        raise kind(f"{uri}: {reason} ({code}, status {status}, {public_url(endpoint)})") from None
     except (boto.NoCredentialsError, boto.PartialCredentialsError) as error:
         raise ValueError(f"{uri}: {error}; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE") from None
     except boto.BotoCoreError as error:
         kind = UnreachableError if isinstance(error, boto.ConnectionError) else ValueError
-        raise kind(f"{uri}: {' '.join(str(error).split())}") from None
+        raise kind(f"{uri}: {scrubbed(' '.join(str(error).split()), endpoint)}") from None
     except S3DownloadFailedError:  # PreconditionFailed
         raise ValueError(f"{uri}: {_CHANGED}") from None
     except RetriesExceededError as error:

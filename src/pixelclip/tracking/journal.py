@@ -17,8 +17,8 @@ from mlflow.entities import Metric
 from pydantic import BaseModel, Field, FiniteFloat, NonNegativeInt
 
 from pixelclip.storage.files import parse_json, read_json, write_json
-from pixelclip.tracking.server import request_limits, tracking_uri
-from pixelclip.workflow.failures import first_line
+from pixelclip.storage.urls import public_url
+from pixelclip.tracking.server import public_uri, reason_of, request_limits
 
 CURVES, RUN = "curves.jsonl", "run.json"
 _BATCH = 500  # metrics per request; MLflow accepts 1000
@@ -66,7 +66,7 @@ class Journal:
         _remove_incomplete_line(folder / CURVES)
         points = read_points(folder / CURVES)
         state = read_run(folder) if (folder / RUN).is_file() else {}
-        same_run = state.get("run_id") == run_id and state.get("tracking_uri") == tracking_uri()
+        same_run = state.get("run_id") == run_id and public_url(state["tracking_uri"]) == public_uri()
         self._owned = bool(state.get("owned")) if same_run else owned
         self._num_delivered = min(state["delivered"], len(points)) if same_run else 0
         self._last_step = points[-1]["step"] if points else -1
@@ -127,11 +127,11 @@ class Journal:
                     self.requests.pop(0)
         except Exception as error:  # whatever fails in MLflow or the network, the stage continues
             if not self.error:
-                print(f"cannot reach MLflow at {tracking_uri()} ({first_line(error)}); will retry", flush=True)
-            self.error = first_line(error)
+                print(f"cannot reach MLflow at {public_uri()} ({reason_of(error)}); will retry", flush=True)
+            self.error = reason_of(error)
             return
         if self.error and not self.pending:
-            print(f"reached MLflow at {tracking_uri()} again; everything is delivered", flush=True)
+            print(f"reached MLflow at {public_uri()} again; everything is delivered", flush=True)
             self.error = ""
 
     def _send_points(self) -> None:
@@ -157,7 +157,7 @@ class Journal:
         return self._server_steps[curve]
 
     def _save(self) -> None:
-        state = {"run_id": self._run_id, "tracking_uri": tracking_uri(), "delivered": self._num_delivered, "owned": self._owned}
+        state = {"run_id": self._run_id, "tracking_uri": public_uri(), "delivered": self._num_delivered, "owned": self._owned}
         with contextlib.suppress(PermissionError):  # read-only model folder; points are then compared with the server's
             write_json(self._folder / RUN, state)
 

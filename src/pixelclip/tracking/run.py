@@ -18,9 +18,18 @@ from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunT
 from mlflow.exceptions import MlflowException
 from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH, MAX_TAG_VAL_LENGTH
 
+from pixelclip.storage.urls import public_url
 from pixelclip.tracking.journal import CURVES, RUN, Journal, read_run
-from pixelclip.tracking.server import connect, experiment_id, is_missing, request_limits, run_url, tracking_uri
-from pixelclip.workflow.failures import first_line
+from pixelclip.tracking.server import (
+    connect,
+    experiment_id,
+    is_missing,
+    public_uri,
+    reason_of,
+    request_limits,
+    run_url,
+    tracking_uri,
+)
 from pixelclip.workflow.provenance import data, flatten, source
 from pixelclip.workflow.provenance import tags as tags_of
 
@@ -182,7 +191,7 @@ class Run:
     def _deliver_and_close(self, status: str, seconds: float) -> bool:
         if not self.journal.flush(seconds):
             print(
-                f"Lost connection to MLflow at {tracking_uri()} ({self.journal.error}), run {self.run_id}. "
+                f"Lost connection to MLflow at {public_uri()} ({self.journal.error}), run {self.run_id}. "
                 f"{len(self.journal.points)} curve points will be sent by the next stage from {CURVES}; "
                 f"{len(self.journal.requests)} other requests (metrics, tags, files) were dropped; their data is in the "
                 "output folder",
@@ -202,7 +211,7 @@ class Run:
             try:
                 self.client.set_terminated(self.run_id, status)
             except Exception as error:  # MLflow raises many types, see `connect`
-                print(f"MLflow at {tracking_uri()}: the run could not be closed: {first_line(error)}", flush=True)
+                print(f"MLflow at {public_uri()}: the run could not be closed: {reason_of(error)}", flush=True)
 
     def _describe(self, provenance: Mapping[str, Any], tags: Mapping[str, str]) -> None:
         if self._owned:
@@ -224,7 +233,7 @@ def _one_error(env_run: str | None) -> Iterator[None]:
         yield
     except MlflowException as error:
         which = f" {env_run} (MLFLOW_RUN_ID)" if env_run else ""
-        raise ValueError(f"MLflow at {tracking_uri()} rejected the run{which}: {first_line(error)}") from None
+        raise ValueError(f"MLflow at {public_uri()} rejected the run{which}: {reason_of(error)}") from None
 
 
 def _existing(client: MlflowClient, folder: Path) -> str | None:
@@ -256,9 +265,10 @@ def _resumed(folder: Path) -> tuple[MlflowClient, str | None]:
         return client, _existing(client, folder)
     except (ValueError, MlflowException) as error:
         uri = tracking_uri()
-        if state.get("tracking_uri") != uri or not (client or uri.startswith("http")):  # a local file does not recover
+        same_server = public_url(state.get("tracking_uri", "")) == public_uri()
+        if not same_server or not (client or uri.startswith("http")):  # a local file does not recover
             raise
-        print(f"{first_line(error)}; training continues in MLflow run {state['run_id']}", flush=True)
+        print(f"{reason_of(error)}; training continues in MLflow run {state['run_id']}", flush=True)
         return client or MlflowClient(uri), str(state["run_id"])
 
 

@@ -5,7 +5,6 @@ KFP use, since KFP's MLflow plugin sets the former; the default is `sqlite:///ru
 """
 
 import os
-import re
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ import mlflow
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
+from pixelclip.storage.urls import public_url
 from pixelclip.workflow.failures import first_line
 
 ADDRESSES = ("MLFLOW_TRACKING_URI", "PIXELCLIP_MLFLOW_URI")
@@ -31,6 +31,11 @@ def tracking_uri() -> str:
     return os.environ.get(_variable()) or _DEFAULT_URI
 
 
+def public_uri() -> str:
+    """Return `tracking_uri` without password and token, for files and messages."""
+    return public_url(tracking_uri())
+
+
 def _variable() -> str:
     """Return the variable that sets the address."""
     return next((name for name in ADDRESSES if os.environ.get(name)), ADDRESSES[0])
@@ -42,13 +47,13 @@ def ui_address(server: str = "") -> str:
     Inside a cluster the server's own address often opens in no browser. `server` is by default `tracking_uri()`.
     """
     uri = os.environ.get("PIXELCLIP_MLFLOW_UI") or server or tracking_uri()
-    return re.sub(r"//[^/@]*@", "//", uri).rstrip("/") if uri.startswith(("http://", "https://")) else ""
+    return public_url(uri).rstrip("/") if uri.startswith(("http://", "https://")) else ""
 
 
 def run_url(run_id: str) -> str:
     """Return the URL of a run's page, or its ID and database if there is none."""
     address = ui_address()
-    return f"{address}/#/runs/{run_id}" if address else f"{run_id} at {tracking_uri()}"
+    return f"{address}/#/runs/{run_id}" if address else f"{run_id} at {public_uri()}"
 
 
 def connect() -> MlflowClient:
@@ -61,19 +66,21 @@ def connect() -> MlflowClient:
     for name, value in _DEFAULTS.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    # At the end of a run MLflow prints its URL with the password; `Run.start` prints it without.
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     # Otherwise a server in front of S3 redirects its clients to an S3 address that often only the server can reach.
     os.environ.setdefault("MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD", "false")
     os.environ.setdefault("MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD", "false")
     if uri.startswith("sqlite:///"):
         Path(uri.removeprefix("sqlite:///")).absolute().parent.mkdir(parents=True, exist_ok=True)
     elif uri.startswith(("http://", "https://")):
-        _check_alive(uri)
+        _check_alive(public_url(uri))
     mlflow.set_tracking_uri(uri)
     try:
         client = MlflowClient(uri)
         client.search_experiments(max_results=1)
     except Exception as error:  # MLflow raises many types, from SQLAlchemy's to its own
-        problem = f"cannot be used ({_variable()}): {first_line(error)}"
+        problem = f"cannot be used ({_variable()}): {reason_of(error)}"
         if "error code 403" in str(error):
             reason = "the user may not read experiments, or this host and port are missing from the server's --allowed-hosts"
             problem = f"rejects this request (403): {reason}"
@@ -81,7 +88,7 @@ def connect() -> MlflowClient:
             user = os.environ.get("MLFLOW_TRACKING_USERNAME")
             who = f"user {user!r} with this password" if user else "a request without a user"
             problem = f"rejects {who}: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or _TOKEN)"
-        raise ValueError(f"MLflow at {uri} {problem}") from None
+        raise ValueError(f"MLflow at {public_uri()} {problem}") from None
     return client
 
 
@@ -109,7 +116,7 @@ def transfer() -> Iterator[None]:
         try:
             yield
         except (MlflowException, OSError) as error:  # `requests` raises OSError
-            message = first_line(error)
+            message = reason_of(error)
             if "timed out" in message:
                 raise MlflowException(f"{message}; {_TIMEOUT} is {os.environ.get(_TIMEOUT)} s") from None
             if isinstance(error, OSError):
@@ -131,6 +138,11 @@ def _check_alive(uri: str) -> None:
 def is_missing(error: MlflowException) -> bool:
     """Return True only for RESOURCE_DOES_NOT_EXIST; any other error leaves it open."""
     return bool(error.error_code == "RESOURCE_DOES_NOT_EXIST")
+
+
+def reason_of(error: BaseException) -> str:
+    """Return the first line of an error's message, without the secrets of the tracking URI and of other URLs."""
+    return first_line(error, tracking_uri())
 
 
 def experiment_id(client: MlflowClient) -> str:

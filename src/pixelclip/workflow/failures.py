@@ -4,6 +4,8 @@ import os
 from collections.abc import Iterator
 from contextlib import suppress
 
+from pixelclip.storage.urls import scrubbed
+
 BAD_INPUT = 2
 """Exit code after an error in the input, the settings or the environment."""
 MAY_PASS = 75
@@ -51,9 +53,9 @@ def exit_code(error: BaseException) -> int:
     return BAD_INPUT if isinstance(error, ValueError | OSError) else 1
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or the error's type if the message is empty."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+def first_line(error: BaseException, *urls: str) -> str:
+    """Return the first line of an error's message without secrets (see `scrubbed`), or the error's type if there is none."""
+    return scrubbed((str(error).strip().splitlines() or [type(error).__name__])[0], *urls)
 
 
 def report(error: BaseException, message: str) -> None:

@@ -23,6 +23,7 @@ from pixelclip import __version__
 from pixelclip.config import lasting
 from pixelclip.storage.cache import origin
 from pixelclip.storage.files import digest, files_below, read_json, write_json
+from pixelclip.storage.urls import public
 from pixelclip.workflow.code_version import code_image, code_revision
 from pixelclip.workflow.provenance import read_provenance
 from pixelclip.workflow.termination import Terminated, terminable
@@ -57,9 +58,10 @@ class Stage:
     ) -> None:
         self.name = name
         self.out = out.absolute()
-        self.settings = lasting(config)
-        self.inputs = dict(inputs)
-        self.source = dict(source or {})
+        # Provenance is uploaded and shown, and a new token or signature of a URL is the same setting.
+        self.settings = public(lasting(config))
+        self.inputs = public(dict(inputs))
+        self.source = public(dict(source or {}))
         self._md5s = {key: value["md5"] for key, value in self.inputs.items()}
         # Only the same version resumes partial work. A finished result is compared without the version, see _difference.
         identity = [name, __version__, self.settings, self._md5s]
@@ -186,7 +188,7 @@ class Stage:
 
     def _difference(self, recorded: dict[str, Any]) -> str:
         """List the differences that prevent reuse. A different code version is not one."""
-        before, now = recorded.get("settings", {}), json.loads(json.dumps(self.settings))
+        before, now = public(recorded.get("settings", {})), json.loads(json.dumps(self.settings))
         changes = {
             "stage": (recorded.get("stage"), self.name),
             "commit": (recorded.get("source", {}).get("git_sha"), self.source.get("git_sha")),
