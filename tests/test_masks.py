@@ -174,6 +174,17 @@ def test_empty_masks_are_dropped(tmp_path: Path) -> None:
     assert np.array_equal(masked(tmp_path / "out" / "0.tar", "a"), STRIPES)
 
 
+@pytest.mark.parametrize("absolute", [False, True])
+def test_given_folder_is_not_left_by_the_name_of_a_member(tmp_path: Path, capsys, absolute: bool) -> None:
+    write_files(tmp_path, {"outside.json": annotation(STRIPES), "given/good.json": annotation(STRIPES)})
+    name = f"{tmp_path}/outside" if absolute else "../outside"
+    shards = write_tar(tmp_path / "shards" / "0.tar", {"good.jpg": JPEG, f"{name}.jpg": JPEG}).parent
+    settings = {"generator": "given", "given_folder": str(tmp_path / "given"), "max_bad_share": 0.5}
+    assert run(shards, tmp_path / "out", config(**settings))["bad_images"] == 1
+    assert set(read_tar(tmp_path / "out" / "0.tar")) == {"good.jpg", "good.json"}
+    assert f"0.tar: {name}.jpg: not read: a member's name must be relative" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_images_of_foreign_tars_are_turned_upright(tmp_path: Path, orientation: int) -> None:
     stored = pixels(HEIGHT, WIDTH)

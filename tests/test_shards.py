@@ -346,6 +346,38 @@ def test_json_without_an_image_is_reported(tmp_path: Path) -> None:
     assert bad == [(f"{tmp_path}/a.tar: a.json", "has no image")]
 
 
+OUTSIDE = ["../x", "/abs/x", "a/../../x", "a/..", "./../x", ".//abs/x", "//x", "././../x", "a/../x"]
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+@pytest.mark.parametrize("suffix", [".jpg", ".json"])
+@pytest.mark.parametrize("link", ["", "hard", "symbolic"])
+def test_member_name_that_leads_out_of_a_folder_is_reported(tmp_path: Path, name: str, suffix: str, link: str) -> None:
+    path = tmp_path / "a.tar"
+    write_tar(path, {"good.jpg": b"g", "good.json": b"{}"} | ({} if link else {f"{name}/y{suffix}": b"x"}))
+    if link:
+        with tarfile.open(path, "a") as tar:
+            info = tarfile.TarInfo(f"{name}/y{suffix}")
+            info.type = tarfile.LNKTYPE if link == "hard" else tarfile.SYMTYPE
+            info.linkname = f"good{suffix}" if link == "hard" else f"/good{suffix}"
+            tar.addfile(info)
+    members, bad = index_shard(path)
+    assert [member.key for member in members] == ["good"]
+    assert bad == [(f"{path}: {name}/y{suffix}", "not read: a member's name must be relative, without '..'")]
+
+
+@pytest.mark.parametrize("name", ["a..b/x", "..a/x", "a/b../x", "ü ß/x", "a/./x", "x'\"`$(y)"])
+def test_unusual_but_safe_member_name_is_kept(tmp_path: Path, name: str) -> None:
+    members, bad = index_shard(write_tar(tmp_path / "a.tar", {f"{name}.jpg": b"x"}))
+    assert [member.key for member in members] == [name] and bad == []
+
+
+def test_control_characters_of_names_do_not_reach_the_terminal(tmp_path: Path, capsys) -> None:
+    assert set(pack(tmp_path, {"a\x1b[2J.jpg": b"x", "b.jpg": JPEG}, max_bad_share=0.5)) == {"b.jpg"}
+    printed = capsys.readouterr().out
+    assert r"a\x1b[2J.jpg: unreadable image" in printed and "\x1b" not in printed
+
+
 @pytest.mark.parametrize("removed", [1, 600, 5000])
 def test_truncated_tar_keeps_complete_members_and_reports_the_cut(tmp_path: Path, removed: int) -> None:
     path = write_tar(tmp_path / "a.tar", {f"{i}.jpg": bytes([i]) * 4000 for i in range(4)})

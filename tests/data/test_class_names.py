@@ -22,6 +22,20 @@ def test_unusable_class_names_are_rejected(names, message):
         check_names(names)
 
 
+@pytest.mark.parametrize("character", [chr(code) for code in (*range(1, 32), *range(127, 160)) if chr(code) not in "\n\r"])
+def test_control_characters_are_rejected_without_printing_them(tmp_path, character):
+    for names in (["sky", f"dog{character}[31m, cat"], [f"a, b{character}b"]):
+        with pytest.raises(ValueError, match=r"^classes: class names must not contain control characters, found '") as error:
+            check_names(names)
+        assert character not in str(error.value)
+    with pytest.raises(ValueError, match="control characters"):
+        parse_names(f"sky,dog|pup{character}py")
+    if not character.isspace() and character != "\x85":  # other separators of lines
+        (tmp_path / "c.txt").write_text(f"sky\ndog{character}[0m\n")
+        with pytest.raises(ValueError, match=r"c\.txt: class names must not contain control characters"):
+            read_classes(tmp_path / "c.txt")
+
+
 def test_duplicate_check_takes_linear_time():
     names = [str(number) for number in range(100_000)]  # a quadratic check would take minutes
     assert check_names(names) == names

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
+from pixelclip.workflow.bad_samples import CONTROL
+
 SHIPPED = ("reference", "readable")
 """Shipped lists of a benchmark's class names, see docs/paper.md."""
 
@@ -13,7 +15,7 @@ def check_names(names: Sequence[str], source: str = "classes") -> list[str]:
     """Return the class names without surrounding white space.
 
     Raises:
-        ValueError: the list is empty, or a name is blank or a duplicate.
+        ValueError: the list is empty, or a name is blank, a duplicate, or contains control characters.
     """
     stripped = [name.strip() for name in names]
     if not stripped:
@@ -21,6 +23,8 @@ def check_names(names: Sequence[str], source: str = "classes") -> list[str]:
     blanks = [str(i + 1) for i, name in enumerate(stripped) if not name.strip(", ")]
     if blanks:
         raise ValueError(f"{source}: blank class name at position {', '.join(blanks)}")
+    if odd := [name for name in stripped if CONTROL.search(name)]:
+        raise ValueError(f"{source}: class names must not contain control characters, found {odd[0]!a}")
     duplicates = sorted(name for name, count in Counter(stripped).items() if count > 1)
     if duplicates:
         raise ValueError(f"{source}: class names must differ, found twice: {', '.join(map(repr, duplicates))}")

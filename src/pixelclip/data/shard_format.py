@@ -101,6 +101,8 @@ class _Index:
                 reason = "not read: images in a shard must be named KEY.jpg"
             else:
                 return
+        elif name.startswith("/") or ".." in name.split("/"):  # such a key would lead out of `masks.given_folder`
+            reason = "not read: a member's name must be relative, without '..'"
         elif member.islnk() or member.issym():
             self._parts.setdefault(key, {})
             folder = posixpath.dirname(name) if member.issym() else ""

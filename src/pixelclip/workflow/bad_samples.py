@@ -1,8 +1,11 @@
 """Count and report unusable samples; stop a stage when there are too many."""
 
+import re
 from dataclasses import dataclass, field
 
 _NAMED = 10  # maximum number of bad samples listed by name
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+"""Control characters, which a terminal would execute as commands."""
 
 
 @dataclass
@@ -31,7 +34,7 @@ class BadSamples:
             found: number of bad samples, including those of other processes; `len(self.found)` by default.
         """
         found = len(self.found) if found is None else found
-        lines = [f"  {line}" for line in self.found[:_NAMED]]
+        lines = [f"  {CONTROL.sub(lambda found: ascii(found[0])[1:-1], line)}" for line in self.found[:_NAMED]]
         if rest := found - len(lines):  # not listed, or recorded by other processes or before a resume
             lines.append(f"  and {rest} more")
         named = "\n".join(lines).encode(errors="backslashreplace").decode()
