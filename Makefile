@@ -9,7 +9,7 @@ IMAGE_FILES := Dockerfile .dockerignore pyproject.toml setup.py requirements.txt
 DOCKER_BUILD_ARGS ?= --network=host
 
 .DEFAULT_GOAL := help
-.PHONY: demo demo-docker test test-services test-docker test-faults bench lint ui image clean help requirements
+.PHONY: demo demo-docker test test-services test-docker test-faults bench lint ui docs image clean help requirements
 
 demo: .venv/installed  ## The whole pipeline on painted scenes, 5 to 15 minutes on 2 cores: runs/demo/
 	@$(BIN)/pixelclip toy --out $(DEMO)/toy --params params.yaml
@@ -43,6 +43,9 @@ lint: .venv/installed  ## Ruff and the type checker
 
 ui: .venv/installed  ## MLflow's UI with the runs of this folder
 	@$(BIN)/mlflow ui --backend-store-uri $(MLFLOW_TRACKING_URI)
+
+docs: .venv/installed  ## The documentation as a site: runs/site/index.html
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet && echo "Open runs/site/index.html"
 
 image:  ## The container image pixelclip:VERSION-COMMIT, also tagged :latest and :dev (the default of the components)
 	@version=$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml); \

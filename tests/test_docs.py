@@ -1,6 +1,9 @@
 """The documentation agrees with the code."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,6 +42,14 @@ def test_commands_and_their_options_exist(page):
                     command = command.commands[word]
             options = {option for parameter in command.params for option in parameter.opts}
             assert set(re.findall(r"(?<= )--[a-z-]+", rest)) <= options, line
+
+
+def test_the_site_contains_every_page_and_has_no_broken_link(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(tmp_path)]
+    subprocess.run(command, check=True, cwd=ROOT, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}, timeout=120)
+    built = {page.stem for page in tmp_path.rglob("*.html")}
+    assert {page.stem for page in PAGES} - {"README"} <= built
+    assert 'href="deploy/index.html"' in (tmp_path / "index.html").read_text()
 
 
 def test_make_targets_of_the_readme_exist():
