@@ -1,29 +1,51 @@
-"""Open-vocabulary segmentation from images that nobody labelled (PixelCLIP, NeurIPS 2024)."""
+"""Open-vocabulary segmentation from images that nobody labelled (PixelCLIP, NeurIPS 2024).
 
-from pathlib import Path
-from typing import TYPE_CHECKING
+`pixelclip.load` loads a model; the other functions have the names and options of the commands (docs/python.md).
+"""
+
+import inspect
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pixelclip.inference.predictor import Predictor
+    from pixelclip.api import load as load
 
-__all__ = ["__version__", "load"]
 __version__ = "0.2.0"
+_COMMANDS = ("toy", "fetch_data", "shards", "masks", "train", "evaluate_clip", "evaluate", "register")
+__all__ = ["__version__", "load", *_COMMANDS]
 
 
-def load(model: Path | str, device: str = "auto") -> "Predictor":
-    """Load a model folder: `pixelclip.load("runs/demo/train")(image, ["sky", "dog"]).labels`.
+def __getattr__(name: str) -> Any:
+    """Import on first use, because torch takes seconds."""
+    if name == "load":
+        return import_module("pixelclip.api").load
+    if name in _COMMANDS:
+        return import_module(f"pixelclip.{name}")
+    raise AttributeError(f"module 'pixelclip' has no attribute {name!r}")
 
-    Args:
-        model: model folder written by `train`, or its URL or `s3://` prefix.
-        device: auto, cpu, cuda, cuda:N or mps.
 
-    Returns:
-        A function of a PIL image and class names that returns a `Prediction`.
+class _Command(ModuleType):
+    """Module of a stage that can be called as its command: `pixelclip.train(...)` calls `pixelclip.api.train(...)`."""
 
-    Raises:
-        ValueError: not a model folder, or no such device.
-    """
-    from pixelclip.inference.predictor import Predictor  # imports torch
-    from pixelclip.storage.download import local_path
+    @property
+    def __signature__(self) -> inspect.Signature:
+        return inspect.signature(self._function)
 
-    return Predictor.load(local_path(model), device)
+    @property
+    def _function(self) -> Any:
+        return getattr(import_module("pixelclip.api"), self.__name__.rpartition(".")[2])
+
+    def __call__(self, *inputs: Any, **options: Any) -> Any:
+        return self._function(*inputs, **options)
+
+
+class _Package(ModuleType):
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _COMMANDS and isinstance(value, ModuleType):  # Python sets every imported submodule
+            value.__class__ = _Command
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

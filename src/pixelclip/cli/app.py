@@ -2,19 +2,15 @@
 
 import os
 import sys
-import tempfile
-from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from pixelclip import api
 from pixelclip.cli.pipeline import Params, Sweep, pipeline, reject_s3
 from pixelclip.config import ImportConfig, device_name
-from pixelclip.settings import as_table, build, load, parse_overrides
-from pixelclip.storage.download import local_path
-from pixelclip.storage.s3 import is_s3
-from pixelclip.storage.upload import upload
+from pixelclip.settings import as_table, build, parse_overrides
 from pixelclip.storage.urls import scrubbed
 from pixelclip.workflow.failures import BAD_INPUT, report
 from pixelclip.workflow.output import output_folder
@@ -40,25 +36,15 @@ app = typer.Typer(
 app.add_typer(pipeline, name="pipeline")
 
 
-def _config(stage: str, params: Path | None, settings: list[str] | None) -> Any:
-    overrides = parse_overrides(settings or [])
-    foreign = [name for name in overrides if "." in name and not name.startswith(f"{stage}.")]
-    if foreign:
-        raise ValueError(f"{foreign[0]} is not a setting of stage {stage}")
-    return load(stage, params, overrides)
-
-
-def _run(stage: str, out: str, params: Path | None, settings: list[str] | None, *inputs: str) -> None:
-    """Run a stage: call its `run` with inputs, output folder and settings."""
-    config = _config(stage, params, settings)
-    with output_folder(out) as folder:
-        import_module(f"pixelclip.{stage}").run(*inputs, folder, config)
+def _of(stage: str, settings: list[str] | None) -> dict[str, str]:
+    """Return settings by their full names, `train.steps`, which differ from the names of options."""
+    return {name if "." in name else f"{stage}.{name}": value for name, value in parse_overrides(settings or []).items()}
 
 
 @app.command()
 def toy(out: Out, params: Params = None, settings: Settings = None) -> None:
     """Paint scenes: training images without labels, and a labelled set for evaluation."""
-    _run("toy", out, params, settings)
+    api.toy(out, params, **_of("toy", settings))
 
 
 @app.command("fetch_data")
@@ -69,7 +55,7 @@ def fetch_data(
     settings: Settings = None,
 ) -> None:
     """Fetch DVC-tracked data of one git revision."""
-    _run("fetch_data", out, params, settings, repo)
+    api.fetch_data(repo, out, params, **_of("fetch_data", settings))
 
 
 @app.command()
@@ -80,7 +66,7 @@ def shards(
     settings: Settings = None,
 ) -> None:
     """Pack a folder of images into tar shards."""
-    _run("shards", out, params, settings, images)
+    api.shards(images, out, params, **_of("shards", settings))
 
 
 @app.command()
@@ -93,17 +79,7 @@ def masks(
     settings: Settings = None,
 ) -> None:
     """Generate class-agnostic masks for every image of the shards."""
-    _run("masks", out, params, [*(settings or []), *([f"part={part}"] if part else [])], shards)
-    if preview:
-        from pixelclip.visualization.pictures import preview as write_preview
-
-        file = f"{out.rstrip('/')}/preview.jpg"
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "preview.jpg") if is_s3(out) else Path(file)
-            count = write_preview(out, preview, path)
-            if is_s3(out):
-                upload(path, file)
-        print(f"{count} images: {file}")
+    api.masks(shards, out, params, preview, **_of("masks", [*(settings or []), *([f"part={part}"] if part else [])]))
 
 
 @app.command()
@@ -114,7 +90,7 @@ def train(
     settings: Settings = None,
 ) -> None:
     """Train PixelCLIP on shards with masks, starting from a pretrained CLIP."""
-    _run("train", out, params, settings, masks)
+    api.train(masks, out, params, **_of("train", settings))
 
 
 @app.command("evaluate_clip")
@@ -128,13 +104,7 @@ def evaluate_clip(
     settings: Settings = None,
 ) -> None:
     """Evaluate plain CLIP on labelled sets, once for all models trained from it (settings of evaluate)."""
-    config = _config("evaluate", params, settings)
-    options = {"clip": clip, "side": side, "residual": residual}
-    training = load("train", params, {name: value for name, value in options.items() if value})
-    from pixelclip.evaluate_clip import run_all
-
-    with output_folder(out) as folder:
-        run_all(training.clip, labelled, folder, config, training.side, training.residual)
+    api.evaluate_clip(labelled, out, clip, side, residual, params, **_of("evaluate", settings))
 
 
 @app.command()
@@ -147,11 +117,7 @@ def evaluate(
     settings: Settings = None,
 ) -> None:
     """Evaluate a model and the CLIP it was trained from on labelled sets."""
-    config = _config("evaluate", params, settings)
-    from pixelclip.evaluate import run_all
-
-    with output_folder(out) as folder:
-        run_all(_path(model), labelled, folder, config, _path(clip_evaluation) if clip_evaluation else None)
+    api.evaluate(model, labelled, out, clip_evaluation, params, **_of("evaluate", settings))
 
 
 @app.command()
@@ -177,11 +143,7 @@ def register(
     settings: Settings = None,
 ) -> None:
     """Register a model in MLflow and promote it to champion if it passes the gate."""
-    config = _config("register", params, settings)
-    from pixelclip.register import run
-
-    with output_folder(out) as folder:
-        run(_path(model), _path(evaluation), folder, config)
+    api.register(model, evaluation, out, params, **_of("register", settings))
 
 
 @app.command()
@@ -258,7 +220,7 @@ def predict(
     names = names_of(classes)
     image = open_image(photo)
     check_writable(out)
-    prediction = Predictor.load(_path(model), device)(image, names)
+    prediction = Predictor.load(api.model_path(model), device)(image, names)
     label_image(prediction.labels).save(out)
     overlay_path = out.with_suffix(".overlay.png")
     overlay(image, prediction).save(overlay_path)
@@ -278,7 +240,7 @@ def import_(
     from pixelclip.models.convert import run
 
     with output_folder(out) as folder:
-        run(_path(checkpoint), folder, build(ImportConfig, {"clip": clip, "side": side}, "import"))
+        run(api.model_path(checkpoint), folder, build(ImportConfig, {"clip": clip, "side": side}, "import"))
 
 
 @app.command()
@@ -289,7 +251,7 @@ def export(
     """Export a model's CLIP as plain open_clip weights, for open_clip.create_model("local-dir:OUT")."""
     from pixelclip.models.convert import export as write_clip
 
-    write_clip(_path(model), out)
+    write_clip(api.model_path(model), out)
 
 
 @app.command()
@@ -320,17 +282,6 @@ def toy_clip(out: Annotated[Path, typer.Option(callback=reject_s3, help="Output 
     from pixelclip.toy_scenes.toy_clip import remake
 
     remake(out)
-
-
-def _path(spec: str) -> Path:
-    """Resolve a path, URI or registered model to a local path."""
-    if not spec.startswith("models:/"):
-        return local_path(spec)
-    try:
-        from pixelclip.registry.model_version import fetch
-    except ModuleNotFoundError as error:
-        raise ValueError(f"{spec}: needs the extra `train` (pip install 'pixelclip[train]'): {error.name} is missing") from None
-    return fetch(spec)
 
 
 def main() -> None:

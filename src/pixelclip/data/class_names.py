@@ -43,7 +43,7 @@ def read_classes(path: Path) -> list[str]:
         raise ValueError(f"{path}: cannot read class names (one per line): {error}") from None
     while lines and not lines[-1].strip():
         lines.pop()
-    return check_names([_with_commas(line) if "|" in line else line for line in lines], str(path))
+    return check_names([with_commas(line) if "|" in line else line for line in lines], str(path))
 
 
 def benchmark_names(names: str, kind: str) -> list[str]:
@@ -70,10 +70,11 @@ def parse_names(text: str) -> list[str]:
     Raises:
         ValueError: see `check_names`.
     """
-    return check_names([_with_commas(name) for name in text.split(",")] if text.strip() else [])
+    return check_names([with_commas(name) for name in text.split(",")] if text.strip() else [])
 
 
-def _with_commas(name: str) -> str:
+def with_commas(name: str) -> str:
+    """Return a name whose synonyms are separated by bars, `dog|puppy`, with commas: `dog, puppy`."""
     return ", ".join(word.strip() for word in name.split("|"))
 
 

@@ -4,9 +4,9 @@ B images, K classes, C embedding width, h w feature grid, H W image.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -18,14 +18,16 @@ from torch import Tensor
 from pixelclip.config import EvaluateConfig
 from pixelclip.data.class_names import check_names
 from pixelclip.data.images import colour_labels, palette, resize_shortest_edge, to_rgb, turn_upright
-from pixelclip.data.tensors import resized_square
+from pixelclip.data.tensors import normalise, resized_square, to_tensor
 from pixelclip.distributed import pick_device, pick_precision
 from pixelclip.inference.label_map import label_map
 from pixelclip.models.backbone import Backbone
-from pixelclip.models.checkpoint import Clip, Model, backbone_of, load_model
+from pixelclip.models.checkpoint import Clip, Model, backbone_of, load_clip, load_model
+from pixelclip.models.clip_sources import clip_folder
 from pixelclip.models.text import TEMPLATES, classifier
 from pixelclip.settings import build
 from pixelclip.storage.files import read_json
+from pixelclip.workflow.stage import describe
 
 INFERENCE = "inference.json"
 """File in a registered model with the settings of its evaluation that a `Predictor` uses."""
@@ -34,6 +36,9 @@ _EPSILON = 1e-12  # of F.normalize
 MAX_CLASSES = 65535  # of a 16-bit label map
 _LONGEST_EDGE = 16384  # of an overlay: the legend of a very long strip would take gigabytes
 _LEGEND_ENTRIES, _LEGEND_CHARACTERS = 100, 60
+Quality = Literal["fast", "best"]
+"""fast: one view of the whole image, as in the paper. best: the mean over overlapping windows, about ten times slower."""
+_WINDOWED_EDGE, _WINDOWED_ASPECT = 1.6, 4  # shortest edge in sides of the model; longest edge in shortest edges
 
 
 def class_scores(backbone: Backbone, images: Tensor, classes: Tensor, feature_grid: int = 64) -> Tensor:
@@ -166,7 +171,7 @@ def best_class(groups: Iterable[Tensor], size: tuple[int, int]) -> Tensor:
 
 @dataclass(frozen=True)
 class Prediction:
-    """`labels` [H, W] are indices into `classes`; `scores` [K, h, w] are cosines on the feature grid."""
+    """`labels` [H, W] are indices into `classes`; `scores` [K, h, w] are cosines on a grid over the image."""
 
     labels: NDArray[np.uint16]
     scores: NDArray[np.float32]
@@ -196,27 +201,38 @@ class Predictor:
         self._classifiers: dict[tuple[str, ...], Tensor] = {}
 
     @classmethod
-    def load(cls, folder: Path, device: str = "auto") -> "Predictor":
+    def load(cls, folder: Path, device: str = "auto", original_clip: bool = False) -> "Predictor":
         """Load a model folder; a registered model resizes images as in its evaluation.
 
+        Args:
+            folder: model folder.
+            device: see `Predictor`.
+            original_clip: load the CLIP that the model was trained from instead, for comparison.
+
         Raises:
-            ValueError: as `load_model` and `pick_device`, or `inference.json` is damaged.
+            ValueError: as `load_model` and `pick_device`, `inference.json` is damaged, or the CLIP is not the model's.
         """
         file = folder / INFERENCE
         config = build(EvaluateConfig, read_json(file, dict[str, Any]) if file.is_file() else {}, str(file))
-        return cls(load_model(folder), device, shortest_edge=config.shortest_edge, longest_edge=config.longest_edge)
+        model = load_model(folder)
+        if original_clip:
+            model = replace(model, clip=_original_clip(folder, **model.config["clip"]))
+        return cls(model, device, shortest_edge=config.shortest_edge, longest_edge=config.longest_edge)
 
     @torch.no_grad()
-    def __call__(self, image: Image.Image, classes: Sequence[str]) -> Prediction:
+    def __call__(self, image: Image.Image, classes: Sequence[str], quality: Quality = "fast") -> Prediction:
         """Segment one image of any size.
 
         Args:
             image: any mode; rotated according to its EXIF orientation.
             classes: at least one name; "a, b" lists synonyms of one class.
+            quality: see `Quality`.
 
         Raises:
-            ValueError: invalid class names.
+            ValueError: invalid class names or quality.
         """
+        if quality not in get_args(Quality):
+            raise ValueError(f"quality must be {' or '.join(get_args(Quality))} (found {quality!r})")
         pick_precision("float32", self.device)  # earlier work in this process may have enabled TF32
         names = check_names(classes)
         if len(names) > MAX_CLASSES:
@@ -225,16 +241,53 @@ class Predictor:
         if tuple(names) not in cached:
             self._classifiers = cached = {tuple(names): classifier(self.text, names, TEMPLATES["ensemble"])}
         upright = turn_upright(image)
-        resized = resize_shortest_edge(upright, self.shortest_edge, self.longest_edge)
-        pixels = resized_square(resized, self.side, self.clip.mean, self.clip.std, self.device)
-        scores = class_scores(self.backbone, pixels, cached[tuple(names)], self.feature_grid)
+        score = self._whole_scores if quality == "fast" else self._window_scores
+        scores = score(upright, cached[tuple(names)])
         labels = label_map(scores, (upright.height, upright.width))[0]
         return Prediction(labels.cpu().numpy().astype(np.uint16), scores[0].cpu().numpy(), names)
+
+    def _whole_scores(self, image: Image.Image, classes: Tensor) -> Tensor:
+        resized = resize_shortest_edge(image, self.shortest_edge, self.longest_edge)
+        pixels = resized_square(resized, self.side, self.clip.mean, self.clip.std, self.device)
+        return class_scores(self.backbone, pixels, classes, self.feature_grid)
+
+    def _window_scores(self, image: Image.Image, classes: Tensor) -> Tensor:
+        """Average scores over windows of the model's side that overlap by half.
+
+        Objects have about the size in which the model saw them: the paper's training crops 640 pixels from a shortest edge of
+        1024. Scores are averaged on a grid as dense as that of a single view, so that many classes fit in memory.
+        """
+        shortest = round(_WINDOWED_EDGE * self.side)
+        resized = resize_shortest_edge(image, shortest, _WINDOWED_ASPECT * shortest)
+        pixels = normalise(to_tensor(resized)[None].to(self.device), self.clip.mean, self.clip.std)
+        grid = tuple(max(1, round(edge * self.feature_grid / self.side)) for edge in pixels.shape[2:])
+        groups = slide_scores(self.backbone, pixels, classes, self.side, self.side // 2, self.feature_grid)
+        return torch.cat([F.interpolate(group, size=grid, mode="area") for group in groups], dim=1)
+
+
+def _original_clip(folder: Path, spec: str, md5: str | None) -> Clip:
+    weights = clip_folder(spec)
+    if weights and md5 and describe(weights)["md5"] != md5:
+        raise ValueError(f"{weights}: is not the CLIP that {folder} was trained from (the md5 differs)")
+    return load_clip(spec)
 
 
 def label_image(labels: NDArray[np.uint16]) -> Image.Image:
     """Convert a label map to an 8-bit image if the values fit, else to a 16-bit image."""
     return Image.fromarray(labels.astype(np.uint8) if labels.max(initial=0) < 256 else labels)
+
+
+def palette_image(labels: NDArray[np.uint16], count: int) -> Image.Image:
+    """Convert a label map to an image whose pixels are class indices and whose palette has the colours of `overlay`.
+
+    Args:
+        labels: [H, W].
+        count: number of classes; more than a palette's 256 give `label_image`.
+    """
+    image = label_image(labels)
+    if image.mode == "L" and count <= 256:
+        image.putpalette(palette(count).tobytes())  # the mode is now P
+    return image
 
 
 def overlay(image: Image.Image, prediction: Prediction, opacity: float = 0.55) -> Image.Image:

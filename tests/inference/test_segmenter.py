@@ -1,0 +1,163 @@
+"""The model in Python: kinds of photos, results, quality, the original CLIP."""
+
+import io
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import pixelclip
+from helpers import tiny
+from pixelclip.inference.predictor import Predictor, palette_image
+from pixelclip.inference.segmenter import Segmenter
+from pixelclip.models.checkpoint import backbone_of, load_clip, load_model
+
+NAMES = ["dog|puppy", "grass", "sky"]
+WITH_COMMAS = ["dog, puppy", "grass", "sky"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    base = tmp_path_factory.mktemp("segmenter")
+    return tiny.model_folder(base / "model", tiny.clip_folder(base / "clip"), change=0.2)
+
+
+@pytest.fixture(scope="module")
+def model(folder) -> Segmenter:
+    return pixelclip.load(folder, "cpu")
+
+
+def pixels(width: int = 60, height: int = 40) -> np.ndarray:
+    blocks = np.random.default_rng(0).integers(0, 256, (5, 5, 3), dtype=np.uint8)
+    return blocks[np.arange(height) * 5 // height][:, np.arange(width) * 5 // width]
+
+
+def test_path_image_array_and_list_give_the_predictor_s_labels(model, tmp_path):
+    array = pixels()
+    image = Image.fromarray(array)
+    image.save(tmp_path / "photo.png")
+    expected = model.predictor(image, WITH_COMMAS)
+    assert len(np.unique(expected.labels)) > 1
+    photos = [tmp_path / "photo.png", str(tmp_path / "photo.png"), image, array]
+    for result in [*(model(photo, NAMES) for photo in photos), *model(photos, NAMES)]:
+        assert np.array_equal(result.labels, expected.labels) and result.labels.shape == (40, 60)
+        assert np.array_equal(result.scores, expected.scores)
+    assert model([], NAMES) == []
+
+
+def test_result_has_shares_score_maps_and_pictures(model, tmp_path):
+    result = model(pixels(), NAMES)
+    assert result.names == NAMES
+    assert result.shares == pytest.approx({name: (result.labels == i).mean() for i, name in enumerate(NAMES)})
+    maps = np.stack([result.score_map(name) for name in NAMES])
+    assert maps.shape == (3, 40, 60) and np.array_equal(maps.argmax(axis=0), result.labels)
+    with pytest.raises(ValueError, match=r"no class 'cat'; the classes are dog\|puppy, grass, sky"):
+        result.score_map("cat")
+    labels, shown = result.save(tmp_path / "new" / "labels.png")
+    with Image.open(labels) as image, Image.open(shown) as picture:
+        assert image.mode == "P" and np.array_equal(np.asarray(image), result.labels)
+        # Without the photo, the overlay has exactly the palette's colours.
+        assert np.array_equal(np.asarray(image.convert("RGB")), np.asarray(result.overlay(opacity=1))[:40, :60])
+        assert np.array_equal(np.asarray(picture), np.asarray(result.overlay()))
+    with Image.open(io.BytesIO(result._repr_png_())) as image:
+        assert image.format == "PNG"
+
+
+def test_large_result_is_shown_small_in_a_notebook(model):
+    with Image.open(io.BytesIO(model(pixels(3000, 100), NAMES)._repr_png_())) as image:
+        assert max(image.size) <= 1024
+
+
+@pytest.mark.parametrize(("count", "mode"), [(1, "P"), (256, "P"), (257, "L"), (300, "I;16")])
+def test_label_map_has_a_palette_for_up_to_256_classes(count, mode):
+    labels = np.array([[0, count - 1 if count != 257 else 3]], np.uint16)
+    image = palette_image(labels, count)
+    assert image.mode == mode and np.array_equal(np.asarray(image), labels)
+
+
+@pytest.mark.parametrize(
+    ("photo", "classes", "message"),
+    [
+        (pixels(), "dog,grass", r"expected a list of names such as .*, found the text 'dog,grass'"),
+        (pixels(), [], "the list of class names is empty"),
+        (pixels(), ["dog", 3], "expected names such as .*, found 3"),
+        (pixels(), ["dog|puppy", "dog, puppy"], "found twice: 'dog, puppy'"),
+        (pixels(), ["a\x1b[31m"], "must not contain control characters"),
+        (pixels().astype(float), ["dog"], r"array: expected uint8 \[H, W, 3\], found float64 \[40, 60, 3\]"),
+        (pixels()[..., 0], ["dog"], r"found uint8 \[40, 60\]"),
+        (np.zeros((0, 5, 3), np.uint8), ["dog"], r"found uint8 \[0, 5, 3\]"),
+        ("nowhere.jpg", ["dog"], "nowhere.jpg: No such file"),
+        (3, ["dog"], "found int"),
+        ([pixels(), None], ["dog"], "photo 1: .*found NoneType"),
+    ],
+)
+def test_invalid_input_is_one_clear_line(model, photo, classes, message):
+    with pytest.raises(ValueError, match=message) as error:
+        model(photo, classes)
+    assert "\n" not in str(error.value)
+
+
+def test_baseline_is_the_clip_of_the_training(folder, model):
+    loaded = load_model(folder)
+    original = replace(loaded, clip=load_clip(loaded.config["clip"]["spec"]))
+    expected = Predictor(original, "cpu")(Image.fromarray(pixels()), WITH_COMMAS)
+    found = pixelclip.load(folder, "cpu", baseline="clip")(pixels(), NAMES)
+    assert np.array_equal(found.scores, expected.scores)
+    assert not np.allclose(found.scores, model(pixels(), NAMES).scores)
+    with pytest.raises(ValueError, match="baseline must be 'clip' or None"):
+        pixelclip.load(folder, baseline="dino")
+
+
+def test_another_clip_than_that_of_the_training_is_rejected(tmp_path):
+    clip = tiny.clip_folder(tmp_path / "clip")
+    folder = tiny.model_folder(tmp_path / "model", clip)
+    tiny.clip_folder(clip, seed=1)
+    with pytest.raises(ValueError, match=r"clip: is not the CLIP that .*model was trained from"):
+        pixelclip.load(folder, "cpu", baseline="clip")
+
+
+def naive_best(predictor: Predictor, image: Image.Image, classes: torch.Tensor) -> torch.Tensor:
+    """Average the cosines of windows, one window at a time, at the resized image's full size: [K, H, W]."""
+    side = predictor.side
+    shortest = round(1.6 * side)
+    scale = shortest / min(image.size)
+    width, height = round(image.width * scale), round(image.height * scale)
+    resized = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR), np.float32) / 255
+    pixels = torch.from_numpy((resized - predictor.clip.mean) / predictor.clip.std).float().permute(2, 0, 1)[None]
+    total, times = torch.zeros(len(classes), height, width), torch.zeros(height, width)
+    for y in [*range(0, height - side, side // 2), height - side]:
+        for x in [*range(0, width - side, side // 2), width - side]:
+            features = predictor.backbone(pixels[:, :, y : y + side, x : x + side])
+            grid = torch.nn.functional.interpolate(features, (64, 64), mode="bilinear")[0]
+            cosines = torch.einsum("kc,chw->khw", classes, grid / grid.norm(dim=0))
+            full = torch.nn.functional.interpolate(cosines[None], (side, side), mode="bilinear")[0]
+            total[:, y : y + side, x : x + side] += full
+            times[y : y + side, x : x + side] += 1
+    return total / times
+
+
+@torch.no_grad()
+def test_best_quality_averages_windows(model, folder):
+    image = Image.fromarray(pixels(90, 70))
+    fast, best = model(image, NAMES), model(image, NAMES, quality="best")
+    assert best.labels.shape == (70, 90) and not np.array_equal(fast.labels, best.labels)
+    assert backbone_of(load_model(folder)).patch_size == (8, 8)
+    classes = next(iter(model.predictor._classifiers.values()))
+    expected = naive_best(model.predictor, image, classes)
+    size = (best.scores.shape[1], best.scores.shape[2])
+    assert size == (round(77 * 64 / 48), round(99 * 64 / 48))
+    averaged = torch.nn.functional.interpolate(expected[None], size, mode="area")[0]
+    np.testing.assert_allclose(best.scores, averaged, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 500), (500, 2), (300, 200)])
+def test_best_quality_takes_any_size(model, size):
+    assert model(pixels(*size), NAMES, "best").labels.shape == size[::-1]
+
+
+def test_unknown_quality_is_rejected(model):
+    with pytest.raises(ValueError, match=r"quality must be fast or best \(found 'good'\)"):
+        model(pixels(), NAMES, "good")
