@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from pixelclip import api
+from pixelclip.cli.page import app as page
 from pixelclip.cli.pipeline import Params, Sweep, pipeline, reject_s3
 from pixelclip.config import ImportConfig, device_name
 from pixelclip.settings import as_table, build, parse_overrides
@@ -34,6 +35,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(pipeline, name="pipeline")
+app.command("app")(page)
 
 
 def _of(stage: str, settings: list[str] | None) -> dict[str, str]:

@@ -10,8 +10,6 @@ import base64
 import binascii
 import io
 import json
-import os
-import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -23,12 +21,11 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field
 
 from pixelclip.data.class_names import parse_names
 from pixelclip.data.images import decode_image
+from pixelclip.inference.limits import Limits, check_classes
 from pixelclip.inference.predictor import Predictor, label_image, overlay
-from pixelclip.settings import build
 
 ARTIFACT = "pixelclip"
 SIGNATURE = ModelSignature(
@@ -42,27 +39,6 @@ SIGNATURE = ModelSignature(
     ),
     params=ParamSchema([ParamSpec("overlay", DataType.boolean, False), ParamSpec("score_maps", DataType.boolean, False)]),
 )
-_ENVIRONMENT = "PIXELCLIP_SERVE_"
-
-
-class Limits(BaseModel):
-    """Limits of a request, set by `model_config` or variables such as PIXELCLIP_SERVE_MAX_BYTES."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-    max_images: int = Field(default=16, ge=1, description="Rows per request.")
-    max_bytes: int = Field(default=20_000_000, ge=1, description="Bytes of an image file.")
-    max_pixels: int = Field(default=16_000_000, ge=1, description="Pixels of an image; larger ones are not decoded.")
-    max_parallel: int = Field(default=2, ge=1, description="Images segmented at the same time; the others wait.")
-    max_classes: int = Field(default=1000, ge=1, description="Classes per image, without synonyms.")
-    max_names: int = Field(default=1000, ge=1, description="Class names per image, with synonyms.")
-    max_characters: int = Field(default=200, ge=1, description="Characters per name.")
-
-    @classmethod
-    def load(cls, settings: dict[str, Any]) -> "Limits":
-        """Combine a model's settings with the environment, which has precedence; raise ValueError for invalid limits."""
-        variables = {name: f"{_ENVIRONMENT}{name.upper()}" for name in cls.model_fields}
-        environment = {name: os.environ[variable] for name, variable in variables.items() if os.environ.get(variable)}
-        return build(cls, settings | environment, f"limits of the served model ({_ENVIRONMENT}*)")
 
 
 class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
@@ -100,7 +76,7 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
     def _segment(self, data: Any, classes: Any, options: dict[str, Any]) -> dict[str, Any]:
         _check_cell("image", data, (bytes, str), "bytes or base64")
         _check_cell("classes", classes, (str,), "text")
-        _check_classes(classes, self.limits)
+        check_classes(classes, self.limits)
         names = parse_names(classes)
         image = decode_image(_bytes(data, self.limits.max_bytes), self.limits.max_pixels)
         prediction = self.predictor(image, names)
@@ -125,18 +101,6 @@ def _check_cell(column: str, cell: Any, types: tuple[type, ...], expected: str) 
     if not isinstance(cell, types):
         empty = cell is None or (isinstance(cell, float) and np.isnan(cell))
         raise ValueError(f"{column}: expected {expected}, found {'nothing' if empty else type(cell).__name__}")
-
-
-def _check_classes(classes: str, limits: Limits) -> None:
-    # Each name is encoded in eight templates; the tokenizer's time is quadratic in the length of a name.
-    names = re.split("[,|]", classes)
-    for limit, found, text in (
-        (limits.max_classes, classes.count(",") + 1, "{} names"),
-        (limits.max_names, len(names), "{} names with synonyms"),
-        (limits.max_characters, max(map(len, names)), "a name of {} characters"),
-    ):
-        if found > limit:
-            raise ValueError(f"classes: {text.format(found)}; at most {limit} are allowed")
 
 
 def _bytes(data: bytes | str, limit: int) -> bytes:

@@ -1,0 +1,113 @@
+"""The page itself, built with Gradio."""
+
+import os
+import shutil
+import tempfile
+import threading
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # the page works without a network, and tells nobody about its use
+
+import gradio as gr
+from PIL import Image
+
+from pixelclip.app.comparison import ALL_CLASSES, Comparison, Model, compare, legend, pictures
+from pixelclip.data.class_names import parse_names
+from pixelclip.data.images import decode_image, to_rgb, turn_upright
+from pixelclip.inference.limits import Limits, check_classes
+from pixelclip.inference.predictor import Quality, palette_image
+
+_MAX_WAITING = 64  # visitors in the queue; a further one is told that the page is busy
+_KEPT_SECONDS = 3600  # files and results of a visitor
+
+
+def build(
+    models: Mapping[str, Model], classes: str, examples: Sequence[tuple[str, str]], note: str, limits: Limits
+) -> gr.Blocks:
+    """Build the page.
+
+    Args:
+        models: models by the names that visitors see; the first is shown on the left at first, the second on the right.
+        classes: class names in the text field at first.
+        examples: paths of photos, each with its class names.
+        note: Markdown under the title.
+        limits: of a photo and its class names, as in serving.
+    """
+    names = list(models)
+    folder, files = tempfile.TemporaryDirectory(prefix="pixelclip_app_"), deque[Path]()
+    slots = threading.Semaphore(limits.max_parallel)
+
+    def segment(path: str | None, text: str, left: str, right: str, quality: Quality, opacity: float) -> tuple[Any, ...]:
+        if not path:
+            raise _error("choose a photo first")
+        try:
+            check_classes(text, limits)
+            photo = _open(Path(path), limits)
+            with slots:
+                comparison, prediction = compare(photo, parse_names(text), models[left], models[right], quality)
+        except ValueError as error:
+            raise _error(str(error)) from None
+        label_map = Path(tempfile.mkdtemp(dir=folder.name), "label_map.png")
+        palette_image(prediction.labels, len(prediction.classes)).save(label_map)
+        files.append(label_map)
+        if len(files) > _MAX_WAITING:  # Gradio has copied the oldest long since
+            shutil.rmtree(files.popleft().parent)
+        shown = gr.Dropdown(choices=[ALL_CLASSES, *comparison.classes], value=ALL_CLASSES, interactive=True)
+        found = legend(comparison, left, right)
+        return comparison, pictures(comparison, ALL_CLASSES, opacity), found, shown, str(label_map)
+
+    def draw(comparison: Comparison | None, shown: str, opacity: float) -> Any:
+        return pictures(comparison, shown, opacity) if comparison else None
+
+    with gr.Blocks(title="pixelclip", delete_cache=(_KEPT_SECONDS, _KEPT_SECONDS)) as page:
+        gr.Markdown(f"# pixelclip\n\n{note}")
+        state = gr.State(time_to_live=_KEPT_SECONDS)
+        with gr.Row():
+            with gr.Column(min_width=300):
+                photo = gr.Image(
+                    label="Photo",
+                    sources=["upload", "clipboard"],
+                    type="filepath",
+                    image_mode=None,  # passes the file on as it is: its size is checked before it is decoded
+                    height=300,
+                    elem_id="photo",
+                )
+                text = gr.Textbox(classes, label="Classes, separated by commas; a bar between synonyms", elem_id="classes")
+                with gr.Row():
+                    left = gr.Dropdown(names, value=names[0], label="Left", min_width=120)
+                    right = gr.Dropdown(names, value=names[min(1, len(names) - 1)], label="Right", min_width=120)
+                quality = gr.Radio(list(get_args(Quality)), value="fast", label="Quality")
+                button = gr.Button("Segment", variant="primary")
+            with gr.Column(scale=2, min_width=300):
+                slider = gr.ImageSlider(label="Left | right", max_height=640, interactive=False, elem_id="result")
+                with gr.Row():
+                    shown = gr.Dropdown([ALL_CLASSES], value=ALL_CLASSES, label="Show", min_width=120, elem_id="shown")
+                    opacity = gr.Slider(0, 1, 0.55, step=0.05, label="Opacity", min_width=120)
+                shares = gr.HTML(elem_id="legend")
+                download = gr.DownloadButton("Label map of the right model (PNG of class indices)", elem_id="download")
+        inputs, outputs = [photo, text, left, right, quality, opacity], [state, slider, shares, shown, download]
+        events = [button.click, text.submit]
+        if examples:
+            table = gr.Examples([list(example) for example in examples], [photo, text], label="Examples", cache_examples=False)
+            events.append(table.load_input_event.then)
+        for event in events:
+            event(segment, inputs, outputs, concurrency_limit=limits.max_parallel, concurrency_id="segment", api_name=False)
+        for change in (shown.input, opacity.release):
+            change(draw, [state, shown, opacity], slider, show_progress="hidden", api_name=False)
+    return page.queue(max_size=_MAX_WAITING)
+
+
+def _error(message: str) -> gr.Error:
+    return gr.Error(message, duration=None, print_exception=False)
+
+
+def _open(path: Path, limits: Limits) -> Image.Image:
+    if path.stat().st_size > limits.max_bytes:
+        raise ValueError(f"{path.name}: {path.stat().st_size} bytes; at most {limits.max_bytes} are allowed")
+    try:
+        return to_rgb(turn_upright(decode_image(path.read_bytes(), limits.max_pixels)))
+    except ValueError as error:
+        raise ValueError(f"{path.name}: {error}") from None
