@@ -24,6 +24,40 @@ _MAX_WAITING = 64  # visitors in the queue; a further one is told that the page 
 _KEPT_SECONDS = 3600  # files and results of a visitor
 
 
+class _Answers:
+    """What happens when a visitor presses a button."""
+
+    def __init__(self, models: Mapping[str, Model], limits: Limits) -> None:
+        self.models, self.limits = models, limits
+        self.slots = threading.Semaphore(limits.max_parallel)
+        self.folder = tempfile.TemporaryDirectory(prefix="pixelclip_app_")
+        self.files: deque[Path] = deque()
+
+    def segment(self, path: str | None, text: str, left: str, right: str, quality: Quality, opacity: float) -> tuple[Any, ...]:
+        """Segment a photo with both models: state, pictures, legend, choices of what is shown, label map to download."""
+        if not path:
+            raise _error("choose a photo first")
+        try:
+            check_classes(text, self.limits)
+            photo = _open(Path(path), self.limits)
+            with self.slots:
+                comparison, prediction = compare(photo, parse_names(text), self.models[left], self.models[right], quality)
+        except ValueError as error:
+            raise _error(str(error)) from None
+        label_map = Path(tempfile.mkdtemp(dir=self.folder.name), "label_map.png")
+        palette_image(prediction.labels, len(prediction.classes)).save(label_map)
+        self.files.append(label_map)
+        if len(self.files) > _MAX_WAITING:  # Gradio has copied the oldest long since
+            shutil.rmtree(self.files.popleft().parent)
+        shown = gr.Dropdown(choices=[ALL_CLASSES, *comparison.classes], value=ALL_CLASSES, interactive=True)
+        drawn, found = pictures(comparison, ALL_CLASSES, opacity), legend(comparison, left, right)
+        return comparison, drawn, found, shown, str(label_map)
+
+    def draw(self, comparison: Comparison | None, shown: str, opacity: float) -> Any:
+        """Draw the pictures of the last result again."""
+        return pictures(comparison, shown, opacity) if comparison else None
+
+
 def build(
     models: Mapping[str, Model], classes: str, examples: Sequence[tuple[str, str]], note: str, limits: Limits
 ) -> gr.Blocks:
@@ -36,42 +70,18 @@ def build(
         note: Markdown under the title.
         limits: of a photo and its class names, as in serving.
     """
-    names = list(models)
-    folder, files = tempfile.TemporaryDirectory(prefix="pixelclip_app_"), deque[Path]()
-    slots = threading.Semaphore(limits.max_parallel)
-
-    def segment(path: str | None, text: str, left: str, right: str, quality: Quality, opacity: float) -> tuple[Any, ...]:
-        if not path:
-            raise _error("choose a photo first")
-        try:
-            check_classes(text, limits)
-            photo = _open(Path(path), limits)
-            with slots:
-                comparison, prediction = compare(photo, parse_names(text), models[left], models[right], quality)
-        except ValueError as error:
-            raise _error(str(error)) from None
-        label_map = Path(tempfile.mkdtemp(dir=folder.name), "label_map.png")
-        palette_image(prediction.labels, len(prediction.classes)).save(label_map)
-        files.append(label_map)
-        if len(files) > _MAX_WAITING:  # Gradio has copied the oldest long since
-            shutil.rmtree(files.popleft().parent)
-        shown = gr.Dropdown(choices=[ALL_CLASSES, *comparison.classes], value=ALL_CLASSES, interactive=True)
-        found = legend(comparison, left, right)
-        return comparison, pictures(comparison, ALL_CLASSES, opacity), found, shown, str(label_map)
-
-    def draw(comparison: Comparison | None, shown: str, opacity: float) -> Any:
-        return pictures(comparison, shown, opacity) if comparison else None
-
+    names, answers = list(models), _Answers(models, limits)
     with gr.Blocks(title="pixelclip", delete_cache=(_KEPT_SECONDS, _KEPT_SECONDS)) as page:
         gr.Markdown(f"# pixelclip\n\n{note}")
         state = gr.State(time_to_live=_KEPT_SECONDS)
         with gr.Row():
             with gr.Column(min_width=300):
+                # Image mode None passes the file on as it is: its size is checked before it is decoded.
                 photo = gr.Image(
                     label="Photo",
                     sources=["upload", "clipboard"],
                     type="filepath",
-                    image_mode=None,  # passes the file on as it is: its size is checked before it is decoded
+                    image_mode=None,
                     height=300,
                     elem_id="photo",
                 )
@@ -88,15 +98,22 @@ def build(
                     opacity = gr.Slider(0, 1, 0.55, step=0.05, label="Opacity", min_width=120)
                 shares = gr.HTML(elem_id="legend")
                 download = gr.DownloadButton("Label map of the right model (PNG of class indices)", elem_id="download")
-        inputs, outputs = [photo, text, left, right, quality, opacity], [state, slider, shares, shown, download]
         events = [button.click, text.submit]
         if examples:
             table = gr.Examples([list(example) for example in examples], [photo, text], label="Examples", cache_examples=False)
             events.append(table.load_input_event.then)
+        inputs, outputs = [photo, text, left, right, quality, opacity], [state, slider, shares, shown, download]
         for event in events:
-            event(segment, inputs, outputs, concurrency_limit=limits.max_parallel, concurrency_id="segment", api_name=False)
+            event(
+                answers.segment,
+                inputs,
+                outputs,
+                concurrency_limit=limits.max_parallel,
+                concurrency_id="segment",
+                api_name=False,
+            )
         for change in (shown.input, opacity.release):
-            change(draw, [state, shown, opacity], slider, show_progress="hidden", api_name=False)
+            change(answers.draw, [state, shown, opacity], slider, show_progress="hidden", api_name=False)
     return page.queue(max_size=_MAX_WAITING)
 
 
