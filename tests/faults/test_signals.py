@@ -3,22 +3,20 @@
 Every trial checks that nothing is left behind: processes, shared memory, hidden files, open MLflow runs.
 """
 
-import json
+import re
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import pytest
 from mlflow import MlflowClient
 
-from helpers import faults
+from helpers import faults, faults_stages
+from helpers.faults_stages import stage, statuses, uri
 from helpers.processes import wait_until
-from helpers.stage_server import StageServer, shared_memory
-from pixelclip.storage.files import read_json
+from helpers.stage_server import Command, StageServer, shared_memory
 
 pytestmark = [
     pytest.mark.slow,
@@ -28,98 +26,11 @@ pytestmark = [
 MOMENTS = 10
 ENDS_WITHIN = 20.0
 SIGNALS = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}
-SMALL = [
-    "clip=toy",
-    "side=48",
-    "shortest_edge=64",
-    "longest_edge=96",
-    "crop=48",
-    "concepts=8",
-    "device=cpu",
-    "precision=float32",
-]
-TRAINING = [*SMALL, "steps=12", "batch_size=4", "workers=1", "log_every=1", "checkpoint_every=5", "picture_every=6"]
-EVALUATION = ["batch_size=2", "checkpoint_every=2", "device=cpu", "pictures=3"]
-
-
-@dataclass
-class Stage:
-    """A command and what its result is compared by."""
-
-    words: list[str]
-    result: Callable[[Path], Any]
-
-    def command(self, out: Path) -> list[str]:
-        return [self.words[0], "--out", str(out), *self.words[1:]]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[StageServer]:
-    with StageServer() as server:
-        yield server
-
-
-@pytest.fixture(scope="module")
-def made(server, tmp_path_factory) -> Path:
-    """The undisturbed results of all stages."""
-    base = tmp_path_factory.mktemp("faults")
-    (base / "mlflow").mkdir()
-    for name in ("toy", *STAGES):
-        command = server.start(*stage(base, name).command(base / name), log=base / "log", MLFLOW_TRACKING_URI=uri(base))
-        assert command.wait() == 0, (base / "log").read_text()[-2000:]
-    return base
-
-
-def uri(folder: Path) -> str:
-    return f"sqlite:///{folder / 'mlflow' / 'mlflow.db'}"
-
-
-def output(folder: Path) -> Any:
-    """Return what later stages identify a result by, and its metrics."""
-    return read_json(folder / "provenance.json")["output"], read_json(folder / "metrics.json")
-
-
-def training(folder: Path) -> Any:
-    lines = [json.loads(line) for line in (folder / "curves.jsonl").read_text().splitlines()]
-    curves = [(line["step"], {key: v for key, v in line["metrics"].items() if "second" not in key}) for line in lines]
-    return output(folder), curves
-
-
-def registration(folder: Path) -> Any:
-    registered = read_json(folder / "registration.json")
-    return registered["role"], registered["reason"]
-
-
-STAGES: dict[str, Callable[[Path], Stage]] = {
-    "shards": lambda base: Stage(["shards", "--images", f"{base}/toy/images", "images_per_shard=16"], output),
-    "masks": lambda base: Stage(["masks", "--shards", f"{base}/shards", "workers=1", "felzenszwalb_min_size=20"], output),
-    "train": lambda base: Stage(["train", "--masks", f"{base}/masks", *TRAINING], training),
-    "evaluate_clip": lambda base: Stage(
-        ["evaluate_clip", "--labelled", f"{base}/toy/toy", "clip=toy", "side=48", *EVALUATION], output
-    ),
-    "evaluate": lambda base: Stage(
-        ["evaluate", "--model", f"{base}/train", "--labelled", f"{base}/toy/toy", *EVALUATION], output
-    ),
-    "register": lambda base: Stage(
-        ["register", "--model", f"{base}/train", "--evaluation", f"{base}/evaluate", "name=demo"], registration
-    ),
-}
-
-
-def stage(base: Path, name: str) -> Stage:
-    if name == "toy":
-        return Stage(["toy", "train_scenes=40", "test_scenes=12", "side=64"], output)
-    return STAGES[name](base)
-
-
-def statuses(folder: Path) -> set[str]:
-    client = MlflowClient(uri(folder))
-    experiments = [each.experiment_id for each in client.search_experiments()]
-    return {run.info.status for run in client.search_runs(experiments)}
+server, made = faults_stages.server, faults_stages.made
 
 
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
-@pytest.mark.parametrize("name", STAGES)
+@pytest.mark.parametrize("name", faults_stages.STAGES)
 def test_interrupted_stage_ends_cleanly_and_continues(made, server, tmp_path, name, number):
     undisturbed = stage(made, name).result(made / name)
     start = time.monotonic()
@@ -166,3 +77,50 @@ def trial(made: Path, server: StageServer, folder: Path, name: str, number: int 
     if number != signal.SIGKILL or name != "train":  # a run that nobody knows yet cannot be closed after SIGKILL
         assert statuses(folder) <= {"FINISHED"}, f"MLflow runs: {statuses(folder)}"
     return took
+
+
+def test_training_terminated_at_ten_random_moments_has_the_undisturbed_curve(made, server, tmp_path):
+    """One training, interrupted again and again; at most one step is repeated each time."""
+    words = ["train", "--masks", f"{made}/masks", *faults_stages.TRAINING, "steps=60", "picture_every=0"]
+
+    def start(name: str) -> Command:
+        (tmp_path / name / "mlflow").mkdir(parents=True, exist_ok=True)
+        folder = tmp_path / name
+        return server.start(*words, "--out", str(folder / "train"), log=folder / "log", MLFLOW_TRACKING_URI=uri(folder))
+
+    def lines(name: str, pattern: str) -> list[int]:
+        return [int(step) for step in re.findall(pattern, (tmp_path / name / "log").read_text())]
+
+    begun = time.monotonic()
+    assert start("undisturbed").wait() == 0
+    duration = time.monotonic() - begun
+    moments = np.sort(np.random.default_rng().uniform(0, duration, MOMENTS))
+    stopped, resumed, log = (
+        r"train: stopped by SIGTERM after step (\d+) of 60; ",
+        r"resuming after step (\d+)",
+        tmp_path / "a/log",
+    )
+    for number, seconds in enumerate(np.diff(moments, prepend=0.0), 1):
+        command = start("a")
+        assert wait_until(lambda number=number: log.read_text().count("MLflow run: ") == number), log.read_text()
+        time.sleep(seconds)
+        command.send(signal.SIGTERM)
+        assert command.wait(ENDS_WITHIN) == SIGNALS[signal.SIGTERM], log.read_text()
+        assert len(lines("a", stopped)) == number
+        assert statuses(tmp_path / "a") == {"KILLED"}
+    assert start("a").wait() == 0, log.read_text()
+    assert statuses(tmp_path / "a") == {"FINISHED"}
+    stops = [step for step in lines("a", stopped) if step]  # step 0: there was nothing to save
+    repeated = [stop - start for stop, start in zip(stops, lines("a", resumed), strict=True)]
+    assert all(0 <= steps <= 1 for steps in repeated), (stops, repeated)
+    result, expected = (faults_stages.training(tmp_path / name / "train") for name in ("a", "undisturbed"))
+    assert [step for step, _ in result[1]] == list(range(1, 61)) and result == expected
+    for key in ("train/loss", "train/gradient_norm"):  # on the server, too
+        assert curve(tmp_path / "a", key) == curve(tmp_path / "undisturbed", key)
+    faults.record(f"SIGTERM at {MOMENTS} random moments of one training", MOMENTS, MOMENTS)
+
+
+def curve(folder: Path, key: str) -> list[tuple[int, float]]:
+    client = MlflowClient(uri(folder))
+    (run,) = client.search_runs([each.experiment_id for each in client.search_experiments()])
+    return [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, key)]

@@ -79,6 +79,7 @@ SIGLIP_CONFIG: dict[str, Any] = {
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.3, 0.2)
 SIDE, CONCEPTS, TOKENS = 48, 3, 2
 CLASSES = ("dog, puppy", "grass", "sky")
+MODEL_FILES = ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json")
 
 
 # Like `convnext_large_d_320`, whose projection is an MLP.
@@ -205,7 +206,7 @@ def provenance(folder: Path, clip: Path) -> dict[str, Any]:
         },
         "version": "0.1.0",
         "revision": "abc",
-        "output": digest(folder, [folder / "model.safetensors", folder / "config.json"]),
+        "output": digest(folder, [path for path in folder.iterdir() if path.name in MODEL_FILES]),
     }
 
 

@@ -323,3 +323,15 @@ def test_config_of_a_much_larger_model_is_rejected_before_it_is_built(model_fold
     change_config(model_folder, model_cfg=config)
     with pytest.raises(ValueError, match=rf"config\.json: model_cfg\.{section}\.layers 100000|does not fit config\.json"):
         load_model(model_folder)
+
+
+def test_model_that_changed_after_its_training_is_an_error(model_folder):
+    weights, config = model_folder / "model.safetensors", model_folder / "config.json"
+    for file, old in ((weights, weights.read_bytes()), (config, config.read_bytes())):
+        changed = bytearray(old)
+        changed[-100 if file is weights else old.index(b"0.4")] ^= 1
+        file.write_bytes(changed)
+        with pytest.raises(ValueError, match=r"model: model\.safetensors or config\.json changed after stage train wrote it: .*MD5"):
+            load_model(model_folder)
+        file.write_bytes(old)
+    load_model(model_folder)

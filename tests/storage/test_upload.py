@@ -8,8 +8,8 @@ from botocore.httpsession import URLLib3Session
 
 from helpers.fake_data import write_files
 from pixelclip.storage.download import local_copy
-from pixelclip.storage.s3 import list_below
-from pixelclip.storage.upload import _etag, upload, upload_folder
+from pixelclip.storage.s3 import etag_of, list_below
+from pixelclip.storage.upload import upload, upload_folder
 
 PART = 5 << 20  # minimum of S3
 
@@ -22,7 +22,7 @@ def test_uploaded_file_is_downloaded_unchanged(bucket, tmp_path, monkeypatch, si
     assert bucket.get_object(Bucket="data", Key="some/key")["Body"].read() == content
     assert local_copy("s3://data/some/key").read_bytes() == content
     (listed,) = list_below("s3://data/some")
-    assert (listed.etag, listed.size) == (_etag(tmp_path / "file"), size)
+    assert (listed.etag, listed.size) == (etag_of(tmp_path / "file", PART), size)
 
 
 def test_unchanged_files_are_not_uploaded_again(bucket, tmp_path, monkeypatch):

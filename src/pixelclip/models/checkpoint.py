@@ -28,9 +28,9 @@ from pixelclip.models.text import TEMPLATES, Prompts, TextTower, Vectors
 from pixelclip.models.tokenizer import TOKENIZER_FILES, FileTokenizer, load_tokenizer
 from pixelclip.models.weights import check_fit
 from pixelclip.settings import nearest
-from pixelclip.storage.files import read_json, write_json
+from pixelclip.storage.files import digest, read_json, write_json
 from pixelclip.workflow.failures import first_line
-from pixelclip.workflow.stage import PROVENANCE
+from pixelclip.workflow.stage import PROVENANCE, describe
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 CLIP_WEIGHTS, CLIP_CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
@@ -162,7 +162,8 @@ def load_model(folder: Path) -> Model:
     """Load a model folder in float32 on the CPU.
 
     Raises:
-        ValueError: the folder is incomplete, its format is unsupported, or its weights do not fit its config.
+        ValueError: the folder is incomplete, its format is unsupported, its weights do not fit its config, or its files are not
+            those that its provenance records.
     """
     missing = [name for name in (WEIGHTS, CONFIG, PROVENANCE) if not (folder / name).is_file()]
     if missing:
@@ -192,7 +193,19 @@ def load_model(folder: Path) -> Model:
         prompts = load_prompts(_with_prefix(tensors, "prompts."), clip.text_tower(), config["templates"])
     except ValueError as error:
         raise ValueError(f"{folder / WEIGHTS}: does not fit {CONFIG}: {error}") from None
+    _check_unchanged(folder)
     return Model(clip, config["side"], config["residual"], prompts.requires_grad_(False), config)
+
+
+def _check_unchanged(folder: Path) -> None:
+    """Compare the files of a model with the MD5 in its provenance, since safetensors has no checksum."""
+    names = [name for name in (WEIGHTS, CONFIG, *TOKENIZER_FILES) if (folder / name).is_file()]
+    recorded = describe(folder)
+    if "provenance" in recorded and (found := digest(folder, [folder / name for name in names])["md5"]) != recorded["md5"]:
+        raise ValueError(
+            f"{folder}: {' or '.join(names)} changed after stage {recorded['provenance']['stage']} wrote it: "
+            f"{PROVENANCE} records MD5 {recorded['md5']}, found {found}; copy or fetch the model again"
+        )
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -1,5 +1,8 @@
 """S3-compatible stores (AWS, MinIO, Ceph, ...): connections, errors, listings, downloads of pinned versions."""
 
+import base64
+import binascii
+import hashlib
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -13,6 +16,8 @@ from pixelclip.storage.files import file_md5
 from pixelclip.storage.progress import count
 from pixelclip.storage.urls import public_url, scrubbed
 
+MD5_METADATA = "md5chksum"
+"""User metadata with the MD5 (base64) of an object uploaded in parts, whose ETag is none; rclone writes and reads the same."""
 _ATTEMPTS = 8  # botocore doubles the delay before each retry, up to 20 s
 _CHANGED = "changed in the store during the download; try again"
 _REASONS = {
@@ -157,30 +162,77 @@ def current_version(uri: str) -> Listed:
             reply = client.get_object(Bucket=bucket, Key=key)  # only GET returns the reason
             reply["Body"].close()
     etag = reply["ETag"].strip('"')
-    # An ETag is not an MD5 after a multipart upload (it has a dash), with a customer's key, and in directory buckets.
+    is_md5 = re.fullmatch("[0-9a-f]{32}", etag) and _has_plain_etag(reply, bucket)
+    return Listed(uri, etag, reply["ContentLength"], etag if is_md5 else _recorded_md5(reply))
+
+
+def _has_plain_etag(reply: Mapping[str, Any], bucket: str) -> bool:
+    """Return whether an ETag is made of MD5s: not with a customer's key, and not in directory buckets."""
     customer_key = reply.get("ServerSideEncryption", "AES256") != "AES256" or "SSECustomerAlgorithm" in reply
-    is_md5 = re.fullmatch("[0-9a-f]{32}", etag) and not customer_key and not bucket.endswith("--x-s3")
-    return Listed(uri, etag, reply["ContentLength"], etag if is_md5 else "")
+    return not customer_key and not bucket.endswith("--x-s3")
+
+
+def _recorded_md5(reply: Mapping[str, Any]) -> str:
+    """Return the MD5 that the uploader recorded, or an empty string."""
+    try:
+        md5 = base64.b64decode(reply.get("Metadata", {}).get(MD5_METADATA, ""), validate=True)
+    except binascii.Error:
+        return ""
+    return md5.hex() if len(md5) == hashlib.md5(usedforsecurity=False).digest_size else ""
 
 
 def check_content(path: Path, listed: Listed) -> None:
-    """Compare a downloaded file with the MD5 of its object, if the store has one, and delete a damaged file.
+    """Compare a downloaded file with the checksum of its object, if the store has one, and delete a damaged file.
 
-    A listing does not tell whether an ETag is an MD5, so the store is asked about an ETag that differs.
+    An object uploaded in parts has the MD5 that its uploader recorded, or an ETag made of the parts' MD5s. The latter may be
+    computed differently, so a file that it does not fit is downloaded once more and compared.
 
     Raises:
         ValueError: the content differs, or the object has changed since it was listed.
     """
     md5 = file_md5(path)
-    if md5 == listed.etag or not re.fullmatch("[0-9a-f]{32}", listed.etag):
+    if md5 in (listed.etag, listed.md5) or not re.fullmatch(r"[0-9a-f]{32}(-\d+)?", listed.etag):
         return
-    found = current_version(listed.uri) if not listed.md5 else listed
+    # A listing does not tell whether an ETag is an MD5, so the store is asked about an ETag that differs.
+    found = listed if listed.md5 else current_version(listed.uri)
     if found.etag != listed.etag:
         path.unlink()
         raise ValueError(f"{listed.uri}: {_CHANGED}")
-    if found.md5:
-        path.unlink()
-        raise ValueError(f"{listed.uri}: MD5 mismatch: expected {found.md5}, got {md5}; try again")
+    if found.md5 == md5 or (not found.md5 and _fits_parts(path, found)):
+        return
+    again = path.with_name(f"{path.name}.again.partial")
+    if not found.md5:
+        download(found.uri, {again: found})
+        expected = file_md5(again)
+        again.unlink()
+        if expected == md5:
+            return
+    path.unlink()
+    raise ValueError(f"{listed.uri}: MD5 mismatch: expected {found.md5 or expected}, got {md5}; try again")
+
+
+def _fits_parts(path: Path, found: Listed) -> bool:
+    """Return False if the ETag of an object uploaded in parts should be made of the parts' MD5s, but the file's differs."""
+    bucket, key = split(found.uri)
+    with connected(found.uri) as client:
+        try:
+            first = client.head_object(Bucket=bucket, Key=key, PartNumber=1)
+        except client.exceptions.ClientError:  # not supported
+            return True
+    size, count = first["ContentLength"], found.etag.partition("-")[2]
+    known = _has_plain_etag(first, bucket) and 0 < size and str(-(-found.size // size)) == count
+    return not known or etag_of(path, size) == found.etag
+
+
+def etag_of(path: Path, part: int) -> str:
+    """Return S3's ETag of a file uploaded in parts of `part` bytes: its MD5, or the MD5 of its parts' MD5s."""
+    with path.open("rb") as file:
+        parts = [_md5(chunk) for chunk in iter(lambda: file.read(part), b"")] or [_md5(b"")]
+    return parts[0].hex() if len(parts) == 1 else f"{_md5(b''.join(parts)).hex()}-{len(parts)}"
+
+
+def _md5(content: bytes) -> bytes:
+    return hashlib.md5(content, usedforsecurity=False).digest()
 
 
 def download(uri: str, files: Mapping[Path, Listed]) -> None:

@@ -3,12 +3,12 @@
 Each request carries its SHA-256, which the store verifies.
 """
 
-import hashlib
+import base64
 from pathlib import Path
 from typing import Any
 
 from pixelclip.storage import s3
-from pixelclip.storage.files import files_below
+from pixelclip.storage.files import file_md5, files_below
 from pixelclip.storage.progress import track
 
 _PART = 64 << 20  # bytes; S3 accepts 10,000 parts, so a file may have 670 GB
@@ -40,21 +40,13 @@ def upload_folder(folder: Path, uri: str, last: str) -> None:
     with s3.connected(uri) as client:
         for path in track(files, f"to {uri}", "file"):
             target = f"{uri}/{path.relative_to(folder).as_posix()}"
-            if (target, path.stat().st_size, _etag(path)) not in existing:
+            if (target, path.stat().st_size, s3.etag_of(path, _PART)) not in existing:
                 _upload(client, path, target)
 
 
 def _upload(client: Any, path: Path, uri: str) -> None:
+    options = {}
+    if path.stat().st_size > _PART:  # its ETag will not be the MD5 that a download is compared with
+        options["Metadata"] = {s3.MD5_METADATA: base64.b64encode(bytes.fromhex(file_md5(path))).decode()}
     with s3.transfers(client, _PART) as manager:
-        manager.upload(str(path), *s3.split(uri)).result()
-
-
-def _etag(path: Path) -> str:
-    """Return S3's ETag of a file uploaded in parts of `_PART`: its MD5, or the MD5 of its parts' MD5s."""
-    with path.open("rb") as file:
-        parts = [_md5(chunk) for chunk in iter(lambda: file.read(_PART), b"")] or [_md5(b"")]
-    return parts[0].hex() if len(parts) == 1 else f"{_md5(b''.join(parts)).hex()}-{len(parts)}"
-
-
-def _md5(content: bytes) -> bytes:
-    return hashlib.md5(content, usedforsecurity=False).digest()
+        manager.upload(str(path), *s3.split(uri), extra_args=options).result()
