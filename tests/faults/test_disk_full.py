@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.timeout(1800),
     pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy"),  # MLflow's tables under SQLAlchemy 2.1
 ]
-SHARES = (0.0, 0.1, 0.25, 0.4, 0.55, 0.7, 0.8, 0.9, 0.95, 0.99)
+SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 0.95)
 """Sizes of the disk, relative to what the stage needs."""
 _PAGE = 4096
 server, made = faults_stages.server, faults_stages.made

@@ -331,7 +331,9 @@ def test_model_that_changed_after_its_training_is_an_error(model_folder):
         changed = bytearray(old)
         changed[-100 if file is weights else old.index(b"0.4")] ^= 1
         file.write_bytes(changed)
-        with pytest.raises(ValueError, match=r"model: model\.safetensors or config\.json changed after stage train wrote it: .*MD5"):
+        with pytest.raises(
+            ValueError, match=r"model: model\.safetensors or config\.json changed after stage train wrote it: .*MD5"
+        ):
             load_model(model_folder)
         file.write_bytes(old)
     load_model(model_folder)

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from base64 import b64encode
 
 import pytest
 from botocore.httpsession import URLLib3Session
@@ -36,9 +37,10 @@ def test_unchanged_files_are_not_uploaded_again(bucket, tmp_path, monkeypatch):
     assert sent == ["s3://data/set/sub/b", "s3://data/set/new"]
 
 
-def test_request_has_the_sha256_of_its_content(bucket, tmp_path, monkeypatch):
+def test_request_has_the_checksums_of_its_content(bucket, tmp_path, monkeypatch):
     (tmp_path / "file").write_bytes(b"content")
     sent, send = [], URLLib3Session.send
     monkeypatch.setattr(URLLib3Session, "send", lambda self, request: sent.append(request) or send(self, request))
     upload(tmp_path / "file", "s3://data/file")
     assert [request.headers["X-Amz-Content-SHA256"] for request in sent] == [hashlib.sha256(b"content").hexdigest().encode()]
+    assert [request.headers["Content-MD5"] for request in sent] == [b64encode(hashlib.md5(b"content").digest())]

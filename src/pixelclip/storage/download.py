@@ -217,7 +217,9 @@ def _receive(uri: str, head: Message, path: Path) -> None:
             raise _TransferError(f"expected bytes from {start:,}, got {reply.headers['Content-Range']}")
         with path.open("ab" if resumed else "wb") as file:
             if reply.headers["Content-Length"]:
-                size = file.tell() + int(reply.headers["Content-Length"])
+                announced, size = size, file.tell() + int(reply.headers["Content-Length"])
+                if 0 < announced != size:  # a proxy has cut or extended the answer
+                    raise _TransferError(f"expected {announced:,} bytes, the answer has {size:,}")
             with count(max(size, 0) or None, public_url(uri), "B", file.tell()) as bar:
                 while chunk := _read(reply):
                     bar.update(file.write(chunk))

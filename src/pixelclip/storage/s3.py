@@ -27,6 +27,8 @@ _REASONS = {
     "InvalidAccessKeyId": "wrong credentials, see AWS_ACCESS_KEY_ID",
     "SignatureDoesNotMatch": "wrong credentials, see AWS_SECRET_ACCESS_KEY",
     "InvalidToken": "wrong credentials, see AWS_SESSION_TOKEN",
+    "BadDigest": "damaged on its way to the store; try again",
+    "XAmzContentSHA256Mismatch": "damaged on its way to the store; try again",
     "ExpiredToken": "the credentials have expired, see AWS_SESSION_TOKEN",
 }
 
@@ -220,7 +222,7 @@ def _fits_parts(path: Path, found: Listed) -> bool:
         except client.exceptions.ClientError:  # not supported
             return True
     size, count = first["ContentLength"], found.etag.partition("-")[2]
-    known = _has_plain_etag(first, bucket) and 0 < size and str(-(-found.size // size)) == count
+    known = _has_plain_etag(first, bucket) and size > 0 and str(-(-found.size // size)) == count
     return not known or etag_of(path, size) == found.etag
 
 

@@ -1,9 +1,10 @@
 """Uploads to a store: unchanged files are skipped, and a folder is complete once its last file exists.
 
-Each request carries its SHA-256, which the store verifies.
+Each request carries its MD5, which the store verifies, and its SHA-256, which not every store does.
 """
 
 import base64
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -48,5 +49,16 @@ def _upload(client: Any, path: Path, uri: str) -> None:
     options = {}
     if path.stat().st_size > _PART:  # its ETag will not be the MD5 that a download is compared with
         options["Metadata"] = {s3.MD5_METADATA: base64.b64encode(bytes.fromhex(file_md5(path))).decode()}
+    for operation in ("PutObject", "UploadPart"):
+        client.meta.events.register(f"provide-client-params.s3.{operation}", _add_md5, unique_id=operation)
     with s3.transfers(client, _PART) as manager:
         manager.upload(str(path), *s3.split(uri), extra_args=options).result()
+
+
+def _add_md5(params: dict[str, Any], **_: Any) -> dict[str, Any]:
+    body, md5 = params["Body"], hashlib.md5(usedforsecurity=False)
+    start = body.tell()
+    for chunk in iter(lambda: body.read(1 << 20), b""):
+        md5.update(chunk)
+    body.seek(start)
+    return {**params, "ContentMD5": base64.b64encode(md5.digest()).decode()}
