@@ -124,3 +124,26 @@ def test_workers_and_their_server_survive_a_signal_to_the_whole_group(tmp_path, 
         assert process.stdout.readline() == "3\n"
         assert all(map(session_of, pids))
         process.kill()
+
+
+LEAVES_A_WORKER = """
+import time
+from pixelclip.workflow.worker_processes import start_worker, worker_context
+
+def work(ready):
+    start_worker()
+    ready.set()
+    time.sleep(60)
+
+if __name__ == "__main__":
+    context = worker_context([])
+    ready = context.Event()
+    context.Process(target=work, args=(ready,), daemon=True).start()
+    ready.wait()
+"""
+
+
+def test_process_ends_though_a_worker_ignores_signals(tmp_path):
+    """As after an error whose traceback keeps a loader alive: at exit, multiprocessing terminates and joins its workers."""
+    (tmp_path / "script.py").write_text(LEAVES_A_WORKER)
+    subprocess.run([sys.executable, str(tmp_path / "script.py")], check=True, timeout=20)

@@ -1,6 +1,8 @@
 """Worker processes that leave signals to their parent and end when it does."""
 
+import atexit
 import multiprocessing
+import multiprocessing.util  # registers its exit function, before which ours must run
 import os
 import signal
 import threading
@@ -32,3 +34,11 @@ def _end_with_parent() -> None:
     if parent := multiprocessing.parent_process():
         parent.join()
         os._exit(1)
+
+
+@atexit.register
+def _kill_workers() -> None:
+    """Kill the workers that an error left. Multiprocessing would terminate them, which they ignore, and wait for ever."""
+    for worker in multiprocessing.active_children():
+        if worker.daemon:
+            worker.kill()
