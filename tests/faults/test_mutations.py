@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import struct
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -214,7 +213,8 @@ def maps_npz(folder: Path) -> Kind:
     return baseline(folder, MAPS)
 
 
-def model(folder: Path, name: str, truth: Callable[[bytes], Any], seen: Callable[[Any], Any]) -> Kind:
+def model(folder: Path, name: str, seen: Callable[[Any], Any]) -> Kind:
+    """The provenance has a checksum of both files."""
     tiny.model_folder(folder / "model", tiny.clip_folder(folder / "clip"))
     path = folder / "model" / name
 
@@ -222,41 +222,23 @@ def model(folder: Path, name: str, truth: Callable[[bytes], Any], seen: Callable
         path.write_bytes(data)
         return seen(load_model(path.parent))
 
-    return Kind(path.read_bytes(), read, truth)
+    return Kind(path.read_bytes(), read)
 
 
 def weights(folder: Path) -> Kind:
-    """Weights have no checksum: a file whose header fits has other content."""
-
     def seen(loaded: Any) -> Any:
         parts = {"clip": loaded.clip.model, "prompts": loaded.prompts}
         found = {f"{part}.{name}": tensor for part, each in parts.items() for name, tensor in each.state_dict().items()}
         return {name: tensor.numpy().tobytes() for name, tensor in found.items()}
 
-    def truth(data: bytes) -> Any:
-        (length,) = struct.unpack("<Q", data[:8])
-        header, found = json.loads(data[8 : 8 + length]), {}
-        kinds = {"F32": np.float32, "I64": np.int64}
-        for name, entry in header.items():
-            start, end = (8 + length + offset for offset in entry["data_offsets"])
-            if name.startswith(("clip.", "prompts.")):
-                found[name] = np.frombuffer(data[start:end], kinds[entry["dtype"]]).tobytes()
-        return found
-
-    return model(folder, "model.safetensors", truth, seen)
+    return model(folder, "model.safetensors", seen)
 
 
 def config(folder: Path) -> Kind:
-    """A valid entry with another value is other content."""
-
-    def truth(data: bytes) -> Any:
-        document = json.loads(data)
-        return document, document["side"], document["residual"], tuple(document["mean"]), tuple(document["std"])
-
     def seen(loaded: Any) -> Any:
         return loaded.config, loaded.side, loaded.residual, loaded.clip.mean, loaded.clip.std
 
-    return model(folder, "config.json", truth, seen)
+    return model(folder, "config.json", seen)
 
 
 KINDS = {
