@@ -19,7 +19,6 @@ pytestmark = [
 SHARES = (0.0, 0.2, 0.4, 0.6, 0.8, 0.95)
 """Sizes of the disk, relative to what the stage needs."""
 _PAGE = 4096
-server, made = faults_stages.server, faults_stages.made
 
 
 @contextmanager

@@ -26,7 +26,6 @@ pytestmark = [
 MOMENTS = 3
 DOWN = 2.0
 """Seconds between a kill and the restart."""
-server, made = faults_stages.server, faults_stages.made
 
 
 def count(name: str, trials: list[Callable[[], None]]) -> None:

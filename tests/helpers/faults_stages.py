@@ -37,13 +37,13 @@ class Stage:
         return [self.words[0], "--out", str(out), *self.words[1:]]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def server() -> Iterator[StageServer]:
     with StageServer() as server:
         yield server
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def made(server, tmp_path_factory) -> Path:
     """The undisturbed results of all stages."""
     base = tmp_path_factory.mktemp("faults")

@@ -51,9 +51,8 @@ class StageServer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        assert self._server.stdin
-        self._server.stdin.close()
-        self._server.wait()
+        with self._server:  # closes its pipes and waits
+            pass
 
 
 class Command:
