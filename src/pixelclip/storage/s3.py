@@ -1,7 +1,6 @@
 """S3-compatible stores (AWS, MinIO, Ceph, ...): connections, errors, listings, downloads of pinned versions."""
 
 import base64
-import binascii
 import hashlib
 import os
 import re
@@ -178,7 +177,7 @@ def _recorded_md5(reply: Mapping[str, Any]) -> str:
     """Return the MD5 that the uploader recorded, or an empty string."""
     try:
         md5 = base64.b64decode(reply.get("Metadata", {}).get(MD5_METADATA, ""), validate=True)
-    except binascii.Error:
+    except ValueError:
         return ""
     return md5.hex() if len(md5) == hashlib.md5(usedforsecurity=False).digest_size else ""
 
@@ -202,15 +201,16 @@ def check_content(path: Path, listed: Listed) -> None:
         raise ValueError(f"{listed.uri}: {_CHANGED}")
     if found.md5 == md5 or (not found.md5 and _fits_parts(path, found)):
         return
-    again = path.with_name(f"{path.name}.again.partial")
-    if not found.md5:
+    expected = found.md5
+    if not expected:
+        again = path.with_name(f"{path.name}.again.partial")
         download(found.uri, {again: found})
         expected = file_md5(again)
         again.unlink()
         if expected == md5:
             return
     path.unlink()
-    raise ValueError(f"{listed.uri}: MD5 mismatch: expected {found.md5 or expected}, got {md5}; try again")
+    raise ValueError(f"{listed.uri}: MD5 mismatch: expected {expected}, got {md5}; try again")
 
 
 def _fits_parts(path: Path, found: Listed) -> bool:
@@ -221,8 +221,8 @@ def _fits_parts(path: Path, found: Listed) -> bool:
             first = client.head_object(Bucket=bucket, Key=key, PartNumber=1)
         except client.exceptions.ClientError:  # not supported
             return True
-    size, count = first["ContentLength"], found.etag.partition("-")[2]
-    known = _has_plain_etag(first, bucket) and size > 0 and str(-(-found.size // size)) == count
+    size, num_parts = first["ContentLength"], found.etag.partition("-")[2]
+    known = _has_plain_etag(first, bucket) and size > 0 and str(-(-found.size // size)) == num_parts
     return not known or etag_of(path, size) == found.etag
 
 
