@@ -150,8 +150,8 @@ def test_registration_after_an_outage_is_not_double(made, server, all_services, 
         assert version.run_id and client.get_run(version.run_id).info.status == "FINISHED"
         experiment = client.get_run(version.run_id).info.experiment_id
         models = client.search_logged_models([experiment], f"source_run_id = '{version.run_id}'")
-        uploaded = [each.model_id for each in models if each.status == LoggedModelStatus.READY]
-        assert uploaded == [version.model_id], "the weights were uploaded twice"
+        uploaded = [f"models:/{each.model_id}" for each in models if each.status == LoggedModelStatus.READY]
+        assert uploaded == [version.source], "the weights were uploaded twice"
         assert read_json(tmp_path / str(number) / "out" / "registration.json")["version"] == int(version.version) == 1
 
     count(f"{name} killed and restarted in register", [lambda n=n: trial(n) for n in range(MOMENTS)])
