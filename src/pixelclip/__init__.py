@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pixelclip.api import load as load
+    from pixelclip.api import merge as merge
 
 __version__ = "0.2.0"
-_COMMANDS = ("toy", "fetch_data", "shards", "masks", "train", "evaluate_clip", "evaluate", "register")
-__all__ = ["__version__", "load", *_COMMANDS]
+_COMMANDS = ("toy", "fetch_data", "shards", "masks", "train", "evaluate_clip", "evaluate", "register", "predict")
+__all__ = ["__version__", "load", "merge", *_COMMANDS]
 
 
 def __getattr__(name: str) -> Any:
     """Import on first use, because torch takes seconds."""
-    if name == "load":
-        return import_module("pixelclip.api").load
+    if name in ("load", "merge"):
+        return getattr(import_module("pixelclip.api"), name)
     if name in _COMMANDS:
         return import_module(f"pixelclip.{name}")
     raise AttributeError(f"module 'pixelclip' has no attribute {name!r}")

@@ -11,6 +11,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pixelclip.config import PredictConfig
+from pixelclip.data.class_names import check_list, check_names, with_commas
+from pixelclip.settings import build
 from pixelclip.settings import load as load_settings
 from pixelclip.storage.download import local_path
 from pixelclip.storage.s3 import is_s3
@@ -142,6 +145,38 @@ def register(model: Place, evaluation: Place, out: Place, params: Place | None =
 
     with output_folder(os.fspath(out)) as folder:
         return run(model_path(model), model_path(evaluation), folder, config)
+
+
+def predict(
+    photos: Place,
+    classes: Sequence[str],
+    model: Place,
+    out: Place,
+    **settings: Any,
+) -> Metrics:
+    """Segment many images; see docs/python.md for what is written. An interrupted call continues.
+
+    Args:
+        photos: image, folder, glob, shards (folder of tars, manifest), or an `s3://` object or prefix.
+        classes: class names; a bar separates synonyms of one class: `["dog|puppy", "grass"]`.
+        model: see `load`.
+        out: see the module.
+        settings: the other fields of `config.PredictConfig`: `quality`, `part`, `overlays`, `label_studio`, ...
+    """
+    names = [with_commas(name) for name in check_list(classes)]
+    config = build(PredictConfig, {**settings, "classes": check_names(names)}, "predict")
+    from pixelclip.predict import run
+
+    with output_folder(os.fspath(out)) as folder:
+        return run(os.fspath(photos), model_path(model), folder, config)
+
+
+def merge(parts: Place, out: Place) -> Metrics:
+    """Merge the parts of a prediction, `parts`/*, into what `predict` without parts writes."""
+    from pixelclip.predict import merge as merge_parts
+
+    with output_folder(os.fspath(out)) as folder:
+        return merge_parts(local_path(os.fspath(parts)), folder)
 
 
 def model_path(place: Place) -> Path:

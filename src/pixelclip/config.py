@@ -34,6 +34,18 @@ def device_name(name: str) -> str:
 _Device = Annotated[str, AfterValidator(device_name)]
 
 
+def _part(text: str) -> str:
+    numbers = re.fullmatch(r"(\d+)/(\d+)", text)
+    if text and not (numbers and 1 <= int(numbers[1]) <= int(numbers[2])):
+        raise ValueError(f"part must be written i/n with 1 <= i <= n, such as 1/8 (found {text!r})")
+    return text
+
+
+_Part = Annotated[str, AfterValidator(_part)]
+Quality = Literal["fast", "best"]
+"""fast: one view of the whole image, as in the paper. best: the mean over overlapping windows, about ten times slower."""
+
+
 class _Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -115,7 +127,7 @@ class MasksConfig(_Settings):
     seed: int = _setting(0, "Seed of DINO's k-means.", ge=0)
     max_masks: int = _setting(0, "Keep at most this many of an image's largest masks; 0 keeps all.", ge=0)
     max_bad_share: float = _setting(0.05, _BAD_SHARE, runtime=True, ge=0, le=1)
-    part: str = _setting("", "i/n processes only the i-th of n parts of the shards; later stages read a folder of all parts.")
+    part: _Part = _setting("", "i/n processes only the i-th of n parts of the shards; later stages read a folder of all parts.")
     workers: int = _setting(-1, "Worker processes; 0: main process, -1: one per CPU.", runtime=True, ge=-1, le=1024)
     batch_size: int = _setting(4, "SAM and DINO: images per batch.", runtime=True, ge=1)
     device: _Device = _setting("auto", _DEVICE, runtime=True)
@@ -127,9 +139,6 @@ class MasksConfig(_Settings):
         if self.given_folder and self.generator != "given":
             found = f"given_folder {self.given_folder!r}, generator {self.generator}"
             raise ValueError(f"given_folder must be empty unless generator is given (found {found})")
-        numbers = re.fullmatch(r"(\d+)/(\d+)", self.part)
-        if self.part and not (numbers and 1 <= int(numbers[1]) <= int(numbers[2])):
-            raise ValueError(f"part must be written i/n with 1 <= i <= n, such as 1/8 (found {self.part!r})")
         return self
 
 
@@ -302,6 +311,18 @@ class ImportConfig(_Settings):
         ge=0,
         le=4096,
     )
+
+
+class PredictConfig(_Settings):
+    """Segmentation of many images; not a stage of the pipeline."""
+
+    classes: list[str] = _setting(..., "Class names, with commas between synonyms.")
+    quality: Quality = _setting("fast", "fast (one view, as in the paper) or best (windows, about ten times slower).")
+    overlays: bool = _setting(True, "Also write every image blended with the colours of its classes.")
+    label_studio: bool = _setting(False, "Also write tasks for Label Studio.")
+    part: _Part = _setting("", "i/n: only the i-th of n parts of the images or shards; see `merge`.")
+    max_bad_share: float = _setting(0.05, _BAD_SHARE, runtime=True, ge=0, le=1)
+    device: _Device = _setting("auto", _DEVICE, runtime=True)
 
 
 STAGES: dict[str, type[BaseModel]] = {

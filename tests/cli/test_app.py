@@ -131,7 +131,6 @@ def test_unwritable_output_is_one_line_with_exit_code_2(pixelclip, monkeypatch, 
 @pytest.mark.parametrize(
     "words",
     [
-        ("predict", "s3://b/x.png", "--classes", "a,b", "--model", "m", "--out", "x.png"),
         ("predict", "x.png", "--classes", "a,b", "--model", "m", "--out", "s3://b/x.png"),
         ("export", "--model", "m", "--out", "s3://b/x.png"),
         ("sweep", "s.yaml", "--masks", "m", "--labelled", "l", "--out", "s3://b/x.png"),

@@ -10,7 +10,8 @@ import typer
 from pixelclip import api
 from pixelclip.cli.page import app as page
 from pixelclip.cli.pipeline import Params, Sweep, pipeline, reject_s3
-from pixelclip.config import ImportConfig, device_name
+from pixelclip.cli.predict import merge, predict
+from pixelclip.config import ImportConfig
 from pixelclip.settings import as_table, build, parse_overrides
 from pixelclip.storage.urls import scrubbed
 from pixelclip.workflow.failures import BAD_INPUT, report
@@ -195,40 +196,8 @@ def reproduce(
         raise typer.Exit(1)
 
 
-@app.command()
-def predict(
-    photo: Annotated[Path, typer.Argument(callback=reject_s3, help="Image of any size.")],
-    classes: Annotated[
-        str, typer.Option(help='"dog|puppy,grass,sky" (bar between synonyms), or a .txt file, one class per line.')
-    ],
-    model: Annotated[str, typer.Option(help=_MODEL)],
-    out: Annotated[
-        Path,
-        typer.Option(callback=reject_s3, help="PNG file for the label map; the overlay is written beside it as *.overlay.png."),
-    ],
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-) -> None:
-    """Segment a photo into the given classes."""
-    from pixelclip.data.class_names import names_of
-    from pixelclip.data.images import open_image
-    from pixelclip.inference.predictor import Predictor, label_image, overlay
-    from pixelclip.storage.files import check_writable
-
-    device_name(device)
-    if out.suffix.lower() != ".png":
-        raise ValueError(f"{out}: the label map must be a .png file")
-    if photo.resolve() in (out.resolve(), out.with_suffix(".overlay.png").resolve()):
-        raise ValueError(f"{out}: would overwrite the photo")
-    names = names_of(classes)
-    image = open_image(photo)
-    check_writable(out)
-    prediction = Predictor.load(api.model_path(model), device)(image, names)
-    label_image(prediction.labels).save(out)
-    overlay_path = out.with_suffix(".overlay.png")
-    overlay(image, prediction).save(overlay_path)
-    fractions = [(float((prediction.labels == index).mean()), name) for index, name in enumerate(names)]
-    print("\n".join(f"{100 * fraction:5.1f} %  {name}" for fraction, name in sorted(fractions, reverse=True) if fraction))
-    print(f"{out} (values are class indices), {overlay_path}")
+app.command()(predict)
+app.command()(merge)
 
 
 @app.command("import")

@@ -73,6 +73,21 @@ def parse_names(text: str) -> list[str]:
     return check_names([with_commas(name) for name in text.split(",")] if text.strip() else [])
 
 
+def check_list(classes: Sequence[str]) -> list[str]:
+    """Return class names of a Python caller, `["dog|puppy", "grass"]`, without surrounding white space.
+
+    Raises:
+        ValueError: a single text, or a name that is no text.
+    """
+    example = '["dog|puppy", "grass"]'
+    if isinstance(classes, str):
+        raise ValueError(f"classes: expected a list of names such as {example}, found the text {classes!r}")
+    names = list(classes)
+    if wrong := [name for name in names if not isinstance(name, str)]:
+        raise ValueError(f"classes: expected names such as {example}, found {wrong[0]!r}")
+    return [name.strip() for name in names]
+
+
 def with_commas(name: str) -> str:
     """Return a name whose synonyms are separated by bars, `dog|puppy`, with commas: `dog, puppy`."""
     return ", ".join(word.strip() for word in name.split("|"))

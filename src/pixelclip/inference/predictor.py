@@ -6,7 +6,7 @@ B images, K classes, C embedding width, h w feature grid, H W image.
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from pixelclip.config import EvaluateConfig
+from pixelclip.config import EvaluateConfig, Quality
 from pixelclip.data.class_names import check_names
 from pixelclip.data.images import colour_labels, palette, resize_shortest_edge, to_rgb, turn_upright
 from pixelclip.data.tensors import normalise, resized_square, to_tensor
@@ -36,8 +36,6 @@ _EPSILON = 1e-12  # of F.normalize
 MAX_CLASSES = 65535  # of a 16-bit label map
 _LONGEST_EDGE = 16384  # of an overlay: the legend of a very long strip would take gigabytes
 _LEGEND_ENTRIES, _LEGEND_CHARACTERS = 100, 60
-Quality = Literal["fast", "best"]
-"""fast: one view of the whole image, as in the paper. best: the mean over overlapping windows, about ten times slower."""
 _WINDOWED_EDGE, _WINDOWED_ASPECT = 1.6, 4  # shortest edge in sides of the model; longest edge in shortest edges
 
 

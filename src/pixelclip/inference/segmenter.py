@@ -15,9 +15,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from pixelclip.data.class_names import with_commas
+from pixelclip.config import Quality
+from pixelclip.data.class_names import check_list, with_commas
 from pixelclip.data.images import open_image, to_rgb, turn_upright
-from pixelclip.inference.predictor import Prediction, Predictor, Quality, overlay, palette_image, resize_scores
+from pixelclip.inference.predictor import Prediction, Predictor, overlay, palette_image, resize_scores
 from pixelclip.storage.download import local_path
 from pixelclip.storage.files import check_writable, write_atomically
 
@@ -125,7 +126,7 @@ class Segmenter:
         Raises:
             ValueError: an unusable photo, class names or quality.
         """
-        names = _checked(classes)
+        names = check_list(classes)
         if not isinstance(photo, list | tuple):
             return self._segment(photo, names, quality)
         results = []
@@ -155,16 +156,6 @@ def png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
-
-
-def _checked(classes: Sequence[str]) -> list[str]:
-    example = '["dog|puppy", "grass"]'
-    if isinstance(classes, str):
-        raise ValueError(f"classes: expected a list of names such as {example}, found the text {classes!r}")
-    names = list(classes)
-    if wrong := [name for name in names if not isinstance(name, str)]:
-        raise ValueError(f"classes: expected names such as {example}, found {wrong[0]!r}")
-    return [name.strip() for name in names]
 
 
 def _opened(photo: Photo) -> Image.Image:

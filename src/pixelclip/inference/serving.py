@@ -1,7 +1,7 @@
 """The registered model: an MLflow pyfunc of code and safetensors, without pickle (docs/serving.md).
 
 Request: one row per image with `image` (an image file, as bytes or base64) and `classes` (`dog|puppy,grass,sky`); the params
-`overlay` and `score_maps` request further columns.
+`overlay` and `score_maps` request further columns; `quality` is fast or best.
 Response: one row per image with `label_map` (PNG of class indices), `classes`, `shares` (of the pixels) and `scores` (highest
 cosine) as JSON lists, and on request `overlay` (PNG) and `score_maps` (.npy, [K, h, w] cosines).
 """
@@ -37,7 +37,13 @@ SIGNATURE = ModelSignature(
             *(ColSpec(DataType.binary, name, required=False) for name in ("overlay", "score_maps")),
         ]
     ),
-    params=ParamSchema([ParamSpec("overlay", DataType.boolean, False), ParamSpec("score_maps", DataType.boolean, False)]),
+    params=ParamSchema(
+        [
+            ParamSpec("overlay", DataType.boolean, False),
+            ParamSpec("score_maps", DataType.boolean, False),
+            ParamSpec("quality", DataType.string, "fast"),
+        ]
+    ),
 )
 
 
@@ -79,7 +85,7 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         check_classes(classes, self.limits)
         names = parse_names(classes)
         image = decode_image(_bytes(data, self.limits.max_bytes), self.limits.max_pixels)
-        prediction = self.predictor(image, names)
+        prediction = self.predictor(image, names, options.get("quality", "fast"))
         counts = np.bincount(prediction.labels.ravel(), minlength=len(names))
         row = {
             "label_map": _png(label_image(prediction.labels)),

@@ -1,0 +1,183 @@
+"""Images to predict: one file, a folder, a glob, shards, or an `s3://` object or prefix."""
+
+import glob
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+
+from pixelclip.data.images import IMAGE_SUFFIXES
+from pixelclip.data.shard_format import index_shard, read_part
+from pixelclip.data.shard_sources import RemoteFile, Shard, describe_shards, list_shards, parts
+from pixelclip.storage.files import digest, files_below
+from pixelclip.storage.s3 import current_version, is_s3, list_below
+from pixelclip.workflow.stage import describe
+
+_MANIFEST = (".txt", ".lst", ".manifest")
+_MAGIC = frozenset("*?[")
+_PREVIEW = "preview.jpg"  # of stage masks, beside its shards
+_File = TypeVar("_File", Path, RemoteFile)
+
+
+@dataclass(frozen=True)
+class Photo:
+    """One image.
+
+    Attributes:
+        name: unique relative path without a suffix, for files about it.
+        file_name: relative path of the image; in shards the tar's name and the member's.
+        uri: `s3://` URI or absolute path; empty for members of shards.
+        read: returns the bytes of the file; raises OSError or ValueError.
+    """
+
+    name: str
+    file_name: str
+    uri: str
+    read: Callable[[], bytes] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    name: str
+    file_name: str
+    file: Shard
+
+
+@dataclass(frozen=True)
+class Photos:
+    """The images of one source.
+
+    Attributes:
+        description: identity of the whole source, see `stage.describe`.
+        entries: the images, or the shards.
+        in_shards: whether the entries are shards.
+        ignored: number of files that are neither.
+    """
+
+    description: dict[str, Any]
+    entries: list[_Entry]
+    in_shards: bool
+    ignored: int = 0
+
+    def part(self, text: str) -> "Photos":
+        """Return the i-th of n consecutive parts, `i/n`; all images for an empty text.
+
+        Raises:
+            ValueError: there are fewer images, or shards, than parts.
+        """
+        if not text:
+            return self
+        number, count = (int(word) for word in text.split("/"))
+        if count > (most := len(self.entries)):
+            kind = "shards" if self.in_shards else "images"
+            raise ValueError(f"part {text}: there are {most} {kind}, so at most {most} parts are possible")
+        first, stop = (most * edge // count for edge in (number - 1, number))
+        return replace(self, entries=self.entries[first:stop])
+
+    def __iter__(self) -> Iterator[Photo | str]:
+        """Yield the images, and a message for every damaged member of a shard. Shards are opened one after another."""
+        for entry in self.entries:
+            if not self.in_shards:
+                yield Photo(entry.name, entry.file_name, _uri(entry.file), partial(_read, entry.file))
+                continue
+            members, bad = index_shard(entry.file)
+            yield from (f"{where}: {reason}" for where, reason in bad)
+            for member in members:
+                key = f"{entry.name}/{member.key}"
+                yield Photo(key, f"{key}.jpg", "", partial(read_part, entry.file, member.image_offset, member.image_size))
+
+
+def _read(file: Shard) -> bytes:
+    with file.open("rb") as opened:
+        return opened.read()
+
+
+def _uri(file: Shard) -> str:
+    return str(file.absolute()) if isinstance(file, Path) else file.uri
+
+
+def list_photos(source: str) -> Photos:
+    """List the images of a source. A folder or prefix with tars is a set of shards, any other is searched recursively.
+
+    Raises:
+        ValueError: no such source, no images, or images beside shards.
+    """
+    if is_s3(source):
+        return _listed_in_store(source)
+    path = Path(source)
+    if not path.exists() and _MAGIC & set(source):
+        root = Path(*_before_magic(path.parts))
+        found = [Path(name) for name in sorted(glob.glob(source, recursive=True)) if Path(name).is_file()]  # noqa: PTH207
+        return _listed(source, root, found, lambda files: {"path": source, **digest(root, files)})
+    if path.is_file():
+        if path.suffix.lower() in _MANIFEST:
+            return _shards(source)
+        return _listed(source, path.parent, [path], lambda _: describe(path))
+    if not path.is_dir():
+        raise ValueError(f"{source}: no such image, folder, manifest of shards or glob")
+    if parts(path):
+        return _shards(source)
+    return _listed(source, path, files_below(path), lambda _: describe(path))
+
+
+def _before_magic(words: Sequence[str]) -> Iterator[str]:
+    for word in words[:-1]:
+        if _MAGIC & set(word):
+            return
+        yield word
+
+
+def _shards(source: str) -> Photos:
+    return Photos(describe_shards(source), _named(source, [(shard.name, shard) for shard in list_shards(source)]), True)
+
+
+def _listed(source: str, root: Path, found: list[Path], describe_them: Callable[[list[Path]], dict[str, Any]]) -> Photos:
+    chosen, in_shards = _chosen(source, [(file.relative_to(root).as_posix(), file) for file in found])
+    description = describe_them([root / name for name, _ in chosen])
+    return Photos(description, _named(source, chosen), in_shards, len(found) - len(chosen))
+
+
+def _chosen(source: str, found: Sequence[tuple[str, _File]]) -> tuple[list[tuple[str, _File]], bool]:
+    """Return the images, or the shards, among the files of a source, and whether they are shards."""
+    tars = [(name, file) for name, file in found if name.endswith(".tar")]
+    images = [(name, file) for name, file in found if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES]
+    beside = [name for name, _ in images if name != _PREVIEW]
+    if tars and beside:
+        raise ValueError(f"{source}: contains both images ({beside[0]}) and shards ({tars[0][0]}); name only one kind")
+    if not (tars or images):
+        raise ValueError(f"{source}: contains no image ({', '.join(IMAGE_SUFFIXES)}) and no shard (*.tar)")
+    return tars or images, bool(tars)
+
+
+def _named(source: str, files: Sequence[tuple[str, Shard]]) -> list[_Entry]:
+    """Name files by their paths without suffixes, or with them if these are not unique."""
+    stems = [str(PurePosixPath(name).with_suffix("")) for name, _ in files]
+    counts = Counter(stems)
+    names = [stem if counts[stem] == 1 else name for stem, (name, _) in zip(stems, files, strict=True)]
+    if twice := [name for name, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"{source}: results are named after their files, but two would be named {twice[0]}")
+    return [_Entry(name, file_name, file) for name, (file_name, file) in zip(names, files, strict=True)]
+
+
+def _listed_in_store(source: str) -> Photos:
+    if source.lower().endswith(_MANIFEST):
+        return _shards(source)
+    listed = list_below(source) or [current_version(source)]
+    folder = source.rstrip("/") if listed[0].uri != source else source.rpartition("/")[0]
+    found = [(one.uri.removeprefix(f"{folder}/"), RemoteFile(**vars(one))) for one in listed]
+    if bad := [name for name, _ in found if {"", ".", ".."} & set(name.split("/"))]:
+        raise ValueError(f"{source}: results cannot be named after the key {bad[0]!r}")
+    chosen, in_shards = _chosen(source, found)
+    md5 = hashlib.md5(usedforsecurity=False)
+    for name, file in chosen:
+        md5.update(f"{name} {file.etag}\n".encode())
+    description = {
+        "path": source,
+        "md5": md5.hexdigest(),
+        "num_files": len(chosen),
+        "size": sum(file.size for _, file in chosen),
+    }
+    return Photos(description, _named(source, chosen), in_shards, len(found) - len(chosen))
