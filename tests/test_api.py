@@ -2,21 +2,27 @@
 
 import inspect
 import json
+import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import typer
-from PIL import Image
+import yaml
+from mlflow import MlflowClient
 
 import pixelclip
 from helpers import training
 from pixelclip import api
 from pixelclip.cli.app import app
 from pixelclip.cli.app import main as command_line
+from pixelclip.config import PredictConfig
 
 clip, shards, config = training.clip, training.shards, training.config
+PAGE = Path(__file__).parents[1] / "docs" / "python.md"
 COMMANDS = typer.main.get_command(app).commands
 LIGHT = """
 import sys
@@ -38,8 +44,9 @@ def test_function_takes_the_options_of_its_command(name):
     options = {parameter.name for parameter in COMMANDS[name].params}
     own = {"part"} if name == "masks" else set()  # an alias of the setting
     parameters = inspect.signature(getattr(pixelclip, name)).parameters
-    assert set(parameters) == options - own
-    assert parameters["settings"].kind is inspect.Parameter.VAR_KEYWORD
+    settings = set(PredictConfig.model_fields) if name == "predict" else {"settings"} & set(parameters)
+    assert {*parameters} - {"settings"} | settings == options - own
+    assert name == "merge" or parameters["settings"].kind is inspect.Parameter.VAR_KEYWORD
 
 
 def test_stage_is_a_module_and_a_function():
@@ -63,25 +70,42 @@ def test_functions_write_what_the_commands_write(tmp_path, monkeypatch):
     assert written["output"] == expected["output"] and written["settings"] == expected["settings"]
 
 
-def test_images_to_a_trained_model_in_python(tmp_path, config, clip):
+@pytest.fixture
+def registered(tmp_path, config, clip, monkeypatch):
+    """Take a new user's folder from images to the champion `pixelclip-toy`, in Python; then work there."""
     config()  # an empty MLflow database
-    pixelclip.toy(tmp_path / "toy", train_scenes=8, test_scenes=2, side=48)
-    pixelclip.shards(tmp_path / "toy" / "images", tmp_path / "shards")
-    masks = pixelclip.masks(tmp_path / "shards", tmp_path / "masks", workers=0, preview=1, felzenszwalb_min_size=20)
+    monkeypatch.chdir(tmp_path)
+    pixelclip.toy("toy", train_scenes=8, test_scenes=2, side=48)
+    pixelclip.shards("toy/images", "shards")
+    masks = pixelclip.masks("shards", "masks", workers=0, preview=1, felzenszwalb_min_size=20)
     assert masks["images"] == 8 and (tmp_path / "masks" / "preview.jpg").is_file()
-    pixelclip.train(tmp_path / "masks", tmp_path / "model", **{**training.SMALL, "clip": clip, "steps": 2, "picture_every": 0})
-    metrics = pixelclip.evaluate(
-        tmp_path / "model", tmp_path / "toy" / "toy", tmp_path / "evaluation", device="cpu", pictures=0
-    )
-    plain = pixelclip.evaluate_clip(tmp_path / "toy" / "toy", tmp_path / "clip", str(clip), 32, device="cpu", pictures=0)
+    pixelclip.train("masks", "model", **{**training.SMALL, "clip": clip, "steps": 2, "picture_every": 0})
+    metrics = pixelclip.evaluate("model", "toy/toy", "evaluation", device="cpu", pictures=0)
+    plain = pixelclip.evaluate_clip("toy/toy", "clip", str(clip), 32, device="cpu", pictures=0)
     assert plain["miou_clip/toy"] == metrics["miou_clip/toy"]
-    photo = next((tmp_path / "toy" / "toy" / "images").iterdir())
-    result = pixelclip.load(tmp_path / "model", "cpu")(photo, ["sky", "dog"])
-    with Image.open(photo) as image:
-        assert result.labels.shape == (image.height, image.width) and np.unique(result.labels).max() < 2
-    assert pixelclip.register(tmp_path / "model", tmp_path / "evaluation", tmp_path / "registration", name="tiny")
-    registered = pixelclip.load("models:/tiny/1", "cpu")(photo, ["sky", "dog"])
-    assert np.array_equal(registered.labels, result.labels)
+    pixelclip.register("model", "evaluation", "registration", name="pixelclip-toy")
+    MlflowClient().set_registered_model_alias("pixelclip-toy", "champion", "1")
+    return tmp_path
+
+
+def test_blocks_of_the_page_run_in_order(registered, clip):
+    shutil.copytree("toy/images", "photos")
+    shutil.copytree("toy/toy", "labelled")
+    shutil.copyfile(next(Path("photos").iterdir()), "photo.jpg")
+    sections = {"masks": {"workers": 0, "felzenszwalb_min_size": 20}, "evaluate": {"device": "cpu", "pictures": 0}}
+    sections["train"] = {**training.SMALL, "clip": str(clip), "steps": 2, "picture_every": 0}
+    Path("params.yaml").write_text(yaml.safe_dump(sections))
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
+    names: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, str(PAGE), "exec"), names)
+    assert len(blocks) == 5
+    folder = pixelclip.load("model", "cpu")("photo.jpg", ["dog|puppy", "grass", "sky"])
+    assert np.array_equal(names["result"].labels, folder.labels)  # the registered model and its folder
+    assert (registered / "labels.overlay.png").is_file() and (registered / "predictions" / "label_studio.xml").is_file()
+    whole, merged = (Path(out, "predictions.json").read_bytes() for out in ("predictions", "merged"))
+    assert merged == whole
+    assert Path("work/model/model.safetensors").is_file()
 
 
 @pytest.mark.parametrize(

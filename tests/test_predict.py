@@ -36,7 +36,9 @@ def image_bytes(number: int, kind: str = "JPEG") -> bytes:
 @pytest.fixture
 def photos(tmp_path) -> Path:
     """Write eleven images and one damaged file; names repeat in subfolders and with another suffix."""
-    files = {f"{folder}{number}.jpg": image_bytes(number + shift) for shift, folder in ((0, ""), (5, "a/")) for number in range(5)}
+    files = {
+        f"{folder}{number}.jpg": image_bytes(number + shift) for shift, folder in ((0, ""), (5, "a/")) for number in range(5)
+    }
     files |= {"a/0.png": image_bytes(20, "PNG"), "b/0.jpg": b"no image", "notes.txt": b"mine"}
     return fake_data.write_files(tmp_path / "photos", files)
 

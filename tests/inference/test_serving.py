@@ -86,6 +86,15 @@ def test_overlay_and_score_maps_are_returned_on_request(model, folder):
     assert np.array_equal(np.asarray(shown), np.asarray(overlay(Image.open(io.BytesIO(image)), expected)))
 
 
+def test_quality_is_a_parameter(model, folder):
+    frame = pd.DataFrame({"image": [photo(50, 30, 0)], "classes": ["dog,sky"]})
+    scores = json.loads(model.predict(frame, params={"quality": "best"}).iloc[0]["scores"])
+    expected = Predictor.load(folder, "cpu")(Image.open(io.BytesIO(photo(50, 30, 0))), ["dog", "sky"], "best").scores
+    assert scores == pytest.approx(expected.max(axis=(1, 2)), abs=1e-6)
+    with pytest.raises(MlflowException, match=r"row 0: quality must be fast or best \(found 'good'\)"):
+        model.predict(frame, params={"quality": "good"})
+
+
 @pytest.fixture
 def limited(logged, monkeypatch):
     """Load the model with limits from the environment."""
