@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from pixelclip.models.backbone import Backbone, Residual
 from pixelclip.models.clip_checkpoint import download, load_file, statistics_of
 from pixelclip.models.clip_sources import clip_folder
+from pixelclip.models.compiler import without_compiler
 from pixelclip.models.text import TEMPLATES, Prompts, TextTower, Vectors
 from pixelclip.models.tokenizer import TOKENIZER_FILES, FileTokenizer, load_tokenizer
 from pixelclip.models.weights import check_fit
@@ -179,7 +180,7 @@ def load_model(folder: Path) -> Model:
         if isinstance(layers := cfg[section].get("layers"), int) and layers > len(weights):  # would be built for hours
             raise ValueError(f"{folder / CONFIG}: model_cfg.{section}.layers {layers}: {WEIGHTS} has {len(weights)} tensors")
     try:
-        with torch.device("meta"):  # nothing is allocated before the shapes are known to fit
+        with torch.device("meta"), without_compiler():  # nothing is allocated before the shapes are known to fit
             expected = build_clip(cfg).state_dict()
     except Exception as error:  # open_clip raises all types of exceptions for invalid values
         reason = f"entry {error} is missing" if isinstance(error, KeyError) else first_line(error)
