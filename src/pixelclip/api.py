@@ -39,12 +39,12 @@ def load(model: Place, device: str = "auto", baseline: Literal["clip"] | None = 
     Raises:
         ValueError: no such model, not a model folder, or no such device.
     """
-    from pixelclip.inference.predictor import Predictor  # imports torch
+    from pixelclip.inference.loading import load_predictor
     from pixelclip.inference.segmenter import Segmenter
 
     if baseline not in (None, "clip"):
         raise ValueError(f"baseline must be 'clip' or None (found {baseline!r})")
-    return Segmenter(Predictor.load(model_path(model), device, original_clip=baseline == "clip"))
+    return Segmenter(load_predictor(model_path(model), device, original_clip=baseline == "clip"))
 
 
 def toy(out: Place, params: Place | None = None, **settings: Any) -> Metrics:

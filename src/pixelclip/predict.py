@@ -15,8 +15,9 @@ from pixelclip.data.class_names import check_names
 from pixelclip.data.image_sources import Photo, Photos, list_photos
 from pixelclip.data.images import decode_image, encode_jpeg, to_rgb, turn_upright
 from pixelclip.data.shard_sources import parts
+from pixelclip.inference.loading import Model, load_predictor
+from pixelclip.inference.prediction import overlay, palette_image
 from pixelclip.inference.prediction_files import Record, record_of, write_coco, write_label_studio
-from pixelclip.inference.predictor import Predictor, overlay, palette_image
 from pixelclip.inference.segmenter import png
 from pixelclip.settings import build
 from pixelclip.storage.files import files_below, parse_json, write_atomically, write_json
@@ -60,7 +61,7 @@ def run(images: str, model: Path, out: Path, config: PredictConfig) -> Metrics:
     if stage.finished:
         return stage.reuse()
     with stage:
-        predictor = Predictor.load(model, config.device)
+        predictor = load_predictor(model, config.device)
         _predict(chosen, predictor, names, stage.folder, config)
         if photos.ignored:
             print(f"predict: {photos.ignored} files of {images} are neither images nor shards", flush=True)
@@ -94,7 +95,7 @@ def merge(folder: Path, out: Path) -> Metrics:
         return _finish(stage, check_names(config.classes), config, [part / RECORDS for part in ordered])
 
 
-def _predict(photos: Photos, predictor: Predictor, names: list[str], folder: Path, config: PredictConfig) -> None:
+def _predict(photos: Photos, predictor: Model, names: list[str], folder: Path, config: PredictConfig) -> None:
     """Write the files and records of all images, in chunks; skip chunks whose records exist."""
     todo, total = iter(photos), None if photos.in_shards else len(photos.entries)
     done = len([*(folder / _CHUNKS).glob("*.jsonl")]) * _CHUNK
@@ -110,7 +111,7 @@ def _predict(photos: Photos, predictor: Predictor, names: list[str], folder: Pat
             write_atomically(file, "".join(f"{json.dumps(record)}\n" for record in records))
 
 
-def _record(photo: Photo | str, predictor: Predictor, names: list[str], folder: Path, config: PredictConfig) -> Record:
+def _record(photo: Photo | str, predictor: Model, names: list[str], folder: Path, config: PredictConfig) -> Record:
     if isinstance(photo, str):
         return {"bad": photo}
     try:

@@ -5,7 +5,7 @@ from PIL import Image
 
 from pixelclip.app.comparison import ALL_CLASSES, compare, legend, pictures
 from pixelclip.data.images import palette
-from pixelclip.inference.predictor import Prediction
+from pixelclip.inference.prediction import Prediction
 
 PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3), dtype=np.uint8))
 

@@ -14,16 +14,8 @@ from helpers import tiny
 from pixelclip.cli.app import main
 from pixelclip.distributed import pick_device
 from pixelclip.inference.label_map import label_map
-from pixelclip.inference.predictor import (
-    Prediction,
-    Predictor,
-    best_class,
-    class_scores,
-    label_image,
-    overlay,
-    resize_shortest,
-    slide_scores,
-)
+from pixelclip.inference.prediction import Prediction, label_image, overlay
+from pixelclip.inference.predictor import Predictor, best_class, class_scores, resize_shortest, slide_scores
 from pixelclip.models.backbone import Backbone
 from pixelclip.models.checkpoint import backbone_of, load_model
 

@@ -11,7 +11,8 @@ from PIL import Image
 
 import pixelclip
 from helpers import tiny
-from pixelclip.inference.predictor import Predictor, palette_image
+from pixelclip.inference.prediction import palette_image
+from pixelclip.inference.predictor import Predictor
 from pixelclip.inference.segmenter import Segmenter
 from pixelclip.models.checkpoint import backbone_of, load_clip, load_model
 

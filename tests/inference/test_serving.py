@@ -27,7 +27,8 @@ from helpers import services, tiny
 from helpers.fake_data import bomb
 from helpers.serving import ask, decoded, photo
 from pixelclip.inference import serving
-from pixelclip.inference.predictor import Predictor, overlay
+from pixelclip.inference.prediction import overlay
+from pixelclip.inference.predictor import Predictor
 from pixelclip.inference.serving import Limits, ServedModel
 
 # MLflow asks for an example input, with which it would run the model once more when it is logged.

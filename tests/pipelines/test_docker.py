@@ -23,7 +23,8 @@ from helpers.mlflow_runs import mlflow_on_sqlite
 from helpers.registrations import evaluation
 from helpers.serving import ask, decoded, photo
 from pixelclip.config import RegisterConfig, ToyConfig
-from pixelclip.inference.predictor import Predictor, overlay
+from pixelclip.inference.prediction import overlay
+from pixelclip.inference.predictor import Predictor
 from pixelclip.register import run as register
 from pixelclip.toy import run as paint
 from pixelclip_components import IMAGE

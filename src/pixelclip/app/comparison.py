@@ -3,25 +3,20 @@
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from pixelclip.config import Quality
 from pixelclip.data.images import colour_labels, fitted, palette
-from pixelclip.inference.predictor import Prediction, Quality
+from pixelclip.inference.loading import Model
+from pixelclip.inference.prediction import Prediction
 
 ALL_CLASSES = "all classes"
 _LONGEST_EDGE = 1280
 """Pixels of a picture of the page; the label map to download has the size of the photo."""
 _HEAT = ("#0b0b3b", "#d1307a", "#fff35c")  # lowest, middle and highest score
-
-
-class Model(Protocol):
-    """Segments a photo, as a `Predictor` does."""
-
-    def __call__(self, image: Image.Image, classes: Sequence[str], quality: Quality) -> Prediction: ...  # noqa: D102
 
 
 @dataclass(frozen=True)

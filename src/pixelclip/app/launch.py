@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pixelclip.app.comparison import Model
 from pixelclip.app.page import build
 from pixelclip.data.images import IMAGE_SUFFIXES
 from pixelclip.inference.limits import Limits
+from pixelclip.inference.loading import Model
 from pixelclip.inference.predictor import Predictor
 from pixelclip.models.checkpoint import read_config
 from pixelclip.toy_scenes.scenes import CLASSES, paint

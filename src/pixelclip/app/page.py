@@ -14,11 +14,13 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # the page works without a net
 import gradio as gr
 from PIL import Image
 
-from pixelclip.app.comparison import ALL_CLASSES, Comparison, Model, compare, legend, pictures
+from pixelclip.app.comparison import ALL_CLASSES, Comparison, compare, legend, pictures
+from pixelclip.config import Quality
 from pixelclip.data.class_names import parse_names
 from pixelclip.data.images import decode_image, to_rgb, turn_upright
 from pixelclip.inference.limits import Limits, check_classes
-from pixelclip.inference.predictor import Quality, palette_image
+from pixelclip.inference.loading import Model
+from pixelclip.inference.prediction import palette_image
 
 _MAX_WAITING = 64  # visitors in the queue; a further one is told that the page is busy
 _KEPT_SECONDS = 3600  # files and results of a visitor

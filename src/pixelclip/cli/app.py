@@ -12,6 +12,7 @@ from pixelclip.cli.page import app as page
 from pixelclip.cli.pipeline import Params, Sweep, pipeline, reject_s3
 from pixelclip.cli.predict import merge, predict
 from pixelclip.config import ImportConfig
+from pixelclip.data.class_names import names_of
 from pixelclip.settings import as_table, build, parse_overrides
 from pixelclip.storage.urls import scrubbed
 from pixelclip.workflow.failures import BAD_INPUT, report
@@ -217,12 +218,20 @@ def import_(
 @app.command()
 def export(
     model: Annotated[str, typer.Option(help=_MODEL)],
-    out: Annotated[Path, typer.Option(callback=reject_s3, help="Folder for the open_clip config and weights.")],
+    out: Annotated[Path, typer.Option(callback=reject_s3, help="Folder to write.")],
+    kind: Annotated[
+        str, typer.Option("--format", help="open_clip; huggingface: the same with a model card; onnx: the image tower.")
+    ] = "open_clip",
+    classes: Annotated[
+        str,
+        typer.Option(help="For onnx: class names as in predict. Its output is then their scores, otherwise dense features."),
+    ] = "",
 ) -> None:
-    """Export a model's CLIP as plain open_clip weights, for open_clip.create_model("local-dir:OUT")."""
-    from pixelclip.models.convert import export as write_clip
+    """Export a model for open_clip, the Hugging Face hub, or onnxruntime."""
+    from pixelclip.commands.export import run
 
-    write_clip(api.model_path(model), out)
+    files = run(api.model_path(model), out, kind, names_of(classes) if classes else ())
+    print("\n".join(f"{file} ({file.stat().st_size / 1e6:,.1f} MB)" for file in files))
 
 
 @app.command()

@@ -4,38 +4,32 @@ B images, K classes, C embedding width, h w feature grid, H W image.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from torch import Tensor
 
-from pixelclip.config import EvaluateConfig, Quality
+from pixelclip.config import Quality
 from pixelclip.data.class_names import check_names
-from pixelclip.data.images import colour_labels, palette, resize_shortest_edge, to_rgb, turn_upright
+from pixelclip.data.images import resize_shortest_edge, turn_upright
 from pixelclip.data.tensors import normalise, resized_square, to_tensor
 from pixelclip.distributed import pick_device, pick_precision
 from pixelclip.inference.label_map import label_map
+from pixelclip.inference.prediction import Prediction, inference_settings
 from pixelclip.models.backbone import Backbone
 from pixelclip.models.checkpoint import Clip, Model, backbone_of, load_clip, load_model
 from pixelclip.models.clip_sources import clip_folder
 from pixelclip.models.text import TEMPLATES, classifier
-from pixelclip.settings import build
-from pixelclip.storage.files import read_json
 from pixelclip.workflow.stage import describe
 
-INFERENCE = "inference.json"
-"""File in a registered model with the settings of its evaluation that a `Predictor` uses."""
 _CLASSES_AT_ONCE = 16
 _EPSILON = 1e-12  # of F.normalize
 MAX_CLASSES = 65535  # of a 16-bit label map
-_LONGEST_EDGE = 16384  # of an overlay: the legend of a very long strip would take gigabytes
-_LEGEND_ENTRIES, _LEGEND_CHARACTERS = 100, 60
 _WINDOWED_EDGE, _WINDOWED_ASPECT = 1.6, 4  # shortest edge in sides of the model; longest edge in shortest edges
 
 
@@ -73,7 +67,7 @@ def _to_grid(features: Tensor, unpadded: _Fraction, grid: int) -> Tensor:
         return F.interpolate(features, size=(grid, grid), mode="bilinear", align_corners=False)
     centers = (torch.arange(grid, device=features.device, dtype=features.dtype) + 0.5) * (2 / grid)
     rows, columns = torch.meshgrid(*(centers * part - 1 for part in unpadded), indexing="ij")
-    points = torch.stack([columns, rows], dim=-1).expand(len(features), -1, -1, -1)
+    points = torch.stack([columns, rows], dim=-1).expand(features.shape[0], -1, -1, -1)
     return F.grid_sample(features, points, mode="bilinear", padding_mode="border", align_corners=False)
 
 
@@ -167,15 +161,6 @@ def best_class(groups: Iterable[Tensor], size: tuple[int, int]) -> Tensor:
     return labels
 
 
-@dataclass(frozen=True)
-class Prediction:
-    """`labels` [H, W] are indices into `classes`; `scores` [K, h, w] are cosines on a grid over the image."""
-
-    labels: NDArray[np.uint16]
-    scores: NDArray[np.float32]
-    classes: list[str]
-
-
 class Predictor:
     """Segment images into arbitrary named classes.
 
@@ -210,9 +195,7 @@ class Predictor:
         Raises:
             ValueError: as `load_model` and `pick_device`, `inference.json` is damaged, or the CLIP is not the model's.
         """
-        file = folder / INFERENCE
-        config = build(EvaluateConfig, read_json(file, dict[str, Any]) if file.is_file() else {}, str(file))
-        model = load_model(folder)
+        config, model = inference_settings(folder), load_model(folder)
         if original_clip:
             model = replace(model, clip=_original_clip(folder, **model.config["clip"]))
         return cls(model, device, shortest_edge=config.shortest_edge, longest_edge=config.longest_edge)
@@ -268,55 +251,3 @@ def _original_clip(folder: Path, spec: str, md5: str | None) -> Clip:
     if weights and md5 and describe(weights)["md5"] != md5:
         raise ValueError(f"{weights}: is not the CLIP that {folder} was trained from (the md5 differs)")
     return load_clip(spec)
-
-
-def label_image(labels: NDArray[np.uint16]) -> Image.Image:
-    """Convert a label map to an 8-bit image if the values fit, else to a 16-bit image."""
-    return Image.fromarray(labels.astype(np.uint8) if labels.max(initial=0) < 256 else labels)
-
-
-def palette_image(labels: NDArray[np.uint16], count: int) -> Image.Image:
-    """Convert a label map to an image whose pixels are class indices and whose palette has the colours of `overlay`.
-
-    Args:
-        labels: [H, W].
-        count: number of classes; more than a palette's 256 give `label_image`.
-    """
-    image = label_image(labels)
-    if image.mode == "L" and count <= 256:
-        image.putpalette(palette(count).tobytes())  # the mode is now P
-    return image
-
-
-def overlay(image: Image.Image, prediction: Prediction, opacity: float = 0.55) -> Image.Image:
-    """Blend the image with its label colours and add a legend of the predicted classes, largest first.
-
-    Edges are limited to 16,384 pixels, the legend to 100 classes, and names to 60 characters.
-    """
-    photo = np.asarray(to_rgb(turn_upright(image)), dtype=np.float32)
-    colours = colour_labels(prediction.labels, len(prediction.classes)).astype(np.float32)
-    picture = Image.fromarray(np.round(photo * (1 - opacity) + colours * opacity).astype(np.uint8))
-    picture.thumbnail((_LONGEST_EDGE, _LONGEST_EDGE))
-    counts = np.bincount(prediction.labels.ravel(), minlength=len(prediction.classes))
-    present = [int(i) for i in np.argsort(-counts, kind="stable") if counts[i]]
-    limit = _LEGEND_CHARACTERS
-    names = [name if len(name) <= limit else f"{name[: limit - 1]}…" for name in prediction.classes]
-    entries = [(i, f"{names[i]}  {100 * counts[i] / counts.sum():.0f} %") for i in present[:_LEGEND_ENTRIES]]
-    return _with_legend(picture, entries, palette(len(prediction.classes)))
-
-
-def _with_legend(picture: Image.Image, entries: list[tuple[int, str]], colours: NDArray[np.uint8]) -> Image.Image:
-    size = max(12, min(picture.height // 18, 40))
-    font = ImageFont.load_default(size)
-    row, column = round(size * 1.6), round(max(font.getlength(text) for _, text in entries)) + 3 * size
-    columns = max(1, picture.width // column)
-    rows = -(-len(entries) // columns)
-    canvas = Image.new("RGB", (max(picture.width, column), picture.height + rows * row + size // 2), "white")
-    canvas.paste(picture, (0, 0))
-    draw = ImageDraw.Draw(canvas)
-    for position, (index, text) in enumerate(entries):
-        left = (position % columns) * column + size // 2
-        top = picture.height + size // 2 + (position // columns) * row
-        draw.rectangle((left, top, left + size, top + size), fill=tuple(int(v) for v in colours[index]))
-        draw.text((left + size * 1.5, top - size * 0.1), text, fill="black", font=font)
-    return canvas

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import overload
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 
 from pixelclip.config import Quality
 from pixelclip.data.class_names import check_list, with_commas
 from pixelclip.data.images import open_image, to_rgb, turn_upright
-from pixelclip.inference.predictor import Prediction, Predictor, overlay, palette_image, resize_scores
+from pixelclip.inference.loading import Model
+from pixelclip.inference.prediction import Prediction, overlay, palette_image
 from pixelclip.storage.download import local_path
 from pixelclip.storage.files import check_writable, write_atomically
 
@@ -65,6 +65,10 @@ class Segmentation:
         """
         if name not in self.names:
             raise ValueError(f"no class {name!r}; the classes are {', '.join(self.names)}")
+        import torch
+
+        from pixelclip.inference.predictor import resize_scores
+
         scores = torch.from_numpy(self.scores[self.names.index(name)])[None, None]
         resized: NDArray[np.float32] = resize_scores(scores, self.labels.shape)[0, 0].numpy()
         return resized
@@ -102,7 +106,7 @@ class Segmenter:
         predictor: segments one PIL image.
     """
 
-    def __init__(self, predictor: Predictor) -> None:
+    def __init__(self, predictor: Model) -> None:
         self.predictor = predictor
 
     @overload

@@ -25,7 +25,8 @@ from PIL import Image
 from pixelclip.data.class_names import parse_names
 from pixelclip.data.images import decode_image
 from pixelclip.inference.limits import Limits, check_classes
-from pixelclip.inference.predictor import Predictor, label_image, overlay
+from pixelclip.inference.prediction import label_image, overlay
+from pixelclip.inference.predictor import Predictor
 
 ARTIFACT = "pixelclip"
 SIGNATURE = ModelSignature(

@@ -135,7 +135,7 @@ def _embed(visual: Any, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
     x = visual.conv1(images)  # [B, D, h, w]
     grid = (x.shape[2], x.shape[3])
     x = x.flatten(2).transpose(1, 2)  # [B, P, D]
-    cls = visual.class_embedding.to(x.dtype).expand(len(x), 1, -1)
+    cls = visual.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)  # len(x) would be a constant in ONNX
     position = resize_position(visual.positional_embedding, tuple(visual.grid_size), grid, prefix=1)
     x = torch.cat([cls, x], dim=1) + position.to(x.dtype)
     return visual.ln_pre(x), grid

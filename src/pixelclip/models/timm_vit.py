@@ -89,7 +89,7 @@ def _embed(trunk: Any, images: Tensor) -> tuple[Tensor, Tensor | None, tuple[int
     grid = (images.shape[2] // height, images.shape[3] // width)
     trunk.patch_embed.strict_img_size = False  # timm would accept only the size of its training
     x = trunk.patch_embed(images[..., : grid[0] * height, : grid[1] * width]).flatten(1, -2)  # [B, P, D]
-    prefix = [token.expand(len(x), -1, -1) for token in (trunk.cls_token, trunk.reg_token) if token is not None]
+    prefix = [token.expand(x.shape[0], -1, -1) for token in (trunk.cls_token, trunk.reg_token) if token is not None]
     position = trunk.pos_embed
     if position is not None:
         without = 0 if trunk.no_embed_class else trunk.num_prefix_tokens

@@ -20,7 +20,7 @@ from pydantic import BaseModel
 import pixelclip
 from pixelclip.evaluation.protocol import resize_of
 from pixelclip.inference import serving
-from pixelclip.inference.predictor import INFERENCE
+from pixelclip.inference.prediction import INFERENCE
 from pixelclip.models.checkpoint import CONFIG, WEIGHTS
 from pixelclip.models.tokenizer import TOKENIZER_FILES
 from pixelclip.storage.files import read_json, write_json
