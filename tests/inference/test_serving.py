@@ -20,12 +20,14 @@ import mlflow
 import numpy as np
 import pandas as pd
 import pytest
+from fastapi.testclient import TestClient
 from mlflow.exceptions import MlflowException
 from PIL import Image
 
 from helpers import services, tiny
 from helpers.fake_data import bomb
 from helpers.serving import ask, decoded, photo
+from pixelclip.commands.serve import server
 from pixelclip.inference import serving
 from pixelclip.inference.prediction import overlay
 from pixelclip.inference.predictor import Predictor
@@ -33,6 +35,9 @@ from pixelclip.inference.serving import Limits, ServedModel
 
 # MLflow asks for an example input, with which it would run the model once more when it is logged.
 pytestmark = pytest.mark.filterwarnings("ignore:.*An input example was not provided")
+
+
+COLUMNS = ["format_version", "label_map", "classes", "shares", "scores"]
 
 
 @pytest.fixture(scope="module")
@@ -63,15 +68,42 @@ def model(logged) -> mlflow.pyfunc.PyFuncModel:
 def test_every_row_equals_the_predictor(model, folder):
     rows = [(photo(50, 30, 0), "dog|puppy,grass,sky", ["dog, puppy", "grass", "sky"]), (photo(9, 60, 1), "a,b", ["a", "b"])]
     results = model.predict(pd.DataFrame({"image": [row[0] for row in rows], "classes": [row[1] for row in rows]}))
-    assert list(results.columns) == ["label_map", "classes", "shares", "scores"]
+    assert list(results.columns) == COLUMNS
     predictor = Predictor.load(folder, "cpu")
     for (image, _, names), result in zip(rows, results.itertuples(), strict=True):
-        assert json.loads(result.classes) == names
+        assert result.format_version == 2
+        assert result.classes == names
         expected = predictor(Image.open(io.BytesIO(image)), names)
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(result.label_map))), expected.labels)
         shares = [np.mean(expected.labels == index) for index in range(len(names))]
-        assert json.loads(result.shares) == pytest.approx(shares, abs=1e-6) and sum(shares) == pytest.approx(1)
-        assert json.loads(result.scores) == pytest.approx([one.max() for one in expected.scores], abs=1e-6)
+        assert result.shares == pytest.approx(shares, abs=1e-6) and sum(shares) == pytest.approx(1)
+        assert result.scores == pytest.approx([one.max() for one in expected.scores], abs=1e-6)
+
+
+def test_version_1_of_the_answer_has_lists_as_json_texts(model):
+    frame = pd.DataFrame({"image": [photo(50, 30, 0)], "classes": ["dog|puppy,sky"]})
+    new = model.predict(frame).iloc[0]
+    old = model.predict(frame, params={"format_version": 1})
+    assert list(old.columns) == ["label_map", "classes", "shares", "scores"]
+    for column in ("classes", "shares", "scores"):
+        assert json.loads(old.iloc[0][column]) == new[column]
+    assert old.iloc[0]["label_map"] == new["label_map"]
+    with pytest.raises(MlflowException, match=r"format_version must be 1 or 2 \(found 3\)"):
+        model.predict(frame, params={"format_version": 3})
+
+
+def test_classes_may_be_a_list(model):
+    image = photo(50, 30, 0)
+    frame = pd.DataFrame({"image": [image, image], "classes": ["dog|puppy,sky", ["dog|puppy", "sky"]]})
+    text, names = model.predict(frame).to_dict("records")
+    assert text == names
+    for classes, message in (
+        (["dog", 3], "row 0: classes: expected a name, found int"),
+        (["a, b", "c"], "row 0: classes: a name of a list must not contain a comma, found 'a, b'; write synonyms with a bar"),
+        ([], "row 0: classes: the list of class names is empty"),
+    ):
+        with pytest.raises(MlflowException, match=message):
+            model.predict(pd.DataFrame({"image": [image], "classes": [classes]}))
 
 
 def test_overlay_and_score_maps_are_returned_on_request(model, folder):
@@ -89,11 +121,41 @@ def test_overlay_and_score_maps_are_returned_on_request(model, folder):
 
 def test_quality_is_a_parameter(model, folder):
     frame = pd.DataFrame({"image": [photo(50, 30, 0)], "classes": ["dog,sky"]})
-    scores = json.loads(model.predict(frame, params={"quality": "best"}).iloc[0]["scores"])
+    scores = model.predict(frame, params={"quality": "best"}).iloc[0]["scores"]
     expected = Predictor.load(folder, "cpu")(Image.open(io.BytesIO(photo(50, 30, 0))), ["dog", "sky"], "best").scores
     assert scores == pytest.approx(expected.max(axis=(1, 2)), abs=1e-6)
     with pytest.raises(MlflowException, match=r"row 0: quality must be fast or best \(found 'good'\)"):
         model.predict(frame, params={"quality": "good"})
+
+
+@pytest.fixture(scope="module")
+def client(model) -> TestClient:
+    return TestClient(server(model))
+
+
+def request_of(**params: object) -> dict:
+    data = [[base64.b64encode(photo(50, 30, 0)).decode(), ["dog|puppy", "sky"]]]
+    return {"dataframe_split": {"columns": ["image", "classes"], "data": data}, "params": params}
+
+
+def test_server_answers_with_arrays_and_counts_requests(client):
+    answer = client.post("/invocations", json=request_of(overlay=True))
+    (row,) = answer.json()["predictions"]
+    assert row["format_version"] == 2 and row["classes"] == ["dog, puppy", "sky"]
+    assert sum(row["shares"]) == pytest.approx(1) and len(row["scores"]) == 2
+    unknown = client.post("/invocations", json=request_of(overlays=True))
+    assert unknown.status_code == 400 and "unknown param 'overlays', did you mean 'overlay'?" in unknown.json()["message"]
+    metrics = client.get("/metrics").text
+    assert 'pixelclip_requests_total{status="200"} 1\n' in metrics
+    assert 'pixelclip_requests_total{status="400"} 1\n' in metrics
+    assert "pixelclip_request_seconds_count 2\n" in metrics
+
+
+def test_start_page_leads_to_pages_that_exist(client):
+    page = client.get("/")
+    assert page.status_code == 200 and page.headers["content-type"].startswith("text/html")
+    links = re.findall('href="(.*?)"', page.text)
+    assert links and all(client.get(f"/{link}").status_code == 200 for link in links)
 
 
 @pytest.fixture
@@ -223,8 +285,8 @@ def test_invalid_row_is_named(model, image, classes, message):
         model.unwrap_python_model().predict(None, frame)
 
 
-@pytest.mark.parametrize(("cell", "found"), [(None, "nothing"), (float("nan"), "nothing"), (["a"], "list"), (5, "int")])
-@pytest.mark.parametrize(("column", "expected"), [("image", "bytes or base64"), ("classes", "text")])
+@pytest.mark.parametrize(("cell", "found"), [(None, "nothing"), (float("nan"), "nothing"), ({"a": 1}, "dict"), (5, "int")])
+@pytest.mark.parametrize(("column", "expected"), [("image", "bytes or base64"), ("classes", "text or a list of names")])
 def test_cell_of_the_wrong_type_is_named(model, column, expected, cell, found):
     rows = {"image": [photo(20, 20, 2)] * 2, "classes": ["a,b"] * 2}
     rows[column][1] = cell
@@ -294,11 +356,11 @@ def test_real_server_predicts_over_http(served, folder):
     status, result = ask(served, [(image, "dog|puppy,grass,sky"), (image, "a,b")], overlay=True)
     assert status == 200
     first, second = result["predictions"]
-    assert json.loads(first["classes"]) == ["dog, puppy", "grass", "sky"] and json.loads(second["classes"]) == ["a", "b"]
+    assert first["classes"] == ["dog, puppy", "grass", "sky"] and second["classes"] == ["a", "b"]
     expected = Predictor.load(folder, "cpu")(decoded(image), ["dog, puppy", "grass", "sky"])
     assert np.array_equal(np.asarray(decoded(first["label_map"])), expected.labels)
     assert np.array_equal(np.asarray(decoded(first["overlay"])), np.asarray(overlay(decoded(image), expected)))
-    assert len(json.loads(first["shares"])) == len(json.loads(first["scores"])) == 3
+    assert len(first["shares"]) == len(first["scores"]) == 3
 
 
 @pytest.mark.services
@@ -318,7 +380,7 @@ def test_real_server_reports_the_invalid_row(served, image, classes, message):
 
 def test_request_without_rows_returns_no_rows(model):
     results = model.unwrap_python_model().predict(None, pd.DataFrame({"image": [], "classes": []}))
-    assert len(results) == 0 and list(results.columns) == ["label_map", "classes", "shares", "scores"]
+    assert len(results) == 0 and list(results.columns) == COLUMNS
 
 
 def test_logged_model_contains_no_pickle(logged):

@@ -11,6 +11,7 @@ from pixelclip import api
 from pixelclip.cli.page import app as page
 from pixelclip.cli.pipeline import Params, Sweep, pipeline, reject_s3
 from pixelclip.cli.predict import merge, predict
+from pixelclip.cli.serve import Registered, serve
 from pixelclip.config import ImportConfig
 from pixelclip.data.class_names import names_of
 from pixelclip.settings import as_table, build, parse_overrides
@@ -25,7 +26,6 @@ Out = Annotated[str, typer.Option(help="Output folder or s3://bucket/folder; a f
 Labelled = Annotated[
     list[str], typer.Option(help="Labelled set: FOLDER (layout: setting kind) or KIND:FOLDER; several go into OUT/NAME.")
 ]
-Registered = Annotated[str, typer.Argument(help="models:/NAME@ALIAS or models:/NAME/VERSION.")]
 Settings = Annotated[list[str] | None, typer.Argument(metavar="[NAME=VALUE]...", help="Settings; see `pixelclip settings`.")]
 
 app = typer.Typer(
@@ -38,6 +38,7 @@ app = typer.Typer(
 )
 app.add_typer(pipeline, name="pipeline")
 app.command("app")(page)
+app.add_typer(serve, name="serve")
 
 
 def _of(stage: str, settings: list[str] | None) -> dict[str, str]:

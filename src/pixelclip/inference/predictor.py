@@ -21,6 +21,8 @@ from pixelclip.data.tensors import normalise, resized_square, to_tensor
 from pixelclip.distributed import pick_device, pick_precision
 from pixelclip.inference.label_map import label_map
 from pixelclip.inference.prediction import Prediction, inference_settings
+from pixelclip.inference.prediction import label_image as label_image  # the code of models registered before imports it here
+from pixelclip.inference.prediction import overlay as overlay
 from pixelclip.models.backbone import Backbone
 from pixelclip.models.checkpoint import Clip, Model, backbone_of, load_clip, load_model
 from pixelclip.models.clip_sources import clip_folder

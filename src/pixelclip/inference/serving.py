@@ -1,9 +1,10 @@
 """The registered model: an MLflow pyfunc of code and safetensors, without pickle (docs/serving.md).
 
-Request: one row per image with `image` (an image file, as bytes or base64) and `classes` (`dog|puppy,grass,sky`); the params
-`overlay` and `score_maps` request further columns; `quality` is fast or best.
-Response: one row per image with `label_map` (PNG of class indices), `classes`, `shares` (of the pixels) and `scores` (highest
-cosine) as JSON lists, and on request `overlay` (PNG) and `score_maps` (.npy, [K, h, w] cosines).
+Request: one row per image with `image` (an image file, as bytes or base64) and `classes` (`dog|puppy,grass,sky`, or a list of
+names); the params `overlay` and `score_maps` request further columns; `quality` is fast or best.
+Response: one row per image with `format_version`, `label_map` (PNG of class indices), the lists `classes`, `shares` (of the
+pixels) and `scores` (highest cosine), and on request `overlay` (PNG) and `score_maps` (.npy, [K, h, w] cosines). With
+`format_version=1`, until 0.3, the lists are JSON texts and the column `format_version` is missing.
 """
 
 import base64
@@ -20,6 +21,7 @@ import pandas as pd
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+from mlflow.types.schema import Array
 from PIL import Image
 
 from pixelclip.data.class_names import parse_names
@@ -27,14 +29,17 @@ from pixelclip.data.images import decode_image
 from pixelclip.inference.limits import Limits, check_classes
 from pixelclip.inference.prediction import label_image, overlay
 from pixelclip.inference.predictor import Predictor
+from pixelclip.settings import cut
 
 ARTIFACT = "pixelclip"
 SIGNATURE = ModelSignature(
     inputs=Schema([ColSpec(DataType.binary, "image"), ColSpec(DataType.string, "classes")]),
     outputs=Schema(
         [
+            ColSpec(DataType.long, "format_version"),
             ColSpec(DataType.binary, "label_map"),
-            *(ColSpec(DataType.string, name) for name in ("classes", "shares", "scores")),
+            ColSpec(Array(DataType.string), "classes"),
+            *(ColSpec(Array(DataType.double), name) for name in ("shares", "scores")),
             *(ColSpec(DataType.binary, name, required=False) for name in ("overlay", "score_maps")),
         ]
     ),
@@ -43,9 +48,11 @@ SIGNATURE = ModelSignature(
             ParamSpec("overlay", DataType.boolean, False),
             ParamSpec("score_maps", DataType.boolean, False),
             ParamSpec("quality", DataType.string, "fast"),
+            ParamSpec("format_version", DataType.long, 2),
         ]
     ),
 )
+_FORMAT_VERSIONS = (1, 2)
 
 
 class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
@@ -69,7 +76,11 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
             raise MlflowException.invalid_parameter_value(
                 f"{len(model_input)} images in one request; at most {self.limits.max_images} are allowed"
             )
-        options = params or {}
+        options = {param.name: param.default for param in SIGNATURE.params} | (params or {})
+        if options["format_version"] not in _FORMAT_VERSIONS:
+            raise MlflowException.invalid_parameter_value(
+                f"format_version must be 1 or 2 (found {options['format_version']!r})"
+            )
         rows = []
         for number, (image, classes) in enumerate(zip(model_input["image"], model_input["classes"], strict=True)):
             try:
@@ -78,25 +89,33 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
             except ValueError as error:
                 raise MlflowException.invalid_parameter_value(f"row {number}: {error}") from None
         columns = [column.name for column in SIGNATURE.outputs.inputs if column.required or options.get(column.name)]
+        if options["format_version"] == 1:
+            columns.remove("format_version")
         return pd.DataFrame(rows, columns=columns)
 
     def _segment(self, data: Any, classes: Any, options: dict[str, Any]) -> dict[str, Any]:
         _check_cell("image", data, (bytes, str), "bytes or base64")
-        _check_cell("classes", classes, (str,), "text")
+        _check_cell("classes", classes, (str, list), "text or a list of names")
+        classes = classes if isinstance(classes, str) else _joined(classes)
         check_classes(classes, self.limits)
         names = parse_names(classes)
         image = decode_image(_bytes(data, self.limits.max_bytes), self.limits.max_pixels)
-        prediction = self.predictor(image, names, options.get("quality", "fast"))
+        prediction = self.predictor(image, names, options["quality"])
         counts = np.bincount(prediction.labels.ravel(), minlength=len(names))
-        row = {
-            "label_map": _png(label_image(prediction.labels)),
-            "classes": json.dumps(prediction.classes),
-            "shares": json.dumps([round(float(count) / prediction.labels.size, 6) for count in counts]),
-            "scores": json.dumps([round(float(score), 6) for score in prediction.scores.max(axis=(1, 2))]),
+        lists = {
+            "classes": prediction.classes,
+            "shares": [round(float(count) / prediction.labels.size, 6) for count in counts],
+            "scores": [round(float(score), 6) for score in prediction.scores.max(axis=(1, 2))],
         }
-        if options.get("overlay"):
+        as_text = options["format_version"] == 1
+        row = {
+            "format_version": options["format_version"],
+            "label_map": _png(label_image(prediction.labels)),
+            **{name: json.dumps(values) if as_text else values for name, values in lists.items()},
+        }
+        if options["overlay"]:
             row["overlay"] = _png(overlay(image, prediction))
-        if options.get("score_maps"):
+        if options["score_maps"]:
             buffer = io.BytesIO()
             np.save(buffer, prediction.scores.astype(np.float32), allow_pickle=False)
             row["score_maps"] = buffer.getvalue()
@@ -108,6 +127,17 @@ def _check_cell(column: str, cell: Any, types: tuple[type, ...], expected: str) 
     if not isinstance(cell, types):
         empty = cell is None or (isinstance(cell, float) and np.isnan(cell))
         raise ValueError(f"{column}: expected {expected}, found {'nothing' if empty else type(cell).__name__}")
+
+
+def _joined(names: list[Any]) -> str:
+    """Return a list of names as text; raise ValueError for what is no name, or a comma, which would make two of it."""
+    for name in names:
+        _check_cell("classes", name, (str,), "a name")
+        if "," in name:
+            raise ValueError(
+                f"classes: a name of a list must not contain a comma, found {cut(name)}; write synonyms with a bar"
+            )
+    return ",".join(names)
 
 
 def _bytes(data: bytes | str, limit: int) -> bytes:

@@ -1,0 +1,64 @@
+"""The manifest for KServe fits the fields of its InferenceService, and its pod fits Kubernetes."""
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from pixelclip.commands.serve import manifest
+
+MODEL, IMAGE, MLFLOW = "models:/pixelclip-toy@champion", "registry.example/pixelclip:1", "http://mlflow:5000"
+# `ComponentExtensionSpec` in kserve's pkg/apis/serving/v1beta1/component.go; the other fields of a predictor are a PodSpec's.
+EXTENSION = {
+    "minReplicas": int,
+    "maxReplicas": int,
+    "scaleTarget": int,
+    "scaleMetric": str,
+    "containerConcurrency": int,
+    "timeout": int,
+    "canaryTrafficPercent": int,
+    "logger": dict,
+    "batcher": dict,
+    "labels": dict,
+    "annotations": dict,
+    "deploymentStrategy": dict,
+}
+
+
+def test_manifest_fits_kserve():
+    document = yaml.safe_load(manifest(MODEL, IMAGE, MLFLOW))
+    assert set(document) == {"apiVersion", "kind", "metadata", "spec"}
+    assert (document["apiVersion"], document["kind"]) == ("serving.kserve.io/v1beta1", "InferenceService")
+    assert set(document["spec"]) == {"predictor"}
+    predictor = document["spec"]["predictor"]
+    extension = {name: predictor.pop(name) for name in list(predictor) if name in EXTENSION}
+    assert all(isinstance(value, EXTENSION[name]) for name, value in extension.items())
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": document["metadata"], "spec": predictor}
+    kubernetes_validate.validate(pod, kubernetes_validate.latest_version(), strict=True)
+    (container,) = predictor["containers"]
+    assert container["name"] == "kserve-container"  # KServe's name of a custom predictor's container
+    assert container["command"][:4] == ["pixelclip", "serve", "run", MODEL]
+    assert container["readinessProbe"]["httpGet"]["port"] == container["ports"][0]["containerPort"]
+
+
+@pytest.mark.parametrize(
+    ("uri", "name"), [("models:/My_Model/3", "my-model"), ("models:/7@a", "model-7"), (f"models:/{'x' * 90}@a", "x" * 40)]
+)
+def test_names_are_valid_for_kserve(uri, name):
+    assert yaml.safe_load(manifest(uri, IMAGE, MLFLOW))["metadata"]["name"] == name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("runs/demo/train", IMAGE, MLFLOW), "runs/demo/train: must be models:/NAME@ALIAS or models:/NAME/VERSION"),
+        (("models:/name", IMAGE, MLFLOW), "models:/name: must be models:/NAME@ALIAS"),
+        ((MODEL, "", MLFLOW), "the container image is missing: set --image or PIXELCLIP_IMAGE"),
+        ((MODEL, IMAGE, "sqlite:///a.db"), "MLFLOW_TRACKING_URI must be http"),
+        ((MODEL, IMAGE, "http://user:secret@mlflow:5000"), "contains a password or token"),
+    ],
+)
+def test_invalid_manifest_is_one_clear_error(monkeypatch, arguments, message):
+    monkeypatch.delenv("PIXELCLIP_IMAGE", raising=False)
+    with pytest.raises(ValueError, match=message) as caught:
+        manifest(*arguments)
+    assert "secret" not in str(caught.value)
