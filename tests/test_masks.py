@@ -76,7 +76,7 @@ def test_annotation_describes_its_masks() -> None:
     assert np.array_equal(decoded.transpose(2, 0, 1), masks)
 
 
-def test_every_sample_gets_masks_and_keeps_its_image_bytes(tmp_path: Path) -> None:
+def test_every_sample_gets_masks_and_keeps_its_image_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shards = tmp_path / "shards"
     odd = "ü b" * 40
     write_tar(shards / "0.tar", {"a.jpg": JPEG, "deep/folder/b.jpg": JPEG})
@@ -89,6 +89,8 @@ def test_every_sample_gets_masks_and_keeps_its_image_bytes(tmp_path: Path) -> No
     found = masked(tmp_path / "out" / "0.tar", "a")
     assert (found.sum(0) == 1).all()
     assert metrics == {"images": 3.0, "masks": 3.0 * len(found), "masks_per_image": float(len(found)), "bad_images": 0.0}
+    summary = f"masks: 3 images with {len(found)}.0 masks per image by generator felzenszwalb, 0 unusable\n"
+    assert capsys.readouterr().out.endswith(summary)
     assert run(shards, tmp_path / "out", config()) == metrics
 
 

@@ -203,6 +203,10 @@ def test_fetched_model_is_identical(made, client, tmp_path):
     assert describe(fetched)["md5"] == describe(made / "model0")["md5"]
     with pytest.raises(ValueError, match="models:/demo@nobody: no such model"):
         fetch(f"models:/{NAME}@nobody", tmp_path / "none")
+    with pytest.raises(ValueError, match="models:/demo: names no version; write models:/demo@champion"):
+        fetch(f"models:/{NAME}", tmp_path / "none")
+    with pytest.raises(ValueError, match="models:/dmo: no such model at "):
+        fetch("models:/dmo", tmp_path / "none")
 
 
 @pytest.fixture

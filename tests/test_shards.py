@@ -166,9 +166,13 @@ def test_ignored_files_are_counted_by_suffix(tmp_path: Path, capsys: pytest.Capt
     files = {"a.jpg": JPEG, "a.json": b"{}", "lonely.json": b"{}", ".hidden": b"", "b.HEIC": b"", "c.heic": b"", "d.gif": b""}
     pack(tmp_path / "some", files | {"photo": JPEG})
     message = "shards: ignored files by suffix: .heic 2, .gif 1, none 1; image suffixes are .jpg, .jpeg, .jfif, .png,"
-    assert message in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert message in printed and "heif-convert" in printed
     pack(tmp_path / "none", {"a.jpg": JPEG, "a.json": b"{}"})
-    assert "ignored files" not in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "ignored files" not in printed
+    size = (tmp_path / "none" / "out" / "000000.tar").stat().st_size
+    assert printed.endswith(f"shards: 1 images in 1 tars, {size:,} bytes\n")
     pack(tmp_path / "many", {"a.jpg": JPEG} | {f"{i}.x{i}": b"" for i in range(12)})
     assert ".x7 1, and 2 more suffixes; image suffixes are" in capsys.readouterr().out
 

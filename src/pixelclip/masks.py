@@ -90,7 +90,10 @@ def run(shards: Path | str, out: Path, config: MasksConfig) -> Metrics:
         if not images:
             raise ValueError(f"{shards}: none of the images could be masked")
         counts = {"images": images, "masks": masks, "masks_per_image": masks / images, "bad_images": len(bad.found)}
-        return stage.finish({name: float(count) for name, count in counts.items()}, files=["*.tar"])
+        metrics = stage.finish({name: float(count) for name, count in counts.items()}, files=["*.tar"])
+        each = f"{masks / images:.1f} masks per image by generator {config.generator}"
+        print(f"masks: {images:,} images with {each}, {len(bad.found):,} unusable", flush=True)
+        return metrics
 
 
 def _module(config: MasksConfig) -> ModuleType:

@@ -9,6 +9,8 @@ from PIL import Image
 
 from pixelclip.config import ShardsConfig
 from pixelclip.data.images import (
+    HEIC_ADVICE,
+    HEIC_SUFFIXES,
     IMAGE_SUFFIXES,
     check_upright,
     decode_image,
@@ -19,7 +21,7 @@ from pixelclip.data.images import (
 )
 from pixelclip.data.shard_format import ShardWriter
 from pixelclip.storage.download import local_path
-from pixelclip.storage.files import files_below
+from pixelclip.storage.files import files_below, no_such
 from pixelclip.storage.progress import track
 from pixelclip.workflow.bad_samples import BadSamples
 from pixelclip.workflow.stage import Metrics, Stage, describe
@@ -43,13 +45,14 @@ def run(images: Path | str, out: Path, config: ShardsConfig) -> Metrics:
     """
     images = local_path(images)
     if not images.is_dir():
-        raise ValueError(f"{images}: no such folder of images")
+        raise ValueError(no_such(images, "folder of images"))
     if out.resolve().is_relative_to(images.resolve()):  # the next run would read the shards as inputs
         raise ValueError(f"{out}: shards must not be inside the folder of images {images}; choose another --out")
     files = files_below(images)
     paths = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
     if not paths:
-        raise ValueError(f"{images}: contains no image ({', '.join(IMAGE_SUFFIXES)})")
+        heic = f"; {HEIC_ADVICE}" if any(path.suffix.lower() in HEIC_SUFFIXES for path in files) else ""
+        raise ValueError(f"{images}: contains no image ({', '.join(IMAGE_SUFFIXES)}){heic}")
     stage = Stage("shards", out, {"images": describe(images)}, config)
     if stage.finished:
         return stage.reuse()
@@ -68,8 +71,11 @@ def run(images: Path | str, out: Path, config: ShardsConfig) -> Metrics:
             print(ignored, flush=True)
         if not good:
             raise ValueError(f"{images}: none of its {len(paths)} images can be used")
+        size = sum(tar.stat().st_size for tar in stage.folder.glob("*.tar"))
         metrics = {"images": float(good), "bad_images": float(len(bad.found)), "shards": float(shards)}
-        return stage.finish(metrics, files=["*.tar"])
+        finished = stage.finish(metrics, files=["*.tar"])
+        print(f"shards: {good:,} images in {shards:,} tars, {size:,} bytes", flush=True)
+        return finished
 
 
 def _ignored(files: list[Path]) -> str:
@@ -82,7 +88,8 @@ def _ignored(files: list[Path]) -> str:
     if len(ignored) > _NAMED:
         parts.append(f"and {len(ignored) - _NAMED} more suffixes")
     named = ", ".join(parts).encode(errors="backslashreplace").decode()
-    return f"shards: ignored files by suffix: {named}; image suffixes are {', '.join(IMAGE_SUFFIXES)}"
+    heic = f". {HEIC_ADVICE}" if counts.keys() & set(HEIC_SUFFIXES) else ""
+    return f"shards: ignored files by suffix: {named}; image suffixes are {', '.join(IMAGE_SUFFIXES)}{heic}"
 
 
 def _samples(root: Path, paths: list[Path], config: ShardsConfig, bad: BadSamples) -> Iterator[list[tuple[str, bytes]]]:

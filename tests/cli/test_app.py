@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from PIL import Image
 
 from helpers import command_line, tiny, training
 from helpers.fake_data import annotation, encoded, pixels, write_tar
+from pixelclip import __version__
 from pixelclip.cli.app import app
 from pixelclip.config import SETTINGS, STAGES
 from pixelclip.inference.predictor import Predictor
@@ -56,6 +58,72 @@ def test_help_lists_every_command(pixelclip):
     assert all(words[0] in out for words in commands())
 
 
+def test_version(pixelclip):
+    code, out, _ = pixelclip("--version")
+    assert (code, out) == (0, f"pixelclip {__version__}\n")
+
+
+@pytest.mark.parametrize("group", [(), ("pipeline",), ("pipeline", "schedule"), ("serve",)], ids=" ".join)
+def test_no_summary_is_cut(pixelclip, group):
+    code, out, _ = pixelclip(*group, "--help")
+    assert code == 0
+    command = typer.main.get_command(app)
+    for word in group:
+        command = command.commands[word]
+    text = " ".join(out.split())
+    for each in command.commands.values():
+        assert " ".join(each.help.partition("\n")[0].split()) in text
+
+
+@pytest.mark.parametrize("words", commands(), ids=" ".join)
+def test_example_of_a_command_is_valid(pixelclip, words):
+    code, out, _ = pixelclip(*words, "--help")
+    assert code == 0
+    (line,) = [line.strip() for line in out.splitlines() if line.strip().startswith("pixelclip ")]
+    name, *example = shlex.split(line.partition(" | ")[0])
+    assert (name, *example[: len(words)]) == ("pixelclip", *words)
+    command = typer.main.get_command(app)
+    for word in words:
+        command = command.commands[word]
+    command.make_context(words[-1], example[len(words) :])  # raises UsageError
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("shards", "--images", "imges", "--out", "o"), "imges: no such folder of images, did you mean 'images'?"),
+        (
+            ("masks", "--shards", "imags/a", "--out", "o"),
+            "imags/a: no such folder or manifest of shards, did you mean 'images'?",
+        ),
+        (("train", "--masks", "imags", "--out", "o"), "imags: no such folder or manifest of shards, did you mean 'images'?"),
+        (
+            ("evaluate", "--model", "imags", "--labelled", "l", "--out", "o"),
+            "imags: no such model folder, did you mean 'images'?",
+        ),
+        (
+            ("predict", "imags", "--classes", "a,b", "--model", "m", "--out", "o.png"),
+            "imags: no such file, did you mean 'images'?",
+        ),
+        (
+            ("shards", "--images", "images", "--out", "o"),
+            "images: contains no image (.jpg, .jpeg, .jfif, .png, .webp, .bmp, .tif, .tiff); HEIC, HEIF and AVIF are not read",
+        ),
+        (
+            ("predict", "images/photo.heic", "--classes", "a,b", "--model", "m", "--out", "o.png"),
+            "images/photo.heic: unreadable image: HEIC, HEIF and AVIF are not read: convert them to JPEG",
+        ),
+    ],
+)
+def test_mistyped_place_or_heic_says_what_to_do(pixelclip, monkeypatch, tmp_path, words, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "photo.heic").write_bytes(b"\0\0\0\x18ftypheic" + bytes(100))
+    code, _, err = pixelclip(*words)
+    assert code == 2
+    assert err.startswith(f"pixelclip: {message}") and err.count("\n") == 1
+
+
 @pytest.mark.parametrize("words", commands(), ids=" ".join)
 def test_every_command_has_help_that_explains_every_option(pixelclip, words):
     code, out, _ = pixelclip(*words, "--help")
@@ -81,7 +149,7 @@ def test_every_command_has_help_that_explains_every_option(pixelclip, words):
         (("register", "--model", "m", "--evaluation", "e", "--out", "o", "min_gian=1"), "did you mean 'min_gain'?"),
         (("shards", "--images", "i", "--out", "o", "--params", "no.yaml"), "no.yaml: cannot be read as YAML"),
         (("masks", "--shards", "nowhere", "--out", "o"), "nowhere"),
-        (("evaluate", "--model", "nowhere", "--labelled", "l", "--out", "o"), "nowhere: is not a complete model folder"),
+        (("evaluate", "--model", "nowhere", "--labelled", "l", "--out", "o"), "nowhere: no such model folder"),
         (("register", "--model", "nowhere", "--evaluation", "e", "--out", "o"), "nowhere/provenance.json: no such file"),
     ],
 )

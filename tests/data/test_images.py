@@ -122,7 +122,7 @@ def test_large_image_is_decoded() -> None:
 
 
 def test_missing_file_is_reported(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"none\.jpg: No such file"):
+    with pytest.raises(ValueError, match=r"none\.jpg: no such file"):
         open_image(tmp_path / "none.jpg")
 
 

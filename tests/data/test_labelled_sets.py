@@ -537,6 +537,8 @@ def test_official_values_map_to_their_class_names(
 def test_unknown_kind_suggests_the_nearest(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"'cityscape', did you mean 'cityscapes'.*; allowed: folder, coco-stuff"):
         open_labelled(tmp_path, "cityscape")
+    with pytest.raises(ValueError, match=r"'cityscape', did you mean 'cityscapes'.*; allowed: folder, coco-stuff"):
+        open_labelled(Path("cityscape:nowhere"))  # typed KIND:FOLDER
 
 
 def test_missing_folder_is_reported(tmp_path: Path) -> None:

@@ -310,11 +310,11 @@ def test_more_than_256_classes_give_a_16_bit_label_map(monkeypatch, predictor, f
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"photo": "nothing.jpg"}, "nothing.jpg: No such file"),
+        ({"photo": "nothing.jpg"}, "nothing.jpg: no such file"),
         ({"photo": "text.jpg"}, "text.jpg: unreadable image"),
         ({"--classes": "dog,,sky"}, "blank class name at position 2"),
         ({"--classes": "no.txt"}, "no.txt: cannot read class names"),
-        ({"--model": "nowhere"}, "nowhere: is not a complete model folder"),
+        ({"--model": "nowhere"}, "nowhere: no such model folder"),
         ({"--out": "labels.jpg"}, "labels.jpg: the label map must be a .png file"),
         ({"--device": "gpu0"}, "device 'gpu0'"),
     ],

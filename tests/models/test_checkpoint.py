@@ -91,7 +91,7 @@ def test_incomplete_folder_is_rejected_with_the_missing_file(model_folder, name)
 
 
 def test_missing_folder_is_rejected(tmp_path):
-    with pytest.raises(ValueError, match=r"nowhere: .* model.safetensors, config.json, provenance.json missing"):
+    with pytest.raises(ValueError, match="nowhere: no such model folder"):
         load_model(tmp_path / "nowhere")
 
 

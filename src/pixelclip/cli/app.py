@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from pixelclip import api
+from pixelclip import __version__, api
+from pixelclip.cli.help import Group
 from pixelclip.cli.page import app as page
 from pixelclip.cli.pipeline import Params, Sweep, pipeline, reject_s3
 from pixelclip.cli.predict import merge, predict
@@ -30,7 +31,7 @@ Settings = Annotated[list[str] | None, typer.Argument(metavar="[NAME=VALUE]...",
 
 app = typer.Typer(
     name="pixelclip",
-    help="Teach CLIP where things are, from images that nobody labelled.",
+    cls=Group,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -39,6 +40,21 @@ app = typer.Typer(
 app.add_typer(pipeline, name="pipeline")
 app.command("app")(page)
 app.add_typer(serve, name="serve")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"pixelclip {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Teach CLIP where things are, from images that nobody labelled."""
 
 
 def _of(stage: str, settings: list[str] | None) -> dict[str, str]:

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from pixelclip.cli.help import Group
 from pixelclip.settings import parse_overrides
 
 
@@ -35,8 +36,8 @@ Labelled = Annotated[str, typer.Option(help="Labelled set, located like --images
 Workspace = Annotated[str, typer.Option(help="Folder on a mounted volume where stages are reused and resumed; default: none.")]
 SettingsFile = Annotated[str, typer.Option(help="YAML file with settings in --repo, which the run reads; instead of --params.")]
 
-pipeline = typer.Typer(help="Kubeflow pipeline: run it locally or on a cluster.", no_args_is_help=True)
-schedule_group = typer.Typer(help="Run the pipeline on a schedule: create, list, delete.", no_args_is_help=True)
+pipeline = typer.Typer(cls=Group, help="Kubeflow pipeline: run it locally or on a cluster.", no_args_is_help=True)
+schedule_group = typer.Typer(cls=Group, help="Run the pipeline on a schedule: create, list, delete.", no_args_is_help=True)
 pipeline.add_typer(schedule_group, name="schedule")
 
 

@@ -4,9 +4,11 @@ from typing import Annotated
 
 import typer
 
+from pixelclip.cli.help import Group
+
 Registered = Annotated[str, typer.Argument(help="models:/NAME@ALIAS or models:/NAME/VERSION.")]
 
-serve = typer.Typer(help="Serve a registered model over HTTP, here or with KServe.", no_args_is_help=True)
+serve = typer.Typer(cls=Group, help="Serve a registered model over HTTP, here or with KServe.", no_args_is_help=True)
 
 
 @serve.command("run")
@@ -17,10 +19,7 @@ def serve_run(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 5107,
 ) -> None:
-    """Serve a registered model until Ctrl-C: POST /invocations, GET /ping, /metrics.
-
-    Example: pixelclip serve run models:/pixelclip@champion
-    """
+    """Serve a registered model until Ctrl-C: POST /invocations, GET /ping, /metrics."""
     from pixelclip.commands.serve import run
 
     run(model, host, port)
@@ -32,10 +31,7 @@ def serve_manifest(
     image: Annotated[str, typer.Option(help="Container image by tag or digest; default: PIXELCLIP_IMAGE.")] = "",
     tracking_uri: Annotated[str, typer.Option(help="URL of MLflow inside the cluster; default: MLFLOW_TRACKING_URI.")] = "",
 ) -> None:
-    """Print a KServe InferenceService for a registered model, as YAML.
-
-    Example: pixelclip serve manifest models:/pixelclip@champion | kubectl apply -f -
-    """
+    """Print a KServe InferenceService for a registered model, as YAML."""
     from pixelclip.commands.serve import manifest
 
     print(manifest(model, image, tracking_uri), end="")

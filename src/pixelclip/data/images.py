@@ -10,7 +10,15 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from pixelclip.storage.files import no_such
+
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff")
+HEIC_SUFFIXES = (".heic", ".heif", ".avif")
+HEIC_ADVICE = (
+    "HEIC, HEIF and AVIF are not read: convert them to JPEG, for example with `heif-convert -q 95 photo.heic photo.jpg`; "
+    "an iPhone takes JPEGs with Settings > Camera > Formats > Most Compatible"
+)
+_HEIC_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1", b"avif", b"avis")
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 MAX_PIXELS = "PIXELCLIP_MAX_PIXELS"
@@ -86,6 +94,8 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             yield image
     except UnidentifiedImageError:
+        if data[4:8] == b"ftyp" and data[8:12] in _HEIC_BRANDS:
+            raise ValueError(f"unreadable image: {HEIC_ADVICE}") from None
         raise ValueError(f"unreadable image: cannot identify image file; formats are {', '.join(_FORMATS)}") from None
     except Exception as error:  # Pillow's parsers raise many kinds of errors on damaged files
         reason = str(error).partition(" <_io.")[0]  # drop the address of the buffer
@@ -168,6 +178,8 @@ def open_image(path: Path, beside: str = "") -> Image.Image:
         if upright.size == image.size:
             check_upright(turn, beside)
         return to_rgb(upright)
+    except FileNotFoundError:
+        raise ValueError(no_such(path, "file")) from None
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: {getattr(error, 'strerror', error)}") from None
 

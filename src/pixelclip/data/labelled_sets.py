@@ -14,7 +14,7 @@ from pixelclip.data.images import IMAGE_SUFFIXES
 from pixelclip.data.labelled_images import IGNORE, LabelledSet, Split, complete, value_table, without_image
 from pixelclip.settings import nearest
 from pixelclip.storage.cache import origin
-from pixelclip.storage.files import digest, files_below
+from pixelclip.storage.files import digest, files_below, no_such
 from pixelclip.workflow.stage import describe
 
 KINDS = ("folder", *OPENERS)
@@ -37,7 +37,10 @@ def open_labelled(folder: Path, kind: str = "folder", split: Split = "val", name
     if kind not in KINDS:
         raise ValueError(f"unknown kind of labelled set {kind!r}{nearest(kind, KINDS)}; allowed: {', '.join(KINDS)}")
     if not folder.is_dir():
-        raise ValueError(f"{folder}: no such folder")
+        word, colon, _ = str(folder).partition(":")
+        if colon and word.isidentifier():  # not a path: a mistyped kind
+            raise ValueError(f"unknown kind of labelled set {word!r}{nearest(word, KINDS)}; allowed: {', '.join(KINDS)}")
+        raise ValueError(no_such(folder, "folder"))
     opened = open_folder(folder) if kind == "folder" else OPENERS[kind](folder, split)
     if kind == "folder" and names in SHIPPED:
         return opened

@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 
 from pixelclip.storage import cache
 from pixelclip.storage.download import local_copy, local_path
-from pixelclip.storage.files import digest
+from pixelclip.storage.files import digest, no_such
 from pixelclip.storage.s3 import Listed, is_s3, list_below
 from pixelclip.workflow.provenance import read_provenance
 from pixelclip.workflow.stage import PROVENANCE, describe
@@ -113,7 +113,7 @@ def _find_shards(source: Path | str, listed: Sequence[Listed] = ()) -> tuple[lis
         if path.is_file():
             return _read_manifest(path), []
         if not path.is_dir():
-            raise ValueError(f"{source}: no such folder or manifest of shards")
+            raise ValueError(no_such(path, "folder or manifest of shards"))
         found = [*path.glob("*.tar")] or [*path.glob("*/*.tar"), *path.glob(f"*/{PROVENANCE}")]
         files = {file.relative_to(path).as_posix(): file for file in sorted(found)}
 

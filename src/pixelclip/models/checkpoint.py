@@ -29,7 +29,7 @@ from pixelclip.models.text import TEMPLATES, Prompts, TextTower, Vectors
 from pixelclip.models.tokenizer import TOKENIZER_FILES, FileTokenizer, load_tokenizer
 from pixelclip.models.weights import check_fit
 from pixelclip.settings import nearest
-from pixelclip.storage.files import digest, read_json, write_json
+from pixelclip.storage.files import digest, no_such, read_json, write_json
 from pixelclip.workflow.failures import first_line
 from pixelclip.workflow.stage import PROVENANCE, describe
 
@@ -166,6 +166,8 @@ def load_model(folder: Path) -> Model:
         ValueError: the folder is incomplete, its format is unsupported, its weights do not fit its config, or its files are not
             those that its provenance records.
     """
+    if not folder.exists():
+        raise ValueError(no_such(folder, "model folder"))
     missing = [name for name in (WEIGHTS, CONFIG, PROVENANCE) if not (folder / name).is_file()]
     if missing:
         raise ValueError(

@@ -1,5 +1,6 @@
 """A version of a registered model: create it with the model's weights and code, find it, fetch it, describe it."""
 
+import re
 import shutil
 import tempfile
 import warnings
@@ -124,9 +125,11 @@ def fetch(uri: str, folder: Path | None = None) -> Path:
     """Download `models:/NAME@ALIAS` or `models:/NAME/VERSION` and return its model folder.
 
     Raises:
-        ValueError: MLflow is unreachable or has no such model.
+        ValueError: MLflow is unreachable or has no such model, or the URI names no version.
     """
-    connect()
+    client = connect()
+    if name := re.fullmatch("models:/([^/@]+)", uri):
+        raise ValueError(_without_version(client, name[1]))
     try:
         with transfer():
             root = Path(mlflow.artifacts.download_artifacts(uri, dst_path=None if folder is None else str(folder)))
@@ -141,6 +144,16 @@ def fetch(uri: str, folder: Path | None = None) -> Path:
     if not (folder / INFERENCE).is_file():  # registered before 0.2.0, when images were not resized first
         write_json(folder / INFERENCE, resize_of({}))
     return folder
+
+
+def _without_version(client: MlflowClient, name: str) -> str:
+    """Return the error for `models:/NAME`, with the model's aliases."""
+    try:
+        aliases = client.get_registered_model(name).aliases
+    except MlflowException as error:
+        return f"models:/{name}: no such model at {public_uri()}: {reason_of(error)}"
+    hint = " or ".join(f"models:/{name}@{alias}" for alias in sorted(aliases)) or f"models:/{name}/1; it has no alias"
+    return f"models:/{name}: names no version; write {hint}"
 
 
 def markdown(out: Path) -> str:

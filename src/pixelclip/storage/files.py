@@ -7,13 +7,15 @@ import tempfile
 import uuid
 from collections.abc import Iterable
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from pixelclip.settings import cut
+from pixelclip.settings import cut, nearest
 
+_MOST_NAMES = 10_000  # of a folder that are compared with a mistyped one
 _IGNORED = {".DS_Store", "Thumbs.db"}
 
 
@@ -45,6 +47,18 @@ def check_writable(file: Path) -> None:
             pass
     except OSError as error:
         raise ValueError(f"{file}: cannot be written: {error.strerror}") from None
+
+
+def no_such(path: Path, kind: str = "file or folder") -> str:
+    """Return `PATH: no such KIND`, and the most similar name beside it, or beside its first part that is missing."""
+    missing = path
+    while missing.parent != missing and not missing.parent.exists():
+        missing = missing.parent
+    try:
+        names = [each.name for each in islice(missing.parent.iterdir(), _MOST_NAMES)]
+    except OSError:
+        names = []
+    return f"{path}: no such {kind}{nearest(missing.name, names)}"
 
 
 def write_json(path: Path, value: Any) -> None:
