@@ -14,6 +14,8 @@ EXAMPLES = {
     "evaluate": "pixelclip evaluate --model work/model --labelled runs/demo/toy/toy --out work/evaluation",
     "register": "pixelclip register --model work/model --evaluation work/evaluation --out work/registration",
     "predict": "pixelclip predict photo.jpg --classes 'dog|puppy,grass,sky' --model work/model --out labels.png",
+    "merge": "pixelclip merge work/parts --out work/predictions",
+    "app": "pixelclip app --model models:/pixelclip-toy@champion",
     "import": "pixelclip import released.pth --out work/model",
     "export": "pixelclip export --model work/model --out work/onnx --format onnx --classes 'dog,grass,sky'",
     "promote": "pixelclip promote pixelclip 3",
@@ -40,7 +42,7 @@ EXAMPLES = {
 """By the names of group and command, without the root's."""
 _GROUPS = {
     "Stages": ("toy", "fetch_data", "shards", "masks", "train", "evaluate_clip", "evaluate", "register"),
-    "Use a model": ("predict", "serve", "export", "import"),
+    "Use a model": ("app", "predict", "merge", "serve", "export", "import"),
     "Registered models": ("promote", "lineage", "reproduce"),
 }
 _OTHER = "More"
