@@ -12,11 +12,10 @@ from mlflow.artifacts import load_dict
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from pixelclip.config import SETTINGS
 from pixelclip.registry.model_version import EVALUATION
 from pixelclip.registry.promotion import registry
 from pixelclip.tracking.server import public_uri, reason_of, run_url, transfer
-from pixelclip.workflow.provenance import WEIGHTS, chain, origins, source
+from pixelclip.workflow.provenance import WEIGHTS, chain, changed_settings, origins, source
 from pixelclip.workflow.stage import METRICS, PROVENANCE
 
 
@@ -128,8 +127,7 @@ def table(origin: dict[str, Any]) -> str:
     for stage in origin["stages"]:
         image = f"  image {stage['image']}" if stage["image"] else ""
         rows.append((f"stage {stage['stage']}", f"code {stage['revision']}  version {stage['version']}{image}"))
-        defaults = SETTINGS[stage["stage"]]().model_dump() if stage["stage"] in SETTINGS else {}
-        changed = [f"{key}={value}" for key, value in stage["settings"].items() if defaults.get(key, ...) != value]
+        changed = [f"{key}={value}" for key, value in changed_settings(stage).items()]
         rows.append(("", "  ".join(changed) or "default settings"))
     width = max(len(label) for label, _ in rows)
     return "\n".join(f"{label:<{width}}  {text}" for label, text in rows)

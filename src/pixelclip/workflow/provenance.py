@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from pixelclip import __version__
+from pixelclip.config import SETTINGS
 from pixelclip.storage.files import read_json
 from pixelclip.workflow.code_version import code_image, code_revision
 
@@ -79,6 +80,12 @@ def flatten(provenance: Mapping[str, Any]) -> dict[str, Any]:
     for stage in chain(provenance):
         params = {f"{stage['stage']}.{name}": value for name, value in stage["settings"].items()} | params
     return params
+
+
+def changed_settings(stage: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of one stage's provenance that differ from this version's defaults."""
+    defaults = SETTINGS[stage["stage"]]().model_dump() if stage["stage"] in SETTINGS else {}
+    return {name: value for name, value in stage["settings"].items() if defaults.get(name, ...) != value}
 
 
 def tags(provenance: Mapping[str, Any]) -> dict[str, str]:
