@@ -83,7 +83,7 @@ def registered(tmp_path, config, clip, monkeypatch):
     metrics = pixelclip.evaluate("model", "toy/toy", "evaluation", device="cpu", pictures=0)
     plain = pixelclip.evaluate_clip("toy/toy", "clip", str(clip), 32, device="cpu", pictures=0)
     assert plain["miou_clip/toy"] == metrics["miou_clip/toy"]
-    pixelclip.register("model", "evaluation", "registration", name="pixelclip-toy")
+    pixelclip.register("model", "registration", evaluation="evaluation", name="pixelclip-toy")
     MlflowClient().set_registered_model_alias("pixelclip-toy", "champion", "1")
     return tmp_path
 

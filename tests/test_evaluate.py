@@ -105,10 +105,20 @@ def test_stage_agrees_with_the_predictor(made, client, tmp_path, capsys):
     assert (out / "report.html").read_text().count("<figure>") == 4 * CONFIG.pictures
 
     (logged,) = client.search_runs([client.get_experiment_by_name("pixelclip").experiment_id])
-    assert logged.data.metrics == metrics
+    iou = {f"iou/{row['class'].partition(',')[0]}": row["iou"] for row in rows if row["iou"] is not None}
+    recall = {"image_recall_clip": 100 * metrics["image_recall_clip/set"]}
+    expected = {name: metrics[f"{name}/set"] for name in names} | recall | iou
+    assert logged.data.metrics == pytest.approx({f"eval/set/{key}": value for key, value in expected.items()})
+    assert logged.data.tags["mlflow.note.content"].startswith("# Model of this run, evaluated on set")
     assert logged.data.params["evaluate.templates"] == "ensemble"
     assert logged.data.tags["labelled.set.md5"] == read_json(out / "provenance.json")["inputs"]["labelled"]["md5"]
-    assert {file.path for file in client.list_artifacts(logged.info.run_id)} >= {"report.html", "per_class.json"}
+    assert {file.path for file in client.list_artifacts(logged.info.run_id)} >= {
+        "report.html",
+        "per_class.json",
+        "confusion.png",
+        "segmentations.jpg",
+        "images",
+    }
 
     assert run(made / "changed", made / "labelled", out, CONFIG) == metrics
     assert "evaluate: reused" in capsys.readouterr().out
@@ -360,8 +370,8 @@ def test_metrics_report_and_run_record_the_protocol(made, client, tmp_path):
     page = (tmp_path / "out" / "report.html").read_text()
     assert "<h1>PixelCLIP on labelled.masks</h1>" in page and f"Protocol: {settings}." in page
     (logged,) = client.search_runs([client.get_experiment_by_name("pixelclip").experiment_id])
-    assert json.loads(logged.data.tags["protocol.labelled.masks"]) == protocol
-    assert [file.path for file in client.list_artifacts(logged.info.run_id)] == ["labelled.masks"]
+    assert {file.path for file in client.list_artifacts(logged.info.run_id)} == {"images", "labelled.masks", "lineage.json"}
+    assert read_json(Path(client.download_artifacts(logged.info.run_id, "labelled.masks/protocol.json"))) == protocol
 
 
 def test_benchmark_in_its_published_layout_is_evaluated(made, client, tmp_path):
@@ -539,7 +549,10 @@ def test_two_processes_give_the_result_of_one(made, seven, client, tmp_path, rea
     assert result(tmp_path / "two") == result(tmp_path / "one")
     assert not list(tmp_path.glob(".two*"))
     (logged,) = client.search_runs([client.get_experiment_by_name("pixelclip").experiment_id])
-    assert logged.data.metrics == read_json(tmp_path / "two" / "metrics.json")
+    written = read_json(tmp_path / "two" / "metrics.json")
+    assert {key: logged.data.metrics[f"eval/set/{key}"] for key in ("miou", "images")} == {
+        key: written[f"{key}/set"] for key in ("miou", "images")
+    }
 
 
 def test_several_sets_give_the_results_of_single_runs(made, client, tmp_path, capsys):

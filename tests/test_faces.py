@@ -48,7 +48,7 @@ def test_function_takes_the_settings_of_its_stage(stage):
 @pytest.mark.parametrize("stage", NAMES)
 def test_command_takes_the_same_inputs(stage):
     options = {parameter.name for parameter in COMMANDS[stage].params}
-    own = {"part", "preview"} if stage == "masks" else set()  # an alias of a setting, and a picture
+    own = {"masks": {"part", "preview"}, "train": {"run_name"}}.get(stage, set())  # aliases of settings, and a picture
     assert options - own == {*run_inputs(stage), "out", "params", "settings"}
 
 

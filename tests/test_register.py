@@ -116,6 +116,32 @@ def test_first_model_with_enough_gain_becomes_champion(made, client):
     assert "**models:/demo/1** is **champion**" in markdown(made / "registration0")
 
 
+def test_version_has_the_model_card_as_description(made, client):
+    description = client.get_model_version(NAME, "1").description
+    assert description.startswith("# demo, version 1") and "+10.0" in description and "--model models:/demo/1 " in description
+    assert "models:/demo@champion" in client.get_registered_model(NAME).description
+
+
+def test_model_without_evaluation_is_unmeasured_and_never_champion(made, client, tmp_path, capsys):
+    assert run(made / "model1", None, tmp_path / "out", CONFIG) == {"register/version": 2, "register/champion": 0}
+    assert "version 2 is unmeasured" in capsys.readouterr().out
+    assert read_json(tmp_path / "out" / "registration.json")["role"] == "unmeasured"
+    found = client.get_model_version(NAME, "2")
+    assert found.tags["gate"].startswith("unmeasured: ") and "miou" not in found.tags and found.tags["data.shards.md5"]
+    assert "unmeasured" in found.description and aliases(client) == {"champion": "1"}
+    with pytest.raises(ValueError, match="demo version 2: has no tag miou"):
+        promotion.run(NAME, 2)
+    evaluation(tmp_path / "evaluation", made / "model1", miou=50.0, gain=11.0)
+    assert run(made / "model1", tmp_path / "evaluation", tmp_path / "measured", CONFIG)["register/version"] == 2
+    assert aliases(client) == {"champion": "2", "previous": "1"}
+
+
+def test_evaluated_model_is_not_registered_as_unmeasured(made, client, tmp_path):
+    with pytest.raises(ValueError, match="demo version 1 of these weights has been evaluated"):
+        run(made / "model0", None, tmp_path / "out", CONFIG)
+    assert aliases(client) == {"champion": "1"}
+
+
 def test_registered_model_predicts(made, client):
     buffer = io.BytesIO()
     Image.new("RGB", (20, 10), "green").save(buffer, "PNG")

@@ -20,12 +20,13 @@ from safetensors.torch import load_file, save_file
 
 from helpers import fake_data, random_dino, tiny, training
 from helpers.training import Killed, kill_at, losses
-from pixelclip import train
-from pixelclip.config import MasksConfig
+from pixelclip import evaluate, train
+from pixelclip.config import EvaluateConfig, MasksConfig
 from pixelclip.mask_generators.dino import IMAGENET_MEAN, IMAGENET_STD, segment
 from pixelclip.models.checkpoint import load_clip, load_model
 from pixelclip.models.pixelclip import PixelCLIP
 from pixelclip.models.text import TEMPLATES, classifier
+from pixelclip.workflow.stage import describe
 from pixelclip.workflow.termination import Terminated
 
 clip, config, shards = training.clip, training.config, training.shards
@@ -65,6 +66,30 @@ def test_training_writes_a_complete_model_folder(shards, config, clip, tmp_path)
         assert f"train/{curve}" in run.data.metrics
     for group in ("backbone", "prompts", "decoder"):
         assert run.data.metrics[f"train/learning_rate_{group}"] > 0
+
+
+def test_evaluation_during_training_keeps_the_best_model_and_changes_nothing(shards, config, tmp_path):
+    labelled = tiny.labelled_set(tmp_path / "set")
+    plain = train.run(shards, tmp_path / "plain", config(steps=4, picture_every=0))
+    settings = config(steps=4, picture_every=0, log_every=3, evaluate_every=2, evaluate_on=str(labelled))
+    assert train.run(shards, tmp_path / "model", settings) == plain
+    assert describe(tmp_path / "model")["md5"] == describe(tmp_path / "plain")["md5"]
+
+    client = MlflowClient()
+    run_id = json.loads((tmp_path / "model" / "run.json").read_text())["run_id"]
+    curve = {point.step: point.value for point in client.get_metric_history(run_id, "train/miou_set")}
+    assert curve.keys() == {2, 4}
+    best = json.loads((tmp_path / "model" / "best" / "best.json").read_text())
+    assert best == {"step": max(curve, key=curve.__getitem__), "miou": max(curve.values()), "labelled": "set"}
+    for folder, step in (("model", 4), ("model/best", best["step"])):
+        measured = evaluate.run(tmp_path / folder, labelled, tmp_path / f"{step}-{len(folder)}", EvaluateConfig(device="cpu"))
+        assert measured["miou/set"] == pytest.approx(curve[step], abs=1e-9)
+    (logged,) = client.search_logged_models(["1"], f"source_run_id = '{run_id}'")
+    assert (logged.name, [metric.value for metric in logged.metrics]) == ("best", [best["miou"]])
+    images = [file.path for file in client.list_artifacts(run_id, "images") if file.path.endswith(".png")]
+    assert sorted(path.partition("+timestamp")[0] for path in images)[:2] == [
+        f"images/segmentations set+step+{step}" for step in (2, 4)
+    ]
 
 
 def test_gallery_is_computed_on_the_training_device(shards, config, tmp_path, monkeypatch):
@@ -124,7 +149,7 @@ def test_signal_ends_the_training_after_the_step_with_a_checkpoint(
     with monkeypatch.context() as patch:
         kill_at(update, patch, lambda: signal.raise_signal(number))
         with pytest.raises(Terminated) as ended:
-            train.run(shards, tmp_path / "stopped", config(checkpoint_every=100))
+            train.run(shards, tmp_path / "stopped", config(checkpoint_every=100, run_name="stopped"))
     assert ended.value.code == 128 + number
     stopped = update + 1 if update < 5 else 6
     reason = f"stopped by {number.name}" + (f" after step {stopped} of 6" if update < 5 else "")

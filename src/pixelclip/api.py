@@ -138,13 +138,20 @@ def evaluate(
         return run_all(model_path(model), _list(labelled), folder, config, clip)
 
 
-def register(model: Place, evaluation: Place, out: Place, params: Place | None = None, **settings: Any) -> Metrics:
-    """Register a model in MLflow and promote it to champion if it passes the gate."""
+def register(model: Place, out: Place, evaluation: Place = "", params: Place | None = None, **settings: Any) -> Metrics:
+    """Register a model in MLflow and promote it to champion if it passes the gate.
+
+    Args:
+        model: see `load`.
+        out: see the module.
+        evaluation: output of evaluate; without one the version is `unmeasured`, and never champion by itself.
+        params, settings: see the module.
+    """
     config = _config("register", params, settings)
     from pixelclip.register import run
 
     with output_folder(os.fspath(out)) as folder:
-        return run(model_path(model), model_path(evaluation), folder, config)
+        return run(model_path(model), model_path(evaluation) if evaluation else None, folder, config)
 
 
 def predict(

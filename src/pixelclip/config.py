@@ -206,6 +206,11 @@ class TrainConfig(_Settings):
     checkpoint_minutes: float = _setting(
         10.0, "Minutes after which a checkpoint is written even before checkpoint_every; 0 disables it.", runtime=True, ge=0
     )
+    run_name: str = _setting("", "Name of the run in MLflow; if empty, data, masks, CLIP, steps and a short id.", runtime=True)
+    evaluate_every: int = _setting(0, "Steps between evaluations on evaluate_on; 0 disables them.", runtime=True, ge=0)
+    evaluate_on: str = _setting(
+        "", "Small labelled set for evaluate_every, FOLDER or KIND:FOLDER; it selects the model in OUT/best.", runtime=True
+    )
     picture_every: int = _setting(1000, "Steps between pictures of masks and concepts; 0 disables them.", runtime=True, ge=0)
 
     @model_validator(mode="after")
@@ -215,6 +220,9 @@ class TrainConfig(_Settings):
         if self.shortest_edge > self.longest_edge:
             raise ValueError(f"shortest_edge {self.shortest_edge} is larger than longest_edge {self.longest_edge}")
         self._check_required("concept_names", "concept_kind", "names")
+        if bool(self.evaluate_every) != bool(self.evaluate_on):
+            found = f"evaluate_every {self.evaluate_every}, evaluate_on {self.evaluate_on!r}"
+            raise ValueError(f"evaluate_every and evaluate_on need each other (found {found})")
         if self.concept_kind == "vectors" and self.templates != "single":
             raise ValueError(f"templates must be single for concept_kind vectors, which has no text (found {self.templates})")
         return self

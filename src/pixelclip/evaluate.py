@@ -3,7 +3,6 @@
 A different CLIP (`evaluate.clip`) is evaluated with the classifier of its own text tower, because the embedding spaces differ.
 """
 
-import json
 import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from pixelclip.config import EvaluateConfig
@@ -41,16 +40,23 @@ from pixelclip.evaluation.protocol import (
 from pixelclip.models.backbone import Backbone
 from pixelclip.models.checkpoint import Clip, Model, backbone_of, load_clip, load_model
 from pixelclip.models.clip_sources import clip_folder
-from pixelclip.models.text import TEMPLATES, TextTower, classifier
+from pixelclip.models.text import TEMPLATES, TextTower, classifier, nearest_names
+from pixelclip.registry.model_card import PER_CLASS, SEGMENTATIONS, model_card
 from pixelclip.storage.download import local_path
-from pixelclip.storage.files import write_atomically, write_json
+from pixelclip.storage.files import read_json, write_atomically, write_json
+from pixelclip.tracking.description import evaluation_metrics
 from pixelclip.tracking.run import Run
-from pixelclip.visualization.report import Example, write_report
-from pixelclip.workflow.provenance import read_provenance
+from pixelclip.tracking.server import artifact_address
+from pixelclip.visualization.charts import confusion_chart
+from pixelclip.visualization.pictures import examples_of, segmentation_picture
+from pixelclip.visualization.report import write_report
+from pixelclip.workflow.provenance import flatten, read_provenance
 from pixelclip.workflow.stage import METRICS, PROVENANCE, Metrics, Stage, describe
 
-REPORT, PER_CLASS, TABLE = "report.html", "per_class.json", "table.txt"
-CONFUSION = "confusion.json"
+REPORT, TABLE = "report.html", "table.txt"
+CONFUSION, CONFUSION_CHART = "confusion.json", "confusion.png"
+_CHART_CLASSES = 25
+_SEGMENTATIONS = 6  # examples in the picture for MLflow and the model card
 _CONFUSION_CLASSES = 10  # more rows are unreadable in the KFP dashboard
 
 
@@ -62,7 +68,8 @@ def run(model: Path, labelled: Path | str, out: Path, config: EvaluateConfig, cl
     Args:
         model: model folder.
         labelled: labelled set, a folder or `s3://bucket/folder`.
-        out: output folder: metrics, `table.txt`, `per_class.json`, `confusion.json`, `protocol.json`, `report.html`.
+        out: output folder: metrics, `table.txt`, `per_class.json`, `confusion.json`, `confusion.png`,
+            `protocol.json`, `segmentations.jpg`, `report.html`.
         config: settings.
         clip_evaluation: output of `evaluate_clip` for the model's CLIP and this set; if None, CLIP is evaluated too.
 
@@ -117,11 +124,9 @@ def _run(
             print(f"evaluate: WARNING: {warning}", flush=True)
         if tracked:
             _write(stage.folder, model, dataset, protocol, metrics, evaluation, words)
-            tracked.values(metrics)
             # Benchmarks and other protocols share the run, so each has its own folder of files.
-            below = None if (config.kind, metric_label(protocol)) == ("folder", resolved.name) else metric_label(protocol)
-            for file in (REPORT, PER_CLASS, PROTOCOL, CONFUSION):
-                tracked.artifact(stage.folder / file, below)
+            below = "" if (config.kind, metric_label(protocol)) == ("folder", resolved.name) else metric_label(protocol)
+            _track(tracked, model, stage.folder, metric_label(protocol), metrics, below)
             tracked.finish()
             shutil.rmtree(stage.folder / STATE_FOLDER)
             stage.finish(metrics, files=["metrics.json", PER_CLASS, PROTOCOL])
@@ -137,7 +142,7 @@ def _evaluate(
     """
     one_pass = isinstance(clip, Clip) and _differ_by_image_tower_only(clip, model.clip)
     text, classes = _classifier(model.clip, dataset, config, group)
-    words = _nearest_words(model, text, classes, dataset.classes)
+    words = nearest_names(model.prompts.to(classes.device)(text), classes, dataset.classes, 3)
     towers = {OURS: backbone_of(model)}
     if isinstance(clip, Clip) and one_pass:
         towers[CLIP] = Backbone(clip.model.visual, model.residual)
@@ -200,24 +205,29 @@ def run_all(
     return metrics
 
 
-@torch.no_grad()
-def _nearest_words(model: Model, text: TextTower, classes: Tensor, names: list[str]) -> list[list[tuple[str, float]]]:
-    """Return the three nearest class names of every concept, with their cosines."""
-    concepts = F.normalize(model.prompts.to(classes.device)(text), dim=-1)
-    top = (concepts @ classes.T).topk(min(3, len(names)), dim=-1)
-    pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-    return [[(names[i], round(value, 4)) for i, value in zip(*row, strict=True)] for row in pairs]
-
-
 def _attach(model: Path, stage: Stage, protocol: dict[str, Any]) -> Run:
     tracked = Run.attach(model, stage.folder, read_provenance(model / PROVENANCE))
     # These calls fail if MLflow is unreachable, so they come before the long computation.
     tracked.params({f"evaluate.{key}": value for key, value in stage.settings.items()})
-    # MLflow keeps the first value of a parameter; the tag records the protocol of every metric in the run.
-    md5 = {f"labelled.{protocol['name']}.md5": stage.inputs["labelled"]["md5"]}
-    tracked.tags(md5 | {f"protocol.{metric_label(protocol)}": json.dumps(protocol)})
+    # MLflow keeps the first value of a parameter; the artifact protocol.json records the protocol of every metric in the run.
+    tracked.tags({f"labelled.{protocol['name']}.md5": stage.inputs["labelled"]["md5"]})
     tracked.datasets({"inputs": {"labelled": stage.inputs["labelled"]}}, "evaluation")
     return tracked
+
+
+def _track(tracked: Run, model: Path, folder: Path, label: str, metrics: Metrics, below: str) -> None:
+    """Send the result of an evaluation to MLflow: metrics, files, pictures, and the model card as the run's description."""
+    tracked.values(evaluation_metrics(metrics, read_json(folder / PER_CLASS)))
+    for file in (REPORT, PER_CLASS, PROTOCOL, CONFUSION, CONFUSION_CHART, SEGMENTATIONS):
+        if (folder / file).is_file():
+            tracked.artifact(folder / file, below or None)
+    steps = int(flatten(read_provenance(model / PROVENANCE)).get("train.steps", 0))
+    picture = ""
+    if (folder / SEGMENTATIONS).is_file():
+        with Image.open(folder / SEGMENTATIONS) as image:
+            tracked.image(image.convert("RGB"), f"segmentations {label}", steps)
+        picture = artifact_address(tracked.run_id, f"{below}/{SEGMENTATIONS}".lstrip("/"))
+    tracked.note(model_card(model, folder, name=f"Model of this run, evaluated on {label}", picture=picture))
 
 
 def table(per_class: list[dict[str, Any]], metrics: Metrics, name: str) -> str:
@@ -256,14 +266,19 @@ def _write(
     write_json(folder / PER_CLASS, rows)
     write_json(folder / PROTOCOL, protocol)
     write_json(folder / CONFUSION, evaluation.counts.confusions[OURS].largest(dataset.classes, _CONFUSION_CLASSES))
-    ours, clip = evaluation.label_maps[OURS], evaluation.label_maps[CLIP]
+    write_json(folder / METRICS, metrics)
+    examples = examples_of(evaluation)
+    confusion = evaluation.counts.confusions[OURS].largest(dataset.classes, _CHART_CLASSES)
+    confusion_chart(folder / CONFUSION_CHART, confusion, f"PixelCLIP on {metric_label(protocol)}: percent of each true class")
+    if examples:
+        segmentation_picture(examples[:_SEGMENTATIONS], dataset.classes).save(folder / SEGMENTATIONS, quality=88)
     write_report(
         folder / REPORT,
         name=metric_label(protocol),
         protocol=describe_protocol(protocol),
         metrics=metrics,
         per_class=rows,
-        examples=[Example(image, clip[index], ours[index], truth) for index, (image, truth) in evaluation.examples.items()],
+        examples=examples,
         classes=dataset.classes,
         model=model,
         words=words,

@@ -1,8 +1,8 @@
 """STAGE register: register a model in MLflow and promote it to champion if it passes the gate.
 
 Every model is registered. It becomes `champion` only if its gain over CLIP reaches `register.min_gain` and it beats the current
-champion on the same labelled set and protocol; otherwise it becomes `challenger`. Tags on the version hold the metrics and the
-reason; the full evaluation is stored as artifacts of the run.
+champion on the same labelled set and protocol; otherwise it becomes `challenger`, and without an evaluation `unmeasured`. Tags
+on the version hold the metrics and the reason; the full evaluation is stored as artifacts of the run.
 """
 
 import hashlib
@@ -12,13 +12,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pixelclip.config import RegisterConfig
+from mlflow import MlflowClient
+from mlflow.entities.model_registry import ModelVersion
+
+from pixelclip.config import EvaluateConfig, RegisterConfig
 from pixelclip.evaluation.protocol import conditions_of, read_protocol, resize_of
 from pixelclip.models.checkpoint import read_config
 from pixelclip.registry import model_version
 from pixelclip.registry.gate import GateMetrics
+from pixelclip.registry.model_card import SEGMENTATIONS
 from pixelclip.registry.model_version import EVALUATION, REGISTRATION
-from pixelclip.registry.promotion import CHALLENGER, CHAMPION, pass_gate, registry, write_metrics
+from pixelclip.registry.promotion import CHALLENGER, CHAMPION, GATE, UNMEASURED, pass_gate, registry, write_metrics
 from pixelclip.storage.files import write_json
 from pixelclip.tracking.run import lineage_tags
 from pixelclip.tracking.server import public_uri, transfer
@@ -26,12 +30,14 @@ from pixelclip.workflow.provenance import read_provenance
 from pixelclip.workflow.stage import METRICS, PROVENANCE, Metrics, Stage, describe, read_metrics
 
 
-def run(model: Path, evaluation: Path, out: Path, config: RegisterConfig) -> Metrics:
+def run(model: Path, evaluation: Path | None, out: Path, config: RegisterConfig) -> Metrics:
     """Register a model and promote it if it passes the gate; the same weights are registered once per first resize.
 
     Args:
         model: model folder.
-        evaluation: output of `evaluate` for this model.
+        evaluation: output of `evaluate` for this model. Without it the version is `unmeasured`: it has no alias, and
+            the gate cannot make it champion. A later registration with an evaluation measures the same version, unless the
+            evaluation has another first resize than the default one.
         out: output folder, for `registration.json`.
         config: settings.
 
@@ -41,15 +47,15 @@ def run(model: Path, evaluation: Path, out: Path, config: RegisterConfig) -> Met
     Raises:
         ValueError: the evaluation is of a different model, a metric is missing or not finite, or MLflow is unreachable.
     """
-    provenance, evaluated = (read_provenance(folder / PROVENANCE) for folder in (model, evaluation))
-    if evaluated["stage"] != "evaluate":
-        raise ValueError(f"{evaluation}: expected the output of evaluate, found that of {evaluated['stage']!r}")
+    provenance = read_provenance(model / PROVENANCE)
     md5 = provenance["output"]["md5"]
-    if evaluated["inputs"].get("model", {}).get("md5") != md5:
-        raise ValueError(f"{evaluation}: evaluates a different model than {model}")
-    metrics, labelled_name = _metrics(model, evaluation, evaluated)
-    resize = resize_of(evaluated["settings"])
-    stage = Stage("register", out, {"model": describe(model), "evaluation": describe(evaluation)}, config)
+    inputs, resize = {"model": describe(model)}, resize_of(EvaluateConfig().model_dump())
+    measured: tuple[Path, dict[str, Any], dict[str, str]] | None = None
+    if evaluation:
+        evaluated = _check(evaluation, model, md5)
+        measured = evaluation, evaluated, _gate_tags(model, evaluation, evaluated, config, md5)
+        inputs["evaluation"], resize = describe(evaluation), resize_of(evaluated["settings"])
+    stage = Stage("register", out, inputs, config)
     with registry(config.name) as client:
         if stage.finished:
             if model_version.find(client, config.name, md5, resize) is not None:
@@ -61,36 +67,81 @@ def run(model: Path, evaluation: Path, out: Path, config: RegisterConfig) -> Met
             if version is None:
                 version = model_version.create(client, model, provenance, config.name, resize)
             number = str(version.version)
-            artifact_path = f"evaluations/{metrics.measured_on[:12]}-{md5[:12]}"
-            with transfer():
-                for file in (PROVENANCE, METRICS):
-                    client.log_artifact(version.run_id, str(evaluation / file), artifact_path)
-            for key, value in lineage_tags(evaluated).items():
-                client.set_model_version_tag(config.name, number, key, value)
-            tags = {
-                "miou": repr(metrics.miou),
-                "gain": repr(metrics.gain),
-                "labelled.name": labelled_name,
-                "measured_on": metrics.measured_on,
-                "min_gain": repr(config.min_gain),
-                EVALUATION: artifact_path,
-            }
-            write_metrics(client, config.name, number, tags)
-            decision = pass_gate(client, config.name, number, challenge=True)
-            role = CHAMPION if decision.champion else CHALLENGER
-            print(f"register: {config.name} version {number} is {role}: {decision.reason}", flush=True)
+            if measured:
+                role, reason = _measured(client, version, model, *measured)
+            else:
+                role, reason = _unmeasured(client, version, model, provenance)
+            print(f"register: {config.name} version {number} is {role}: {reason}", flush=True)
             registration = {
                 "name": config.name,
                 "version": int(number),
                 "role": role,
-                "reason": decision.reason,
+                "reason": reason,
                 "run_id": version.run_id,
                 "model_uri": f"models:/{config.name}/{number}",
                 "tracking_uri": public_uri(),
             }
             write_json(stage.folder / REGISTRATION, registration)
-            values = {"register/version": float(number), "register/champion": float(decision.champion)}
+            values = {"register/version": float(number), "register/champion": float(role == CHAMPION)}
             return stage.finish(values, files=[REGISTRATION])
+
+
+def _check(evaluation: Path, model: Path, md5: str) -> dict[str, Any]:
+    evaluated = read_provenance(evaluation / PROVENANCE)
+    if evaluated["stage"] != "evaluate":
+        raise ValueError(f"{evaluation}: expected the output of evaluate, found that of {evaluated['stage']!r}")
+    if evaluated["inputs"].get("model", {}).get("md5") != md5:
+        raise ValueError(f"{evaluation}: evaluates a different model than {model}")
+    return evaluated
+
+
+def _gate_tags(model: Path, evaluation: Path, evaluated: Mapping[str, Any], config: RegisterConfig, md5: str) -> dict[str, str]:
+    """Return the tags that the gate and `lineage` read."""
+    metrics, labelled_name = _metrics(model, evaluation, evaluated)
+    return {
+        "miou": repr(metrics.miou),
+        "gain": repr(metrics.gain),
+        "labelled.name": labelled_name,
+        "measured_on": metrics.measured_on,
+        "min_gain": repr(config.min_gain),
+        EVALUATION: f"evaluations/{metrics.measured_on[:12]}-{md5[:12]}",
+    }
+
+
+def _measured(
+    client: MlflowClient,
+    version: ModelVersion,
+    model: Path,
+    evaluation: Path,
+    evaluated: Mapping[str, Any],
+    tags: Mapping[str, str],
+) -> tuple[str, str]:
+    """Attach an evaluation to a version and pass the gate; return role and reason."""
+    name, number, folder = version.name, str(version.version), tags[EVALUATION]
+    picture = evaluation / SEGMENTATIONS
+    with transfer():
+        for file in (evaluation / PROVENANCE, evaluation / METRICS, *([picture] if picture.is_file() else [])):
+            client.log_artifact(version.run_id, str(file), folder)
+    for key, value in lineage_tags(evaluated).items():
+        client.set_model_version_tag(name, number, key, value)
+    write_metrics(client, name, number, tags)
+    shown = f"{folder}/{SEGMENTATIONS}" if picture.is_file() else ""
+    model_version.write_card(client, version, model, evaluation, shown)
+    decision = pass_gate(client, name, number, challenge=True)
+    return (CHAMPION if decision.champion else CHALLENGER), decision.reason
+
+
+def _unmeasured(client: MlflowClient, version: ModelVersion, model: Path, provenance: Mapping[str, Any]) -> tuple[str, str]:
+    """Mark a version as unmeasured, unless an earlier registration has measured it; return role and reason."""
+    name, number = version.name, str(version.version)
+    if version.tags.get("measured_on"):
+        raise ValueError(f"{name} version {number} of these weights has been evaluated; register it with its evaluation")
+    for key, value in lineage_tags(provenance).items():
+        client.set_model_version_tag(name, number, key, value)
+    reason = "it was registered without an evaluation, so the gate cannot compare it; evaluate it and register it again"
+    client.set_model_version_tag(name, number, GATE, f"{UNMEASURED}: {reason}")
+    model_version.write_card(client, version, model, None)
+    return UNMEASURED, reason
 
 
 def _metrics(model: Path, evaluation: Path, evaluated: Mapping[str, Any]) -> tuple[GateMetrics, str]:

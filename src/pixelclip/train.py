@@ -1,5 +1,6 @@
 """STAGE train: train PixelCLIP on shards with masks, starting from a pretrained CLIP (PixelCLIP, section 3)."""
 
+import glob
 import math
 import signal
 import time
@@ -7,6 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +18,17 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from pixelclip.config import TrainConfig
-from pixelclip.data.class_names import names_file, names_of
+from pixelclip.data.class_names import benchmark_names, names_file, names_of
 from pixelclip.data.dataset import Batch, MaskedImages, load_batches, sample_indices
 from pixelclip.data.shard_sources import describe_shards, list_shards
 from pixelclip.data.views import Views
 from pixelclip.distributed import ProcessGroup, copy_to_host_async, init_process_group, pick_precision
+from pixelclip.evaluation.during_training import BEST, TrainingEvaluation
 from pixelclip.mask_generators.dino import load_dino, masks_of
 from pixelclip.models.backbone import Backbone, check_multiple, check_side
 from pixelclip.models.checkpoint import CONFIG, WEIGHTS, Clip, load_clip, save_model
 from pixelclip.models.clip_sources import clip_folder
-from pixelclip.models.decoder import Decoder
+from pixelclip.models.decoder import new_decoder
 from pixelclip.models.optimizer import cosine_factor, make_optimizer
 from pixelclip.models.pixelclip import PixelCLIP
 from pixelclip.models.text import TEMPLATES, Prompts, TextTower, Vectors, classifier
@@ -34,8 +37,10 @@ from pixelclip.models.training_state import Progress, load_state, save_state
 from pixelclip.storage.download import local_copy
 from pixelclip.storage.progress import track
 from pixelclip.storage.urls import public_url
+from pixelclip.toy_scenes.scenes import CLASSES
+from pixelclip.tracking.description import run_name
 from pixelclip.tracking.run import KILLED, Run
-from pixelclip.visualization.pictures import gallery, training_picture
+from pixelclip.visualization.pictures import concept_words, examples_of, gallery, segmentation_picture, training_picture
 from pixelclip.workflow.bad_samples import BadSamples
 from pixelclip.workflow.cpus import count_workers
 from pixelclip.workflow.stage import Metrics, Stage, describe
@@ -92,7 +97,8 @@ def run(masks: Path | str, out: Path, config: TrainConfig) -> Metrics:
             try:
                 if group.is_main:
                     with deferred():  # otherwise a run could stay open that nobody knows
-                        tracked = Run.start(stage.folder, name=out.name, provenance=stage.provenance())
+                        provenance = stage.provenance()
+                        tracked = Run.start(stage.folder, config.run_name or run_name(provenance), provenance)
                 with deferred() as received:
                     metrics = _train(stage, clip, network, dataset, config, group, tracked, received)
             except BaseException as error:
@@ -102,7 +108,8 @@ def run(masks: Path | str, out: Path, config: TrainConfig) -> Metrics:
             if tracked:
                 tracked.values(metrics)
                 tracked.finish()
-                stage.finish(metrics, files=[WEIGHTS, CONFIG, *TOKENIZER_FILES])
+                own = glob.escape(stage.folder.name)  # not those of the folder of the best model
+                stage.finish(metrics, files=[f"{own}/{name}" for name in (WEIGHTS, CONFIG, *TOKENIZER_FILES)])
                 (stage.out / STATE_FILE).unlink(missing_ok=True)  # not earlier: an interrupted run resumes from it
                 loss, concepts = metrics["train/loss"], metrics["train/concepts_used"]
                 print(f"train: finished after {config.steps} steps: loss {loss:.4f}, {concepts:g} concepts used", flush=True)
@@ -149,6 +156,23 @@ def _train(
     start = resumed.steps
     dino = dino and dino.to(group.device)
 
+    origin = {"spec": public_url(config.clip), "md5": stage.inputs.get("clip", {}).get("md5", "")}
+    save = partial(
+        save_model,  # the student's tower is clip.model.visual itself
+        clip=clip,
+        prompts=model.prompts,
+        decoder=model.decoder,
+        side=config.side,
+        residual=config.residual,
+        origin=origin,
+        templates=config.templates,
+    )
+    evaluation = None
+    if tracked and config.evaluate_every:
+        evaluation = TrainingEvaluation(config, clip, model, stage.folder, group.device)
+    shipped = CLASSES if config.clip == "toy" else benchmark_names("readable", "pascal-context")
+    names = evaluation.classes if evaluation else shipped  # for pictures
+
     # Data.
     bad = BadSamples("train", config.max_bad_share, found=list(dataset.bad))
     (bad.check if group.is_main else bad.stop_if_too_many)(_drawn_from(dataset, 0))
@@ -159,6 +183,8 @@ def _train(
     )
     workers = count_workers(config.workers, most=_MOST_WORKERS)
     loader = iter(load_batches(dataset, index_lists, workers, pin=group.device.type == "cuda"))
+    if tracked:
+        tracked.monitor_system()  # its thread starts after the loader's processes
     bar = track(range(start, config.steps), "train", "step", config.steps, start, enabled=group.is_main)
 
     output, maskless, num_bad, seen, since = None, resumed.maskless, resumed.bad, 0, time.monotonic()
@@ -203,7 +229,8 @@ def _train(
         # Forward, loss, backward, clip. Seed per step, so that a resumed run draws the same stochastic depth.
         torch.manual_seed(config.seed * 1_000_003 + step * group.size + group.rank)
         optimizer.zero_grad(set_to_none=True)
-        logged = (step + 1) % config.log_every == 0 or step + 1 == config.steps
+        evaluated = config.evaluate_every and ((step + 1) % config.evaluate_every == 0 or step + 1 == config.steps)
+        logged = (step + 1) % config.log_every == 0 or step + 1 == config.steps or evaluated
         pictured = tracked and config.picture_every and ((step + 1) % config.picture_every == 0 or step == 0)
         output = model.accumulate(batches, group, shown=_PICTURE_IMAGES if pictured else 0)
         norm = nn.utils.clip_grad_norm_(model.learning(), config.gradient_clip)
@@ -216,6 +243,14 @@ def _train(
         # Step, teacher.
         optimizer.step()
         model.update_teacher(config.teacher_momentum)
+
+        # Evaluate, in the main process.
+        scores: Metrics = {}
+        if evaluation and tracked and evaluated:
+            paused = time.monotonic()
+            scores[f"train/miou_{evaluation.name}"], found = evaluation.run(step + 1, save)
+            tracked.image(segmentation_picture(examples_of(found), names), f"segmentations {evaluation.name}", step + 1)
+            since += time.monotonic() - paused
 
         # Log.
         seen += config.batch_size
@@ -232,13 +267,17 @@ def _train(
                     "train/assignment_entropy": entropy,
                     "train/images_per_second": speed,
                     **{f"train/learning_rate_{name}": rate for name, rate in rates.items() if not name.endswith("_no_decay")},
+                    **scores,
                 },
                 step + 1,
             )
         if tracked and pictured and len(output.logits):
             picture = stage.folder / "pictures" / f"step-{step + 1:06d}.jpg"
             picture.parent.mkdir(exist_ok=True)
-            training_picture(batches, output, clip.mean, clip.std).save(picture, quality=85)
+            drawn = training_picture(batches, output, clip.mean, clip.std, concept_words(model, names))
+            if not picture.is_file():  # otherwise an interrupted run has sent it
+                tracked.image(drawn, "training", step + 1)
+            drawn.save(picture, quality=85)
             tracked.artifact(picture, "pictures")
 
         # Checkpoint.
@@ -252,20 +291,12 @@ def _train(
         _drawn_from(dataset, config.steps * config.batch_size), len(dataset.bad) + num_bad
     )
     if group.is_main:
-        origin = {"spec": public_url(config.clip), "md5": stage.inputs.get("clip", {}).get("md5", "")}
         if not dino:  # on the training device: a CPU would take hours for a large tower in bfloat16
             gallery(model.eval(), dataset, stage.folder, group.device)
-        model = model.cpu()  # the student's tower is clip.model.visual itself
-        save_model(
-            stage.folder,
-            clip,
-            model.prompts,
-            model.decoder,
-            side=config.side,
-            residual=config.residual,
-            origin=origin,
-            templates=config.templates,
-        )
+        model = model.cpu()
+        save(stage.folder)
+        if tracked and evaluation and (best := evaluation.finish(stage.provenance())):
+            tracked.model(stage.folder / BEST, f"train/best_miou_{best['labelled']}", best["miou"], best["step"])
     last = progress(config.steps)
     return {
         "train/loss": last.loss,
@@ -317,10 +348,3 @@ def new_concepts(text: TextTower, config: TrainConfig) -> Prompts | Vectors:
         return Vectors(torch.randn(config.concepts, text.embed_dim, generator=generator), learn=True)
     words = torch.randint(0, text.vocabulary, (config.concepts, config.prompt_tokens), generator=generator)
     return Prompts(text, words, config.concept_kind == "prompts", TEMPLATES[config.templates])
-
-
-def new_decoder(seed: int) -> Decoder:
-    """Initialize a decoder from the seed without changing the global random state."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return Decoder()

@@ -129,7 +129,7 @@ def test_runs_are_children_of_one_mlflow_run_with_table_and_plot(made):
     for run in children:
         assert run.info.status == "FINISHED"
         assert run.data.params["train.seed"] == run.data.tags["sweep.seed"]
-        assert {"gain/labelled", "train/loss"} <= set(run.data.metrics)
+        assert {"eval/labelled/gain", "train/loss"} <= set(run.data.metrics)
 
 
 def test_same_command_again_reuses_all_runs_and_the_parent(made, monkeypatch):

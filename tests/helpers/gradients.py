@@ -10,9 +10,9 @@ from helpers import tiny
 from pixelclip.data.dataset import Batch
 from pixelclip.distributed import ProcessGroup, init_process_group
 from pixelclip.models.backbone import Backbone
+from pixelclip.models.decoder import new_decoder
 from pixelclip.models.pixelclip import PixelCLIP
 from pixelclip.models.text import Prompts, TextTower
-from pixelclip.train import new_decoder
 
 
 def gradients(group: ProcessGroup) -> dict[str, torch.Tensor]:

@@ -286,4 +286,5 @@ def mlflow_at(monkeypatch: pytest.MonkeyPatch, folder: Path, copy_of: Path | Non
         shutil.copyfile(copy_of, folder / "mlflow.db")
     uri = f"sqlite:///{folder}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "false")  # a thread that tests start only on purpose
     return MlflowClient(uri)

@@ -228,7 +228,7 @@ def test_pipeline_runs_in_containers(engine, tmp_path, monkeypatch):
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow/mlflow.db")
     logged = client.get_run(registered["run_id"])
     assert logged.info.status == "FINISHED"
-    assert logged.data.metrics["miou/toy"] == pytest.approx(metrics["miou/toy"])
+    assert logged.data.metrics["eval/toy/miou"] == pytest.approx(metrics["miou/toy"])
     assert client.get_model_version(registered["name"], str(registered["version"])).run_id == registered["run_id"]
     assert (tmp_path / "out" / "report.html").is_file()
 

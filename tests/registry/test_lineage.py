@@ -135,7 +135,7 @@ def test_version_not_registered_by_pixelclip_is_an_error(made):
 def history(made) -> tuple[dict[str, float], dict[str, str], int]:
     """Metrics and tags of the recorded run, and the number of points of one metric."""
     run = made.client.get_run(made.client.get_model_version(NAME, "1").run_id)
-    return run.data.metrics, run.data.tags, len(made.client.get_metric_history(run.info.run_id, "gain/labelled"))
+    return run.data.metrics, run.data.tags, len(made.client.get_metric_history(run.info.run_id, "eval/labelled/gain"))
 
 
 def test_reproduced_evaluation_leaves_the_recorded_run_unchanged(made, tmp_path, capsys, monkeypatch):
@@ -151,7 +151,7 @@ def test_reproduced_evaluation_leaves_the_recorded_run_unchanged(made, tmp_path,
     found = made.client.search_runs([made.client.get_experiment_by_name("pixelclip").experiment_id])
     (own,) = [run for run in found if run.data.tags.get("reproduces") == f"models:/{NAME}/1" and run.data.metrics]
     assert (own.info.status, own.data.tags["reproduction"]) == ("FINISHED", "equal")
-    assert own.data.metrics["gain/labelled"] == made.metrics["gain/labelled"]
+    assert own.data.metrics["eval/labelled/gain"] == made.metrics["gain/labelled"]
 
 
 def test_training_is_reproduced_from_the_images(made, tmp_path, capsys):

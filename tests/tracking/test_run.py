@@ -12,11 +12,13 @@ from mlflow import MlflowClient
 from mlflow.entities import Run as MlflowRun
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
+from PIL import Image
 
 from helpers import mlflow_runs, services, tiny
 from helpers.mlflow_runs import PROVENANCE, curve, mlflow_on_sqlite
 from helpers.services import Mlflow
 from pixelclip.tracking import journal
+from pixelclip.tracking.description import evaluation_metrics, run_name
 from pixelclip.tracking.run import PARENT_RUN, PIPELINE_RUN, Run, lineage_tags
 from pixelclip.tracking.server import connect, experiment_id, tracking_uri
 from pixelclip.workflow.provenance import flatten
@@ -62,6 +64,64 @@ def test_metrics_params_tags_and_files_are_logged(client, tmp_path):
     assert curve(client, run.run_id) == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
     assert logged.data.metrics["final"] == 0.5
     assert [file.path for file in client.list_artifacts(run.run_id, "notes")] == ["notes/note.txt"]
+
+
+def test_run_has_source_user_description_lineage_and_few_tags(client, monkeypatch, tmp_path):
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "ada")
+    run = start(tmp_path / "stage")
+    run.image(Image.new("RGB", (4, 4)), "segmentations a:b", 3)
+    assert run.finish()
+    tags = client.get_run(run.run_id).data.tags
+    assert (tags["mlflow.source.name"], tags["mlflow.source.git.commit"], tags["mlflow.user"]) == (
+        "pixelclip train",
+        "abc",
+        "ada",
+    )
+    assert {key for key in tags if key.startswith("data.")} == {"data.shards.md5"}
+    assert "Not evaluated yet" in tags["mlflow.note.content"] and "`s1`" in tags["mlflow.note.content"]
+    folder = Path(client.download_artifacts(run.run_id, "", str(tmp_path)))
+    assert json.loads((folder / "lineage.json").read_text()) == PROVENANCE
+    assert [file.name for file in (folder / "images").glob("segmentations a_b+step+3+*.png")]
+
+
+def test_experiment_opens_as_model_training(client, tmp_path):
+    client.create_experiment("pixelclip", artifact_location=str(tmp_path))  # as before 0.2.0, without a kind
+    start(tmp_path / "stage").finish()
+    tags = client.get_experiment_by_name("pixelclip").tags
+    assert tags["mlflow.experimentKind"] == "custom_model_development" and "PixelCLIP" in tags["mlflow.note.content"]
+
+
+def test_run_name_states_data_masks_clip_steps_and_id():
+    provenance = PROVENANCE | {"fingerprint": "0123456789"}
+    assert run_name(provenance) == "shards, given, toy, 3 steps, 012345"
+
+
+def test_evaluation_metrics_are_in_groups_and_percent():
+    rows = [
+        {"class": "dog, puppy", "iou": 40.0},
+        {"class": "dog (wild)", "iou": 1.0},
+        {"class": "dog", "iou": 2.0},
+        {"class": "sky", "iou": None},
+    ]
+    assert evaluation_metrics({"miou/set": 30.0, "image_recall_clip/set": 0.9}, rows) == {
+        "eval/set/miou": 30.0,
+        "eval/set/image_recall_clip": 90.0,
+        "eval/set/iou/dog": 40.0,
+        "eval/set/iou/dog _wild_": 1.0,
+        "eval/set/iou/dog 4": 2.0,
+    }
+
+
+def test_system_metrics_are_logged_while_the_run_lasts(client, monkeypatch, tmp_path):
+    monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true")
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.1")
+    run = start(tmp_path / "stage")
+    run.monitor_system()
+    deadline = time.monotonic() + 20
+    while "system/cpu_utilization_percentage" not in client.get_run(run.run_id).data.metrics:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert run.finish()
 
 
 def test_final_value_of_a_curve_adds_no_point(client, tmp_path):
@@ -335,7 +395,10 @@ def test_evaluation_in_another_run_also_adds_metrics_to_the_training(client, mon
     assert (own.data.metrics, training.data.metrics) == ({"miou": 30.0}, {"loss": 1.0, "miou": 30.0})
     assert own.data.tags["protocol"] == training.data.tags["protocol"] == "whole"
     assert own.data.params == {"evaluate.side": "3"}
-    assert [[f.path for f in client.list_artifacts(run.info.run_id)] for run in (own, training)] == [["report.html"], []]
+    assert [[f.path for f in client.list_artifacts(run.info.run_id)] for run in (own, training)] == [
+        ["report.html"],
+        ["lineage.json"],
+    ]
     assert (own.info.status, training.info.status) == ("RUNNING", "FINISHED")
 
 

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from helpers import tiny
-from pixelclip.visualization.report import Example, write_report
+from pixelclip.visualization.pictures import Example
+from pixelclip.visualization.report import write_report
 
 CLASSES = ["<b>&", 'a "quoted" <script>alert(1)</script>', "sky"]
 ROWS = [

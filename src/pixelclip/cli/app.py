@@ -108,10 +108,12 @@ def train(
     masks: Annotated[str, typer.Option(help="Shards with masks: a folder, a manifest, or s3://bucket/folder.")],
     out: Out,
     params: Params = None,
+    run_name: Annotated[str, typer.Option(help="Name of the run in MLflow; same as setting train.run_name.")] = "",
     settings: Settings = None,
 ) -> None:
     """Train PixelCLIP on shards with masks, starting from a pretrained CLIP."""
-    api.train(masks, out, params, **_of("train", settings))
+    named = [*(settings or []), *([f"run_name={run_name}"] if run_name else [])]
+    api.train(masks, out, params, **_of("train", named))
 
 
 @app.command("evaluate_clip")
@@ -158,13 +160,13 @@ def sweep(
 @app.command()
 def register(
     model: Annotated[str, typer.Option(help=_MODEL)],
-    evaluation: Annotated[str, typer.Option(help="Output of evaluate for this model.")],
     out: Out,
+    evaluation: Annotated[str, typer.Option(help="Output of evaluate for this model; default: it is unmeasured.")] = "",
     params: Params = None,
     settings: Settings = None,
 ) -> None:
     """Register a model in MLflow and promote it to champion if it passes the gate."""
-    api.register(model, evaluation, out, params, **_of("register", settings))
+    api.register(model, out, evaluation, params, **_of("register", settings))
 
 
 @app.command()

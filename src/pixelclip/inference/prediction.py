@@ -70,11 +70,12 @@ def overlay(image: Image.Image, prediction: Prediction, opacity: float = 0.55) -
     limit = _LEGEND_CHARACTERS
     names = [name if len(name) <= limit else f"{name[: limit - 1]}…" for name in prediction.classes]
     entries = [(i, f"{names[i]}  {100 * counts[i] / counts.sum():.0f} %") for i in present[:_LEGEND_ENTRIES]]
-    return _with_legend(picture, entries, palette(len(prediction.classes)))
+    return with_legend(picture, entries, palette(len(prediction.classes)))
 
 
-def _with_legend(picture: Image.Image, entries: list[tuple[int, str]], colours: NDArray[np.uint8]) -> Image.Image:
-    size = max(12, min(picture.height // 18, 40))
+def with_legend(picture: Image.Image, entries: list[tuple[int, str]], colours: NDArray[np.uint8], size: int = 0) -> Image.Image:
+    """Add a legend below a picture: each entry is an index into `colours` [N, 3] and a name; `size` of the letters."""
+    size = size or max(12, min(picture.height // 18, 40))
     font = ImageFont.load_default(size)
     row, column = round(size * 1.6), round(max(font.getlength(text) for _, text in entries)) + 3 * size
     columns = max(1, picture.width // column)

@@ -146,3 +146,10 @@ class _DecodedLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, scale: Tensor, _logits: Tensor) -> Any:
         return (*[None] * 7, *torch._foreach_mul(list(ctx.saved_tensors), scale))
+
+
+def new_decoder(seed: int) -> Decoder:
+    """Initialize a decoder from the seed without changing the global random state."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Decoder()

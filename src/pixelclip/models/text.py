@@ -174,6 +174,21 @@ def classifier(tower: TextTower, names: Sequence[str], templates: Sequence[str] 
     return F.normalize(F.normalize(per_class, dim=-1).mean(dim=1), dim=-1)
 
 
+@torch.no_grad()
+def nearest_names(concepts: Tensor, classes: Tensor, names: Sequence[str], count: int) -> list[list[tuple[str, float]]]:
+    """Return the `count` nearest names of every concept with their cosines.
+
+    Args:
+        concepts: [K, C], of any length.
+        classes: [N, C], see `classifier`.
+        names: N names.
+        count: at most N are returned.
+    """
+    top = (F.normalize(concepts, dim=-1) @ classes.T).topk(min(count, len(names)), dim=-1)
+    pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    return [[(names[i], round(value, 4)) for i, value in zip(*row, strict=True)] for row in pairs]
+
+
 def _check_tokens(tower: TextTower, names: Sequence[str], synonyms: Sequence[Sequence[str]], templates: Sequence[str]) -> None:
     """Raise ValueError for a name that the tokenizer would cut, or that equals another one after its normalisation."""
     tokenizer = tower.tokenizer

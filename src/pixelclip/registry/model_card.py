@@ -17,6 +17,8 @@ from pixelclip.workflow.stage import PROVENANCE, read_metrics
 
 PER_CLASS = "per_class.json"
 """File of an evaluation with the IoU of every class."""
+SEGMENTATIONS = "segmentations.jpg"
+"""File of an evaluation with examples: image, CLIP, PixelCLIP, truth. Missing if `evaluate.pictures` is 0."""
 _MOST_CLASSES = 20  # rows of the table; of more classes those with the smallest and the largest gain
 _NAME, _VALUE = 40, 60  # characters of a class name and of a setting
 _SCORES = (("mIoU (%)", "miou"), ("pixel accuracy (%)", "pixel_accuracy"), ("mask accuracy (%)", "mask_accuracy"))

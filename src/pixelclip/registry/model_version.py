@@ -24,28 +24,35 @@ from pixelclip.inference import serving
 from pixelclip.inference.prediction import INFERENCE
 from pixelclip.models.checkpoint import CONFIG, WEIGHTS
 from pixelclip.models.tokenizer import TOKENIZER_FILES
+from pixelclip.registry.model_card import model_card
 from pixelclip.storage.files import read_json, write_json
 from pixelclip.storage.urls import public_url
 from pixelclip.tracking.journal import RUN
-from pixelclip.tracking.run import Run
-from pixelclip.tracking.server import connect, is_missing, public_uri, reason_of, transfer, ui_address
+from pixelclip.tracking.run import Run, cut
+from pixelclip.tracking.server import artifact_address, connect, is_missing, public_uri, reason_of, transfer, ui_address
 from pixelclip.workflow.stage import PROVENANCE
 
 REGISTRATION = "registration.json"
 EVALUATION = "evaluation"
 """Tag of a version: artifact path of its evaluation in the run."""
+_DESCRIPTION = 5000  # characters that MLflow's database accepts
+_ABOUT = (
+    "PixelCLIP models for open-vocabulary segmentation. The alias `champion` is the version to use: `models:/{name}@champion`. "
+    "`challenger` is the last version that the gate rejected, `previous` the former champion. The description of a version is "
+    "its model card."
+)
 RESIZE = "resize"
 """Tag of a version: shortest and longest edge of the first resize, `640 2560`; versions without it do not resize."""
 
 
 def create_name(client: MlflowClient, name: str) -> None:
-    """Create a registered model unless it exists.
+    """Create a registered model with a description unless it exists.
 
     Raises:
         ValueError: MLflow rejects the name.
     """
     try:
-        client.create_registered_model(name)
+        client.create_registered_model(name, description=_ABOUT.format(name=name))
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise ValueError(f"register.name {name!r} is rejected by MLflow at {public_uri()}: {reason_of(error)}") from None
@@ -76,6 +83,14 @@ def create(
     tags = {"model.md5": provenance["output"]["md5"], RESIZE: _resize_tag(resize)}
     model_id = _uploaded(client, run_id, tags) or _upload(client, model, run_id, tags, resize)
     return client.create_model_version(name, source=f"models:/{model_id}", run_id=run_id, model_id=model_id, tags=tags)
+
+
+def write_card(client: MlflowClient, version: ModelVersion, model: Path, evaluation: Path | None, picture: str = "") -> None:
+    """Set the description of a version: its model card, with a picture among the files of its run."""
+    uri = f"models:/{version.name}/{version.version}"
+    address = artifact_address(version.run_id, picture) if picture else ""
+    card = model_card(model, evaluation, name=f"{version.name}, version {version.version}", uri=uri, picture=address)
+    client.update_model_version(version.name, version.version, description=cut(card, _DESCRIPTION))
 
 
 def _uploaded(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> str | None:

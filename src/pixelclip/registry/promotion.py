@@ -19,6 +19,8 @@ from pixelclip.settings import nearest
 from pixelclip.tracking.server import connect, is_missing, public_uri, reason_of
 
 CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous", "challenger"
+UNMEASURED = "unmeasured"
+"""Role of a version without an evaluation. It has no alias, and only `promote --force` makes it champion."""
 GATE = "gate"
 """Tag of a version: its role and the reason."""
 _ATTEMPTS = 10

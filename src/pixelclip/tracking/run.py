@@ -7,6 +7,7 @@ repeated command delivers the curves.
 import contextlib
 import json
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -14,11 +15,15 @@ from pathlib import Path
 from typing import Any, Self
 
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.entities import Dataset, DatasetInput, InputTag, LoggedModelStatus, Metric, Param, RunTag
 from mlflow.exceptions import MlflowException
-from mlflow.utils.validation import MAX_PARAM_VAL_LENGTH, MAX_TAG_VAL_LENGTH
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+from mlflow.utils.mlflow_tags import MLFLOW_SOURCE_NAME, MLFLOW_SOURCE_TYPE, MLFLOW_USER
+from mlflow.utils.validation import MAX_METRICS_PER_BATCH, MAX_PARAM_VAL_LENGTH, MAX_TAG_VAL_LENGTH
+from PIL import Image
 
 from pixelclip.storage.urls import public_url
+from pixelclip.tracking.description import NOTE, run_name, run_note, run_tags
 from pixelclip.tracking.journal import CURVES, RUN, Journal, read_run
 from pixelclip.tracking.server import (
     connect,
@@ -29,7 +34,9 @@ from pixelclip.tracking.server import (
     request_limits,
     run_url,
     tracking_uri,
+    transfer,
 )
+from pixelclip.tracking.system_metrics import start_monitor
 from pixelclip.workflow.provenance import data, flatten, source
 from pixelclip.workflow.provenance import tags as tags_of
 
@@ -39,6 +46,8 @@ PIPELINE_RUN = "PIXELCLIP_PIPELINE_RUN"
 """Environment variable with the ID of the pipeline run that a stage belongs to."""
 PARENT_RUN = "PIXELCLIP_PARENT_RUN"
 """Environment variable with the ID of the parent of new MLflow runs."""
+LINEAGE = "lineage.json"
+"""Artifact of a run: the provenance of its training and of all earlier stages."""
 _PARAMS_PER_REQUEST = 90  # MLflow accepts 100
 _CLOSE_SECONDS = 30.0
 _KILL_SECONDS = 5
@@ -65,6 +74,7 @@ class Run:
         self.journal = Journal(client, folder, run_id, owned)
         self._owned = owned
         self._run_ids = [run_id]  # runs that receive final metrics and tags
+        self._monitor: SystemMetricsMonitor | None = None
 
     @classmethod
     def start(cls, folder: Path, name: str, provenance: Mapping[str, Any]) -> Self:
@@ -80,9 +90,10 @@ class Run:
         env_run = os.environ.get("MLFLOW_RUN_ID")
         with _one_error(env_run):
             client, resumed = (connect(), None) if env_run else _resumed(folder)
-            tags = lineage_tags(provenance)
+            tags = run_tags(provenance, lineage_tags(provenance))
             if env_run:
-                tags.pop("mlflow.parentRunId", None)  # its creator chose the parent
+                for chosen_by_its_creator in ("mlflow.parentRunId", MLFLOW_SOURCE_NAME, MLFLOW_SOURCE_TYPE, MLFLOW_USER):
+                    tags.pop(chosen_by_its_creator, None)
             run_id = env_run or resumed or _of_pipeline(client, tags)
             if run_id is None:
                 run_id = client.create_run(experiment_id(client), run_name=name, tags=tags).info.run_id
@@ -109,15 +120,15 @@ class Run:
             existing = _existing(client, model)
             run_id = existing or env_run
             if run_id is None:
-                run_id = client.create_run(
-                    experiment_id(client), run_name=model.name, tags=lineage_tags(provenance)
-                ).info.run_id
+                tags = run_tags(provenance, lineage_tags(provenance))
+                run_id = client.create_run(experiment_id(client), run_name=run_name(provenance), tags=tags).info.run_id
             # The training has ended: if its run is still open, the process was killed that should have closed it.
             left_open = existing and _owned(model) and client.get_run(existing).info.status == "RUNNING"
             run = cls(client, model, run_id, owned=run_id != env_run)
             if existing is None or run.journal.pending or left_open:
                 run.params(flatten(provenance))
                 run.datasets(provenance, "training")
+                run._explain(provenance)
                 run.finish()
         return run_id
 
@@ -151,19 +162,21 @@ class Run:
         now = int(time.time() * 1000)
         points = [Metric(name, float(value), now, 0) for name, value in metrics.items() if name not in self.journal.curves]
         for run_id in self._run_ids:
-            self.journal.requests.append(partial(self.client.log_batch, run_id, metrics=points))
+            for start in range(0, len(points), MAX_METRICS_PER_BATCH):
+                batch = points[start : start + MAX_METRICS_PER_BATCH]
+                self.journal.requests.append(partial(self.client.log_batch, run_id, metrics=batch))
 
     def params(self, params: Mapping[str, Any]) -> None:
         """Log settings; a value that was logged before is kept. Texts longer than MLflow accepts are cut and end with `...`."""
         existing = self.client.get_run(self.run_id).data.params
-        new = [Param(name, _cut(value, MAX_PARAM_VAL_LENGTH)) for name, value in params.items() if name not in existing]
+        new = [Param(name, cut(value, MAX_PARAM_VAL_LENGTH)) for name, value in params.items() if name not in existing]
         for start in range(0, len(new), _PARAMS_PER_REQUEST):
             self.client.log_batch(self.run_id, params=new[start : start + _PARAMS_PER_REQUEST])
 
     def tags(self, tags: Mapping[str, str]) -> None:
         """Set tags, cut like the settings in `params`."""
         for run_id in self._run_ids:
-            self.client.log_batch(run_id, tags=[RunTag(name, _cut(value, MAX_TAG_VAL_LENGTH)) for name, value in tags.items()])
+            self.client.log_batch(run_id, tags=[RunTag(name, cut(value, MAX_TAG_VAL_LENGTH)) for name, value in tags.items()])
 
     def datasets(self, provenance: Mapping[str, Any], context: str) -> None:
         """Log the data that the first stages read as MLflow datasets, identified by MD5."""
@@ -181,11 +194,41 @@ class Run:
         """Upload a file at the next delivery; the file must exist until `finish`."""
         self.journal.requests.append(partial(self.client.log_artifact, self.run_id, str(path), below))
 
+    def image(self, image: Image.Image, key: str, step: int) -> None:
+        """Log a picture of one step at the next delivery; MLflow shows the pictures of a key over the steps and runs."""
+        key = re.sub(r"[^\w\-. ]", "_", key, flags=re.ASCII)
+        self.journal.requests.append(partial(self.client.log_image, self.run_id, image, key=key, step=step))
+
+    def model(self, folder: Path, metric: str, value: float, step: int) -> None:
+        """Log a model folder as a model of the run, with one metric of it, at the next delivery."""
+        self.journal.requests.append(partial(self._log_model, folder, metric, value, step))
+
+    def _log_model(self, folder: Path, metric: str, value: float, step: int) -> None:
+        experiment = self.client.get_run(self.run_id).info.experiment_id
+        tags = {"step": str(step)}
+        model = self.client.create_logged_model(experiment, name=folder.name, source_run_id=self.run_id, tags=tags)
+        with transfer():
+            self.client.log_model_artifacts(model.model_id, str(folder))
+        self.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+        self.client.log_metric(self.run_id, metric, value, step=step, model_id=model.model_id)
+
+    def note(self, text: str) -> None:
+        """Set the description of the runs, in Markdown, at the next delivery."""
+        for run_id in self._run_ids:
+            tag = RunTag(NOTE, cut(text, MAX_TAG_VAL_LENGTH))
+            self.journal.requests.append(partial(self.client.log_batch, run_id, tags=[tag]))
+
+    def monitor_system(self) -> None:
+        """Log CPU, memory, disk, network and GPUs as `system/...` until `finish`, from MLflow's own thread."""
+        self._monitor = start_monitor(self.run_id)
+
     def finish(self, status: str = "FINISHED") -> bool:
         """Deliver everything and end the run; print a message and return False if delivery fails."""
-        if status == KILLED:  # little time is left
+        if status == KILLED:  # little time is left; the monitor ends with the process
             with request_limits(timeout=_KILL_SECONDS, retries=0):
                 return self._deliver_and_close(status, _KILL_SECONDS)
+        if self._monitor:
+            self._monitor.finish()
         return self._deliver_and_close(status, _CLOSE_SECONDS)
 
     def _deliver_and_close(self, status: str, seconds: float) -> bool:
@@ -219,9 +262,15 @@ class Run:
         self.params(flatten(provenance))
         self.tags(tags)
         self.datasets(provenance, "training")
+        self._explain(provenance)
+
+    def _explain(self, provenance: Mapping[str, Any]) -> None:
+        self.journal.requests.append(partial(self.client.log_dict, self.run_id, dict(provenance), LINEAGE))
+        self.note(run_note(provenance))
 
 
-def _cut(value: object, limit: int) -> str:
+def cut(value: object, limit: int) -> str:
+    """Return a value as text of at most `limit` characters; a longer one ends with `...`."""
     text = str(value)
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 

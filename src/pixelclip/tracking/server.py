@@ -6,6 +6,7 @@ KFP use, since KFP's MLflow plugin sets the former; the default is `sqlite:///ru
 
 import os
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from pixelclip.storage.urls import public_url
+from pixelclip.tracking.description import EXPERIMENT
 from pixelclip.workflow.failures import first_line
 
 ADDRESSES = ("MLFLOW_TRACKING_URI", "PIXELCLIP_MLFLOW_URI")
@@ -54,6 +56,11 @@ def run_url(run_id: str) -> str:
     """Return the URL of a run's page, or its ID and database if there is none."""
     address = ui_address()
     return f"{address}/#/runs/{run_id}" if address else f"{run_id} at {public_uri()}"
+
+
+def artifact_address(run_id: str, path: str) -> str:
+    """Return the address of a run's file relative to MLflow's pages, for pictures in descriptions."""
+    return f"get-artifact?{urllib.parse.urlencode({'path': path, 'run_uuid': run_id})}"
 
 
 def connect() -> MlflowClient:
@@ -148,19 +155,22 @@ def reason_of(error: BaseException) -> str:
 def experiment_id(client: MlflowClient) -> str:
     """Return the ID of the experiment for new runs: MLFLOW_EXPERIMENT_ID, MLFLOW_EXPERIMENT_NAME or `pixelclip`.
 
-    The experiment is created if it does not exist.
+    The experiment is created if it does not exist. Without a kind, MLflow would show the pages of GenAI.
     """
     if env_id := os.environ.get("MLFLOW_EXPERIMENT_ID"):
         return env_id
     name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "pixelclip")
     if existing := client.get_experiment_by_name(name):
+        for key, value in EXPERIMENT.items():
+            if key not in existing.tags:  # created before 0.2.0, or by hand
+                client.set_experiment_tag(existing.experiment_id, key, value)
         return str(existing.experiment_id)
     uri = tracking_uri()
     location = None
     if uri.startswith("sqlite:///"):
         location = (Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlartifacts").as_uri()
     try:
-        return str(client.create_experiment(name, artifact_location=location))
+        return str(client.create_experiment(name, artifact_location=location, tags=EXPERIMENT))
     except MlflowException:
         if existing := client.get_experiment_by_name(name):  # another process has just created it
             return str(existing.experiment_id)

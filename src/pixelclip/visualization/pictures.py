@@ -1,29 +1,48 @@
-"""Draw training views and concept maps, a gallery of each concept's nearest masks, and previews of shards with masks."""
+"""Draw training views and concept maps, evaluated examples, a gallery of each concept's nearest masks, and previews."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from pixelclip.data.annotations import parse_annotation
 from pixelclip.data.dataset import Batch, MaskedImages
-from pixelclip.data.images import cell_centres, colour_labels, decode_image, fitted, to_rgb
+from pixelclip.data.images import cell_centres, colour_labels, decode_image, fitted, palette, to_rgb
 from pixelclip.data.rle import RunMasks
 from pixelclip.data.shard_format import index_shard, read_part
 from pixelclip.data.shard_sources import list_shards
 from pixelclip.data.tensors import normalise, resize_square, to_tensor
+from pixelclip.evaluation.confusion import CLIP, OURS
+from pixelclip.evaluation.evaluator import TowerEvaluation
+from pixelclip.inference.prediction import with_legend
 from pixelclip.models.pixelclip import PixelCLIP, StepOutput
+from pixelclip.models.text import TEMPLATES, classifier, nearest_names
 from pixelclip.storage.files import write_json
 
+UNLABELLED = "unlabelled or ignored"
 GALLERY, SHEET = "gallery.json", "gallery.jpg"
 _GALLERY_IMAGES, _GALLERY_BEST, _GALLERY_ROWS, _THUMBNAIL = 256, 6, 500, 96
+_CELL, _TITLE = (256, 512), 16  # maximum width and height of a picture in `panels`, height of its letters
+_LEGEND_ENTRIES = 24
 _PREVIEW = (1200, 240)  # maximum width and height of an image in a preview
+
+
+@dataclass(frozen=True)
+class Example:
+    """An image with the label maps [H, W] of CLIP (None if it was not evaluated), PixelCLIP and the truth."""
+
+    image: Image.Image
+    clip: NDArray[np.integer] | None
+    ours: NDArray[np.integer]
+    truth: NDArray[np.integer]
 
 
 def to_pixels(normalised: Tensor, mean: Sequence[float], std: Sequence[float]) -> NDArray[np.uint8]:
@@ -33,24 +52,93 @@ def to_pixels(normalised: Tensor, mean: Sequence[float], std: Sequence[float]) -
 
 
 def training_picture(
-    micro_batches: Sequence[Batch], output: StepOutput, mean: Sequence[float], std: Sequence[float]
+    micro_batches: Sequence[Batch], output: StepOutput, mean: Sequence[float], std: Sequence[float], words: Sequence[str]
 ) -> Image.Image:
-    """Draw one row per image: student view, masks coloured by concept, and the student's concept maps."""
-    rows = []
+    """Draw one row per image: student view, masks coloured by concept, and the student's best concept of every pixel.
+
+    Args:
+        micro_batches: micro-batches of the step.
+        output: result of the step, with logits.
+        mean, std: normalisation of the views.
+        words: nearest word of each concept, for the legend.
+    """
+    rows: list[list[Image.Image]] = []
     batch = next(batch for batch in micro_batches if len(batch.masks))  # `output.logits` belongs to this batch
     concepts = output.logits.shape[1]
     side = batch.masks.shape[-1]
+    shown: Counter[int] = Counter()
     for image in range(len(output.logits)):
         of_image = (batch.image_index == image).cpu()
         labels = np.full(batch.masks.shape[1:], -1)
         for mask, concept in zip(batch.masks.cpu()[of_image], output.shown_index.cpu()[of_image].tolist(), strict=True):
             labels[mask.numpy()] = concept
-        logits, predicted = output.logits[image].max(dim=0)
-        predicted = torch.where(logits > 0, predicted, -1).cpu()
+        predicted = output.logits[image].argmax(dim=0).cpu().numpy()
+        shown.update(np.concatenate([labels[labels >= 0], predicted.ravel()]).tolist())
         view = Image.fromarray(to_pixels(batch.strong[image], mean, std)).resize((side, side))
-        panels = [np.asarray(view), colour_labels(labels, concepts), colour_labels(predicted.numpy(), concepts)]
-        rows.append(np.concatenate(panels, axis=1))
-    return Image.fromarray(np.concatenate(rows))
+        rows.append([view, *(Image.fromarray(colour_labels(each, concepts)) for each in (labels, predicted))])
+    entries = [(concept, f"{words[concept]} ({concept})") for concept, _ in shown.most_common(_LEGEND_ENTRIES)]
+    return _panels(rows, ("student's view", "masks by concept", "best concept"), entries, palette(concepts))
+
+
+@torch.no_grad()
+def concept_words(model: PixelCLIP, names: Sequence[str]) -> list[str]:
+    """Return the nearest of `names` to each concept; empty strings for a tokenizer that cannot tell the names apart."""
+    concepts = model.concepts()
+    try:
+        classes = classifier(model.text, names, TEMPLATES["single"])
+    except ValueError:
+        return [""] * len(concepts)
+    return [name.partition(",")[0] for ((name, _),) in nearest_names(concepts, classes, names, 1)]
+
+
+def segmentation_picture(examples: Sequence[Example], classes: Sequence[str]) -> Image.Image:
+    """Draw one row per example: image, labels by CLIP if it was evaluated, by PixelCLIP, and the truth."""
+    rows, counts = [], np.zeros(len(classes) + 1, np.int64)  # the last counts pixels without a class
+    for example in examples:
+        maps = [labels for labels in (example.clip, example.ours, example.truth) if labels is not None]
+        coloured = (Image.fromarray(colour_labels(labels, len(classes))) for labels in maps)
+        rows.append([example.image, *coloured])
+        for labels in maps:
+            counts += np.bincount(np.minimum(labels, len(classes)).ravel(), minlength=len(counts))
+    order = np.argsort(-counts, kind="stable")[:_LEGEND_ENTRIES].tolist()
+    names = [*(name.partition(",")[0] for name in classes), UNLABELLED]
+    entries = [(index, names[index]) for index in order if counts[index]]
+    colours = np.concatenate([palette(len(classes)), np.zeros((1, 3), np.uint8)])
+    return _panels(rows, ("image", *(["CLIP"] if examples[0].clip is not None else []), "PixelCLIP", "truth"), entries, colours)
+
+
+def examples_of(evaluation: TowerEvaluation) -> list[Example]:
+    """Return the examples of an evaluation of PixelCLIP, alone or with CLIP."""
+    maps = evaluation.label_maps
+    clip = maps.get(CLIP, {})
+    return [Example(image, clip.get(i), maps[OURS][i], truth) for i, (image, truth) in evaluation.examples.items()]
+
+
+def _panels(
+    rows: Sequence[Sequence[Image.Image]], titles: Sequence[str], entries: list[tuple[int, str]], colours: NDArray[np.uint8]
+) -> Image.Image:
+    """Arrange pictures in a table with a title above each column and a legend of colours below.
+
+    Args:
+        rows: pictures of any size; each is scaled to fit a cell.
+        titles: one per column.
+        entries: index in `colours` and name of each entry of the legend, at least one.
+        colours: [N, 3].
+    """
+    font = ImageFont.load_default(_TITLE)
+    top = round(1.5 * _TITLE)
+    cells = [[fitted(picture.size, _CELL) for picture in row] for row in rows]
+    heights = [max(height for _, height in row) for row in cells]
+    sheet = Image.new("RGB", (_CELL[0] * len(titles), top + sum(heights)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, title in enumerate(titles):
+        draw.text((column * _CELL[0] + 4, 2), title, fill="black", font=font)
+    for row, sizes, height in zip(rows, cells, heights, strict=True):
+        for column, (picture, size) in enumerate(zip(row, sizes, strict=True)):
+            filter_ = Image.Resampling.NEAREST if column else Image.Resampling.BILINEAR  # label maps have no colours between
+            sheet.paste(picture.resize(size, filter_), (column * _CELL[0], top))
+        top += height
+    return with_legend(sheet, entries, colours, size=_TITLE)
 
 
 @torch.no_grad()

@@ -1,7 +1,6 @@
 """Write a self-contained report.html: images with CLIP, PixelCLIP and truth, IoU per class, loss curve, concept gallery."""
 
 import base64
-from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,7 +14,7 @@ from pydantic import BaseModel, Field
 from pixelclip.data.images import colour_labels, encode_jpeg, fitted, palette
 from pixelclip.storage.files import read_json, write_atomically
 from pixelclip.tracking.journal import CURVES, read_points
-from pixelclip.visualization.pictures import GALLERY
+from pixelclip.visualization.pictures import GALLERY, Example
 from pixelclip.workflow.provenance import flatten, read_provenance
 from pixelclip.workflow.stage import PROVENANCE, Metrics
 
@@ -32,16 +31,6 @@ class _Concept(BaseModel):
     concept: int
     masks: int
     best: list[_Picture]
-
-
-@dataclass(frozen=True)
-class Example:
-    """An image with the label maps [H, W] of CLIP, PixelCLIP and the truth."""
-
-    image: Image.Image
-    clip: NDArray[np.integer]
-    ours: NDArray[np.integer]
-    truth: NDArray[np.integer]
 
 
 def write_report(
@@ -99,6 +88,7 @@ def _example(example: Example, classes: list[str]) -> dict[str, Any]:
         colours = colour_labels(labels, len(classes))
         return _data_uri(Image.fromarray(colours).resize(size, Image.Resampling.NEAREST))
 
+    assert example.clip is not None  # a report always compares
     present = np.unique(np.concatenate([m.ravel() for m in (example.truth, example.ours, example.clip)]))
     return {
         "image": _data_uri(example.image.resize(size)),
