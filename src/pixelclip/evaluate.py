@@ -46,7 +46,7 @@ from pixelclip.storage.download import local_path
 from pixelclip.storage.files import read_json, write_atomically, write_json
 from pixelclip.tracking.description import evaluation_metrics
 from pixelclip.tracking.run import Run
-from pixelclip.tracking.server import artifact_address
+from pixelclip.tracking.server import artifact_address, run_url
 from pixelclip.visualization.charts import confusion_chart
 from pixelclip.visualization.pictures import examples_of, segmentation_picture
 from pixelclip.visualization.report import write_report
@@ -123,7 +123,7 @@ def _run(
         if group.is_main and config.kind == "folder" and (warning := absent_classes(dataset, evaluation.counts)):
             print(f"evaluate: WARNING: {warning}", flush=True)
         if tracked:
-            _write(stage.folder, model, dataset, protocol, metrics, evaluation, words)
+            _write(stage.folder, model, dataset, protocol, metrics, evaluation, words, run_url(tracked.run_id))
             # Benchmarks and other protocols share the run, so each has its own folder of files.
             below = "" if (config.kind, metric_label(protocol)) == ("folder", resolved.name) else metric_label(protocol)
             _track(tracked, model, stage.folder, metric_label(protocol), metrics, below)
@@ -234,7 +234,7 @@ def table(per_class: list[dict[str, Any]], metrics: Metrics, name: str) -> str:
     """Format the result as text: the IoU of CLIP and PixelCLIP per class, then the means."""
 
     def cell(value: float | None) -> str:
-        return f"{'-' if value is None else format(value, '.1f'):>9}"
+        return f"{'-' if value is None else format(value, 'z.1f'):>9}"
 
     width = max(12, len(name), *(len(row["class"]) for row in per_class))
     lines = [f"{name:<{width}} {'CLIP':>9} {'PixelCLIP':>9} {'gain':>9}"]
@@ -258,6 +258,7 @@ def _write(
     metrics: Metrics,
     evaluation: TowerEvaluation,
     words: list[list[tuple[str, float]]],
+    run: str,
 ) -> None:
     rows = per_class_iou(dataset.classes, evaluation.counts)
     text = f"{table(rows, metrics, metric_label(protocol))}\n{describe_protocol(protocol)}"
@@ -282,4 +283,6 @@ def _write(
         classes=dataset.classes,
         model=model,
         words=words,
+        confusion=confusion,
+        run=run,
     )

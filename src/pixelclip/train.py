@@ -39,6 +39,7 @@ from pixelclip.storage.progress import track
 from pixelclip.storage.urls import public_url
 from pixelclip.toy_scenes.scenes import CLASSES
 from pixelclip.tracking.description import run_name
+from pixelclip.tracking.journal import write_table
 from pixelclip.tracking.run import KILLED, Run
 from pixelclip.visualization.pictures import concept_words, examples_of, gallery, segmentation_picture, training_picture
 from pixelclip.workflow.bad_samples import BadSamples
@@ -108,11 +109,12 @@ def run(masks: Path | str, out: Path, config: TrainConfig) -> Metrics:
             if tracked:
                 tracked.values(metrics)
                 tracked.finish()
+                write_table(stage.folder)
                 own = glob.escape(stage.folder.name)  # not those of the folder of the best model
                 stage.finish(metrics, files=[f"{own}/{name}" for name in (WEIGHTS, CONFIG, *TOKENIZER_FILES)])
                 (stage.out / STATE_FILE).unlink(missing_ok=True)  # not earlier: an interrupted run resumes from it
-                loss, concepts = metrics["train/loss"], metrics["train/concepts_used"]
-                print(f"train: finished after {config.steps} steps: loss {loss:.4f}, {concepts:g} concepts used", flush=True)
+                used = f"{metrics['train/concepts_used']:g} concepts used"
+                print(f"train: finished after {config.steps} steps: loss {metrics['train/loss']:.4f}, {used}", flush=True)
             return metrics
 
 
@@ -167,9 +169,8 @@ def _train(
         origin=origin,
         templates=config.templates,
     )
-    evaluation = None
-    if tracked and config.evaluate_every:
-        evaluation = TrainingEvaluation(config, clip, model, stage.folder, group.device)
+    evaluates = tracked and config.evaluate_every
+    evaluation = TrainingEvaluation(config, clip, model, stage.folder, group.device) if evaluates else None
     shipped = CLASSES if config.clip == "toy" else benchmark_names("readable", "pascal-context")
     names = evaluation.classes if evaluation else shipped  # for pictures
 
@@ -244,8 +245,7 @@ def _train(
         optimizer.step()
         model.update_teacher(config.teacher_momentum)
 
-        # Evaluate, in the main process.
-        scores: Metrics = {}
+        scores: Metrics = {}  # of the main process
         if evaluation and tracked and evaluated:
             paused = time.monotonic()
             scores[f"train/miou_{evaluation.name}"], found = evaluation.run(step + 1, save)

@@ -12,8 +12,10 @@ import pytest
 from PIL import Image
 
 from helpers import tiny
+from pixelclip.storage.files import read_json
 from pixelclip.visualization.pictures import Example
 from pixelclip.visualization.report import write_report
+from pixelclip.workflow.provenance import used_settings
 
 CLASSES = ["<b>&", 'a "quoted" <script>alert(1)</script>', "sky"]
 ROWS = [
@@ -70,6 +72,8 @@ def report(path: Path, model: Path, words=((),), example: Example = EXAMPLE) -> 
         classes=CLASSES,
         model=model,
         words=list(words),
+        confusion={"classes": [CLASSES[0], "sky"], "counts": [[3, 1], [0, 9]]},
+        run="r1 at sqlite:///mlflow.db",
     )
     return Page(path)
 
@@ -81,6 +85,42 @@ def test_report_loads_no_external_resource(model, tmp_path):
         for name in ("src", "href", "srcset", "data", "poster"):
             assert attributes.get(name, "data:").startswith("data:"), (tag, attributes)
     assert not re.search(r"url\(|@import|https?://", page.source)
+
+
+def test_report_starts_with_date_run_model_and_data(model, tmp_path):
+    text = report(tmp_path / "report.html", model).text.partition("IoU per class")[0]
+    md5 = read_json(model / "provenance.json")["output"]["md5"]
+    assert re.search(r"written\s*20\d\d-\d\d-\d\d \d\d:\d\d UTC", text)
+    assert all(fact in text for fact in ("r1 at sqlite:///mlflow.db", md5, "revision abc", f"/there/shards, md5 {'0' * 32}"))
+
+
+def test_confusion_matrix_is_in_percent_of_each_true_class(model, tmp_path):
+    page = report(tmp_path / "report.html", model)
+    cells = [attributes["title"] for tag, attributes in page.tags if tag == "td" and "title" in attributes]
+    assert cells == [f"{CLASSES[0]} as {CLASSES[0]}: 75.0 %", f"{CLASSES[0]} as sky: 25.0 %", f"sky as {CLASSES[0]}: 0.0 %",
+                     "sky as sky: 100.0 %"]  # fmt: skip
+
+
+def test_legend_names_the_unlabelled_colour(model, tmp_path):
+    assert "unlabelled or ignored" in report(tmp_path / "a.html", model).text
+    full = np.zeros((2, 2), np.uint8)
+    example = Example(Image.new("RGB", (2, 2)), full, full, full)
+    assert "unlabelled or ignored" not in report(tmp_path / "b.html", model, example=example).text
+
+
+def test_settings_that_do_not_apply_are_left_out():
+    stages = {"stage": "masks", "settings": {"generator": "sam", "sam_x": 1, "dino_x": 2, "seed": 0, "part": ""}, "inputs": {}}
+    settings = {"dino": "", "dino_side": 9, "strong_view": False, "cutout_min": 0.1, "seed": 3}
+    provenance = {"stage": "train", "settings": settings, "inputs": {"masks": {"provenance": stages}}}
+    assert used_settings(provenance) == {
+        "masks.generator": "sam", "masks.sam_x": 1, "train.strong_view": False, "train.seed": 3,
+    }  # fmt: skip
+
+
+def test_gain_of_nearly_zero_has_no_minus_sign(model, tmp_path, monkeypatch):
+    monkeypatch.setitem(METRICS, "gain/set", -0.01)
+    text = report(tmp_path / "report.html", model).text
+    assert "+0.0" in text and "-0.0" not in text
 
 
 def test_class_names_are_escaped(model, tmp_path):
@@ -132,7 +172,7 @@ def test_curve_and_gallery_are_shown_if_the_model_has_them(tmp_path):
     ]  # two of pixelclip 0.2
     (model / "gallery.json").write_text(json.dumps([{"concept": 1, "masks": 4, "best": best}]))
     page = report(tmp_path / "full.html", model, words=([("no", 0.0)], [(CLASSES[0], 0.5), ("sky", 0.25)]))
-    (_, curve) = [attributes for tag, attributes in page.tags if tag == "polyline"]
+    (curve,) = [attributes for tag, attributes in page.tags if tag == "polyline"]
     assert curve["points"] == "150.0,0.0 300.0,120.0 600.0,180.0"
     assert f"{CLASSES[0]}, sky" in page.text and "concept 1 · 4 masks · cosine 0.5" in page.text
     *_, red, blue = page.pictures()

@@ -120,14 +120,14 @@ def _measured(evaluation: Path) -> str:
         )
         if f"{key}/{label}" in metrics and f"{key}_clip/{label}" in metrics
     ]
-    scores += [["gain in mIoU (points)", "", f"{metrics[f'gain/{label}']:+.1f}"]] if f"gain/{label}" in metrics else []
+    scores += [["gain in mIoU (points)", "", f"{metrics[f'gain/{label}']:+z.1f}"]] if f"gain/{label}" in metrics else []
     text = f"On `{label}`, {images:.0f} images, with the same class names for both. Protocol: {describe_protocol(protocol)}."
     parts = [text, _table(["", "CLIP", "PixelCLIP"], scores)]
     if rows := _rows(evaluation):
         half = _MOST_CLASSES // 2
         shown = rows if len(rows) <= _MOST_CLASSES else rows[:half] + rows[-half:]
         which = "" if shown == rows else f", of {len(rows)} classes the {half} with the largest and with the smallest gain"
-        cells = [[row["class"][:_NAME], f"{row['iou_clip']:.1f}", f"{row['iou']:.1f}", f"{_gain(row):+.1f}"] for row in shown]
+        cells = [[row["class"][:_NAME], f"{row['iou_clip']:.1f}", f"{row['iou']:.1f}", f"{_gain(row):+z.1f}"] for row in shown]
         parts += [f"IoU (%) per class{which}:", _table(["class", "CLIP", "PixelCLIP", "gain"], cells)]
     return "\n\n".join(parts)
 

@@ -5,6 +5,8 @@ server has. There is no thread: a stage calls `deliver`, which limits its own ti
 """
 
 import contextlib
+import csv
+import io
 import json
 import math
 import time
@@ -16,11 +18,12 @@ from mlflow import MlflowClient
 from mlflow.entities import Metric
 from pydantic import BaseModel, Field, FiniteFloat, NonNegativeInt
 
-from pixelclip.storage.files import parse_json, read_json, write_json
+from pixelclip.storage.files import parse_json, read_json, write_atomically, write_json
 from pixelclip.storage.urls import public_url
 from pixelclip.tracking.server import public_uri, reason_of, request_limits
 
 CURVES, RUN = "curves.jsonl", "run.json"
+CURVES_TABLE = "curves.csv"
 _BATCH = 500  # metrics per request; MLflow accepts 1000
 _SECONDS = 10  # time limit of one request; `deliver` starts no further request after it
 _TIMES_LONGER = 20  # pause after a delivery, relative to its duration: a slow server takes at most 5 % of the training time
@@ -44,6 +47,17 @@ def read_points(path: Path) -> list[dict[str, Any]]:
     """Read `curves.jsonl`; an empty list if there is no such file. Raise ValueError with the number of a damaged line."""
     lines = path.read_bytes().splitlines() if path.is_file() else []
     return [parse_json(line, f"{path}: line {number}", _Point) for number, line in enumerate(lines, 1)]
+
+
+def write_table(folder: Path) -> None:
+    """Write the curves as `curves.csv`, for DVC and spreadsheets: `step`, then one column per metric without its group."""
+    points = read_points(folder / CURVES)
+    names = list(dict.fromkeys(name for point in points for name in point["metrics"]))
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["step", *(name.rpartition("/")[2] for name in names)])
+    writer.writerows([point["step"], *(point["metrics"].get(name, "") for name in names)] for point in points)
+    write_atomically(folder / CURVES_TABLE, text.getvalue())
 
 
 def read_run(folder: Path) -> dict[str, Any]:

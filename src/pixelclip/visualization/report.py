@@ -1,6 +1,8 @@
 """Write a self-contained report.html: images with CLIP, PixelCLIP and truth, IoU per class, loss curve, concept gallery."""
 
 import base64
+from collections.abc import Mapping
+from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,8 +16,9 @@ from pydantic import BaseModel, Field
 from pixelclip.data.images import colour_labels, encode_jpeg, fitted, palette
 from pixelclip.storage.files import read_json, write_atomically
 from pixelclip.tracking.journal import CURVES, read_points
-from pixelclip.visualization.pictures import GALLERY, Example
-from pixelclip.workflow.provenance import flatten, read_provenance
+from pixelclip.visualization.charts import row_percent
+from pixelclip.visualization.pictures import GALLERY, UNLABELLED, Example
+from pixelclip.workflow.provenance import data, flatten, read_provenance, source, used_settings
 from pixelclip.workflow.stage import PROVENANCE, Metrics
 
 _PICTURE = (320, 1280)  # maximum width and height of a picture
@@ -44,6 +47,8 @@ def write_report(
     classes: list[str],
     model: Path,
     words: list[list[tuple[str, float]]],
+    confusion: Mapping[str, Any],
+    run: str = "",
 ) -> None:
     """Write the report.
 
@@ -57,6 +62,8 @@ def write_report(
         classes: class names.
         model: model folder, for its provenance and, if present, its curves and gallery.
         words: nearest class names of every concept, with their cosines.
+        confusion: confusion matrix of PixelCLIP, see `ConfusionMatrix.largest`.
+        run: MLflow run, its address or ID.
     """
     template = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     source = resources.files("pixelclip").joinpath("assets/report.html.j2").read_text(encoding="utf-8")
@@ -67,14 +74,31 @@ def write_report(
         metrics={key.rpartition("/")[0]: value for key, value in metrics.items()},
         rows=sorted(per_class, key=lambda row: (row["iou"] is None, -(row["iou"] or 0))),
         examples=[_example(example, classes) for example in examples],
-        colours=[f"rgb({r},{g},{b})" for r, g, b in palette(len(classes)).tolist()],
+        colours=[f"rgb({r},{g},{b})" for r, g, b in palette(len(classes)).tolist()] + ["#000"],
+        confusion=zip(confusion["classes"], row_percent(confusion).tolist(), strict=True),
+        predicted=confusion["classes"],
         curve=_curve(model / CURVES),
         gallery=_gallery(model, words),
-        settings=flatten(provenance),
-        revision=provenance["revision"],
-        version=provenance["version"],
+        settings=used_settings(provenance),
+        facts=_facts(model, provenance, run),
     )
     write_atomically(path, page)
+
+
+def _facts(model: Path, provenance: Mapping[str, Any], run: str) -> list[tuple[str, str]]:
+    """Return when the report was written, and the run, model, code and data it is about."""
+    clip = flatten(provenance).get("train.clip", "")
+    facts = [
+        ("written", datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")),
+        ("MLflow run", run),
+        ("model", f"{model.resolve().name}, md5 {provenance['output']['md5']}{f', from CLIP {clip}' if clip else ''}"),
+        ("code", f"pixelclip {provenance['version']}, revision {provenance['revision']}"),
+    ]
+    for data_name, described in data(provenance).items():
+        fetched = source(described)
+        origin = f"{fetched['repo']} at {fetched['git_sha'][:12]}" if fetched.get("repo") else described["path"]
+        facts.append((f"training data: {data_name}", f"{origin}, md5 {described['md5']}"))
+    return [(fact, text) for fact, text in facts if text]
 
 
 def _data_uri(image: Image.Image) -> str:
@@ -90,17 +114,18 @@ def _example(example: Example, classes: list[str]) -> dict[str, Any]:
 
     assert example.clip is not None  # a report always compares
     present = np.unique(np.concatenate([m.ravel() for m in (example.truth, example.ours, example.clip)]))
+    unlabelled = [(len(classes), UNLABELLED)] if present[-1] >= len(classes) else []
     return {
         "image": _data_uri(example.image.resize(size)),
         "clip": label_uri(example.clip),
         "ours": label_uri(example.ours),
         "truth": label_uri(example.truth),
-        "legend": [(int(i), classes[i]) for i in present if i < len(classes)],
+        "legend": [(int(i), classes[i]) for i in present if i < len(classes)] + unlabelled,
     }
 
 
 def _curve(path: Path) -> dict[str, Any] | None:
-    """Scale the loss curve to the points of a 600 x 180 drawing."""
+    """Scale the loss curve to the points of a 600 x 180 drawing, with four labelled lines in each direction."""
     if not path.is_file():
         return None
     lines = read_points(path)
@@ -111,7 +136,10 @@ def _curve(path: Path) -> dict[str, Any] | None:
     low, high = min(losses), max(losses)
     scaled = [(600 * s / steps[-1], 180 - 180 * (v - low) / ((high - low) or 1)) for s, v in points]
     polyline = " ".join(f"{x:.1f},{y:.1f}" for x, y in scaled)
-    return {"points": polyline, "low": low, "high": high, "last": losses[-1], "steps": steps[-1]}
+    parts = [part / 4 for part in range(5)]
+    rows = [(180 * part, high - part * (high - low)) for part in parts]
+    columns = [(600 * part, round(steps[-1] * part)) for part in parts]
+    return {"points": polyline, "rows": rows, "columns": columns}
 
 
 def _gallery(model: Path, words: list[list[tuple[str, float]]]) -> list[dict[str, Any]]:

@@ -82,6 +82,32 @@ def flatten(provenance: Mapping[str, Any]) -> dict[str, Any]:
     return params
 
 
+_ONLY_FOR: dict[str, dict[Any, tuple[str, ...]]] = {
+    "masks.generator": {
+        "given": ("given_",),
+        "sam": ("sam_",),
+        "dino": ("dino_", "seed"),
+        "labels": ("labels_",),
+        "felzenszwalb": ("felzenszwalb_",),
+    },
+    "train.strong_view": {True: ("cutout_",)},
+}
+"""For each value of a setting, how the names of those settings of the same stage start that apply only then."""
+
+
+def used_settings(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a chain as `flatten` does, without empty ones and those that its other settings switch off."""
+    flat = flatten(provenance)
+    unused = set()
+    for switch, values in _ONLY_FOR.items():
+        for value, starts in values.items():
+            if flat.get(switch, value) != value:
+                unused |= {f"{switch.partition('.')[0]}.{start}" for start in starts}
+    if not flat.get("train.dino"):
+        unused.add("train.dino_")
+    return {name: value for name, value in flat.items() if value != "" and not name.startswith(tuple(unused))}
+
+
 def changed_settings(stage: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of one stage's provenance that differ from this version's defaults."""
     defaults = SETTINGS[stage["stage"]]().model_dump() if stage["stage"] in SETTINGS else {}
