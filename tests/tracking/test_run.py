@@ -84,7 +84,7 @@ def test_run_has_source_user_description_lineage_and_few_tags(client, monkeypatc
     assert [file.name for file in (folder / "images").glob("segmentations a_b+step+3+*.png")]
 
 
-def test_experiment_opens_as_model_training(client, tmp_path):
+def test_experiment_gets_kind_and_description(client, tmp_path):
     client.create_experiment("pixelclip", artifact_location=str(tmp_path))  # as before 0.2.0, without a kind
     start(tmp_path / "stage").finish()
     tags = client.get_experiment_by_name("pixelclip").tags

@@ -17,7 +17,7 @@ from pixelclip.workflow.provenance import chain, flatten, origins, source
 NOTE = MLFLOW_RUN_NOTE
 """Tag with the description of a run or an experiment, in Markdown."""
 EXPERIMENT = {
-    "mlflow.experimentKind": "custom_model_development",  # the pages of model training, not those of GenAI
+    "mlflow.experimentKind": "custom_model_development",
     NOTE: (
         "Trainings of PixelCLIP, open-vocabulary segmentation without class labels. Every run is one model. Its description "
         "is the model card; its artifact `report.html` shows the evaluation.\n\nTo compare runs, select them and open "

@@ -155,7 +155,7 @@ def reason_of(error: BaseException) -> str:
 def experiment_id(client: MlflowClient) -> str:
     """Return the ID of the experiment for new runs: MLFLOW_EXPERIMENT_ID, MLFLOW_EXPERIMENT_NAME or `pixelclip`.
 
-    The experiment is created if it does not exist. Without a kind, MLflow would show the pages of GenAI.
+    The experiment is created if it does not exist; tags of `EXPERIMENT` that it lacks are added.
     """
     if env_id := os.environ.get("MLFLOW_EXPERIMENT_ID"):
         return env_id
