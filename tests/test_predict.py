@@ -293,6 +293,13 @@ def start(*words: object) -> subprocess.Popen[bytes]:
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE)
 
 
+def finished(process: subprocess.Popen[bytes]) -> str:
+    """Wait for a process to end without an error; return what it printed."""
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, err.decode()
+    return out.decode()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_2000_images_with_a_kill_and_in_parts_equal_an_undisturbed_run(model, tmp_path):
@@ -300,8 +307,7 @@ def test_2000_images_with_a_kill_and_in_parts_equal_an_undisturbed_run(model, tm
         tmp_path / "photos", {f"{number % 7}/{number}.jpg": image_bytes(number) for number in range(2000)}
     )
     words = ("predict", photos, "--classes", "dog,grass,sky", "--model", model, "--device", "cpu")
-    undisturbed = start(*words, "--out", tmp_path / "whole")
-    assert undisturbed.wait(600) == 0, undisturbed.stderr.read()
+    finished(start(*words, "--out", tmp_path / "whole"))
     chunks = 0
     killed = start(*words, "--out", tmp_path / "out")
     while chunks < 20:
@@ -309,13 +315,10 @@ def test_2000_images_with_a_kill_and_in_parts_equal_an_undisturbed_run(model, tm
         time.sleep(0.05)
         chunks = len(list(tmp_path.glob(".out.*.partial/.chunks/*.jsonl")))
     os.kill(killed.pid, signal.SIGKILL)
-    killed.wait()
-    again = start(*words, "--out", tmp_path / "out")
-    assert again.wait(600) == 0, again.stderr.read()
-    assert b"continues an interrupted run" in again.stdout.read()
+    killed.communicate()
+    assert "continues an interrupted run" in finished(start(*words, "--out", tmp_path / "out"))
     for number in (1, 2, 3):
-        part = start(*words, "--out", tmp_path / "parts" / str(number), "--part", f"{number}/3")
-        assert part.wait(600) == 0, part.stderr.read()
+        finished(start(*words, "--out", tmp_path / "parts" / str(number), "--part", f"{number}/3"))
     api.merge(tmp_path / "parts", tmp_path / "merged")
     whole = content(tmp_path / "whole")
     assert len(whole) == 2 * 2000 + 2
