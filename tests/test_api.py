@@ -42,7 +42,7 @@ FUNCTIONS = [name for name in pixelclip.__all__ if name not in ("__version__", "
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_function_takes_the_options_of_its_command(name):
     options = {parameter.name for parameter in COMMANDS[name].params}
-    own = {"part"} if name == "masks" else set()  # an alias of the setting
+    own = {"masks": {"part"}, "train": {"run_name"}}.get(name, set())  # aliases of settings
     parameters = inspect.signature(getattr(pixelclip, name)).parameters
     settings = set(PredictConfig.model_fields) if name == "predict" else {"settings"} & set(parameters)
     assert {*parameters} - {"settings"} | settings == options - own

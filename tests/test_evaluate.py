@@ -479,7 +479,7 @@ def test_interrupted_run_resumes_to_the_same_result(made, seven, client, tmp_pat
     printed = capsys.readouterr().out
     assert "resumes after 5 images" in printed and "1 of 7 samples cannot be used" in printed
     assert result(tmp_path / "out") == result(tmp_path / "undisturbed")
-    assert result(tmp_path / "out")["report.html"].count("<figure>") == 4 * 6
+    assert result(tmp_path / "out")["report.html"].count(b"<figure>") == 4 * 6
 
 
 def test_signal_ends_the_evaluation_after_the_batch(made, seven, client, tmp_path, capsys, reads):

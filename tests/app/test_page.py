@@ -14,7 +14,7 @@ from playwright.sync_api import Page, sync_playwright
 from helpers import tiny
 from helpers.processes import wait_until
 from pixelclip.models.clip_sources import clip_folder
-from pixelclip.storage.files import write_json
+from pixelclip.storage.files import digest, write_json
 
 pytestmark = pytest.mark.services
 SECONDS = 120
@@ -27,6 +27,9 @@ def url(tmp_path_factory):
     model = tiny.model_folder(folder / "model", clip_folder("toy"))
     config = json.loads((model / "config.json").read_text())
     write_json(model / "config.json", config | {"clip": {"spec": "toy", "md5": config["clip"]["md5"]}})
+    provenance = json.loads((model / "provenance.json").read_text())
+    files = [model / "model.safetensors", model / "config.json"]
+    write_json(model / "provenance.json", provenance | {"output": digest(model, files)})
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

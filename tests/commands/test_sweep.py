@@ -122,7 +122,7 @@ def test_runs_are_children_of_one_mlflow_run_with_table_and_plot(made):
     assert len(parents) == 1 and parents[0].info.status == "FINISHED"
     assert "mlflow.parentRunId" not in parents[0].data.tags
     files = {file.path for file in made.client.list_artifacts(parents[0].info.run_id)}
-    assert files == {"table.md", "runs.csv", "sweep.png"}
+    assert files == {"table.md", "runs.csv", "sweep.png", "lineage.json"}
     children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parents[0].info.run_id]
     tags = {(run.info.run_name, run.data.tags["sweep.row"], run.data.tags["sweep.seed"]) for run in children}
     assert tags == {(f"{row}, seed {seed}", row, str(seed)) for row in ROWS for seed in SEEDS} and len(children) == 4

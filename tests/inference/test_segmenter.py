@@ -90,7 +90,7 @@ def test_label_map_has_a_palette_for_up_to_256_classes(count, mode):
         (pixels().astype(float), ["dog"], r"array: expected uint8 \[H, W, 3\], found float64 \[40, 60, 3\]"),
         (pixels()[..., 0], ["dog"], r"found uint8 \[40, 60\]"),
         (np.zeros((0, 5, 3), np.uint8), ["dog"], r"found uint8 \[0, 5, 3\]"),
-        ("nowhere.jpg", ["dog"], "nowhere.jpg: No such file"),
+        ("nowhere.jpg", ["dog"], "nowhere.jpg: no such file"),
         (3, ["dog"], "found int"),
         ([pixels(), None], ["dog"], "photo 1: .*found NoneType"),
     ],

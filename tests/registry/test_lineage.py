@@ -101,8 +101,9 @@ def test_tags_and_datasets_have_the_source(made):
     run = made.client.get_run(version.run_id)
     for tags in (version.tags, run.data.tags):
         assert (tags["code.image"], tags["code.revision"]) == (IMAGE, "r1")
-        for key, value in SOURCE.items():
-            assert tags[f"data.images.{key}"] == str(value)
+        for key in ("md5", "git_sha", "repo"):
+            assert tags[f"data.images.{key}"] == str(SOURCE[key])
+    assert version.tags.items() >= {f"data.images.{key}": str(value) for key, value in SOURCE.items()}.items()
     named = {each.dataset.name: (each.dataset, each.tags[0].value) for each in run.inputs.dataset_inputs}
     assert set(named) == {"images", "labelled"}
     images, context = named["images"]

@@ -59,7 +59,9 @@ def test_cleaning_twice_changes_nothing(rest, scheme):
 
 
 def test_user_of_ssh_is_no_secret():
-    assert public_url("ssh://git@host:22/a@b") == "ssh://host:22/a@b" and not has_secret("ssh://git@host:22/a@b")
+    assert public_url("ssh://git@host.example:22/a@b") == "ssh://host.example:22/a@b" and not has_secret(
+        "ssh://git@host.example:22/a@b"
+    )
     assert has_secret("ssh://git:pw@host/a")
 
 

@@ -492,7 +492,9 @@ def test_file_that_is_not_a_database_is_an_error(client, tmp_path):
 def early_server(request, tmp_path_factory) -> Iterator[Mlflow | None]:
     """Started before the first test of this module, because it takes many seconds."""
     wanted = any("server" in item.fixturenames for item in request.session.items if item.module is request.module)
-    made = mlflow_on_sqlite(tmp_path_factory.mktemp("server")) if wanted else None
+    folder = tmp_path_factory.mktemp("server")
+    files = ["--default-artifact-root", str(folder / "files")]  # within reach without the server, as the database is
+    made = mlflow_on_sqlite(folder, files) if wanted else None
     if made:
         made.server.start()
     yield made

@@ -21,7 +21,8 @@ def public_url(text: str) -> str:
     scheme = re.search(f"{_SCHEME}$", start)
     if not separator or not scheme:
         return text
-    rest = _without_login(rest)
+    while (shorter := _without_login(rest)) != rest:  # what is left may look like a login again
+        rest = shorter
     if scheme[0].lower() not in ("s3", "file"):
         rest = re.split(r"[?#]", rest, maxsplit=1)[0]
     return f"{start}://{public_url(rest)}"
