@@ -89,8 +89,8 @@ def build(
                 )
                 text = gr.Textbox(classes, label="Classes, separated by commas; a bar between synonyms", elem_id="classes")
                 with gr.Row():
-                    left = gr.Dropdown(names, value=names[0], label="Left", min_width=120)
-                    right = gr.Dropdown(names, value=names[min(1, len(names) - 1)], label="Right", min_width=120)
+                    left = gr.Dropdown(names, value=names[0], label="Left", min_width=240)
+                    right = gr.Dropdown(names, value=names[min(1, len(names) - 1)], label="Right", min_width=240)
                 quality = gr.Radio(list(get_args(Quality)), value="fast", label="Quality")
                 button = gr.Button("Segment", variant="primary")
             with gr.Column(scale=2, min_width=300):
