@@ -21,6 +21,7 @@ from pixelclip_pipelines.parameters import (
     check_place,
     check_settings,
     flat,
+    named_data,
     of_form,
     settings_of,
 )
@@ -49,7 +50,7 @@ def check_and_pin(form: Mapping[str, Any], volume: str, nodes: int, gpus: int) -
     """Check the parameters of a run, and resolve them to versions and settings for all other steps.
 
     Args:
-        form: all parameters of the pipeline.
+        form: all parameters of the pipeline; `data_labelled` is None in the pipeline without a labelled set.
         volume, nodes: see `parameters.check_place`.
         gpus: GPUs of each training node.
 
@@ -59,17 +60,18 @@ def check_and_pin(form: Mapping[str, Any], volume: str, nodes: int, gpus: int) -
     images, labelled, workspace = form["data_images"], form["data_labelled"], form["workspace"]
     repo, revision, file = form["data_repo"], form["data_revision"], form["settings_file"]
     check_data(images, labelled, repo, revision, file)
+    data = named_data(images, labelled)
     check_place(workspace, volume, nodes)
     chosen = of_form(form)
     if not file:  # before anything slow
         configs = check_settings(None, chosen)
     if repo:
-        commit, text = look_inside(repo, revision or "HEAD", (images, labelled), file)
+        commit, text = look_inside(repo, revision or "HEAD", data.values(), file)
         print(f"{public_url(repo)}: {revision or 'HEAD'} is {commit}", flush=True)
         revision = commit
         configs = settings_of(chosen, file, text) if file else configs
     check_batch(configs["train"], nodes, gpus)
-    errors = [] if repo else _errors([("images", images), ("labelled", labelled)])
+    errors = [] if repo else _errors(data.items())
     if errors := [*errors, *_errors_of_settings(configs)]:
         raise ValueError("\n".join(errors))
     values, settings = flat(configs), changed(configs)

@@ -45,7 +45,7 @@ _NOT_PASSED = ("toy.", "fetch_data.")  # toy is not a step, and fetch_data has i
 
 def arguments(
     images: str,
-    labelled: str,
+    labelled: str | None,
     workspace: str,
     params: Path | None,
     overrides: Mapping[str, Any],
@@ -57,7 +57,7 @@ def arguments(
 
     Args:
         images: folder of unlabelled images.
-        labelled: labelled set.
+        labelled: labelled set, or None: the pipeline then does not evaluate.
         workspace: folder shared by runs, or empty.
         params: a YAML file with settings on this machine; the arguments contain what it changes.
         overrides: pipeline parameters, or settings as `stage.setting`.
@@ -73,7 +73,7 @@ def arguments(
     if settings_file and params:
         raise ValueError(f"--params {params} and --settings-file {settings_file}: give only one of them")
     if settings_file:
-        _, text = look_inside(repo, revision or "HEAD", (images, labelled), settings_file)
+        _, text = look_inside(repo, revision or "HEAD", named_data(images, labelled).values(), settings_file)
         configs = settings_of(chosen, settings_file, text)
         sent = {name: value for name, value in flat(configs).items() if name in chosen}
     else:
@@ -83,18 +83,25 @@ def arguments(
     # A parameter with its default leaves the setting to the file, so `settings` has to repeat it.
     left = {setting for name, setting in SETTING_OF.items() if settings_file and is_default(name, named)}
     settings = {name: value for name, value in sent.items() if name in left or name not in SETTING_OF.values()}
-    data = {"data_images": images, "data_labelled": labelled, "data_repo": repo, "data_revision": revision}
+    data = {f"data_{name}": path for name, path in named_data(images, labelled).items()}
+    data |= {"data_repo": repo, "data_revision": revision}
     return {**data, **named, "settings": as_text(settings), "settings_file": settings_file, "workspace": workspace}
 
 
-def check_data(images: str, labelled: str, repo: str, revision: str, settings_file: str = "") -> None:
-    """Check the parameters that name data.
+def named_data(images: str, labelled: str | None) -> dict[str, str]:
+    """Return the data of a run by name: images, and the labelled set unless it is None."""
+    return {"images": images} | ({} if labelled is None else {"labelled": labelled})
+
+
+def check_data(images: str, labelled: str | None, repo: str, revision: str, settings_file: str = "") -> None:
+    """Check the parameters that name data; `labelled` is None without a labelled set.
 
     Raises:
         ValueError: a path is missing, `repo` contains credentials, or a parameter needs a repository and there is none.
     """
-    if not images or not labelled:
-        raise ValueError(f"{'labelled' if images else 'images'} must name a folder")
+    for name, path in named_data(images, labelled).items():
+        if not path:
+            raise ValueError(f"{name} must name a folder")
     if has_secret(repo):
         raise ValueError(
             f"--repo {public_url(repo)} contains credentials, which KFP would store and display; "

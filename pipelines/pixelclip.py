@@ -1,6 +1,9 @@
 """The DAG: data -> shards -> masks -> train -> evaluate -> register. Its exit handler always closes the MLflow run."""
 
+import functools
+import inspect
 import json
+from collections.abc import Callable
 from typing import Any
 
 from kfp import dsl
@@ -23,13 +26,17 @@ from pixelclip_pipelines.form import label
 from pixelclip_pipelines.trainjob import template
 
 
-def build(cluster: Cluster | None = None, nodes: int = 1, image: str = IMAGE) -> dsl.base_component.BaseComponent:
+def build(
+    cluster: Cluster | None = None, nodes: int = 1, image: str = IMAGE, labelled: bool = True
+) -> dsl.base_component.BaseComponent:
     """Build the pipeline for a cluster, or for one machine if `cluster` is None.
 
     Args:
         cluster: resources of each step, and the number of parts of stage masks.
         nodes: number of training nodes, which Kubeflow Trainer starts if there are several.
         image: container image of all steps.
+        labelled: False builds `pixelclip-unlabelled`, without `data_labelled` and the evaluations; the registered version is
+            `unmeasured`.
 
     Raises:
         ValueError: the cluster cannot train on several nodes.
@@ -43,7 +50,6 @@ def build(cluster: Cluster | None = None, nodes: int = 1, image: str = IMAGE) ->
             return task
         return set_run_id(place_on(task.set_display_name(title), cluster, step, image))
 
-    @dsl.pipeline(name="pixelclip", description="Teach CLIP where things are, from images that nobody labelled.")
     def pixelclip(
         data_images: str,
         data_labelled: str,
@@ -84,8 +90,9 @@ def build(cluster: Cluster | None = None, nodes: int = 1, image: str = IMAGE) ->
             workspace: Folder on a mounted volume where finished stages are reused and interrupted ones resumed; if empty, the
                 run's own artifact store.
         """
-        form: dict[str, Any] = {"data_images": data_images, "data_labelled": data_labelled, "data_repo": data_repo}
-        form |= {"data_revision": data_revision, "masks_generator": masks_generator, "train_clip": train_clip}
+        form: dict[str, Any] = {"data_images": data_images, "data_repo": data_repo, "data_revision": data_revision}
+        form |= {"data_labelled": data_labelled} if labelled else {}
+        form |= {"masks_generator": masks_generator, "train_clip": train_clip}
         form |= {"train_steps": train_steps, "train_batch_size": train_batch_size, "train_concepts": train_concepts}
         form |= {"train_seed": train_seed, "register_name": register_name, "register_min_gain": register_min_gain}
         form |= {"settings": settings, "settings_file": settings_file, "workspace": workspace}
@@ -104,7 +111,7 @@ def build(cluster: Cluster | None = None, nodes: int = 1, image: str = IMAGE) ->
                 return task.set_caching_options(True)
 
             pictures = fetched("Fetch images", fetch_data, data_images)
-            truth = fetched("Fetch labelled set", fetch_labelled, data_labelled)
+            truth = fetched("Fetch labelled set", fetch_labelled, data_labelled).outputs if labelled else {}
             packed = on("shards", "Pack shards", shards(images=pictures.outputs["data"], **everywhere))
 
             def masked(part: str) -> dsl.PipelineTask:
@@ -121,23 +128,34 @@ def build(cluster: Cluster | None = None, nodes: int = 1, image: str = IMAGE) ->
             training = {name: pins[name] for name in ("clip", "steps", "batch_size", "concepts", "seed")}
             train_task = trainer(**masked_data, **training, **job, **everywhere)
             model = on("train_job" if job else "train", "Train PixelCLIP", train_task).outputs["model"]
-            # KFP identifies artifacts only by address; the two versions identify the content of set and CLIP.
-            versions = {"clip_version": pins["clip_version"], "data_version": truth.outputs["version"]}
-            read_settings = {"settings": pins["clip_settings"], "workspace": workspace}
-            clip_task = evaluate_clip(labelled=truth.outputs["labelled"], clip=pins["clip"], **versions, **read_settings)
-            clip_task = on("evaluate_clip", "Evaluate CLIP", clip_task).set_caching_options(True)
-            evaluate_task = evaluate(
-                model=model,
-                labelled=truth.outputs["labelled"],
-                clip_evaluation=clip_task.outputs["clip_evaluation"],
-                **everywhere,
-            )
-            evaluation = on("evaluate", "Evaluate PixelCLIP", evaluate_task).outputs["evaluation"]
+            evaluation = {}
+            if labelled:
+                # KFP identifies artifacts only by address; the two versions identify the content of set and CLIP.
+                versions = {"clip_version": pins["clip_version"], "data_version": truth["version"]}
+                read_settings = {"settings": pins["clip_settings"], "workspace": workspace}
+                clip_task = evaluate_clip(labelled=truth["labelled"], clip=pins["clip"], **versions, **read_settings)
+                clip_task = on("evaluate_clip", "Evaluate CLIP", clip_task).set_caching_options(True)
+                inputs = {"labelled": truth["labelled"], "clip_evaluation": clip_task.outputs["clip_evaluation"]}
+                evaluate_task = on("evaluate", "Evaluate PixelCLIP", evaluate(model=model, **inputs, **everywhere))
+                evaluation = {"evaluation": evaluate_task.outputs["evaluation"]}
             gate = {"registry_name": pins["registry_name"], "min_gain": pins["min_gain"]}
-            on("register", "Register model", register(model=model, evaluation=evaluation, **gate, **everywhere))
+            on("register", "Register model", register(model=model, **evaluation, **gate, **everywhere))
 
-    return label(pixelclip)
+    described = {"description": "Teach CLIP where things are, from images that nobody labelled."}
+    if labelled:
+        return label(dsl.pipeline(pixelclip, name="pixelclip", **described))
+    described["description"] += " Without a labelled set: the model is not evaluated, and registered as unmeasured."
+    return label(dsl.pipeline(_without_labelled(pixelclip), name="pixelclip-unlabelled", **described))
 
 
-pixelclip = build()
-"""The pipeline for one machine: without pod settings and retries."""
+def _without_labelled(pipeline: Callable[..., None]) -> Callable[..., None]:
+    """Return a pipeline function without its second parameter `data_labelled`."""
+
+    @functools.wraps(pipeline)
+    def unlabelled(data_images: Any, *others: Any) -> None:  # KFP passes all parameters by position
+        pipeline(data_images, None, *others)
+
+    signature = inspect.signature(pipeline)
+    kept = [parameter for name, parameter in signature.parameters.items() if name != "data_labelled"]
+    unlabelled.__signature__ = signature.replace(parameters=kept)  # type: ignore[attr-defined]
+    return unlabelled

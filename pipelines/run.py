@@ -9,12 +9,13 @@ import threading
 import time
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
 import psutil
 from kfp import compiler, local
+from kfp.dsl.base_component import BaseComponent
 
 from pixelclip.registry.model_version import read_registration
 from pixelclip.storage.s3 import is_s3
@@ -22,23 +23,38 @@ from pixelclip.tracking.run import PIPELINE_RUN
 from pixelclip.tracking.server import connect, public_uri, tracking_uri, ui_address
 from pixelclip.workflow.stage import METRICS
 from pixelclip.workflow.termination import Terminated, deferred
-from pixelclip_pipelines.cluster_config import image_of, read
+from pixelclip_pipelines.cluster_config import Cluster, image_of, read
 from pixelclip_pipelines.docker_runner import containers
 from pixelclip_pipelines.parameters import arguments
-from pixelclip_pipelines.pixelclip import build, pixelclip
+from pixelclip_pipelines.pixelclip import build
 
 LOG = "pipeline.log"
 RUNNERS = ("subprocess", "docker")
 _STOP_SECONDS = 0.2
 
 
-def compile_to(path: Path, cluster: Path | None = None, nodes: int = 1, image: str = "") -> None:
+def compile_to(path: Path, cluster: Path | None = None, nodes: int = 1, image: str = "", labelled: bool = True) -> None:
     """Write the pipeline as YAML for a cluster.
 
     Args:
-        path: YAML file to write.
-        cluster: settings of the cluster; see `cluster_config.read`.
+        path, cluster, image: see `write_yaml`.
         nodes: number of training nodes.
+        labelled: whether the pipeline evaluates; see `pixelclip.build`.
+
+    Raises the errors of `write_yaml`.
+    """
+    write_yaml(path, lambda settings, image: build(settings, nodes, image, labelled), cluster, image)
+
+
+def write_yaml(
+    path: Path, builder: Callable[[Cluster, str], BaseComponent], cluster: Path | None = None, image: str = ""
+) -> None:
+    """Build a pipeline for a cluster, and write it as YAML.
+
+    Args:
+        path: YAML file to write.
+        builder: returns the pipeline for the settings of a cluster and a container image.
+        cluster: settings of the cluster; see `cluster_config.read`.
         image: container image; overrides PIXELCLIP_IMAGE and the cluster's.
 
     Raises:
@@ -47,14 +63,14 @@ def compile_to(path: Path, cluster: Path | None = None, nodes: int = 1, image: s
     if path.suffix not in (".yaml", ".yml"):
         raise ValueError(f"{path}: the compiled pipeline must be a .yaml file")
     settings = read(cluster)
-    pipeline = build(settings, nodes, image_of(settings, image))
+    pipeline = builder(settings, image_of(settings, image))
     path.parent.mkdir(parents=True, exist_ok=True)
     compiler.Compiler().compile(pipeline, str(path))
 
 
 def run_locally(
     images: Path | str,
-    labelled: Path | str,
+    labelled: Path | str | None,
     out: Path,
     params: Path | None,
     overrides: Mapping[str, Any],
@@ -66,7 +82,8 @@ def run_locally(
 
     Args:
         images, labelled, params, overrides, repo, revision: see `arguments`; a folder may be `s3://bucket/folder`.
-        out: the workspace; finally also contains `metrics.json`, `report.html`, and KFP's whole log in `pipeline.log`.
+        out: the workspace; finally also contains KFP's whole log in `pipeline.log`, and with a labelled set `metrics.json` and
+            `report.html`.
         runner: run each step as a `subprocess` of this environment, or in a container of the project's image (`docker`).
 
     Raises:
@@ -75,10 +92,12 @@ def run_locally(
     """
     if runner not in RUNNERS:
         raise ValueError(f"runner {runner!r}: must be one of {', '.join(RUNNERS)}")
-    places = [str(path) if repo or is_s3(path) else str(Path(path).absolute()) for path in (images, labelled)]
+    given = [images] if labelled is None else [images, labelled]
+    places = [str(path) if repo or is_s3(path) else str(Path(path).absolute()) for path in given]
     if missing := [place for place in places if not (repo or is_s3(place) or Path(place).is_dir())]:
         raise ValueError(f"{missing[0]}: no such folder")
-    checked = arguments(places[0], places[1], str(out.absolute()), params, overrides, repo, revision)
+    truth = None if labelled is None else places[1]
+    checked = arguments(places[0], truth, str(out.absolute()), params, overrides, repo, revision)
     connect()
     # Steps are separate processes, which inherit MLflow's address and the ID of the run.
     os.environ["MLFLOW_TRACKING_URI"] = _absolute(tracking_uri())
@@ -93,17 +112,20 @@ def run_locally(
                 "ignore", ".*custom or non-Python base image", RuntimeWarning
             )  # the image is this project's
             with (out / LOG).open("a") as log, contextlib.redirect_stdout(_StageOutput(sys.stdout, log)):
-                pixelclip(**checked)
+                build(labelled=truth is not None)(**checked)
         except Terminated as stop:
             print(f"pipeline: {stop.reason}; the same command continues", flush=True)
             raise
         except RuntimeError as error:  # raised by kfp for a failed step, which has printed its own message
             raise SystemExit(f"pixelclip: {error}\nFinished stages are kept in {out}; the same command resumes.") from None
     shutil.rmtree(artifacts, ignore_errors=True)  # all results are in the workspace
-    for name in (METRICS, "report.html"):
-        shutil.copyfile(out / "evaluate" / name, out / name)
-    registered = read_registration(out / "register")
-    print(f"\n{(out / 'evaluate' / 'table.txt').read_text()}")
+    if truth is None:
+        registered = read_registration(out / "register_unmeasured")
+    else:
+        registered = read_registration(out / "register")
+        for name in (METRICS, "report.html"):
+            shutil.copyfile(out / "evaluate" / name, out / name)
+        print(f"\n{(out / 'evaluate' / 'table.txt').read_text()}")
     print(f"{registered['model_uri']} is {registered['role']}: {registered['reason']}")
     print(f"results: {out}   MLflow: {ui_address() or public_uri()}")
 

@@ -182,8 +182,13 @@ def _watch(command: Sequence[str], failure: Path) -> int:
     return 128 - code if code < 0 else code
 
 
-def links(registration: Path, evaluation: Path) -> str:
-    """Return a model's registration as Markdown: MLflow run, registered version, and the versions of its data."""
+def links(registration: Path, result: Path) -> str:
+    """Return a registration as Markdown: MLflow run, registered version, and the versions of the data of `result`.
+
+    Args:
+        registration: output of `register`.
+        result: the evaluation, or the model if it was not evaluated.
+    """
     from pixelclip.registry.model_version import markdown, read_registration
     from pixelclip.tracking.server import ui_address
 
@@ -194,7 +199,7 @@ def links(registration: Path, evaluation: Path) -> str:
         lines.append(f"[{registered['name']} version {registered['version']} in the registry]({address})\n")
     rows = {
         name: f"| {name} | `{described['md5']}` | {source(described).get('git_sha', '–')} | {described['path']} |"
-        for name, described, _ in origins(read_provenance(evaluation / PROVENANCE))
+        for name, described, _ in origins(read_provenance(result / PROVENANCE))
     }
     return "\n".join([*lines, _DATA_COLUMNS + "\n".join(rows.values()) + "\n"])
 

@@ -122,7 +122,7 @@ def unschedule(target: Target, schedule_id: str) -> None:
 def _uploaded(arguments: Mapping[str, Any], target: Target) -> Iterator[tuple[kfp.Client, str, str, dict[str, Any]]]:
     """Check everything, upload what is new, and yield client, URL of KFP's pages, pipeline name and options of a run."""
     cluster = read(target.cluster)
-    pipeline = build(cluster, target.nodes, image_of(cluster, target.image))
+    pipeline = build(cluster, target.nodes, image_of(cluster, target.image), "data_labelled" in arguments)
     check_place(arguments.get("workspace", ""), shared_folder(cluster), target.nodes)
     if not arguments.get("settings_file"):  # which the first step reads
         check_batch(check_settings(None, of_form(arguments))["train"], target.nodes, cluster.steps["train"].gpus)

@@ -1,6 +1,6 @@
 """KFP component that checks the parameters of a run, and pins the commit of the data and the version of the CLIP."""
 
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 from kfp import dsl
 
@@ -10,7 +10,6 @@ from pixelclip_components import IMAGE
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
 def pin_revision(
     data_images: str,
-    data_labelled: str,
     data_repo: str,
     data_revision: str,
     masks_generator: str,
@@ -24,6 +23,7 @@ def pin_revision(
     settings: str,
     settings_file: str,
     workspace: str,
+    data_labelled: Optional[str] = None,  # noqa: UP045
     volume: str = "/",
     nodes: int = 1,
     gpus: int = 0,

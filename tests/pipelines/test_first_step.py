@@ -71,6 +71,7 @@ WRONG = [
     ({"data_revision": "main"}, ["--revision", "main"], "revision 'main' without --repo"),
     ({"data_repo": "https://x:secret@git.example/a"}, ["--repo", "https://x:secret@git.example/a"], "contains credentials"),
     ({"data_images": ""}, ["--images", ""], "images must name a folder"),
+    ({"data_labelled": ""}, [], "labelled must name a folder"),  # such as an unset variable of a shell
 ]
 
 
@@ -92,6 +93,19 @@ def refused(filled: dict[str, Any]) -> list[str]:
     with pytest.raises(ValueError, match=r"^.+") as error:
         pin_revision.python_func(**filled)
     return str(error.value).splitlines()
+
+
+def test_run_without_a_labelled_set_is_checked_and_pinned(form, tmp_path):
+    filled = form()
+    with_set = named(pin_revision.python_func(**filled))
+    (tmp_path / "labelled").rmdir()
+    assert refused(filled) == [f"labelled: {tmp_path / 'labelled'}: no such folder"]
+    del filled["data_labelled"]
+    varying = ("fetch", "clip_version")
+    without = named(pin_revision.python_func(**filled))
+    assert {name: value for name, value in without.items() if name not in varying} == {
+        name: value for name, value in with_set.items() if name not in varying
+    }
 
 
 def test_everything_out_of_reach_is_reported_at_once(form, tmp_path):

@@ -23,7 +23,7 @@ from pixelclip_pipelines import sweep
 from pixelclip_pipelines.artifacts import record
 from pixelclip_pipelines.form import described
 from pixelclip_pipelines.parameters import arguments
-from pixelclip_pipelines.pixelclip import pixelclip
+from pixelclip_pipelines.pixelclip import build
 from pixelclip_pipelines.run import compile_to
 from pixelclip_pipelines.steps import compared, show_confusion, show_metrics
 
@@ -78,7 +78,7 @@ def test_every_field_is_documented(compiled):
 
 
 def test_required_fields_come_first():
-    fields = pixelclip.pipeline_spec.root.input_definitions.parameters
+    fields = build().pipeline_spec.root.input_definitions.parameters
     required = [name for name, field in fields.items() if not field.is_optional]
     assert sorted(fields)[: len(required)] == sorted(required) == ["data_images", "data_labelled"]
 
@@ -93,7 +93,7 @@ def test_choices_are_menus(compiled):
 
 
 def test_no_field_of_the_pipeline_is_a_dictionary():
-    kinds = {field.parameter_type for field in pixelclip.pipeline_spec.root.input_definitions.parameters.values()}
+    kinds = {field.parameter_type for field in build().pipeline_spec.root.input_definitions.parameters.values()}
     assert kinds == {1, 2, 3}, "numbers and text; KFP shows a dictionary as [object Object]"
 
 
@@ -165,4 +165,4 @@ def test_confusion_matrix_is_also_a_csv_file(tmp_path):
 def test_description_is_that_of_the_compiled_file(tmp_path):
     compile_to(tmp_path / "pipeline.yaml")
     spec = next(yaml.safe_load_all((tmp_path / "pipeline.yaml").read_text()))
-    assert described(pixelclip) == spec["pipelineInfo"]["description"]
+    assert described(build()) == spec["pipelineInfo"]["description"]

@@ -11,6 +11,7 @@ from kfp.local import docker_task_handler
 from kfp.local.orchestrator import enhanced_dag_orchestrator
 
 from helpers import fake_data, tiny
+from helpers.promotions import aliases
 from helpers.training import SMALL
 from pixelclip import masks as stage_masks
 from pixelclip import shards as stage_shards
@@ -61,6 +62,24 @@ def test_steps_depend_on_each_other_as_documented(compiled):
         "evaluate": {"fetch-labelled", "train", "evaluate-clip", "pin-revision"},
         "register": {"train", "evaluate", "pin-revision"},
     }
+
+
+def test_pipeline_without_a_labelled_set_has_neither_its_parameter_nor_evaluations(compiled, tmp_path):
+    compile_to(tmp_path / "unlabelled.yaml", labelled=False)
+    loaded = load_component_from_file(str(tmp_path / "unlabelled.yaml"))
+    assert loaded.component_spec.name == "pixelclip-unlabelled"
+    with_set, without = spec_of(compiled), spec_of(tmp_path / "unlabelled.yaml")
+    parameters = with_set["root"]["inputDefinitions"]["parameters"]
+    assert without["root"]["inputDefinitions"]["parameters"] == {k: v for k, v in parameters.items() if k != "data_labelled"}
+    tasks, others = (spec["components"]["comp-exit-handler-1"]["dag"]["tasks"] for spec in (with_set, without))
+    changed = ("pin-revision", "register", "fetch-labelled", "evaluate-clip", "evaluate")
+    assert {name: task for name, task in others.items() if name not in changed} == {
+        name: task for name, task in tasks.items() if name not in changed
+    }
+    assert set(others) & set(changed) == {"pin-revision", "register"}
+    assert set(others["register"]["inputs"]["artifacts"]) == {"model"}
+    passed, other = (each["pin-revision"]["inputs"]["parameters"] for each in (tasks, others))
+    assert other == {name: value for name, value in passed.items() if name != "data_labelled"}
 
 
 def test_parameter_defaults_equal_the_settings(compiled):
@@ -205,6 +224,24 @@ def test_failed_step_after_training_fails_the_mlflow_run(data, tmp_path, monkeyp
         run_locally(data.images, data.labelled, tmp_path / "out", data.params, {})
     (run,) = runs_of(client)
     assert run.info.status == "FAILED" and (tmp_path / "out" / "train" / "metrics.json").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_model_without_labelled_set_is_unmeasured_until_it_is_evaluated(data, tmp_path, monkeypatch, capsys):
+    client = tiny.mlflow_at(monkeypatch, tmp_path / "mlflow")
+    out = tmp_path / "out"
+    run_locally(data.images, None, out, data.params, {})
+    printed = capsys.readouterr().out
+    assert "models:/tiny/1 is unmeasured: it was registered without an evaluation" in printed
+    assert aliases(client, "tiny") == {}
+    assert [run.info.status for run in runs_of(client)] == ["FINISHED"]
+    made = {path.name for path in out.iterdir() if not path.name.startswith(".")}
+    assert made == {"shards", "masks", "train", "register_unmeasured", "pipeline.log"}
+
+    run_locally(data.images, data.labelled, out, data.params, {})  # reuses the model
+    assert aliases(client, "tiny") == {"champion": "1"}
+    assert (out / "metrics.json").is_file() and (out / "report.html").is_file()
 
 
 def test_unknown_runner_is_rejected_before_any_step(tmp_path):

@@ -51,6 +51,14 @@ def test_changed_pipeline_is_a_new_version_and_a_known_one_is_reused(kfp, run):
         assert {executor["container"]["image"] for executor in executors.values()} == {image}
 
 
+def test_run_without_a_labelled_set_is_a_pipeline_of_its_own(kfp, run):
+    assert run("submit", "--images", "/data/images")[0] == 0 and run("submit", *DATA)[0] == 0
+    assert [pipeline["display_name"] for pipeline in kfp.all("pipelines")] == ["pixelclip-unlabelled", "pixelclip"]
+    for created, version in zip(kfp.all("runs"), kfp.all("versions"), strict=True):
+        spec, _ = version["pipeline_spec"]["documents"]
+        assert set(created["runtime_config"]["parameters"]) == set(spec["root"]["inputDefinitions"]["parameters"])
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -32,7 +32,12 @@ Overrides = Annotated[
 RunId = Annotated[str, typer.Argument(help="ID of a run, printed by submit.")]
 Endpoint = Annotated[str, typer.Option(help="URL of KFP; default: KFP_ENDPOINT, KF_PIPELINES_ENDPOINT, or cluster.yaml's.")]
 Images = Annotated[str, typer.Option(help="Unlabelled images on the cluster: path in --repo, folder or s3://.")]
-Labelled = Annotated[str, typer.Option(help="Labelled set, located like --images: images/, labels/ and classes.txt.")]
+Labelled = Annotated[
+    str | None,
+    typer.Option(
+        help="Labelled set, located like --images: images/, labels/, classes.txt; default: none, the model is not evaluated."
+    ),
+]
 Workspace = Annotated[str, typer.Option(help="Folder on a mounted volume where stages are reused and resumed; default: none.")]
 SettingsFile = Annotated[str, typer.Option(help="YAML file with settings in --repo, which the run reads; instead of --params.")]
 
@@ -44,7 +49,7 @@ pipeline.add_typer(schedule_group, name="schedule")
 @pipeline.command("submit")
 def pipeline_submit(
     images: Images,
-    labelled: Labelled,
+    labelled: Labelled = None,
     repo: Repo = "",
     revision: Revision = "",
     workspace: Workspace = "",
@@ -130,8 +135,8 @@ def pipeline_doctor(
 @pipeline.command("run")
 def pipeline_run(
     images: Annotated[str, typer.Option(help="Unlabelled images: folder, s3://, or path in --repo.")],
-    labelled: Annotated[str, typer.Option(help="Labelled set, located like --images: images/, labels/, classes.txt.")],
     out: Annotated[Path, typer.Option(callback=reject_s3, help="Workspace: finished stages are reused, others resume.")],
+    labelled: Labelled = None,
     repo: Repo = "",
     revision: Revision = "",
     params: Params = None,
@@ -150,11 +155,12 @@ def pipeline_compile(
     cluster: Cluster = None,
     nodes: Nodes = 1,
     image: Image = "",
+    unlabelled: Annotated[bool, typer.Option("--unlabelled", help="Without a labelled set: models are not evaluated.")] = False,
 ) -> None:
     """Write the pipeline as YAML for a cluster."""
     from pixelclip_pipelines.run import compile_to
 
-    compile_to(out, cluster, nodes, image)
+    compile_to(out, cluster, nodes, image, not unlabelled)
     print(out)
 
 
@@ -178,7 +184,7 @@ def pipeline_compile_sweep(
 def schedule_create(
     name: Annotated[str, typer.Argument(help="Name of the schedule.")],
     images: Images,
-    labelled: Labelled,
+    labelled: Labelled = None,
     cron: Annotated[
         str, typer.Option(help="'MINUTE HOUR DAY MONTH WEEKDAY' in KFP's time zone, for example '0 3 * * 1'.")
     ] = "",
