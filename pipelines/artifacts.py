@@ -37,6 +37,14 @@ def place(artifact: Any, workspace: str, stage: str) -> Path:
     return folder
 
 
+def place_in(out: str, artifact: Any, workspace: str, stage: str) -> str:
+    """Return the output of a component: the s3:// prefix `out`, to which the artifact then points, or as `place` does."""
+    if not out:
+        return str(place(artifact, workspace, stage))
+    point(artifact, out)
+    return out
+
+
 def writable(workspace: str) -> Path:
     """Return the folder of a workspace, and create it if necessary.
 

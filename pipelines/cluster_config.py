@@ -154,6 +154,9 @@ STEPS: dict[str, dict[str, Any]] = {
     "register": {"memory": "2Gi", "memory_limit": "8Gi", "retries": 3},
     "finish": {"timeout": "20m", "retries": 3},
     "sweep_table": {"timeout": "20m"},
+    "fetch_model": {"memory": "2Gi", "timeout": "2h"},
+    "predict": {**_EVALUATION, "timeout": "24h"},
+    "merge": {"memory": "2Gi", "memory_limit": "8Gi", "timeout": "12h"},
 }
 """The steps of the pipelines and their defaults where these differ from `Step`. A file overrides single settings."""
 
@@ -188,7 +191,12 @@ class Cluster(_Section):
     image: Image = Field("pixelclip:dev", description="Container image of all steps; --image and PIXELCLIP_IMAGE override it.")
     pull_policy: Literal["", "Always", "IfNotPresent", "Never"] = Field("", description="The default of Kubernetes if empty.")
     pull_secrets: list[Name] = Field([], description="Names of Secrets with credentials of the image registry.")
-    parts: int = Field(1, ge=1, le=10_000, description="Parallel parts of stage masks; at most the number of shards.")
+    parts: int = Field(
+        1,
+        ge=1,
+        le=10_000,
+        description="Parallel parts of masks and of pixelclip-predict; at most the number of shards or images.",
+    )
     parallel: int = Field(0, ge=0, description="Parts that run at once; 0 means all.")
     endpoint: str = Field("", description="URL of KFP; --endpoint, KFP_ENDPOINT and KF_PIPELINES_ENDPOINT override it.")
     namespace: str = Field("", description="Namespace of the profile, if KFP is multi-user.")

@@ -20,6 +20,7 @@ ARTIFACTS = {
     "report": "Report",
     "registration": "Registration",
     "links": "Links to MLflow and data versions",
+    "predictions": "Predictions",
     "table": "Table of the sweep",
     "plot": "Plot of the sweep",
 }

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from pixelclip.config import TrainConfig
+from pixelclip.data.class_names import names_of
 from pixelclip.fetch_data import look_inside
 from pixelclip.settings import load, load_all, nearest, parse_overrides
 from pixelclip.storage.files import parse_json
+from pixelclip.storage.s3 import is_s3
 from pixelclip.storage.urls import has_secret, public_url
 
 SETTING_OF = {
@@ -131,6 +133,23 @@ def check_place(workspace: str, volume: str, nodes: int = 1) -> None:
         raise ValueError(
             f"--workspace {workspace}: must be a folder on the volume that steps share (volume in cluster.yaml: {mounted})"
         )
+
+
+def check_prediction(classes: str, workspace: str, out: str, volume: str) -> None:
+    """Check class names and places of a prediction.
+
+    Args:
+        classes: class names, `dog|puppy,grass,sky`.
+        workspace, volume: see `check_place`.
+        out: s3:// prefix, or empty.
+
+    Raises:
+        ValueError: a class name or place is invalid.
+    """
+    names_of(classes)
+    check_place(workspace, volume)
+    if out and not is_s3(out):
+        raise ValueError(f"out {out}: must be s3://bucket/folder; for a folder on the volume, set workspace")
 
 
 def check_batch(train: TrainConfig, nodes: int, gpus: int) -> None:

@@ -9,6 +9,7 @@ Running steps import this module, so it must not import kfp.
 import csv
 import io
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ import yaml
 from pydantic import BaseModel
 
 from pixelclip import __version__
+from pixelclip.api import model_path
 from pixelclip.config import TrainConfig
 from pixelclip.data.class_names import SHIPPED
 from pixelclip.settings import load
@@ -32,7 +34,7 @@ from pixelclip.storage.files import read_json, write_atomically, write_json
 from pixelclip.workflow.code_version import CHANGED, UNKNOWN, code_revision
 from pixelclip.workflow.failures import FAILURE_FILE
 from pixelclip.workflow.provenance import origins, read_provenance, source
-from pixelclip.workflow.stage import PROVENANCE, Metrics, read_metrics
+from pixelclip.workflow.stage import PROVENANCE, Metrics, describe, read_metrics
 from pixelclip_pipelines.artifacts import located, pack, place, point, record, writable
 from pixelclip_pipelines.supervisor import RETRIES
 
@@ -110,13 +112,21 @@ def fetched(artifact: Any, repo: str, path: str, revision: str, settings: Mappin
     return f"{path} md5 {artifact.metadata['md5']}"
 
 
+def fetched_model(artifact: Any, name: str) -> None:
+    """Copy a model folder, `s3://` prefix or registered model to an output artifact; its MD5 goes into the metadata."""
+    model = model_path(name)
+    shutil.copytree(model, artifact.path, dirs_exist_ok=True)  # an interrupted attempt leaves a part of it
+    artifact.metadata.update(name=name, md5=describe(model)["md5"])
+    print(f"fetch_model: {name} has MD5 {artifact.metadata['md5']}", flush=True)
+
+
 @contextmanager
-def gathered(masks: Any, parts: Sequence[Any] | None) -> Iterator[Path | str]:
-    """Yield the masks as one folder: that of the artifact `masks`, or links to the artifacts `parts` of several steps."""
+def gathered(whole: Any, parts: Sequence[Any] | None) -> Iterator[Path | str]:
+    """Yield the output of a stage as one folder: the artifact `whole`, or links to the artifacts `parts` of several steps."""
     if not parts:
-        yield located(masks)
+        yield located(whole)
         return
-    with tempfile.TemporaryDirectory(prefix="masks-") as folder:
+    with tempfile.TemporaryDirectory(prefix="parts-") as folder:
         for number, part in enumerate(parts):
             Path(folder, f"{number:04d}").symlink_to(Path(located(part)).absolute())
         yield Path(folder)

@@ -17,12 +17,14 @@ import kfp
 import kfp_server_api
 import requests
 from kfp import compiler
+from kfp.dsl.base_component import BaseComponent
 from urllib3.exceptions import HTTPError
 
 from pixelclip.storage.urls import public_url, scrubbed
+from pixelclip_pipelines import predict
 from pixelclip_pipelines.cluster_config import Cluster, image_of, read, seconds, shared_folder
 from pixelclip_pipelines.form import described
-from pixelclip_pipelines.parameters import check_batch, check_place, check_settings, of_form
+from pixelclip_pipelines.parameters import check_batch, check_place, check_prediction, check_settings, of_form
 from pixelclip_pipelines.pixelclip import build
 
 ENDPOINTS = ("KFP_ENDPOINT", "KF_PIPELINES_ENDPOINT")
@@ -53,9 +55,28 @@ def submit(arguments: Mapping[str, Any], target: Target, name: str = "") -> str:
     Raises:
         ValueError: an invalid parameter or setting; KFP is unreachable or rejects a request.
     """
-    with _uploaded(arguments, target) as (client, _, pipeline, options):
-        run = client.run_pipeline(job_name=name or f"{pipeline} {datetime.now(UTC):%Y-%m-%d %H:%M:%S}", **options)
-        return str(run.run_id)
+    cluster = read(target.cluster)
+    return _start(_checked(arguments, cluster, target), cluster, arguments, target, name)
+
+
+def submit_prediction(arguments: Mapping[str, Any], target: Target, name: str = "") -> str:
+    """Start a run of `pixelclip-predict`; see `submit`.
+
+    Args:
+        arguments: see `predict.arguments`.
+        target: KFP and how to compile for it; `nodes` is not used.
+        name: see `submit`.
+    """
+    cluster = read(target.cluster)
+    pipeline = predict.build(cluster, image_of(cluster, target.image))
+    check_prediction(arguments["classes"], arguments["workspace"], arguments["out"], shared_folder(cluster))
+    return _start(pipeline, cluster, arguments, target, name)
+
+
+def _start(pipeline: BaseComponent, cluster: Cluster, arguments: Mapping[str, Any], target: Target, name: str) -> str:
+    with _uploaded(pipeline, cluster, arguments, target) as (client, _, options):
+        title = name or f"{pipeline.name} {datetime.now(UTC):%Y-%m-%d %H:%M:%S}"
+        return str(client.run_pipeline(job_name=title, **options).run_id)
 
 
 def schedule(arguments: Mapping[str, Any], target: Target, name: str, cron: str = "", every: str = "") -> str:
@@ -76,7 +97,8 @@ def schedule(arguments: Mapping[str, Any], target: Target, name: str, cron: str 
     if bool(cron) == bool(every):
         raise ValueError("give exactly one of --cron and --every")
     when = {"cron_expression": _six_fields(cron)} if cron else {"interval_second": _interval(every)}
-    with _uploaded(arguments, target) as (client, page, _, options):
+    cluster = read(target.cluster)
+    with _uploaded(_checked(arguments, cluster, target), cluster, arguments, target) as (client, page, options):
         for existing in _schedules(client, options["experiment_id"]):
             if existing.display_name == name:
                 raise ValueError(
@@ -118,14 +140,20 @@ def unschedule(target: Target, schedule_id: str) -> None:
         client.delete_recurring_run(schedule_id)
 
 
-@contextlib.contextmanager
-def _uploaded(arguments: Mapping[str, Any], target: Target) -> Iterator[tuple[kfp.Client, str, str, dict[str, Any]]]:
-    """Check everything, upload what is new, and yield client, URL of KFP's pages, pipeline name and options of a run."""
-    cluster = read(target.cluster)
+def _checked(arguments: Mapping[str, Any], cluster: Cluster, target: Target) -> BaseComponent:
+    """Return the pipeline for these arguments after checking them for a cluster."""
     pipeline = build(cluster, target.nodes, image_of(cluster, target.image), "data_labelled" in arguments)
     check_place(arguments.get("workspace", ""), shared_folder(cluster), target.nodes)
     if not arguments.get("settings_file"):  # which the first step reads
         check_batch(check_settings(None, of_form(arguments))["train"], target.nodes, cluster.steps["train"].gpus)
+    return pipeline
+
+
+@contextlib.contextmanager
+def _uploaded(
+    pipeline: BaseComponent, cluster: Cluster, arguments: Mapping[str, Any], target: Target
+) -> Iterator[tuple[kfp.Client, str, dict[str, Any]]]:
+    """Upload the pipeline if it is new, and yield client, URL of KFP's pages and options of a run."""
     with tempfile.TemporaryDirectory() as folder, connected(target) as (client, _, page):
         file = Path(folder, "pipeline.yaml")
         compiler.Compiler().compile(pipeline, str(file))
@@ -138,7 +166,7 @@ def _uploaded(arguments: Mapping[str, Any], target: Target) -> Iterator[tuple[kf
             "params": dict(arguments),
             "service_account": cluster.service_account or None,
         }
-        yield client, page, pipeline.name, options
+        yield client, page, options
 
 
 @contextlib.contextmanager

@@ -11,7 +11,9 @@ import yaml
 
 from helpers.imports import child, imported_with_theirs
 from pixelclip.cli.app import app
+from pixelclip.cli.pipeline import pipeline
 from pixelclip.config import SETTINGS, STAGES, EvaluateConfig, lasting
+from pixelclip_pipelines.predict import build
 
 ROOT = Path(__file__).parents[1]
 DVC = yaml.safe_load((ROOT / "dvc.yaml").read_text())
@@ -19,6 +21,7 @@ COMMANDS = typer.main.get_command(app).commands
 NAMES = [*STAGES, "evaluate_clip"]
 OF_TRAINING = {"clip", "side", "residual"}  # settings of train that evaluate_clip reads, besides section evaluate
 PIPELINE_STAGES = [stage for stage in NAMES if stage != "toy"]  # scenes are painted before the pipeline starts
+PREDICTION = ["fetch_model", "predict", "merge"]  # components of pixelclip-predict
 DVC_STAGES = [stage for stage in NAMES if stage != "fetch_data"]  # DVC already has the data that it tracks
 
 
@@ -93,7 +96,20 @@ def test_component_takes_the_same_inputs(stage):
     assert ("metrics" in spec.outputs) == (stage == "evaluate")  # the one step that people compare
 
 
-@pytest.mark.parametrize("stage", PIPELINE_STAGES)
+def test_components_of_a_prediction_take_the_options_of_the_commands():
+    options = {name: {parameter.name for parameter in COMMANDS[name].params} for name in ("predict", "merge")}
+    inputs = {name: set(component(name).component_spec.inputs) for name in options}
+    assert inputs["predict"] == options["predict"] - {"photos", "out", "device"} | {"images", "workspace"}
+    assert inputs["merge"] == options["merge"] | {"workspace"}
+    given = set(build().component_spec.inputs)
+    assert given == inputs["predict"] - {"part"} | {"out"}
+    submit = typer.main.get_command(pipeline).commands["submit-predict"]
+    assert {parameter.name for parameter in submit.params} == given | {"name", "cluster", "image", "endpoint"}
+    defaults = {name: each.default for name, each in build().component_spec.inputs.items() if each.default is not None}
+    assert {parameter.name: parameter.default for parameter in submit.params if parameter.name in defaults} == defaults
+
+
+@pytest.mark.parametrize("stage", [*PIPELINE_STAGES, *PREDICTION])
 def test_component_body_only_translates(stage):
     function = component(stage).python_func
     source, _ = inspect.getsourcelines(function)
@@ -103,7 +119,7 @@ def test_component_body_only_translates(stage):
     assert not any(word in line for line in body for word in (" if ", "while ", "try:"))
 
 
-@pytest.mark.parametrize("stage", PIPELINE_STAGES)
+@pytest.mark.parametrize("stage", [*PIPELINE_STAGES, *PREDICTION])
 def test_component_readme_lists_inputs_and_outputs(stage):
     text = (ROOT / "components" / stage / "README.md").read_text()
     spec = component(stage).component_spec

@@ -18,6 +18,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import pytest
+from kfp.local.subprocess_task_handler import SubprocessTaskHandler
+
 ROOT = Path(__file__).parents[2]
 RECORDED = ROOT / "tests" / "fixtures" / "kfp" / "executor_input"
 STAGES = ("shards", "masks", "train", "evaluate_clip", "evaluate", "register")
@@ -27,6 +30,11 @@ def source(name: str) -> str:
     """Return the program of a component, as in the compiled pipeline."""
     component = getattr(import_module(f"pixelclip_components.{name}.component"), name)
     return str(component.component_spec.implementation.container.command[-1])
+
+
+def accept_supervisor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let kfp's local runner run the steps of a cluster, whose executor is started by the supervisor."""
+    monkeypatch.setattr(SubprocessTaskHandler, "validate_not_container_component", lambda self, full_command: None)
 
 
 def run(folder: Path, inputs: Mapping[str, str], environment: Mapping[str, str]) -> dict[str, dict[str, Any]]:

@@ -29,6 +29,9 @@ OUTPUTS = {
     "register": ["registration", "metrics", "links"],
     "finish": [],
     "sweep_table": ["table", "plot"],
+    "fetch_model": ["model"],
+    "predict": ["predictions"],
+    "merge": ["predictions"],
 }
 
 

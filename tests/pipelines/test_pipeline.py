@@ -11,6 +11,7 @@ from kfp.local import docker_task_handler
 from kfp.local.orchestrator import enhanced_dag_orchestrator
 
 from helpers import fake_data, tiny
+from helpers.kfp_steps import accept_supervisor
 from helpers.promotions import aliases
 from helpers.training import SMALL
 from pixelclip import masks as stage_masks
@@ -195,6 +196,7 @@ def loops_read_outputs(monkeypatch):
 @pytest.mark.usefixtures("loops_read_outputs")
 @pytest.mark.filterwarnings("ignore:.*(custom or non-Python base image|have no effect)")
 def test_masks_in_parts_give_the_same_model_as_the_stages_alone(data, tmp_path, monkeypatch):
+    accept_supervisor(monkeypatch)
     client = tiny.mlflow_at(monkeypatch, tmp_path / "mlflow")
     monkeypatch.setenv("PIXELCLIP_PIPELINE_RUN", "run-1")
     space = tmp_path / "space"

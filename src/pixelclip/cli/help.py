@@ -33,6 +33,8 @@ EXAMPLES = {
     "pipeline run": "pixelclip pipeline run --images photos --labelled labelled --out work",
     "pipeline compile": "pixelclip pipeline compile --out pixelclip.yaml",
     "pipeline compile-sweep": "pixelclip pipeline compile-sweep sweeps/paper.yaml --out sweep.yaml",
+    "pipeline compile-predict": "pixelclip pipeline compile-predict --out predict.yaml",
+    "pipeline submit-predict": "pixelclip pipeline submit-predict --images s3://bucket/photos --classes 'dog|puppy,grass,sky'",
     "schedule create": "pixelclip pipeline schedule create nightly --images images --labelled labelled --cron '0 3 * * *'",
     "schedule list": "pixelclip pipeline schedule list",
     "schedule delete": "pixelclip pipeline schedule delete SCHEDULE_ID",

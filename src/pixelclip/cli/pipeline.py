@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from pixelclip.cli.help import Group
+from pixelclip.config import PredictConfig, Quality
 from pixelclip.settings import parse_overrides
 
 
@@ -178,6 +179,46 @@ def pipeline_compile_sweep(
 
     compile_to(file, out, params, workspace, cluster, image)
     print(out)
+
+
+@pipeline.command("compile-predict")
+def pipeline_compile_predict(out: YamlOut = Path("pixelclip-predict.yaml"), cluster: Cluster = None, image: Image = "") -> None:
+    """Write the pipeline that segments many images as YAML for a cluster."""
+    from pixelclip_pipelines.predict import build
+    from pixelclip_pipelines.run import write_yaml
+
+    write_yaml(out, build, cluster, image)
+    print(out)
+
+
+@pipeline.command("submit-predict")
+def pipeline_submit_predict(
+    images: Annotated[str, typer.Option(help="Images or shards on the cluster: folder or s3://.")],
+    classes: Annotated[
+        str, typer.Option(help='"dog|puppy,grass,sky" (bar between synonyms), or a .txt file, one class per line.')
+    ],
+    model: Annotated[
+        str, typer.Option(help="models:/NAME@ALIAS, models:/NAME/VERSION, or a model folder on the cluster or s3://.")
+    ] = "models:/pixelclip@champion",
+    out: Annotated[str, typer.Option(help="s3://bucket/folder; default: in --workspace, or KFP's artifact store.")] = "",
+    quality: Annotated[Quality, typer.Option(help="fast (one view) or best (windows, about ten times slower).")] = "fast",
+    overlays: Annotated[bool, typer.Option(help="Also write the images in the colours of their classes.")] = True,
+    label_studio: Annotated[bool, typer.Option("--label-studio", help="Also write tasks for Label Studio.")] = False,
+    max_bad_share: Annotated[
+        float, typer.Option(help="Maximum fraction of unreadable images.", min=0, max=1)
+    ] = PredictConfig.model_fields["max_bad_share"].default,
+    workspace: Workspace = "",
+    name: Annotated[str, typer.Option(help="Name of the run; default: name of the pipeline and the time.")] = "",
+    cluster: Cluster = None,
+    image: Image = "",
+    endpoint: Endpoint = "",
+) -> None:
+    """Segment many images on Kubeflow Pipelines, in parallel parts, with a registered model; print the run's URL."""
+    from pixelclip_pipelines.predict import arguments
+    from pixelclip_pipelines.submit import Target, submit_prediction
+
+    settings = {"quality": quality, "overlays": overlays, "label_studio": label_studio, "max_bad_share": max_bad_share}
+    submit_prediction(arguments(images, classes, model, out, workspace, **settings), Target(endpoint, cluster, 1, image), name)
 
 
 @schedule_group.command("create")
