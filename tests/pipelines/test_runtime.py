@@ -38,7 +38,8 @@ def results(folder):
 
 
 def test_inputs_of_every_component_were_recorded():
-    assert set(INPUTS.values()) == COMPONENTS
+    newer = {"fetch_model", "predict", "merge"}  # than the recordings; test_predict.py runs them with kfp's local runner
+    assert set(INPUTS.values()) == COMPONENTS - newer
 
 
 @pytest.mark.parametrize("name", INPUTS)
@@ -62,7 +63,7 @@ def test_stages_get_inputs_and_settings(results, folder):
     assert results["masks"]["called"]["shards"].startswith(f"{store}/") and "part='2/3'" in results["masks"]["called"]["config"]
     assert results["train"]["called"]["masks"].startswith(f"{store}/")
     assert "steps=45" in results["train"]["called"]["config"] and "side=96" in results["train"]["called"]["config"]
-    assert Path(results["train-parts"]["called"]["masks"]).name.startswith("masks-"), "links to three parts"
+    assert Path(results["train-parts"]["called"]["masks"]).name.startswith("parts-"), "links to three parts"
     assert results["evaluate"]["called"]["clip_evaluation"].endswith("/evaluation")
     assert "name='pixelclip-toy'" in results["register"]["called"]["config"]
     models = {
