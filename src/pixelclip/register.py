@@ -16,7 +16,7 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 
 from pixelclip.config import EvaluateConfig, RegisterConfig
-from pixelclip.evaluation.protocol import conditions_of, read_protocol, resize_of
+from pixelclip.evaluation.protocol import check_evaluation, conditions_of, read_protocol, resize_of
 from pixelclip.models.checkpoint import read_config
 from pixelclip.registry import model_version
 from pixelclip.registry.gate import GateMetrics
@@ -52,7 +52,7 @@ def run(model: Path, evaluation: Path | None, out: Path, config: RegisterConfig)
     inputs, resize = {"model": describe(model)}, resize_of(EvaluateConfig().model_dump())
     measured: tuple[Path, dict[str, Any], dict[str, str]] | None = None
     if evaluation:
-        evaluated = _check(evaluation, model, md5)
+        evaluated = check_evaluation(evaluation, model)
         measured = evaluation, evaluated, _gate_tags(model, evaluation, evaluated, config, md5)
         inputs["evaluation"], resize = describe(evaluation), resize_of(evaluated["settings"])
     stage = Stage("register", out, inputs, config)
@@ -84,15 +84,6 @@ def run(model: Path, evaluation: Path | None, out: Path, config: RegisterConfig)
             write_json(stage.folder / REGISTRATION, registration)
             values = {"register/version": float(number), "register/champion": float(role == CHAMPION)}
             return stage.finish(values, files=[REGISTRATION])
-
-
-def _check(evaluation: Path, model: Path, md5: str) -> dict[str, Any]:
-    evaluated = read_provenance(evaluation / PROVENANCE)
-    if evaluated["stage"] != "evaluate":
-        raise ValueError(f"{evaluation}: expected the output of evaluate, found that of {evaluated['stage']!r}")
-    if evaluated["inputs"].get("model", {}).get("md5") != md5:
-        raise ValueError(f"{evaluation}: evaluates a different model than {model}")
-    return evaluated
 
 
 def _gate_tags(model: Path, evaluation: Path, evaluated: Mapping[str, Any], config: RegisterConfig, md5: str) -> dict[str, str]:

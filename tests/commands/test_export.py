@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from helpers import tiny
+from helpers.registrations import evaluation_of
 from pixelclip.commands.export import run
 from pixelclip.data.tensors import resized_square
 from pixelclip.inference import onnx_predictor
@@ -104,6 +105,7 @@ def test_huggingface_folder_has_a_card_and_loads_in_open_clip(model, tmp_path):
     assert [file.name for file in files] == ["README.md", "open_clip_config.json", "open_clip_model.safetensors"]
     card = ModelCard.load(tmp_path / "hub" / "README.md")
     assert card.data.library_name == "open_clip"
+    assert "unmeasured" in card.text and "- train: clip=clip" in card.text and str(model.parent) not in card.text
     loaded = load_model(model)
     clip = open_clip.create_model(f"local-dir:{tmp_path / 'hub'}", require_pretrained=True).eval()
     x = torch.randn(2, 3, 64, 64) if "convnext" in str(model) else torch.randn(2, 3, 32, 32)
@@ -113,9 +115,28 @@ def test_huggingface_folder_has_a_card_and_loads_in_open_clip(model, tmp_path):
         assert torch.equal(clip.encode_text(words), loaded.clip.model.encode_text(words))
 
 
+def test_card_shows_the_scores_of_this_model_only(model, tmp_path):
+    scores = {"miou/set": 44.4, "miou_clip/set": 29.7, "gain/set": 14.7, "images/set": 200.0}
+    measured = evaluation_of(tmp_path / "evaluation", model, scores)
+    run(model, tmp_path / "hub", "huggingface", evaluation=measured, uri="models:/demo@champion")
+    text = (tmp_path / "hub" / "README.md").read_text()
+    assert "| mIoU (%) | 29.7 | 44.4 |" in text and "# hub" in text and "--model models:/demo@champion " in text
+    other = tiny.model_folder(tmp_path / "other", tiny.clip_folder(tmp_path / "clip"), change=0.5)
+    with pytest.raises(ValueError, match="evaluates a different model than"):
+        run(other, tmp_path / "no", "huggingface", evaluation=measured)
+    assert not (tmp_path / "no").exists()
+
+
+def test_model_cards_need_no_mlflow():
+    script = "import sys; sys.modules['mlflow'] = None; import pixelclip.registry.model_card, pixelclip.models.convert"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("open_clip", (), Path("evaluation")), "--evaluation is for --format huggingface; open_clip has no model card"),
         (("tflite",), "format 'tflite': must be open_clip, huggingface, onnx"),
         (("huggingface", ["dog"]), "--classes is for --format onnx; huggingface exports the text tower"),
     ],

@@ -16,6 +16,7 @@ from pixelclip.cli.serve import Registered, serve
 from pixelclip.config import ImportConfig
 from pixelclip.data.class_names import names_of
 from pixelclip.settings import as_table, build, parse_overrides
+from pixelclip.storage.download import local_path
 from pixelclip.storage.urls import scrubbed
 from pixelclip.workflow.failures import BAD_INPUT, report
 from pixelclip.workflow.output import output_folder
@@ -245,11 +246,16 @@ def export(
         str,
         typer.Option(help="For onnx: class names as in predict. Its output is then their scores, otherwise dense features."),
     ] = "",
+    evaluation: Annotated[
+        str, typer.Option(help="For huggingface: output of evaluate for this model; the model card shows its scores.")
+    ] = "",
 ) -> None:
     """Export a model for open_clip, the Hugging Face hub, or onnxruntime."""
     from pixelclip.commands.export import run
 
-    files = run(api.model_path(model), out, kind, names_of(classes) if classes else ())
+    measured = local_path(evaluation) if evaluation else None
+    uri = model if model.startswith("models:/") else ""
+    files = run(api.model_path(model), out, kind, names_of(classes) if classes else (), measured, uri)
     print("\n".join(f"{file} ({file.stat().st_size / 1e6:,.1f} MB)" for file in files))
 
 

@@ -15,10 +15,28 @@ if TYPE_CHECKING:
 
 Format = Literal["open_clip", "huggingface", "onnx"]
 CARD = "README.md"
+_OPEN_CLIP = """
+## The files in this folder
+
+They are the CLIP with the trained image tower, in open_clip's format; `pixelclip` above reads the original model folder.
+
+```python
+import open_clip
+
+model = open_clip.create_model("local-dir:FOLDER")  # or "hf-hub:USER/NAME"
+```
+"""
 _TOLERANCE = 0.005  # of ONNX's values, relative to the largest one
 
 
-def run(model: Path, out: Path, kind: str = "open_clip", classes: Sequence[str] = ()) -> list[Path]:
+def run(
+    model: Path,
+    out: Path,
+    kind: str = "open_clip",
+    classes: Sequence[str] = (),
+    evaluation: Path | None = None,
+    uri: str = "",
+) -> list[Path]:
     """Export a model folder.
 
     Args:
@@ -26,17 +44,22 @@ def run(model: Path, out: Path, kind: str = "open_clip", classes: Sequence[str] 
         out: folder to write; its files must not exist yet.
         kind: `open_clip` (config and weights), `huggingface` (the same with a model card) or `onnx`.
         classes: class names for `onnx`, whose output is then their scores.
+        evaluation: output of `evaluate` for this model, whose scores the model card of `huggingface` shows.
+        uri: how users of pixelclip load the model, for the model card; by default the name of the model folder.
 
     Returns:
         The files written.
 
     Raises:
-        ValueError: not a model folder, an unknown format, classes for another format, or `out` already contains an export.
+        ValueError: not a model folder, an unknown format, classes or an evaluation for another format, an evaluation of another
+            model, or `out` already contains an export.
     """
     if kind not in get_args(Format):
         raise ValueError(f"format {kind!r}: must be {', '.join(get_args(Format))}")
     if classes and kind != "onnx":
         raise ValueError(f"--classes is for --format onnx; {kind} exports the text tower, which encodes any class names")
+    if evaluation and kind != "huggingface":
+        raise ValueError(f"--evaluation is for --format huggingface; {kind} has no model card")
     before = set(out.iterdir()) if out.is_dir() else set()
     if kind == "onnx":
         _write_onnx(model, out, classes)
@@ -45,28 +68,26 @@ def run(model: Path, out: Path, kind: str = "open_clip", classes: Sequence[str] 
 
         if kind == "huggingface" and (out / CARD).exists():
             raise ValueError(f"{out}: {CARD} already exists; remove it or choose another folder")
+        card = _card(model, evaluation, out.resolve().name, uri) if kind == "huggingface" else ""
         export(model, out)
-        if kind == "huggingface":
-            write_atomically(out / CARD, _front_matter() + _card(model))
+        if card:
+            write_atomically(out / CARD, card)
     return sorted(set(out.iterdir()) - before)
+
+
+def _card(model: Path, evaluation: Path | None, name: str, uri: str) -> str:
+    from pixelclip.evaluation.protocol import check_evaluation
+    from pixelclip.registry.model_card import model_card
+
+    if evaluation:
+        check_evaluation(evaluation, model)
+    return _front_matter() + model_card(model, evaluation, name=name, uri=uri) + _OPEN_CLIP
 
 
 def _front_matter() -> str:
     """Return the fields that the Hugging Face hub reads from a model card; the licence is the user's to add."""
     fields = {"library_name": "open_clip", "pipeline_tag": "zero-shot-image-classification", "tags": ["clip", "pixelclip"]}
     return f"---\n{yaml.safe_dump(fields, sort_keys=False)}---\n\n"
-
-
-def _card(model: Path) -> str:
-    return (
-        f"# {model.name}\n\n"
-        "A CLIP whose image tower was trained by [PixelCLIP](https://arxiv.org/abs/2409.19846) for dense features, from\n"
-        "images without labels. Load it with open_clip:\n\n"
-        "```python\n"
-        "import open_clip\n\n"
-        'model = open_clip.create_model("local-dir:FOLDER")  # or "hf-hub:USER/NAME"\n'
-        "```\n"
-    )
 
 
 def _write_onnx(model: Path, out: Path, classes: Sequence[str]) -> None:

@@ -19,7 +19,8 @@ from pixelclip.models.tokenizer import describe_tokenizer
 from pixelclip.storage.download import local_path
 from pixelclip.storage.files import read_json
 from pixelclip.storage.s3 import is_s3
-from pixelclip.workflow.stage import describe
+from pixelclip.workflow.provenance import read_provenance
+from pixelclip.workflow.stage import PROVENANCE, describe
 
 PROTOCOL = "protocol.json"
 _OPTIONS = {
@@ -126,6 +127,16 @@ def metric_label(protocol: dict[str, Any]) -> str:
 def describe_protocol(protocol: dict[str, Any]) -> str:
     """Format a protocol as one line of text, without the set's name."""
     return ", ".join(f"{key} {value}" for key, value in protocol.items() if key != "name" and value is not None)
+
+
+def check_evaluation(evaluation: Path, model: Path) -> dict[str, Any]:
+    """Return the provenance of an evaluation; raise ValueError unless it is the output of `evaluate` for this model folder."""
+    evaluated = read_provenance(evaluation / PROVENANCE)
+    if evaluated["stage"] != "evaluate":
+        raise ValueError(f"{evaluation}: expected the output of evaluate, found that of {evaluated['stage']!r}")
+    if evaluated["inputs"].get("model", {}).get("md5") != read_provenance(model / PROVENANCE)["output"]["md5"]:
+        raise ValueError(f"{evaluation}: evaluates a different model than {model}")
+    return evaluated
 
 
 def describe_inputs(labelled: Path, dataset: LabelledSet, config: EvaluateConfig) -> dict[str, dict[str, Any]]:
