@@ -36,6 +36,12 @@ def change_config(folder: Path, **entries) -> None:
     (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value is not None}))
 
 
+def test_loading_draws_no_random_weights_first(model_folder):
+    before = torch.get_rng_state()
+    load_model(model_folder)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_save_then_load_is_bit_equal(clip_folder, tmp_path):
     clip = load_clip(str(clip_folder))
     words = torch.arange(6).reshape(3, 2)

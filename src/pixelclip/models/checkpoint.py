@@ -27,6 +27,7 @@ from pixelclip.models.clip_sources import clip_folder
 from pixelclip.models.compiler import without_compiler
 from pixelclip.models.text import TEMPLATES, Prompts, TextTower, Vectors
 from pixelclip.models.tokenizer import TOKENIZER_FILES, FileTokenizer, load_tokenizer
+from pixelclip.models.uninitialised import Uninitialised
 from pixelclip.models.weights import check_fit
 from pixelclip.settings import nearest
 from pixelclip.storage.files import digest, no_such, read_json, write_json
@@ -182,7 +183,8 @@ def load_model(folder: Path) -> Model:
         if isinstance(layers := cfg[section].get("layers"), int) and layers > len(weights):  # would be built for hours
             raise ValueError(f"{folder / CONFIG}: model_cfg.{section}.layers {layers}: {WEIGHTS} has {len(weights)} tensors")
     try:
-        with torch.device("meta"), without_compiler():  # nothing is allocated before the shapes are known to fit
+        # On the meta device nothing is allocated before the shapes are known to fit.
+        with torch.device("meta"), without_compiler(), Uninitialised():
             expected = build_clip(cfg).state_dict()
     except Exception as error:  # open_clip raises all types of exceptions for invalid values
         reason = f"entry {error} is missing" if isinstance(error, KeyError) else first_line(error)
@@ -190,7 +192,8 @@ def load_model(folder: Path) -> Model:
     tokenizer = load_tokenizer(cfg["text_cfg"], folder)
     try:
         check_fit(weights, expected)
-        model = build_clip(cfg)
+        with Uninitialised():
+            model = build_clip(cfg)
         model.load_state_dict(weights)  # before the prompts, whose fixed words it embeds
         clip = Clip(model.eval(), cfg, mean, std, tokenizer)
         prompts = load_prompts(_with_prefix(tensors, "prompts."), clip.text_tower(), config["templates"])

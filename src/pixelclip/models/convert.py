@@ -27,6 +27,7 @@ from pixelclip.models.checkpoint import (
 from pixelclip.models.decoder import Decoder
 from pixelclip.models.text import TextTower
 from pixelclip.models.tokenizer import TOKENIZER_FILES
+from pixelclip.models.uninitialised import Uninitialised
 from pixelclip.models.weights import check_fit, check_tensors, read_weights
 from pixelclip.settings import nearest
 from pixelclip.storage.files import check_writable, write_atomically
@@ -72,7 +73,7 @@ def identify_clip(clip: Mapping[str, Tensor]) -> str:
         ValueError: no CLIP matches.
     """
     for name in REFERENCE_CLIPS:
-        with torch.device("meta"):
+        with torch.device("meta"), Uninitialised():
             expected = build_clip(open_clip.get_model_config(name)).state_dict()
         if {key: tensor.shape for key, tensor in expected.items()} == {key: tensor.shape for key, tensor in clip.items()}:
             return name
@@ -101,7 +102,8 @@ def run(checkpoint: Path, out: Path, config: ImportConfig) -> Metrics:
     try:
         weights, tokens, head = split_reference(read_weights(checkpoint))
         spec, cfg, mean, std = _find_clip(config.clip or identify_clip(weights))
-        model, decoder = build_clip(cfg), Decoder()
+        with Uninitialised():
+            model, decoder = build_clip(cfg), Decoder()
         for module, state in ((model, weights), (decoder, head)):
             check_fit(state, module.state_dict())
             module.load_state_dict(state)

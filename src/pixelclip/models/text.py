@@ -4,6 +4,7 @@ B images, K concepts, L prompt tokens per concept, C embedding width, T text pos
 """
 
 from collections.abc import Sequence
+from copy import copy
 from functools import cache
 from typing import Any
 
@@ -38,7 +39,12 @@ _VOCABULARY = 49408  # of CLIP's own tokenizer
 
 @cache
 def _tokenizer(context_length: int) -> open_clip.SimpleTokenizer:
-    return open_clip.SimpleTokenizer(context_length=context_length)  # reads its vocabulary of 49,408 tokens anew
+    built = getattr(open_clip.tokenizer, "_tokenizer", None)  # by the import; another one reads the 49,408 tokens anew
+    if not isinstance(built, open_clip.SimpleTokenizer):
+        return open_clip.SimpleTokenizer(context_length=context_length)
+    tokenizer = copy(built)
+    tokenizer.context_length = context_length
+    return tokenizer
 
 
 class TextTower(nn.Module):
