@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from pixelclip.config import EvaluateConfig
 from pixelclip.data.images import colour_labels, palette, to_rgb, turn_upright
+from pixelclip.inference.fonts import typeset
 from pixelclip.settings import build
 from pixelclip.storage.files import read_json
 
@@ -74,16 +75,19 @@ def overlay(image: Image.Image, prediction: Prediction, opacity: float = 0.55) -
 
 
 def with_legend(picture: Image.Image, entries: list[tuple[int, str]], colours: NDArray[np.uint8], size: int = 0) -> Image.Image:
-    """Add a legend below a picture: each entry is an index into `colours` [N, 3] and a name; `size` of the letters."""
+    """Add a legend below a picture: each entry is an index into `colours` [N, 3] and a name; `size` of the letters.
+
+    A name in a script that no font has is written as `#index`.
+    """
     size = size or max(12, min(picture.height // 18, 40))
-    font = ImageFont.load_default(size)
-    row, column = round(size * 1.6), round(max(font.getlength(text) for _, text in entries)) + 3 * size
+    texts = typeset(entries, size)
+    row, column = round(size * 1.6), round(max(font.getlength(text) for text, font in texts)) + 3 * size
     columns = max(1, picture.width // column)
     rows = -(-len(entries) // columns)
     canvas = Image.new("RGB", (max(picture.width, column), picture.height + rows * row + size // 2), "white")
     canvas.paste(picture, (0, 0))
     draw = ImageDraw.Draw(canvas)
-    for position, (index, text) in enumerate(entries):
+    for position, ((index, _), (text, font)) in enumerate(zip(entries, texts, strict=True)):
         left = (position % columns) * column + size // 2
         top = picture.height + size // 2 + (position // columns) * row
         draw.rectangle((left, top, left + size, top + size), fill=tuple(int(v) for v in colours[index]))

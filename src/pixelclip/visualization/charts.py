@@ -6,7 +6,11 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont
 from numpy.typing import NDArray
+from PIL import ImageFont
+
+from pixelclip.inference.fonts import replace_missing
 
 _NAME = 24  # characters of a class name
 
@@ -16,11 +20,12 @@ def confusion_chart(path: Path, confusion: Mapping[str, Any], title: str) -> Non
 
     Args:
         path: PNG file.
-        confusion: as returned by `ConfusionMatrix.largest`.
+        confusion: as returned by `ConfusionMatrix.largest`. A name in a script that the font lacks is shown as `#row`.
         title: title of the chart.
     """
     shares = row_percent(confusion)
-    names = [name[:_NAME] for name in confusion["classes"]]
+    font = ImageFont.truetype(findfont("DejaVu Sans"))  # matplotlib's default
+    names = [replace_missing(name[:_NAME], font, row) for row, name in enumerate(confusion["classes"])]
     side = 3 + 0.45 * len(names)
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.add_subplot()
