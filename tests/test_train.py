@@ -153,7 +153,9 @@ def test_signal_ends_the_training_after_the_step_with_a_checkpoint(
     assert ended.value.code == 128 + number
     stopped = update + 1 if update < 5 else 6
     reason = f"stopped by {number.name}" + (f" after step {stopped} of 6" if update < 5 else "")
-    assert f"train: {reason}; the same command continues\n" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"train: {reason}; the same command continues\n" in printed
+    assert "train: CLIP " in printed and ", batch " in printed and ", cpu, " in printed
     client = MlflowClient()
 
     def status() -> str:

@@ -117,6 +117,8 @@ def _run(
     with stage if group.is_main else nullcontext():
         protocol = protocol_of(resolved)
         tracked = _attach(model, stage, protocol) if group.is_main else None
+        if tracked:
+            print(f"evaluate: {len(dataset)} images, {describe_protocol(protocol)}, {group.device}", flush=True)
         evaluation, words = _evaluate(loaded, clip, dataset, resolved, group, stage.folder / STATE_FOLDER)
         values = compute_metrics(evaluation.counts, len(dataset), config.protocol == "masks", labelled)
         metrics = {f"{key}/{metric_label(protocol)}": value for key, value in values.items()}

@@ -57,6 +57,9 @@ def run(images: Path | str, out: Path, config: ShardsConfig) -> Metrics:
     if stage.finished:
         return stage.reuse()
     with stage:
+        print(f"shards: {len(paths):,} images found in {images}", flush=True)
+        if ignored := _ignored(files):
+            print(ignored, flush=True)
         bad = BadSamples("shards", config.max_bad_share)
         samples = _samples(images, paths, config, bad)
         good, shards = 0, 0
@@ -67,8 +70,6 @@ def run(images: Path | str, out: Path, config: ShardsConfig) -> Metrics:
                         writer.add(name, data)
             good, shards = good + len(chunk), shards + 1
         bad.check(len(paths))
-        if ignored := _ignored(files):
-            print(ignored, flush=True)
         if not good:
             raise ValueError(f"{images}: none of its {len(paths)} images can be used")
         size = sum(tar.stat().st_size for tar in stage.folder.glob("*.tar"))

@@ -52,8 +52,7 @@ _MOST_WORKERS = 4
 """Loader processes by default, if this process has as many CPUs."""
 _PICTURE_IMAGES = 4
 """Images in a training picture."""
-_MAX_MASKLESS = 0.5
-"""Maximum fraction of steps without any mask; above it the masks are considered unusable."""
+_MAX_MASKLESS = 0.5  # of the steps; with more the masks are considered unusable
 
 
 def run(masks: Path | str, out: Path, config: TrainConfig) -> Metrics:
@@ -186,6 +185,7 @@ def _train(
     loader = iter(load_batches(dataset, index_lists, workers, pin=group.device.type == "cuda"))
     if tracked:
         tracked.monitor_system()  # its thread starts after the loader's processes
+        print(f"train: CLIP {origin['spec']}, batch {config.batch_size}, {group.device}, {precision or 'float32'}", flush=True)
     bar = track(range(start, config.steps), "train", "step", config.steps, start, enabled=group.is_main)
 
     output, maskless, num_bad, seen, since = None, resumed.maskless, resumed.bad, 0, time.monotonic()
