@@ -21,11 +21,7 @@ def _setting(default: Any, description: str, *, runtime: bool = False, **limits:
 
 
 def device_name(name: str) -> str:
-    """Validate the name of a device. Its availability is checked when the device is first used.
-
-    Raises:
-        ValueError: the name is not one of the supported forms.
-    """
+    """Validate the name of a device, whose availability is checked at its first use; raise ValueError for an unknown name."""
     if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
         raise ValueError(f"unknown device {name!r}; allowed: {DEVICES}")
     return name
@@ -313,12 +309,7 @@ class ImportConfig(_Settings):
     """Import of a checkpoint of the reference implementation; not a stage."""
 
     clip: str = _setting("", "open_clip's name of its CLIP, or a folder with open_clip_config.json; detected if empty.")
-    side: int = _setting(
-        0,
-        "Side of CLIP's input in pixels; 0 is the multiple of its patch size nearest 320 (ViT), 640 (ConvNeXt).",
-        ge=0,
-        le=4096,
-    )
+    side: int = _setting(0, "Side in pixels; 0: multiple of the patch size nearest 320 (ViT), 640 (ConvNeXt).", ge=0, le=4096)
 
 
 class PredictConfig(_Settings):
