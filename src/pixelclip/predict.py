@@ -16,9 +16,8 @@ from pixelclip.data.image_sources import Photo, Photos, list_photos
 from pixelclip.data.images import decode_image, encode_jpeg, to_rgb, turn_upright
 from pixelclip.data.shard_sources import parts
 from pixelclip.inference.loading import Model, load_predictor
-from pixelclip.inference.prediction import overlay, palette_image
+from pixelclip.inference.prediction import overlay, palette_image, png
 from pixelclip.inference.prediction_files import Record, record_of, write_coco, write_label_studio
-from pixelclip.inference.segmenter import png
 from pixelclip.settings import build
 from pixelclip.storage.files import files_below, parse_json, write_atomically, write_json
 from pixelclip.storage.progress import count
@@ -114,8 +113,9 @@ def _predict(photos: Photos, predictor: Model, names: list[str], folder: Path, c
 def _record(photo: Photo | str, predictor: Model, names: list[str], folder: Path, config: PredictConfig) -> Record:
     if isinstance(photo, str):
         return {"bad": photo}
+    data = photo.read() if photo.remote else None  # an error there is an outage or a full cache: the same command continues
     try:
-        image = to_rgb(turn_upright(decode_image(photo.read())))
+        image = to_rgb(turn_upright(decode_image(photo.read() if data is None else data)))
     except (OSError, ValueError) as error:
         return {"bad": f"{photo.file_name}: {getattr(error, 'strerror', None) or error}"}
     prediction = predictor(image, names, config.quality)

@@ -74,3 +74,8 @@ def test_one_model_on_both_sides_runs_once():
 
     compare(PHOTO, ["sky"], segment, segment)
     assert len(calls) == 1
+
+
+def test_class_called_like_the_choice_of_all_classes_does_not_hide_the_label_maps():
+    comparison, _ = compare(PHOTO, [ALL_CLASSES, "sea"], fixed(halves(1, 1)), fixed(halves(1, 1)))
+    assert (np.asarray(pictures(comparison, ALL_CLASSES, 1.0)[0]) == palette(2)[1]).all()

@@ -1,5 +1,6 @@
 """The page in headless Chromium: `pixelclip app` as its users start it."""
 
+import io
 import json
 import socket
 import subprocess
@@ -20,6 +21,13 @@ pytestmark = pytest.mark.services
 SECONDS = 120
 
 
+def icon() -> bytes:
+    """Return an ICO; Pillow decodes the image in it when it is opened, whatever size it states."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(buffer, "ICO")
+    return buffer.getvalue()
+
+
 @pytest.fixture(scope="module")
 def url(tmp_path_factory):
     """Start the page for a model that began as the toy CLIP."""
@@ -33,7 +41,9 @@ def url(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "pixelclip", "app", "--model", str(model), "--port", str(port), "--device", "cpu"]
+    tiny.model_folder(folder / "other" / "model", tiny.clip_folder(folder / "clip"))
+    models = ["--model", str(model), "--model", str(folder / "other" / "model")]
+    command = [sys.executable, "-m", "pixelclip", "app", *models, "--port", str(port), "--device", "cpu"]
     with (folder / "log").open("w") as log, subprocess.Popen(command, stdout=log, stderr=log) as server:
         wait_until(lambda: "Ctrl-C" in (folder / "log").read_text() or server.poll() is not None, SECONDS)
         assert server.poll() is None, (folder / "log").read_text()
@@ -106,6 +116,7 @@ def test_photo_classes_heat_map_and_the_label_map_to_download(page, tmp_path):
     ("name", "content", "classes", "message"),
     [
         ("notes.png", b"no image", "sky", "notes.png"),
+        ("icon.png", icon(), "sky", "cannot identify image file"),
         ("photo.png", None, "", "at least one name is needed"),
         ("photo.png", None, "sky, sky", "must differ"),
         ("photo.png", None, ", ".join(f"name {number}" for number in range(1001)), "at most 1000"),
@@ -140,6 +151,13 @@ def test_ten_visitors_at_once_each_get_their_own_result_and_one_who_leaves_distu
         assert opened(download.value.path()).shape == (40, 40 + number)
     for context in contexts:
         context.close()
+
+
+def test_both_models_and_their_clips_can_be_chosen(page):
+    page.get_by_label("Right").click()
+    page.wait_for_selector("[role=option]")
+    offered = page.get_by_role("option").all_inner_texts()
+    assert len(offered) == 4 and sum("CLIP (" in name for name in offered) == 2
 
 
 def test_page_is_usable_on_a_phone(browser, url):

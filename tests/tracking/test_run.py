@@ -108,7 +108,7 @@ def test_evaluation_metrics_are_in_groups_and_percent():
         "eval/set/image_recall_clip": 90.0,
         "eval/set/iou/dog": 40.0,
         "eval/set/iou/dog _wild_": 1.0,
-        "eval/set/iou/dog 4": 2.0,
+        "eval/set/iou/dog 2": 2.0,
     }
 
 

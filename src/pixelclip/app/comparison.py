@@ -26,12 +26,12 @@ class View:
     Attributes:
         labels: [H, W], class indices at the size of the page's picture.
         shares: [K], fraction of the photo's pixels that each class has.
-        scores: [K, h, w], cosines on the feature grid.
+        heat: [K, h, w], cosines on the feature grid, each class from its lowest (0) to its highest (255).
     """
 
     labels: NDArray[np.uint16]
     shares: NDArray[np.float64]
-    scores: NDArray[np.float32]
+    heat: NDArray[np.uint8]
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,7 @@ def compare(
     """
     prediction = right(photo, classes, quality)
     other = prediction if left is right else left(photo, classes, quality)
-    limit = (min(_LONGEST_EDGE, photo.width), min(_LONGEST_EDGE, photo.height))
-    size = photo.size if max(photo.size) <= _LONGEST_EDGE else fitted(photo.size, limit)
+    size = photo.size if max(photo.size) <= _LONGEST_EDGE else fitted(photo.size, (_LONGEST_EDGE, _LONGEST_EDGE))
     pixels = np.asarray(photo.resize(size, Image.Resampling.LANCZOS) if size != photo.size else photo)
     return Comparison(pixels, prediction.classes, _view(other, size), _view(prediction, size)), prediction
 
@@ -72,7 +71,9 @@ def compare(
 def _view(prediction: Prediction, size: tuple[int, int]) -> View:
     labels = np.asarray(Image.fromarray(prediction.labels).resize(size, Image.Resampling.NEAREST))
     counts = np.bincount(prediction.labels.ravel(), minlength=len(prediction.classes))
-    return View(labels, counts / prediction.labels.size, prediction.scores)
+    low, high = (limit(prediction.scores, axis=(1, 2), keepdims=True) for limit in (np.min, np.max))
+    heat = np.round(255 * (prediction.scores - low) / np.maximum(high - low, 1e-6)).astype(np.uint8)
+    return View(labels, counts / prediction.labels.size, heat)
 
 
 def pictures(comparison: Comparison, shown: str, opacity: float) -> tuple[Image.Image, Image.Image]:
@@ -84,11 +85,11 @@ def pictures(comparison: Comparison, shown: str, opacity: float) -> tuple[Image.
         opacity: of the colours over the photo, 0 to 1.
     """
     views = (comparison.left, comparison.right)
-    if shown in comparison.classes:
-        index = comparison.classes.index(shown)
-        layers = [_heat(view.scores[index], comparison.photo.shape) for view in views]
-    else:
+    if shown == ALL_CLASSES:
         layers = [colour_labels(view.labels, len(comparison.classes)) for view in views]
+    else:
+        index = comparison.classes.index(shown)
+        layers = [_heat(view.heat[index], comparison.photo.shape) for view in views]
     left, right = (_blended(comparison.photo, layer, opacity) for layer in layers)
     return left, right
 
@@ -98,11 +99,9 @@ def _blended(photo: NDArray[np.uint8], colours: NDArray[np.uint8], opacity: floa
     return Image.fromarray(np.round(mixed).astype(np.uint8))
 
 
-def _heat(scores: NDArray[np.float32], shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    """Colour the scores [h, w] of one class from its lowest to its highest: [H, W, 3]."""
-    low, high = float(scores.min()), float(scores.max())
-    scaled = (scores - low) / max(high - low, 1e-6)
-    grey = Image.fromarray(np.round(255 * scaled).astype(np.uint8)).resize((shape[1], shape[0]), Image.Resampling.BILINEAR)
+def _heat(heat: NDArray[np.uint8], shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """Colour the heat [h, w] of one class: [H, W, 3]."""
+    grey = Image.fromarray(heat).resize((shape[1], shape[0]), Image.Resampling.BILINEAR)
     low_colour, middle, high_colour = _HEAT
     return np.asarray(ImageOps.colorize(grey, low_colour, high_colour, mid=middle))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from pixelclip.app.page import build
+from pixelclip.app.page import MAX_VISITORS, build
 from pixelclip.data.images import IMAGE_SUFFIXES
 from pixelclip.inference.limits import Limits
 from pixelclip.inference.loading import Model
@@ -38,7 +38,7 @@ def run(models: Sequence[tuple[str, Path]], classes: str, examples: Path | None,
         OSError: the port is in use.
     """
     segmenters, specs = load(models, device)
-    toy = TOY in specs
+    toy, classes = TOY in specs, classes or ", ".join(CLASSES)
     with tempfile.TemporaryDirectory(prefix="pixelclip_examples_") as folder:
         if examples is not None:
             if not examples.is_dir():
@@ -46,10 +46,10 @@ def run(models: Sequence[tuple[str, Path]], classes: str, examples: Path | None,
             photos = sorted(path for path in examples.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
             if not photos:
                 raise ValueError(f"{examples}: contains no image")
-            shown = [(str(photo), classes) for photo in photos]
+            shown = [(str(photo.absolute()), classes) for photo in photos]
         else:
             shown = _painted(Path(folder)) if toy else []
-        page = build(segmenters, classes or ", ".join(CLASSES), shown, _note(toy), Limits.load({}))
+        page = build(segmenters, classes, shown, _note(toy), Limits.load({}))
         page.launch(
             server_name=host,
             server_port=port,
@@ -58,7 +58,8 @@ def run(models: Sequence[tuple[str, Path]], classes: str, examples: Path | None,
             show_error=True,  # of a file that is no image, too
             footer_links=[],
             max_file_size=Limits.load({}).max_bytes,
-            allowed_paths=[str(examples or folder)],
+            allowed_paths=[photo for photo, _ in shown],
+            state_session_capacity=MAX_VISITORS,
         )
         print(f"pixelclip app: http://{host}:{port}  (Ctrl-C ends it)", flush=True)
         while True:

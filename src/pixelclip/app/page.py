@@ -3,7 +3,6 @@
 import os
 import shutil
 import tempfile
-import threading
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,12 +16,13 @@ from PIL import Image
 from pixelclip.app.comparison import ALL_CLASSES, Comparison, compare, legend, pictures
 from pixelclip.config import Quality
 from pixelclip.data.class_names import parse_names
-from pixelclip.data.images import decode_image, to_rgb, turn_upright
+from pixelclip.data.images import FORMATS, decode_image, to_rgb, turn_upright
 from pixelclip.inference.limits import Limits, check_classes
 from pixelclip.inference.loading import Model
 from pixelclip.inference.prediction import palette_image
 
-_MAX_WAITING = 64  # visitors in the queue; a further one is told that the page is busy
+MAX_VISITORS = 64
+"""Visitors in the queue, a further one is told that the page is busy; and the last visitors whose results are kept."""
 _KEPT_SECONDS = 3600  # files and results of a visitor
 
 
@@ -31,7 +31,6 @@ class _Answers:
 
     def __init__(self, models: Mapping[str, Model], limits: Limits) -> None:
         self.models, self.limits = models, limits
-        self.slots = threading.Semaphore(limits.max_parallel)
         self.folder = tempfile.TemporaryDirectory(prefix="pixelclip_app_")
         self.files: deque[Path] = deque()
 
@@ -42,14 +41,13 @@ class _Answers:
         try:
             check_classes(text, self.limits)
             photo = _open(Path(path), self.limits)
-            with self.slots:
-                comparison, prediction = compare(photo, parse_names(text), self.models[left], self.models[right], quality)
+            comparison, prediction = compare(photo, parse_names(text), self.models[left], self.models[right], quality)
         except ValueError as error:
             raise _error(str(error)) from None
         label_map = Path(tempfile.mkdtemp(dir=self.folder.name), "label_map.png")
         palette_image(prediction.labels, len(prediction.classes)).save(label_map)
         self.files.append(label_map)
-        if len(self.files) > _MAX_WAITING:  # Gradio has copied the oldest long since
+        if len(self.files) > MAX_VISITORS:  # Gradio has copied the oldest long since
             shutil.rmtree(self.files.popleft().parent)
         shown = gr.Dropdown(choices=[ALL_CLASSES, *comparison.classes], value=ALL_CLASSES, interactive=True)
         drawn, found = pictures(comparison, ALL_CLASSES, opacity), legend(comparison, left, right)
@@ -72,13 +70,15 @@ def build(
         note: Markdown under the title.
         limits: of a photo and its class names, as in serving.
     """
+    Image.init()
+    Image.ID[:] = [name for name in Image.ID if name in FORMATS]  # Gradio opens uploads itself; to open an ICO decodes it
     names, answers = list(models), _Answers(models, limits)
     with gr.Blocks(title="pixelclip", delete_cache=(_KEPT_SECONDS, _KEPT_SECONDS)) as page:
         gr.Markdown(f"# pixelclip\n\n{note}")
         state = gr.State(time_to_live=_KEPT_SECONDS)
         with gr.Row():
             with gr.Column(min_width=300):
-                # Image mode None passes the file on as it is: its size is checked before it is decoded.
+                # Image mode None passes the file on as it is: `_open` checks its size before decoding it.
                 photo = gr.Image(
                     label="Photo",
                     sources=["upload", "clipboard"],
@@ -116,7 +116,7 @@ def build(
             )
         for change in (shown.input, opacity.release):
             change(answers.draw, [state, shown, opacity], slider, show_progress="hidden", api_name=False)
-    return page.queue(max_size=_MAX_WAITING)
+    return page.queue(max_size=MAX_VISITORS)
 
 
 def _error(message: str) -> gr.Error:

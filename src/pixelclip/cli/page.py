@@ -27,4 +27,5 @@ def app(
     except ModuleNotFoundError as error:
         raise ValueError(f"the page needs the extra `app` (pip install 'pixelclip[app]'): {error.name} is missing") from None
     photos = local_path(examples) if examples else None
-    run([(spec.rstrip("/").rpartition("/")[2], model_path(spec)) for spec in model], classes, photos, host, port, device)
+    named = [(spec.removeprefix("models:/"), model_path(spec)) for spec in dict.fromkeys(model)]
+    run(named, classes, photos, host, port, device)

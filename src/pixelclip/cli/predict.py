@@ -39,6 +39,8 @@ def predict(
     names = names_of(classes)
     settings = {"device": device, "quality": quality, "overlays": overlays, "label_studio": label_studio, "part": part}
     if Path(out).suffix.lower() in IMAGE_SUFFIXES:
+        if part or label_studio or not overlays:
+            raise ValueError(f"{out}: --part, --label-studio and --no-overlays are for folders: name a folder as --out")
         with _without_collector():
             _predict_one(photos, names, model, reject_s3(Path(out)), device, quality)
     else:

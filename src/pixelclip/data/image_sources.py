@@ -9,14 +9,13 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from pixelclip.data.images import IMAGE_SUFFIXES
+from pixelclip.data.images import HEIC_ADVICE, HEIC_SUFFIXES, IMAGE_SUFFIXES
 from pixelclip.data.shard_format import index_shard, read_part
-from pixelclip.data.shard_sources import RemoteFile, Shard, describe_shards, list_shards, parts
-from pixelclip.storage.files import digest, files_below
+from pixelclip.data.shard_sources import MANIFEST, RemoteFile, Shard, describe_shards, list_shards, parts
+from pixelclip.storage.files import digest, files_below, no_such
 from pixelclip.storage.s3 import current_version, is_s3, list_below
 from pixelclip.workflow.stage import describe
 
-_MANIFEST = (".txt", ".lst", ".manifest")
 _MAGIC = frozenset("*?[")
 _PREVIEW = "preview.jpg"  # of stage masks, beside its shards
 _File = TypeVar("_File", Path, RemoteFile)
@@ -30,12 +29,14 @@ class Photo:
         name: unique relative path without a suffix, for files about it.
         file_name: relative path of the image; in shards the tar's name and the member's.
         uri: `s3://` URI or absolute path; empty for members of shards.
+        remote: whether it is read from a store.
         read: returns the bytes of the file; raises OSError or ValueError.
     """
 
     name: str
     file_name: str
     uri: str
+    remote: bool
     read: Callable[[], bytes] = field(repr=False)
 
 
@@ -80,14 +81,17 @@ class Photos:
     def __iter__(self) -> Iterator[Photo | str]:
         """Yield the images, and a message for every damaged member of a shard. Shards are opened one after another."""
         for entry in self.entries:
+            remote = isinstance(entry.file, RemoteFile)
             if not self.in_shards:
-                yield Photo(entry.name, entry.file_name, _uri(entry.file), partial(_read, entry.file))
+                yield Photo(entry.name, entry.file_name, _uri(entry.file), remote, partial(_read, entry.file))
                 continue
             members, bad = index_shard(entry.file)
             yield from (f"{where}: {reason}" for where, reason in bad)
             for member in members:
                 key = f"{entry.name}/{member.key}"
-                yield Photo(key, f"{key}.jpg", "", partial(read_part, entry.file, member.image_offset, member.image_size))
+                yield Photo(
+                    key, f"{key}.jpg", "", remote, partial(read_part, entry.file, member.image_offset, member.image_size)
+                )
 
 
 def _read(file: Shard) -> bytes:
@@ -113,11 +117,11 @@ def list_photos(source: str) -> Photos:
         found = [Path(name) for name in sorted(glob.glob(source, recursive=True)) if Path(name).is_file()]  # noqa: PTH207
         return _listed(source, root, found, lambda files: {"path": source, **digest(root, files)})
     if path.is_file():
-        if path.suffix.lower() in _MANIFEST:
+        if path.suffix.lower() in MANIFEST:
             return _shards(source)
         return _listed(source, path.parent, [path], lambda _: describe(path))
     if not path.is_dir():
-        raise ValueError(f"{source}: no such image, folder, manifest of shards or glob")
+        raise ValueError(no_such(path, "image, folder, manifest of shards or glob"))
     if parts(path):
         return _shards(source)
     return _listed(source, path, files_below(path), lambda _: describe(path))
@@ -148,7 +152,8 @@ def _chosen(source: str, found: Sequence[tuple[str, _File]]) -> tuple[list[tuple
     if tars and beside:
         raise ValueError(f"{source}: contains both images ({beside[0]}) and shards ({tars[0][0]}); name only one kind")
     if not (tars or images):
-        raise ValueError(f"{source}: contains no image ({', '.join(IMAGE_SUFFIXES)}) and no shard (*.tar)")
+        heic = f"; {HEIC_ADVICE}" if any(name.lower().endswith(HEIC_SUFFIXES) for name, _ in found) else ""
+        raise ValueError(f"{source}: contains no image ({', '.join(IMAGE_SUFFIXES)}) and no shard (*.tar){heic}")
     return tars or images, bool(tars)
 
 
@@ -163,7 +168,7 @@ def _named(source: str, files: Sequence[tuple[str, Shard]]) -> list[_Entry]:
 
 
 def _listed_in_store(source: str) -> Photos:
-    if source.lower().endswith(_MANIFEST):
+    if source.lower().endswith(MANIFEST):
         return _shards(source)
     listed = list_below(source) or [current_version(source)]
     folder = source.rstrip("/") if listed[0].uri != source else source.rpartition("/")[0]

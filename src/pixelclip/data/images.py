@@ -26,7 +26,7 @@ MAX_PIXELS = "PIXELCLIP_MAX_PIXELS"
 _DEFAULT_MAX_PIXELS = 250_000_000
 # The formats of IMAGE_SUFFIXES, and GIF, which is often stored as .jpg. Pillow's others include containers that state the size
 # of a preview (ICO, ICNS) and EPS, for which it starts Ghostscript.
-_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 _TILE_WIDTH, _TILE_LENGTH = 322, 323  # tags of TIFF
 
 # Pillow warns above 89 megapixels and fails above 179, process-wide. A user's own scans and aerial images may be larger;
@@ -91,12 +91,12 @@ def image_size(data: bytes) -> tuple[int, int]:
 @contextmanager
 def _opened(data: bytes) -> Iterator[Image.Image]:
     try:
-        with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             yield image
     except UnidentifiedImageError:
         if data[4:8] == b"ftyp" and data[8:12] in _HEIC_BRANDS:
             raise ValueError(f"unreadable image: {HEIC_ADVICE}") from None
-        raise ValueError(f"unreadable image: cannot identify image file; formats are {', '.join(_FORMATS)}") from None
+        raise ValueError(f"unreadable image: cannot identify image file; formats are {', '.join(FORMATS)}") from None
     except Exception as error:  # Pillow's parsers raise many kinds of errors on damaged files
         reason = str(error).partition(" <_io.")[0]  # drop the address of the buffer
         raise ValueError(f"unreadable image: {reason}") from None

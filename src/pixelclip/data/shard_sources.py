@@ -13,7 +13,7 @@ from pixelclip.storage.s3 import Listed, is_s3, list_below
 from pixelclip.workflow.provenance import read_provenance
 from pixelclip.workflow.stage import PROVENANCE, describe
 
-_MANIFEST = (".txt", ".lst", ".manifest")
+MANIFEST = (".txt", ".lst", ".manifest")
 _local_copies: dict[str, Path] = {}
 """Local copy of every URI opened by this process, so that the version is requested once, not at every read."""
 
@@ -99,7 +99,7 @@ def parts(source: Path) -> list[Path]:
 
 
 def _is_prefix(source: Path | str) -> bool:
-    return is_s3(source) and not str(source).endswith(_MANIFEST)
+    return is_s3(source) and not str(source).endswith(MANIFEST)
 
 
 def _find_shards(source: Path | str, listed: Sequence[Listed] = ()) -> tuple[list[Shard], list[dict[str, Any]]]:
@@ -169,10 +169,10 @@ def _complete_parts(source: Path | str, provenances: Iterable[Shard]) -> dict[st
             runs.setdefault(json.dumps([settings, inputs, part.partition("/")[2]], sort_keys=True), name)
             folder_of[part] = name
     if len(runs) > 1:
-        reason = "contains mask parts from different runs (settings, shards or number of parts differ)"
+        reason = "contains parts from different runs (settings, inputs or number of parts differ)"
         raise ValueError(f"{source}: {reason}: {', '.join(runs.values())}")
     count = max((int(part.partition("/")[2]) for part in folder_of), default=0)
     missing = [part for part in (f"{number}/{count}" for number in range(1, count + 1)) if part not in folder_of]
     if missing:
-        raise ValueError(f"{source}: contains mask parts, but not {', '.join(missing)}")
+        raise ValueError(f"{source}: contains parts, but not {', '.join(missing)}")
     return {name: made[name] for name in folder_of.values()}

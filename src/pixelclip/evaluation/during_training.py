@@ -87,7 +87,8 @@ class TrainingEvaluation:
         if not confusion.counts.any():
             raise ValueError(f"train.evaluate_on {self._config.evaluate_on}: the label maps contain no labelled pixel")
         miou = confusion.miou()
-        if not self._file.is_file() or miou > read_json(self._file, _Best)["miou"]:
+        former = read_json(self._file, _Best) if self._file.is_file() else {}
+        if former.get("labelled") != self.name or miou > former["miou"]:  # another set's mIoU says nothing about this one's
             self._folder.mkdir(exist_ok=True)
             save(self._folder)
             write_json(self._file, {"step": step, "miou": miou, "labelled": self.name})

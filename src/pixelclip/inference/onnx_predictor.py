@@ -127,16 +127,22 @@ def label_map(scores: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.
     Returns:
         [H, W].
     """
-    (top, bottom, down), (left, right, across) = (
-        _between(points, pixels) for points, pixels in zip(scores.shape[1:], size, strict=True)
-    )
     best, labels = np.full(size, -np.inf, np.float32), np.zeros(size, np.uint16)
     for number, grid in enumerate(scores):  # one class at a time: all of them at full size may take gigabytes
-        columns = grid[:, left] + (grid[:, right] - grid[:, left]) * across  # [h, W]
-        values = columns[top] + (columns[bottom] - columns[top]) * down[:, None]
+        values = resized(grid, size)
         better = values > best
         best[better], labels[better] = values[better], number
     return labels
+
+
+def resized(grid: NDArray[np.float32], size: tuple[int, int]) -> NDArray[np.float32]:
+    """Resize a grid [h, w] bilinearly to `size` (H, W), as torch does: [H, W]."""
+    (top, bottom, down), (left, right, across) = (
+        _between(points, pixels) for points, pixels in zip(grid.shape, size, strict=True)
+    )
+    columns = grid[:, left] + (grid[:, right] - grid[:, left]) * across  # [h, W]
+    values: NDArray[np.float32] = columns[top] + (columns[bottom] - columns[top]) * down[:, None]
+    return values
 
 
 def _between(length: int, samples: int) -> tuple[Any, Any, Any]:

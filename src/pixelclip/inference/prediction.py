@@ -1,5 +1,6 @@
 """The result of a prediction, its pictures and its settings, without torch. K classes, h w score grid, H W image."""
 
+import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,13 @@ def palette_image(labels: NDArray[np.uint16], count: int) -> Image.Image:
     if image.mode == "L" and count <= 256:
         image.putpalette(palette(count).tobytes())  # the mode is now P
     return image
+
+
+def png(image: Image.Image) -> bytes:
+    """Encode an image as PNG."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def overlay(image: Image.Image, prediction: Prediction, opacity: float = 0.55) -> Image.Image:

@@ -3,7 +3,6 @@
 K classes, h w score grid, H W photo.
 """
 
-import io
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +17,8 @@ from pixelclip.config import Quality
 from pixelclip.data.class_names import check_list, with_commas
 from pixelclip.data.images import open_image, to_rgb, turn_upright
 from pixelclip.inference.loading import Model
-from pixelclip.inference.prediction import Prediction, overlay, palette_image
+from pixelclip.inference.onnx_predictor import resized
+from pixelclip.inference.prediction import Prediction, overlay, palette_image, png
 from pixelclip.storage.download import local_path
 from pixelclip.storage.files import check_writable, write_atomically
 
@@ -65,20 +65,14 @@ class Segmentation:
         """
         if name not in self.names:
             raise ValueError(f"no class {name!r}; the classes are {', '.join(self.names)}")
-        import torch
-
-        from pixelclip.inference.predictor import resize_scores
-
-        scores = torch.from_numpy(self.scores[self.names.index(name)])[None, None]
-        resized: NDArray[np.float32] = resize_scores(scores, self.labels.shape)[0, 0].numpy()
-        return resized
+        return resized(self.scores[self.names.index(name)], self.labels.shape)
 
     def overlay(self, opacity: float = 0.55) -> Image.Image:
-        """Return the photo blended with the colours of its classes, above a legend; see `predictor.overlay`."""
+        """Return the photo blended with the colours of its classes, above a legend; see `prediction.overlay`."""
         return overlay(self.photo, self.prediction, opacity)
 
     def label_image(self) -> Image.Image:
-        """Return the label map as an image with a palette, see `predictor.palette_image`."""
+        """Return the label map as an image with a palette, see `prediction.palette_image`."""
         return palette_image(self.labels, len(self.names))
 
     def save(self, path: str | os.PathLike[str]) -> tuple[Path, Path]:
@@ -153,13 +147,6 @@ def saved_files(path: str | os.PathLike[str]) -> tuple[Path, Path]:
     if labels.suffix.lower() != ".png":
         raise ValueError(f"{labels}: the label map must be a .png file")
     return labels, labels.with_suffix(".overlay.png")
-
-
-def png(image: Image.Image) -> bytes:
-    """Encode an image as PNG."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def _opened(photo: Photo) -> Image.Image:

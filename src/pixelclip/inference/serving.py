@@ -22,12 +22,11 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from mlflow.types.schema import Array
-from PIL import Image
 
 from pixelclip.data.class_names import parse_names
 from pixelclip.data.images import decode_image
 from pixelclip.inference.limits import Limits, check_classes
-from pixelclip.inference.prediction import label_image, overlay
+from pixelclip.inference.prediction import label_image, overlay, png
 from pixelclip.inference.predictor import Predictor
 from pixelclip.settings import cut
 
@@ -110,11 +109,11 @@ class ServedModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         as_text = options["format_version"] == 1
         row = {
             "format_version": options["format_version"],
-            "label_map": _png(label_image(prediction.labels)),
+            "label_map": png(label_image(prediction.labels)),
             **{name: json.dumps(values) if as_text else values for name, values in lists.items()},
         }
         if options["overlay"]:
-            row["overlay"] = _png(overlay(image, prediction))
+            row["overlay"] = png(overlay(image, prediction))
         if options["score_maps"]:
             buffer = io.BytesIO()
             np.save(buffer, prediction.scores.astype(np.float32), allow_pickle=False)
@@ -151,12 +150,6 @@ def _bytes(data: bytes | str, limit: int) -> bytes:
         except binascii.Error as error:
             raise ValueError(f"image: neither bytes nor base64: {error}") from None
     return data
-
-
-def _png(image: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 mlflow.models.set_model(ServedModel())

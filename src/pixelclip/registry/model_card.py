@@ -113,11 +113,7 @@ def _measured(evaluation: Path) -> str:
     images = metrics.get(f"images/{label}", 0.0)
     scores = [
         [title, f"{metrics[f'{key}_clip/{label}']:.1f}", f"{metrics[f'{key}/{label}']:.1f}"]
-        for title, key in (
-            ("mIoU (%)", "miou"),
-            ("pixel accuracy (%)", "pixel_accuracy"),
-            ("mask accuracy (%)", "mask_accuracy"),
-        )
+        for title, key in _SCORES
         if f"{key}/{label}" in metrics and f"{key}_clip/{label}" in metrics
     ]
     scores += [["gain in mIoU (points)", "", f"{metrics[f'gain/{label}']:+z.1f}"]] if f"gain/{label}" in metrics else []

@@ -15,7 +15,7 @@ def public_url(text: str) -> str:
 
     User, password or token are removed, and so are the query and the fragment, where signatures and tokens are. Keys of `s3://`
     and paths of `file://` may contain `?` and `#`, and keep them. A password may contain `@` and `/` as they are: in doubt
-    too much is removed.
+    too much is removed, except that `a.user:123/secret@host` looks like a host with its port and stays.
     """
     start, separator, rest = text.partition("://")
     scheme = re.search(f"{_SCHEME}$", start)

@@ -100,9 +100,9 @@ def evaluation_metrics(metrics: Mapping[str, float], per_class: Iterable[Mapping
     for key, value in metrics.items():
         kind, _, label = key.partition("/")
         named[f"eval/{label}/{kind}"] = 100 * value if kind == "image_recall_clip" else value
-    for row in per_class:
+    for index, row in enumerate(per_class):
         name = re.sub(r"[^\w\- ]", "_", row["class"].partition(",")[0].strip())[:_NAME_LENGTH]
         key = f"eval/{label}/iou/{name}"
         if row["iou"] is not None:
-            named[key if key not in named else f"{key} {len(named)}"] = row["iou"]
+            named[key if key not in named else f"{key} {index}"] = row["iou"]
     return named
