@@ -520,7 +520,7 @@ def test_parts_equal_the_whole_and_a_missing_part_is_reported(tmp_path) -> None:
     run(shards, tmp_path / "whole", config(max_bad_share=0.5))
     for number in (1, 3):
         run(shards, tmp_path / "parts" / str(number), config(max_bad_share=0.5, part=f"{number}/3"))
-    with pytest.raises(ValueError, match=r"parts: contains mask parts, but not 2/3"):
+    with pytest.raises(ValueError, match=r"parts: contains parts, but not 2/3"):
         list_shards(tmp_path / "parts")
     run(shards, tmp_path / "parts" / "2", config(max_bad_share=0.5, part="2/3"))
     found = {path.name: read_tar(path) for path in list_shards(tmp_path / "parts")}
@@ -570,7 +570,7 @@ def test_parts_with_different_settings_are_rejected(tmp_path) -> None:
     shards = sources(tmp_path / "shards", 2)
     run(shards, tmp_path / "parts" / "one", config(max_bad_share=0.5, part="1/2"))
     run(shards, tmp_path / "parts" / "two", config(max_bad_share=0.5, part="2/2", max_masks=1))
-    with pytest.raises(ValueError, match=r"parts: contains mask parts from different runs .*: one, two"):
+    with pytest.raises(ValueError, match=r"parts: contains parts from different runs .*: one, two"):
         list_shards(tmp_path / "parts")
 
 

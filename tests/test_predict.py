@@ -16,8 +16,10 @@ from pycocotools.coco import COCO
 from helpers import fake_data, s3_sources, tiny
 from helpers.command_line import pixelclip  # noqa: F401
 from pixelclip import api, predict
+from pixelclip.data.shard_sources import RemoteFile
 from pixelclip.inference.prediction_files import brush_rle
 from pixelclip.inference.predictor import Predictor
+from pixelclip.storage.s3 import UnreachableError
 
 NAMES = ["dog|puppy", "grass", "sky", "traffic light"]
 WITH_COMMAS = ["dog, puppy", "grass", "sky", "traffic light"]
@@ -186,6 +188,24 @@ def test_bucket_gives_what_a_folder_gives(bucket, photos, model, tmp_path):
     stored = {name.removeprefix("out/"): bucket.get_object(Bucket="data", Key=name)["Body"].read() for name in names}
     del stored["provenance.json"]
     assert stored == content(tmp_path / "of_shards")
+
+
+def test_outage_of_the_store_is_no_bad_image_and_the_same_command_continues(bucket, photos, model, tmp_path, monkeypatch):
+    s3_sources.put(bucket, photos, "photos")
+    run(photos, model, tmp_path / "local")
+    with monkeypatch.context() as outage:
+        download = RemoteFile.open
+
+        def fail_once(self, mode="rb"):
+            if self.uri.endswith("/a/1.jpg"):
+                raise UnreachableError(f"{self.uri}: cannot be reached")
+            return download(self, mode)
+
+        outage.setattr(RemoteFile, "open", fail_once)
+        with pytest.raises(ValueError, match="cannot be reached"):
+            run("s3://data/photos", model, tmp_path / "out")
+    run("s3://data/photos", model, tmp_path / "out")
+    assert content(tmp_path / "out") == content(tmp_path / "local")
 
 
 def test_glob_takes_what_matches(photos, model, tmp_path):

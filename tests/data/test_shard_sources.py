@@ -115,7 +115,7 @@ def test_incomplete_mask_parts_in_a_store_are_rejected(bucket, tmp_path):
         out = tmp_path / "parts" / f"part{number}"
         masks.run(here, out, MasksConfig(workers=0, generator="given", part=f"{number}/3"))
     put(bucket, tmp_path / "parts", "parts")
-    with pytest.raises(ValueError, match="s3://data/parts: contains mask parts, but not 2/3"):
+    with pytest.raises(ValueError, match="s3://data/parts: contains parts, but not 2/3"):
         list_shards("s3://data/parts")
     masks.run(here, tmp_path / "parts" / "part2", MasksConfig(workers=0, generator="given", part="2/3"))
     put(bucket, tmp_path / "parts", "parts")
