@@ -23,7 +23,7 @@ demo-docker: .venv/installed image  ## The demo in containers, with data from DV
 test: .venv/installed  ## All fast tests, in two processes
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
-test-services: .venv/installed  ## Tests against real S3, PostgreSQL, MLflow and DVC (started and stopped by the tests)
+test-services: .venv/installed  ## Tests against real S3, PostgreSQL, MLflow, DVC and Chromium (started and stopped by the tests)
 	@$(BIN)/python -m pytest -m services
 
 test-docker: .venv/installed  ## Tests that need a Docker engine and the image of `make image`
@@ -32,7 +32,7 @@ test-docker: .venv/installed  ## Tests that need a Docker engine and the image o
 bench: .venv/installed  ## Speed and memory against baselines: a table and bench/results.json
 	@$(BIN)/python -m bench
 
-test-faults: .venv/installed  ## Kills and signals at many moments of every stage; half an hour
+test-faults: .venv/installed  ## Kills, signals, full disks, outages and damaged bytes; an hour
 	@rm -f runs/faults.json
 	@$(BIN)/python -m pytest -m slow tests/faults; status=$$?; $(BIN)/python tests/helpers/faults.py; exit $$status
 
