@@ -220,6 +220,7 @@ def test_comparison_is_written_even_if_mlflow_fails(made, tmp_path, capsys, monk
         raise MlflowException("API request failed with error code 503 != 200")
 
     monkeypatch.setattr(MlflowClient, method, unavailable)
+    monkeypatch.setattr("pixelclip.tracking.run._CLOSE_SECONDS", 0.1)
     with pytest.raises(ValueError, match=r"^demo: rejected by MLflow at sqlite:.* 503 != 200$"):
         reproduce.run(f"models:/{NAME}/1", tmp_path / "out")
     assert read_json(tmp_path / "out" / "reproduction.json")["equal"] is True
