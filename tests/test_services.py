@@ -170,10 +170,9 @@ def test_runs_are_stored_in_postgresql_and_files_in_s3(mlflow_server, all_servic
     assert run.finish()
     query = f"SELECT step, value FROM metrics WHERE run_uuid = '{run.run_id}' AND key = 'loss' ORDER BY step"
     assert rows(all_services.postgres, query) == [(1, 1.0), (2, 0.5), (3, 1 / 3)]
-    (stored,) = [
-        entry for entry in all_services.s3.client().list_objects_v2(Bucket="mlflow")["Contents"] if run.run_id in entry["Key"]
-    ]
-    assert stored["Key"].endswith("pictures/picture.bin") and stored["Size"] == 12 << 20
+    listed = all_services.s3.client().list_objects_v2(Bucket="mlflow")["Contents"]
+    stored = {one["Key"].rpartition("/artifacts/")[2]: one["Size"] for one in listed if run.run_id in one["Key"]}
+    assert stored["pictures/picture.bin"] == 12 << 20 and "lineage.json" in stored
     back = mlflow.artifacts.download_artifacts(
         run_id=run.run_id, artifact_path="pictures/picture.bin", dst_path=tmp_path / "back"
     )

@@ -50,7 +50,7 @@ def test_run_and_promotion_with_the_right_password(guarded, log_in, tmp_path):
     assert run.finish()
     client = MlflowClient(guarded.uri)
     assert curve(client, run.run_id) == [(1, 1.0)]
-    assert [file.path for file in client.list_artifacts(run.run_id)] == ["note.txt"]
+    assert [file.path for file in client.list_artifacts(run.run_id)] == ["lineage.json", "note.txt"]
     client.create_registered_model("guarded")
     tags = {"miou": "40", "gain": "10", "measured_on": "x"}
     client.create_model_version("guarded", source=f"runs:/{run.run_id}/model", run_id=run.run_id, tags=tags)
