@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from pixelclip.config import Quality
 from pixelclip.data.images import colour_labels, fitted, palette
 from pixelclip.inference.loading import Model
-from pixelclip.inference.prediction import Prediction
+from pixelclip.inference.prediction import Prediction, blend
 
 ALL_CLASSES = "all classes"
 _LONGEST_EDGE = 1280
@@ -90,13 +90,8 @@ def pictures(comparison: Comparison, shown: str, opacity: float) -> tuple[Image.
     else:
         index = comparison.classes.index(shown)
         layers = [_heat(view.heat[index], comparison.photo.shape) for view in views]
-    left, right = (_blended(comparison.photo, layer, opacity) for layer in layers)
+    left, right = (blend(comparison.photo, layer, opacity) for layer in layers)
     return left, right
-
-
-def _blended(photo: NDArray[np.uint8], colours: NDArray[np.uint8], opacity: float) -> Image.Image:
-    mixed = photo.astype(np.float32) * (1 - opacity) + colours.astype(np.float32) * opacity
-    return Image.fromarray(np.round(mixed).astype(np.uint8))
 
 
 def _heat(heat: NDArray[np.uint8], shape: tuple[int, ...]) -> NDArray[np.uint8]:

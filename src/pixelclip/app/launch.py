@@ -14,6 +14,7 @@ from pixelclip.inference.limits import Limits
 from pixelclip.inference.loading import Model
 from pixelclip.inference.predictor import Predictor
 from pixelclip.models.checkpoint import read_config
+from pixelclip.storage.files import no_such
 from pixelclip.toy_scenes.scenes import CLASSES, paint
 from pixelclip.workflow.failures import first_line
 
@@ -42,14 +43,15 @@ def run(models: Sequence[tuple[str, Path]], classes: str, examples: Path | None,
     with tempfile.TemporaryDirectory(prefix="pixelclip_examples_") as folder:
         if examples is not None:
             if not examples.is_dir():
-                raise ValueError(f"{examples}: no such folder of example photos")
+                raise ValueError(no_such(examples, "folder of example photos"))
             photos = sorted(path for path in examples.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES)
             if not photos:
                 raise ValueError(f"{examples}: contains no image")
             shown = [(str(photo.absolute()), classes) for photo in photos]
         else:
             shown = _painted(Path(folder)) if toy else []
-        page = build(segmenters, classes, shown, _note(toy), Limits.load({}))
+        limits = Limits.load({})
+        page = build(segmenters, classes, shown, _note(toy), limits)
         page.launch(
             server_name=host,
             server_port=port,
@@ -57,7 +59,7 @@ def run(models: Sequence[tuple[str, Path]], classes: str, examples: Path | None,
             quiet=True,
             show_error=True,  # of a file that is no image, too
             footer_links=[],
-            max_file_size=Limits.load({}).max_bytes,
+            max_file_size=limits.max_bytes,
             allowed_paths=[photo for photo, _ in shown],
             state_session_capacity=MAX_VISITORS,
         )

@@ -22,7 +22,7 @@ from pixelclip.inference.loading import Model
 from pixelclip.inference.prediction import palette_image
 
 MAX_VISITORS = 64
-"""Visitors in the queue, a further one is told that the page is busy; and the last visitors whose results are kept."""
+"""Maximum length of the queue, and maximum number of visitors whose results stay in memory."""
 _KEPT_SECONDS = 3600  # files and results of a visitor
 
 

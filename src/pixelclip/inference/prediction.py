@@ -65,14 +65,19 @@ def png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
+def blend(photo: NDArray[np.uint8], colours: NDArray[np.uint8], opacity: float) -> Image.Image:
+    """Blend a photo [H, W, 3] with colours [H, W, 3] of an opacity from 0 to 1."""
+    mixed = photo.astype(np.float32) * (1 - opacity) + colours.astype(np.float32) * opacity
+    return Image.fromarray(np.round(mixed).astype(np.uint8))
+
+
 def overlay(image: Image.Image, prediction: Prediction, opacity: float = 0.55) -> Image.Image:
     """Blend the image with its label colours and add a legend of the predicted classes, largest first.
 
     Edges are limited to 16,384 pixels, the legend to 100 classes, and names to 60 characters.
     """
-    photo = np.asarray(to_rgb(turn_upright(image)), dtype=np.float32)
-    colours = colour_labels(prediction.labels, len(prediction.classes)).astype(np.float32)
-    picture = Image.fromarray(np.round(photo * (1 - opacity) + colours * opacity).astype(np.uint8))
+    photo = np.asarray(to_rgb(turn_upright(image)))
+    picture = blend(photo, colour_labels(prediction.labels, len(prediction.classes)), opacity)
     picture.thumbnail((_LONGEST_EDGE, _LONGEST_EDGE))
     counts = np.bincount(prediction.labels.ravel(), minlength=len(prediction.classes))
     present = [int(i) for i in np.argsort(-counts, kind="stable") if counts[i]]
