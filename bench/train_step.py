@@ -14,11 +14,11 @@ from bench.case import Case
 from pixelclip.config import TrainConfig
 from pixelclip.data.dataset import Batch
 from pixelclip.models.backbone import Backbone
+from pixelclip.models.concepts import new_concepts
 from pixelclip.models.decoder import new_decoder
 from pixelclip.models.optimizer import make_optimizer
 from pixelclip.models.pixelclip import PixelCLIP
 from pixelclip.models.text import TextTower
-from pixelclip.train import new_concepts
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from helpers import reference

@@ -24,8 +24,9 @@ from pixelclip import evaluate, train
 from pixelclip.config import EvaluateConfig, MasksConfig
 from pixelclip.mask_generators.dino import IMAGENET_MEAN, IMAGENET_STD, segment
 from pixelclip.models.checkpoint import load_clip, load_model
+from pixelclip.models.concepts import new_concepts
 from pixelclip.models.pixelclip import PixelCLIP
-from pixelclip.models.text import TEMPLATES, classifier
+from pixelclip.models.text import TEMPLATES, TextTower, classifier
 from pixelclip.workflow.stage import describe
 from pixelclip.workflow.termination import Terminated
 
@@ -115,6 +116,20 @@ def test_killed_training_resumes_with_identical_losses(shards, config, tmp_path,
     assert not (tmp_path / "broken").exists()
     continued = train.run(shards, tmp_path / "broken", config(workers=1))
     assert continued == undisturbed
+    assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "broken"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_concepts_from_data_are_chosen_before_training_and_resumed(shards, config, tmp_path, monkeypatch):
+    settings = config(concept_init="data", concept_init_images=3, decoded_concepts=2, backbone_warmup=2)
+    train.run(shards, tmp_path / "whole", settings)
+    with monkeypatch.context() as patch:
+        kill_at(3, patch)
+        with pytest.raises(Killed):
+            train.run(shards, tmp_path / "broken", settings)
+    monkeypatch.setattr(train, "_first_mask_features", die)  # the state has the prompts
+    train.run(shards, tmp_path / "broken", settings)
     assert losses(tmp_path / "broken") == losses(tmp_path / "whole")
     one, other = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "broken"))
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -301,9 +316,9 @@ def test_every_kind_of_concepts_can_be_trained(shards, config, clip, tmp_path, k
     names = {"concept_names": "dog|puppy,grass,sky"} if kind == "names" else {}
     train.run(shards, tmp_path / "model", config(concept_kind=kind, learning_rate_prompts=0.1, **names))
     model = load_model(tmp_path / "model")
-    text = train.TextTower(load_clip(str(clip)).model)
-    before = train.new_concepts(text, config(concept_kind=kind, **names))(text)
-    after = model.prompts(train.TextTower(model.clip.model))
+    text = TextTower(load_clip(str(clip)).model)
+    before = new_concepts(text, config(concept_kind=kind, **names))(text)
+    after = model.prompts(TextTower(model.clip.model))
     assert len(after) == (3 if kind == "names" else 4)
     assert torch.allclose(before, after, atol=1e-6) is (kind != "vectors")
     if kind == "names":

@@ -177,8 +177,19 @@ class TrainConfig(_Settings):
         "Concepts: learnable prompts, fixed prompts of random words, vectors without the text tower, or class names.",
     )
     concept_names: str = _setting("", "Kind names: a file with one class name per line, or 'dog|puppy,grass'; empty otherwise.")
+    concept_init: Literal["random", "data"] = _setting(
+        "random",
+        "First words of the prompts: random vocabulary entries (paper), or data: the words that describe the masks best, one "
+        "per prompt.",
+    )
+    concept_init_images: int = _setting(256, "concept_init data: number of images whose masks are described.", ge=1)
     concepts: int = _setting(64, "K: number of concepts (kind names: number of names).", ge=2)
     prompt_tokens: int = _setting(4, "L: learnable tokens per prompt.", ge=1, le=64)
+    decoded_concepts: int = _setting(
+        0,
+        "Concepts decoded per image: those with a mask, then a random sample of the others, weighted up; 0: all (paper).",
+        ge=0,
+    )
     templates: Literal["single", "ensemble"] = _setting(
         "single", "Concepts of prompts and names: the last of the paper's 8 templates, or the mean over all of them."
     )
@@ -190,6 +201,12 @@ class TrainConfig(_Settings):
     learning_rate_decoder: float = _setting(2e-4, "Learning rate of the decoder.", gt=0)
     final_learning_rate_share: float = _setting(
         0.5, "Final learning rate as a fraction of the initial one (cosine schedule).", ge=0, le=1
+    )
+    backbone_warmup: int = _setting(
+        0,
+        "Steps over which the image tower's learning rate rises linearly, so that the decoder first learns that high "
+        "similarities mean a mask; 0 as in the paper.",
+        ge=0,
     )
     weight_decay: float = _setting(1e-4, "Weight decay of AdamW, except on norms and embeddings.", ge=0)
     gradient_clip: float = _setting(0.01, "Clip the gradient to this global L2 norm.", gt=0)
@@ -219,6 +236,11 @@ class TrainConfig(_Settings):
         if bool(self.evaluate_every) != bool(self.evaluate_on):
             found = f"evaluate_every {self.evaluate_every}, evaluate_on {self.evaluate_on!r}"
             raise ValueError(f"evaluate_every and evaluate_on need each other (found {found})")
+        if self.concept_init == "data" and self.concept_kind not in ("prompts", "fixed_prompts"):
+            found = f"concept_kind {self.concept_kind}"
+            raise ValueError(
+                f"concept_init data chooses words, so concept_kind must be prompts or fixed_prompts (found {found})"
+            )
         if self.concept_kind == "vectors" and self.templates != "single":
             raise ValueError(f"templates must be single for concept_kind vectors, which has no text (found {self.templates})")
         return self

@@ -7,31 +7,31 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import fields, replace
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from timm.models.vision_transformer import VisionTransformer
-from torch import nn
+from torch import Tensor, nn
 
 from pixelclip.config import TrainConfig
-from pixelclip.data.class_names import benchmark_names, names_file, names_of
-from pixelclip.data.dataset import Batch, MaskedImages, load_batches, sample_indices
+from pixelclip.data.class_names import benchmark_names, names_file
+from pixelclip.data.dataset import MaskedImages, collate, load_batches, sample_indices
 from pixelclip.data.shard_sources import describe_shards, list_shards
 from pixelclip.data.views import Views
 from pixelclip.distributed import ProcessGroup, copy_to_host_async, init_process_group, pick_precision
 from pixelclip.evaluation.during_training import BEST, TrainingEvaluation
-from pixelclip.mask_generators.dino import load_dino, masks_of
+from pixelclip.mask_generators.dino import load_dino, masks_of_batch
 from pixelclip.models.backbone import Backbone, check_multiple, check_side
 from pixelclip.models.checkpoint import CONFIG, WEIGHTS, Clip, load_clip, save_model
 from pixelclip.models.clip_sources import clip_folder
+from pixelclip.models.clustering import pool_masks
+from pixelclip.models.concepts import new_concepts
 from pixelclip.models.decoder import new_decoder
-from pixelclip.models.optimizer import cosine_factor, make_optimizer
+from pixelclip.models.optimizer import learning_rate_factors, make_optimizer
 from pixelclip.models.pixelclip import PixelCLIP
-from pixelclip.models.text import TEMPLATES, Prompts, TextTower, Vectors, classifier
 from pixelclip.models.tokenizer import TOKENIZER_FILES, describe_tokenizer
 from pixelclip.models.training_state import Progress, load_state, save_state
 from pixelclip.storage.download import local_copy
@@ -140,22 +140,28 @@ def _train(
     # Model. Every process builds the same one, because initial values depend only on the seed.
     text = clip.text_tower()
     precision = pick_precision(config.precision, group.device)
+    student = Backbone(clip.model.visual, config.residual, precision).to(group.device)
+    dino = dino and dino.to(group.device)
+    described = None
+    if config.concept_init == "data":
+        fresh = group.is_main and not (stage.folder / STATE_FILE).is_file()  # otherwise that state has the prompts
+        described = group.broadcast_object(_first_mask_features(student, dataset, dino, config) if fresh else None)
     model = PixelCLIP(
-        Backbone(clip.model.visual, config.residual, precision),
+        student,
         text,
-        new_concepts(text, config),
+        new_concepts(text, config, described),
         new_decoder(config.seed),
         config.assignment_scale,
         config.sinkhorn_iterations,
         config.clustering,
         precision,
+        config.decoded_concepts,
     )
     model = model.to(group.device).train()
     optimizer = make_optimizer(model, config)
     initial_rates = [parameters["lr"] for parameters in optimizer.param_groups]
     resumed = load_state(stage.folder / STATE_FILE, model, optimizer, group)
     start = resumed.steps
-    dino = dino and dino.to(group.device)
 
     origin = {"spec": public_url(config.clip), "md5": stage.inputs.get("clip", {}).get("md5", "")}
     save = partial(
@@ -221,11 +227,12 @@ def _train(
             continue
         batches = [batch.to(group.device) for batch in micro_batches]
         if dino:
-            batches = [_find_masks(dino, batch, config) for batch in batches]
+            batches = [masks_of_batch(dino, batch, config.dino_clusters, config.seed) for batch in batches]
 
         # Schedule.
+        factors = learning_rate_factors(step, config)
         for parameters, rate in zip(optimizer.param_groups, initial_rates, strict=True):
-            parameters["lr"] = rate * cosine_factor(step, config.steps, config.final_learning_rate_share)
+            parameters["lr"] = rate * factors[parameters["name"]]
 
         # Forward, loss, backward, clip. Seed per step, so that a resumed run draws the same stochastic depth.
         torch.manual_seed(config.seed * 1_000_003 + step * group.size + group.rank)
@@ -324,27 +331,19 @@ def _check_finite(pending: deque[tuple[int, Callable[[], list[float]]]], keep: i
             )
 
 
-def _find_masks(dino: VisionTransformer, batch: Batch, config: TrainConfig) -> Batch:
-    """Replace the masks of a batch by DINO's masks of its crops; the old masks mark the visible pixels."""
-    if batch.crops is None:  # no readable image
-        return batch
-    visible = batch.masks.new_zeros(len(batch.weak), *batch.masks.shape[1:])
-    visible[batch.image_index] = batch.masks
-    seeds = [int(np.random.SeedSequence([config.seed, 3, p]).generate_state(1)[0]) for p in batch.sample_indices]
-    masks, index = masks_of(dino, batch.crops / 255, visible, config.dino_clusters, seeds)
-    return replace(batch, masks=masks, image_index=index, counts=None, crops=None)
-
-
-def new_concepts(text: TextTower, config: TrainConfig) -> Prompts | Vectors:
-    """Initialize the concepts; random ones depend only on the seed.
-
-    Raises:
-        ValueError: invalid class names.
-    """
-    generator = torch.Generator().manual_seed(config.seed)
-    if config.concept_kind == "names":
-        return Vectors(classifier(text, names_of(config.concept_names), TEMPLATES[config.templates]), learn=False)
-    if config.concept_kind == "vectors":
-        return Vectors(torch.randn(config.concepts, text.embed_dim, generator=generator), learn=True)
-    words = torch.randint(0, text.vocabulary, (config.concepts, config.prompt_tokens), generator=generator)
-    return Prompts(text, words, config.concept_kind == "prompts", TEMPLATES[config.templates])
+@torch.inference_mode()
+def _first_mask_features(
+    backbone: Backbone, dataset: MaskedImages, dino: VisionTransformer | None, config: TrainConfig
+) -> Tensor:
+    """Pool the initial CLIP's features inside the masks of the first `concept_init_images` samples: [N, C], on the CPU."""
+    device = next(backbone.parameters()).device
+    features = []
+    for first in range(0, config.concept_init_images, config.batch_size):
+        positions = range(first, min(first + config.batch_size, config.concept_init_images))
+        batch = collate([dataset[position] for position in positions]).to(device)
+        batch = masks_of_batch(dino, batch, config.dino_clusters, config.seed) if dino else batch
+        if len(batch.masks):
+            features.append(pool_masks(backbone.eval()(batch.weak), batch.masks, batch.image_index, batch.counts).cpu())
+    if not features:
+        raise ValueError(f"the first {config.concept_init_images} samples have no masks; check them or increase train.crop")
+    return torch.cat(features)

@@ -108,3 +108,29 @@ def test_without_clustering_every_mask_is_its_own_target():
     torch.testing.assert_close(output.loss, torch.cat(terms).mean())
     assert output.logits.shape == (0, 5, 24, 24)  # no pictures of an ablation whose maps are not concepts
     assert model.prompts.tokens.grad is None
+
+
+def test_gradients_of_sampled_concepts_are_unbiased(model):
+    weak, strong, masks, image_index = batch()
+
+    def gradient(decoded: int) -> torch.Tensor:
+        model.zero_grad()
+        model.decoded_concepts = decoded
+        output = model.accumulate([Batch(weak, strong, masks, image_index, [])])
+        return torch.cat([p.grad.flatten() for p in model.decoder.parameters()] + [output.loss[None]]).double()
+
+    whole = gradient(0)
+    torch.manual_seed(0)
+    samples = torch.stack([gradient(3) for _ in range(60)])
+    error, noise = samples.mean(dim=0) - whole, samples.std(dim=0) / 60**0.5
+    assert noise.norm() > 0, "concepts are sampled"
+    assert error.norm() < 2 * noise.norm()
+    torch.testing.assert_close(gradient(5), whole)  # of 5 concepts
+
+
+def test_logits_of_concepts_that_are_not_decoded_are_minus_infinity(model):
+    weak, strong, masks, image_index = batch()
+    model.decoded_concepts = 2
+    logits = model.accumulate([Batch(weak, strong, masks, image_index, [])], shown=2).logits
+    assert logits.shape == (2, 5, 24, 24)
+    assert logits.isinf().all(dim=3).all(dim=2).sum(dim=1).tolist() == [3, 3]

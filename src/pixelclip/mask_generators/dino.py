@@ -3,6 +3,7 @@
 import math
 import zlib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from pixelclip.config import MasksConfig
 from pixelclip.data.annotations import annotate
+from pixelclip.data.dataset import Batch
 from pixelclip.data.images import cell_centres
 from pixelclip.data.tensors import normalise, resized_square
 from pixelclip.distributed import pick_device, pick_precision
@@ -179,3 +181,14 @@ def _resize_position(dino: VisionTransformer, grid: tuple[int, int]) -> Tensor:
     scale = ((grid[0] + 0.1) / native[0], (grid[1] + 0.1) / native[1])
     maps = F.interpolate(maps, scale_factor=scale, mode="bicubic")
     return torch.cat([position[:, :1], maps.flatten(2).transpose(1, 2)], dim=1)
+
+
+def masks_of_batch(dino: VisionTransformer, batch: Batch, clusters: int, seed: int) -> Batch:
+    """Replace the masks of a training batch by DINO's masks of its crops; the old masks mark the visible pixels."""
+    if batch.crops is None:  # no readable image
+        return batch
+    visible = batch.masks.new_zeros(len(batch.weak), *batch.masks.shape[1:])
+    visible[batch.image_index] = batch.masks
+    seeds = [int(np.random.SeedSequence([seed, 3, position]).generate_state(1)[0]) for position in batch.sample_indices]
+    masks, index = masks_of(dino, batch.crops / 255, visible, clusters, seeds)
+    return replace(batch, masks=masks, image_index=index, counts=None, crops=None)

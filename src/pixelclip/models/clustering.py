@@ -92,3 +92,26 @@ def merge_by_concept(masks: Tensor, image_index: Tensor, concept_index: Tensor, 
     counts = torch.zeros(num_images * num_concepts, *size, dtype=torch.int16, device=masks.device)
     counts.index_add_(0, image_index * num_concepts + concept_index, masks.to(torch.int16))
     return (counts > 0).unflatten(0, (num_images, num_concepts))
+
+
+def sample_concepts(present: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Choose `count` concepts of each image: those with a mask, then a random sample of the others.
+
+    A sum over all concepts equals in expectation the weighted sum over the chosen ones (unless more than `count` concepts have
+    a mask, of which then a random sample is chosen). The sizes do not depend on the values, so nothing synchronizes with a GPU.
+
+    Args:
+        present: [B, K], bool, concepts with a mask.
+        count: at most K.
+
+    Returns:
+        Concepts [B, count], and weights [B, count]: the number of concepts with (or without) a mask over the number chosen.
+    """
+    order = present + torch.rand(present.shape, device=present.device)  # [0, 1) without a mask, [1, 2) with one
+    chosen = order.topk(count, dim=1).indices
+    with_mask = present.gather(1, chosen)
+    weights = torch.zeros(chosen.shape, device=present.device)
+    for selected, population in ((with_mask, present), (~with_mask, ~present)):
+        share = population.sum(dim=1, keepdim=True) / selected.sum(dim=1, keepdim=True).clamp_min(1)
+        weights = torch.where(selected, share, weights)
+    return chosen, weights

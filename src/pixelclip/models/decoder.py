@@ -74,7 +74,7 @@ def mask_loss(logits: Tensor, targets: Tensor, covered: Tensor, terms: Tensor | 
     Args:
         logits: [B, K, H, W].
         targets: [B, K, H, W], bool.
-        covered: [B, H, W], bool, pixels inside at least one mask.
+        covered: [B, H, W], pixels inside at least one mask, bool, or their weights.
         terms: [], divisor of the sum when these images are part of a larger batch; by default the number of summed terms.
 
     Returns:
@@ -94,6 +94,7 @@ def decoded_loss(
     terms: Tensor,
     precision: torch.dtype | None = None,
     shown: int = 0,
+    map_weights: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Decode similarity maps and compute their loss, without keeping all activations in memory.
 
@@ -109,17 +110,19 @@ def decoded_loss(
         terms: [], divisor of the sum; 0 is treated as 1.
         precision: autocast's dtype.
         shown: number of maps, from the first, whose logits are returned.
+        map_weights: [M], factor on the summands of each map; by default 1.
 
     Returns:
         The loss, a scalar that can be differentiated once, and the logits [shown, H, W] without gradient.
     """
-    return _DecodedLoss.apply(decoder, targets, covered, image_index, terms, precision, shown, maps, *decoder.parameters())
+    maps_of_loss = (targets, covered, image_index, map_weights)
+    return _DecodedLoss.apply(decoder, *maps_of_loss, terms, precision, shown, maps, *decoder.parameters())
 
 
 class _DecodedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        decoder, targets, covered, image_index, terms, precision, shown, maps, *parameters = inputs
+        decoder, targets, covered, image_index, map_weights, terms, precision, shown, maps, *parameters = inputs
         size = (targets.shape[1], targets.shape[2])
         total = full_precision(maps.new_zeros(()))
         shown_logits, map_gradients = [targets.new_zeros(0, *size, dtype=total.dtype)], []
@@ -130,7 +133,10 @@ class _DecodedLoss(torch.autograd.Function):
             with torch.enable_grad():
                 chunk_maps = maps[chunk].detach().requires_grad_()
                 logits = decode(decoder, chunk_maps, size, precision)
-                loss = mask_loss(logits[:, None], targets[chunk, None], covered[image_index[chunk]], terms)
+                weights = covered[image_index[chunk]]
+                if map_weights is not None:
+                    weights = weights * map_weights[chunk, None, None]
+                loss = mask_loss(logits[:, None], targets[chunk, None], weights, terms)
             map_gradient, *gradients = torch.autograd.grad(loss, [chunk_maps, *parameters])
             map_gradients.append(map_gradient)
             torch._foreach_add_(gradient_sums, gradients)
@@ -145,7 +151,7 @@ class _DecodedLoss(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: Tensor, _logits: Tensor) -> Any:
-        return (*[None] * 7, *torch._foreach_mul(list(ctx.saved_tensors), scale))
+        return (*[None] * 8, *torch._foreach_mul(list(ctx.saved_tensors), scale))
 
 
 def new_decoder(seed: int) -> Decoder:

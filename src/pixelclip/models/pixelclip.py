@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pixelclip.data.dataset import Batch
 from pixelclip.distributed import SINGLE_PROCESS, ProcessGroup
 from pixelclip.models.backbone import Backbone
-from pixelclip.models.clustering import merge_by_concept, pool_masks, sinkhorn
+from pixelclip.models.clustering import merge_by_concept, pool_masks, sample_concepts, sinkhorn
 from pixelclip.models.decoder import Decoder, decoded_loss
 from pixelclip.models.text import Prompts, TextTower, Vectors
 
@@ -54,6 +54,7 @@ class PixelCLIP(nn.Module):
         sinkhorn_iterations: number of Sinkhorn-Knopp iterations.
         clustering: merge the masks of a concept to one target; False makes each mask a target (an ablation that collapses).
         precision: autocast's dtype in the decoder; `Backbone` has its own.
+        decoded_concepts: number of concepts decoded per image, see `sample_concepts`; 0 decodes all.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class PixelCLIP(nn.Module):
         sinkhorn_iterations: int = 3,
         clustering: bool = True,
         precision: torch.dtype | None = None,
+        decoded_concepts: int = 0,
     ) -> None:
         super().__init__()
         self.text = text.requires_grad_(False)
@@ -79,6 +81,7 @@ class PixelCLIP(nn.Module):
         self.sinkhorn_iterations = sinkhorn_iterations
         self.clustering = clustering
         self.precision = precision
+        self.decoded_concepts = decoded_concepts
 
     def train(self, mode: bool = True) -> "PixelCLIP":
         """Set the mode of student and decoder; teacher and text tower stay in eval mode."""
@@ -156,15 +159,35 @@ class PixelCLIP(nn.Module):
         features = F.normalize(self.student(batch.strong), dim=1)
         num_images, num_concepts = len(batch.strong), len(concepts)
         images = torch.arange(num_images, device=features.device)
-        if self.clustering:
-            maps = torch.einsum("bchw,kc->bkhw", features, F.normalize(concepts, dim=-1)).flatten(0, 1)
-            targets = merge_by_concept(batch.masks, batch.image_index, concept_index, num_images, num_concepts).flatten(0, 1)
-            map_image, num_shown = images.repeat_interleave(num_concepts), shown * num_concepts
-        else:
+        if not self.clustering:
             maps = torch.einsum("nchw,nc->nhw", features[batch.image_index], mask_features)
-            targets, map_image, num_shown = batch.masks, batch.image_index, 0
-        loss, logits = decoded_loss(self.decoder, maps, targets, covered, map_image, terms, self.precision, num_shown)
-        return loss, logits.unflatten(0, (-1, num_concepts))
+            loss, _ = decoded_loss(self.decoder, maps, batch.masks, covered, batch.image_index, terms, self.precision)
+            return loss, features.new_zeros(0, num_concepts, *covered.shape[1:])
+        maps = torch.einsum("bchw,kc->bkhw", features, F.normalize(concepts, dim=-1))
+        targets = merge_by_concept(batch.masks, batch.image_index, concept_index, num_images, num_concepts)
+        chosen = weights = None
+        if 0 < self.decoded_concepts < num_concepts:
+            present = torch.zeros(maps.shape[:2], dtype=torch.bool, device=maps.device)
+            present[batch.image_index, concept_index] = True
+            chosen, weights = sample_concepts(present, self.decoded_concepts)
+            maps, targets, weights = maps[images[:, None], chosen], targets[images[:, None], chosen], weights.flatten()
+        decoded = maps.shape[1]
+        loss, logits = decoded_loss(
+            self.decoder,
+            maps.flatten(0, 1),
+            targets.flatten(0, 1),
+            covered,
+            images.repeat_interleave(decoded),
+            terms,
+            self.precision,
+            shown * decoded,
+            weights,
+        )
+        logits = logits.unflatten(0, (-1, decoded))
+        if chosen is not None:  # the other concepts have no logits
+            whole = logits.new_full((len(logits), num_concepts, *logits.shape[2:]), -torch.inf)
+            logits = whole.scatter(1, chosen[: len(logits), :, None, None].expand_as(logits), logits)
+        return loss, logits
 
     def count_terms(self, batch: Batch, covered: Tensor, num_concepts: int) -> Tensor:
         """Return the number of loss terms in a batch (covered pixels x concepts): []; `covered` is [B, H, W]."""

@@ -47,6 +47,12 @@ def _tokenizer(context_length: int) -> open_clip.SimpleTokenizer:
     return tokenizer
 
 
+def _whole_words(tokenizer: open_clip.SimpleTokenizer) -> list[int]:
+    end = "</w>"  # of CLIP's tokens that end a word
+    tokens = sorted(tokenizer.decoder.items())
+    return [index for index, token in tokens if token.endswith(end) and token.removesuffix(end).isalpha()]
+
+
 class TextTower(nn.Module):
     """CLIP's text tower, called with token embeddings; shares the modules of open_clip's model.
 
@@ -106,6 +112,15 @@ class TextTower(nn.Module):
         if isinstance(self.tokenizer, FileTokenizer):
             return len(self.token_embedding.weight)
         return int(self.tokenizer.sot_token_id)
+
+    def whole_words(self) -> list[int]:
+        """Return the ids of tokens that are a whole word of letters; of tokens with equal embeddings only the first."""
+        words = self.tokenizer.whole_words() if isinstance(self.tokenizer, FileTokenizer) else _whole_words(self.tokenizer)
+        embeddings = self.token_embedding.weight.detach().cpu()
+        distinct: dict[bytes, int] = {}
+        for index in words:
+            distinct.setdefault(embeddings[index].numpy().tobytes(), index)
+        return list(distinct.values())
 
     def tokenize(self, texts: Sequence[str]) -> Tensor:
         """Return token ids [N, T] of the texts, truncated to the context length."""

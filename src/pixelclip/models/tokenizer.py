@@ -67,6 +67,12 @@ class FileTokenizer:
         """Return the text of token ids."""
         return str(self._untruncated.decode(list(ids)))
 
+    def whole_words(self) -> list[int]:
+        """Return the ids of tokens that are a whole word of letters, by SentencePiece's mark of a word's start."""
+        start = "\u2581"
+        tokens = ((index, token) for token, index in self._tokenizer.get_vocab().items())
+        return sorted(index for index, token in tokens if token.startswith(start) and token.removeprefix(start).isalpha())
+
     def save(self, folder: Path) -> None:
         """Copy the tokenizer's files to a folder."""
         for name, content in self.files.items():
