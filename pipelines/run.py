@@ -19,6 +19,7 @@ from kfp.dsl.base_component import BaseComponent
 
 from pixelclip.registry.model_version import read_registration
 from pixelclip.storage.s3 import is_s3
+from pixelclip.tracking.pages import run_page
 from pixelclip.tracking.run import PIPELINE_RUN
 from pixelclip.tracking.server import connect, public_uri, tracking_uri, ui_address
 from pixelclip.workflow.stage import METRICS
@@ -127,7 +128,8 @@ def run_locally(
             shutil.copyfile(out / "evaluate" / name, out / name)
         print(f"\n{(out / 'evaluate' / 'table.txt').read_text()}")
     print(f"{registered['model_uri']} is {registered['role']}: {registered['reason']}")
-    print(f"results: {out}   MLflow: {ui_address() or public_uri()}")
+    page = run_page(ui, registered["run_id"], registered["experiment_id"]) if (ui := ui_address()) else public_uri()
+    print(f"results: {out}   MLflow: {page}")
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from typing import Any
 import kfp
 import kfp_server_api
 
+from pixelclip.tracking.pages import for_training
 from pixelclip_pipelines.pods import waiting_reason
 from pixelclip_pipelines.run_steps import FINAL, Attempt, Step, steps_of, time_of, workflow_of
 from pixelclip_pipelines.submit import Target, connected, one_line
@@ -166,11 +167,11 @@ class _Run:
         """Return the URL of the MLflow run: that of KFP's plugin, else the one in the log of the training."""
         output = ((self.answer.get("plugins_output") or {}).get("mlflow") or {}).get("entries") or {}
         if url := (output.get("run_url") or {}).get("value"):
-            return f"{mlflow_ui.rstrip('/')}/{url[url.index('#') :]}" if mlflow_ui and "#" in url else str(url)
+            return for_training(f"{mlflow_ui.rstrip('/')}/{url[url.index('#') :]}" if mlflow_ui and "#" in url else str(url))
         for step in self.steps:
             if step.task in ("train", "train-job") and step.iteration is None and step.attempts:
                 found = _MLFLOW.search(self.log(step.attempts[-1], _HEAD))
-                return found[1] if found else ""
+                return for_training(found[1]) if found else ""
         return ""
 
     def _spec(self) -> Mapping[str, Any] | None:

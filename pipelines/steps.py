@@ -200,12 +200,13 @@ def links(registration: Path, result: Path) -> str:
         result: the evaluation, or the model if it was not evaluated.
     """
     from pixelclip.registry.model_version import markdown, read_registration
+    from pixelclip.tracking.pages import version_page
     from pixelclip.tracking.server import ui_address
 
     registered = read_registration(registration)
     lines = [markdown(registration)]
     if ui := ui_address(registered["tracking_uri"]):
-        address = f"{ui}/#/models/{registered['name']}/versions/{registered['version']}"
+        address = version_page(ui, registered["name"], registered["version"])
         lines.append(f"[{registered['name']} version {registered['version']} in the registry]({address})\n")
     rows = {
         name: f"| {name} | `{described['md5']}` | {source(described).get('git_sha', '–')} | {described['path']} |"

@@ -125,7 +125,7 @@ def _run(
         if group.is_main and config.kind == "folder" and (warning := absent_classes(dataset, evaluation.counts)):
             print(f"evaluate: WARNING: {warning}", flush=True)
         if tracked:
-            _write(stage.folder, model, dataset, protocol, metrics, evaluation, words, run_url(tracked.run_id))
+            _write(stage.folder, model, dataset, protocol, metrics, evaluation, words, run_url(tracked.client, tracked.run_id))
             # Benchmarks and other protocols share the run, so each has its own folder of files.
             below = "" if (config.kind, metric_label(protocol)) == ("folder", resolved.name) else metric_label(protocol)
             _track(tracked, model, stage.folder, metric_label(protocol), metrics, below)

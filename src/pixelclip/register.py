@@ -78,6 +78,7 @@ def run(model: Path, evaluation: Path | None, out: Path, config: RegisterConfig)
                 "role": role,
                 "reason": reason,
                 "run_id": version.run_id,
+                "experiment_id": str(client.get_run(version.run_id).info.experiment_id),
                 "model_uri": f"models:/{config.name}/{number}",
                 "tracking_uri": public_uri(),
             }

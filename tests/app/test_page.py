@@ -2,7 +2,6 @@
 
 import io
 import json
-import shutil
 import socket
 import subprocess
 import sys
@@ -11,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Page
 
+from helpers import browser as chromium
 from helpers import tiny
 from helpers.processes import wait_until
 from pixelclip.models.clip_sources import clip_folder
@@ -20,6 +20,7 @@ from pixelclip.storage.files import digest, write_json
 
 pytestmark = pytest.mark.services
 SECONDS = 120
+browser = chromium.browser
 
 
 def icon() -> bytes:
@@ -51,15 +52,6 @@ def url(tmp_path_factory):
         yield f"http://127.0.0.1:{port}"
         server.terminate()
         assert server.wait(30) == 143
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_playwright() as playwright:
-        program = shutil.which("chromium") or shutil.which("google-chrome")
-        chromium = playwright.chromium.launch(executable_path=program, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture

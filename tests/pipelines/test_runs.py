@@ -117,14 +117,18 @@ def test_status_without_the_compiled_pipeline_shows_the_steps_that_were_reached(
 def test_status_finds_the_mlflow_run_in_the_log_of_the_training(kfp):
     answer = load(kfp, "succeeded-cached")
     kfp.logs = dict.fromkeys(pods_of(answer, "SUCCEEDED"), log_of("train: 300 of 300 steps", None))
-    assert runs.status(Target(kfp.url), answer["run_id"]).lines[-1] == "MLflow: http://mlflow.example/#/experiments/1/runs/abc"
+    assert (
+        runs.status(Target(kfp.url), answer["run_id"]).lines[-1]
+        == "MLflow: http://mlflow.example/#/experiments/1/runs/abc?workflowType=machine_learning"
+    )
 
 
 def test_mlflow_ui_replaces_the_address_inside_the_cluster(kfp):
     answer = load(kfp, "succeeded-with-mlflow-plugin")
     Path("cluster.yaml").write_text("mlflow_ui: https://mlflow.example/")
     last = runs.status(Target(kfp.url), answer["run_id"]).lines[-1]
-    assert last == "MLflow: https://mlflow.example/#/experiments/2/runs/f8ddfd346623416ba4323141902fcf27"
+    page = "https://mlflow.example/#/experiments/2/runs/f8ddfd346623416ba4323141902fcf27"
+    assert last == f"MLflow: {page}?workflowType=machine_learning"
 
 
 def waiting_for_its_first_pod():

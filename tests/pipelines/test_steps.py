@@ -457,12 +457,14 @@ def evaluation_of(folder: Path) -> Path:
 
 @pytest.mark.parametrize("uri", ["http://mlflow.example:5000/", "sqlite:///mlflow.db"])
 def test_page_links_run_version_and_data(tmp_path, uri):
-    registered = {"name": "m", "version": 7, "role": "champion", "reason": "better", "run_id": "r1", "model_uri": "models:/m/7"}
-    write_json(tmp_path / "registered" / "registration.json", {**registered, "tracking_uri": uri})
+    registered = {"name": "m", "version": 7, "role": "champion", "reason": "better", "model_uri": "models:/m/7"}
+    registered |= {"run_id": "r1", "experiment_id": "4", "tracking_uri": uri}
+    write_json(tmp_path / "registered" / "registration.json", registered)
     text = links(tmp_path / "registered", evaluation_of(tmp_path / "evaluation"))
     addresses = re.findall(r"\]\(([^)]*)\)", text)
     base = "http://mlflow.example:5000/#"
-    assert addresses == ([f"{base}/runs/r1", f"{base}/models/m/versions/7"] if uri.startswith("http") else [])
+    pages = [f"{base}/{page}?workflowType=machine_learning" for page in ("experiments/4/runs/r1", "models/m/versions/7")]
+    assert addresses == (pages if uri.startswith("http") else [])
     rows = {
         row[0]: row[1:] for row in (re.findall(r"(?<=\| )[^|]+(?= \|)", line) for line in text.splitlines()) if len(row) == 4
     }
@@ -473,12 +475,13 @@ def test_page_links_run_version_and_data(tmp_path, uri):
 
 def test_links_use_the_pages_address_instead_of_the_one_inside_the_cluster(tmp_path, monkeypatch):
     monkeypatch.setenv("PIXELCLIP_MLFLOW_UI", "https://mlflow.example/team/")
-    registered = {"name": "m", "version": 7, "role": "champion", "reason": "better", "run_id": "r1", "model_uri": "models:/m/7"}
+    registered = {"name": "m", "version": 7, "role": "champion", "reason": "better", "model_uri": "models:/m/7"}
     server = "http://bot:secret@mlflow.mlflow.svc:5000"
-    write_json(tmp_path / "registered" / "registration.json", {**registered, "tracking_uri": server})
+    write_json(tmp_path / "registered" / "registration.json", {**registered, "run_id": "r1", "tracking_uri": server})
     text = links(tmp_path / "registered", evaluation_of(tmp_path / "evaluation"))
     base = "https://mlflow.example/team/#"
-    assert re.findall(r"\]\(([^)]*)\)", text) == [f"{base}/runs/r1", f"{base}/models/m/versions/7"]
+    pages = [f"{base}/{page}?workflowType=machine_learning" for page in ("runs/r1", "models/m/versions/7")]
+    assert re.findall(r"\]\(([^)]*)\)", text) == pages  # a registration of 0.1.0 has no experiment
     assert "svc:5000" not in text and "secret" not in text
     monkeypatch.delenv("PIXELCLIP_MLFLOW_UI")
     assert "secret" not in links(tmp_path / "registered", evaluation_of(tmp_path / "evaluation"))

@@ -463,7 +463,8 @@ def test_server_without_the_run_receives_the_whole_history(client, monkeypatch, 
 def test_start_prints_the_url_of_the_run(client, monkeypatch, tmp_path, capsys, pages):
     monkeypatch.setenv("PIXELCLIP_MLFLOW_UI", pages)
     run = start(tmp_path / "stage")
-    expected = f"{pages}/#/runs/{run.run_id}" if pages else f"{run.run_id} at {tracking_uri()}"
+    page = f"{pages}/#/experiments/{experiment_id(client)}/runs/{run.run_id}?workflowType=machine_learning"
+    expected = page if pages else f"{run.run_id} at {tracking_uri()}"
     assert f"MLflow run: {expected}\n" in capsys.readouterr().out
 
 

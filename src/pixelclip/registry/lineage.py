@@ -14,7 +14,7 @@ from mlflow.exceptions import MlflowException
 
 from pixelclip.registry.model_version import EVALUATION
 from pixelclip.registry.promotion import registry
-from pixelclip.tracking.server import public_uri, reason_of, run_url, transfer
+from pixelclip.tracking.server import connect, public_uri, reason_of, run_url, transfer
 from pixelclip.workflow.provenance import WEIGHTS, chain, changed_settings, origins, source
 from pixelclip.workflow.stage import METRICS, PROVENANCE
 
@@ -98,7 +98,7 @@ def trace(registered: Registered) -> dict[str, Any]:
         "run": {
             "id": version.run_id,
             "tracking_uri": uri,
-            "url": run_url(version.run_id),
+            "url": run_url(connect(), version.run_id),
             "kfp": version.tags.get("kfp.run_id", ""),
         },
         "stages": list(stages.values()),

@@ -28,6 +28,7 @@ from pixelclip.registry.model_card import model_card
 from pixelclip.storage.files import read_json, write_json
 from pixelclip.storage.urls import public_url
 from pixelclip.tracking.journal import RUN
+from pixelclip.tracking.pages import run_page
 from pixelclip.tracking.run import Run, cut
 from pixelclip.tracking.server import artifact_address, connect, is_missing, public_uri, reason_of, transfer, ui_address
 from pixelclip.workflow.stage import PROVENANCE
@@ -175,7 +176,7 @@ def markdown(out: Path) -> str:
     """Format a registration for the KFP page: version, role, reason, and a link to the run."""
     registration = read_registration(out)
     ui, run_id = ui_address(registration["tracking_uri"]), registration["run_id"]
-    run = f"[run `{run_id}`]({ui}/#/runs/{run_id})" if ui else f"run `{run_id}`"
+    run = f"[run `{run_id}`]({run_page(ui, run_id, registration['experiment_id'])})" if ui else f"run `{run_id}`"
     place = ui or public_url(registration["tracking_uri"])
     return (
         f"**{registration['model_uri']}** is **{registration['role']}**: {registration['reason']}\n\nMLflow {run} at {place}\n"
@@ -188,13 +189,14 @@ class _Registration(BaseModel):
     role: str
     reason: str
     run_id: str
+    experiment_id: str = ""  # 0.1.0 has none
     model_uri: str
     tracking_uri: str
 
 
 def read_registration(out: Path) -> dict[str, Any]:
     """Read the `registration.json` of a finished registration; raise ValueError if it is missing or damaged."""
-    return dict(read_json(out / REGISTRATION, _Registration))
+    return {"experiment_id": ""} | dict(read_json(out / REGISTRATION, _Registration))
 
 
 def _requirements() -> list[str]:

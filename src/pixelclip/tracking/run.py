@@ -103,7 +103,7 @@ class Run:
                 run.journal.requests.append(describe)  # the server usually has this already; it may be unreachable now
             else:
                 describe()
-        print(f"MLflow run: {run_url(run_id)}", flush=True)
+        print(f"MLflow run: {run_url(client, run_id)}", flush=True)
         return run
 
     @classmethod

@@ -9,7 +9,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import mlflow
@@ -18,6 +18,7 @@ from mlflow.exceptions import MlflowException
 
 from pixelclip.storage.urls import public_url
 from pixelclip.tracking.description import EXPERIMENT
+from pixelclip.tracking.pages import run_page
 from pixelclip.workflow.failures import first_line
 
 ADDRESSES = ("MLFLOW_TRACKING_URI", "PIXELCLIP_MLFLOW_URI")
@@ -26,6 +27,7 @@ _DEFAULT_URI = "sqlite:///runs/mlflow.db"
 _TIMEOUT, _RETRIES = "MLFLOW_HTTP_REQUEST_TIMEOUT", "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
 _DEFAULTS = {_TIMEOUT: "20", _RETRIES: "2"}  # MLflow's own retries block for minutes
 _TRANSFER_SECONDS = 600
+_PAGE_SECONDS = 5
 
 
 def tracking_uri() -> str:
@@ -52,10 +54,17 @@ def ui_address(server: str = "") -> str:
     return public_url(uri).rstrip("/") if uri.startswith(("http://", "https://")) else ""
 
 
-def run_url(run_id: str) -> str:
+def run_url(client: MlflowClient, run_id: str) -> str:
     """Return the URL of a run's page, or its ID and database if there is none."""
     address = ui_address()
-    return f"{address}/#/runs/{run_id}" if address else f"{run_id} at {public_uri()}"
+    return run_page(address, run_id, _experiment_of(client, run_id)) if address else f"{run_id} at {public_uri()}"
+
+
+def _experiment_of(client: MlflowClient, run_id: str) -> str:
+    """Return the ID of a run's experiment; empty if the server does not respond soon."""
+    with suppress(MlflowException, OSError), request_limits(timeout=_PAGE_SECONDS, retries=0):
+        return str(client.get_run(run_id).info.experiment_id)
+    return ""
 
 
 def artifact_address(run_id: str, path: str) -> str:
