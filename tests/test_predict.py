@@ -16,6 +16,7 @@ from pycocotools.coco import COCO
 from helpers import fake_data, s3_sources, tiny
 from helpers.command_line import pixelclip  # noqa: F401
 from pixelclip import api, predict
+from pixelclip.data.image_sources import check_output
 from pixelclip.data.shard_sources import RemoteFile
 from pixelclip.inference.prediction_files import brush_rle
 from pixelclip.inference.predictor import Predictor
@@ -267,7 +268,11 @@ def test_label_studio_tasks_equal_the_label_maps(photos, model, tmp_path):
         ({"photos": "photos/b", "max_bad_share": 1}, "none of the images can be used"),
         ({"part": "3/2"}, "part must be written i/n"),
         ({"quality": "good"}, "quality: .*'fast' or 'best'"),
-        ({"out": "photos/out"}, "predictions must not be inside the folder of images"),
+        ({"out": "photos/out"}, "photos/out: predictions must not be inside the images that are read"),
+        ({"photos": "s3://data/x", "out": "s3://data/x/y"}, "s3://data/x/y: predictions must not be inside .* s3://data/x;"),
+        ({"photos": "s3://data/x/", "out": "s3://data/x"}, "predictions must not be inside"),
+        ({"photos": "photos/**/*.jpg", "out": "photos/a/out"}, "predictions must not be inside"),
+        ({"photos": "pho*/*/*.jpg", "out": "photos/out"}, "predictions must not be inside"),
         ({"colour": 1}, "unknown setting 'colour'"),
     ],
 )
@@ -279,6 +284,14 @@ def test_invalid_input_is_an_error_without_a_result(photos, model, tmp_path, mon
     with pytest.raises(ValueError, match=message):
         run(options.pop("photos"), model, options.pop("out"), **options)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "out"), [("*.jpg", "out"), ("photos/*.jpg", "photos/out"), ("a/**", "b"), ("s3://data/x", "s3://data/xy")]
+)
+def test_output_beside_what_is_read_is_accepted(tmp_path, monkeypatch, source, out):
+    monkeypatch.chdir(tmp_path)
+    check_output(source, out)
 
 
 def test_command_writes_a_folder_and_one_photo_still_a_file(pixelclip, photos, model, tmp_path):  # noqa: F811

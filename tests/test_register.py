@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from importlib import import_module
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from pixelclip.config import RegisterConfig
 from pixelclip.inference.predictor import Predictor
 from pixelclip.models.checkpoint import load_model
 from pixelclip.register import run
-from pixelclip.registry import promotion
+from pixelclip.registry import model_version, promotion
 from pixelclip.registry.gate import GateMetrics, decide
 from pixelclip.registry.model_version import copy_code, fetch, markdown
 from pixelclip.registry.promotion import metrics_of
@@ -208,6 +209,23 @@ def test_registered_model_runs_on_its_own_code_where_pixelclip_is_not_installed(
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "['dog', 'sky']"
+
+
+def test_fetched_model_leaves_nothing_in_the_temporary_folder(made, client, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    mlflow.set_tracking_uri(str(client.tracking_uri))
+    assert (fetch(f"models:/{NAME}@champion") / "model.safetensors").is_file()
+    model_version._copies.close()  # as at the end of the process
+    assert not list((tmp_path / "temporary").iterdir())
+
+
+def test_licences_are_in_the_model_card(client, tmp_path):
+    model = tiny.model_folder(tmp_path / "model", tiny.clip_folder(tmp_path / "clip"))
+    config = RegisterConfig(name="licensed", licence="Apache-2.0", data_licence="CC BY 4.0")
+    run(model, None, tmp_path / "out", config)
+    card = client.get_model_version("licensed", "1").description
+    assert "Licence of the weights: Apache-2.0. Licence of the training images: CC BY 4.0." in card
 
 
 def test_shipped_code_keeps_subpackages_and_leaves_assets_out(tmp_path):

@@ -170,7 +170,7 @@ def test_signal_ends_the_training_after_the_step_with_a_checkpoint(
     reason = f"stopped by {number.name}" + (f" after step {stopped} of 6" if update < 5 else "")
     printed = capsys.readouterr().out
     assert f"train: {reason}; the same command continues\n" in printed
-    assert "train: CLIP " in printed and ", batch " in printed and ", cpu, " in printed
+    assert "train: CLIP " in printed and ", 6 steps, batch " in printed and ", cpu, " in printed
     client = MlflowClient()
 
     def status() -> str:

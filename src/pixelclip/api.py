@@ -172,8 +172,10 @@ def predict(
     """
     names = [with_commas(name) for name in check_list(classes)]
     config = build(PredictConfig, {**settings, "classes": check_names(names)}, "predict")
+    from pixelclip.data.image_sources import check_output
     from pixelclip.predict import run
 
+    check_output(os.fspath(photos), os.fspath(out))  # before it is replaced by a local folder
     with output_folder(os.fspath(out)) as folder:
         return run(os.fspath(photos), model_path(model), folder, config)
 

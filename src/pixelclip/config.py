@@ -325,6 +325,8 @@ class RegisterConfig(_Settings):
 
     name: str = _setting("pixelclip", "Name of the registered model.", pattern=r"^[^/:.%\"']+$")
     min_gain: float = _setting(1.0, "Minimum mIoU gain of a champion over CLIP, in points.")
+    licence: str = _setting("", "Licence of the weights, for the model card.")
+    data_licence: str = _setting("", "Licence of the training images, for the model card.")
 
 
 class ImportConfig(_Settings):

@@ -39,7 +39,7 @@ from pixelclip.evaluation.protocol import (
 )
 from pixelclip.models.backbone import Backbone
 from pixelclip.models.checkpoint import Clip, Model, backbone_of, load_clip, load_model
-from pixelclip.models.clip_sources import clip_folder
+from pixelclip.models.clip_sources import check_trained_from
 from pixelclip.models.text import TEMPLATES, TextTower, classifier, nearest_names
 from pixelclip.registry.model_card import PER_CLASS, SEGMENTATIONS, model_card
 from pixelclip.storage.download import local_path
@@ -102,12 +102,9 @@ def _run(
     stage = Stage("evaluate", out, inputs, config)
     if group.broadcast_object(stage.finished):
         return group.broadcast_object(stage.reuse() if group.is_main else {})
-    trained_from, weights = loaded.config["clip"]["md5"], inputs.get("clip")
-    if not config.clip and weights and trained_from and weights["md5"] != trained_from:
-        raise ValueError(
-            f"{clip_folder(spec)}: is not the CLIP that {model} was trained from (the md5 differs); "
-            "to compare with it anyway, set evaluate.clip"
-        )
+    if not config.clip and "clip" in inputs:
+        advice = "; to compare with it anyway, set evaluate.clip"
+        check_trained_from(spec, inputs["clip"]["md5"], model, loaded.config["clip"]["md5"], advice)
     check_sides(backbone_of(loaded), resolved)
     clip: Clip | Path = clip_evaluation or load_clip(spec)
     if isinstance(clip, Clip):

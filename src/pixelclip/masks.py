@@ -83,6 +83,7 @@ def run(shards: Path | str, out: Path, config: MasksConfig) -> Metrics:
     if labels:
         config = config.model_copy(update={"labels_folder": str(labels)})  # a local copy for the workers
     with stage, _start_pool(config.workers) as pool:
+        print(f"masks: generator {config.generator}, {len(tars)} shards", flush=True)
         on_device = GENERATORS[config.generator] == "device"
         generate: Generate | None = _module(config).load_generator(weights, config) if on_device else None
         images, masks = _mask_shards(tars, stage.folder, config, partial(_results, config, pool, generate), bad)

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from pixelclip.config import PredictConfig
 from pixelclip.data.class_names import check_names
-from pixelclip.data.image_sources import Photo, Photos, list_photos
+from pixelclip.data.image_sources import Photo, Photos, check_output, list_photos
 from pixelclip.data.images import decode_image, encode_jpeg, to_rgb, turn_upright
 from pixelclip.data.shard_sources import parts
 from pixelclip.inference.loading import Model, load_predictor
@@ -50,8 +50,7 @@ def run(images: str, model: Path, out: Path, config: PredictConfig) -> Metrics:
         ValueError: no images, too many unusable ones, or an unusable model, class name or setting.
     """
     names = check_names(config.classes)
-    if Path(images).is_dir() and out.resolve().is_relative_to(Path(images).resolve()):
-        raise ValueError(f"{out}: predictions must not be inside the folder of images {images}; choose another --out")
+    check_output(images, str(out))
     photos = list_photos(images)
     if config.label_studio and photos.in_shards:
         raise ValueError(f"{images}: Label Studio reads image files, not shards; leave out --label-studio")

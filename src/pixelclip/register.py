@@ -68,9 +68,9 @@ def run(model: Path, evaluation: Path | None, out: Path, config: RegisterConfig)
                 version = model_version.create(client, model, provenance, config.name, resize)
             number = str(version.version)
             if measured:
-                role, reason = _measured(client, version, model, *measured)
+                role, reason = _measured(client, version, model, config, *measured)
             else:
-                role, reason = _unmeasured(client, version, model, provenance)
+                role, reason = _unmeasured(client, version, model, config, provenance)
             print(f"register: {config.name} version {number} is {role}: {reason}", flush=True)
             registration = {
                 "name": config.name,
@@ -104,6 +104,7 @@ def _measured(
     client: MlflowClient,
     version: ModelVersion,
     model: Path,
+    config: RegisterConfig,
     evaluation: Path,
     evaluated: Mapping[str, Any],
     tags: Mapping[str, str],
@@ -118,12 +119,14 @@ def _measured(
         client.set_model_version_tag(name, number, key, value)
     write_metrics(client, name, number, tags)
     shown = f"{folder}/{SEGMENTATIONS}" if picture.is_file() else ""
-    model_version.write_card(client, version, model, evaluation, shown)
+    model_version.write_card(client, version, model, evaluation, config, shown)
     decision = pass_gate(client, name, number, challenge=True)
     return (CHAMPION if decision.champion else CHALLENGER), decision.reason
 
 
-def _unmeasured(client: MlflowClient, version: ModelVersion, model: Path, provenance: Mapping[str, Any]) -> tuple[str, str]:
+def _unmeasured(
+    client: MlflowClient, version: ModelVersion, model: Path, config: RegisterConfig, provenance: Mapping[str, Any]
+) -> tuple[str, str]:
     """Mark a version as unmeasured, unless an earlier registration has measured it; return role and reason."""
     name, number = version.name, str(version.version)
     if version.tags.get("measured_on"):
@@ -132,7 +135,7 @@ def _unmeasured(client: MlflowClient, version: ModelVersion, model: Path, proven
         client.set_model_version_tag(name, number, key, value)
     reason = "it was registered without an evaluation, so the gate cannot compare it; evaluate it and register it again"
     client.set_model_version_tag(name, number, GATE, f"{UNMEASURED}: {reason}")
-    model_version.write_card(client, version, model, None)
+    model_version.write_card(client, version, model, None, config)
     return UNMEASURED, reason
 
 

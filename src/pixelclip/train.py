@@ -191,11 +191,11 @@ def _train(
     loader = iter(load_batches(dataset, index_lists, workers, pin=group.device.type == "cuda"))
     if tracked:
         tracked.monitor_system()  # its thread starts after the loader's processes
-        print(f"train: CLIP {origin['spec']}, batch {config.batch_size}, {group.device}, {precision or 'float32'}", flush=True)
+        todo = f"CLIP {origin['spec']}, {config.steps} steps, batch {config.batch_size}"
+        print(f"train: {todo}, {group.device}, {precision or 'float32'}", flush=True)
     bar = track(range(start, config.steps), "train", "step", config.steps, start, enabled=group.is_main)
-
-    output, maskless, num_bad, seen, since = None, resumed.maskless, resumed.bad, 0, time.monotonic()
-    saved_at = since
+    since = saved_at = time.monotonic()
+    output, maskless, num_bad, seen = None, resumed.maskless, resumed.bad, 0
 
     def progress(steps: int) -> Progress:
         loss, used = (output.loss.item(), output.concepts_used()) if output else (resumed.loss, resumed.concepts_used)

@@ -1,5 +1,8 @@
 """The manifest for KServe fits the fields of its InferenceService, and its pod fits Kubernetes."""
 
+import subprocess
+import sys
+
 import kubernetes_validate
 import pytest
 import yaml
@@ -62,3 +65,11 @@ def test_invalid_manifest_is_one_clear_error(monkeypatch, arguments, message):
     with pytest.raises(ValueError, match=message) as caught:
         manifest(*arguments)
     assert "secret" not in str(caught.value)
+
+
+def test_serve_without_its_extra_names_the_command_that_installs_it():
+    script = "import sys; sys.modules['mlflow'] = None; from pixelclip.cli.app import main; main()"
+    words = [sys.executable, "-c", script, "serve", "run", "models:/m@champion"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "serve needs the extra `train` (pip install 'pixelclip[train]')" in " ".join(done.stderr.split())

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from mlflow.entities import LoggedModelStatus
 from mlflow.entities import Run as MlflowRun
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
@@ -457,6 +458,24 @@ def test_server_without_the_run_receives_the_whole_history(client, monkeypatch, 
     assert new.info.status == "FINISHED"
     assert curve(client, attached.run_id) == [(1, 1.0), (2, 2.0)]
     assert new.data.params["masks.generator"] == "given"
+
+
+def test_logged_model_of_an_outage_is_replaced_by_the_next_attempt(client, monkeypatch, tmp_path):
+    best = tmp_path / "best"
+    best.mkdir()
+    (best / "weights").write_text("w")
+    run = start(tmp_path / "stage")
+    run.model(best, "train/miou_set", 30.0, 5)
+    upload = MlflowClient.log_model_artifacts
+
+    def fails_once(self, *words):
+        monkeypatch.setattr(MlflowClient, "log_model_artifacts", upload)
+        raise MlflowException("down", TEMPORARILY_UNAVAILABLE)
+
+    monkeypatch.setattr(MlflowClient, "log_model_artifacts", fails_once)
+    assert run.finish()
+    (logged,) = client.search_logged_models([experiment_id(client)], f"source_run_id = '{run.run_id}'")
+    assert (logged.status, [metric.value for metric in logged.metrics]) == (LoggedModelStatus.READY, [30.0])
 
 
 @pytest.mark.parametrize("pages", ["", "https://mlflow.example"])

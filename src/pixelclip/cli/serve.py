@@ -1,5 +1,7 @@
 """Commands below `pixelclip serve`. They only parse and call."""
 
+from importlib import import_module
+from types import ModuleType
 from typing import Annotated
 
 import typer
@@ -20,9 +22,7 @@ def serve_run(
     port: Annotated[int, typer.Option(help="Port to listen on.", min=1, max=65535)] = 5107,
 ) -> None:
     """Serve a registered model until Ctrl-C: POST /invocations, GET /ping, /metrics."""
-    from pixelclip.commands.serve import run
-
-    run(model, host, port)
+    _commands().run(model, host, port)
 
 
 @serve.command("manifest")
@@ -32,6 +32,11 @@ def serve_manifest(
     tracking_uri: Annotated[str, typer.Option(help="URL of MLflow inside the cluster; default: MLFLOW_TRACKING_URI.")] = "",
 ) -> None:
     """Print a KServe InferenceService for a registered model, as YAML."""
-    from pixelclip.commands.serve import manifest
+    print(_commands().manifest(model, image, tracking_uri), end="")
 
-    print(manifest(model, image, tracking_uri), end="")
+
+def _commands() -> ModuleType:
+    try:
+        return import_module("pixelclip.commands.serve")
+    except ModuleNotFoundError as error:
+        raise ValueError(f"serve needs the extra `train` (pip install 'pixelclip[train]'): {error.name} is missing") from None

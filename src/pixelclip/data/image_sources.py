@@ -1,5 +1,6 @@
 """Images to predict: one file, a folder, a glob, shards, or an `s3://` object or prefix."""
 
+import fnmatch
 import glob
 import hashlib
 from collections import Counter
@@ -13,7 +14,7 @@ from pixelclip.data.images import HEIC_ADVICE, HEIC_SUFFIXES, IMAGE_SUFFIXES
 from pixelclip.data.shard_format import index_shard, read_part
 from pixelclip.data.shard_sources import MANIFEST, RemoteFile, Shard, describe_shards, list_shards, parts
 from pixelclip.storage.files import digest, files_below, no_such
-from pixelclip.storage.s3 import current_version, is_s3, list_below
+from pixelclip.storage.s3 import check_names, current_version, is_s3, list_below
 from pixelclip.workflow.stage import describe
 
 _MAGIC = frozenset("*?[")
@@ -127,6 +128,29 @@ def list_photos(source: str) -> Photos:
     return _listed(source, path, files_below(path), lambda _: describe(path))
 
 
+def check_output(source: str, out: str) -> None:
+    """Raise ValueError if `out`, a folder or `s3://` prefix, is inside the folder, glob or prefix of images that is read."""
+    path = Path(source)
+    if is_s3(source) or is_s3(out):
+        inside = f"{out.rstrip('/')}/".startswith(f"{source.rstrip('/')}/")
+    elif not path.exists() and _MAGIC & set(source):
+        inside = _descends(path.resolve().parts, Path(out).resolve().parts)
+    else:
+        inside = path.is_dir() and Path(out).resolve().is_relative_to(path.resolve())
+    if inside:
+        raise ValueError(f"{out}: predictions must not be inside the images that are read, {source}; choose another --out")
+
+
+def _descends(pattern: Sequence[str], folder: Sequence[str]) -> bool:
+    """Return whether a glob looks for files below a folder."""
+    for word, part in zip(pattern, folder, strict=False):
+        if word == "**":
+            return True
+        if not fnmatch.fnmatch(part, word):
+            return False
+    return len(pattern) > len(folder)
+
+
 def _before_magic(words: Sequence[str]) -> Iterator[str]:
     for word in words[:-1]:
         if _MAGIC & set(word):
@@ -173,8 +197,7 @@ def _listed_in_store(source: str) -> Photos:
     listed = list_below(source) or [current_version(source)]
     folder = source.rstrip("/") if listed[0].uri != source else source.rpartition("/")[0]
     found = [(one.uri.removeprefix(f"{folder}/"), RemoteFile(**vars(one))) for one in listed]
-    if bad := [name for name, _ in found if {"", ".", ".."} & set(name.split("/"))]:
-        raise ValueError(f"{source}: results cannot be named after the key {bad[0]!r}")
+    check_names(source, [name for name, _ in found], "results cannot be named after the key")
     chosen, in_shards = _chosen(source, found)
     md5 = hashlib.md5(usedforsecurity=False)
     for name, file in chosen:

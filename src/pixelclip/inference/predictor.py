@@ -25,7 +25,7 @@ from pixelclip.inference.prediction import label_image as label_image  # the cod
 from pixelclip.inference.prediction import overlay as overlay
 from pixelclip.models.backbone import Backbone
 from pixelclip.models.checkpoint import Clip, Model, backbone_of, load_clip, load_model
-from pixelclip.models.clip_sources import clip_folder
+from pixelclip.models.clip_sources import check_trained_from, clip_folder
 from pixelclip.models.text import TEMPLATES, classifier
 from pixelclip.workflow.stage import describe
 
@@ -249,7 +249,6 @@ class Predictor:
 
 
 def _original_clip(folder: Path, spec: str, md5: str | None) -> Clip:
-    weights = clip_folder(spec)
-    if weights and md5 and describe(weights)["md5"] != md5:
-        raise ValueError(f"{weights}: is not the CLIP that {folder} was trained from (the md5 differs)")
+    if weights := clip_folder(spec):
+        check_trained_from(spec, describe(weights)["md5"], folder, md5)
     return load_clip(spec)

@@ -39,8 +39,8 @@ def model_card(
     name: str = "PixelCLIP",
     uri: str = "",
     picture: str = "",
-    licence: str = _NOT_STATED,
-    data_licence: str = _NOT_STATED,
+    licence: str = "",
+    data_licence: str = "",
 ) -> str:
     """Return a model card as Markdown, at most about 4,500 characters; paths of machines are shortened to their last part.
 
@@ -50,7 +50,7 @@ def model_card(
         name: title.
         uri: how users load the model, such as `models:/NAME/3`; by default the name of the model folder.
         picture: URL or path of an example, relative to the card.
-        licence: licence of the weights.
+        licence: licence of the weights; empty if not stated.
         data_licence: licence of the training images.
 
     Raises:
@@ -143,7 +143,8 @@ def _data(provenance: Mapping[str, Any], licence: str, data_licence: str) -> str
         files = f"{described['num_files']:,}" if "num_files" in described else ""
         rows.append([f"{name} (read by {stage})", origin, files, f"`{described['md5']}`"])
     table = _table(["input", "origin", "files", "md5"], rows)
-    return f"Licence of the weights: {licence}. Licence of the training images: {data_licence}.\n\n{table}"
+    weights, images = (_escaped(" ".join(text.split())[:_NAME]) or _NOT_STATED for text in (licence, data_licence))
+    return f"Licence of the weights: {weights}. Licence of the training images: {images}.\n\n{table}"
 
 
 def _limits(clip: str, evaluation: Path | None) -> str:

@@ -1,5 +1,7 @@
 """A version of a registered model: create it with the model's weights and code, find it, fetch it, describe it."""
 
+import atexit
+import contextlib
 import re
 import shutil
 import tempfile
@@ -19,6 +21,7 @@ from packaging.requirements import Requirement
 from pydantic import BaseModel
 
 import pixelclip
+from pixelclip.config import RegisterConfig
 from pixelclip.evaluation.protocol import resize_of
 from pixelclip.inference import serving
 from pixelclip.inference.prediction import INFERENCE
@@ -42,6 +45,8 @@ _ABOUT = (
     "`challenger` is the last version that the gate rejected, `previous` the former champion. The description of a version is "
     "its model card."
 )
+_copies = contextlib.ExitStack()
+atexit.register(_copies.close)  # MLflow's own temporary folders stay
 RESIZE = "resize"
 """Tag of a version: shortest and longest edge of the first resize, `640 2560`; versions without it do not resize."""
 
@@ -86,11 +91,14 @@ def create(
     return client.create_model_version(name, source=f"models:/{model_id}", run_id=run_id, model_id=model_id, tags=tags)
 
 
-def write_card(client: MlflowClient, version: ModelVersion, model: Path, evaluation: Path | None, picture: str = "") -> None:
+def write_card(
+    client: MlflowClient, version: ModelVersion, model: Path, evaluation: Path | None, config: RegisterConfig, picture: str = ""
+) -> None:
     """Set the description of a version: its model card, with a picture among the files of its run."""
     uri = f"models:/{version.name}/{version.version}"
     address = artifact_address(version.run_id, picture) if picture else ""
-    card = model_card(model, evaluation, name=f"{version.name}, version {version.version}", uri=uri, picture=address)
+    named = {"name": f"{version.name}, version {version.version}", "uri": uri, "picture": address}
+    card = model_card(model, evaluation, **named, licence=config.licence, data_licence=config.data_licence)
     client.update_model_version(version.name, version.version, description=cut(card, _DESCRIPTION))
 
 
@@ -140,15 +148,20 @@ def copy_code(package: Path, folder: Path) -> Path:
 def fetch(uri: str, folder: Path | None = None) -> Path:
     """Download `models:/NAME@ALIAS` or `models:/NAME/VERSION` and return its model folder.
 
+    Args:
+        uri: the model.
+        folder: where to; by default a temporary folder that exists as long as this process.
+
     Raises:
         ValueError: MLflow is unreachable or has no such model, or the URI names no version.
     """
     client = connect()
     if name := re.fullmatch("models:/([^/@]+)", uri):
         raise ValueError(_without_version(client, name[1]))
+    folder = folder or Path(_copies.enter_context(tempfile.TemporaryDirectory(prefix="pixelclip-")))
     try:
         with transfer():
-            root = Path(mlflow.artifacts.download_artifacts(uri, dst_path=None if folder is None else str(folder)))
+            root = Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(folder)))
     except MlflowException as error:
         missing = is_missing(error) or error.error_code == "INVALID_PARAMETER_VALUE"  # the latter for an unknown alias
         problem = "no such model at" if missing else "cannot be fetched from"

@@ -136,8 +136,7 @@ def _from_prefix(uri: str, listed: list[s3.Listed], name: str) -> Path:
     """Return a folder with all objects below a prefix; complete files of an interrupted call are not downloaded again."""
     bucket, prefix = s3.split(uri.rstrip("/") + "/")
     names = [one.uri.removeprefix(f"s3://{bucket}/{prefix}") for one in listed]
-    if bad := [name for name in names if {"", ".", ".."} & set(name.split("/"))]:
-        raise ValueError(f"{uri}: cannot be copied to a folder: it contains the key {prefix}{bad[0]}")
+    s3.check_names(uri, names, "cannot be copied to a folder: it contains the key")
 
     def fetch(folder: Path) -> None:
         wanted = {folder / name: one for name, one in zip(names, listed, strict=True)}

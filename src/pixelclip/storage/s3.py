@@ -4,7 +4,7 @@ import base64
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -129,6 +129,12 @@ def _explained(uri: str, endpoint: str) -> Iterator[None]:
         raise ValueError(f"{uri}: {_CHANGED}") from None
     except RetriesExceededError as error:
         raise ValueError(f"{uri}: connection lost at every attempt ({error.last_exception}); try again") from None
+
+
+def check_names(uri: str, names: Iterable[str], problem: str) -> None:
+    """Raise ValueError with `problem` and the first relative key with a part that is empty, `.` or `..`."""
+    if bad := next((name for name in names if {"", ".", ".."} & set(name.split("/"))), None):
+        raise ValueError(f"{uri}: {problem} {bad!r}")
 
 
 def list_below(uri: str) -> list[Listed]:

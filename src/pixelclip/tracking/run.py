@@ -205,6 +205,9 @@ class Run:
 
     def _log_model(self, folder: Path, metric: str, value: float, step: int) -> None:
         experiment = self.client.get_run(self.run_id).info.experiment_id
+        for model in self.client.search_logged_models([experiment], f"source_run_id = '{self.run_id}'"):
+            if model.name == folder.name and model.status == LoggedModelStatus.PENDING:  # left by an outage or a kill
+                self.client.delete_logged_model(model.model_id)
         tags = {"step": str(step)}
         model = self.client.create_logged_model(experiment, name=folder.name, source_run_id=self.run_id, tags=tags)
         with transfer():
