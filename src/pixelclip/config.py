@@ -83,8 +83,8 @@ class MasksConfig(_Settings):
 
     generator: Literal["felzenszwalb", "given", "sam", "dino", "labels"] = _setting(
         "felzenszwalb",
-        "felzenszwalb (graph segmentation, no weights), given (SA-1B JSON), sam, dino (k-means of patch tokens), or labels "
-        "(label maps without their classes).",
+        "felzenszwalb (graph segmentation, no weights), given (SA-1B JSON), sam (SAM, SAM 2 or 2.1, as the weights are), dino "
+        "(k-means of patch tokens), or labels (label maps without their classes).",
     )
     shortest_edge: int = _setting(
         0, "Shrink images and given masks to this shortest edge in pixels first (paper: 750); 0 keeps the size.", ge=0, le=16384
@@ -100,7 +100,7 @@ class MasksConfig(_Settings):
     felzenszwalb_scale: float = _setting(200.0, "Felzenszwalb: larger values give larger segments.", gt=0)
     felzenszwalb_sigma: float = _setting(0.8, "Felzenszwalb: sigma of the Gaussian smoothing, in pixels.", ge=0)
     felzenszwalb_min_size: int = _setting(100, "Felzenszwalb: minimum segment size in pixels.", ge=1)
-    weights: str = _setting("", "Checkpoint of SAM or DINO (.pth, .safetensors): path, URL or s3://.")
+    weights: str = _setting("", "Checkpoint of SAM, SAM 2 or DINO (.pth, .pt, .safetensors): path, URL or s3://.")
     sam_points_per_side: int = _setting(32, "SAM: points per side of the prompt grid; three masks per point.", ge=1, le=1024)
     sam_points_per_batch: int = _setting(256, "SAM: points decoded at once.", runtime=True, ge=1)
     sam_pred_iou_thresh: float = _setting(0.88, "SAM: minimum predicted IoU of a mask.", ge=0)

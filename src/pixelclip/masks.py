@@ -1,7 +1,7 @@
 """STAGE masks: add class-agnostic masks in SA-1B's annotation format to shards (PixelCLIP, section 4.1).
 
-Generators: `sam`, `dino` (k-means), `felzenszwalb` (graph segmentation without weights), `given` (existing masks), `labels`
-(label maps without their classes).
+Generators: `sam` (also SAM 2), `dino` (k-means), `felzenszwalb` (graph segmentation without weights), `given` (existing masks),
+`labels` (label maps without their classes).
 """
 
 import json

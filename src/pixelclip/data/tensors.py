@@ -10,6 +10,9 @@ from torch import Tensor
 
 from pixelclip.data.images import to_rgb
 
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
 
 def to_tensor(image: Image.Image) -> Tensor:
     """Convert an image to float RGB [3, H, W] in 0..1."""

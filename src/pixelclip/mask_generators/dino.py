@@ -19,15 +19,12 @@ from pixelclip.config import MasksConfig
 from pixelclip.data.annotations import annotate
 from pixelclip.data.dataset import Batch
 from pixelclip.data.images import cell_centres
-from pixelclip.data.tensors import normalise, resized_square
+from pixelclip.data.tensors import IMAGENET_MEAN, IMAGENET_STD, normalise, resized_square
 from pixelclip.distributed import pick_device, pick_precision
 from pixelclip.mask_generators import Generate
 from pixelclip.mask_generators.kmeans import kmeans
 from pixelclip.models.backbone import check_multiple
 from pixelclip.models.weights import check_fit, check_tensors, named, read_weights
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 _ANCHORS = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.norm1.weight", "norm.weight")
 _HEAD_WIDTH = 64

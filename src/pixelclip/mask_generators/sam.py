@@ -25,7 +25,6 @@ from segment_anything.utils.amg import (
     uncrop_masks,
     uncrop_points,
 )
-from segment_anything.utils.transforms import ResizeLongestSide
 from torch import Tensor
 from torchvision.ops.boxes import batched_nms, box_area
 
@@ -33,15 +32,16 @@ from pixelclip.config import MasksConfig
 from pixelclip.data.annotations import annotate
 from pixelclip.distributed import pick_device, pick_precision
 from pixelclip.mask_generators import Generate
+from pixelclip.mask_generators.sam2 import Sam2
 from pixelclip.mask_generators.sam_checkpoint import load_sam
 from pixelclip.mask_generators.sam_decoder import PointDecoder
-from pixelclip.mask_generators.sam_encoder import ImageEncoder
+from pixelclip.mask_generators.sam_model import mask_model
 
 _CHUNK_PIXELS = 2**26  # logits at full size in memory at once: 256 MiB
 
 
 def load_generator(weights: Path, config: MasksConfig) -> Generate:
-    """Load SAM on the configured device."""
+    """Load SAM or SAM 2 on the configured device."""
     prefix, device = "sam_", pick_device(config.device)
     settings = {name.removeprefix(prefix): value for name, value in config.model_dump().items() if name.startswith(prefix)}
     settings["precision"] = pick_precision(config.sam_precision, device)
@@ -59,7 +59,6 @@ class _Crop:
     """Remaining masks of one crop, best first, on the device."""
 
     box: list[int]  # x0 y0 x1 y1 of the crop
-    shown: tuple[int, int]  # H and W of the crop in the encoder's input, without padding
     logits: Tensor  # [N, h, w]; logits at full size do not fit in memory
     quality: Tensor  # [N], predicted IoU
     stability: Tensor  # [N]
@@ -69,7 +68,7 @@ class _Crop:
 
 @dataclass(eq=False)
 class SamGenerator:
-    """Generate the masks of `segment_anything.SamAutomaticMaskGenerator` for batches of images.
+    """Generate the masks of `segment_anything.SamAutomaticMaskGenerator`, or SAM 2's equivalent, for batches of images.
 
     The image encoder processes the whole batch at once. Masks are upscaled to full size in chunks, and copied to the host only
     after all thresholds and both suppressions.
@@ -93,7 +92,7 @@ class SamGenerator:
         ValueError: a crop layer has no points.
     """
 
-    sam: Sam
+    sam: Sam | Sam2
     _: KW_ONLY
     points_per_side: int = 32
     points_per_batch: int = 256
@@ -115,8 +114,7 @@ class SamGenerator:
                 f"at crop_n_points_downscale_factor {self.crop_n_points_downscale_factor}"
             )
         self._grids = build_all_layer_point_grids(self.points_per_side, self.crop_n_layers, self.crop_n_points_downscale_factor)
-        self._resize = ResizeLongestSide(self.sam.image_encoder.img_size)
-        self._encoder = ImageEncoder(self.sam.image_encoder, self.precision)
+        self._model = mask_model(self.sam, self.precision)
 
     @torch.no_grad()
     def __call__(self, images: Sequence[NDArray[np.uint8]]) -> list[list[dict[str, Any]]]:
@@ -132,43 +130,27 @@ class SamGenerator:
         layers = layouts[0][1] if layouts else []
         crops: list[list[_Crop]] = [[] for _ in images]
         for index, layer in enumerate(layers):
-            group = [(i, boxes[index]) for i, (boxes, _) in enumerate(layouts) if self._usable(boxes[index])]
-            pixels = [self._resize.apply_image(images[i][y0:y1, x0:x1]) for i, (x0, y0, x1, y1) in group]
-            for (i, box), embedding, shown in zip(group, self._encode(pixels), pixels, strict=True):
-                if crop := self._mask_crop(embedding, shown.shape[:2], box, layer, images[i].shape[:2]):
+            group = [(i, boxes[index]) for i, (boxes, _) in enumerate(layouts) if self._model.is_usable(_size(boxes[index]))]
+            decoders = self._model.decoders([images[i][y0:y1, x0:x1] for i, (x0, y0, x1, y1) in group]) if group else ()
+            for (i, box), decoder in zip(group, decoders, strict=True):
+                if crop := self._mask_crop(decoder, box, layer, images[i].shape[:2]):
                     crops[i].append(crop)
         return [self._finish(of_image, image.shape[:2]) for of_image, image in zip(crops, images, strict=True)]
 
-    def _usable(self, box: list[int]) -> bool:
-        """Return False for a crop too thin for one pixel at the encoder's size."""
-        width, height = box[2] - box[0], box[3] - box[1]
-        side = self._resize.target_length
-        return min(width, height) > 0 and min(self._resize.get_preprocess_shape(height, width, side)) > 0
-
-    def _encode(self, images: list[NDArray[np.uint8]]) -> Tensor:
-        if not images:
-            return torch.empty(0)
-        tensors = [torch.as_tensor(image, device=self.sam.device).permute(2, 0, 1) for image in images]
-        return self._encoder(torch.stack([self.sam.preprocess(tensor) for tensor in tensors]))  # [B, C, h, w]
-
-    def _mask_crop(
-        self, embedding: Tensor, shown: tuple[int, int], box: list[int], layer: int, image_size: tuple[int, int]
-    ) -> _Crop | None:
-        """Decode the masks of one crop from its embedding [C, h, w]; for `box` and `shown` see `_Crop`.
+    def _mask_crop(self, decoder: PointDecoder, box: list[int], layer: int, image_size: tuple[int, int]) -> _Crop | None:
+        """Decode the masks of one crop; for `box` see `_Crop`.
 
         Masks below the thresholds, masks cut off by the crop, and duplicates are dropped. Returns None without any mask.
         """
-        x0, y0, x1, y1 = box
-        size = (y1 - y0, x1 - x0)
-        grid = self._grids[layer] * np.array([x1 - x0, y1 - y0])
-        points = torch.as_tensor(grid, device=embedding.device)
-        prompts = torch.as_tensor(self._resize.apply_coords(grid, size), device=embedding.device)
+        size = _size(box)
+        grid = self._grids[layer] * np.array(size[::-1])
+        points = torch.as_tensor(grid, device=self.sam.device)
+        prompts = self._model.prompts(grid, size)
         chunks: list[list[Tensor]] = []
-        decoder = PointDecoder(self.sam, embedding)
         for logits, quality, number in decoder(prompts, self.points_per_batch, self.pred_iou_thresh):
             source = points[number]
             for part in self._chunks(len(logits), size):
-                masks = self._upscale(logits[part], shown, size)
+                masks = self._model.upscale(logits[part], size)
                 stability = calculate_stability_score(masks, self.sam.mask_threshold, self.stability_score_offset)
                 boxes = batched_mask_to_box(masks > self.sam.mask_threshold)
                 good = ~is_box_near_crop_edge(boxes, box, [0, 0, image_size[1], image_size[0]])
@@ -181,7 +163,6 @@ class SamGenerator:
         keep = _suppress(boxes, quality, self.box_nms_thresh)
         return _Crop(
             box=box,
-            shown=shown,
             logits=logits[keep],
             quality=quality[keep],
             stability=stability[keep],
@@ -191,13 +172,8 @@ class SamGenerator:
 
     def _chunks(self, count: int, size: tuple[int, int]) -> Iterator[slice]:
         """Yield slices of `count` masks that fit in memory at full size, or one empty slice."""
-        step = max(1, _CHUNK_PIXELS // max(size[0] * size[1], self._resize.target_length**2))
+        step = max(1, _CHUNK_PIXELS // max(size[0] * size[1], self._model.side**2))
         return (slice(first, first + step) for first in range(0, max(count, 1), step))
-
-    def _upscale(self, logits: Tensor, shown: tuple[int, int], size: tuple[int, int]) -> Tensor:
-        """Upscale logits [N, h, w] to the size of the crop: [N, H, W]."""
-        masks: Tensor = self.sam.postprocess_masks(logits[:, None], shown, size)
-        return masks[:, 0]
 
     def _finish(self, crops: list[_Crop], size: tuple[int, int]) -> list[dict[str, Any]]:
         """Build the annotation entries of an image from the masks of its crops."""
@@ -239,10 +215,9 @@ class SamGenerator:
 
     def _encode_masks(self, crop: _Crop, chosen: Tensor, size: tuple[int, int]) -> Iterator[dict[str, Any]]:
         """Encode the chosen masks of a crop as RLE in the frame of the image."""
-        x0, y0, x1, y1 = crop.box
         logits = crop.logits[chosen]
         for part in self._chunks(len(logits), size) if len(logits) else ():
-            masks = self._upscale(logits[part], crop.shown, (y1 - y0, x1 - x0)) > self.sam.mask_threshold
+            masks = self._model.upscale(logits[part], _size(crop.box)) > self.sam.mask_threshold
             masks = uncrop_masks(masks, crop.box, *size)
             # On a CPU pycocotools is faster than encode_masks; it requires contiguous columns.
             yield from encode_masks(masks) if masks.is_cuda else rle.encode(masks.transpose(1, 2).contiguous().byte().numpy().T)
@@ -268,6 +243,12 @@ def encode_masks(masks: Tensor) -> list[dict[str, Any]]:
         for mine, inside in zip(runs, starts_inside, strict=True)
     ]
     return rle.frPyObjects(plain, height, width) if plain else []
+
+
+def _size(box: Sequence[int]) -> tuple[int, int]:
+    """Return height and width of a box x0 y0 x1 y1."""
+    x0, y0, x1, y1 = box
+    return y1 - y0, x1 - x0
 
 
 def _suppress(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Build and load a SAM of any size, with settings inferred from tensor shapes (Kirillov et al., 2023)."""
+"""Build and load a SAM of any size or a SAM 2, with settings inferred from names and shapes (Kirillov et al., 2023)."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -8,9 +8,14 @@ import torch
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from torch import Tensor, nn
 
+from pixelclip.mask_generators.sam2 import Sam2, is_sam2, used_tensors
+from pixelclip.mask_generators.sam2_encoder import SIZES, find_size
 from pixelclip.models.weights import check_fit, check_tensors, named, read_weights, without_wrappers
 
-_EXPECTED = "expected the state dict of a Segment Anything model (vit_h, vit_l, vit_b or another size)"
+_EXPECTED = (
+    "expected the state dict of a Segment Anything model (SAM: vit_h, vit_l, vit_b or another size; "
+    "SAM 2 or 2.1: tiny, small, base_plus or large)"
+)
 _DECODER_HEADS = 8  # the same in every published model; no shape depends on it
 
 
@@ -79,18 +84,35 @@ def build_sam(state: Mapping[str, Tensor]) -> Sam:
     return Sam(encoder, prompts, decoder)  # not on meta: pixel mean and deviation are in no state dict
 
 
-def load_sam(path: Path) -> Sam:
-    """Load a SAM of any size in float32 on the CPU, frozen and in eval mode.
-
-    Args:
-        path: `.safetensors`, or a published `.pth`, of which only tensors are loaded.
+def build_sam2(state: dict[str, Tensor]) -> Sam2:
+    """Build a SAM 2 or 2.1 of the size of a state dict, on the meta device.
 
     Raises:
-        ValueError: the file cannot be read or is not a SAM checkpoint.
+        ValueError: its trunk is none of the published sizes.
+    """
+    with torch.device("meta"):
+        return Sam2(SIZES[find_size(state)])
+
+
+def load_sam(path: Path) -> Sam | Sam2:
+    """Load a SAM of any size or a SAM 2 or 2.1 in float32 on the CPU, frozen and in eval mode.
+
+    Args:
+        path: `.safetensors`, or a published `.pth` or `.pt`, of which only tensors are loaded. SAM 2 is recognised by the names
+            of its tensors; they may be in a dictionary `model`, as published, and those for videos are not used.
+
+    Raises:
+        ValueError: the file cannot be read or is not a checkpoint of SAM, SAM 2 or 2.1.
     """
     try:
-        state = without_wrappers(check_tensors(read_weights(path)))
-        sam = build_sam(state)
+        content = read_weights(path)
+        published = isinstance(content, dict) and content.keys() == {"model"} and isinstance(content["model"], dict)
+        state = without_wrappers(check_tensors(content["model"] if published else content))
+        if is_sam2(state):
+            sam: Sam | Sam2 = build_sam2(state)
+            state = used_tensors(state)
+        else:
+            sam = build_sam(state)
         check_fit(state, sam.state_dict())
     except ValueError as error:
         raise ValueError(f"{path}: {error}; {_EXPECTED}") from None

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator
 
 import torch
-from segment_anything.modeling import Sam
+from segment_anything.modeling import MaskDecoder, PromptEncoder
 from segment_anything.modeling.transformer import Attention, TwoWayAttentionBlock
 from torch import Tensor
 
@@ -21,12 +21,13 @@ class PointDecoder:
     """Decode points of one image.
 
     Args:
-        sam: model with the decoder.
+        prompts: prompt encoder.
+        decoder: mask decoder.
         embedding: [C, h, w] of the image.
     """
 
-    def __init__(self, sam: Sam, embedding: Tensor) -> None:
-        self.prompts, self.decoder = sam.prompt_encoder, sam.mask_decoder
+    def __init__(self, prompts: PromptEncoder, decoder: MaskDecoder, embedding: Tensor) -> None:
+        self.prompts, self.decoder = prompts, decoder
         self.grid = embedding.shape[1:]
         nothing = self.prompts.no_mask_embed.weight.reshape(1, -1, 1, 1)
         self.keys = (embedding[None] + nothing).flatten(2).transpose(1, 2)  # [1, S, C]
@@ -64,8 +65,7 @@ class PointDecoder:
         """Run the transformer; return tokens [P, T, C] and image tokens [P, S, C]."""
         labels = torch.ones(len(points), 1, dtype=torch.int, device=points.device)
         sparse = self.prompts._embed_points(points[:, None], labels, pad=True)
-        fixed = torch.cat([self.decoder.iou_token.weight, self.decoder.mask_tokens.weight])
-        start = torch.cat([fixed.expand(len(points), -1, -1), sparse], dim=1)
+        start = torch.cat([self._fixed_tokens().expand(len(points), -1, -1), sparse], dim=1)
         transformer = self.decoder.transformer
         first, *others = transformer.layers
         tokens = self._tokens(first, start, start, self.first_keys, self.first_values)
@@ -85,6 +85,10 @@ class PointDecoder:
             _heads(last, last.v_proj(keys)),
         )
         return transformer.norm_final_attn(tokens + attended), keys
+
+    def _fixed_tokens(self) -> Tensor:
+        """Return the tokens that do not depend on the point: of the predicted IoU, then of the four masks."""
+        return torch.cat([self.decoder.iou_token.weight, self.decoder.mask_tokens.weight])
 
     @staticmethod
     def _tokens(layer: TwoWayAttentionBlock, tokens: Tensor, start: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -113,8 +117,13 @@ class PointDecoder:
 
     def _draw(self, weights: Tensor, keys: Tensor) -> Tensor:
         """Compute logits [P, 3, 4h, 4w]."""
-        features = self.decoder.output_upscaling(keys.transpose(1, 2).unflatten(2, self.grid))
+        features = self._pixel_features(keys)
         return (weights @ features.flatten(2)).unflatten(2, features.shape[2:])[:, 1:]
+
+    def _pixel_features(self, keys: Tensor) -> Tensor:
+        """Upscale image tokens [P, S, C] to pixel features [P, C / 8, 4h, 4w]."""
+        features: Tensor = self.decoder.output_upscaling(keys.transpose(1, 2).unflatten(2, self.grid))
+        return features
 
 
 def _heads(attention: Attention, x: Tensor) -> Tensor:
