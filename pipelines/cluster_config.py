@@ -10,15 +10,34 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from kubernetes.utils.quantity import parse_quantity
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from pixelclip.settings import build, nearest, read_yaml
+from pixelclip_pipelines.cluster_sections import (
+    RUN_VOLUME,
+    CertificateBundle,
+    Cpu,
+    Duration,
+    Memory,
+    Name,
+    NodeRule,
+    Pods,
+    Proxy,
+    RunLimits,
+    Section,
+    Source,
+    Toleration,
+    Trainer,
+    Volume,
+    seconds,
+)
 
 FILE = Path("cluster.yaml")
 """Read from the current folder if no other file is given."""
 _HOST = r"[a-z0-9][a-z0-9._-]*(:\d+(?=/))?"
-_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_DAY = 86_400
 _MAX_DAYS = 365
+_GPU_TYPE = r"[a-z0-9]([a-z0-9.-]*[a-z0-9])?/[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?"
 _OF_THE_PLUGIN = ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID")
 
 
@@ -29,65 +48,10 @@ def _checked_image(image: str) -> str:
     return image
 
 
-def _checked_label(name: str) -> str:
-    if name and not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", name):
-        raise ValueError(
-            f"{name!r} must be a DNS label, since KFP names the pods' volume after it: at most 63 lower-case letters, digits "
-            f"and '-', no '-' at its ends (found {len(name)} characters)"
-        )
-    return name
-
-
-def _quantity(value: Any) -> Any:
-    return str(value) if type(value) in (int, float) else value  # as Kubernetes accepts it: cpu: 4
-
-
 Image = Annotated[str, AfterValidator(_checked_image)]
-Cpu = Annotated[str, BeforeValidator(_quantity), Field(pattern=r"^(\d+(\.\d+)?|\d+m)$")]
-Memory = Annotated[str, BeforeValidator(_quantity), Field(pattern=r"^\d+(Ki|Mi|Gi|Ti|M|G|T)?$")]
-Duration = Annotated[str, BeforeValidator(_quantity), Field(pattern=r"^[1-9]\d*[smhd]$")]
-Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$", max_length=253)]
-Label = Annotated[str, AfterValidator(_checked_label)]
 
 
-def seconds(duration: str) -> int:
-    """Return a duration such as `90s`, `20m`, `4h` or `2d` in seconds."""
-    return int(duration[:-1]) * _SECONDS[duration[-1]]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known_keys(cls, values: Any) -> Any:
-        for key in values if isinstance(values, dict) else ():
-            if key not in cls.model_fields:
-                known = "; the keys are " + ", ".join(cls.model_fields)
-                raise ValueError(f"unknown key {key!r}{nearest(str(key), cls.model_fields) or known}")
-        return values
-
-
-class Toleration(_Section):
-    """A Kubernetes toleration."""
-
-    key: str = Field("", description="Key of the taint; every taint if empty.")
-    operator: Literal["Exists", "Equal"] = Field("Exists", description="Exists, or Equal to `value`.")
-    value: str = Field("", description="Value of the taint, for operator Equal.")
-    effect: Literal["", "NoSchedule", "PreferNoSchedule", "NoExecute"] = Field(
-        "", description="Effect of the taint; every effect if empty."
-    )
-
-    @model_validator(mode="after")
-    def _consistent(self) -> "Toleration":
-        if (self.operator == "Equal") != bool(self.value) or (self.operator == "Equal" and not self.key):
-            raise ValueError(
-                f"operator {self.operator} with key {self.key!r} and value {self.value!r}: Equal needs both, Exists no value"
-            )
-        return self
-
-
-class Step(_Section):
+class Step(Section):  # type: ignore[misc]  # mypy cannot follow the name under which this package is installed
     """Resources, placement, timeout and retries of one step."""
 
     cpu: Cpu = Field("500m", description="CPU request: CPUs reserved on the node.")
@@ -95,9 +59,14 @@ class Step(_Section):
     memory: Memory = Field("1Gi", description="Memory request: memory reserved on the node.")
     memory_limit: Memory = Field("4Gi", description="Memory limit; a step that exceeds it is killed.")
     gpus: int = Field(0, ge=0, description="GPUs of the pod; train starts one process per GPU.")
-    gpu_type: str = Field("nvidia.com/gpu", description="Resource name of the GPUs.")
+    gpu_type: str = Field(
+        "nvidia.com/gpu",
+        pattern=f"^{_GPU_TYPE}$",
+        description="Resource name of the GPUs: nvidia.com/gpu, amd.com/gpu, or a part of one such as nvidia.com/mig-1g.10gb.",
+    )
     shared_memory: Memory | Literal[""] = Field("", description="Size of /dev/shm, for data loaders; 64 MiB if empty.")
     node_selector: dict[str, str] = Field({}, description="Labels that the node must have.")
+    node_affinity: list[NodeRule] = Field([], description="Rules about nodes, besides those in `pods`.")
     tolerations: list[Toleration] = Field(
         [], description="Tolerations of the pod; steps with GPUs tolerate the GPU taint by default."
     )
@@ -114,7 +83,9 @@ class Step(_Section):
             request, limit = getattr(self, name), getattr(self, f"{name}_limit")
             if parse_quantity(request) > parse_quantity(limit):
                 raise ValueError(f"{name} {request} is more than {name}_limit {limit}")
-        if (days := self.total_seconds // _SECONDS["d"]) > _MAX_DAYS:
+        if self.gpus > 1 and "/mig-" in self.gpu_type:
+            raise ValueError(f"gpus {self.gpus} of {self.gpu_type}: CUDA shows a process only one part of a GPU; set gpus to 1")
+        if (days := self.total_seconds // _DAY) > _MAX_DAYS:
             raise ValueError(
                 f"retries {self.retries}, timeout {self.timeout}, backoff {self.backoff} and backoff_factor "
                 f"{self.backoff_factor} come to {days} days; the limit is {_MAX_DAYS}"
@@ -161,31 +132,7 @@ STEPS: dict[str, dict[str, Any]] = {
 """The steps of the pipelines and their defaults where these differ from `Step`. A file overrides single settings."""
 
 
-class Source(_Section):
-    """A Secret or a ConfigMap in the namespace of the run."""
-
-    name: Name = Field(description="Name of the Secret or ConfigMap.")
-    env: dict[Annotated[str, Field(pattern=r"^[A-Za-z_]\w*$")], str] = Field(
-        description="Environment variables of the steps, each with its key in the Secret or ConfigMap.", min_length=1
-    )
-    optional: bool = Field(False, description="Whether steps also start without it.")
-
-
-class Volume(_Section):
-    """A volume mounted by every step, where finished stages are reused and interrupted ones resumed."""
-
-    claim: Label = Field("", description="PersistentVolumeClaim (ReadWriteMany); no volume if empty.")
-    mount: str = Field("/workspace", pattern=r"^/.+", description="Mount path.")
-
-
-class Trainer(_Section):
-    """Kubeflow Trainer 2.2 or newer, for training on several nodes (`--nodes`)."""
-
-    runtime: Name = Field("torch-distributed", description="Name of the ClusterTrainingRuntime.")
-    poll: Duration = Field("15s", description="Interval between two checks of the TrainJob.")
-
-
-class Cluster(_Section):
+class Cluster(Section):  # type: ignore[misc]
     """All settings of a cluster."""
 
     image: Image = Field("pixelclip:dev", description="Container image of all steps; --image and PIXELCLIP_IMAGE override it.")
@@ -209,6 +156,10 @@ class Cluster(_Section):
     service_account: str = Field("", description="Service account of the runs; KFP's default if empty.")
     secrets: list[Source] = Field([], description="Secrets whose keys become environment variables of all steps.")
     config_maps: list[Source] = Field([], description="ConfigMaps whose keys become environment variables of all steps.")
+    pods: Pods = Field(Pods(), description="What the pods of all steps have in common.")
+    proxy: Proxy = Field(Proxy(), description="HTTP proxy of all steps.")
+    certificates: CertificateBundle = Field(CertificateBundle(), description="Certificates that all steps trust.")
+    run: RunLimits = Field(RunLimits(), description="Time limit of a run, and when it is deleted.")
     volume: Volume = Field(Volume(), description="Volume for the pipeline's parameter `workspace`.")
     trainer: Trainer = Field(Trainer(), description="Kubeflow Trainer.")
     steps: dict[str, Step] = Field({}, validate_default=True, description="Resources of each step; see `STEPS`.")
@@ -229,10 +180,21 @@ class Cluster(_Section):
         names = [name for source in (*self.secrets, *self.config_maps) for name in source.env]
         if duplicates := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"secrets and config_maps: environment variables defined twice: {', '.join(duplicates)}")
+        for section, own in (("proxy", self.proxy.variables), ("certificates", self.certificates.variables)):
+            if both := sorted(set(names) & set(own)):
+                raise ValueError(f"{section}: also defined in secrets or config_maps: {', '.join(both)}")
         if taken := [name for name in names if name in _OF_THE_PLUGIN]:
             raise ValueError(
                 f"secrets and config_maps: {taken[0]} is a variable of KFP's MLflow plugin, and Kubernetes rejects a pod in "
                 "which both define it; the variable for MLflow's address is PIXELCLIP_MLFLOW_URI"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _distinct_volumes(self) -> "Cluster":
+        if self.volume.claim and self.volume.claim == self.certificates.source:
+            raise ValueError(
+                f"volume.claim and certificates: both are named {self.volume.claim!r}, after which KFP names the pods' volumes"
             )
         return self
 
@@ -262,11 +224,30 @@ def image_of(cluster: Cluster, image: str = "") -> str:
 
 
 def shared_folder(cluster: Cluster) -> str:
-    """Return the folder in which all steps mount the cluster's volume, or an empty string if it has none."""
-    return cluster.volume.mount if cluster.volume.claim else ""
+    """Return the folder in which all steps share a volume, or an empty string if they share none."""
+    return RUN_VOLUME if cluster.volume.size else cluster.volume.mount if cluster.volume.claim else ""
 
 
-def pod_environment(step: Step, image: str, mlflow_ui: str = "") -> dict[str, str]:
-    """Return variables that tell a pod its image (for the lineage), its number of GPUs, and where MLflow's pages are."""
-    gpus = {"PIXELCLIP_GPUS": str(step.gpus)} if step.gpus else {}
-    return {"PIXELCLIP_IMAGE": image} | gpus | ({"PIXELCLIP_MLFLOW_UI": mlflow_ui} if mlflow_ui else {})
+def default_workspace(cluster: Cluster | None) -> str:
+    """Return the workspace of a run that names none: the volume that KFP creates for it, or an empty string."""
+    return RUN_VOLUME if cluster and cluster.volume.size else ""
+
+
+def pod_environment(cluster: Cluster, step: Step, image: str) -> dict[str, str]:
+    """Return the variables of a pod: its image (for the lineage), number of GPUs, MLflow's pages, proxy, certificates."""
+    variables = {"PIXELCLIP_IMAGE": image}
+    variables |= {"PIXELCLIP_GPUS": str(step.gpus)} if step.gpus else {}
+    variables |= {"PIXELCLIP_MLFLOW_UI": cluster.mlflow_ui} if cluster.mlflow_ui else {}
+    return variables | cluster.proxy.variables | cluster.certificates.variables
+
+
+def pod_labels(cluster: Cluster) -> dict[str, str]:
+    """Return the labels of every pod: the file's own and Kueue's."""
+    return cluster.pods.labels | cluster.pods.queue_labels
+
+
+def node_rules(cluster: Cluster, step: Step) -> tuple[list[dict[str, Any]], list[tuple[int, dict[str, Any]]]]:
+    """Return the rules about the nodes of a step: the required ones, all of which must hold, and the preferred with weights."""
+    rules = [*cluster.pods.node_affinity, *step.node_affinity]
+    required = [rule.expression for rule in rules if not rule.weight]
+    return required, [(rule.weight, rule.expression) for rule in rules if rule.weight]

@@ -11,7 +11,8 @@ from urllib3.exceptions import HTTPError
 
 from pixelclip.commands.doctor import Finding, container_image
 from pixelclip.commands.doctor import pipelines as kfp_health
-from pixelclip_pipelines.cluster_config import Cluster, Source, Step, image_of, read
+from pixelclip_pipelines.cluster_config import Cluster, Step, image_of, read
+from pixelclip_pipelines.cluster_sections import Source
 from pixelclip_pipelines.pods import core_api
 from pixelclip_pipelines.submit import ENDPOINTS, Target
 from pixelclip_pipelines.trainjob import GROUP, PLURAL, VERSION

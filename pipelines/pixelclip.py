@@ -20,8 +20,8 @@ from pixelclip_components.register.component import register
 from pixelclip_components.shards.component import shards
 from pixelclip_components.train.component import train
 from pixelclip_components.train_job.component import train_job
-from pixelclip_pipelines.cluster_config import Cluster, shared_folder
-from pixelclip_pipelines.cluster_tasks import place_on, set_run_id
+from pixelclip_pipelines.cluster_config import Cluster, default_workspace, shared_folder
+from pixelclip_pipelines.cluster_tasks import place_on, run_config, set_run_id
 from pixelclip_pipelines.form import label
 from pixelclip_pipelines.trainjob import template
 
@@ -65,7 +65,7 @@ def build(
         register_min_gain: float = RegisterConfig().min_gain,
         settings: str = "",
         settings_file: str = "",
-        workspace: str = "",
+        workspace: str = default_workspace(cluster),
     ):
         """Run all steps.
 
@@ -141,7 +141,8 @@ def build(
             gate = {"registry_name": pins["registry_name"], "min_gain": pins["min_gain"]}
             on("register", "Register model", register(model=model, **evaluation, **gate, **everywhere))
 
-    described = {"description": "Teach CLIP where things are, from images that nobody labelled."}
+    described: dict[str, Any] = {"description": "Teach CLIP where things are, from images that nobody labelled."}
+    described["pipeline_config"] = run_config(cluster)
     if labelled:
         return label(dsl.pipeline(pixelclip, name="pixelclip", **described))
     described["description"] += " Without a labelled set: the model is not evaluated, and registered as unmeasured."

@@ -13,8 +13,8 @@ from pixelclip_components.fetch_data.component import fetch_data
 from pixelclip_components.fetch_model.component import fetch_model
 from pixelclip_components.merge.component import merge
 from pixelclip_components.predict.component import predict
-from pixelclip_pipelines.cluster_config import Cluster, shared_folder
-from pixelclip_pipelines.cluster_tasks import place_on
+from pixelclip_pipelines.cluster_config import Cluster, default_workspace, shared_folder
+from pixelclip_pipelines.cluster_tasks import place_on, run_config
 from pixelclip_pipelines.form import label
 
 _DEFAULTS = {name: field.default for name, field in PredictConfig.model_fields.items()}
@@ -41,7 +41,7 @@ def build(cluster: Cluster | None = None, image: str = IMAGE) -> dsl.base_compon
         overlays: bool = _DEFAULTS["overlays"],
         label_studio: bool = _DEFAULTS["label_studio"],
         max_bad_share: float = _DEFAULTS["max_bad_share"],
-        workspace: str = "",
+        workspace: str = default_workspace(cluster),
     ) -> None:
         """Run all steps.
 
@@ -72,8 +72,11 @@ def build(cluster: Cluster | None = None, image: str = IMAGE) -> dsl.base_compon
         collected = dsl.Collected(one.outputs["predictions"])
         on("merge", "Merge parts", merge(parts=collected, out=out, workspace=workspace))
 
-    description = "Segment many images into classes, with a registered model."
-    return label(dsl.pipeline(pixelclip_predict, name="pixelclip-predict", description=description))
+    described = {
+        "description": "Segment many images into classes, with a registered model.",
+        "pipeline_config": run_config(cluster),
+    }
+    return label(dsl.pipeline(pixelclip_predict, name="pixelclip-predict", **described))
 
 
 def arguments(images: str, classes: str, model: str, out: str = "", workspace: str = "", **settings: Any) -> dict[str, Any]:

@@ -22,7 +22,8 @@ from urllib3.exceptions import HTTPError
 
 from pixelclip.storage.urls import public_url, scrubbed
 from pixelclip_pipelines import predict
-from pixelclip_pipelines.cluster_config import Cluster, image_of, read, seconds, shared_folder
+from pixelclip_pipelines.cluster_config import Cluster, default_workspace, image_of, read, shared_folder
+from pixelclip_pipelines.cluster_sections import seconds
 from pixelclip_pipelines.form import described
 from pixelclip_pipelines.parameters import check_batch, check_place, check_prediction, check_settings, of_form
 from pixelclip_pipelines.pixelclip import build
@@ -56,6 +57,7 @@ def submit(arguments: Mapping[str, Any], target: Target, name: str = "") -> str:
         ValueError: an invalid parameter or setting; KFP is unreachable or rejects a request.
     """
     cluster = read(target.cluster)
+    arguments = _placed(arguments, cluster)
     return _start(_checked(arguments, cluster, target), cluster, arguments, target, name)
 
 
@@ -68,6 +70,7 @@ def submit_prediction(arguments: Mapping[str, Any], target: Target, name: str = 
         name: see `submit`.
     """
     cluster = read(target.cluster)
+    arguments = _placed(arguments, cluster)
     pipeline = predict.build(cluster, image_of(cluster, target.image))
     check_prediction(arguments["classes"], arguments["workspace"], arguments["out"], shared_folder(cluster))
     return _start(pipeline, cluster, arguments, target, name)
@@ -98,6 +101,7 @@ def schedule(arguments: Mapping[str, Any], target: Target, name: str, cron: str 
         raise ValueError("give exactly one of --cron and --every")
     when = {"cron_expression": _six_fields(cron)} if cron else {"interval_second": _interval(every)}
     cluster = read(target.cluster)
+    arguments = _placed(arguments, cluster)
     with _uploaded(_checked(arguments, cluster, target), cluster, arguments, target) as (client, page, options):
         for existing in _schedules(client, options["experiment_id"]):
             if existing.display_name == name:
@@ -138,6 +142,11 @@ def unschedule(target: Target, schedule_id: str) -> None:
     """
     with connected(target) as (client, _, _):
         client.delete_recurring_run(schedule_id)
+
+
+def _placed(arguments: Mapping[str, Any], cluster: Cluster) -> dict[str, Any]:
+    """Return the arguments with the volume of the run as workspace, if the cluster has one and they name none."""
+    return {**arguments, "workspace": arguments.get("workspace") or default_workspace(cluster)}
 
 
 def _checked(arguments: Mapping[str, Any], cluster: Cluster, target: Target) -> BaseComponent:

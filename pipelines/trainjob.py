@@ -7,7 +7,8 @@ from typing import Any
 from pixelclip.config import TrainConfig
 from pixelclip.tracking.run import PARENT_RUN, PIPELINE_RUN
 from pixelclip.workflow.failures import FAILURE_FILE
-from pixelclip_pipelines.cluster_config import Cluster, pod_environment, seconds
+from pixelclip_pipelines.cluster_config import Cluster, Step, node_rules, pod_environment
+from pixelclip_pipelines.cluster_sections import seconds
 from pixelclip_pipelines.parameters import as_arguments
 
 GROUP, VERSION, PLURAL = "trainer.kubeflow.org", "v1alpha1", "trainjobs"
@@ -16,7 +17,6 @@ MANAGER = "pixelclip.io/pipeline"
 POLL = "pixelclip.io/poll-seconds"
 """Annotation with the seconds between two checks of the TrainJob."""
 _FORWARDED = (PIPELINE_RUN, PARENT_RUN, "MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID", "MLFLOW_TRACKING_URI")
-_GROUP = 1000  # group of the image's user; as fsGroup it can write to a fresh volume if the volume's driver supports it
 
 
 def template(cluster: Cluster, nodes: int, image: str) -> dict[str, Any]:
@@ -30,29 +30,17 @@ def template(cluster: Cluster, nodes: int, image: str) -> dict[str, Any]:
     Raises:
         ValueError: the cluster has no shared volume, or the launcher would time out before `train`.
     """
-    step, volume = cluster.steps["train"], cluster.volume
-    if not volume.claim:
-        raise ValueError("several nodes need a volume that they share: volume.claim in cluster.yaml")
+    step = cluster.steps["train"]
+    if not cluster.volume.claim:
+        raise ValueError("several nodes need a volume that they share: volume.claim in cluster.yaml, not size")
     if seconds(cluster.steps["train_job"].timeout) < seconds(step.timeout):
         launcher = cluster.steps["train_job"].timeout
         raise ValueError(f"steps.train_job.timeout {launcher}: must be at least steps.train.timeout ({step.timeout})")
-    volumes: list[dict[str, Any]] = [{"name": "workspace", "persistentVolumeClaim": {"claimName": volume.claim}}]
-    mounts = [{"name": "workspace", "mountPath": volume.mount}]
-    if step.shared_memory:
-        volumes.append({"name": "dshm", "emptyDir": {"medium": "Memory", "sizeLimit": step.shared_memory}})
-        mounts.append({"name": "dshm", "mountPath": "/dev/shm"})
-    pod = {
-        "securityContext": {"fsGroup": _GROUP},
-        "volumes": volumes,
-        "containers": [{"name": "node", "volumeMounts": mounts}],
-        "nodeSelector": step.node_selector,
-        "tolerations": step.pod_tolerations,
-        "imagePullSecrets": [{"name": name} for name in cluster.pull_secrets],
-    }
-    node = {"name": "node", "template": {"spec": {"template": {"spec": {key: value for key, value in pod.items() if value}}}}}
+    pod = {"metadata": _metadata(cluster), "spec": _pod(cluster, step)}
+    node = {"name": "node", "template": {"spec": {"template": {key: value for key, value in pod.items() if value}}}}
     gpus = {step.gpu_type: str(step.gpus)} if step.gpus else {}
     environment = [
-        *({"name": name, "value": value} for name, value in pod_environment(step, image, cluster.mlflow_ui).items()),
+        *({"name": name, "value": value} for name, value in pod_environment(cluster, step, image).items()),
         *(
             {"name": name, "valueFrom": {kind: {"name": source.name, "key": key, "optional": source.optional}}}
             for kind, sources in (("secretKeyRef", cluster.secrets), ("configMapKeyRef", cluster.config_maps))
@@ -73,11 +61,12 @@ def template(cluster: Cluster, nodes: int, image: str) -> dict[str, Any]:
             "limits": {"cpu": step.cpu_limit, "memory": step.memory_limit, **gpus},
         },
     }
+    labels = {"app.kubernetes.io/name": "pixelclip", "app.kubernetes.io/component": "train"}
     return {
         "apiVersion": f"{GROUP}/{VERSION}",
         "kind": "TrainJob",
         "metadata": {
-            "labels": {"app.kubernetes.io/name": "pixelclip", "app.kubernetes.io/component": "train"},
+            "labels": labels | cluster.pods.queue_labels,
             "annotations": {POLL: str(seconds(cluster.trainer.poll))},
         },
         "spec": {
@@ -89,6 +78,50 @@ def template(cluster: Cluster, nodes: int, image: str) -> dict[str, Any]:
             ],
         },
     }
+
+
+def _metadata(cluster: Cluster) -> dict[str, Any]:
+    """Return labels and annotations of the nodes' pods. Kueue's labels belong to the TrainJob, not to its pods."""
+    found = {"labels": cluster.pods.labels, "annotations": cluster.pods.annotations}
+    return {key: value for key, value in found.items() if value}
+
+
+def _pod(cluster: Cluster, step: Step) -> dict[str, Any]:
+    """Return the parts of the nodes' pods that a TrainJob may set."""
+    volume, pods = cluster.volume, cluster.pods
+    volumes: list[dict[str, Any]] = [{"name": "workspace", "persistentVolumeClaim": {"claimName": volume.claim}}]
+    mounts = [{"name": "workspace", "mountPath": volume.mount}]
+    if step.shared_memory:
+        volumes.append({"name": "dshm", "emptyDir": {"medium": "Memory", "sizeLimit": step.shared_memory}})
+        mounts.append({"name": "dshm", "mountPath": "/dev/shm"})
+    if cluster.certificates.source:
+        volumes.append(cluster.certificates.volume)
+        mounts.append({"name": cluster.certificates.source, "mountPath": cluster.certificates.mount})
+    for name, path, limit in pods.scratch:
+        volumes.append({"name": name, "emptyDir": {"sizeLimit": limit} if limit else {}})
+        mounts.append({"name": name, "mountPath": path})
+    container: dict[str, Any] = {"name": "node", "volumeMounts": mounts}
+    if pods.restricted:
+        container["securityContext"] = pods.container_security
+    required, preferred = node_rules(cluster, step)
+    rules: dict[str, Any] = {}
+    if required:
+        term = {"nodeSelectorTerms": [{"matchExpressions": required}]}
+        rules["requiredDuringSchedulingIgnoredDuringExecution"] = term
+    if preferred:
+        terms = [{"weight": weight, "preference": {"matchExpressions": [rule]}} for weight, rule in preferred]
+        rules["preferredDuringSchedulingIgnoredDuringExecution"] = terms
+    pod = {
+        # As fsGroup, the group of the image's user can write to a fresh volume if the volume's driver supports it.
+        "securityContext": {"fsGroup": pods.group},
+        "volumes": volumes,
+        "containers": [container],
+        "nodeSelector": step.node_selector,
+        "affinity": {"nodeAffinity": rules} if rules else {},
+        "tolerations": step.pod_tolerations,
+        "imagePullSecrets": [{"name": name} for name in cluster.pull_secrets],
+    }
+    return {key: value for key, value in pod.items() if value}
 
 
 def complete(job: dict[str, Any], masks: Path, out: Path, settings: TrainConfig) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from kfp.components import load_component_from_file
 from kubeflow_trainer_api.models.trainer_v1alpha1_train_job import TrainerV1alpha1TrainJob
 
 from pixelclip.config import TrainConfig
-from pixelclip_pipelines.cluster_config import STEPS, Cluster, Source, Step, image_of, read, seconds
+from pixelclip_pipelines.cluster_config import STEPS, Cluster, Step, image_of, read
+from pixelclip_pipelines.cluster_sections import Source, seconds
 from pixelclip_pipelines.run import compile_to
 from pixelclip_pipelines.trainjob import complete, template
 

@@ -20,7 +20,8 @@ from pixelclip import train as stage_train
 from pixelclip.settings import load, load_all
 from pixelclip.storage.files import read_json, write_json
 from pixelclip_pipelines.artifacts import located
-from pixelclip_pipelines.cluster_config import Cluster, Volume
+from pixelclip_pipelines.cluster_config import Cluster
+from pixelclip_pipelines.cluster_sections import Volume
 from pixelclip_pipelines.docker_patch import missing_outputs
 from pixelclip_pipelines.docker_runner import containers
 from pixelclip_pipelines.parameters import SETTING_OF, arguments, parse

@@ -17,7 +17,8 @@ from pixelclip_components.fetch_model.component import fetch_model
 from pixelclip_components.merge.component import merge
 from pixelclip_components.predict.component import predict
 from pixelclip_pipelines.artifacts import PACKED, located
-from pixelclip_pipelines.cluster_config import Cluster, Volume
+from pixelclip_pipelines.cluster_config import Cluster
+from pixelclip_pipelines.cluster_sections import Volume
 from pixelclip_pipelines.predict import arguments, build
 from pixelclip_pipelines.run import write_yaml
 

@@ -28,7 +28,7 @@ from pixelclip_components.evaluate_clip.component import evaluate_clip
 from pixelclip_components.masks.component import masks as masks_component
 from pixelclip_components.shards.component import shards as shards_component
 from pixelclip_pipelines.artifacts import located, pack, place
-from pixelclip_pipelines.cluster_config import Step, pod_environment
+from pixelclip_pipelines.cluster_config import Cluster, Step, pod_environment
 from pixelclip_pipelines.steps import (
     fetched,
     gathered,
@@ -408,7 +408,7 @@ def test_step_starts_one_process_per_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     assert [processes(device) for device in ("auto", "cuda", "cpu", "cuda:1")] == [4, 4, 1, 1]
-    for name, value in pod_environment(Step(gpus=5), "r/p:1").items():
+    for name, value in pod_environment(Cluster(), Step(gpus=5), "r/p:1").items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match="CUDA finds 4 of the 5 GPUs"):
         processes("auto")
