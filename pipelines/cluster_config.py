@@ -21,6 +21,7 @@ from pixelclip_pipelines.cluster_sections import (
     Memory,
     Name,
     NodeRule,
+    NoMemory,
     Pods,
     Proxy,
     RunLimits,
@@ -64,7 +65,7 @@ class Step(Section):  # type: ignore[misc]  # mypy cannot follow the name under 
         pattern=f"^{_GPU_TYPE}$",
         description="Resource name of the GPUs: nvidia.com/gpu, amd.com/gpu, or a part of one such as nvidia.com/mig-1g.10gb.",
     )
-    shared_memory: Memory | Literal[""] = Field("", description="Size of /dev/shm, for data loaders; 64 MiB if empty.")
+    shared_memory: NoMemory = Field("", description="Size of /dev/shm, for data loaders; 64 MiB if empty.")
     node_selector: dict[str, str] = Field({}, description="Labels that the node must have.")
     node_affinity: list[NodeRule] = Field([], description="Rules about nodes, besides those in `pods`.")
     tolerations: list[Toleration] = Field(

@@ -59,7 +59,7 @@ def _quantity(value: Any) -> Any:
 
 
 def _bounded(duration: str) -> str:
-    if seconds(duration) > _MAX_SECONDS:
+    if duration and seconds(duration) > _MAX_SECONDS:
         raise ValueError(f"{duration} is longer than {_MAX_SECONDS // _UNITS['d']}d")
     return duration
 
@@ -67,8 +67,13 @@ def _bounded(duration: str) -> str:
 Cpu = Annotated[str, BeforeValidator(_quantity), Field(pattern=r"^(\d+(\.\d+)?|\d+m)$")]
 Memory = Annotated[str, BeforeValidator(_quantity), Field(pattern=r"^\d+(Ki|Mi|Gi|Ti|M|G|T)?$")]
 Duration = Annotated[str, BeforeValidator(_quantity), Field(pattern=r"^[1-9]\d*[smhd]$")]
-Period = Annotated[str, BeforeValidator(_quantity), Field(pattern=r"^[1-9]\d{0,9}[smhd]$"), AfterValidator(_bounded)]
+NoMemory = Annotated[str, BeforeValidator(_quantity), Field(pattern=r"^(\d+(Ki|Mi|Gi|Ti|M|G|T)?)?$")]
+"""Memory, or an empty string."""
+Period = Annotated[str, BeforeValidator(_quantity), Field(pattern=r"^([1-9]\d{0,9}[smhd])?$"), AfterValidator(_bounded)]
+"""A duration that kfp can store, or an empty string."""
 Name = Annotated[str, Field(pattern=r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$", max_length=253)]
+NoName = Annotated[str, Field(pattern=r"^([a-z0-9]([a-z0-9.-]*[a-z0-9])?)?$", max_length=253)]
+"""A name, or an empty string."""
 Label = Annotated[str, AfterValidator(_checked_label)]
 Key = Annotated[str, AfterValidator(_checked_key)]
 LabelValue = Annotated[str, AfterValidator(_checked_value)]
@@ -175,7 +180,7 @@ class Pods(Section):
     )
     user: int = Field(1000, ge=1, le=2**31 - 1, description="User ID with `restricted`; that of the image by default.")
     group: int = Field(1000, ge=1, le=2**31 - 1, description="Group ID with `restricted`, and fsGroup of the TrainJob.")
-    tmp: Memory | Literal[""] = Field("", description="Size limit of /tmp with `restricted`; none if empty.")
+    tmp: NoMemory = Field("", description="Size limit of /tmp with `restricted`; none if empty.")
 
     @model_validator(mode="after")
     def _consistent(self) -> "Pods":
@@ -280,11 +285,11 @@ class CertificateBundle(Section):
 class RunLimits(Section):
     """When a run ends at the latest, and when the cluster forgets it."""
 
-    deadline: Period | Literal[""] = Field("", description="Time limit of the whole run; none if empty.")
-    ttl_success: Period | Literal[""] = Field(
+    deadline: Period = Field("", description="Time limit of the whole run; none if empty.")
+    ttl_success: Period = Field(
         "", description="Time after success at which the run's pods and volume are deleted; KFP's default if empty."
     )
-    ttl_failure: Period | Literal[""] = Field(
+    ttl_failure: Period = Field(
         "", description="The same after a failure; KFP's *Retry* works until then. KFP's default if empty."
     )
 
@@ -304,10 +309,10 @@ class Volume(Section):
 
     claim: Label = Field("", description="PersistentVolumeClaim (ReadWriteMany) that outlives runs; none if empty.")
     mount: str = Field("/workspace", pattern=r"^/.+", description="Mount path of the claim.")
-    size: Memory | Literal[""] = Field(
+    size: NoMemory = Field(
         "", description="Instead of a claim: size of a volume that KFP creates for each run and deletes after it."
     )
-    storage_class: Name | Literal[""] = Field("", description="Storage class of a run's volume; KFP's default if empty.")
+    storage_class: NoName = Field("", description="Storage class of a run's volume; KFP's default if empty.")
     access_mode: Literal["ReadWriteMany", "ReadWriteOnce"] = Field(
         "ReadWriteMany", description="Of a run's volume; ReadWriteOnce only if all steps run on one node."
     )

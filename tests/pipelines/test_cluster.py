@@ -35,6 +35,7 @@ secrets:
 config_maps:
   - {name: places, env: {PIXELCLIP_MLFLOW_URI: mlflow}}
 volume: {claim: shared, mount: /workspace}
+run: {deadline: 7d, ttl_success: 2d, ttl_failure: 14d}
 steps:
   masks: {gpus: 1, gpu_type: nvidia.com/mig-1g.10gb}
   train:
