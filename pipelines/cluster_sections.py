@@ -100,8 +100,8 @@ class Section(BaseModel):
                 continue
             if field := cls.not_in_kfp.get(str(key)):
                 raise ValueError(
-                    f"key {key!r}: kfp-kubernetes cannot set {field} of a step's pod; an administrator sets it for all pods of "
-                    "KFP, see docs/cluster.md, section 4"
+                    f"key {key!r}: kfp-kubernetes cannot set {field} of a step's pod; an administrator can, see "
+                    "docs/cluster.md, section 4"
                 )
             known = "; the keys are " + ", ".join(cls.model_fields)
             raise ValueError(f"unknown key {key!r}{nearest(str(key), cls.model_fields) or known}")

@@ -14,7 +14,8 @@ from pixelclip.cli.app import app
 from pixelclip.settings import as_table
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+FOLDERS = [ROOT / "components" / "README.md", ROOT / "examples" / "cluster" / "README.md"]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *FOLDERS, *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = typer.main.get_command(app).commands
 
 
@@ -22,14 +23,14 @@ def test_settings_page_equals_output_of_the_command():
     assert as_table().strip() in (ROOT / "docs" / "settings.md").read_text()
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_relative_links_exist(page):
     for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
         if "://" not in target:
             assert (page.parent / target).exists(), target
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_commands_and_their_options_exist(page):
     for block in re.findall(r"```[a-z]*\n(.*?)```", page.read_text(), flags=re.S):
         for line in block.replace("\\\n", " ").splitlines():

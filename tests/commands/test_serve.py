@@ -3,40 +3,18 @@
 import subprocess
 import sys
 
-import kubernetes_validate
 import pytest
 import yaml
 
+from helpers import kserve
 from pixelclip.commands.serve import manifest
 
 MODEL, IMAGE, MLFLOW = "models:/pixelclip-toy@champion", "registry.example/pixelclip:1", "http://mlflow:5000"
-# `ComponentExtensionSpec` in kserve's pkg/apis/serving/v1beta1/component.go; the other fields of a predictor are a PodSpec's.
-EXTENSION = {
-    "minReplicas": int,
-    "maxReplicas": int,
-    "scaleTarget": int,
-    "scaleMetric": str,
-    "containerConcurrency": int,
-    "timeout": int,
-    "canaryTrafficPercent": int,
-    "logger": dict,
-    "batcher": dict,
-    "labels": dict,
-    "annotations": dict,
-    "deploymentStrategy": dict,
-}
 
 
 def test_manifest_fits_kserve():
     document = yaml.safe_load(manifest(MODEL, IMAGE, MLFLOW))
-    assert set(document) == {"apiVersion", "kind", "metadata", "spec"}
-    assert (document["apiVersion"], document["kind"]) == ("serving.kserve.io/v1beta1", "InferenceService")
-    assert set(document["spec"]) == {"predictor"}
-    predictor = document["spec"]["predictor"]
-    extension = {name: predictor.pop(name) for name in list(predictor) if name in EXTENSION}
-    assert all(isinstance(value, EXTENSION[name]) for name, value in extension.items())
-    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": document["metadata"], "spec": predictor}
-    kubernetes_validate.validate(pod, kubernetes_validate.latest_version(), strict=True)
+    predictor = kserve.check(document)
     (container,) = predictor["containers"]
     assert container["name"] == "kserve-container"  # KServe's name of a custom predictor's container
     assert container["command"][:4] == ["pixelclip", "serve", "run", MODEL]
