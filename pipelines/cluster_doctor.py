@@ -54,9 +54,11 @@ def run(target: Target) -> list[Finding]:
 
 
 def _checks(api: client.CoreV1Api, cluster: Cluster, namespace: str, nodes: int) -> Iterator[Finding]:
+    certificates = cluster.certificates
+    bundle = [Source(name=certificates.source, env={"SSL_CERT_FILE": certificates.key})] if certificates.source else []
     for what, sources, find in (
-        ("ConfigMap", cluster.config_maps, api.read_namespaced_config_map),
-        ("Secret", cluster.secrets, api.read_namespaced_secret),
+        ("ConfigMap", [*cluster.config_maps, *(bundle if certificates.config_map else [])], api.read_namespaced_config_map),
+        ("Secret", [*cluster.secrets, *(bundle if certificates.secret else [])], api.read_namespaced_secret),
     ):
         for source in _merged(sources):
             yield _source(what, source, namespace, find)
@@ -254,7 +256,7 @@ def _trainer(cluster: Cluster, namespace: str, account: str) -> Iterator[Finding
         if not answer.status.allowed:
             denied.append(verb)
     if denied:
-        advice = f"kubectl -n {namespace} create role ..., see docs/cluster.md, section 8"
+        advice = "kubectl apply -k examples/cluster/overlays/multi-node, see docs/cluster.md, section 8"
         yield Finding(what, "failed", f"may not {', '.join(denied)} TrainJobs", advice)
     else:
         yield Finding(what, "ok", f"may {', '.join(_VERBS)} TrainJobs")

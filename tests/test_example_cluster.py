@@ -1,5 +1,6 @@
 """Manifests of `examples/cluster`, built by `kubectl kustomize`, against the schemas of Kubernetes and KServe's types."""
 
+import json
 import re
 import subprocess
 import sys
@@ -129,3 +130,25 @@ def test_what_the_administrator_sets_is_a_valid_pod_spec():
     pod = {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "a"}, "spec": spec}
     kubernetes_validate.validate(pod, "1.37", strict=True)
     assert patch["securityContext"]["fsGroup"] == 1000
+
+
+def blocks(language: str) -> list[str]:
+    text = (ROOT / "docs" / "cluster.md").read_text()
+    return [body for tag, body in re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.M | re.S) if tag == language]
+
+
+def test_settings_in_the_documentation_are_valid():
+    for block in blocks("yaml"):
+        settings = yaml.safe_load(block)
+        given = Cluster.model_validate(settings).model_dump(exclude_unset=True)
+        assert settings.keys() <= given.keys()
+    assert len(blocks("yaml")) == 3
+
+
+def test_documented_command_makes_the_patch_of_the_api_server():
+    (block,) = [block for block in blocks("") if "COMPILED_PIPELINE_SPEC_PATCH" in block]
+    make = block.partition("kubectl")[0].replace("python3", sys.executable) + 'printf %s "$patch"'
+    result = subprocess.run(["bash", "-ec", make], check=True, cwd=ROOT, capture_output=True, text=True)
+    patch = json.loads(result.stdout)
+    assert json.loads(patch.pop("podSpecPatch")) == yaml.safe_load((EXAMPLE / "administrator" / "pod-spec.yaml").read_text())
+    assert patch == {}

@@ -188,3 +188,14 @@ def test_no_kubeconfig_and_no_server(cluster, doctor):
     with fake_kfp() as kfp:
         code, found = doctor("--endpoint", kfp.url)
     assert code == 0 and found["Kubernetes"][:2] == ("not configured", "no kubeconfig") and found["KFP"][0] == "ok"
+
+
+@pytest.mark.parametrize(("kind", "what"), [("config_map", "ConfigMap"), ("secret", "Secret")])
+def test_certificates_need_their_key(cluster, doctor, kind, what):
+    Path("cluster.yaml").write_text(f"{SETTINGS}certificates: {{{kind}: company-ca, key: all.pem}}\n")
+    code, found = doctor()
+    assert code == 1 and found[f"{what} company-ca"][0] == "failed"
+    cluster.add(f"{what.lower()}s", "company-ca", data={"other": "YQ=="})
+    assert "has no key all.pem" in doctor()[1][f"{what} company-ca"][1]
+    cluster.add(f"{what.lower()}s", "company-ca", data={"all.pem": "YQ=="})
+    assert doctor()[1][f"{what} company-ca"][0] == "ok"
