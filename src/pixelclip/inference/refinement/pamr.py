@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pixelclip.inference.refinement.neighbours import offsets, on_grid, shifted
 
-DILATIONS = (1, 2, 4)
+DILATIONS = (1, 2, 4, 8)
 _SHARPNESS = 0.1  # of the reference implementation: differences are divided by this fraction of the local deviation
 _EPSILON = 1e-8
 _CLASSES_AT_ONCE = 16  # few enough for the scores of a 128 x 128 grid to stay in the CPU's cache
