@@ -25,7 +25,8 @@ from pixelclip.distributed import ProcessGroup
 from pixelclip.evaluate import run
 from pixelclip.evaluation.confusion import CLIP, OURS, ConfusionMatrix, count_recalled
 from pixelclip.evaluation.evaluator import compute_metrics, evaluate_towers
-from pixelclip.inference.predictor import Predictor, class_scores
+from pixelclip.inference.predictor import Predictor
+from pixelclip.inference.scores import class_scores
 from pixelclip.mask_generators.felzenszwalb import felzenszwalb
 from pixelclip.models.backbone import Backbone
 from pixelclip.models.checkpoint import backbone_of, load_clip, load_model

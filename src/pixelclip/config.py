@@ -39,7 +39,7 @@ def _part(text: str) -> str:
 
 _Part = Annotated[str, AfterValidator(_part)]
 Quality = Literal["fast", "best"]
-"""fast: one view of the whole image, as in the paper. best: the mean over overlapping windows, about ten times slower."""
+"""fast: one view of the whole image, as in the paper. best: `QUALITIES["best"]`, about six times slower."""
 
 
 class _Settings(BaseModel):
@@ -51,6 +51,40 @@ class _Settings(BaseModel):
         if (selected in values) != bool(found):
             rule = f"{name} is required for {switch} {' or '.join(values)} and must be empty otherwise"
             raise ValueError(f"{rule} (found {name} {found!r}, {switch} {selected})")
+
+
+class Refinement(_Settings):
+    """How class scores are refined; the defaults are the paper's single view."""
+
+    scales: list[Annotated[float, Field(ge=1, le=8)]] = _setting(
+        [], "Mean over windows of the training's side: shortest edges of the image in sides of a window. Empty: one whole view."
+    )
+    flip: bool = _setting(False, "Average with the scores of the mirrored image.")
+    propagation: float = _setting(0.0, "Strength of the Laplacian propagation of scores; 0 disables it.", ge=0, le=1000)
+    pamr_iterations: int = _setting(0, "Iterations of pixel-adaptive refinement (PAMR); 0 disables it.", ge=0, le=1000)
+    segments: Literal["none", "felzenszwalb", "given"] = _setting(
+        "none", "Mean score within segments: none, felzenszwalb, or given (masks_folder)."
+    )
+    score_grid: int = _setting(64, "Refined scores have this many cells along the image's shortest edge.", ge=8, le=1024)
+    felzenszwalb_scale: float = _setting(200.0, "Felzenszwalb: larger values give larger segments.", gt=0)
+    felzenszwalb_sigma: float = _setting(0.8, "Felzenszwalb: sigma of the Gaussian smoothing, in pixels.", ge=0)
+    felzenszwalb_min_size: int = _setting(100, "Felzenszwalb: minimum segment size in pixels.", ge=1)
+
+    @property
+    def steps(self) -> list[str]:
+        """The refinements in use, in the order in which they are applied; empty for the single view."""
+        used = {
+            "scales": bool(self.scales),
+            "flip": self.flip,
+            "propagation": self.propagation > 0,
+            "pamr": self.pamr_iterations > 0,
+            self.segments: self.segments != "none",
+        }
+        return [name for name, in_use in used.items() if in_use]
+
+
+QUALITIES: dict[Quality, Refinement] = {"fast": Refinement(), "best": Refinement(scales=[1.25, 1.5, 2.0], pamr_iterations=10)}
+"""The refinement of each quality; docs/experiments.md compares `best` with its alternatives."""
 
 
 class ToyConfig(_Settings):
@@ -340,7 +374,7 @@ class PredictConfig(_Settings):
     """Segmentation of many images; not a stage of the pipeline."""
 
     classes: list[str] = _setting(..., "Class names, with commas between synonyms.")
-    quality: Quality = _setting("fast", "fast (one view, as in the paper) or best (windows, about ten times slower).")
+    quality: Quality = _setting("fast", "fast (one view, as in the paper) or best (refined, about six times slower).")
     overlays: bool = _setting(True, "Also write every image blended with the colours of its classes.")
     label_studio: bool = _setting(False, "Also write tasks for Label Studio.")
     part: _Part = _setting("", "i/n: only the i-th of n parts of the images or shards; see `merge`.")

@@ -15,7 +15,8 @@ from pixelclip.cli.app import main
 from pixelclip.distributed import pick_device
 from pixelclip.inference.label_map import label_map
 from pixelclip.inference.prediction import Prediction, label_image, overlay
-from pixelclip.inference.predictor import Predictor, best_class, class_scores, resize_shortest, slide_scores
+from pixelclip.inference.predictor import Predictor
+from pixelclip.inference.scores import best_class, class_scores, resize_shortest, slide_scores
 from pixelclip.models.backbone import Backbone
 from pixelclip.models.checkpoint import backbone_of, load_model
 

@@ -11,10 +11,12 @@ from PIL import Image
 
 import pixelclip
 from helpers import tiny
+from pixelclip.config import QUALITIES
 from pixelclip.inference.prediction import palette_image
 from pixelclip.inference.predictor import Predictor
+from pixelclip.inference.refinement.pamr import pamr
 from pixelclip.inference.segmenter import Segmenter
-from pixelclip.models.checkpoint import backbone_of, load_clip, load_model
+from pixelclip.models.checkpoint import load_clip, load_model
 
 NAMES = ["dog|puppy", "grass", "sky"]
 WITH_COMMAS = ["dog, puppy", "grass", "sky"]
@@ -120,38 +122,38 @@ def test_another_clip_than_that_of_the_training_is_rejected(tmp_path):
         pixelclip.load(folder, "cpu", baseline="clip")
 
 
-def naive_best(predictor: Predictor, image: Image.Image, classes: torch.Tensor) -> torch.Tensor:
-    """Average the cosines of windows, one window at a time, at the resized image's full size: [K, H, W]."""
+def naive_windows(predictor: Predictor, image: Image.Image, classes: torch.Tensor, scale: float, size) -> torch.Tensor:
+    """Average the cosines of windows, one window at a time, at the centres of the cells of a grid: [K, h, w]."""
     side = predictor.side
-    shortest = round(1.6 * side)
-    scale = shortest / min(image.size)
-    width, height = round(image.width * scale), round(image.height * scale)
+    factor = round(scale * side) / min(image.size)
+    width, height = round(image.width * factor), round(image.height * factor)
     resized = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR), np.float32) / 255
     pixels = torch.from_numpy((resized - predictor.clip.mean) / predictor.clip.std).float().permute(2, 0, 1)[None]
-    total, times = torch.zeros(len(classes), height, width), torch.zeros(height, width)
+    rows, columns = ((torch.arange(n) + 0.5) * edge / n for n, edge in zip(size, (height, width), strict=True))
+    total, times = torch.zeros(len(classes), *size), torch.zeros(size)
     for y in [*range(0, height - side, side // 2), height - side]:
         for x in [*range(0, width - side, side // 2), width - side]:
             features = predictor.backbone(pixels[:, :, y : y + side, x : x + side])
-            grid = torch.nn.functional.interpolate(features, (64, 64), mode="bilinear")[0]
-            cosines = torch.einsum("kc,chw->khw", classes, grid / grid.norm(dim=0))
-            full = torch.nn.functional.interpolate(cosines[None], (side, side), mode="bilinear")[0]
-            total[:, y : y + side, x : x + side] += full
-            times[y : y + side, x : x + side] += 1
+            down, across = torch.meshgrid(2 * (rows - y) / side - 1, 2 * (columns - x) / side - 1, indexing="ij")
+            points = torch.stack([across, down], dim=2)[None]
+            grid = torch.nn.functional.grid_sample(features, points, padding_mode="border", align_corners=False)[0]
+            inside = (down >= -1) & (down < 1) & (across >= -1) & (across < 1)
+            total += inside * torch.einsum("kc,chw->khw", classes, grid / grid.norm(dim=0))
+            times += inside
     return total / times
 
 
 @torch.no_grad()
-def test_best_quality_averages_windows(model, folder):
+def test_best_quality_refines_the_mean_over_scales_of_windows(model):
     image = Image.fromarray(pixels(90, 70))
     fast, best = model(image, NAMES), model(image, NAMES, quality="best")
     assert best.labels.shape == (70, 90) and not np.array_equal(fast.labels, best.labels)
-    assert backbone_of(load_model(folder)).patch_size == (8, 8)
-    classes = next(iter(model.predictor._classifiers.values()))
-    expected = naive_best(model.predictor, image, classes)
-    size = (best.scores.shape[1], best.scores.shape[2])
-    assert size == (round(77 * 64 / 48), round(99 * 64 / 48))
-    averaged = torch.nn.functional.interpolate(expected[None], size, mode="area")[0]
-    np.testing.assert_allclose(best.scores, averaged, atol=1e-5)
+    classes, size = next(iter(model.predictor._classifiers.values())), (64, round(90 * 64 / 70))
+    scales = QUALITIES["best"].scales
+    mean = sum(naive_windows(model.predictor, image, classes, scale, size) for scale in scales) / len(scales)
+    small = np.asarray(image.resize((size[1], size[0]), Image.Resampling.BILINEAR), np.float32).transpose(2, 0, 1) / 255
+    expected = pamr(mean[None], torch.from_numpy(small)[None], QUALITIES["best"].pamr_iterations)[0]
+    np.testing.assert_allclose(best.scores, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 500), (500, 2), (300, 200)])

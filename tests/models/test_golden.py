@@ -15,7 +15,7 @@ import torch
 from pixelclip.data.dataset import Batch
 from pixelclip.data.tensors import normalise, resize_square
 from pixelclip.inference.label_map import label_map
-from pixelclip.inference.predictor import class_scores, resize_scores
+from pixelclip.inference.scores import class_scores, resize_scores
 from pixelclip.models.backbone import Backbone
 from pixelclip.models.clustering import merge_by_concept, sinkhorn
 from pixelclip.models.decoder import Decoder

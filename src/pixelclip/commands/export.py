@@ -99,7 +99,7 @@ def _write_onnx(model: Path, out: Path, classes: Sequence[str]) -> None:
 
     from pixelclip.inference.onnx_predictor import METADATA, ONNX, OnnxMetadata, metadata_json
     from pixelclip.inference.prediction import inference_settings
-    from pixelclip.inference.predictor import class_scores
+    from pixelclip.inference.scores import class_scores
     from pixelclip.models.checkpoint import backbone_of, load_model
     from pixelclip.models.text import classifier
 

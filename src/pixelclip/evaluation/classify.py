@@ -22,7 +22,7 @@ from pixelclip.data.shard_format import Member, index_shard, read_part
 from pixelclip.data.shard_sources import Shard, list_shards, parts
 from pixelclip.evaluation.confusion import Predictions
 from pixelclip.inference.label_map import label_map
-from pixelclip.inference.predictor import best_class, class_scores, resize_shortest, slide_scores
+from pixelclip.inference.scores import best_class, class_scores, resize_shortest, slide_scores
 from pixelclip.mask_generators.felzenszwalb import felzenszwalb
 from pixelclip.models.backbone import Backbone
 from pixelclip.models.clustering import pool_masks
