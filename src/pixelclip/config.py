@@ -39,7 +39,7 @@ def _part(text: str) -> str:
 
 _Part = Annotated[str, AfterValidator(_part)]
 Quality = Literal["fast", "best"]
-"""fast: one view of the whole image, as in the paper. best: `QUALITIES["best"]`, about six times slower."""
+"""fast: one view of the whole image, as in the paper. best: `QUALITIES["best"]`, several times slower."""
 
 
 class _Settings(BaseModel):
@@ -374,7 +374,7 @@ class PredictConfig(_Settings):
     """Segmentation of many images; not a stage of the pipeline."""
 
     classes: list[str] = _setting(..., "Class names, with commas between synonyms.")
-    quality: Quality = _setting("fast", "fast (one view, as in the paper) or best (refined, about six times slower).")
+    quality: Quality = _setting("fast", "fast (one view, as in the paper) or best (refined, several times slower).")
     overlays: bool = _setting(True, "Also write every image blended with the colours of its classes.")
     label_studio: bool = _setting(False, "Also write tasks for Label Studio.")
     part: _Part = _setting("", "i/n: only the i-th of n parts of the images or shards; see `merge`.")

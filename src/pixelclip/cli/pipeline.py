@@ -201,7 +201,7 @@ def pipeline_submit_predict(
         str, typer.Option(help="models:/NAME@ALIAS, models:/NAME/VERSION, or a model folder on the cluster or s3://.")
     ] = "models:/pixelclip@champion",
     out: Annotated[str, typer.Option(help="s3://bucket/folder; default: in --workspace, or KFP's artifact store.")] = "",
-    quality: Annotated[Quality, typer.Option(help="fast (one view) or best (refined, about six times slower).")] = "fast",
+    quality: Annotated[Quality, typer.Option(help="fast (one view) or best (refined, several times slower).")] = "fast",
     overlays: Annotated[bool, typer.Option(help="Also write the images in the colours of their classes.")] = True,
     label_studio: Annotated[bool, typer.Option("--label-studio", help="Also write tasks for Label Studio.")] = False,
     max_bad_share: Annotated[

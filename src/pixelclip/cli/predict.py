@@ -25,7 +25,7 @@ def predict(
         typer.Option(help="For one photo a PNG file, with *.overlay.png beside it; else a folder or s3://bucket/folder."),
     ],
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    quality: Annotated[Quality, typer.Option(help="fast (one view) or best (refined, about six times slower).")] = "fast",
+    quality: Annotated[Quality, typer.Option(help="fast (one view) or best (refined, several times slower).")] = "fast",
     overlays: Annotated[bool, typer.Option(help="Folder: also write the images in the colours of their classes.")] = True,
     label_studio: Annotated[bool, typer.Option("--label-studio", help="Folder: also write tasks for Label Studio.")] = False,
     part: Annotated[str, typer.Option(help="i/n: only the i-th of n parts of the images or shards; see merge.")] = "",

@@ -119,7 +119,7 @@ class Segmenter:
         Args:
             photo: see `Photo`; a list gives a list of results, all in memory (for many files use `pixelclip.predict`).
             classes: class names; a bar separates synonyms of one class: `["dog|puppy", "grass"]`.
-            quality: fast (one view of the whole photo, as in the paper) or best (refined, about six times slower).
+            quality: fast (one view of the whole photo, as in the paper) or best (refined, several times slower).
 
         Raises:
             ValueError: an unusable photo, class names or quality.
