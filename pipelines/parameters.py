@@ -18,6 +18,7 @@ from pixelclip.settings import load, load_all, nearest, parse_overrides
 from pixelclip.storage.files import parse_json
 from pixelclip.storage.s3 import is_s3
 from pixelclip.storage.urls import has_secret, public_url
+from pixelclip_pipelines.cluster_sections import RUN_VOLUME
 
 SETTING_OF = {
     "masks_generator": "masks.generator",
@@ -144,10 +145,12 @@ def check_prediction(classes: str, workspace: str, out: str, volume: str) -> Non
         out: s3:// prefix, or empty.
 
     Raises:
-        ValueError: a class name or place is invalid.
+        ValueError: a class name or place is invalid, or the result would be deleted with the volume of the run.
     """
     names_of(classes)
     check_place(workspace, volume)
+    if workspace and not out and Path(workspace).is_relative_to(RUN_VOLUME):
+        raise ValueError(f"out must be an s3:// prefix: the workspace {workspace} is a volume that KFP deletes after the run")
     if out and not is_s3(out):
         raise ValueError(f"out {out}: must be s3://bucket/folder; for a folder on the volume, set workspace")
 

@@ -12,7 +12,7 @@ from pixelclip_components.evaluate.component import evaluate
 from pixelclip_components.fetch_data.component import fetch_data, fetch_labelled
 from pixelclip_components.sweep_table.component import sweep_table
 from pixelclip_components.train.component import train
-from pixelclip_pipelines.cluster_config import Cluster, default_workspace, image_of, shared_folder
+from pixelclip_pipelines.cluster_config import Cluster, image_of, shared_folder
 from pixelclip_pipelines.cluster_config import read as read_cluster
 from pixelclip_pipelines.cluster_tasks import place_on, run_config
 from pixelclip_pipelines.form import label
@@ -110,7 +110,6 @@ def compile_to(
     if path.resolve() == file.resolve():
         raise ValueError(f"{path}: the compiled pipeline would overwrite the sweep")
     config = read_cluster(cluster)
-    workspace = workspace or default_workspace(config)
     check_place(workspace, shared_folder(config))
     path.parent.mkdir(parents=True, exist_ok=True)
     compiler.Compiler().compile(

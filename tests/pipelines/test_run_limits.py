@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -10,6 +11,7 @@ from kfp.components import load_component_from_file
 
 from helpers import kfp_server
 from helpers.command_line import pixelclip  # noqa: F401
+from pixelclip_components.fetch_model.component import fetch_model
 from pixelclip_pipelines import pixelclip as pixelclip_pipeline
 from pixelclip_pipelines import predict, sweep
 from pixelclip_pipelines.cluster_config import Cluster, read
@@ -87,6 +89,38 @@ def test_several_nodes_need_a_claim(kfp, run):
     Path("cluster.yaml").write_text("volume: {size: 10Gi}")
     code, _, err = run("submit", *DATA, "--nodes", "2")
     assert code == 2 and "volume.claim in cluster.yaml, not size" in err and kfp.asked == []
+
+
+def test_a_prediction_is_not_lost_with_the_volume_of_its_run(kfp, run):
+    """KFP deletes the volume after success, so the result must be elsewhere."""
+    Path("cluster.yaml").write_text("volume: {size: 10Gi}")
+    words = ("submit-predict", "--images", "s3://data/a", "--classes", "dog,sky")
+    for workspace in ((), ("--workspace", "/kfp-workspace/a")):
+        code, _, err = run(*words, *workspace)
+        assert code == 2 and "out must be an s3:// prefix" in err and "deletes" in err and kfp.asked == []
+    assert run(*words, "--out", "s3://data/labels")[0] == 0
+    given = kfp.all("runs")[0]["runtime_config"]["parameters"]
+    assert (given["workspace"], given["out"]) == ("/kfp-workspace", "s3://data/labels")
+
+
+def test_first_step_of_a_prediction_refuses_the_same_from_kfps_form(tmp_path):
+    artifact = SimpleNamespace(path=str(tmp_path / "model"), metadata={})
+    with pytest.raises(ValueError, match="out must be an s3:// prefix"):
+        fetch_model.python_func("m", "dog,sky", artifact, workspace="/kfp-workspace", volume="/kfp-workspace")
+    assert not (tmp_path / "model").exists()
+
+
+def test_models_of_a_sweep_are_not_lost_with_the_volume_of_its_run(tmp_path):
+    """Only the pipeline itself registers its model; a sweep's models stay in KFP's store unless a workspace is named."""
+    spec = next(yaml.safe_load_all(compiled(tmp_path, "sweep", volume=VOLUME).read_text()))
+    assert "/kfp-workspace" not in str(spec)
+    file, cluster, out = tmp_path / "rows.yaml", tmp_path / "cluster.yaml", tmp_path / "compiled.yaml"
+    file.write_text("seeds: [0]\nrows: {short: {train.steps: 2}}\n")
+    cluster.write_text("volume: {size: 10Gi}")
+    sweep.compile_to(file, out, cluster=cluster, image="r/p:1")
+    document = next(yaml.safe_load_all(out.read_text()))
+    runs = document["root"]["inputDefinitions"]["parameters"]["runs"]["defaultValue"]
+    assert [each["workspace"] for each in runs] == [""]
 
 
 @pytest.mark.parametrize(
