@@ -125,6 +125,42 @@ def test_stage_agrees_with_the_predictor(made, client, tmp_path, capsys):
     assert "evaluate: reused" in capsys.readouterr().out
 
 
+def best_miou(made, folder):
+    """The mIoU of the Predictor with quality=best, by a naive loop."""
+    predictor = Predictor.load(made / folder, "cpu")
+    truths = [np.asarray(Image.open(path)) for path in sorted((made / "labelled" / "labels").iterdir())]
+    images = [Image.open(path) for path in sorted((made / "labelled" / "images").iterdir())]
+    iou = naive_iou(truths, [predictor(image, tiny.CLASSES, "best").labels for image in images], 3)
+    return pytest.approx(100 * (iou[0] + iou[1]) / 2)
+
+
+def test_best_is_evaluated_beside_the_plain_metrics_and_agrees_with_the_predictor(made, client, tmp_path):
+    plain = run(made / "changed", made / "labelled", tmp_path / "plain", CONFIG)
+    with_best = with_settings(best=True)
+    metrics = run(made / "changed", made / "labelled", tmp_path / "best", with_best)
+    assert metrics["miou/set.best"] == best_miou(made, "changed")
+    assert metrics["miou_clip/set.best"] == best_miou(made, "untrained")
+    assert metrics["gain/set.best"] == metrics["miou/set.best"] - metrics["miou_clip/set.best"]
+    assert {name: metrics[name] for name in plain} == plain
+    report = (tmp_path / "best" / "report.html").read_text()
+    assert report.count("<figcaption>PixelCLIP best</figcaption>") == with_best.pictures
+
+
+def test_best_of_a_reused_clip_evaluation_is_that_of_a_fresh_one(made, client, tmp_path):
+    config = with_settings(best=True)
+    fresh = run(made / "changed", made / "labelled", tmp_path / "fresh", config)
+    evaluate_clip.run(str(made / "clip"), made / "labelled", tmp_path / "clip", config, tiny.SIDE, "cls")
+    assert run(made / "changed", made / "labelled", tmp_path / "reused", config, tmp_path / "clip") == fresh
+
+
+def test_refinement_alone_is_named_by_its_settings(made, client, tmp_path):
+    metrics = run(made / "changed", made / "labelled", tmp_path / "out", with_settings(pamr_iterations=2, scales=[1.5]))
+    assert not any(name.endswith("/set") for name in metrics)
+    protocol = read_json(tmp_path / "out" / "protocol.json")
+    assert "miou/set." + protocol["refinement"] in metrics
+    assert all(word in json.dumps(protocol) for word in ("pamr", "scales", "1.5"))
+
+
 def test_untrained_model_has_zero_gain(made, client, tmp_path):
     metrics = run(made / "untrained", made / "labelled", tmp_path / "out", CONFIG)
     assert metrics["gain/set"] == 0

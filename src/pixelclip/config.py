@@ -85,6 +85,8 @@ class Refinement(_Settings):
 
 QUALITIES: dict[Quality, Refinement] = {"fast": Refinement(), "best": Refinement(scales=[1.25, 1.5, 2.0], pamr_iterations=10)}
 """The refinement of each quality; docs/experiments.md compares `best` with its alternatives."""
+BEST = ".best"
+"""Suffix of the name of a labelled set in the metrics of quality=best, and of a tower evaluated with it."""
 
 
 class ToyConfig(_Settings):
@@ -280,7 +282,7 @@ class TrainConfig(_Settings):
         return self
 
 
-class EvaluateConfig(_Settings):
+class EvaluateConfig(Refinement):
     """Evaluation of the model and its CLIP on one labelled set."""
 
     kind: _LabelledKind = _setting("folder", _LABELLED_KIND)
@@ -313,13 +315,14 @@ class EvaluateConfig(_Settings):
     slide_side: int = _setting(0, "Slide: resize to this shortest edge in pixels; 0 keeps the size.", ge=0, le=16384)
     crop: int = _setting(336, "Slide: side of a window in pixels.", ge=1, le=16384)
     stride: int = _setting(112, "Slide: stride of the windows in pixels.", ge=1, le=16384)
+    window: int = _setting(
+        0, "Scales: side of a window in pixels, a multiple of the patch size; 0 as in training.", ge=0, le=4096
+    )
+    best: bool = _setting(False, "Also evaluate quality=best, as NAME.best.")
     masks: Literal["truth", "felzenszwalb", "given"] = _setting(
         "truth", "Protocol masks: truth (one mask per class), felzenszwalb, or given."
     )
     masks_folder: str = _setting("", "Masks given: folder of SA-1B JSON (NAME.json for NAME.*), or shards with masks.")
-    felzenszwalb_scale: float = _setting(200.0, "Felzenszwalb: larger values give larger segments.", gt=0)
-    felzenszwalb_sigma: float = _setting(0.8, "Felzenszwalb: sigma of the Gaussian smoothing, in pixels.", ge=0)
-    felzenszwalb_min_size: int = _setting(100, "Felzenszwalb: minimum segment size in pixels.", ge=1)
     templates: Literal["ensemble", "single"] = _setting(
         "ensemble", "All 8 prompt templates of the paper, or only its last one."
     )
@@ -339,7 +342,16 @@ class EvaluateConfig(_Settings):
             raise ValueError(f"stride {self.stride} is larger than crop {self.crop}: windows would leave gaps")
         if self.shortest_edge > self.longest_edge > 0:
             raise ValueError(f"shortest_edge {self.shortest_edge} is larger than longest_edge {self.longest_edge}")
-        self._check_required("masks_folder", "masks", "given")
+        if ("given" in (self.masks, self.segments)) != bool(self.masks_folder):
+            found = f"masks_folder {self.masks_folder!r}, masks {self.masks}, segments {self.segments}"
+            raise ValueError(
+                f"masks_folder is required for masks or segments given and must be empty otherwise (found {found})"
+            )
+        if (self.steps or self.best) and self.protocol != "whole":
+            named = ", ".join([*self.steps, *(["best"] if self.best else [])])
+            raise ValueError(f"refinements and best need protocol whole (found protocol {self.protocol} with {named})")
+        if self.steps and self.best:
+            raise ValueError(f"best is a refinement of its own; set it without others (found {', '.join(self.steps)})")
         return self
 
 

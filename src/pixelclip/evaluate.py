@@ -25,6 +25,7 @@ from pixelclip.evaluation.evaluator import (
     absent_classes,
     compute_metrics,
     evaluate_towers,
+    name_metrics,
     per_class_iou,
 )
 from pixelclip.evaluation.protocol import (
@@ -118,7 +119,7 @@ def _run(
             print(f"evaluate: {len(dataset)} images, {describe_protocol(protocol)}, {group.device}", flush=True)
         evaluation, words = _evaluate(loaded, clip, dataset, resolved, group, stage.folder / STATE_FOLDER)
         values = compute_metrics(evaluation.counts, len(dataset), config.protocol == "masks", labelled)
-        metrics = {f"{key}/{metric_label(protocol)}": value for key, value in values.items()}
+        metrics = name_metrics(values, metric_label(protocol))
         if group.is_main and config.kind == "folder" and (warning := absent_classes(dataset, evaluation.counts)):
             print(f"evaluate: WARNING: {warning}", flush=True)
         if tracked:
@@ -154,7 +155,7 @@ def _evaluate(
         other = evaluate_towers(towers, clip, classes, dataset, config, group, state / "clip")
         counts, maps = other.counts, other.label_maps[CLIP]
     else:
-        counts, maps = load_baseline(clip, len(classes))
+        counts, maps = load_baseline(clip, len(classes), config)
     try:
         merged = evaluation.counts.merge(counts)
         if maps.keys() != evaluation.examples.keys():

@@ -14,7 +14,7 @@ from pixelclip.data.labelled_sets import open_labelled
 from pixelclip.distributed import ProcessGroup, init_process_group
 from pixelclip.evaluation.clip_baseline import BASELINE_STAGE, COUNTS, MAPS, resolve_config, save_baseline
 from pixelclip.evaluation.confusion import CLIP
-from pixelclip.evaluation.evaluator import STATE_FOLDER, absent_classes, compute_metrics, evaluate_towers
+from pixelclip.evaluation.evaluator import STATE_FOLDER, absent_classes, compute_metrics, evaluate_towers, name_metrics
 from pixelclip.evaluation.protocol import (
     PROTOCOL,
     check_masks,
@@ -88,7 +88,7 @@ def _run(
         towers, state = {CLIP: tower}, stage.folder / STATE_FOLDER
         evaluation = evaluate_towers(towers, loaded, classes, dataset, config, group, state, BASELINE_STAGE)
         values = compute_metrics(evaluation.counts, len(dataset), config.protocol == "masks", labelled)
-        metrics = {f"{key}/{metric_label(protocol)}": value for key, value in values.items()}
+        metrics = name_metrics(values, metric_label(protocol))
         if group.is_main:
             if config.kind == "folder" and (warning := absent_classes(dataset, evaluation.counts)):
                 print(f"{BASELINE_STAGE}: WARNING: {warning}", flush=True)

@@ -15,7 +15,7 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 
-from pixelclip.config import EvaluateConfig, RegisterConfig
+from pixelclip.config import BEST, EvaluateConfig, RegisterConfig
 from pixelclip.evaluation.protocol import check_evaluation, conditions_of, read_protocol, resize_of
 from pixelclip.models.checkpoint import read_config
 from pixelclip.registry import model_version
@@ -141,7 +141,7 @@ def _unmeasured(
 
 def _metrics(model: Path, evaluation: Path, evaluated: Mapping[str, Any]) -> tuple[GateMetrics, str]:
     metrics = read_metrics(evaluation)
-    names = [key.removeprefix("gain/") for key in metrics if key.startswith("gain/")]
+    names = [key.removeprefix("gain/") for key in metrics if key.startswith("gain/") and not key.endswith(BEST)]
     if len(names) != 1 or f"miou/{names[0]}" not in metrics:
         raise ValueError(f"{evaluation / METRICS}: needs exactly one gain/NAME with its miou/NAME, found {sorted(metrics)}")
     miou, gain = (float(metrics[f"{key}/{names[0]}"]) for key in ("miou", "gain"))

@@ -24,7 +24,7 @@ from mlflow.exceptions import MlflowException
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from pixelclip import evaluate, train
-from pixelclip.config import STAGES, EvaluateConfig, TrainConfig
+from pixelclip.config import BEST, STAGES, EvaluateConfig, TrainConfig
 from pixelclip.data.labelled_sets import open_labelled
 from pixelclip.data.shard_sources import list_shards
 from pixelclip.settings import build, load, nearest, read_yaml
@@ -260,8 +260,13 @@ def summarise(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _values(runs: Iterable[Mapping[str, Any]], key: str) -> list[float]:
-    """Return the values of a metric, whose name in a run ends with the labelled set."""
-    return [value for run in runs for name, value in run["metrics"].items() if name.partition("/")[0] == key]
+    """Return the values of a metric, whose name in a run ends with the labelled set; not those of quality=best."""
+    return [
+        value
+        for run in runs
+        for name, value in run["metrics"].items()
+        if name.partition("/")[0] == key and not name.endswith(BEST)
+    ]
 
 
 def _mean(row: Mapping[str, Any], key: str, sign: str = "") -> str:
@@ -275,7 +280,9 @@ def table(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
     """Format the rows as a Markdown table; errors are in the last column."""
     runs = [run for row in rows for run in row["runs"]]
     failed = any(run["error"] for run in runs)
-    sets = sorted({f"`{key[5:]}`" for run in runs for key in run["metrics"] if key.startswith("gain/")})
+    sets = sorted(
+        {f"`{key[5:]}`" for run in runs for key in run["metrics"] if key.startswith("gain/") and not key.endswith(BEST)}
+    )
     heads = ["row", "settings that differ", *COLUMNS.values(), "seeds", *(["error"] if failed else [])]
     lines = [f"# {name}", "", f"{', '.join(sets) or 'No result'}: points, mean ± sample standard deviation over seeds.", ""]
     lines += [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}"]

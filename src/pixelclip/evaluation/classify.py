@@ -15,13 +15,14 @@ from PIL import Image
 from pycocotools import mask as rle
 from torch import Tensor
 
-from pixelclip.config import EvaluateConfig
+from pixelclip.config import EvaluateConfig, Refinement
 from pixelclip.data.annotations import annotate, decode_masks, parse_annotation
 from pixelclip.data.labelled_images import IGNORE
 from pixelclip.data.shard_format import Member, index_shard, read_part
 from pixelclip.data.shard_sources import Shard, list_shards, parts
 from pixelclip.evaluation.confusion import Predictions
 from pixelclip.inference.label_map import label_map
+from pixelclip.inference.refinement.refine import View, photo_scores
 from pixelclip.inference.scores import best_class, class_scores, resize_shortest, slide_scores
 from pixelclip.mask_generators.felzenszwalb import felzenszwalb
 from pixelclip.models.backbone import Backbone
@@ -42,6 +43,23 @@ def predict_whole(
         scores = class_scores(tower, images, classes, feature_grid)
         label_maps.append([label_map(image_scores[None], size)[0] for image_scores, size in zip(scores, sizes, strict=True)])
     return [Predictions(list(maps), [0] * len(towers), 0) for maps in zip(*label_maps, strict=True)]
+
+
+def predict_refined(
+    towers: Sequence[Backbone],
+    photo: Image.Image,
+    classes: Tensor,
+    view: View,
+    refinement: Refinement,
+    masks: Annotations | None = None,
+) -> list[Tensor]:
+    """Predict the label map [H, W] of a photo by every tower as `Predictor` does, see `photo_scores`."""
+    decoded = None
+    if masks is not None:
+        none = np.zeros((0, photo.height, photo.width), np.bool_)
+        decoded = torch.from_numpy(np.concatenate([*_decode(masks, photo.width * photo.height), none]))
+    size = (photo.height, photo.width)
+    return [label_map(photo_scores(tower, photo, classes, view, refinement, decoded), size)[0] for tower in towers]
 
 
 def predict_windows(towers: Sequence[Backbone], image: Tensor, classes: Tensor, config: EvaluateConfig) -> Predictions:

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from pixelclip.config import EvaluateClipConfig, EvaluateConfig
 from pixelclip.evaluation.confusion import CLIP, EvaluationCounts, read_npz, to_npz
-from pixelclip.evaluation.evaluator import LabelMaps, TowerEvaluation
+from pixelclip.evaluation.evaluator import LabelMaps, TowerEvaluation, tower_names
 from pixelclip.evaluation.protocol import conditions_of, metric_name, protocol_of, read_protocol
 from pixelclip.models.backbone import Residual
 from pixelclip.storage.files import read_json, write_atomically
@@ -21,11 +21,12 @@ BASELINE_STAGE = "evaluate_clip"
 
 
 def resolve_config(clip: str, labelled: Path, config: EvaluateConfig, side: int, residual: Residual) -> EvaluateClipConfig:
-    """Fill in the settings that depend on the labelled set and the model: name, CLIP, side and residual.
+    """Fill in the settings that depend on the labelled set and the model: name, CLIP, side, window and residual.
 
     `evaluate.clip` and `evaluate.side` take precedence over the CLIP and the side of the model's training.
     """
     resolved = {"name": metric_name(labelled, config), "clip": config.clip or clip, "side": config.side or side}
+    resolved["window"] = config.window or side
     return EvaluateClipConfig(**config.model_dump() | resolved, residual=residual)
 
 
@@ -35,13 +36,13 @@ def save_baseline(folder: Path, evaluation: TowerEvaluation) -> None:
     write_atomically(folder / MAPS, to_npz(**{str(index): labels for index, labels in evaluation.label_maps[CLIP].items()}))
 
 
-def load_baseline(folder: Path, num_classes: int) -> tuple[EvaluationCounts, LabelMaps]:
+def load_baseline(folder: Path, num_classes: int, config: EvaluateConfig) -> tuple[EvaluationCounts, LabelMaps]:
     """Load what `save_baseline` wrote.
 
     Raises:
         ValueError: a file is missing or damaged.
     """
-    counts = EvaluationCounts.zeros([CLIP], num_classes, 0)
+    counts = EvaluationCounts.zeros(tower_names([CLIP], config), num_classes, 0)
     counts.load(folder / COUNTS)
     maps = read_npz(folder / MAPS)
     for index, labels in maps.items():

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from pixelclip.config import EvaluateConfig
+from pixelclip.config import BEST, QUALITIES, EvaluateConfig, Refinement
 from pixelclip.data.images import resize_shortest_edge
 from pixelclip.data.labelled_images import LabelledSet
 from pixelclip.data.tensors import normalise, resized_square, to_tensor
@@ -22,12 +22,14 @@ from pixelclip.evaluation.classify import (
     Annotations,
     GivenMasks,
     classify_masks,
+    predict_refined,
     predict_whole,
     predict_windows,
     segment_masks,
     truth_masks,
 )
 from pixelclip.evaluation.confusion import CLIP, OURS, EvaluationCounts, Predictions, read_npz, to_npz
+from pixelclip.inference.refinement.refine import View
 from pixelclip.models.backbone import Backbone
 from pixelclip.models.checkpoint import Clip
 from pixelclip.storage.files import write_atomically
@@ -100,13 +102,14 @@ def evaluate_towers(
     checkpoint = state / f"counts-{group.rank}-of-{group.size}.npz"
     batches = group.local_range(-(-len(dataset) // config.batch_size))  # whole ones, the same for any number of processes
     indices = range(batches.start * config.batch_size, min(batches.stop * config.batch_size, len(dataset)))
-    counts = EvaluationCounts.zeros(towers, len(dataset.classes), indices.start)
+    names = tower_names(towers, config)
+    counts = EvaluationCounts.zeros(names, len(dataset.classes), indices.start)
     if checkpoint.is_file():
         counts.load(checkpoint)
         if group.is_main:
             print(f"{stage}: resumes after {counts.next_index} images", flush=True)
     bad = BadSamples(stage, config.max_bad_share, counts.bad_samples)
-    given = GivenMasks(config.masks_folder) if config.protocol == "masks" and config.masks == "given" else None
+    given = GivenMasks(config.masks_folder) if "given" in (config.masks, config.segments) else None
     saved_index = counts.next_index
     left = range(saved_index, indices.stop)
     bar = track(left, stage, "image", len(indices), saved_index - indices.start, enabled=group.is_main)
@@ -122,7 +125,7 @@ def evaluate_towers(
                 counts.add_recalled(truths, similarities.cpu())
             for sample, predicted in zip(batch, predictions, strict=True):
                 if sample.index in example_indices:
-                    _save_example(_example_file(state, sample.index), sample, towers, predicted)
+                    _save_example(_example_file(state, sample.index), sample, names, predicted)
             counts.next_index = batch[-1].index + 1
             number = received()
             if number or counts.next_index - saved_index >= config.checkpoint_every:
@@ -135,7 +138,13 @@ def evaluate_towers(
     bad.found = counts.bad_samples
     (bad.check if group.is_main else bad.stop_if_too_many)(len(dataset))
     own_examples = [_example_file(state, index) for index in example_indices if index in indices]
-    return _with_examples(counts, towers, own_examples, group)
+    return _with_examples(counts, names, own_examples, group)
+
+
+def tower_names(towers: Iterable[str], config: EvaluateConfig) -> list[str]:
+    """Return the keys of the results of `evaluate_towers`: the towers, with setting `best` each once more with `BEST`."""
+    towers = [*towers]
+    return towers + [f"{tower}{BEST}" for tower in towers if config.best]
 
 
 def _with_examples(
@@ -181,7 +190,7 @@ def _read_samples(
 def _masks(
     path: Path, image: Image.Image, labels: NDArray[np.uint8], config: EvaluateConfig, given: GivenMasks | None
 ) -> Annotations:
-    if config.protocol != "masks":
+    if config.protocol != "masks" and not given:
         return []
     if given:
         return given.read(path.stem, image.size)
@@ -196,16 +205,53 @@ def _predict(
     if config.protocol == "slide":
         full_size = (normalise(to_tensor(sample.image).to(classes.device), clip.mean, clip.std)[None] for sample in batch)
         return [predict_windows(towers, image, classes, config) for image in full_size]
+    if config.protocol == "whole" and config.steps:
+        return _refined(batch, towers, clip, classes, config, config)
     photos = (sample.image for sample in batch)
     if config.protocol == "whole":
         photos = (resize_shortest_edge(photo, config.shortest_edge, config.longest_edge) for photo in photos)
     images = _resize_batch(photos, config.side, clip, classes.device)
     if config.protocol == "whole":
-        return predict_whole(towers, images, [sample.labels.shape for sample in batch], classes, config.feature_grid)
+        plain = predict_whole(towers, images, [sample.labels.shape for sample in batch], classes, config.feature_grid)
+        best = _refined(batch, towers, clip, classes, config, QUALITIES["best"]) if config.best else []
+        return [_joined(*each) for each in zip(plain, best, strict=True)] if best else plain
     features = torch.stack([tower(images) for tower in towers], dim=1)  # [B, T, C, h, w]
     return [
         classify_masks(feature, sample.masks, classes, sample.labels) for feature, sample in zip(features, batch, strict=True)
     ]
+
+
+def _refined(
+    batch: list[_LabelledImage],
+    towers: list[Backbone],
+    clip: Clip,
+    classes: Tensor,
+    config: EvaluateConfig,
+    refinement: Refinement,
+) -> list[Predictions]:
+    view = View(
+        config.side,
+        config.window,
+        config.feature_grid,
+        config.shortest_edge,
+        config.longest_edge,
+        tuple(clip.mean),
+        tuple(clip.std),
+    )
+    given = refinement.segments == "given"
+    return [
+        Predictions(
+            predict_refined(towers, sample.image, classes, view, refinement, sample.masks if given else None),
+            [0] * len(towers),
+            0,
+        )
+        for sample in batch
+    ]
+
+
+def _joined(first: Predictions, second: Predictions) -> Predictions:
+    """Join the predictions of two groups of towers for one image."""
+    return Predictions(first.label_maps + second.label_maps, first.correct_masks + second.correct_masks, first.num_masks)
 
 
 def _resize_batch(images: Iterable[Image.Image], side: int, clip: Clip, device: torch.device) -> Tensor:
@@ -215,10 +261,12 @@ def _resize_batch(images: Iterable[Image.Image], side: int, clip: Clip, device: 
 def compute_metrics(counts: EvaluationCounts, num_images: int, masks: bool, labelled: Path) -> dict[str, float]:
     """Compute the metrics of CLIP, or of both towers, keyed by metric name, without the `/NAME` suffix.
 
+    Those of quality=best follow, with `BEST` at the end of their names.
+
     Raises:
         ValueError: no image, labelled pixel or labelled mask was evaluated.
     """
-    confusions = counts.confusions
+    confusions = {tower: confusion for tower, confusion in counts.confusions.items() if not tower.endswith(BEST)}
     if len(counts.bad_samples) == num_images:
         raise ValueError(f"{labelled}: none of the {num_images} images could be evaluated, for the reasons above")
     if not confusions[CLIP].counts.any():
@@ -235,7 +283,16 @@ def compute_metrics(counts: EvaluationCounts, num_images: int, masks: bool, labe
     recalled, present = counts.recalled.tolist()
     metrics["image_recall_clip"] = recalled / max(present, 1)
     metrics["images"] = float(num_images - len(counts.bad_samples))
-    return metrics
+    best = {tower: confusion for tower, confusion in counts.confusions.items() if tower.endswith(BEST)}
+    metrics |= {f"miou{tower}": confusion.miou() for tower, confusion in best.items()}
+    if f"{OURS}{BEST}" in best:
+        metrics[f"gain{BEST}"] = metrics[f"miou{BEST}"] - metrics[f"miou{CLIP}{BEST}"]
+    return metrics | {f"pixel_accuracy{tower}": confusion.pixel_accuracy() for tower, confusion in best.items()}
+
+
+def name_metrics(values: Mapping[str, float], label: str) -> dict[str, float]:
+    """Name the result of `compute_metrics`: `KEY/LABEL`, and `KEY/LABEL.best` for quality=best."""
+    return {f"{key.removesuffix(BEST)}/{label}{BEST if key.endswith(BEST) else ''}": value for key, value in values.items()}
 
 
 def absent_classes(dataset: LabelledSet, counts: EvaluationCounts) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from pixelclip.config import EvaluateConfig
+from pixelclip.config import BEST, QUALITIES, EvaluateConfig, Refinement
 from pixelclip.data.class_names import SHIPPED
 from pixelclip.data.labelled_images import LabelledSet
 from pixelclip.data.labelled_sets import KINDS, describe_labelled
@@ -66,18 +66,39 @@ def metric_name(labelled: Path, config: EvaluateConfig) -> str:
         raise ValueError(
             f"{labelled}: {name!r} is not a valid MLflow metric name (letters, digits, _ - . : and blanks); set evaluate.name"
         )
+    if name.endswith(BEST):
+        raise ValueError(f"{labelled}: {name!r} ends with {BEST}, which is for metrics of quality=best; set evaluate.name")
     return name
 
 
 def protocol_of(config: EvaluateConfig) -> dict[str, Any]:
     """Return the content of `protocol.json` for resolved settings; unused settings are None."""
-    used = {*_OPTIONS[config.protocol], *(_OPTIONS.get(config.masks, ()) if config.protocol == "masks" else ())}
+    used = {
+        *_OPTIONS[config.protocol],
+        *(_OPTIONS.get(config.masks, ()) if config.protocol == "masks" else ()),
+        *_OPTIONS.get(config.segments, ()),
+    }
     settings = config.model_dump() | resize_of(config.model_dump())
     always = {key: settings[key] for key in ("name", "kind", "protocol", "templates")}
     # A folder has only its own names, so the word does not matter unless it is a file.
     always["names"] = None if config.kind == "folder" and config.names in SHIPPED else config.names
+    always |= _refinement_of(config)
     always |= {} if config.precision == "float32" else {"precision": config.precision}
     return always | {key: settings[key] if key in used else None for options in _OPTIONS.values() for key in options}
+
+
+def _refinement_of(config: EvaluateConfig) -> dict[str, Any]:
+    """Return the settings of the refinement in use, or of quality=best; empty for the single view, as in earlier versions."""
+    if config.best:
+        return {"best": _in_words(QUALITIES["best"]), "window": config.window}
+    if not config.steps:
+        return {}
+    return {"refinement": "-".join(config.steps), "refined": _in_words(config), "window": config.window}
+
+
+def _in_words(refinement: Refinement) -> str:
+    names = [name for name in Refinement.model_fields if not name.startswith("felzenszwalb")]
+    return "; ".join(f"{name} {getattr(refinement, name)}" for name in names)
 
 
 def resize_of(settings: Mapping[str, Any]) -> dict[str, int]:
@@ -121,7 +142,8 @@ def metric_label(protocol: dict[str, Any]) -> str:
     """
     masks = f"-{protocol['masks']}" if protocol["masks"] not in (None, "truth") else ""
     deviation = "" if protocol["protocol"] == "whole" else f".{protocol['protocol']}{masks}"
-    return protocol["name"] + deviation
+    refinement = f".{protocol['refinement']}" if protocol.get("refinement") else ""
+    return protocol["name"] + deviation + refinement
 
 
 def describe_protocol(protocol: dict[str, Any]) -> str:
@@ -148,7 +170,7 @@ def describe_inputs(labelled: Path, dataset: LabelledSet, config: EvaluateConfig
         inputs |= {"clip": describe(weights), **describe_tokenizer(weights)}
     if config.names not in SHIPPED:
         inputs["names"] = describe(Path(config.names))
-    if config.protocol == "masks" and config.masks == "given":
+    if config.masks_folder:
         inputs["masks"] = describe_shards(config.masks_folder)
     return inputs
 
@@ -159,7 +181,7 @@ def check_masks(dataset: LabelledSet, config: EvaluateConfig) -> None:
     Raises:
         ValueError: the folder is missing, or two images have the same name.
     """
-    if config.protocol != "masks" or config.masks != "given":
+    if not config.masks_folder:
         return
     if not is_s3(config.masks_folder) and not Path(config.masks_folder).exists():
         raise ValueError(f"evaluate.masks_folder {config.masks_folder}: no such folder")
@@ -177,6 +199,8 @@ def check_sides(backbone: Backbone, config: EvaluateConfig) -> None:
     """
     if config.protocol != "slide":
         check_side("evaluate.side", config.side, backbone)
+        if config.best or config.scales:
+            check_side("evaluate.window", config.window, backbone)
         return
     check_patch("evaluate.crop", config.crop, backbone)
     if config.slide_side:

@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, Field
 
+from pixelclip.config import BEST
 from pixelclip.evaluation.protocol import describe_protocol, metric_label, read_protocol
 from pixelclip.models.checkpoint import read_config
 from pixelclip.storage.files import read_json
@@ -117,6 +118,10 @@ def _measured(evaluation: Path) -> str:
         if f"{key}/{label}" in metrics and f"{key}_clip/{label}" in metrics
     ]
     scores += [["gain in mIoU (points)", "", f"{metrics[f'gain/{label}']:+z.1f}"]] if f"gain/{label}" in metrics else []
+    best = [f"{key}{tower}/{label}{BEST}" for key, tower in (("miou", "_clip"), ("miou", ""), ("gain", ""))]
+    if all(key in metrics for key in best):
+        clip, ours, gain = (metrics[key] for key in best)
+        scores += [["mIoU (%), quality=best", f"{clip:.1f}", f"{ours:.1f}"], ["gain, quality=best", "", f"{gain:+z.1f}"]]
     text = f"On `{label}`, {images:.0f} images, with the same class names for both. Protocol: {describe_protocol(protocol)}."
     parts = [text, _table(["", "CLIP", "PixelCLIP"], scores)]
     if rows := _rows(evaluation):

@@ -96,13 +96,14 @@ def evaluation_metrics(metrics: Mapping[str, float], per_class: Iterable[Mapping
         `eval/NAME/KEY`, and `eval/NAME/iou/CLASS` with the first synonym of every class that has labelled pixels.
     """
     named = {}
-    label = ""
+    # The classes belong to the plain name, which comes first; NAME.best may follow.
+    plain = next(iter(metrics), "").partition("/")[2]
     for key, value in metrics.items():
         kind, _, label = key.partition("/")
         named[f"eval/{label}/{kind}"] = 100 * value if kind == "image_recall_clip" else value
     for index, row in enumerate(per_class):
         name = re.sub(r"[^\w\- ]", "_", row["class"].partition(",")[0].strip())[:_NAME_LENGTH]
-        key = f"eval/{label}/iou/{name}"
+        key = f"eval/{plain}/iou/{name}"
         if row["iou"] is not None:
             named[key if key not in named else f"{key} {index}"] = row["iou"]
     return named

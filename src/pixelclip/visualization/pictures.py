@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from pixelclip.config import BEST
 from pixelclip.data.annotations import parse_annotation
 from pixelclip.data.dataset import Batch, MaskedImages
 from pixelclip.data.images import cell_centres, colour_labels, decode_image, fitted, palette, to_rgb
@@ -37,12 +38,16 @@ _PREVIEW = (1200, 240)  # maximum width and height of an image in a preview
 
 @dataclass(frozen=True)
 class Example:
-    """An image with the label maps [H, W] of CLIP (None if it was not evaluated), PixelCLIP and the truth."""
+    """An image with the label maps [H, W] of CLIP, PixelCLIP, the truth, and PixelCLIP with quality=best.
+
+    Those of CLIP and of quality=best are None if they were not evaluated.
+    """
 
     image: Image.Image
     clip: NDArray[np.integer] | None
     ours: NDArray[np.integer]
     truth: NDArray[np.integer]
+    best: NDArray[np.integer] | None = None
 
 
 def to_pixels(normalised: Tensor, mean: Sequence[float], std: Sequence[float]) -> NDArray[np.uint8]:
@@ -92,10 +97,10 @@ def concept_words(model: PixelCLIP, names: Sequence[str]) -> list[str]:
 
 
 def segmentation_picture(examples: Sequence[Example], classes: Sequence[str]) -> Image.Image:
-    """Draw one row per example: image, labels by CLIP if it was evaluated, by PixelCLIP, and the truth."""
+    """Draw one row per example: image, labels by CLIP, PixelCLIP and PixelCLIP best as far as evaluated, and the truth."""
     rows, counts = [], np.zeros(len(classes) + 1, np.int64)  # the last counts pixels without a class
     for example in examples:
-        maps = [labels for labels in (example.clip, example.ours, example.truth) if labels is not None]
+        maps = [labels for labels in (example.clip, example.ours, example.best, example.truth) if labels is not None]
         coloured = (Image.fromarray(colour_labels(labels, len(classes))) for labels in maps)
         rows.append([example.image, *coloured])
         for labels in maps:
@@ -104,14 +109,16 @@ def segmentation_picture(examples: Sequence[Example], classes: Sequence[str]) ->
     names = [*(name.partition(",")[0] for name in classes), UNLABELLED]
     entries = [(index, names[index]) for index in order if counts[index]]
     colours = np.concatenate([palette(len(classes)), np.zeros((1, 3), np.uint8)])
-    return _panels(rows, ("image", *(["CLIP"] if examples[0].clip is not None else []), "PixelCLIP", "truth"), entries, colours)
+    optional = {"CLIP": examples[0].clip is not None, "PixelCLIP": True, "PixelCLIP best": examples[0].best is not None}
+    titles = ("image", *(title for title, present in optional.items() if present), "truth")
+    return _panels(rows, titles, entries, colours)
 
 
 def examples_of(evaluation: TowerEvaluation) -> list[Example]:
     """Return the examples of an evaluation of PixelCLIP, alone or with CLIP."""
     maps = evaluation.label_maps
-    clip = maps.get(CLIP, {})
-    return [Example(image, clip.get(i), maps[OURS][i], truth) for i, (image, truth) in evaluation.examples.items()]
+    clip, best = maps.get(CLIP, {}), maps.get(f"{OURS}{BEST}", {})
+    return [Example(image, clip.get(i), maps[OURS][i], truth, best.get(i)) for i, (image, truth) in evaluation.examples.items()]
 
 
 def _panels(

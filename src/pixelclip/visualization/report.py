@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from pydantic import BaseModel, Field
 
+from pixelclip.config import BEST
 from pixelclip.data.images import colour_labels, encode_jpeg, fitted, palette
 from pixelclip.storage.files import read_json, write_atomically
 from pixelclip.tracking.journal import CURVES, read_points
@@ -71,7 +72,8 @@ def write_report(
     page = template.from_string(source).render(
         name=name,
         protocol=protocol,
-        metrics={key.rpartition("/")[0]: value for key, value in metrics.items()},
+        metrics=_of(metrics, name),
+        best=_of(metrics, f"{name}{BEST}"),
         rows=sorted(per_class, key=lambda row: (row["iou"] is None, -(row["iou"] or 0))),
         examples=[_example(example, classes) for example in examples],
         colours=[f"rgb({r},{g},{b})" for r, g, b in palette(len(classes)).tolist()] + ["#000"],
@@ -83,6 +85,11 @@ def write_report(
         facts=_facts(model, provenance, run),
     )
     write_atomically(path, page)
+
+
+def _of(metrics: Metrics, name: str) -> Metrics:
+    """Return the metrics of a label, without it."""
+    return {key.removesuffix(f"/{name}"): value for key, value in metrics.items() if key.partition("/")[2] == name}
 
 
 def _facts(model: Path, provenance: Mapping[str, Any], run: str) -> list[tuple[str, str]]:
@@ -113,12 +120,14 @@ def _example(example: Example, classes: list[str]) -> dict[str, Any]:
         return _data_uri(Image.fromarray(colours).resize(size, Image.Resampling.NEAREST))
 
     assert example.clip is not None  # a report always compares
-    present = np.unique(np.concatenate([m.ravel() for m in (example.truth, example.ours, example.clip)]))
+    maps = [m for m in (example.truth, example.ours, example.clip, example.best) if m is not None]
+    present = np.unique(np.concatenate([m.ravel() for m in maps]))
     unlabelled = [(len(classes), UNLABELLED)] if present[-1] >= len(classes) else []
     return {
         "image": _data_uri(example.image.resize(size)),
         "clip": label_uri(example.clip),
         "ours": label_uri(example.ours),
+        "best": None if example.best is None else label_uri(example.best),
         "truth": label_uri(example.truth),
         "legend": [(int(i), classes[i]) for i in present if i < len(classes)] + unlabelled,
     }
