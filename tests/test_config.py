@@ -232,3 +232,13 @@ def test_the_defaults_are_the_papers() -> None:
 def test_the_table_has_a_row_for_every_setting() -> None:
     rows = re.findall(r"^\| `(\w+)` \| `.+` \| .+ \|$", as_table(), re.M)
     assert rows == [name for kind in config.STAGES.values() for name in kind.model_fields]
+
+
+@pytest.mark.parametrize(("text", "scales"), [("1.5", [1.5]), ("[1.25, 2]", [1.25, 2.0]), ("1.25,2", [1.25, 2.0]), ("[]", [])])
+def test_list_of_numbers_is_read_from_the_command_line(text, scales):
+    assert load("evaluate", overrides={"evaluate.scales": text}).scales == scales
+
+
+def test_invalid_number_in_a_list_is_named():
+    with pytest.raises(ValueError, match=r"scales.*valid number.*two"):
+        load("evaluate", overrides={"evaluate.scales": "1.5,two"})

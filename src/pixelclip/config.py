@@ -7,7 +7,7 @@ A *runtime* setting changes where or how fast a stage runs, never its result, so
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 DEVICES = "auto, cpu, cuda, cuda:N, mps"
 _BAD_SHARE = "Maximum fraction of unreadable samples; the stage stops above it."
@@ -53,10 +53,17 @@ class _Settings(BaseModel):
             raise ValueError(f"{rule} (found {name} {found!r}, {switch} {selected})")
 
 
+def _numbers(value: Any) -> Any:
+    """Split the text of a list of numbers, '1.25,1.5' or '[1.25, 1.5]', as it is written on the command line."""
+    if not isinstance(value, str):
+        return value
+    return [word.strip() for word in value.strip().removeprefix("[").removesuffix("]").split(",") if word.strip()]
+
+
 class Refinement(_Settings):
     """How class scores are refined; the defaults are the paper's single view."""
 
-    scales: list[Annotated[float, Field(ge=1, le=8)]] = _setting(
+    scales: Annotated[list[Annotated[float, Field(ge=1, le=8)]], BeforeValidator(_numbers)] = _setting(
         [], "Mean over windows of the training's side: shortest edges of the image in sides of a window. Empty: one whole view."
     )
     flip: bool = _setting(False, "Average with the scores of the mirrored image.")
