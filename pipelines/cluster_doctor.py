@@ -11,7 +11,7 @@ from urllib3.exceptions import HTTPError
 
 from pixelclip.commands.doctor import Finding, container_image
 from pixelclip.commands.doctor import pipelines as kfp_health
-from pixelclip_pipelines.cluster_config import Cluster, Step, image_of, read
+from pixelclip_pipelines.cluster_config import Cluster, Step, image_of, node_rules, read
 from pixelclip_pipelines.cluster_sections import Source
 from pixelclip_pipelines.pods import core_api
 from pixelclip_pipelines.submit import ENDPOINTS, Target
@@ -148,15 +148,16 @@ def _placement(api: client.CoreV1Api, cluster: Cluster, nodes: int) -> Iterator[
     for name, step in cluster.steps.items():
         if (name == "train_job") > (nodes > 1):
             continue
-        key = str((step.gpus, step.gpu_type, step.cpu, step.memory, step.node_selector, step.pod_tolerations))
+        rules = node_rules(cluster, step)[0]
+        key = str((step.gpus, step.gpu_type, step.cpu, step.memory, step.node_selector, rules, step.pod_tolerations))
         kinds.setdefault(key, (step, []))[1].append(name)
     for step, names in kinds.values():
         shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
         wanted = nodes if "train" in names else 1
-        yield _nodes_for(step, existing, f"nodes for {shown}", wanted)
+        yield _nodes_for(step, node_rules(cluster, step)[0], existing, f"nodes for {shown}", wanted)
 
 
-def _nodes_for(step: Step, existing: list[Any], what: str, wanted: int) -> Finding:
+def _nodes_for(step: Step, rules: list[dict[str, Any]], existing: list[Any], what: str, wanted: int) -> Finding:
     """Find the nodes for a step by each of its conditions in turn, so that the first one without a node is named."""
     requests = {"cpu": step.cpu, "memory": step.memory} | ({step.gpu_type: str(step.gpus)} if step.gpus else {})
     left = [node for node in existing if not node.spec.unschedulable]
@@ -165,6 +166,7 @@ def _nodes_for(step: Step, existing: list[Any], what: str, wanted: int) -> Findi
             f"the labels {step.node_selector}",
             lambda node: all((node.metadata.labels or {}).get(key) == value for key, value in step.node_selector.items()),
         ),
+        *((f"the node_affinity {rule}", lambda node, rule=rule: _matches(rule, node.metadata.labels or {})) for rule in rules),
         *(
             (f"{amount} {name}", lambda node, name=name, amount=amount: _amount(node, name) >= parse_quantity(amount))
             for name, amount in reversed(requests.items())
@@ -189,6 +191,23 @@ def _nodes_for(step: Step, existing: list[Any], what: str, wanted: int) -> Findi
     if len(tolerated) < wanted:
         return Finding(what, "failed", f"{len(tolerated)} nodes have {amount}, --nodes {wanted} needs {wanted}")
     return Finding(what, "ok", f"{len(tolerated)} of {len(existing)} have {amount}")
+
+
+def _matches(rule: Mapping[str, Any], labels: Mapping[str, str]) -> bool:
+    """Return whether the labels of a node fulfil a matchExpression of Kubernetes."""
+    value, wanted = labels.get(rule["key"]), rule.get("values", [])
+    match rule["operator"]:
+        case "In":
+            return value in wanted
+        case "NotIn":  # also without the label
+            return value not in wanted
+        case "Exists":
+            return value is not None
+        case "DoesNotExist":
+            return value is None
+    if value is None or not value.lstrip("-").isdecimal():
+        return False
+    return int(value) > int(wanted[0]) if rule["operator"] == "Gt" else int(value) < int(wanted[0])
 
 
 def _amount(node: Any, name: str) -> Any:

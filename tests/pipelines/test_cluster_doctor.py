@@ -199,3 +199,30 @@ def test_certificates_need_their_key(cluster, doctor, kind, what):
     assert "has no key all.pem" in doctor()[1][f"{what} company-ca"][1]
     cluster.add(f"{what.lower()}s", "company-ca", data={"all.pem": "YQ=="})
     assert doctor()[1][f"{what} company-ca"][0] == "ok"
+
+
+@pytest.mark.parametrize(
+    ("rule", "fits"),
+    [
+        ("key: pool, operator: In, values: [h100, a100]", True),
+        ("key: pool, operator: In, values: [a100]", False),
+        ("key: pool, operator: NotIn, values: [a100]", True),
+        ("key: zone, operator: NotIn, values: [a]", True),
+        ("key: pool, operator: Exists", True),
+        ("key: zone, operator: Exists", False),
+        ("key: pool, operator: DoesNotExist", False),
+        ("key: gpus, operator: Gt, values: ['7']", True),
+        ("key: gpus, operator: Gt, values: ['8']", False),
+        ("key: gpus, operator: Lt, values: ['9']", True),
+        ("key: pool, operator: Lt, values: ['9']", False),
+        ("key: zone, operator: In, values: [a], weight: 5", True),
+    ],
+)
+def test_nodes_must_fulfil_the_required_rules(cluster, doctor, rule, fits):
+    """The expected answers follow Kubernetes' description of its operators."""
+    for name in ("a", "b"):
+        cluster.node(name, {"pool": "h100", "gpus": "8"}, [GPU], cpu="64", memory="512Gi", nvidia_com__gpu="8")
+    Path("cluster.yaml").write_text(SETTINGS.replace("{gpus: 4,", f"{{node_affinity: [{{{rule}}}], gpus: 4,"))
+    state, said, _ = doctor()[1]["nodes for train"]
+    assert (state == "ok") == fits, said
+    assert fits or "node_affinity" in said
