@@ -438,7 +438,7 @@ def test_benchmark_in_its_published_layout_is_evaluated(made, client, tmp_path):
         ({"stride": 337}, "stride 337 is larger than crop 336: windows would leave gaps"),
         ({"crop": 0}, "crop: .*greater than or equal to 1"),
         ({"protocol": "windows"}, "protocol: Input should be 'whole', 'slide' or 'masks'"),
-        ({"masks": "given"}, "masks_folder is required for masks given .*found masks_folder '', masks given"),
+        ({"masks": "given"}, "masks_folder is required for masks or segments given .*found masks_folder '', masks given"),
         (
             {"masks_folder": "there"},
             "masks_folder is required .* must be empty otherwise .*found masks_folder 'there', masks truth",

@@ -17,7 +17,7 @@ from helpers import faults, tiny
 from helpers.fake_data import annotation, encoded, pixels, write_tar
 from helpers.mutations import SURVIVED, Kind, count_outcomes
 from helpers.samples import blobs
-from pixelclip.config import STAGES
+from pixelclip.config import STAGES, EvaluateConfig
 from pixelclip.data.annotations import decode_masks, parse_annotation
 from pixelclip.data.images import decode_image, to_rgb
 from pixelclip.data.shard_format import index_shard, read_part
@@ -194,7 +194,7 @@ def baseline(folder: Path, name: str) -> Kind:
 
     def read(data: bytes) -> Any:
         (folder / name).write_bytes(data)
-        found, label_maps = load_baseline(folder, 3)
+        found, label_maps = load_baseline(folder, 3, EvaluateConfig())
         if label_maps.keys() != {0, 3}:
             raise ValueError("as evaluate does")
         arrays = {key: array.tolist() for key, array in found.arrays().items()}

@@ -26,7 +26,8 @@ def resolve_config(clip: str, labelled: Path, config: EvaluateConfig, side: int,
     `evaluate.clip` and `evaluate.side` take precedence over the CLIP and the side of the model's training.
     """
     resolved = {"name": metric_name(labelled, config), "clip": config.clip or clip, "side": config.side or side}
-    resolved["window"] = config.window or side
+    if config.best or config.scales:  # otherwise there are no windows, and the result does not depend on their side
+        resolved["window"] = config.window or side
     return EvaluateClipConfig(**config.model_dump() | resolved, residual=residual)
 
 

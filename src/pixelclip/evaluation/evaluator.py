@@ -102,8 +102,7 @@ def evaluate_towers(
     checkpoint = state / f"counts-{group.rank}-of-{group.size}.npz"
     batches = group.local_range(-(-len(dataset) // config.batch_size))  # whole ones, the same for any number of processes
     indices = range(batches.start * config.batch_size, min(batches.stop * config.batch_size, len(dataset)))
-    names = tower_names(towers, config)
-    counts = EvaluationCounts.zeros(names, len(dataset.classes), indices.start)
+    counts = EvaluationCounts.zeros(names := tower_names(towers, config), len(dataset.classes), indices.start)
     if checkpoint.is_file():
         counts.load(checkpoint)
         if group.is_main:
@@ -111,8 +110,8 @@ def evaluate_towers(
     bad = BadSamples(stage, config.max_bad_share, counts.bad_samples)
     given = GivenMasks(config.masks_folder) if "given" in (config.masks, config.segments) else None
     saved_index = counts.next_index
-    left = range(saved_index, indices.stop)
-    bar = track(left, stage, "image", len(indices), saved_index - indices.start, enabled=group.is_main)
+    done = saved_index - indices.start
+    bar = track(indices[done:], stage, "image", len(indices), done, enabled=group.is_main)
     samples = _read_samples(dataset, bar, config, given, bad)
     with deferred() as received:
         while batch := list(islice(samples, config.batch_size)):
