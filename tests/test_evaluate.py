@@ -153,6 +153,12 @@ def test_best_of_a_reused_clip_evaluation_is_that_of_a_fresh_one(made, client, t
     assert run(made / "changed", made / "labelled", tmp_path / "reused", config, tmp_path / "clip") == fresh
 
 
+def test_masks_that_the_protocol_does_not_use_are_not_read(made, client, tmp_path):
+    plain = run(made / "changed", made / "labelled", tmp_path / "plain", CONFIG)
+    unused = with_settings(masks="given", masks_folder=str(tmp_path / "nowhere"))
+    assert run(made / "changed", made / "labelled", tmp_path / "unused", unused) == plain
+
+
 def test_refinement_alone_is_named_by_its_settings(made, client, tmp_path):
     metrics = run(made / "changed", made / "labelled", tmp_path / "out", with_settings(pamr_iterations=2, scales=[1.5]))
     assert not any(name.endswith("/set") for name in metrics)

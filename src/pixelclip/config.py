@@ -361,6 +361,11 @@ class EvaluateConfig(Refinement):
             raise ValueError(f"best is a refinement of its own; set it without others (found {', '.join(self.steps)})")
         return self
 
+    @property
+    def reads_masks(self) -> bool:
+        """Whether the evaluation reads the masks in `masks_folder`: for mask classification, or as segments."""
+        return (self.protocol == "masks" and self.masks == "given") or self.segments == "given"
+
 
 class EvaluateClipConfig(EvaluateConfig):
     """Evaluation of CLIP alone on one labelled set, derived from sections evaluate and train.

@@ -30,7 +30,7 @@ from pixelclip.models.clip_sources import clip_folder
 from pixelclip.models.clustering import pool_masks
 from pixelclip.models.concepts import new_concepts
 from pixelclip.models.decoder import new_decoder
-from pixelclip.models.optimizer import learning_rate_factors, make_optimizer
+from pixelclip.models.optimizer import learning_rate_factor, make_optimizer
 from pixelclip.models.pixelclip import PixelCLIP
 from pixelclip.models.tokenizer import TOKENIZER_FILES, describe_tokenizer
 from pixelclip.models.training_state import Progress, load_state, save_state
@@ -230,9 +230,8 @@ def _train(
             batches = [masks_of_batch(dino, batch, config.dino_clusters, config.seed) for batch in batches]
 
         # Schedule.
-        factors = learning_rate_factors(step, config)
         for parameters, rate in zip(optimizer.param_groups, initial_rates, strict=True):
-            parameters["lr"] = rate * factors[parameters["name"]]
+            parameters["lr"] = rate * learning_rate_factor(parameters["name"], step, config)
 
         # Forward, loss, backward, clip. Seed per step, so that a resumed run draws the same stochastic depth.
         torch.manual_seed(config.seed * 1_000_003 + step * group.size + group.rank)

@@ -8,17 +8,16 @@ import json
 import os
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 from kfp.components import load_component_from_file
 from kubeflow_trainer_api.models.trainer_v1alpha1_train_job import TrainerV1alpha1TrainJob
 
+from helpers.compiling import compiled
 from pixelclip.config import TrainConfig
 from pixelclip_pipelines.cluster_config import STEPS, Cluster, Step, image_of, read
 from pixelclip_pipelines.cluster_sections import Source, seconds
-from pixelclip_pipelines.run import compile_to
 from pixelclip_pipelines.trainjob import complete, template
 
 ROOT = Path(__file__).parents[2]
@@ -49,16 +48,6 @@ steps:
     backoff_factor: 3
 """.replace("DIGEST", "ab" * 32)
 SECRET = "a-value-that-must-never-be-written"
-
-
-def compiled(folder: Path, settings: str, **options: Any) -> tuple[dict, dict, Path]:
-    """Compile the pipeline; return it, its platform part and the file."""
-    (folder / "cluster.yaml").write_text(settings)
-    path = folder / "pipeline.yaml"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("PIXELCLIP_IMAGE", raising=False)
-        compile_to(path, folder / "cluster.yaml", **options)
-    return *yaml.safe_load_all(path.read_text()), path
 
 
 @pytest.fixture(scope="module")

@@ -8,16 +8,15 @@ from pathlib import Path
 
 import kubernetes_validate
 import pytest
-import yaml
 from kfp.components import load_component_from_file
 from kubeflow_trainer_api.models.trainer_v1alpha1_train_job import TrainerV1alpha1TrainJob
 from kubernetes import client
 from typer.testing import CliRunner
 
+from helpers.compiling import compiled
 from pixelclip.cli.app import app
 from pixelclip.config import TrainConfig
 from pixelclip_pipelines.cluster_config import read
-from pixelclip_pipelines.run import compile_to
 from pixelclip_pipelines.trainjob import complete, template
 
 EVERYTHING = """
@@ -51,16 +50,6 @@ steps:
     node_selector: {gpu: mi300}
     node_affinity: [{key: gpu-count, operator: Gt, values: ["3"]}, {key: rack, operator: In, values: [r1], weight: 70}]
 """
-
-
-def compiled(folder: Path, settings: str, **options) -> tuple[dict, dict, Path]:
-    """Compile the pipeline; return it, its platform part and the file."""
-    (folder / "cluster.yaml").write_text(settings)
-    path = folder / "pipeline.yaml"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("PIXELCLIP_IMAGE", raising=False)
-        compile_to(path, folder / "cluster.yaml", **options)
-    return *yaml.safe_load_all(path.read_text()), path
 
 
 def affinity_of(terms: list[dict]) -> dict:

@@ -108,7 +108,7 @@ def evaluate_towers(
         if group.is_main:
             print(f"{stage}: resumes after {counts.next_index} images", flush=True)
     bad = BadSamples(stage, config.max_bad_share, counts.bad_samples)
-    given = GivenMasks(config.masks_folder) if "given" in (config.masks, config.segments) else None
+    given = GivenMasks(config.masks_folder) if config.reads_masks else None
     saved_index = counts.next_index
     done = saved_index - indices.start
     bar = track(indices[done:], stage, "image", len(indices), done, enabled=group.is_main)

@@ -170,7 +170,7 @@ def describe_inputs(labelled: Path, dataset: LabelledSet, config: EvaluateConfig
         inputs |= {"clip": describe(weights), **describe_tokenizer(weights)}
     if config.names not in SHIPPED:
         inputs["names"] = describe(Path(config.names))
-    if config.masks_folder:
+    if config.reads_masks:
         inputs["masks"] = describe_shards(config.masks_folder)
     return inputs
 
@@ -181,7 +181,7 @@ def check_masks(dataset: LabelledSet, config: EvaluateConfig) -> None:
     Raises:
         ValueError: the folder is missing, or two images have the same name.
     """
-    if not config.masks_folder:
+    if not config.reads_masks:
         return
     if not is_s3(config.masks_folder) and not Path(config.masks_folder).exists():
         raise ValueError(f"evaluate.masks_folder {config.masks_folder}: no such folder")

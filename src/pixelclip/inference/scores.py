@@ -84,7 +84,9 @@ def slide_scores(
         [1, k, H, W] for consecutive groups of k classes.
     """
     height, width = min(crop, image.shape[2]), min(crop, image.shape[3])
-    corners = [(y, x) for y in _starts(image.shape[2], height, stride) for x in _starts(image.shape[3], width, stride)]
+    corners = [
+        (y, x) for y in window_starts(image.shape[2], height, stride) for x in window_starts(image.shape[3], width, stride)
+    ]
     windows = [(..., slice(y, y + height), slice(x, x + width)) for y, x in corners]
     window_products: list[Tensor] = []
     norms: list[Tensor] = []
@@ -109,7 +111,8 @@ def slide_scores(
         yield total / times_covered
 
 
-def _starts(length: int, window: int, stride: int) -> list[int]:
+def window_starts(length: int, window: int, stride: int) -> list[int]:
+    """Return where windows start along an axis: every `stride` pixels; the last one ends at the border."""
     return [*range(0, length - window, stride), length - window]
 
 

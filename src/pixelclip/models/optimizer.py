@@ -9,19 +9,18 @@ from pixelclip.config import TrainConfig
 from pixelclip.models.backbone import POSITIONS
 from pixelclip.models.pixelclip import PixelCLIP
 
-_GROUPS = ("backbone", "backbone_no_decay", "prompts", "decoder", "decoder_no_decay")
-
 
 def cosine_factor(step: int, steps: int, final: float) -> float:
     """Return the learning rate at a step as a fraction of the initial one: a cosine from 1 to `final`."""
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
-def learning_rate_factors(step: int, config: TrainConfig) -> dict[str, float]:
-    """Return the learning rates of the optimizer's groups at a step as fractions of the initial ones, by name."""
+def learning_rate_factor(group: str, step: int, config: TrainConfig) -> float:
+    """Return the learning rate of one of the optimizer's groups, by name, at a step as a fraction of the initial one."""
     factor = cosine_factor(step, config.steps, config.final_learning_rate_share)
-    warm = min(1.0, (step + 1) / config.backbone_warmup) if config.backbone_warmup else 1.0
-    return {name: factor * (warm if name.startswith("backbone") else 1.0) for name in _GROUPS}
+    if config.backbone_warmup and group.startswith("backbone"):
+        return factor * min(1.0, (step + 1) / config.backbone_warmup)
+    return factor
 
 
 def make_optimizer(model: PixelCLIP, config: TrainConfig) -> torch.optim.AdamW:

@@ -8,7 +8,8 @@ from PIL import Image
 from torch import nn
 
 from pixelclip.data.tensors import normalise, to_tensor
-from pixelclip.inference.refinement.views import starts, view_scores, window_scores
+from pixelclip.inference.refinement.views import view_scores, window_scores
+from pixelclip.inference.scores import window_starts
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 
@@ -62,8 +63,8 @@ def test_windows_that_do_not_divide_the_image():
     backbone, pixels, classes = example((11, 17))
     scores = window_scores(backbone, pixels, classes, 8, 4, (9, 9))
     np.testing.assert_allclose(scores[0].numpy(), naive(backbone, pixels, classes, 8, 4, (9, 9)), rtol=0, atol=1e-12)
-    assert starts(17, 8, 4) == [0, 4, 8, 9]
-    assert starts(8, 8, 4) == [0]
+    assert window_starts(17, 8, 4) == [0, 4, 8, 9]
+    assert window_starts(8, 8, 4) == [0]
 
 
 def test_flip_is_the_mean_with_the_mirrored_image():

@@ -12,16 +12,12 @@ from torch import Tensor
 
 from pixelclip.data.images import resize_shortest_edge
 from pixelclip.data.tensors import normalise, to_tensor
+from pixelclip.inference.scores import window_starts
 from pixelclip.models.backbone import Backbone
 
 MAX_ASPECT = 4
 """Images are squeezed to at most this aspect ratio, which limits the number of windows."""
 _WINDOWS_AT_ONCE = 32
-
-
-def starts(length: int, window: int, stride: int) -> list[int]:
-    """Return where windows start along an axis: every `stride` pixels; the last one ends at the border."""
-    return [*range(0, length - window, stride), length - window]
 
 
 @torch.no_grad()
@@ -92,7 +88,7 @@ def window_scores(
         [1, K, h, w].
     """
     height, width = pixels.shape[2:]
-    corners = [(top, left) for top in starts(height, side, stride) for left in starts(width, side, stride)]
+    corners = [(top, left) for top in window_starts(height, side, stride) for left in window_starts(width, side, stride)]
     views = [pixels, pixels.flip(3)] if flip else [pixels]
     total = classes.new_zeros(len(views), len(classes), *size)
     count = classes.new_zeros(len(views), 1, *size)
