@@ -153,21 +153,31 @@ def test_registered_model_predicts(made, client):
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(answer["label_map"]))), expected)
 
 
-def test_registered_model_resizes_as_in_its_evaluation(made, client, tmp_path):
-    """The same weights with another resize are another version; a version of older code, without the tag, does not resize."""
+def test_registered_model_sees_the_sizes_of_its_evaluation(made, client, tmp_path):
+    """The same weights with another size are another version; a version of older code, without the tag, does not resize."""
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 140, 3), dtype=np.uint8))
     found = []
-    for number, settings in enumerate(({}, {"shortest_edge": 0}, {"shortest_edge": 0, "longest_edge": 9})):
+    model = load_model(made / "model1")
+    cases = (
+        {},
+        {"shortest_edge": 0},
+        {"shortest_edge": 0, "longest_edge": 9, "side": model.side},
+        {"shortest_edge": 0, "side": 64, "window": 32},
+    )
+    for number, settings in enumerate(cases):
         evaluated = evaluation(tmp_path / f"e{number}", made / "model1", miou=50.0, gain=10.0, **settings)
         version = run(made / "model1", evaluated, tmp_path / f"r{number}", CONFIG)["register/version"]
         fetched = fetch(f"models:/{NAME}/{version:.0f}", tmp_path / f"m{number}")
-        found.append((version, Predictor.load(fetched, "cpu")(image, ["dog", "sky"]).scores))
-    assert [version for version, _ in found] == [2, 3, 3]
-    model = load_model(made / "model1")
-    for (_, scores), edges in zip(found, [(640, 2560), (0, 0), (0, 0)], strict=True):
-        predictor = Predictor(model, "cpu", shortest_edge=edges[0], longest_edge=edges[1])
-        assert np.array_equal(predictor(image, ["dog", "sky"]).scores, scores)
-    assert not np.array_equal(found[0][1], found[1][1])
+        loaded = Predictor.load(fetched, "cpu")
+        found.append((version, [loaded(image, ["dog", "sky"], quality).scores for quality in ("fast", "best")]))
+    assert [version for version, _ in found] == [2, 3, 3, 4]
+    sizes = [(640, 2560, 0, 0), (0, 0, 0, 0), (0, 0, 0, 0), (0, 0, 64, 32)]
+    for (_, scores), (shortest_edge, longest_edge, side, window) in zip(found, sizes, strict=True):
+        predictor = Predictor(model, "cpu", shortest_edge=shortest_edge, longest_edge=longest_edge, side=side, window=window)
+        for quality, expected in zip(("fast", "best"), scores, strict=True):
+            assert np.array_equal(predictor(image, ["dog", "sky"], quality).scores, expected)
+    assert not np.array_equal(found[0][1][0], found[1][1][0])
+    assert not np.array_equal(found[1][1][0], found[3][1][0]) and not np.array_equal(found[1][1][1], found[3][1][1])
     client.delete_model_version_tag(NAME, "3", "resize")
     before = evaluation(tmp_path / "before", made / "model1", miou=50.0, gain=10.0)
     document = read_json(before / "provenance.json")
@@ -315,7 +325,7 @@ GIVEN = {"protocol": "masks", "masks": "given", "masks_folder": "/there/masks", 
     [
         ({}, {"labelled": "l2"}),
         ({}, {"templates": "single"}),
-        ({}, {"side": 64}),
+        ({"side": 64}, {}),
         (GIVEN, GIVEN | {"masks_md5": "m2"}),
     ],
 )

@@ -16,7 +16,7 @@ from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 
 from pixelclip.config import BEST, EvaluateConfig, RegisterConfig
-from pixelclip.evaluation.protocol import check_evaluation, conditions_of, read_protocol, resize_of
+from pixelclip.evaluation.protocol import check_evaluation, conditions_of, input_size, read_protocol
 from pixelclip.models.checkpoint import read_config
 from pixelclip.registry import model_version
 from pixelclip.registry.gate import GateMetrics
@@ -31,13 +31,13 @@ from pixelclip.workflow.stage import METRICS, PROVENANCE, Metrics, Stage, descri
 
 
 def run(model: Path, evaluation: Path | None, out: Path, config: RegisterConfig) -> Metrics:
-    """Register a model and promote it if it passes the gate; the same weights are registered once per first resize.
+    """Register a model and promote it if it passes the gate; the same weights are registered once per input size.
 
     Args:
         model: model folder.
         evaluation: output of `evaluate` for this model. Without it the version is `unmeasured`: it has no alias, and
             the gate cannot make it champion. A later registration with an evaluation measures the same version, unless the
-            evaluation has another first resize than the default one.
+            evaluation has another input size than the default one.
         out: output folder, for `registration.json`.
         config: settings.
 
@@ -49,12 +49,13 @@ def run(model: Path, evaluation: Path | None, out: Path, config: RegisterConfig)
     """
     provenance = read_provenance(model / PROVENANCE)
     md5 = provenance["output"]["md5"]
-    inputs, resize = {"model": describe(model)}, resize_of(EvaluateConfig().model_dump())
+    side = read_config(model)["side"]
+    inputs, resize = {"model": describe(model)}, input_size(EvaluateConfig().model_dump(), side)
     measured: tuple[Path, dict[str, Any], dict[str, str]] | None = None
     if evaluation:
         evaluated = check_evaluation(evaluation, model)
         measured = evaluation, evaluated, _gate_tags(model, evaluation, evaluated, config, md5)
-        inputs["evaluation"], resize = describe(evaluation), resize_of(evaluated["settings"])
+        inputs["evaluation"], resize = describe(evaluation), input_size(evaluated["settings"], side)
     stage = Stage("register", out, inputs, config)
     with registry(config.name) as client:
         if stage.finished:

@@ -19,8 +19,10 @@ from pixelclip.data.tensors import resized_square
 from pixelclip.inference import onnx_predictor
 from pixelclip.inference.label_map import label_map
 from pixelclip.inference.onnx_predictor import OnnxPredictor
+from pixelclip.inference.prediction import INFERENCE
 from pixelclip.inference.predictor import Predictor
 from pixelclip.models.checkpoint import backbone_of, load_model
+from pixelclip.storage.files import write_json
 
 CLASSES = ["dog, puppy", "grass", "sky", "traffic light"]
 
@@ -50,6 +52,17 @@ def test_onnx_label_maps_differ_from_torch_in_at_most_one_pixel_in_a_thousand(mo
         assert len(np.unique(expected.labels)) > 1 or size == (7, 5)
         assert (found.labels != expected.labels).mean() <= 0.001
         np.testing.assert_allclose(found.scores, expected.scores, atol=1e-4)
+
+
+def test_onnx_has_the_side_of_the_evaluation(tmp_path):
+    registered = tiny.model_folder(tmp_path / "model", tiny.clip_folder(tmp_path / "clip"))
+    otherwise = Predictor.load(registered, "cpu")(photo(), CLASSES)
+    write_json(registered / INFERENCE, {"shortest_edge": 640, "longest_edge": 2560, "side": 2 * tiny.SIDE})
+    run(registered, tmp_path / "onnx", "onnx", CLASSES)
+    found = OnnxPredictor(tmp_path / "onnx" / "model.onnx", "cpu")(photo(), CLASSES)
+    expected = Predictor.load(registered, "cpu")(photo(), CLASSES)
+    np.testing.assert_allclose(found.scores, expected.scores, atol=1e-4)
+    assert not np.allclose(found.scores, otherwise.scores, atol=1e-3)
 
 
 def test_onnx_knows_its_classes_in_any_order(exported):

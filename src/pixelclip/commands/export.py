@@ -110,6 +110,7 @@ def _write_onnx(model: Path, out: Path, classes: Sequence[str]) -> None:
     _check_packages()
     loaded = load_model(model)
     settings = inference_settings(model)
+    side = settings.side or loaded.side
     backbone = backbone_of(loaded).eval().requires_grad_(False)
     weights = classifier(loaded.clip.text_tower().eval(), classes) if classes else None
 
@@ -124,7 +125,7 @@ def _write_onnx(model: Path, out: Path, classes: Sequence[str]) -> None:
             return self.backbone(images) if weights is None else class_scores(self.backbone, images, self.weights)
 
     exported = Exported().eval()
-    example = torch.zeros(2, 3, loaded.side, loaded.side)
+    example = torch.zeros(2, 3, side, side)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch's exporter about its own code
         program = torch.onnx.export(
@@ -138,7 +139,7 @@ def _write_onnx(model: Path, out: Path, classes: Sequence[str]) -> None:
         )
     metadata = OnnxMetadata(
         format=1,
-        side=loaded.side,
+        side=side,
         mean=list(loaded.clip.mean),
         std=list(loaded.clip.std),
         shortest_edge=settings.shortest_edge,
@@ -150,7 +151,7 @@ def _write_onnx(model: Path, out: Path, classes: Sequence[str]) -> None:
     temporary = out / f".{ONNX}.partial"
     try:
         program.save(temporary, external_data=False)
-        _check_values(temporary, exported, loaded.side)
+        _check_values(temporary, exported, side)
         temporary.replace(file)
     finally:
         temporary.unlink(missing_ok=True)

@@ -20,7 +20,7 @@ from pixelclip import __version__, evaluate, masks, shards, train
 from pixelclip.config import STAGES, lasting
 from pixelclip.data.labelled_sets import describe_labelled, open_labelled
 from pixelclip.data.shard_sources import describe_shards
-from pixelclip.evaluation.protocol import resize_of
+from pixelclip.evaluation.protocol import first_resize
 from pixelclip.models.clip_sources import clip_folder
 from pixelclip.registry.lineage import Registered, recorded
 from pixelclip.registry.model_version import fetch
@@ -47,7 +47,7 @@ _SHARDS = ("shards", "masks")
 _SETTING = {name: name for name in ("clip", "dino", "weights", "concept_names", "names")}
 _SETTING |= {"given": "given_folder", "labels": "labels_folder", "masks": "masks_folder"}
 """Setting with the path of each other input."""
-_EVALUATED_BEFORE = {**resize_of({}), "names": "readable"}
+_EVALUATED_BEFORE = {**first_resize({}), "names": "readable"}
 """What evaluations before 0.2.0 did; their records lack these settings."""
 
 

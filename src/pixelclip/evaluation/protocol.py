@@ -78,7 +78,7 @@ def protocol_of(config: EvaluateConfig) -> dict[str, Any]:
         *(_OPTIONS.get(config.masks, ()) if config.protocol == "masks" else ()),
         *_OPTIONS.get(config.segments, ()),
     }
-    settings = config.model_dump() | resize_of(config.model_dump())
+    settings = config.model_dump() | first_resize(config.model_dump())
     always = {key: settings[key] for key in ("name", "kind", "protocol", "templates")}
     # A folder has only its own names, so the word does not matter unless it is a file.
     always["names"] = None if config.kind == "folder" and config.names in SHIPPED else config.names
@@ -101,7 +101,7 @@ def _in_words(refinement: Refinement) -> str:
     return "; ".join(f"{name} {getattr(refinement, name)}" for name in names)
 
 
-def resize_of(settings: Mapping[str, Any]) -> dict[str, int]:
+def first_resize(settings: Mapping[str, Any]) -> dict[str, int]:
     """Return `shortest_edge` and `longest_edge` of an evaluation's settings, zeros without that resize.
 
     Args:
@@ -109,6 +109,18 @@ def resize_of(settings: Mapping[str, Any]) -> dict[str, int]:
     """
     shortest = settings.get("shortest_edge", 0)
     return {"shortest_edge": shortest, "longest_edge": settings["longest_edge"] if shortest else 0}
+
+
+def input_size(settings: Mapping[str, Any], model_side: int) -> dict[str, int]:
+    """Return the sizes with which a prediction repeats an evaluation: first resize, side and window of CLIP's input.
+
+    Args:
+        settings: see `first_resize`.
+        model_side: the side of the training, in pixels; `side` and `window` are left out if they are the same.
+    """
+    whole = settings.get("protocol", "whole") == "whole"
+    sides = {name: settings.get(name, 0) for name in ("side", "window") if whole}
+    return first_resize(settings) | {name: side for name, side in sides.items() if side not in (0, model_side)}
 
 
 def conditions_of(protocol: Mapping[str, Any], inputs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -38,24 +38,31 @@ class Predictor:
         device: auto, cpu, cuda, cuda:N or mps.
         feature_grid: see `class_scores`.
         shortest_edge, longest_edge: first resize of an image in pixels, see `resize_shortest_edge`; by default the reference's.
+        side, window: sides in pixels of the single view and of windows; 0 as in training.
     """
 
     def __init__(
-        self, model: Model, device: str = "auto", feature_grid: int = 64, shortest_edge: int = 640, longest_edge: int = 2560
+        self,
+        model: Model,
+        device: str = "auto",
+        feature_grid: int = 64,
+        shortest_edge: int = 640,
+        longest_edge: int = 2560,
+        side: int = 0,
+        window: int = 0,
     ) -> None:
         self.device = pick_device(device)
         self.clip: Clip = model.clip
-        self.side = model.side
-        self.view = View(
-            model.side, model.side, feature_grid, shortest_edge, longest_edge, tuple(model.clip.mean), tuple(model.clip.std)
-        )
+        self.side = side or model.side
+        normalisation = tuple(model.clip.mean), tuple(model.clip.std)
+        self.view = View(self.side, window or model.side, feature_grid, shortest_edge, longest_edge, *normalisation)
         self.backbone = backbone_of(model).to(self.device).eval()
         self.text = model.clip.text_tower().to(self.device).eval()
         self._classifiers: dict[tuple[str, ...], Tensor] = {}
 
     @classmethod
     def load(cls, folder: Path, device: str = "auto", original_clip: bool = False) -> "Predictor":
-        """Load a model folder; a registered model resizes images as in its evaluation.
+        """Load a model folder; a registered model sees images of the size of its evaluation.
 
         Args:
             folder: model folder.
@@ -68,7 +75,8 @@ class Predictor:
         config, model = inference_settings(folder), load_model(folder)
         if original_clip:
             model = replace(model, clip=_original_clip(folder, **model.config["clip"]))
-        return cls(model, device, shortest_edge=config.shortest_edge, longest_edge=config.longest_edge)
+        sizes = config.model_dump(include={"shortest_edge", "longest_edge", "side", "window"})
+        return cls(model, device, **sizes)
 
     @torch.no_grad()
     def __call__(self, image: Image.Image, classes: Sequence[str], quality: Quality = "fast") -> Prediction:

@@ -22,7 +22,7 @@ from pydantic import BaseModel
 
 import pixelclip
 from pixelclip.config import RegisterConfig
-from pixelclip.evaluation.protocol import resize_of
+from pixelclip.evaluation.protocol import first_resize
 from pixelclip.inference import serving
 from pixelclip.inference.prediction import INFERENCE
 from pixelclip.models.checkpoint import CONFIG, WEIGHTS
@@ -48,7 +48,7 @@ _ABOUT = (
 _copies = contextlib.ExitStack()
 atexit.register(_copies.close)  # MLflow's own temporary folders stay
 RESIZE = "resize"
-"""Tag of a version: shortest and longest edge of the first resize, `640 2560`; versions without it do not resize."""
+"""Tag of a version: its input size (see `input_size`), `640 2560` or `640 2560 side 512`; versions without it do not resize."""
 
 
 def create_name(client: MlflowClient, name: str) -> None:
@@ -83,7 +83,7 @@ def create(
         model: model folder.
         provenance: of the model.
         name: registered model.
-        resize: `shortest_edge` and `longest_edge` of the evaluation; `Predictor.load` uses them for the registered model.
+        resize: the evaluation's `input_size`; `Predictor.load` uses it for the registered model.
     """
     run_id = Run.trained(client, model, provenance)
     tags = {"model.md5": provenance["output"]["md5"], RESIZE: _resize_tag(resize)}
@@ -171,7 +171,7 @@ def fetch(uri: str, folder: Path | None = None) -> Path:
         raise ValueError(f"{uri}: is not a pixelclip model: it has {len(weights)} files {WEIGHTS}")
     folder = weights[0].parent
     if not (folder / INFERENCE).is_file():  # registered before 0.2.0, when images were not resized first
-        write_json(folder / INFERENCE, resize_of({}))
+        write_json(folder / INFERENCE, first_resize({}))
     return folder
 
 
@@ -219,7 +219,9 @@ def _requirements() -> list[str]:
 
 
 def _resize_tag(resize: Mapping[str, int]) -> str:
-    return " ".join(str(resize.get(key, 0)) for key in ("shortest_edge", "longest_edge"))
+    edges = ("shortest_edge", "longest_edge")
+    sides = (f"{name} {side}" for name, side in resize.items() if name not in edges)
+    return " ".join([*(str(resize.get(edge, 0)) for edge in edges), *sides])
 
 
 def _inference_files(model: Path, folder: Path, resize: Mapping[str, int]) -> Path:
