@@ -15,6 +15,7 @@ from bench.case import compare, peak_memory
 NAMES = (
     *("train_step", "train_step_bfloat16", "pool_masks", "loader", "amg", "dino_kmeans"),
     *("evaluate", "evaluate_bfloat16"),
+    *("quality_best", "pamr", "propagation"),
 )
 RESULTS = Path(__file__).with_name("results.json")
 

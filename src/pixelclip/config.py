@@ -64,7 +64,7 @@ class Refinement(_Settings):
     """How class scores are refined; the defaults are the paper's single view."""
 
     scales: Annotated[list[Annotated[float, Field(ge=1, le=8)]], BeforeValidator(_numbers)] = _setting(
-        [], "Mean over windows of the training's side: shortest edges of the image in sides of a window. Empty: one whole view."
+        [], "Mean over windows of the training's side: longest edges of the image in sides of a window. Empty: one whole view."
     )
     flip: bool = _setting(False, "Average with the scores of the mirrored image.")
     propagation: float = _setting(0.0, "Strength of the Laplacian propagation of scores; 0 disables it.", ge=0, le=1000)
@@ -90,7 +90,7 @@ class Refinement(_Settings):
         return [name for name, in_use in used.items() if in_use]
 
 
-QUALITIES: dict[Quality, Refinement] = {"fast": Refinement(), "best": Refinement(scales=[1.25, 1.5, 2.0], pamr_iterations=10)}
+QUALITIES: dict[Quality, Refinement] = {"fast": Refinement(), "best": Refinement(scales=[1.25, 1.75], pamr_iterations=20)}
 """The refinement of each quality; docs/experiments.md compares `best` with its alternatives."""
 BEST = ".best"
 """Suffix of the name of a labelled set in the metrics of quality=best, and of a tower evaluated with it."""

@@ -29,7 +29,7 @@ def test_best_is_measured_beside_the_single_pass_and_agrees_with_the_predictor(m
         predictor = Predictor.load(made / folder, "cpu")
         iou = naive_iou(truths, [predictor(image, tiny.CLASSES, "best").labels for image in images], 3)
         assert both[f"miou{suffix}/set.best"] == pytest.approx(100 * (iou[0] + iou[1]) / 2)
-    assert "scales [1.25, 1.5, 2.0]" in read_protocol(tmp_path / "both")["best"]
+    assert "scales [1.25, 1.75]" in read_protocol(tmp_path / "both")["best"]
     assert read_protocol(tmp_path / "plain").keys() == read_protocol(tmp_path / "both").keys() - {"best", "window"}
     page = (tmp_path / "both" / "report.html").read_text()
     assert page.count("<figure>") == 5 * CONFIG.pictures

@@ -125,14 +125,14 @@ def test_another_clip_than_that_of_the_training_is_rejected(tmp_path):
 def naive_windows(predictor: Predictor, image: Image.Image, classes: torch.Tensor, scale: float, size) -> torch.Tensor:
     """Average the cosines of windows, one window at a time, at the centres of the cells of a grid: [K, h, w]."""
     side = predictor.side
-    factor = round(scale * side) / min(image.size)
-    width, height = round(image.width * factor), round(image.height * factor)
+    width, height = (max(side, round(edge * scale * side / max(image.size))) for edge in image.size)
     resized = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR), np.float32) / 255
     pixels = torch.from_numpy((resized - predictor.clip.mean) / predictor.clip.std).float().permute(2, 0, 1)[None]
     rows, columns = ((torch.arange(n) + 0.5) * edge / n for n, edge in zip(size, (height, width), strict=True))
     total, times = torch.zeros(len(classes), *size), torch.zeros(size)
-    for y in [*range(0, height - side, side // 2), height - side]:
-        for x in [*range(0, width - side, side // 2), width - side]:
+    tops, lefts = ({0, edge - side} for edge in (height, width))  # enough up to a scale of 1.75
+    for y in tops:
+        for x in lefts:
             features = predictor.backbone(pixels[:, :, y : y + side, x : x + side])
             down, across = torch.meshgrid(2 * (rows - y) / side - 1, 2 * (columns - x) / side - 1, indexing="ij")
             points = torch.stack([across, down], dim=2)[None]

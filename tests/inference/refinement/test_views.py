@@ -8,8 +8,7 @@ from PIL import Image
 from torch import nn
 
 from pixelclip.data.tensors import normalise, to_tensor
-from pixelclip.inference.refinement.views import view_scores, window_scores
-from pixelclip.inference.scores import window_starts
+from pixelclip.inference.refinement.views import spread_windows, view_scores, window_scores
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 
@@ -27,10 +26,9 @@ class Patches(nn.Module):
         return features + torch.linspace(0, 1, features.shape[3], dtype=features.dtype)
 
 
-def naive(backbone, pixels, classes, side, stride, size):
+def naive(backbone, pixels, classes, side, tops, lefts, size):
     height, width = pixels.shape[2:]
     scores = np.zeros((len(classes), *size))
-    tops, lefts = ({*range(0, edge - side, stride), edge - side} for edge in (height, width))
     for row in range(size[0]):
         for column in range(size[1]):
             y, x = (row + 0.5) * height / size[0], (column + 0.5) * width / size[1]
@@ -55,22 +53,33 @@ def example(size=(16, 24), classes=3):
 @pytest.mark.parametrize("grid", [(5, 7), (16, 20), (1, 1)])
 def test_windows_same_as_a_loop(grid):
     backbone, pixels, classes = example()
-    scores = window_scores(backbone, pixels, classes, 8, 4, grid)
-    np.testing.assert_allclose(scores[0].numpy(), naive(backbone, pixels, classes, 8, 4, grid), rtol=0, atol=1e-12)
+    scores = window_scores(backbone, pixels, classes, 8, grid)
+    expected = naive(backbone, pixels, classes, 8, [0, 4, 8], [0, 5, 11, 16], grid)
+    np.testing.assert_allclose(scores[0].numpy(), expected, rtol=0, atol=1e-12)
 
 
 def test_windows_that_do_not_divide_the_image():
     backbone, pixels, classes = example((11, 17))
-    scores = window_scores(backbone, pixels, classes, 8, 4, (9, 9))
-    np.testing.assert_allclose(scores[0].numpy(), naive(backbone, pixels, classes, 8, 4, (9, 9)), rtol=0, atol=1e-12)
-    assert window_starts(17, 8, 4) == [0, 4, 8, 9]
-    assert window_starts(8, 8, 4) == [0]
+    scores = window_scores(backbone, pixels, classes, 8, (9, 9))
+    np.testing.assert_allclose(
+        scores[0].numpy(), naive(backbone, pixels, classes, 8, [0, 3], [0, 4, 9], (9, 9)), rtol=0, atol=1e-12
+    )
+
+
+def test_windows_are_as_few_as_overlap_by_a_quarter():
+    for length in range(8, 60):
+        starts = spread_windows(length, 8)
+        gaps = np.diff(starts)
+        assert starts[0] == 0 and starts[-1] == length - 8
+        assert (gaps <= 6.5).all() and (len(gaps) == 0 or gaps.max() - gaps.min() <= 1)  # whole pixels
+        assert (len(starts) - 2) * 6 < length - 8  # one window fewer would overlap less
+    assert [len(spread_windows(length, 320)) for length in (320, 321, 400, 560, 561, 640)] == [1, 2, 2, 2, 3, 3]
 
 
 def test_flip_is_the_mean_with_the_mirrored_image():
     backbone, pixels, classes = example((11, 17))
-    plain, mirrored = (window_scores(backbone, image, classes, 8, 4, (6, 9)) for image in (pixels, pixels.flip(3)))
-    both = window_scores(backbone, pixels, classes, 8, 4, (6, 9), flip=True)
+    plain, mirrored = (window_scores(backbone, image, classes, 8, (6, 9)) for image in (pixels, pixels.flip(3)))
+    both = window_scores(backbone, pixels, classes, 8, (6, 9), flip=True)
     torch.testing.assert_close(both, 0.5 * (plain + mirrored.flip(3)))
 
 
@@ -82,13 +91,12 @@ def test_scales_are_averaged():
     backbone, _, classes = example()
     image = photo()
     expected = []
-    for scale in (1.0, 1.5):
-        short = round(8 * scale)
-        resized = image.resize((round(30 * short / 20), short), Image.Resampling.BILINEAR)
+    for size in ((8, 8), (18, 12)):  # the shortest edge is at least a window
+        resized = image.resize(size, Image.Resampling.BILINEAR)
         pixels = normalise(to_tensor(resized)[None].double(), MEAN, STD)
-        expected.append(window_scores(backbone, pixels, classes, 8, 4, (5, 6)))
+        expected.append(window_scores(backbone, pixels, classes, 8, (5, 6)))
     backbone.convolution = backbone.convolution.float()
-    scores = view_scores(backbone, image, classes.float(), 8, (5, 6), (1.0, 1.5), False, MEAN, STD)
+    scores = view_scores(backbone, image, classes.float(), 8, (5, 6), (1.0, 2.25), False, MEAN, STD)
     torch.testing.assert_close(scores.double(), sum(expected) / 2, rtol=0, atol=1e-5)
 
 

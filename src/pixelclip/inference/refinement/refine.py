@@ -12,9 +12,12 @@ from pixelclip.data.tensors import resized_square, to_tensor
 from pixelclip.inference.refinement.pamr import pamr
 from pixelclip.inference.refinement.propagation import propagate
 from pixelclip.inference.refinement.segments import segments_on_grid, vote, vote_masks
-from pixelclip.inference.refinement.views import MAX_ASPECT, view_scores
+from pixelclip.inference.refinement.views import view_scores
 from pixelclip.inference.scores import class_scores, resize_scores
 from pixelclip.models.backbone import Backbone
+
+_MAX_ASPECT = 4
+"""Largest ratio of rows and columns of a score grid, which limits its size."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ def photo_scores(
 
 def grid_size(photo: tuple[int, int], shortest: int) -> tuple[int, int]:
     """Return rows and columns of the grid over a photo (width, height) with `shortest` cells along its shortest edge."""
-    rows, columns = (min(round(edge * shortest / min(photo)), MAX_ASPECT * shortest) for edge in reversed(photo))
+    rows, columns = (min(round(edge * shortest / min(photo)), _MAX_ASPECT * shortest) for edge in reversed(photo))
     return rows, columns
 
 

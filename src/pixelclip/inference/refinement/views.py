@@ -3,6 +3,7 @@
 N windows, K classes, C embedding width, h w score grid, H W image, p q feature grid of a window.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -10,13 +11,11 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from pixelclip.data.images import resize_shortest_edge
+from pixelclip.data.images import to_rgb
 from pixelclip.data.tensors import normalise, to_tensor
-from pixelclip.inference.scores import window_starts
 from pixelclip.models.backbone import Backbone
 
-MAX_ASPECT = 4
-"""Images are squeezed to at most this aspect ratio, which limits the number of windows."""
+_OVERLAP = 0.25  # of neighbouring windows, in sides, at least
 _WINDOWS_AT_ONCE = 32
 
 
@@ -38,9 +37,10 @@ def view_scores(
         backbone: dense features.
         photo: any mode and size.
         classes: [K, C], unit length.
-        side: side of a window in pixels; neighbouring windows overlap by half.
+        side: side of a window in pixels.
         size: (h, w), the grid of the result.
-        scales: shortest edges of the resized photo, in sides of a window, each at least 1.
+        scales: longest edges of the resized photo, in sides of a window, each at least 1. Its shortest edge is at least one
+            side, so a square photo needs the most windows, and a long one is squeezed less than in the single view.
         flip: also score the mirrored photo.
         mean, std: normalisation of the pixels.
 
@@ -49,14 +49,10 @@ def view_scores(
     """
     total = classes.new_zeros(1, len(classes), *size)
     for scale in scales:
-        shortest = round(scale * side)
-        resized = resize_shortest_edge(photo, shortest, MAX_ASPECT * shortest)
+        width, height = (max(side, round(edge * scale * side / max(photo.size))) for edge in photo.size)
+        resized = to_rgb(photo).resize((width, height), Image.Resampling.BILINEAR)  # with antialiasing
         pixels = normalise(to_tensor(resized)[None].to(classes.device), mean, std)
-        missing = [max(0, side - edge) for edge in pixels.shape[2:]]  # of a photo that is longer than MAX_ASPECT
-        if any(missing):
-            height, width = (edge + more for edge, more in zip(pixels.shape[2:], missing, strict=True))
-            pixels = F.interpolate(pixels, size=(height, width), mode="bilinear", align_corners=False)
-        total += window_scores(backbone, pixels, classes, side, side // 2, size, flip)
+        total += window_scores(backbone, pixels, classes, side, size, flip)
     return total / len(scales)
 
 
@@ -66,11 +62,12 @@ def window_scores(
     pixels: Tensor,
     classes: Tensor,
     side: int,
-    stride: int,
     size: tuple[int, int],
     flip: bool = False,
 ) -> Tensor:
     """Average cosines over overlapping windows of one image, on a grid.
+
+    As few windows as possible are spread evenly, so that neighbours overlap by at least a quarter.
 
     The features of a window are interpolated bilinearly at the centres of the cells that it contains, as `class_scores` does,
     and compared there with the classes.
@@ -80,7 +77,6 @@ def window_scores(
         pixels: [1, 3, H, W], normalised; H and W are at least `side`.
         classes: [K, C], unit length.
         side: side of a window in pixels.
-        stride: pixels between windows, at most `side`.
         size: (h, w), the grid.
         flip: average with the scores of the mirrored image.
 
@@ -88,7 +84,7 @@ def window_scores(
         [1, K, h, w].
     """
     height, width = pixels.shape[2:]
-    corners = [(top, left) for top in window_starts(height, side, stride) for left in window_starts(width, side, stride)]
+    corners = [(top, left) for top in spread_windows(height, side) for left in spread_windows(width, side)]
     views = [pixels, pixels.flip(3)] if flip else [pixels]
     total = classes.new_zeros(len(views), len(classes), *size)
     count = classes.new_zeros(len(views), 1, *size)
@@ -106,6 +102,12 @@ def window_scores(
             total[view, :, rows, columns] += torch.einsum("cyx,kc->kyx", F.normalize(cells, dim=0), classes)
             count[view, :, rows, columns] += 1
     return (total / count).mean(dim=0, keepdim=True)
+
+
+def spread_windows(length: int, side: int) -> list[int]:
+    """Return where windows start along an axis of at least one side: evenly spread, the first and last at the borders."""
+    gaps = math.ceil((length - side) / ((1 - _OVERLAP) * side))
+    return [round(number * (length - side) / max(gaps, 1)) for number in range(gaps + 1)]
 
 
 def _inside(start: int, side: int, length: int, cells: int, points: int, like: Tensor) -> tuple[slice, Tensor]:
