@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from helpers import services, tiny
 from helpers.mlflow_runs import mlflow_on_sqlite
 from helpers.registrations import evaluation
 from helpers.serving import ask, decoded, photo
-from pixelclip.config import RegisterConfig, ToyConfig
+from pixelclip.config import SETTINGS, RegisterConfig, ToyConfig
 from pixelclip.inference.prediction import overlay
 from pixelclip.inference.predictor import Predictor
 from pixelclip.register import run as register
@@ -241,6 +242,63 @@ def test_image_runs_without_root_on_a_read_only_root(engine):
     code = "import os, matplotlib.pyplot, mlflow, pixelclip.train; print(os.getuid(), os.getgid(), os.access('/work', os.W_OK))"
     assert _in_image(engine, code).split() == ["1000", "1000", "True"]
     assert _in_image(engine, code, user="4242:0", read_only=True, tmpfs={"/tmp": ""}).split() == ["4242", "0", "False"]
+
+
+STAGES_IN_ORDER = {
+    "toy": "toy.train_scenes=12 toy.test_scenes=2 toy.side=64",
+    "fetch_data": "--repo /work/repository path=images",
+    "shards": "--images fetch_data",
+    "masks": "--shards shards workers=2",
+    "train": "--masks masks clip=toy steps=2 batch_size=4 side=72 crop=64 shortest_edge=64 longest_edge=128 picture_every=1 workers=2",
+    "evaluate_clip": "--labelled toy/toy --clip toy --side 72",
+    "evaluate": "--model train --labelled toy/toy best=true",
+    "register": "--model train --evaluation evaluate name=locked min_gain=-100",
+}
+"""Arguments of every stage, from an empty folder; a stage writes to the folder of its name."""
+
+
+def test_every_stage_runs_on_a_read_only_root_without_rights_as_a_foreign_user(engine, tmp_path):
+    assert set(STAGES_IN_ORDER) == set(SETTINGS)
+    work, user = tmp_path / "work", 54321
+    work.mkdir()
+
+    def run(words):
+        container = engine.containers.run(
+            IMAGE,
+            shlex.split(words),
+            detach=True,
+            user=f"{user}:{user}",
+            read_only=True,
+            cap_drop=["ALL"],
+            security_opt=["no-new-privileges"],
+            network_mode="none",
+            tmpfs={"/tmp": "mode=1777"},
+            volumes={str(work): {"bind": "/work", "mode": "rw"}},
+            environment={"MLFLOW_TRACKING_URI": "sqlite:////work/mlflow.db"},
+            labels=OURS,
+        )
+        try:
+            status = container.wait()["StatusCode"]
+            assert status == 0, container.logs().decode()
+        finally:
+            container.remove(force=True)
+
+    for stage, arguments in STAGES_IN_ORDER.items():
+        if stage == "fetch_data":
+            _git_repository(work / "repository", work / "toy" / "images")
+        for path in (work, *work.rglob("*")):
+            os.chown(path, user, user)
+        run(f"{stage} {arguments} --out {stage}")
+        assert (work / stage / "provenance.json").stat().st_uid == user
+    assert json.loads((work / "register" / "registration.json").read_text())["role"] == "champion"
+    run("predict fetch_data --classes sky,grass --model models:/locked@champion --out predictions")
+    assert len(list((work / "predictions").rglob("*.png"))) >= 12
+
+
+def _git_repository(folder, images):
+    shutil.copytree(images, folder / "images")
+    for words in ("init --quiet", "add .", "-c user.name=n -c user.email=e commit --quiet -m images"):
+        subprocess.run(["git", *words.split()], cwd=folder, check=True)
 
 
 def test_image_has_pinned_versions_and_no_development_packages(engine):
