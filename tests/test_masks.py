@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from pycocotools import mask as rle
 from skimage.segmentation import felzenszwalb as reference
 
-from helpers import random_dino, random_sam
+from helpers import random_dino, random_sam, tiny
 from helpers.fake_data import annotation, bomb, die, encoded, pixels, read_tar, turned, write_files, write_tar
 from pixelclip import masks as module
 from pixelclip.config import MasksConfig
@@ -414,14 +414,16 @@ def test_every_generator_is_dispatched_by_name(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory) -> dict[str, str]:
-    """Save a tiny SAM and a tiny DINO with random weights."""
+    """Save a tiny SAM, a tiny DINO and a tiny PixelCLIP with random weights."""
     folder = tmp_path_factory.mktemp("weights")
     torch.save(random_sam.make_sam().state_dict(), folder / "sam.pth")
     torch.save(random_dino.weights(), folder / "dino.pth")
-    return {name: str(folder / f"{name}.pth") for name in ("sam", "dino")}
+    model = tiny.model_folder(folder / "model", tiny.clip_folder(folder / "clip"))
+    return {name: str(folder / f"{name}.pth") for name in ("sam", "dino")} | {"model": str(model)}
 
 
 LOOSE = {"sam_points_per_side": 5, "sam_pred_iou_thresh": 0.0, "sam_stability_score_thresh": 0.1, "dino_side": 20}
+LOOSE |= {"model_min_area": 10}
 
 
 def sources(folder: Path, shards: int = 1) -> Path:
@@ -432,7 +434,7 @@ def sources(folder: Path, shards: int = 1) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("generator", ["sam", "dino"])
+@pytest.mark.parametrize("generator", ["sam", "dino", "model"])
 def test_batched_generators_agree_with_single_images(generator, checkpoints, tmp_path) -> None:
     shards = sources(tmp_path / "shards")
     settings = {"generator": generator, "weights": checkpoints[generator], "max_bad_share": 0.5, "device": "cpu", **LOOSE}
@@ -491,7 +493,7 @@ def test_weights_of_another_model_fail_early(checkpoints, tmp_path) -> None:
         run(shards, tmp_path / "out", config(generator="sam", weights=checkpoints["dino"]))
     with pytest.raises(ValueError, match=r"sam\.pth: .*DINO"):
         run(shards, tmp_path / "out", config(generator="dino", weights=checkpoints["sam"]))
-    with pytest.raises(ValueError, match="weights is required for generator sam or dino and must be empty otherwise"):
+    with pytest.raises(ValueError, match="weights is required for generator sam or dino or model and must be empty otherwise"):
         config(generator="sam")
     assert not (tmp_path / "out").exists()
 

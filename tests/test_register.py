@@ -21,10 +21,12 @@ from PIL import Image
 
 from helpers import tiny
 from helpers.artifact_server import slow_artifacts
+from helpers.fake_data import encoded, write_tar
 from helpers.registrations import evaluation, evaluation_of
 from helpers.training import Killed
-from pixelclip.config import RegisterConfig
+from pixelclip.config import MasksConfig, RegisterConfig
 from pixelclip.inference.predictor import Predictor
+from pixelclip.masks import run as make_masks
 from pixelclip.models.checkpoint import load_model
 from pixelclip.register import run
 from pixelclip.registry import model_version, promotion
@@ -208,6 +210,17 @@ print(model.predict(pandas.DataFrame({"image": [image], "classes": ["dog,sky"]})
 used = [module.__file__ for name, module in sys.modules.items() if name.split(".")[0] == "pixelclip"]
 assert len(used) > 5 and all(file.startswith(sys.argv[1]) for file in used), used
 """
+
+
+def test_registered_model_makes_the_masks_of_a_second_round(made, client, tmp_path):
+    photo = np.random.default_rng(0).integers(0, 256, (5, 5, 3), np.uint8).repeat(12, axis=0).repeat(12, axis=1)
+    shards = write_tar(tmp_path / "shards" / "0.tar", {"a.jpg": encoded(photo)}).parent
+    settings = {"generator": "model", "model_min_area": 1, "workers": 0, "device": "cpu"}
+    for name, weights in (("registered", f"models:/{NAME}@champion"), ("folder", str(made / "model0"))):
+        make_masks(shards, tmp_path / name, MasksConfig(**settings, weights=weights))
+    assert (tmp_path / "registered" / "0.tar").read_bytes() == (tmp_path / "folder" / "0.tar").read_bytes()
+    with pytest.raises(ValueError, match=f"models:/{NAME}@missing: no such model"):
+        make_masks(shards, tmp_path / "none", MasksConfig(**settings, weights=f"models:/{NAME}@missing"))
 
 
 def test_registered_model_runs_on_its_own_code_where_pixelclip_is_not_installed(made, client, tmp_path):

@@ -124,10 +124,11 @@ class ShardsConfig(_Settings):
 class MasksConfig(_Settings):
     """Class-agnostic masks of every image."""
 
-    generator: Literal["felzenszwalb", "given", "sam", "dino", "labels"] = _setting(
+    generator: Literal["felzenszwalb", "given", "sam", "dino", "labels", "model"] = _setting(
         "felzenszwalb",
         "felzenszwalb (graph segmentation, no weights), given (SA-1B JSON), sam (SAM, SAM 2 or 2.1, as the weights are), dino "
-        "(k-means of patch tokens), or labels (label maps without their classes).",
+        "(k-means of patch tokens), labels (label maps without their classes), or model (regions of a trained PixelCLIP, for a "
+        "second round).",
     )
     shortest_edge: int = _setting(
         0, "Shrink images and given masks to this shortest edge in pixels first (paper: 750); 0 keeps the size.", ge=0, le=16384
@@ -143,7 +144,11 @@ class MasksConfig(_Settings):
     felzenszwalb_scale: float = _setting(200.0, "Felzenszwalb: larger values give larger segments.", gt=0)
     felzenszwalb_sigma: float = _setting(0.8, "Felzenszwalb: sigma of the Gaussian smoothing, in pixels.", ge=0)
     felzenszwalb_min_size: int = _setting(100, "Felzenszwalb: minimum segment size in pixels.", ge=1)
-    weights: str = _setting("", "Checkpoint of SAM, SAM 2 or DINO (.pth, .pt, .safetensors): path, URL or s3://.")
+    weights: str = _setting(
+        "",
+        "Checkpoint of SAM, SAM 2 or DINO (.pth, .pt, .safetensors): path, URL or s3://. Generator model: a model folder, "
+        "s3:// or models:/NAME@ALIAS.",
+    )
     sam_points_per_side: int = _setting(32, "SAM: points per side of the prompt grid; three masks per point.", ge=1, le=1024)
     sam_points_per_batch: int = _setting(256, "SAM: points decoded at once.", runtime=True, ge=1)
     sam_pred_iou_thresh: float = _setting(0.88, "SAM: minimum predicted IoU of a mask.", ge=0)
@@ -163,17 +168,18 @@ class MasksConfig(_Settings):
     dino_side: int = _setting(
         640, "DINO: images are resized to a square of this side in pixels, a multiple of the patch size.", ge=16, le=4096
     )
+    model_min_area: int = _setting(100, "Model: minimum area of a mask in pixels.", ge=1)
     seed: int = _setting(0, "Seed of DINO's k-means.", ge=0)
     max_masks: int = _setting(0, "Keep at most this many of an image's largest masks; 0 keeps all.", ge=0)
     max_bad_share: float = _setting(0.05, _BAD_SHARE, runtime=True, ge=0, le=1)
     part: _Part = _setting("", "i/n processes only the i-th of n parts of the shards; later stages read a folder of all parts.")
     workers: int = _setting(-1, "Worker processes; 0: main process, -1: one per CPU.", runtime=True, ge=-1, le=1024)
-    batch_size: int = _setting(4, "SAM and DINO: images per batch.", runtime=True, ge=1)
+    batch_size: int = _setting(4, "SAM and DINO: images per batch; model: images read ahead.", runtime=True, ge=1)
     device: _Device = _setting("auto", _DEVICE, runtime=True)
 
     @model_validator(mode="after")
     def _fits(self) -> "MasksConfig":
-        self._check_required("weights", "generator", "sam", "dino")
+        self._check_required("weights", "generator", "sam", "dino", "model")
         self._check_required("labels_folder", "generator", "labels")
         if self.given_folder and self.generator != "given":
             found = f"given_folder {self.given_folder!r}, generator {self.generator}"

@@ -1,7 +1,7 @@
 """STAGE masks: add class-agnostic masks in SA-1B's annotation format to shards (PixelCLIP, section 4.1).
 
 Generators: `sam` (also SAM 2), `dino` (k-means), `felzenszwalb` (graph segmentation without weights), `given` (existing masks),
-`labels` (label maps without their classes).
+`labels` (label maps without their classes), `model` (a trained PixelCLIP, for a second round).
 """
 
 import json
@@ -35,8 +35,11 @@ from pixelclip.workflow.termination import Terminated, deferred
 from pixelclip.workflow.worker_processes import start_worker, worker_context
 
 _WINDOW = 64  # samples in flight between the main process and the workers
-GENERATORS = {"felzenszwalb": "workers", "given": "workers", "labels": "workers", "sam": "device", "dino": "device"}
-"""Where each module of `mask_generators` runs: `generate` in worker processes, or `load_generator` on the device."""
+GENERATORS = {
+    **dict.fromkeys(("felzenszwalb", "given", "labels"), "workers"),
+    **dict.fromkeys(("sam", "dino", "model"), "device"),
+}
+"""Where each generator's module runs: `generate` in worker processes, or `load_generator` on the device."""
 _MOST_WORKERS = {"workers": 32, "device": 4}  # workers by default: beside a device they only decode images
 Masked = tuple[EncodedSample, dict[str, Any]]
 """A sample with its annotation document. Functions returning `... | str` return an error message on failure."""
@@ -71,7 +74,7 @@ def run(shards: Path | str, out: Path, config: MasksConfig) -> Metrics:
     if labels:
         _module(config).check(labels, config, tars[0])
         inputs["labels"] = {**describe(labels), "path": config.labels_folder}
-    weights = local_copy(config.weights) if config.weights else None
+    weights = _weights(config.weights) if config.weights else None
     if weights:
         inputs["weights"] = {**describe(weights), "path": config.weights}
     stage, bad = Stage("masks", out, inputs, config), BadSamples("masks", config.max_bad_share)
@@ -99,7 +102,16 @@ def run(shards: Path | str, out: Path, config: MasksConfig) -> Metrics:
 
 def _module(config: MasksConfig) -> ModuleType:
     """Import the generator's module; late, because worker processes do not need torch."""
-    return import_module(f"pixelclip.mask_generators.{config.generator}")
+    own = config.generator == "model"
+    return import_module("pixelclip.inference.self_masks" if own else f"pixelclip.mask_generators.{config.generator}")
+
+
+def _weights(uri: str) -> Path:
+    if not uri.startswith("models:/"):
+        return local_copy(uri)
+    from pixelclip.registry.model_version import fetch  # imports MLflow, which takes seconds
+
+    return fetch(uri)
 
 
 def _part_of(tars: list[Shard], part: str, shards: Path | str) -> list[Shard]:

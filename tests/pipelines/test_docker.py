@@ -249,7 +249,7 @@ STAGES_IN_ORDER = {
     "fetch_data": "--repo /work/repository path=images",
     "shards": "--images fetch_data",
     "masks": "--shards shards workers=2",
-    "train": "--masks masks clip=toy steps=2 batch_size=4 side=72 crop=64 shortest_edge=64 longest_edge=128 picture_every=1 workers=2",
+    "train": "--masks masks clip=toy steps=2 batch_size=4 side=72 crop=64 shortest_edge=64 picture_every=1 workers=2",
     "evaluate_clip": "--labelled toy/toy --clip toy --side 72",
     "evaluate": "--model train --labelled toy/toy best=true",
     "register": "--model train --evaluation evaluate name=locked min_gain=-100",

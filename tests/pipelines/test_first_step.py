@@ -58,9 +58,9 @@ WRONG = [
     (
         {"masks_generator": "sma"},
         ["generator=sma"],
-        "generator: Input should be 'felzenszwalb', 'given', 'sam', 'dino' or 'labels'",
+        "generator: Input should be 'felzenszwalb', 'given', 'sam', 'dino', 'labels' or 'model'",
     ),
-    ({"masks_generator": "sam"}, ["generator=sam"], "weights is required for generator sam or dino"),
+    ({"masks_generator": "sam"}, ["generator=sam"], "weights is required for generator sam or dino or model"),
     (
         {"settings": "train.shortest_edge=99 train.longest_edge=98"},
         ["train.shortest_edge=99", "train.longest_edge=98"],
