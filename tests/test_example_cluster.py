@@ -105,7 +105,7 @@ def test_no_manifest_contains_a_secret():
 def test_serving_is_the_output_of_the_command_with_secrets():
     image, mlflow = "registry.example/pixelclip:1", "http://mlflow.mlflow:5000"
     text = (EXAMPLE / "overlays/serving/inference-service.yaml").read_text()
-    assert text == manifest("models:/pixelclip@champion", image, mlflow)
+    assert text == manifest("models:/pixelclip@champion", image, mlflow, follow=30)
     (service,) = built("overlays/serving")
     pod = kserve.check(service)
     assert pod["imagePullSecrets"] == [{"name": "pixelclip-registry"}]

@@ -21,6 +21,13 @@ def test_manifest_fits_kserve():
     assert container["readinessProbe"]["httpGet"]["port"] == container["ports"][0]["containerPort"]
 
 
+def test_pods_follow_the_alias_on_request():
+    (container,) = kserve.check(yaml.safe_load(manifest(MODEL, IMAGE, MLFLOW, follow=30)))["containers"]
+    assert container["command"][-2:] == ["--follow", "30"]
+    with pytest.raises(ValueError, match="models:/m/3: only an alias can be followed, models:/NAME@ALIAS"):
+        manifest("models:/m/3", IMAGE, MLFLOW, follow=30)
+
+
 @pytest.mark.parametrize(
     ("uri", "name"), [("models:/My_Model/3", "my-model"), ("models:/7@a", "model-7"), (f"models:/{'x' * 90}@a", "x" * 40)]
 )

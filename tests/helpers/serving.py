@@ -22,10 +22,15 @@ def decoded(image: bytes | str) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(image) if isinstance(image, str) else image))
 
 
-def ask(address: str, rows: list[tuple[bytes, str]], seconds: float = 60, **params: bool) -> tuple[int, dict]:
+def body_of(rows: list[tuple[bytes, str]], **params: bool) -> bytes:
+    """Return the body of a request, without `params` if there are none."""
     data = [[base64.b64encode(image).decode(), classes] for image, classes in rows]
-    body = {"dataframe_split": {"columns": ["image", "classes"], "data": data}, "params": params}
-    request = urllib.request.Request(address, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    table = {"dataframe_split": {"columns": ["image", "classes"], "data": data}}
+    return json.dumps(table | ({"params": params} if params else {})).encode()
+
+
+def ask(address: str, rows: list[tuple[bytes, str]], seconds: float = 60, **params: bool) -> tuple[int, dict]:
+    request = urllib.request.Request(address, body_of(rows, **params), {"Content-Type": "application/json"})
     try:
         with urllib.request.urlopen(request, timeout=seconds) as response:
             return response.status, json.load(response)

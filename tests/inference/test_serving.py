@@ -130,7 +130,7 @@ def test_quality_is_a_parameter(model, folder):
 
 @pytest.fixture(scope="module")
 def client(model) -> TestClient:
-    return TestClient(server(model))
+    return TestClient(server(model, "models:/m/3"))
 
 
 def request_of(**params: object) -> dict:
@@ -145,7 +145,9 @@ def test_server_answers_with_arrays_and_counts_requests(client):
     assert sum(row["shares"]) == pytest.approx(1) and len(row["scores"]) == 2
     unknown = client.post("/invocations", json=request_of(overlays=True))
     assert unknown.status_code == 400 and "unknown param 'overlays', did you mean 'overlay'?" in unknown.json()["message"]
+    assert answer.headers["pixelclip-model"] == "models:/m/3" and client.get("/model").json() == {"model": "models:/m/3"}
     metrics = client.get("/metrics").text
+    assert 'pixelclip_model_info{model="models:/m/3"} 1\n' in metrics
     assert 'pixelclip_requests_total{status="200"} 1\n' in metrics
     assert 'pixelclip_requests_total{status="400"} 1\n' in metrics
     assert "pixelclip_request_seconds_count 2\n" in metrics

@@ -38,7 +38,7 @@ EXAMPLES = {
     "schedule create": "pixelclip pipeline schedule create nightly --images images --labelled labelled --cron '0 3 * * *'",
     "schedule list": "pixelclip pipeline schedule list",
     "schedule delete": "pixelclip pipeline schedule delete SCHEDULE_ID",
-    "serve run": "pixelclip serve run models:/pixelclip@champion --port 5107",
+    "serve run": "pixelclip serve run models:/pixelclip@champion --port 5107 --follow 30",
     "serve manifest": "pixelclip serve manifest models:/pixelclip@champion | kubectl apply -f -",
 }
 """By the names of group and command, without the root's."""
