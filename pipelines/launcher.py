@@ -15,11 +15,13 @@ from urllib3.exceptions import HTTPError
 from pixelclip.config import TrainConfig
 from pixelclip.workflow.failures import BAD_INPUT
 from pixelclip.workflow.stage import Metrics, read_metrics
-from pixelclip_pipelines.trainjob import GROUP, PLURAL, POLL, VERSION, complete, failure_file, job_name, launcher_pod
+from pixelclip_pipelines import trainjob_progress
+from pixelclip_pipelines.trainjob import GROUP, NODE, PLURAL, POLL, VERSION, complete, failure_file, job_name, launcher_pod
 
 _NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 _TIMEOUT = 5.0  # seconds per request; urllib3 tries four times
 _AT_ONCE = (0.5, 0.6)  # seconds to connect and to answer; KFP ends a step 1.4 s after SIGTERM, whatever the grace period
+_SILENCE = 300.0  # seconds without a line although the progress is below one percent
 _MAX_FAILURES = 40  # consecutive failed requests before the launcher gives up
 _REQUEST_ERRORS = (client.ApiException, HTTPError)
 
@@ -46,7 +48,7 @@ def train_on_nodes(job: str, workspace: str, settings: TrainConfig) -> Metrics:
             "training on several nodes needs the parameter `workspace`: a folder on the volume that the nodes share"
         )
     out = Path(workspace, "train")
-    launcher = _Launcher(complete(json.loads(job), Path(workspace, "masks"), out, settings), out)
+    launcher = _Launcher(complete(json.loads(job), Path(workspace, "masks"), out, settings), out, settings.steps)
     previous = signal.signal(signal.SIGTERM, launcher.stop)
     try:
         launcher.start()
@@ -107,6 +109,7 @@ class TrainJob:
         self._api = client.CustomObjectsApi()
         hasty = client.Configuration.get_default_copy()
         hasty.retries = False
+        self._core = client.CoreV1Api()
         self._api_at_once = client.CustomObjectsApi(client.ApiClient(hasty))
 
     def get(self) -> dict[str, Any] | None:
@@ -117,6 +120,12 @@ class TrainJob:
             if error.status == 404:
                 return None
             raise
+
+    def pods(self) -> list[client.V1Pod]:
+        """Return the pods of the nodes, also failed ones."""
+        selector = f"jobset.sigs.k8s.io/jobset-name={self.name},jobset.sigs.k8s.io/replicatedjob-name={NODE}"
+        found = self._core.list_namespaced_pod(self.namespace, label_selector=selector, _request_timeout=_TIMEOUT)
+        return list(found.items)
 
     def create(self, body: dict[str, Any]) -> None:
         """Create the TrainJob."""
@@ -144,8 +153,11 @@ class TrainJob:
 class _Launcher:
     """Create and watch one TrainJob."""
 
-    def __init__(self, body: dict[str, Any], out: Path) -> None:
-        self._body, self._out = body, out
+    def __init__(self, body: dict[str, Any], out: Path, steps: int) -> None:
+        self._body, self._out, self._steps = body, out, steps
+        self._shown: tuple[int, str] | None = None
+        self._shown_at = 0.0
+        self._pods_refused = False
         self.job = TrainJob(body["metadata"]["name"])
         self._pause = float(body["metadata"]["annotations"][POLL])
 
@@ -208,7 +220,29 @@ class _Launcher:
                     raise RuntimeError(f"TrainJob {self.job.name} was deleted before it ended")
                 if condition := _final_condition(job):
                     return condition
+                self._show(job)
             time.sleep(self._pause)
+
+    def _show(self, job: dict[str, Any]) -> None:
+        """Print the progress if a node has changed, one percent is done, or no line was printed for a while."""
+        percent, text = trainjob_progress.training(job, self._out, self._steps)
+        nodes = self._nodes(job)
+        now = time.monotonic()
+        if (text or nodes) and ((percent, nodes) != self._shown or now - self._shown_at >= _SILENCE):
+            self._print(trainjob_progress.MARK + "; ".join(filter(None, [text, nodes])))
+            self._shown, self._shown_at = (percent, nodes), now
+
+    def _nodes(self, job: dict[str, Any]) -> str:
+        """Return the state of the nodes, or an empty string if it is unknown."""
+        if self._pods_refused:
+            return ""
+        try:
+            return trainjob_progress.nodes(job, self.job.pods())
+        except _REQUEST_ERRORS as error:
+            self._pods_refused = getattr(error, "status", None) in (401, 403)
+            if self._pods_refused:
+                self._print(f"its nodes are not shown: {_message(error)}")
+            return ""
 
     def _print(self, event: str) -> None:
         print(f"TrainJob {self.job.name}: {event}", flush=True)

@@ -15,6 +15,7 @@ from pixelclip.tracking.pages import for_training
 from pixelclip_pipelines.pods import waiting_reason
 from pixelclip_pipelines.run_steps import FINAL, Attempt, Step, steps_of, time_of, workflow_of
 from pixelclip_pipelines.submit import Target, connected, one_line
+from pixelclip_pipelines.trainjob_progress import MARK
 
 EXIT_CODES = {"SUCCEEDED": 0, "SKIPPED": 0, "FAILED": 1, "CANCELED": 1, "CANCELLED": 1}
 """Exit code of `status` by KFP's state of the run; `RUNNING` for every other state."""
@@ -26,6 +27,7 @@ _WAITED = 60  # seconds after which a pod that was never seen running did not ru
 _TEMPLATES = ("retry-system-container-impl", "system-container-impl")  # of Argo, in the names of pods
 _EXIT = re.compile(r"failed to execute component: exit status (\d+)")
 _MLFLOW = re.compile(r"^MLflow run: (http\S+)", re.MULTILINE)
+_PROGRESS = re.compile(rf"^TrainJob \S+: {MARK}(.*)$", re.MULTILINE)
 _FOREIGN = re.compile(  # lines that are not the step's: of KFP's launcher and executor, of Argo, of tracebacks
     r"[IWEF]\d{4} \d\d:|\[KFP Executor|time=\"|\s|Traceback |Looking for component|[{}]|.*failed to execute component"
 )
@@ -210,6 +212,8 @@ def _line(step: Step, run: _Run, now: datetime, pod_waits: Callable[[str], str])
         state, note = "PENDING", f": {pod_waits(run.pod(last)) or 'its pod has not started; try pixelclip pipeline doctor'}"
     elif state == "RUNNING" and last and all(each.state == "FAILED" and each.seconds == 0 for each in step.attempts):
         state, note = "PENDING", ": its pod cannot be created; try pixelclip pipeline doctor"
+    elif state == "RUNNING" and last and step.task == "train-job" and (lines := _PROGRESS.findall(run.log(last))):
+        note = f": {lines[-1]}"
     elif state == "PENDING" and step.waits_for:
         done = {each.task for each in run.steps if each.state in ("SUCCEEDED", "CACHED")}
         if waits := [task.replace("-", "_") for task in step.waits_for if task not in done]:

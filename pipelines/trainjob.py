@@ -12,6 +12,8 @@ from pixelclip_pipelines.cluster_sections import seconds
 from pixelclip_pipelines.parameters import as_arguments
 
 GROUP, VERSION, PLURAL = "trainer.kubeflow.org", "v1alpha1", "trainjobs"
+NODE = "node"
+"""Name of the nodes' job and container in the runtimes of Kubeflow Trainer."""
 MANAGER = "pixelclip.io/pipeline"
 """Owner of the runtime patches; Kubeflow Trainer requires this field."""
 POLL = "pixelclip.io/poll-seconds"
@@ -37,7 +39,7 @@ def template(cluster: Cluster, nodes: int, image: str) -> dict[str, Any]:
         launcher = cluster.steps["train_job"].timeout
         raise ValueError(f"steps.train_job.timeout {launcher}: must be at least steps.train.timeout ({step.timeout})")
     pod = {"metadata": _metadata(cluster), "spec": _pod(cluster, step)}
-    node = {"name": "node", "template": {"spec": {"template": {key: value for key, value in pod.items() if value}}}}
+    node = {"name": NODE, "template": {"spec": {"template": {key: value for key, value in pod.items() if value}}}}
     gpus = {step.gpu_type: str(step.gpus)} if step.gpus else {}
     environment = [
         *({"name": name, "value": value} for name, value in pod_environment(cluster, step, image).items()),
@@ -100,7 +102,7 @@ def _pod(cluster: Cluster, step: Step) -> dict[str, Any]:
     for name, path, limit in pods.scratch:
         volumes.append({"name": name, "emptyDir": {"sizeLimit": limit} if limit else {}})
         mounts.append({"name": name, "mountPath": path})
-    container: dict[str, Any] = {"name": "node", "volumeMounts": mounts}
+    container: dict[str, Any] = {"name": NODE, "volumeMounts": mounts}
     if pods.restricted:
         container["securityContext"] = pods.container_security
     required, preferred = node_rules(cluster, step)

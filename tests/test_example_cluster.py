@@ -78,12 +78,13 @@ def test_roles_are_bound_to_the_service_account_of_the_runs(overlay):
     roles = {each["roleRef"]["name"] for each in bindings}
     assert roles == {"pipeline-runner"} | ({"pixelclip-trainer"} if name == "multi-node" else set())
     if name == "multi-node":
-        (rule,) = one(manifests, "Role", "pixelclip-trainer")["rules"]
-        assert rule == {
+        jobs = {
             "apiGroups": ["trainer.kubeflow.org"],
             "resources": ["trainjobs"],
             "verbs": ["create", "get", "update", "delete"],
         }
+        pods = {"apiGroups": [""], "resources": ["pods"], "verbs": ["list"]}
+        assert one(manifests, "Role", "pixelclip-trainer")["rules"] == [jobs, pods]
 
 
 def test_pipeline_compiles_with_the_settings_of_every_overlay(overlay, tmp_path, monkeypatch):

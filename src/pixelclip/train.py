@@ -41,6 +41,7 @@ from pixelclip.toy_scenes.scenes import CLASSES
 from pixelclip.tracking.description import run_name
 from pixelclip.tracking.journal import write_table
 from pixelclip.tracking.run import KILLED, Run
+from pixelclip.tracking.trainjob import TrainJobStatus
 from pixelclip.visualization.pictures import concept_words, examples_of, gallery, segmentation_picture, training_picture
 from pixelclip.workflow.bad_samples import BadSamples
 from pixelclip.workflow.cpus import count_workers
@@ -193,7 +194,8 @@ def _train(
         tracked.monitor_system()  # its thread starts after the loader's processes
         todo = f"CLIP {origin['spec']}, {config.steps} steps, batch {config.batch_size}"
         print(f"train: {todo}, {group.device}, {precision or 'float32'}", flush=True)
-    bar = track(range(start, config.steps), "train", "step", config.steps, start, enabled=group.is_main)
+    status = TrainJobStatus().send
+    bar = track(range(start, config.steps), "train", "step", config.steps, start, enabled=group.is_main, report=status)
     since = saved_at = time.monotonic()
     output, maskless, num_bad, seen = None, resumed.maskless, resumed.bad, 0
 

@@ -30,10 +30,15 @@ from pixelclip.registry.model_version import copy_code
 from pixelclip.storage.files import write_json
 from pixelclip.workflow.stage import PROVENANCE
 
-pytestmark = [pytest.mark.services, pytest.mark.filterwarnings("ignore:.*An input example was not provided")]
+pytestmark = [
+    pytest.mark.services,
+    pytest.mark.timeout(900),
+    pytest.mark.filterwarnings("ignore:.*An input example was not provided"),
+]
 
 NAME = "follow"
 URI = f"models:/{NAME}@champion"
+_LOAD_SECONDS = 300  # at most, to load a version; a few on an idle machine
 
 
 @pytest.fixture
@@ -142,7 +147,7 @@ def following(log: Path) -> Iterator[tuple[str, services.Server]]:
         "serve", words, log, partial(services.get, f"{address}/ping"), os.environ | {"OMP_NUM_THREADS": "1"}
     )
     with services.running(server):
-        server.wait()
+        server.wait(_LOAD_SECONDS)
         yield address, server
 
 
@@ -175,7 +180,7 @@ def test_roll_out_and_roll_back_lose_no_request(registry, folder, tmp_path):
         with stream(address) as flow:
             for version, uri in ((second, two), (first, one)):
                 registry.set_registered_model_alias(NAME, "champion", version)
-                assert wait_until(partial(serves, address, uri), 120)
+                assert wait_until(partial(serves, address, uri), _LOAD_SECONDS)
                 flow.wait_for(12)
         # Answers of a request that began before a switch may arrive after it, so only the last ones must be of one version.
         seen = flow.versions()
@@ -196,7 +201,7 @@ def test_broken_versions_are_never_switched_to(registry, folder, tmp_path):
         for broken, reason in ((changed, "records MD5"), (diverged, "smoke request")):
             version = add(registry, broken(folder, tmp_path / broken.__name__), tmp_path)
             registry.set_registered_model_alias(NAME, "champion", version)
-            assert wait_until(partial(rejects, address, f"models:/{NAME}/{version}"), 120)
+            assert wait_until(partial(rejects, address, f"models:/{NAME}/{version}"), _LOAD_SECONDS)
             assert reason in state(address)["rejected"]["reason"]
         registry.set_registered_model_alias(NAME, "champion", "1")
         assert wait_until(lambda: state(address)["rejected"] is None)
@@ -212,7 +217,7 @@ def test_crashed_version_is_loaded_again_and_ends_with_its_server(registry, fold
     with following(tmp_path / "log") as (address, server):
         (process,) = processes_of(server)
         os.kill(process, signal.SIGKILL)
-        assert wait_until(lambda: state(address)["rollouts"]["switched"] == 2, 120)
+        assert wait_until(lambda: state(address)["rollouts"]["switched"] == 2, _LOAD_SECONDS)
         assert "its process ended (SIGKILL, often for lack of memory)" in (tmp_path / "log").read_text()
         (process,) = processes_of(server)
         os.kill(server.process.pid, signal.SIGKILL)  # nothing can be tidied up

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from urllib.parse import parse_qs
 
 import yaml
 
@@ -14,7 +15,7 @@ from helpers.json_server import JsonHandler, served
 
 @dataclass
 class FakeKubernetes:
-    """TrainJobs, and the result of each poll: a condition, `gone`, `hang`, an HTTP status, or None for running."""
+    """TrainJobs, and the result of each poll: a condition, a status, `gone`, `hang`, an HTTP status, or None for running."""
 
     url: str = ""
     jobs: dict[str, dict] = field(default_factory=dict)
@@ -22,6 +23,9 @@ class FakeKubernetes:
     log: list[str] = field(default_factory=list)
     refuse: int = 0
     polls: int = 0
+    pods: list[dict] | int = 403
+    """Pods of the nodes, or the status of the answer to who lists them."""
+    selectors: list[str] = field(default_factory=list)
 
 
 @contextlib.contextmanager
@@ -39,6 +43,13 @@ def fake_kubernetes() -> Iterator[FakeKubernetes]:
             self.answer(201, body)
 
         def do_GET(self):
+            path, _, query = self.path.partition("?")
+            if path == "/api/v1/namespaces/default/pods":
+                held.selectors += parse_qs(query)["labelSelector"]
+                refused = isinstance(held.pods, int)
+                message = {"message": "pods is forbidden to pipeline-runner"}
+                self.answer(held.pods if refused else 200, message if refused else {"items": held.pods})
+                return
             held.polls += 1
             name = self.path.rpartition("/")[2]
             if name not in held.jobs:
@@ -53,6 +64,9 @@ def fake_kubernetes() -> Iterator[FakeKubernetes]:
             if fate == "gone":
                 del held.jobs[name]
                 self.answer(404, {"message": "not found"})
+                return
+            if isinstance(fate, dict) and "type" not in fate:
+                self.answer(200, held.jobs[name] | {"status": fate})
                 return
             if fate:
                 held.jobs[name]["status"] = {"conditions": [{"type": "Suspended", "status": "False"}, fate]}

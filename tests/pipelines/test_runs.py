@@ -212,6 +212,32 @@ def test_watch_prints_what_changes_until_the_end(kfp, monkeypatch):
     assert sum("masks/" in line for line in printed) == 3 and printed[-1].startswith("SUCCEEDED")
 
 
+def running_train_job():
+    """Return the run with a TrainJob as it was before it was terminated."""
+    answer = recorded("terminated-train-job")
+    answer |= {"state": "RUNNING", "finished_at": "1970-01-01T00:00:00Z", "state_history": answer["state_history"][:2]}
+    open_tasks = [task for task in answer["run_details"]["task_details"] if task.get("state") == "FAILED"]
+    for task in open_tasks:
+        task |= {"state": "RUNNING", "end_time": "0001-01-01T00:00:00Z"}
+    return answer
+
+
+def test_status_shows_the_last_progress_of_a_trainjob(kfp):
+    answer = running_train_job()
+    kfp.kept["runs"][answer["run_id"]] = answer
+    lines = [
+        "TrainJob pixelclip-run: started; its logs: kubectl logs -f",
+        "TrainJob pixelclip-run: progress: 1 of 2 nodes up (node 1: has no pod yet)",
+        "TrainJob pixelclip-run: progress: step 120 of 1000 (12 %), loss 0.1234, 0:14:20 left; 2 of 2 nodes up",
+        "TrainJob pixelclip-run: Kubernetes does not answer (Connection refused); retrying",
+    ]
+    step = "train_job: step 120 of 1000 (12 %), loss 0.1234, 0:14:20 left; 2 of 2 nodes up"
+    assert not [line for line in runs.status(Target(kfp.url), answer["run_id"], NOW).lines if "step 120" in line]
+    kfp.logs = dict.fromkeys(pods_of(answer, "RUNNING"), "\n".join(lines))
+    (line,) = [line for line in runs.status(Target(kfp.url), answer["run_id"], NOW).lines if "train_job" in line]
+    assert line.startswith("RUNNING ") and line.endswith(step)
+
+
 def test_logs_of_all_attempts(kfp, run):
     answer = load(kfp, "terminated-after-pod-deleted")
     code, out, err = run("logs", answer["run_id"], "train")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -81,6 +82,38 @@ def test_trainjob_command_is_valid_on_the_command_line(kubernetes, space):
     command = typer.main.get_command(app).commands["train"]
     context = command.make_context("train", list(trainer["args"]))
     assert Path(context.params["out"]) == space / "train"
+
+
+def test_progress_and_nodes_are_printed_when_they_change(kubernetes, space, capsys):
+    def running(number: int) -> dict:
+        labels = {"batch.kubernetes.io/job-completion-index": str(number)}
+        metadata = {"name": f"node-{number}", "labels": labels, "creationTimestamp": "2026-11-29T12:00:00Z"}
+        return {"metadata": metadata, "status": {"phase": "Running"}}
+
+    def at(step: int, loss: str) -> dict:
+        now = datetime.now(UTC).isoformat()
+        metrics = [{"name": name, "value": value} for name, value in {"step": str(step), "steps": "9", "loss": loss}.items()]
+        return {"trainerStatus": {"metrics": metrics, "estimatedRemainingSeconds": 60, "lastUpdatedTime": now}}
+
+    kubernetes.pods = [running(0), running(1)]
+    kubernetes.fate = [None, at(3, "0.5"), at(3, "0.5"), at(6, "0.25"), ends("Complete")]
+    train_on_nodes(job(space), str(space), TrainConfig(steps=9))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "progress" in line]
+    assert lines == [
+        "TrainJob pixelclip-run-1: progress: 2 of 2 nodes up",
+        "TrainJob pixelclip-run-1: progress: step 3 of 9 (33 %), loss 0.5, 0:01:00 left; 2 of 2 nodes up",
+        "TrainJob pixelclip-run-1: progress: step 6 of 9 (66 %), loss 0.25, 0:01:00 left; 2 of 2 nodes up",
+    ]
+    assert set(kubernetes.selectors) == {
+        "jobset.sigs.k8s.io/jobset-name=pixelclip-run-1,jobset.sigs.k8s.io/replicatedjob-name=node"
+    }
+
+
+def test_missing_right_to_list_pods_is_said_once(kubernetes, space, capsys):
+    kubernetes.fate = [None, None, None, ends("Complete")]
+    train_on_nodes(job(space), str(space), TrainConfig())
+    assert capsys.readouterr().out.count("its nodes are not shown: pods is forbidden to pipeline-runner") == 1
+    assert len(kubernetes.selectors) == 1
 
 
 def test_failed_training_fails_the_step(kubernetes, space):

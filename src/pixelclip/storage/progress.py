@@ -3,7 +3,7 @@
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Generic, Never, Self, TypeVar
 
 from tqdm import tqdm
@@ -15,10 +15,17 @@ _SHORTEST = 1.0
 _KIB = 1024
 
 _T = TypeVar("_T")
+Report = Callable[[int, int | None, float | None, Mapping[str, str]], None]
 
 
 def track(
-    items: Iterable[_T], title: str, unit: str, total: int | None = None, start: int = 0, enabled: bool = True
+    items: Iterable[_T],
+    title: str,
+    unit: str,
+    total: int | None = None,
+    start: int = 0,
+    enabled: bool = True,
+    report: Report | None = None,
 ) -> "Progress[_T]":
     """Iterate over items and show the progress.
 
@@ -29,10 +36,11 @@ def track(
         total: number of all items; by default `start` and the length of `items`, if it has one.
         start: number of items done before.
         enabled: whether anything is shown; in a process group only by the main process.
+        report: also called with every plain line: items done, total, seconds left, values of `show`.
     """
     if total is None and isinstance(items, Sized):
         total = start + len(items)
-    return Progress(title, unit, total, start, enabled, items)
+    return Progress(title, unit, total, start, enabled, items, report)
 
 
 def count(total: int | None, title: str, unit: str, start: int = 0) -> "Progress[None]":
@@ -54,9 +62,10 @@ class Progress(Generic[_T]):
         start: int = 0,
         enabled: bool = True,
         items: Iterable[_T] | None = None,
+        report: Report | None = None,
     ) -> None:
         self._title, self._unit, self._total, self._enabled = title, unit, total, enabled
-        self._items, self._done, self._start = items, start, start
+        self._items, self._done, self._start, self._report = items, start, start, report
         self._values: dict[str, str] = {}
         self._lock = threading.Lock()  # transfers report from several threads
         self._began = self._printed = time.monotonic()
@@ -83,7 +92,7 @@ class Progress(Generic[_T]):
         if self._bar is not None:
             self._bar.close()
         elif self._enabled and kind is None and self._done > self._start:
-            self._print(f"{self._amount(self._done)} in {_clock(time.monotonic() - self._began)}", rate=True)
+            self._print(f"{self._amount(self._done)} in {clock(time.monotonic() - self._began)}", rate=True)
 
     def update(self, number: int = 1) -> None:
         """Count more items."""
@@ -117,9 +126,12 @@ class Progress(Generic[_T]):
             parts.append(f"{self._values['images_s']} images/s")
         elif rate and speed:
             parts.append(f"{_bytes(speed)}/s" if self._unit == "B" else f"{speed:.3g} {self._unit}s/s")
-        if left and self._total and speed:
-            parts.append(f"{_clock((self._total - self._done) / speed)} left")
+        seconds_left = (self._total - self._done) / speed if self._total and speed else None
+        if left and seconds_left is not None:
+            parts.append(f"{clock(seconds_left)} left")
         print(f"{self._title}: {', '.join(parts)}", file=sys.stderr, flush=True)
+        if self._report:
+            self._report(self._done, self._total, seconds_left, self._values)
 
     def _amount(self, done: int, total: int | None = None) -> str:
         of = f" of {_bytes(total) if self._unit == 'B' else total}" if total else ""
@@ -128,7 +140,8 @@ class Progress(Generic[_T]):
         return f"{done}{of} {self._unit}{'' if (total or done) == 1 else 's'}"
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Format a duration as hours:minutes:seconds."""
     minutes, rest = divmod(round(max(0.0, seconds)), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}"
 
