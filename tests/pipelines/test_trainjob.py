@@ -233,14 +233,21 @@ def test_sigterm_deletes_the_job_within_the_time_that_kfp_leaves(kubernetes, spa
     assert printed.splitlines()[-1] == "TrainJob pixelclip-run-1: SIGTERM; deleted"
 
 
-def test_sigterm_between_two_polls_deletes_the_job(kubernetes, space):
+def test_sigterm_between_two_polls_deletes_the_job(kubernetes, space, monkeypatch):
     slow = json.loads(job(space))
     slow["metadata"]["annotations"] = dict.fromkeys(slow["metadata"]["annotations"], "60")
     before = signal.getsignal(signal.SIGTERM)
+    paused, sleep = threading.Event(), time.sleep
+
+    def note(seconds: float) -> None:
+        paused.set()
+        sleep(seconds)
+
+    monkeypatch.setattr(time, "sleep", note)
 
     def stop() -> None:
-        while kubernetes.polls < 2:
-            time.sleep(0.01)
+        paused.wait(30)
+        sleep(0.2)  # a signal just before the system call would not end it
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=stop).start()
