@@ -18,12 +18,14 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import TEMPORARILY_UNAVAILABLE
 from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 from PIL import Image
+from typer.testing import CliRunner
 
 from helpers import tiny
 from helpers.artifact_server import slow_artifacts
 from helpers.fake_data import encoded, write_tar
 from helpers.registrations import evaluation, evaluation_of
 from helpers.training import Killed
+from pixelclip.cli.app import app
 from pixelclip.config import MasksConfig, RegisterConfig
 from pixelclip.inference.predictor import Predictor
 from pixelclip.masks import run as make_masks
@@ -243,12 +245,23 @@ def test_fetched_model_leaves_nothing_in_the_temporary_folder(made, client, tmp_
     assert not list((tmp_path / "temporary").iterdir())
 
 
-def test_licences_are_in_the_model_card(client, tmp_path):
+def test_licences_are_in_every_model_card(client, tmp_path):
     model = tiny.model_folder(tmp_path / "model", tiny.clip_folder(tmp_path / "clip"))
     config = RegisterConfig(name="licensed", licence="Apache-2.0", data_licence="CC BY 4.0")
     run(model, None, tmp_path / "out", config)
-    card = client.get_model_version("licensed", "1").description
-    assert "Licence of the weights: Apache-2.0. Licence of the training images: CC BY 4.0." in card
+    version = client.get_model_version("licensed", "1")
+    both = "Licence of the weights: Apache-2.0. Licence of the training images: CC BY 4.0."
+    assert both in version.description and both in client.get_run(version.run_id).data.tags["mlflow.note.content"]
+    words = ["export", "--model", "models:/licensed/1", "--format", "huggingface", "--data-licence", "CC0"]
+    shown = CliRunner().invoke(app, [*words, "--out", str(tmp_path / "hub")])
+    assert shown.exit_code == 0, shown.output
+    exported = (tmp_path / "hub" / "README.md").read_text()
+    assert "Licence of the weights: Apache-2.0. Licence of the training images: CC0." in exported
+
+    run(model, None, tmp_path / "again", RegisterConfig(name="licensed", licence="MIT"))
+    version = client.get_model_version("licensed", "1")
+    assert "Licence of the weights: MIT. Licence of the training images: not stated." in version.description
+    assert model_version.licences_of("models:/licensed/1") == {"licence": "MIT"}
 
 
 def test_shipped_code_keeps_subpackages_and_leaves_assets_out(tmp_path):

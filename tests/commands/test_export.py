@@ -150,6 +150,7 @@ def test_model_cards_need_no_mlflow():
     ("arguments", "message"),
     [
         (("open_clip", (), Path("evaluation")), "--evaluation is for --format huggingface; open_clip has no model card"),
+        (("onnx", (), None, "", {"licence": "MIT"}), "--licence and --data-licence are for --format huggingface; onnx has no"),
         (("tflite",), "format 'tflite': must be open_clip, huggingface, onnx"),
         (("huggingface", ["dog"]), "--classes is for --format onnx; huggingface exports the text tower"),
     ],

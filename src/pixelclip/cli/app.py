@@ -249,13 +249,23 @@ def export(
     evaluation: Annotated[
         str, typer.Option(help="For huggingface: output of evaluate for this model; the model card shows its scores.")
     ] = "",
+    licence: Annotated[
+        str, typer.Option(help="For huggingface: licence of the weights; a registered model has that of its registration.")
+    ] = "",
+    data_licence: Annotated[str, typer.Option(help="For huggingface: licence of the training images, likewise.")] = "",
 ) -> None:
     """Export a model for open_clip, the Hugging Face hub, or onnxruntime."""
     from pixelclip.commands.export import run
 
     measured = local_path(evaluation) if evaluation else None
     uri = model if model.startswith("models:/") else ""
-    files = run(api.model_path(model), out, kind, names_of(classes) if classes else (), measured, uri)
+    path, licences = api.model_path(model), {"licence": licence, "data_licence": data_licence}
+    stated = {key: text for key, text in licences.items() if text}
+    if uri and kind == "huggingface":
+        from pixelclip.registry.model_version import licences_of
+
+        stated = licences_of(uri) | stated
+    files = run(path, out, kind, names_of(classes) if classes else (), measured, uri, stated)
     print("\n".join(f"{file} ({file.stat().st_size / 1e6:,.1f} MB)" for file in files))
 
 

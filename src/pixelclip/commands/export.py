@@ -1,7 +1,7 @@
 """Export a model for other programs: open_clip, the Hugging Face hub, ONNX."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
@@ -36,6 +36,7 @@ def run(
     classes: Sequence[str] = (),
     evaluation: Path | None = None,
     uri: str = "",
+    licences: Mapping[str, str] | None = None,
 ) -> list[Path]:
     """Export a model folder.
 
@@ -46,12 +47,13 @@ def run(
         classes: class names for `onnx`, whose output is then their scores.
         evaluation: output of `evaluate` for this model, whose scores the model card of `huggingface` shows.
         uri: how users of pixelclip load the model, for the model card; by default the name of the model folder.
+        licences: `licence` of the weights and `data_licence` of the training images, for the model card.
 
     Returns:
         The files written.
 
     Raises:
-        ValueError: not a model folder, an unknown format, classes or an evaluation for another format, an evaluation of another
+        ValueError: not a model folder, an unknown format, classes, an evaluation or licences for another format, an evaluation of another
             model, or `out` already contains an export.
     """
     if kind not in get_args(Format):
@@ -60,6 +62,8 @@ def run(
         raise ValueError(f"--classes is for --format onnx; {kind} exports the text tower, which encodes any class names")
     if evaluation and kind != "huggingface":
         raise ValueError(f"--evaluation is for --format huggingface; {kind} has no model card")
+    if licences and kind != "huggingface":
+        raise ValueError(f"--licence and --data-licence are for --format huggingface; {kind} has no model card")
     before = set(out.iterdir()) if out.is_dir() else set()
     if kind == "onnx":
         _write_onnx(model, out, classes)
@@ -68,20 +72,20 @@ def run(
 
         if kind == "huggingface" and (out / CARD).exists():
             raise ValueError(f"{out}: {CARD} already exists; remove it or choose another folder")
-        card = _card(model, evaluation, out.resolve().name, uri) if kind == "huggingface" else ""
+        card = _card(model, evaluation, name=out.resolve().name, uri=uri, **licences or {}) if kind == "huggingface" else ""
         export(model, out)
         if card:
             write_atomically(out / CARD, card)
     return sorted(set(out.iterdir()) - before)
 
 
-def _card(model: Path, evaluation: Path | None, name: str, uri: str) -> str:
+def _card(model: Path, evaluation: Path | None, **facts: str) -> str:
     from pixelclip.evaluation.protocol import check_evaluation
     from pixelclip.registry.model_card import model_card
 
     if evaluation:
         check_evaluation(evaluation, model)
-    return _front_matter() + model_card(model, evaluation, name=name, uri=uri) + _OPEN_CLIP
+    return _front_matter() + model_card(model, evaluation, **facts) + _OPEN_CLIP
 
 
 def _front_matter() -> str:

@@ -159,8 +159,9 @@ def metric_label(protocol: dict[str, Any]) -> str:
 
 
 def describe_protocol(protocol: dict[str, Any]) -> str:
-    """Format a protocol as one line of text, without the set's name."""
-    return ", ".join(f"{key} {value}" for key, value in protocol.items() if key != "name" and value is not None)
+    """Format a protocol as one line of text, without the set's name and the limit of a resize that is switched off."""
+    hidden = {"name"} if protocol.get("shortest_edge") else {"name", "longest_edge"}
+    return ", ".join(f"{key} {value}" for key, value in protocol.items() if key not in hidden and value is not None)
 
 
 def check_evaluation(evaluation: Path, model: Path) -> dict[str, Any]:

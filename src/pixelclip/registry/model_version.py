@@ -17,6 +17,8 @@ from mlflow.entities import LoggedModelStatus
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
+from mlflow.store.artifact.utils.models import get_model_name_and_version
+from mlflow.utils.validation import MAX_TAG_VAL_LENGTH
 from packaging.requirements import Requirement
 from pydantic import BaseModel
 
@@ -30,6 +32,7 @@ from pixelclip.models.tokenizer import TOKENIZER_FILES
 from pixelclip.registry.model_card import model_card
 from pixelclip.storage.files import read_json, write_json
 from pixelclip.storage.urls import public_url
+from pixelclip.tracking.description import NOTE
 from pixelclip.tracking.journal import RUN
 from pixelclip.tracking.pages import run_page
 from pixelclip.tracking.run import Run, cut
@@ -39,6 +42,8 @@ from pixelclip.workflow.stage import PROVENANCE
 REGISTRATION = "registration.json"
 EVALUATION = "evaluation"
 """Tag of a version: artifact path of its evaluation in the run."""
+LICENCES = ("licence", "data_licence")
+"""Tags of a version: the settings of `register` with these names, if stated."""
 _DESCRIPTION = 5000  # characters that MLflow's database accepts
 _ABOUT = (
     "PixelCLIP models for open-vocabulary segmentation. The alias `champion` is the version to use: `models:/{name}@champion`. "
@@ -94,12 +99,39 @@ def create(
 def write_card(
     client: MlflowClient, version: ModelVersion, model: Path, evaluation: Path | None, config: RegisterConfig, picture: str = ""
 ) -> None:
-    """Set the description of a version: its model card, with a picture among the files of its run."""
+    """Set the description of a version and of its run: the model card, with a picture among the files of the run.
+
+    The licences in it also become tags of the version.
+    """
     uri = f"models:/{version.name}/{version.version}"
     address = artifact_address(version.run_id, picture) if picture else ""
     named = {"name": f"{version.name}, version {version.version}", "uri": uri, "picture": address}
-    card = model_card(model, evaluation, **named, licence=config.licence, data_licence=config.data_licence)
+    licences = {key: getattr(config, key) for key in LICENCES}
+    card = model_card(model, evaluation, **named, **licences)
     client.update_model_version(version.name, version.version, description=cut(card, _DESCRIPTION))
+    client.set_tag(version.run_id, NOTE, cut(card, MAX_TAG_VAL_LENGTH))
+    for key, value in licences.items():
+        if value:
+            client.set_model_version_tag(version.name, version.version, key, value)
+        elif key in version.tags:
+            client.delete_model_version_tag(version.name, version.version, key)
+
+
+def licences_of(uri: str) -> dict[str, str]:
+    """Return the licences that a registered version was registered with, by the names in `LICENCES`.
+
+    Args:
+        uri: as in `fetch`.
+
+    Raises:
+        ValueError: MLflow is unreachable or has no such model.
+    """
+    client = connect()
+    try:
+        tags = client.get_model_version(*get_model_name_and_version(client, uri)).tags
+    except MlflowException as error:
+        raise ValueError(f"{uri}: cannot be read from {public_uri()}: {reason_of(error)}") from None
+    return {key: tags[key] for key in LICENCES if key in tags}
 
 
 def _uploaded(client: MlflowClient, run_id: str, tags: Mapping[str, str]) -> str | None:
