@@ -53,8 +53,8 @@ def run(
         The files written.
 
     Raises:
-        ValueError: not a model folder, an unknown format, classes, an evaluation or licences for another format, an evaluation of another
-            model, or `out` already contains an export.
+        ValueError: not a model folder, an unknown format, classes, an evaluation or licences for another format, an evaluation
+            of another model, or `out` already contains an export.
     """
     if kind not in get_args(Format):
         raise ValueError(f"format {kind!r}: must be {', '.join(get_args(Format))}")
