@@ -42,7 +42,8 @@ lint: .venv/installed  ## Ruff and the type checker
 	@$(BIN)/mypy
 
 ui: .venv/installed  ## MLflow's UI with the runs of this folder
-	@echo "Open http://127.0.0.1:5000/#/experiments/1?workflowType=machine_learning"
+	@$(BIN)/python -c 'from pixelclip.tracking import pages, server; \
+		print("Open", pages.experiment_page("http://127.0.0.1:5000", server.experiment_id(server.connect())))'
 	@$(BIN)/mlflow ui --backend-store-uri $(MLFLOW_TRACKING_URI)
 
 docs: .venv/installed  ## The documentation as a site: runs/site/index.html

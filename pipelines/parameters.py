@@ -7,6 +7,7 @@ import json
 import shlex
 import tempfile
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from pixelclip.storage.s3 import is_s3
 from pixelclip.storage.urls import has_secret, public_url
 from pixelclip_pipelines.cluster_sections import RUN_VOLUME
 
+DATE = "{date}"
+"""In the places of a prediction: the time at which a run starts."""
 SETTING_OF = {
     "masks_generator": "masks.generator",
     "train_clip": "train.clip",
@@ -153,6 +156,23 @@ def check_prediction(classes: str, workspace: str, out: str, volume: str) -> Non
         raise ValueError(f"out must be an s3:// prefix: the workspace {workspace} is a volume that KFP deletes after the run")
     if out and not is_s3(out):
         raise ValueError(f"out {out}: must be s3://bucket/folder; for a folder on the volume, set workspace")
+
+
+def check_scheduled(workspace: str, out: str) -> None:
+    """Check that the runs of a scheduled prediction write to different places: a finished result is never overwritten.
+
+    Raises:
+        ValueError: `workspace` or `out` has no `{date}`.
+    """
+    for name, place, example in (("workspace", workspace, f"{workspace}/{DATE}"), ("out", out, f"{out.rstrip('/')}/{DATE}")):
+        if place and DATE not in place and not (name == "workspace" and Path(place).is_relative_to(RUN_VOLUME)):
+            raise ValueError(f"{name} {place}: each run of a schedule needs its own place, such as {example}")
+
+
+def dated(*places: str) -> tuple[str, ...]:
+    """Replace `{date}` in places by the time in UTC, 2026-11-29T03-00-00."""
+    now = datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%S")
+    return tuple(place.replace(DATE, now) for place in places)
 
 
 def check_batch(train: TrainConfig, nodes: int, gpus: int) -> None:

@@ -35,6 +35,8 @@ def build(cluster: Cluster | None = None, image: str = IMAGE) -> dsl.base_compon
     def pixelclip_predict(
         images: str,
         classes: str,
+        repo: str = "",
+        revision: str = "",
         model: str = "models:/pixelclip@champion",
         out: str = "",
         quality: str = _DEFAULTS["quality"],
@@ -46,11 +48,13 @@ def build(cluster: Cluster | None = None, image: str = IMAGE) -> dsl.base_compon
         """Run all steps.
 
         Args:
-            images: Folder on a mounted volume or s3:// prefix, of images (searched recursively) or shards.
+            images: Images (searched recursively) or shards: path in `repo`, or a folder on a mounted volume or s3:// prefix.
             classes: Class names, dog|puppy,grass,sky (bar between synonyms).
+            repo: DVC repository (URL or path) with the images; if empty, they are a folder or s3:// prefix.
+            revision: Branch, tag or commit of `repo`; if empty, the default branch.
             model: models:/NAME@ALIAS, models:/NAME/VERSION, or a model folder on a mounted volume or s3:// prefix.
             out: s3:// prefix for the merged predictions; if empty, the folder `predictions` of `workspace`, or the run's own
-                artifact store.
+                artifact store. {date} in it or in `workspace` is replaced by the time at which the run starts.
             quality: fast (one view, as in the paper) or best (windows, about ten times slower).
             overlays: Also write every image blended with the colours of its classes.
             label_studio: Also write tasks for Label Studio; for images, not shards.
@@ -61,16 +65,17 @@ def build(cluster: Cluster | None = None, image: str = IMAGE) -> dsl.base_compon
         place = {"volume": shared_folder(cluster)} if cluster else {}
         checked = fetch_model(name=model, classes=classes, workspace=workspace, out=out, **place)
         fetched = on("fetch_model", "Check parameters, fetch model", checked)
-        pointer = {"repo": "", "revision": "", "settings": {}}  # KFP's importer rejects paths on a volume
-        pictures = on("fetch_data", "Find images", fetch_data(path=images, **pointer))
+        own_out, own_workspace = fetched.outputs["out_of_run"], fetched.outputs["workspace_of_run"]
+        data = {"repo": repo, "revision": revision, "settings": {}, "workspace": own_workspace}
+        pictures = on("fetch_data", "Find images", fetch_data(path=images, **data))
         settings = {"classes": classes, "quality": quality, "overlays": overlays, "label_studio": label_studio}
         settings |= {"max_bad_share": max_bad_share}
         inputs = {"images": pictures.outputs["data"], "model": fetched.outputs["model"]}
         numbers = [f"{number}/{parts}" for number in range(1, parts + 1)]
         with dsl.ParallelFor(numbers, name="Parts", parallelism=parallel or None) as part:
-            one = on("predict", "Predict", predict(part=part, workspace=workspace, **inputs, **settings))
+            one = on("predict", "Predict", predict(part=part, workspace=own_workspace, **inputs, **settings))
         collected = dsl.Collected(one.outputs["predictions"])
-        on("merge", "Merge parts", merge(parts=collected, out=out, workspace=workspace))
+        on("merge", "Merge parts", merge(parts=collected, out=own_out, workspace=own_workspace))
 
     described = {
         "description": "Segment many images into classes, with a registered model.",
@@ -79,11 +84,20 @@ def build(cluster: Cluster | None = None, image: str = IMAGE) -> dsl.base_compon
     return label(dsl.pipeline(pixelclip_predict, name="pixelclip-predict", **described))
 
 
-def arguments(images: str, classes: str, model: str, out: str = "", workspace: str = "", **settings: Any) -> dict[str, Any]:
+def arguments(
+    images: str,
+    classes: str,
+    model: str,
+    out: str = "",
+    workspace: str = "",
+    repo: str = "",
+    revision: str = "",
+    **settings: Any,
+) -> dict[str, Any]:
     """Return the checked arguments of the pipeline.
 
     Args:
-        images, model, out, workspace: see the pipeline's parameters.
+        images, model, out, workspace, repo, revision: see the pipeline's parameters.
         classes: class names as in the parameter, or a text file with one class per line.
         settings: `quality`, `overlays`, `label_studio`, `max_bad_share`.
 
@@ -92,10 +106,13 @@ def arguments(images: str, classes: str, model: str, out: str = "", workspace: s
     """
     if not images:
         raise ValueError("images must name a folder")
-    for name, place in {"images": images, "model": model, "out": out}.items():
+    if revision and not repo:
+        raise ValueError(f"--revision {revision} needs --repo")
+    for name, place in {"images": images, "model": model, "out": out, "repo": repo}.items():
         if has_secret(place):
             raise ValueError(f"--{name} {public_url(place)} contains credentials or a query, which KFP would store and display")
     names = names_of(classes)
     build_settings(PredictConfig, {**settings, "classes": names}, "predict")
     text = ",".join("|".join(word.strip() for word in name.split(",")) for name in names)
-    return {"images": images, "classes": text, "model": model, "out": out, "workspace": workspace, **settings}
+    places = {"images": images, "repo": repo, "revision": revision, "model": model, "out": out, "workspace": workspace}
+    return {**places, "classes": text, **settings}

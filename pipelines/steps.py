@@ -105,7 +105,7 @@ def fetched(artifact: Any, repo: str, path: str, revision: str, settings: Mappin
     from pixelclip.fetch_data import about, run
 
     out = place(artifact, workspace, f"fetch_data/{path.strip('/').replace('/', '-')}/{Path(path).name}")
-    config = load("fetch_data", overrides={**settings, "fetch_data.path": path, "fetch_data.revision": revision})
+    config = load("fetch_data", overrides={**settings, "fetch_data.path": path, "fetch_data.revision": revision or "HEAD"})
     record(artifact, run(repo, out, config))
     artifact.metadata.update(about(out))
     pack(artifact)

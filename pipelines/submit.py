@@ -25,7 +25,7 @@ from pixelclip_pipelines import predict
 from pixelclip_pipelines.cluster_config import Cluster, default_workspace, image_of, read, shared_folder
 from pixelclip_pipelines.cluster_sections import seconds
 from pixelclip_pipelines.form import described
-from pixelclip_pipelines.parameters import check_batch, check_place, check_prediction, check_settings, of_form
+from pixelclip_pipelines.parameters import check_batch, check_place, check_prediction, check_scheduled, check_settings, of_form
 from pixelclip_pipelines.pixelclip import build
 
 ENDPOINTS = ("KFP_ENDPOINT", "KF_PIPELINES_ENDPOINT")
@@ -61,19 +61,26 @@ def submit(arguments: Mapping[str, Any], target: Target, name: str = "") -> str:
     return _start(_checked(arguments, cluster, target), cluster, arguments, target, name)
 
 
-def submit_prediction(arguments: Mapping[str, Any], target: Target, name: str = "") -> str:
-    """Start a run of `pixelclip-predict`; see `submit`.
+def submit_prediction(arguments: Mapping[str, Any], target: Target, name: str = "", cron: str = "", every: str = "") -> str:
+    """Start a run of `pixelclip-predict`, or with `cron` or `every` run it on a schedule; see `submit` and `schedule`.
 
     Args:
         arguments: see `predict.arguments`.
         target: KFP and how to compile for it; `nodes` is not used.
-        name: see `submit`.
+        name: see `submit`; a schedule needs one.
+        cron, every: see `schedule`.
     """
+    when = _when(cron, every) if cron or every else {}
+    if when and not name:
+        raise ValueError("--name: a schedule needs a name")
     cluster = read(target.cluster)
     arguments = _placed(arguments, cluster)
     pipeline = predict.build(cluster, image_of(cluster, target.image))
     check_prediction(arguments["classes"], arguments["workspace"], arguments["out"], shared_folder(cluster))
-    return _start(pipeline, cluster, arguments, target, name)
+    if not when:
+        return _start(pipeline, cluster, arguments, target, name)
+    check_scheduled(arguments["workspace"], arguments["out"])
+    return _schedule(pipeline, cluster, arguments, target, name, when)
 
 
 def _start(pipeline: BaseComponent, cluster: Cluster, arguments: Mapping[str, Any], target: Target, name: str) -> str:
@@ -97,12 +104,27 @@ def schedule(arguments: Mapping[str, Any], target: Target, name: str, cron: str 
     Raises:
         ValueError: see `submit`; not exactly one of `cron` and `every`, or an invalid one.
     """
-    if bool(cron) == bool(every):
-        raise ValueError("give exactly one of --cron and --every")
-    when = {"cron_expression": _six_fields(cron)} if cron else {"interval_second": _interval(every)}
+    when = _when(cron, every)
     cluster = read(target.cluster)
     arguments = _placed(arguments, cluster)
-    with _uploaded(_checked(arguments, cluster, target), cluster, arguments, target) as (client, page, options):
+    return _schedule(_checked(arguments, cluster, target), cluster, arguments, target, name, when)
+
+
+def _when(cron: str, every: str) -> dict[str, Any]:
+    if bool(cron) == bool(every):
+        raise ValueError("give exactly one of --cron and --every")
+    return {"cron_expression": _six_fields(cron)} if cron else {"interval_second": _interval(every)}
+
+
+def _schedule(
+    pipeline: BaseComponent,
+    cluster: Cluster,
+    arguments: Mapping[str, Any],
+    target: Target,
+    name: str,
+    when: Mapping[str, Any],
+) -> str:
+    with _uploaded(pipeline, cluster, arguments, target) as (client, page, options):
         for existing in _schedules(client, options["experiment_id"]):
             if existing.display_name == name:
                 raise ValueError(

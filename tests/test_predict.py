@@ -16,10 +16,11 @@ from pycocotools.coco import COCO
 from helpers import fake_data, s3_sources, tiny
 from helpers.command_line import pixelclip  # noqa: F401
 from pixelclip import api, predict
-from pixelclip.data.image_sources import check_output
-from pixelclip.data.shard_sources import RemoteFile
+from pixelclip.data import image_sources
+from pixelclip.data.image_sources import check_output, list_photos
 from pixelclip.inference.prediction_files import brush_rle
 from pixelclip.inference.predictor import Predictor
+from pixelclip.storage import cache
 from pixelclip.storage.s3 import UnreachableError
 
 NAMES = ["dog|puppy", "grass", "sky", "traffic light"]
@@ -118,6 +119,28 @@ def test_merged_parts_equal_a_run_without_parts(photos, model, tmp_path, count):
     assert content(tmp_path / "merged") == content(tmp_path / "whole")
 
 
+def test_a_part_reads_only_its_own_images_and_the_names_and_sizes_of_all(photos):
+    def inputs(part: str) -> dict[str, str]:
+        return {name: described["md5"] for name, described in list_photos(str(photos), part).inputs.items()}
+
+    first, second = inputs("1/2"), inputs("2/2")
+    assert first["images"] == second["images"] and first["part"] != second["part"]
+    last = photos / "b" / "0.jpg"
+    last.write_bytes(b"other..."[: last.stat().st_size])  # the same size
+    assert inputs("1/2") == first
+    assert inputs("2/2")["images"] == first["images"] and inputs("2/2")["part"] != second["part"]
+    last.write_bytes(b"longer than before")
+    assert inputs("1/2")["images"] != first["images"] and inputs("1/2")["part"] == first["part"]
+
+
+def test_parts_of_a_folder_that_changed_between_them_are_not_merged(photos, model, tmp_path):
+    run(photos, model, tmp_path / "parts" / "1", part="1/2", max_bad_share=0.4)
+    (photos / "c.jpg").write_bytes(image_bytes(30))
+    run(photos, model, tmp_path / "parts" / "2", part="2/2", max_bad_share=0.4)
+    with pytest.raises(ValueError, match="contains parts from different runs"):
+        api.merge(tmp_path / "parts", tmp_path / "merged")
+
+
 def test_missing_part_and_other_folders_are_not_merged(photos, model, tmp_path):
     run(photos, model, tmp_path / "parts" / "one", part="1/2")
     with pytest.raises(ValueError, match="but not 2/2"):
@@ -181,6 +204,7 @@ def test_bucket_gives_what_a_folder_gives(bucket, photos, model, tmp_path):
     run(photos, model, tmp_path / "local")
     run("s3://data/photos", model, tmp_path / "out")
     assert content(tmp_path / "out") == content(tmp_path / "local")
+    assert not [file for file in cache.root().rglob("*") if file.suffix in (".jpg", ".png")]
     run("s3://data/photos/a/0.png", model, tmp_path / "one")
     assert [*labels_of_coco(tmp_path / "one" / "predictions.json")] == ["0.png"]
     run(tmp_path / "shards", model, tmp_path / "of_shards")
@@ -195,14 +219,14 @@ def test_outage_of_the_store_is_no_bad_image_and_the_same_command_continues(buck
     s3_sources.put(bucket, photos, "photos")
     run(photos, model, tmp_path / "local")
     with monkeypatch.context() as outage:
-        download = RemoteFile.open
+        download = image_sources.download
 
-        def fail_once(self, mode="rb"):
-            if self.uri.endswith("/a/1.jpg"):
-                raise UnreachableError(f"{self.uri}: cannot be reached")
-            return download(self, mode)
+        def fail_once(uri, files):
+            if uri.endswith("/a/1.jpg"):
+                raise UnreachableError(f"{uri}: cannot be reached")
+            download(uri, files)
 
-        outage.setattr(RemoteFile, "open", fail_once)
+        outage.setattr(image_sources, "download", fail_once)
         with pytest.raises(ValueError, match="cannot be reached"):
             run("s3://data/photos", model, tmp_path / "out")
     run("s3://data/photos", model, tmp_path / "out")

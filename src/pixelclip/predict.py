@@ -51,16 +51,15 @@ def run(images: str, model: Path, out: Path, config: PredictConfig) -> Metrics:
     """
     names = check_names(config.classes)
     check_output(images, str(out))
-    photos = list_photos(images)
+    photos = list_photos(images, config.part)
     if config.label_studio and photos.in_shards:
         raise ValueError(f"{images}: Label Studio reads image files, not shards; leave out --label-studio")
-    chosen = photos.part(config.part)
-    stage = Stage("predict", out, {"images": photos.description, "model": describe(model)}, config)
+    stage = Stage("predict", out, {**photos.inputs, "model": describe(model)}, config)
     if stage.finished:
         return stage.reuse()
     with stage:
         predictor = load_predictor(model, config.device)
-        _predict(chosen, predictor, names, stage.folder, config)
+        _predict(photos, predictor, names, stage.folder, config)
         if photos.ignored:
             print(f"predict: {photos.ignored} files of {images} are neither images nor shards", flush=True)
         return _finish(stage, names, config, sorted((stage.folder / _CHUNKS).glob("*.jsonl")))

@@ -1,6 +1,7 @@
 """The pipeline `pixelclip-predict`: compiled, submitted, and run on this machine like `pixelclip predict`."""
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -42,9 +43,9 @@ def test_parts_share_one_model_and_are_merged(compiled):
     loop = next(name for name in tasks if name.startswith("for-loop"))
     assert {name: set(task.get("dependentTasks", [])) for name, task in tasks.items()} == {
         "fetch-model": set(),
-        "fetch-data": set(),
+        "fetch-data": {"fetch-model"},
         loop: {"fetch-model", "fetch-data"},
-        "merge": {loop},
+        "merge": {loop, "fetch-model"},
     }
     assert json.loads(tasks[loop]["parameterIterator"]["items"]["raw"]) == ["1/3", "2/3", "3/3"]
     assert tasks[loop]["iteratorPolicy"]["parallelismLimit"] == 2
@@ -74,9 +75,25 @@ def test_submit_sends_checked_parameters(kfp, run, tmp_path):
     assert set(sent) == set(version["pipeline_spec"]["documents"][0]["root"]["inputDefinitions"]["parameters"])
 
 
+def test_schedule_of_a_prediction_needs_a_place_for_each_run(kfp, run):
+    code, _, err = run("submit-predict", *REQUIRED, "--out", "s3://data/labels/", "--every", "1d", "--name", "nightly")
+    assert code == 2 and "needs its own place, such as s3://data/labels/{date}" in err and kfp.all("recurringruns") == []
+    words = ("--out", "s3://data/labels/{date}", "--name", "nightly", "--repo", "https://git.example/data.git")
+    assert run("submit-predict", *REQUIRED, *words, "--cron", "0 3 * * *")[0] == 0
+    (created,) = kfp.all("recurringruns")
+    assert (created["display_name"], created["trigger"]) == ("nightly", {"cron_schedule": {"cron": "0 0 3 * * *"}})
+    sent = created["runtime_config"]["parameters"]
+    assert (sent["out"], sent["repo"], sent["revision"]) == ("s3://data/labels/{date}", "https://git.example/data.git", "")
+    assert kfp.all("runs") == []
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        ((*REQUIRED, "--every", "1d"), "--name: a schedule needs a name"),
+        ((*REQUIRED, "--name", "x", "--every", "1d", "--cron", "0 3 * * *"), "give exactly one of --cron and --every"),
+        ((*REQUIRED, "--revision", "v1"), "--revision v1 needs --repo"),
+        ((*REQUIRED, "--repo", "https://a:secret@git.example/d"), "--repo https://git.example/d contains credentials"),
         (("--images", "", "--classes", CLASSES), "images must name a folder"),
         (("--images", "a", "--classes", "dog,,sky"), "blank class name at position 2"),
         (("--images", "a", "--classes", "no.txt"), "no.txt: cannot read class names"),
@@ -106,7 +123,10 @@ def test_first_step_checks_and_copies_the_model(model, tmp_path):
     with pytest.raises(ValueError, match="must be a folder on the volume"):
         fetch_model.python_func(str(model), CLASSES, artifact, workspace="/labels", volume="/workspace")
     assert not (tmp_path / "model").exists()
-    fetch_model.python_func(str(model), CLASSES, artifact)
+    before = datetime.now(UTC).replace(microsecond=0)
+    places = fetch_model.python_func(str(model), CLASSES, artifact, out="s3://data/{date}/labels")
+    started = datetime.strptime(places[0], "s3://data/%Y-%m-%dT%H-%M-%S/labels").replace(tzinfo=UTC)
+    assert before <= started <= datetime.now(UTC) and places[1] == ""
     expected = json.loads((model / "provenance.json").read_text())["output"]["md5"]
     assert artifact.metadata == {"name": str(model), "md5": expected}
     copied = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}

@@ -198,6 +198,8 @@ def test_version_of_fetched_data_depends_on_their_content(repository, tmp_path):
     assert one.startswith("a md5 ") and one != two
     assert two == three, "another commit with the same data has the same version"
     assert versions(str(tmp_path / "space")) == [one, two, three]
+    default = fetched(artifact(tmp_path / "default" / "data"), str(repository), "a", "", {}, "")
+    assert default == two, "without a revision the default branch is read"
 
 
 # Cache key of the CLIP evaluation.

@@ -478,6 +478,31 @@ def test_logged_model_of_an_outage_is_replaced_by_the_next_attempt(client, monke
     assert (logged.status, [metric.value for metric in logged.metrics]) == (LoggedModelStatus.READY, [30.0])
 
 
+def test_unfinished_logged_model_of_a_training_that_ended_in_an_outage_is_deleted(client, monkeypatch, tmp_path):
+    best, model = tmp_path / "best", tmp_path / "model"
+    best.mkdir()
+    (best / "weights").write_text("w")
+    run = start(model)
+    run.model(best, "train/miou_set", 30.0, 5)
+
+    def fails(self, *words):
+        raise MlflowException("down", TEMPORARILY_UNAVAILABLE)
+
+    def models() -> list[LoggedModelStatus]:
+        found = client.search_logged_models([experiment_id(client)], f"source_run_id = '{run.run_id}'")
+        return [each.status for each in found]
+
+    with monkeypatch.context() as outage:
+        outage.setattr(MlflowClient, "log_model_artifacts", fails)
+        outage.setattr("pixelclip.tracking.run._CLOSE_SECONDS", 0)
+        assert not run.finish()
+    assert models() == [LoggedModelStatus.PENDING]
+    stage = tmp_path / "evaluation"
+    stage.mkdir()
+    Run.attach(model, stage, PROVENANCE).finish()
+    assert models() == [] and client.get_run(run.run_id).info.status == "FINISHED"
+
+
 @pytest.mark.parametrize("pages", ["", "https://mlflow.example"])
 def test_start_prints_the_url_of_the_run(client, monkeypatch, tmp_path, capsys, pages):
     monkeypatch.setenv("PIXELCLIP_MLFLOW_UI", pages)

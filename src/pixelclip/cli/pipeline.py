@@ -193,14 +193,18 @@ def pipeline_compile_predict(out: YamlOut = Path("pixelclip-predict.yaml"), clus
 
 @pipeline.command("submit-predict")
 def pipeline_submit_predict(
-    images: Annotated[str, typer.Option(help="Images or shards on the cluster: folder or s3://.")],
+    images: Annotated[str, typer.Option(help="Images or shards on the cluster: path in --repo, folder or s3://.")],
     classes: Annotated[
         str, typer.Option(help='"dog|puppy,grass,sky" (bar between synonyms), or a .txt file, one class per line.')
     ],
     model: Annotated[
         str, typer.Option(help="models:/NAME@ALIAS, models:/NAME/VERSION, or a model folder on the cluster or s3://.")
     ] = "models:/pixelclip@champion",
-    out: Annotated[str, typer.Option(help="s3://bucket/folder; default: in --workspace, or KFP's artifact store.")] = "",
+    out: Annotated[
+        str, typer.Option(help="s3://bucket/folder, {date} is replaced; default: in --workspace, or KFP's artifact store.")
+    ] = "",
+    repo: Annotated[str, typer.Option(help="DVC repository with --images; default: none, they are a folder or s3://.")] = "",
+    revision: Revision = "",
     quality: Annotated[Quality, typer.Option(help="fast (one view) or best (refined, several times slower).")] = "fast",
     overlays: Annotated[bool, typer.Option(help="Also write the images in the colours of their classes.")] = True,
     label_studio: Annotated[bool, typer.Option("--label-studio", help="Also write tasks for Label Studio.")] = False,
@@ -208,7 +212,9 @@ def pipeline_submit_predict(
         float, typer.Option(help="Maximum fraction of unreadable images.", min=0, max=1)
     ] = PredictConfig.model_fields["max_bad_share"].default,
     workspace: Workspace = "",
-    name: Annotated[str, typer.Option(help="Name of the run; default: name of the pipeline and the time.")] = "",
+    name: Annotated[str, typer.Option(help="Name of the run or schedule; default: name of the pipeline and the time.")] = "",
+    cron: Annotated[str, typer.Option(help="Run on a schedule, as in schedule create; --out needs {date}.")] = "",
+    every: Annotated[str, typer.Option(help="Or an interval: 30m, 6h, 1d.")] = "",
     cluster: Cluster = None,
     image: Image = "",
     endpoint: Endpoint = "",
@@ -218,7 +224,8 @@ def pipeline_submit_predict(
     from pixelclip_pipelines.submit import Target, submit_prediction
 
     settings = {"quality": quality, "overlays": overlays, "label_studio": label_studio, "max_bad_share": max_bad_share}
-    submit_prediction(arguments(images, classes, model, out, workspace, **settings), Target(endpoint, cluster, 1, image), name)
+    checked = arguments(images, classes, model, out, workspace, repo, revision, **settings)
+    submit_prediction(checked, Target(endpoint, cluster, 1, image), name, cron, every)
 
 
 @schedule_group.command("create")

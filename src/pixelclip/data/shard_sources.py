@@ -165,7 +165,7 @@ def _complete_parts(source: Path | str, provenances: Iterable[Shard]) -> dict[st
     for name, provenance in made.items():
         settings = dict(provenance["settings"])
         if part := str(settings.pop("part", "")):
-            inputs = {key: described["md5"] for key, described in provenance["inputs"].items()}
+            inputs = {key: described["md5"] for key, described in provenance["inputs"].items() if key != "part"}
             runs.setdefault(json.dumps([settings, inputs, part.partition("/")[2]], sort_keys=True), name)
             folder_of[part] = name
     if len(runs) > 1:

@@ -20,6 +20,11 @@ def run_page(address: str, run_id: str, experiment_id: str) -> str:
     return for_training(f"{address}/#/{experiment}runs/{run_id}")
 
 
+def experiment_page(address: str, experiment_id: str) -> str:
+    """Return the URL of an experiment's page."""
+    return for_training(f"{address}/#/experiments/{experiment_id}")
+
+
 def version_page(address: str, name: str, version: int) -> str:
     """Return the URL of the page of a registered model's version."""
     return for_training(f"{address}/#/models/{name}/versions/{version}")

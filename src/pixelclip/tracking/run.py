@@ -48,6 +48,7 @@ PARENT_RUN = "PIXELCLIP_PARENT_RUN"
 """Environment variable with the ID of the parent of new MLflow runs."""
 LINEAGE = "lineage.json"
 """Artifact of a run: the provenance of its training and of all earlier stages."""
+_STEP = "step"  # tag of a model of `Run.model`
 _PARAMS_PER_REQUEST = 90  # MLflow accepts 100
 _CLOSE_SECONDS = 30.0
 _KILL_SECONDS = 5
@@ -130,6 +131,7 @@ class Run:
                 run.datasets(provenance, "training")
                 run._explain(provenance)
                 run.finish()
+                run._delete_unfinished_models()
         return run_id
 
     @classmethod
@@ -204,16 +206,21 @@ class Run:
         self.journal.requests.append(partial(self._log_model, folder, metric, value, step))
 
     def _log_model(self, folder: Path, metric: str, value: float, step: int) -> None:
-        experiment = self.client.get_run(self.run_id).info.experiment_id
-        for model in self.client.search_logged_models([experiment], f"source_run_id = '{self.run_id}'"):
-            if model.name == folder.name and model.status == LoggedModelStatus.PENDING:  # left by an outage or a kill
-                self.client.delete_logged_model(model.model_id)
-        tags = {"step": str(step)}
+        experiment = self._delete_unfinished_models()
+        tags = {_STEP: str(step)}
         model = self.client.create_logged_model(experiment, name=folder.name, source_run_id=self.run_id, tags=tags)
         with transfer():
             self.client.log_model_artifacts(model.model_id, str(folder))
         self.client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
         self.client.log_metric(self.run_id, metric, value, step=step, model_id=model.model_id)
+
+    def _delete_unfinished_models(self) -> str:
+        """Delete the models of `model` whose upload an outage or a kill has ended; return the ID of the experiment."""
+        experiment = self.client.get_run(self.run_id).info.experiment_id
+        for model in self.client.search_logged_models([experiment], f"source_run_id = '{self.run_id}'"):
+            if _STEP in model.tags and model.status == LoggedModelStatus.PENDING:
+                self.client.delete_logged_model(model.model_id)
+        return str(experiment)
 
     def note(self, text: str) -> None:
         """Set the description of the runs, in Markdown, at the next delivery."""
