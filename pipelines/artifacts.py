@@ -13,6 +13,8 @@ from pixelclip.workflow.stage import METRICS, PROVENANCE
 
 LOCATION = "location"
 """Metadata key with the path or prefix of the content, if it is not stored at the artifact's own path."""
+RUN = "{run}"
+"""In the workspace and output of a prediction: the ID of the pipeline run."""
 PACKED = ".packed"
 """Subfolder of a packed artifact with its files in tars."""
 _MANY = 100  # files; folders of fewer files are not packed
@@ -32,7 +34,7 @@ def place(artifact: Any, workspace: str, stage: str) -> Path:
     """
     if not workspace:
         return Path(artifact.path)
-    folder = writable(workspace) / stage
+    folder = writable(of_run(workspace)) / stage
     point(artifact, str(folder))
     return folder
 
@@ -41,8 +43,23 @@ def place_in(out: str, artifact: Any, workspace: str, stage: str) -> str:
     """Return the output of a component: the s3:// prefix `out`, to which the artifact then points, or as `place` does."""
     if not out:
         return str(place(artifact, workspace, stage))
-    point(artifact, out)
+    point(artifact, out := of_run(out))
     return out
+
+
+def of_run(place: str) -> str:
+    """Replace `{run}` in a place by the ID of the pipeline run.
+
+    Raises:
+        ValueError: the ID is unknown, outside of a cluster.
+    """
+    if RUN not in place:
+        return place
+    from pixelclip.tracking.run import PIPELINE_RUN  # imports MLflow
+
+    if not (run := os.environ.get(PIPELINE_RUN)):
+        raise ValueError(f"{place}: {RUN} is the ID of a pipeline run, but {PIPELINE_RUN} is not set")
+    return place.replace(RUN, run)
 
 
 def writable(workspace: str) -> Path:

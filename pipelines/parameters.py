@@ -7,7 +7,6 @@ import json
 import shlex
 import tempfile
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,9 @@ from pixelclip.settings import load, load_all, nearest, parse_overrides
 from pixelclip.storage.files import parse_json
 from pixelclip.storage.s3 import is_s3
 from pixelclip.storage.urls import has_secret, public_url
+from pixelclip_pipelines.artifacts import RUN
 from pixelclip_pipelines.cluster_sections import RUN_VOLUME
 
-DATE = "{date}"
-"""In the places of a prediction: the time at which a run starts."""
 SETTING_OF = {
     "masks_generator": "masks.generator",
     "train_clip": "train.clip",
@@ -162,17 +160,11 @@ def check_scheduled(workspace: str, out: str) -> None:
     """Check that the runs of a scheduled prediction write to different places: a finished result is never overwritten.
 
     Raises:
-        ValueError: `workspace` or `out` has no `{date}`.
+        ValueError: `workspace` or `out` has no `{run}`.
     """
-    for name, place, example in (("workspace", workspace, f"{workspace}/{DATE}"), ("out", out, f"{out.rstrip('/')}/{DATE}")):
-        if place and DATE not in place and not (name == "workspace" and Path(place).is_relative_to(RUN_VOLUME)):
-            raise ValueError(f"{name} {place}: each run of a schedule needs its own place, such as {example}")
-
-
-def dated(*places: str) -> tuple[str, ...]:
-    """Replace `{date}` in places by the time in UTC, 2026-11-29T03-00-00."""
-    now = datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%S")
-    return tuple(place.replace(DATE, now) for place in places)
+    for name, place in (("workspace", workspace), ("out", out)):
+        if place and RUN not in place and not (name == "workspace" and Path(place).is_relative_to(RUN_VOLUME)):
+            raise ValueError(f"{name} {place}: each run of a schedule needs its own place, such as {place.rstrip('/')}/{RUN}")
 
 
 def check_batch(train: TrainConfig, nodes: int, gpus: int) -> None:

@@ -14,7 +14,7 @@ from pixelclip_components.fetch_model.component import fetch_model
 from pixelclip_components.merge.component import merge
 from pixelclip_components.predict.component import predict
 from pixelclip_pipelines.cluster_config import Cluster, default_workspace, shared_folder
-from pixelclip_pipelines.cluster_tasks import place_on, run_config
+from pixelclip_pipelines.cluster_tasks import place_on, run_config, set_run_id
 from pixelclip_pipelines.form import label
 
 _DEFAULTS = {name: field.default for name, field in PredictConfig.model_fields.items()}
@@ -30,7 +30,7 @@ def build(cluster: Cluster | None = None, image: str = IMAGE) -> dsl.base_compon
     parts, parallel = (cluster.parts, cluster.parallel) if cluster else (1, 0)
 
     def on(step: str, title: str, task: dsl.PipelineTask) -> dsl.PipelineTask:
-        return place_on(task.set_display_name(title), cluster, step, image) if cluster else task
+        return set_run_id(place_on(task.set_display_name(title), cluster, step, image)) if cluster else task
 
     def pixelclip_predict(
         images: str,
@@ -54,7 +54,7 @@ def build(cluster: Cluster | None = None, image: str = IMAGE) -> dsl.base_compon
             revision: Branch, tag or commit of `repo`; if empty, the default branch.
             model: models:/NAME@ALIAS, models:/NAME/VERSION, or a model folder on a mounted volume or s3:// prefix.
             out: s3:// prefix for the merged predictions; if empty, the folder `predictions` of `workspace`, or the run's own
-                artifact store. {date} in it or in `workspace` is replaced by the time at which the run starts.
+                artifact store. {run} in it or in `workspace` is replaced by the ID of the run.
             quality: fast (one view, as in the paper) or best (windows, about ten times slower).
             overlays: Also write every image blended with the colours of its classes.
             label_studio: Also write tasks for Label Studio; for images, not shards.
@@ -65,17 +65,16 @@ def build(cluster: Cluster | None = None, image: str = IMAGE) -> dsl.base_compon
         place = {"volume": shared_folder(cluster)} if cluster else {}
         checked = fetch_model(name=model, classes=classes, workspace=workspace, out=out, **place)
         fetched = on("fetch_model", "Check parameters, fetch model", checked)
-        own_out, own_workspace = fetched.outputs["out_of_run"], fetched.outputs["workspace_of_run"]
-        data = {"repo": repo, "revision": revision, "settings": {}, "workspace": own_workspace}
+        data = {"repo": repo, "revision": revision, "settings": {}, "workspace": workspace}
         pictures = on("fetch_data", "Find images", fetch_data(path=images, **data))
         settings = {"classes": classes, "quality": quality, "overlays": overlays, "label_studio": label_studio}
         settings |= {"max_bad_share": max_bad_share}
         inputs = {"images": pictures.outputs["data"], "model": fetched.outputs["model"]}
         numbers = [f"{number}/{parts}" for number in range(1, parts + 1)]
         with dsl.ParallelFor(numbers, name="Parts", parallelism=parallel or None) as part:
-            one = on("predict", "Predict", predict(part=part, workspace=own_workspace, **inputs, **settings))
+            one = on("predict", "Predict", predict(part=part, workspace=workspace, **inputs, **settings))
         collected = dsl.Collected(one.outputs["predictions"])
-        on("merge", "Merge parts", merge(parts=collected, out=own_out, workspace=own_workspace))
+        on("merge", "Merge parts", merge(parts=collected, out=out, workspace=workspace))
 
     described = {
         "description": "Segment many images into classes, with a registered model.",

@@ -102,9 +102,9 @@ def test_components_of_a_prediction_take_the_options_of_the_commands():
     assert inputs["predict"] == options["predict"] - {"photos", "out", "device"} | {"images", "workspace"}
     assert inputs["merge"] == options["merge"] | {"workspace"}
     given = set(build().component_spec.inputs)
-    assert given == inputs["predict"] - {"part"} | {"out"}
+    assert given == inputs["predict"] - {"part"} | {"out", "repo", "revision"}
     submit = typer.main.get_command(pipeline).commands["submit-predict"]
-    assert {parameter.name for parameter in submit.params} == given | {"name", "cluster", "image", "endpoint"}
+    assert {parameter.name for parameter in submit.params} == given | {"name", "cron", "every", "cluster", "image", "endpoint"}
     defaults = {name: each.default for name, each in build().component_spec.inputs.items() if each.default is not None}
     assert {parameter.name: parameter.default for parameter in submit.params if parameter.name in defaults} == defaults
 

@@ -1,7 +1,5 @@
 """KFP component that fetches a model."""
 
-from typing import NamedTuple
-
 from kfp import dsl
 
 from pixelclip_components import IMAGE
@@ -15,11 +13,10 @@ def fetch_model(
     workspace: str = "",
     out: str = "",
     volume: str = "/",
-) -> NamedTuple("Places", [("out_of_run", str), ("workspace_of_run", str)]):
+):
     """Check the parameters of a prediction, and copy its model, so that all parts use the same version."""
-    from pixelclip_pipelines.parameters import check_prediction, dated
+    from pixelclip_pipelines.parameters import check_prediction
     from pixelclip_pipelines.steps import fetched_model
 
     check_prediction(classes, workspace, out, volume)
     fetched_model(model, name)
-    return dated(out, workspace)

@@ -1,7 +1,6 @@
 """The pipeline `pixelclip-predict`: compiled, submitted, and run on this machine like `pixelclip predict`."""
 
 import json
-from datetime import UTC, datetime
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +16,7 @@ from pixelclip import api
 from pixelclip_components.fetch_model.component import fetch_model
 from pixelclip_components.merge.component import merge
 from pixelclip_components.predict.component import predict
-from pixelclip_pipelines.artifacts import PACKED, located
+from pixelclip_pipelines.artifacts import PACKED, located, place, place_in
 from pixelclip_pipelines.cluster_config import Cluster
 from pixelclip_pipelines.cluster_sections import Volume
 from pixelclip_pipelines.predict import arguments, build
@@ -43,9 +42,9 @@ def test_parts_share_one_model_and_are_merged(compiled):
     loop = next(name for name in tasks if name.startswith("for-loop"))
     assert {name: set(task.get("dependentTasks", [])) for name, task in tasks.items()} == {
         "fetch-model": set(),
-        "fetch-data": {"fetch-model"},
+        "fetch-data": set(),
         loop: {"fetch-model", "fetch-data"},
-        "merge": {loop, "fetch-model"},
+        "merge": {loop},
     }
     assert json.loads(tasks[loop]["parameterIterator"]["items"]["raw"]) == ["1/3", "2/3", "3/3"]
     assert tasks[loop]["iteratorPolicy"]["parallelismLimit"] == 2
@@ -53,6 +52,7 @@ def test_parts_share_one_model_and_are_merged(compiled):
     assert resources["accelerator"]["resourceCount"] == "1"
     pods = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
     assert all(pod["pvcMount"][0]["mountPath"] == "/workspace" for pod in pods.values()) and "exec-merge" in pods
+    assert all("PIXELCLIP_PIPELINE_RUN" in [each["name"] for each in pod["fieldPathAsEnv"]] for pod in pods.values())
 
 
 def test_parameters_are_described(compiled):
@@ -77,13 +77,13 @@ def test_submit_sends_checked_parameters(kfp, run, tmp_path):
 
 def test_schedule_of_a_prediction_needs_a_place_for_each_run(kfp, run):
     code, _, err = run("submit-predict", *REQUIRED, "--out", "s3://data/labels/", "--every", "1d", "--name", "nightly")
-    assert code == 2 and "needs its own place, such as s3://data/labels/{date}" in err and kfp.all("recurringruns") == []
-    words = ("--out", "s3://data/labels/{date}", "--name", "nightly", "--repo", "https://git.example/data.git")
+    assert code == 2 and "needs its own place, such as s3://data/labels/{run}" in err and kfp.all("recurringruns") == []
+    words = ("--out", "s3://data/labels/{run}", "--name", "nightly", "--repo", "https://git.example/data.git")
     assert run("submit-predict", *REQUIRED, *words, "--cron", "0 3 * * *")[0] == 0
     (created,) = kfp.all("recurringruns")
     assert (created["display_name"], created["trigger"]) == ("nightly", {"cron_schedule": {"cron": "0 0 3 * * *"}})
     sent = created["runtime_config"]["parameters"]
-    assert (sent["out"], sent["repo"], sent["revision"]) == ("s3://data/labels/{date}", "https://git.example/data.git", "")
+    assert (sent["out"], sent["repo"], sent["revision"]) == ("s3://data/labels/{run}", "https://git.example/data.git", "")
     assert kfp.all("runs") == []
 
 
@@ -123,15 +123,24 @@ def test_first_step_checks_and_copies_the_model(model, tmp_path):
     with pytest.raises(ValueError, match="must be a folder on the volume"):
         fetch_model.python_func(str(model), CLASSES, artifact, workspace="/labels", volume="/workspace")
     assert not (tmp_path / "model").exists()
-    before = datetime.now(UTC).replace(microsecond=0)
-    places = fetch_model.python_func(str(model), CLASSES, artifact, out="s3://data/{date}/labels")
-    started = datetime.strptime(places[0], "s3://data/%Y-%m-%dT%H-%M-%S/labels").replace(tzinfo=UTC)
-    assert before <= started <= datetime.now(UTC) and places[1] == ""
+    fetch_model.python_func(str(model), CLASSES, artifact)
     expected = json.loads((model / "provenance.json").read_text())["output"]["md5"]
     assert artifact.metadata == {"name": str(model), "md5": expected}
     copied = {path.name: path.read_bytes() for path in (tmp_path / "model").iterdir()}
     assert copied == {path.name: path.read_bytes() for path in model.iterdir()}
     assert located(artifact) == tmp_path / "model"
+
+
+def test_places_of_a_run_contain_its_id(tmp_path, monkeypatch):
+    artifact = SimpleNamespace(path=str(tmp_path / "artifact"), metadata={})
+    monkeypatch.delenv("PIXELCLIP_PIPELINE_RUN", raising=False)
+    with pytest.raises(ValueError, match=r"\{run\} is the ID of a pipeline run, but PIXELCLIP_PIPELINE_RUN is not set"):
+        place_in("s3://data/{run}/labels", artifact, "", "predictions")
+    monkeypatch.setenv("PIXELCLIP_PIPELINE_RUN", "run-1")
+    assert place_in("s3://data/{run}/labels", artifact, "", "predictions") == "s3://data/run-1/labels"
+    assert artifact.metadata["location"] == "s3://data/run-1/labels"
+    assert place(artifact, str(tmp_path / "{run}"), "predict") == tmp_path / "run-1" / "predict"
+    assert artifact.metadata["location"] == str(tmp_path / "run-1" / "predict")
 
 
 def content(folder: Path) -> dict[str, bytes]:

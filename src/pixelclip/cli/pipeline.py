@@ -201,7 +201,7 @@ def pipeline_submit_predict(
         str, typer.Option(help="models:/NAME@ALIAS, models:/NAME/VERSION, or a model folder on the cluster or s3://.")
     ] = "models:/pixelclip@champion",
     out: Annotated[
-        str, typer.Option(help="s3://bucket/folder, {date} is replaced; default: in --workspace, or KFP's artifact store.")
+        str, typer.Option(help="s3://bucket/folder, {run} is replaced; default: in --workspace, or KFP's artifact store.")
     ] = "",
     repo: Annotated[str, typer.Option(help="DVC repository with --images; default: none, they are a folder or s3://.")] = "",
     revision: Revision = "",
@@ -213,7 +213,7 @@ def pipeline_submit_predict(
     ] = PredictConfig.model_fields["max_bad_share"].default,
     workspace: Workspace = "",
     name: Annotated[str, typer.Option(help="Name of the run or schedule; default: name of the pipeline and the time.")] = "",
-    cron: Annotated[str, typer.Option(help="Run on a schedule, as in schedule create; --out needs {date}.")] = "",
+    cron: Annotated[str, typer.Option(help="Run on a schedule, as in schedule create; --out and --workspace need {run}.")] = "",
     every: Annotated[str, typer.Option(help="Or an interval: 30m, 6h, 1d.")] = "",
     cluster: Cluster = None,
     image: Image = "",
