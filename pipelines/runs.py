@@ -53,7 +53,7 @@ def status(target: Target, run_id: str, now: datetime | None = None) -> Status:
         ValueError: no such run; KFP is unreachable or rejects the request.
     """
     with connected(target) as (client, cluster, page):
-        run = _Run(client, run_id)
+        run = KfpRun(client, run_id)
         now = now or datetime.now(UTC)
         namespace = cluster.namespace or "kubeflow"
         lines = [_line(step, run, now, lambda pod: waiting_reason(namespace, pod)) for step in run.steps]
@@ -101,7 +101,7 @@ def logs(target: Target, run_id: str, step: str) -> Iterator[str]:
     """
     wanted = step.replace("-", "_")
     with connected(target) as (client, _, _):
-        run = _Run(client, run_id)
+        run = KfpRun(client, run_id)
         chosen = [each for each in run.steps if wanted in (each.name, each.name.partition("/")[0])]
         if not chosen:
             known = ", ".join(each.name for each in run.steps) or "none yet"
@@ -126,13 +126,13 @@ def cancel(target: Target, run_id: str) -> None:
         ValueError: no such run, or it has ended; KFP is unreachable or rejects the request.
     """
     with connected(target) as (client, _, _):
-        state = _Run(client, run_id).answer.get("state")
+        state = KfpRun(client, run_id).answer.get("state")
         if state in EXIT_CODES:
             raise ValueError(f"run {run_id} has already ended: {state}")
         client.terminate_run(run_id)
 
 
-class _Run:
+class KfpRun:
     """KFP's answer about a run, its steps, and their logs."""
 
     def __init__(self, client: kfp.Client, run_id: str) -> None:
@@ -203,7 +203,7 @@ def _both(spec: Mapping[str, Any]) -> Mapping[str, Any]:
     return spec if "pipeline_spec" in spec else {"pipeline_spec": spec}
 
 
-def _line(step: Step, run: _Run, now: datetime, pod_waits: Callable[[str], str]) -> str:
+def _line(step: Step, run: KfpRun, now: datetime, pod_waits: Callable[[str], str]) -> str:
     state, note = step.state, ""
     last = step.attempts[-1] if step.attempts else None
     if state == "FAILED":
@@ -224,7 +224,7 @@ def _line(step: Step, run: _Run, now: datetime, pod_waits: Callable[[str], str])
     return f"{_columns(state, step.start if ran else None, step.end if ended else now)}{step.name}{attempts}{note}"
 
 
-def _why(step: Step, run: _Run) -> str:
+def _why(step: Step, run: KfpRun) -> str:
     """Return why a step failed: KFP has no message, so the log of its last attempt must tell."""
     if step.failed_driver or not step.attempts:
         return "terminated" if run.terminated else "KFP could not start it (its driver failed)"

@@ -125,7 +125,7 @@ def _schedule(
     when: Mapping[str, Any],
 ) -> str:
     with _uploaded(pipeline, cluster, arguments, target) as (client, page, options):
-        for existing in _schedules(client, options["experiment_id"]):
+        for existing in all_schedules(client, options["experiment_id"]):
             if existing.display_name == name:
                 raise ValueError(
                     f"a schedule named {name!r} already exists ({existing.recurring_run_id}); delete it or choose another name"
@@ -142,14 +142,9 @@ def schedules(target: Target) -> list[str]:
         ValueError: KFP is unreachable or rejects the request.
     """
     with connected(target) as (client, cluster, _):
-        try:
-            experiment = client.get_experiment(experiment_name=cluster.experiment, namespace=cluster.namespace or None)
-        except ValueError as error:
-            if not str(error).startswith("No experiment is found"):
-                raise
-            return []
+        experiment = find_experiment(client, cluster)
         lines = []
-        for each in _schedules(client, experiment.experiment_id):
+        for each in all_schedules(client, experiment) if experiment else ():
             cron, periodic = each.trigger.cron_schedule, each.trigger.periodic_schedule
             when = f"cron {cron.cron}" if cron else f"every {periodic.interval_second} s"
             lines.append(f"{each.recurring_run_id}  {each.status or each.mode or '':<8} {when:<24} {each.display_name}")
@@ -200,12 +195,17 @@ def _uploaded(
         yield client, page, options
 
 
+def endpoint_of(target: Target, cluster: Cluster) -> str:
+    """Return KFP's URL; empty if nothing sets it."""
+    from_environment = next((os.environ[name] for name in ENDPOINTS if os.environ.get(name)), "")
+    return (target.endpoint or from_environment or cluster.endpoint).rstrip("/")
+
+
 @contextlib.contextmanager
 def connected(target: Target) -> Iterator[tuple[kfp.Client, Cluster, str]]:
     """Yield a connected client, the cluster's settings and the URL of KFP's pages."""
     cluster = read(target.cluster)
-    from_environment = next((os.environ[name] for name in ENDPOINTS if os.environ.get(name)), "")
-    endpoint = (target.endpoint or from_environment or cluster.endpoint).rstrip("/")
+    endpoint = endpoint_of(target, cluster)
     if not endpoint:
         raise ValueError(f"KFP's URL is missing: set --endpoint, {' or '.join(ENDPOINTS)}, or endpoint in cluster.yaml")
     if not endpoint.startswith(("http://", "https://")):
@@ -269,7 +269,18 @@ def _named(name: str) -> str:
     return json.dumps({"predicates": [{"operation": "EQUALS", "key": "display_name", "stringValue": name}]})
 
 
-def _schedules(client: kfp.Client, experiment: str) -> list[Any]:
+def find_experiment(client: kfp.Client, cluster: Cluster) -> str:
+    """Return the ID of the cluster's experiment; empty if there is none yet."""
+    try:
+        return str(client.get_experiment(experiment_name=cluster.experiment, namespace=cluster.namespace or None).experiment_id)
+    except ValueError as error:
+        if not str(error).startswith("No experiment is found"):
+            raise
+        return ""
+
+
+def all_schedules(client: kfp.Client, experiment: str) -> list[Any]:
+    """Return the schedules of an experiment."""
     found: list[Any] = []
     token = ""
     while True:

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from pixelclip import __version__, api
+from pixelclip.cli.gc import gc
 from pixelclip.cli.help import Group
 from pixelclip.cli.page import app as page
 from pixelclip.cli.pipeline import Params, Sweep, pipeline, reject_s3
@@ -219,6 +220,7 @@ def reproduce(
 
 app.command()(predict)
 app.command()(merge)
+app.command()(gc)
 
 
 @app.command("import")

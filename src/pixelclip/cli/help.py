@@ -24,6 +24,7 @@ EXAMPLES = {
     "sweep": "pixelclip sweep sweeps/paper.yaml --masks work/masks --labelled runs/demo/toy/toy --out work/sweep",
     "settings": "pixelclip settings",
     "doctor": "pixelclip doctor --s3 s3://bucket/images",
+    "gc": "pixelclip gc runs --older-than 30d --keep 20",
     "toy-clip": "pixelclip toy-clip --out work/toy_clip",
     "pipeline submit": "pixelclip pipeline submit --repo https://git.example/data.git --images images --labelled labelled",
     "pipeline status": "pixelclip pipeline status RUN_ID --watch",

@@ -12,9 +12,13 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
+from pixelclip.storage.files import remove_folder
 from pixelclip.storage.urls import public_url
 
+OUT = "out"
+"""Name of the folder beside the versions of a URI in which a stage works whose output is this URI."""
 _URI = "uri"
 _UNFINISHED = re.compile(r"\.partial(\.[0-9a-fA-F]{8})?$")  # s3transfer appends eight digits
 
@@ -87,18 +91,45 @@ def trim(kept: Path) -> None:
         bound = 0.0
     if not bound > 0:
         raise ValueError(f"PIXELCLIP_CACHE_GB {text!r}: must be a positive number")
-    copies = []
-    for version in root().glob("*/*/"):
-        with suppress(OSError):  # another process trims too
-            if not any(_UNFINISHED.search(entry.name) for entry in version.iterdir()):
-                copies.append((version.stat().st_mtime, version, _size(version)))
-    total = sum(size for _, _, size in copies)
-    for _, version, size in sorted(copies, key=lambda entry: entry[0]):
+    listed = [copy for copy in copies() if not copy.unfinished]
+    total = sum(copy.size for copy in listed)
+    for copy in sorted(listed, key=lambda copy: copy.used):
         if total <= bound:
             return
-        if version != kept.parent:
-            shutil.rmtree(version, ignore_errors=True)
-            total -= size
+        if copy.folder != kept.parent:
+            shutil.rmtree(copy.folder, ignore_errors=True)
+            total -= copy.size
+
+
+class Copy(NamedTuple):
+    """One version of a URI: its folder, the time of its last use, bytes, and whether its download is incomplete."""
+
+    folder: Path
+    used: float
+    size: int
+    unfinished: bool
+
+
+def copies() -> Iterator[Copy]:
+    """Yield all versions of all URIs."""
+    for version in root().glob("*/*/"):
+        with suppress(OSError):  # another process trims too
+            unfinished = any(_UNFINISHED.search(entry.name) for entry in version.iterdir())
+            yield Copy(version, version.stat().st_mtime, _size(version), unfinished)
+
+
+def remove(copy: Copy) -> None:
+    """Remove a version unless a process downloads its URI.
+
+    Raises:
+        ValueError: a process does.
+    """
+    with (copy.folder.parent / "lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError("running: a process is downloading it") from None
+        remove_folder(copy.folder)
 
 
 def _size(folder: Path) -> int:

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import re
+import shutil
 import tempfile
 import uuid
 from collections.abc import Iterable
@@ -16,6 +18,8 @@ from pydantic import TypeAdapter, ValidationError
 from pixelclip.settings import cut, nearest
 
 _MOST_NAMES = 10_000  # of a folder that are compared with a mistyped one
+TRASH = re.compile(r"\.deleted\.[0-9a-f]{8}")
+"""Name of a folder that `remove_folder` has not removed completely."""
 _IGNORED = {".DS_Store", "Thumbs.db"}
 
 
@@ -31,6 +35,13 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder, which is renamed to `TRASH` first: an interruption leaves all of it, or a rest that `TRASH` matches."""
+    if not TRASH.fullmatch(path.name):
+        path = path.rename(path.with_name(f".deleted.{uuid.uuid4().hex[:8]}"))
+    shutil.rmtree(path)
 
 
 def check_writable(file: Path) -> None:

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ class Listed:
     etag: str
     size: int
     md5: str = ""  # of the content, if known
+    modified: float = field(default=0.0, compare=False)  # seconds since the epoch, in listings
 
 
 def is_s3(uri: object) -> bool:
@@ -144,7 +145,21 @@ def list_below(uri: str) -> list[Listed]:
     with connected(uri) as client:
         pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
         entries = [entry for page in pages for entry in page.get("Contents", []) if not entry["Key"].endswith("/")]
-    return [Listed(f"s3://{bucket}/{entry['Key']}", entry["ETag"].strip('"'), entry["Size"]) for entry in entries]
+    return [
+        Listed(f"s3://{bucket}/{entry['Key']}", entry["ETag"].strip('"'), entry["Size"], "", entry["LastModified"].timestamp())
+        for entry in entries
+    ]
+
+
+def delete_below(uri: str) -> None:
+    """Delete all objects below the prefix `s3://bucket/folder`, one by one, which every store supports."""
+    bucket, key = split(uri)
+    if not key.strip("/"):
+        raise ValueError(f"{uri}: expected s3://bucket/folder, not a whole bucket")
+    with connected(uri) as client:
+        pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=f"{key.rstrip('/')}/")
+        for entry in [entry for page in pages for entry in page.get("Contents", [])]:
+            client.delete_object(Bucket=bucket, Key=entry["Key"])
 
 
 def check_exists(uri: str) -> None:

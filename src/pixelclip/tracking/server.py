@@ -14,6 +14,7 @@ from pathlib import Path
 
 import mlflow
 from mlflow import MlflowClient
+from mlflow.entities import Experiment
 from mlflow.exceptions import MlflowException
 
 from pixelclip.storage.urls import public_url
@@ -161,6 +162,17 @@ def reason_of(error: BaseException) -> str:
     return first_line(error, tracking_uri())
 
 
+def find_experiment(client: MlflowClient) -> Experiment | None:
+    """Return the experiment of `experiment_id` if it exists."""
+    if env_id := os.environ.get("MLFLOW_EXPERIMENT_ID"):
+        return client.get_experiment(env_id)
+    return client.get_experiment_by_name(_experiment_name())
+
+
+def _experiment_name() -> str:
+    return os.environ.get("MLFLOW_EXPERIMENT_NAME", "pixelclip")
+
+
 def experiment_id(client: MlflowClient) -> str:
     """Return the ID of the experiment for new runs: MLFLOW_EXPERIMENT_ID, MLFLOW_EXPERIMENT_NAME or `pixelclip`.
 
@@ -168,7 +180,7 @@ def experiment_id(client: MlflowClient) -> str:
     """
     if env_id := os.environ.get("MLFLOW_EXPERIMENT_ID"):
         return env_id
-    name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "pixelclip")
+    name = _experiment_name()
     if existing := client.get_experiment_by_name(name):
         for key, value in EXPERIMENT.items():
             if key not in existing.tags:  # created before 0.2.0, or by hand

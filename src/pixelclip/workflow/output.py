@@ -31,7 +31,7 @@ def output_folder(out: str) -> Iterator[Path]:
         yield Path(out)
         return
     out = out.rstrip("/")
-    folder = cache.folder_of(out) / "out" / out.rpartition("/")[2]
+    folder = cache.folder_of(out) / cache.OUT / out.rpartition("/")[2]
     if os.environ.get("RANK", "0") != "0":  # only the main process of a process group writes
         yield folder
         return

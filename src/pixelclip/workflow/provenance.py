@@ -17,6 +17,8 @@ from pixelclip.workflow.code_version import code_image, code_revision
 
 WEIGHTS = ("model", "clip", "dino", "weights")
 """Inputs that are models, not data."""
+UNFINISHED = ".provenance.json.partial"
+"""Provenance of an unfinished stage, in its hidden folder: its inputs are needed until it has ended."""
 
 
 class _Digest(BaseModel):
@@ -50,6 +52,15 @@ def read_provenance(file: Path) -> dict[str, Any]:
         ValueError: the file is missing or damaged.
     """
     return dict(read_json(file, _Finished))
+
+
+def read_unfinished(file: Path) -> dict[str, Any]:
+    """Read the provenance of an unfinished stage, `UNFINISHED` in its hidden folder, which has no `output` yet.
+
+    Raises:
+        ValueError: the file is missing or damaged.
+    """
+    return dict(read_json(file, _Provenance))
 
 
 def chain(provenance: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:

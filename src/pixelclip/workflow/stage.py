@@ -25,12 +25,14 @@ from pixelclip.storage.cache import origin
 from pixelclip.storage.files import digest, files_below, read_json, write_json
 from pixelclip.storage.urls import public
 from pixelclip.workflow.code_version import code_image, code_revision
-from pixelclip.workflow.provenance import read_provenance
+from pixelclip.workflow.provenance import UNFINISHED, read_provenance
 from pixelclip.workflow.termination import Terminated, terminable
 
 Metrics = dict[str, float]
 PROVENANCE = "provenance.json"
 METRICS = "metrics.json"
+PARTIAL = re.compile(r"\..+\.[0-9a-f]{12}\.partial")
+"""Name of the hidden folder of an unfinished stage."""
 _UNFINISHED = re.compile(r"\..+\.(partial|[0-9a-f]{8})")
 
 
@@ -94,6 +96,7 @@ class Stage:
         except OSError as error:
             raise ValueError(f"{self.out}: cannot be created: {error.strerror}") from None
         self._handle = self._lock(self.folder)
+        write_json(self.folder / UNFINISHED, self.provenance())  # `finish` removes it, as all hidden files
         self._signals.enter_context(terminable())
         print(f"{self.name}: {'continues an interrupted run' if resumed else 'starts'} → {_short(self.out)}", flush=True)
         if not resumed and siblings:

@@ -1,0 +1,1 @@
+"""What nobody needs any more: policies, what must stay, and the deletion in each store."""

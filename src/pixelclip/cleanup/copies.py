@@ -1,0 +1,29 @@
+"""Copies in the cache. They can be downloaded again, so only their last use counts."""
+
+from dataclasses import replace
+from functools import partial
+
+from pixelclip.cleanup import workspaces
+from pixelclip.cleanup.named import Named
+from pixelclip.cleanup.policy import Item
+from pixelclip.storage import cache
+from pixelclip.storage.files import TRASH
+
+
+def items() -> list[Item]:
+    """Return all versions of all URIs in the cache, and what stages have not uploaded yet, which is `resumable`."""
+    copies = list(cache.copies())
+    found = [
+        Item(
+            name=cache.origin(copy.folder / "content"),
+            size=copy.size,
+            changed=copy.used,
+            delete=partial(cache.remove, copy),
+            resumable=copy.unfinished,
+            leftover=bool(TRASH.fullmatch(copy.folder.name)),
+        )
+        for copy in copies
+        if copy.folder.name != cache.OUT
+    ]
+    outputs = workspaces.items([copy.folder for copy in copies if copy.folder.name == cache.OUT], Named())
+    return [*found, *(replace(item, resumable=True) for item in outputs)]
