@@ -1,0 +1,127 @@
+"""Workspaces: what is one, what must stay, and its deletion."""
+
+import fcntl
+import os
+from pathlib import Path
+
+import pytest
+
+from helpers.gc_store import OLD, age, output, unfinished
+from pixelclip.cleanup.named import Named
+from pixelclip.cleanup.workspaces import items
+from pixelclip.config import ShardsConfig
+from pixelclip.storage.files import read_json
+from pixelclip.workflow.provenance import UNFINISHED, read_unfinished
+from pixelclip.workflow.stage import Stage, describe
+
+
+def found(*roots: Path, named: Named | None = None) -> dict[str, str]:
+    """Return path and reason of every workspace."""
+    return {str(Path(item.name).relative_to(roots[0])): item.kept for item in items(roots, named or Named())}
+
+
+def test_workspaces_outputs_and_local_runs_are_items(tmp_path):
+    output(tmp_path / "one" / "shards")
+    output(tmp_path / "team" / "two" / "fetch_data" / "images" / "images")
+    (tmp_path / "team" / "two" / "pipeline.log").write_text("log")
+    output(tmp_path / "masks")
+    unfinished(tmp_path / "train")
+    output(tmp_path / "root" / "own-2026-11-28-10-00-00-123456" / "shards" / "data")
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_bytes(b"photo")
+    (tmp_path / "link").symlink_to(tmp_path / "one")
+    (tmp_path / "mlflow.db").write_bytes(b"database")
+    partial = next(path.name for path in tmp_path.glob(".train.*"))
+    names = {"one", "team/two", "masks", partial, "root/own-2026-11-28-10-00-00-123456"}
+    assert found(tmp_path) == dict.fromkeys(names, "")
+
+
+def test_workspace_with_files_of_others_stays(tmp_path):
+    output(tmp_path / "one" / "shards")
+    (tmp_path / "one" / "notes.txt").write_text("mine")
+    output(tmp_path / "two" / "shards")
+    (tmp_path / "two" / "link").symlink_to(tmp_path)
+    assert found(tmp_path) == {
+        "one": "contains notes.txt, which pixelclip did not write",
+        "two": "contains link, which pixelclip did not write",
+    }
+
+
+def test_named_data_stays_by_content_by_parts_and_by_place(tmp_path):
+    named = Named()
+    copied = output(tmp_path / "copied" / "shards")
+    shards = describe(copied)
+    masks = {"path": "/tmp/parts", "md5": "of both parts", "num_files": 2, "size": 9}
+    part = output(tmp_path / "part" / "masks", "masks", {"shards": shards}, part="1/2", seed=1)
+    output(tmp_path / "other" / "masks", "masks", {"shards": shards}, part="1/2", seed=2)
+    output(tmp_path / "place" / "images")
+    lineage = {
+        "stage": "train",
+        "settings": {},
+        "inputs": {"masks": masks | {"provenance": read_json(part / "provenance.json")}},
+    }
+    named.add_lineage(lineage, "data of models:/demo/1")
+    named.add_place(str(tmp_path / "place" / "images" / "000000.tar"), "data of models:/demo/2")
+    assert found(tmp_path, named=named) == {
+        "copied": "data of models:/demo/1",
+        "part": "data of models:/demo/1",
+        "other": "",
+        "place": "data of models:/demo/2",
+    }
+
+
+def test_what_an_unfinished_stage_elsewhere_reads_stays(tmp_path):
+    masks = output(tmp_path / "old" / "masks")
+    own = output(tmp_path / "new" / "masks")
+    unfinished(tmp_path / "new" / "train", inputs={"masks": describe(masks), "more": describe(own)})
+    folder = next((tmp_path / "new").glob(".train.*"))
+    assert found(tmp_path) == {"new": "", "old": f"read by the unfinished {folder}"}
+
+
+def test_running_stage_stays_until_it_ends(tmp_path):
+    age(unfinished(tmp_path / "one" / "train").parent, OLD)
+    handle = os.open(next((tmp_path / "one").glob(".train.*")), os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    assert found(tmp_path)["one"].startswith("running: a process is writing .train.")
+    os.close(handle)
+    (item,) = items([tmp_path], Named())
+    assert (item.kept, item.resumable) == ("", True)
+
+
+def test_stage_records_its_inputs_until_it_has_finished(tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    (images / "a.txt").write_text("a")
+    with Stage("shards", tmp_path / "run" / "shards", {"images": describe(images)}, ShardsConfig()) as stage:
+        recorded = read_unfinished(stage.folder / UNFINISHED)
+        assert recorded["inputs"]["images"]["path"] == str(images)
+        assert found(tmp_path)["run"].startswith("running: ")
+        stage.finish({}, files=[])
+    assert not list((tmp_path / "run").rglob("*.partial"))
+
+
+def test_deletion_is_complete_after_an_interruption_and_spares_what_changed(tmp_path):
+    output(tmp_path / "one" / "shards")
+    output(tmp_path / "two" / "shards")
+    one, two = items([tmp_path], Named())
+    (tmp_path / "two" / "shards" / "new.tar").write_text("new")
+    with pytest.raises(ValueError, match="has changed since it was listed"):
+        two.delete()
+    one.delete()
+    assert [path.name for path in tmp_path.iterdir()] == ["two"]
+    (tmp_path / "two").rename(tmp_path / ".deleted.0123abcd")
+    (leftover,) = items([tmp_path], Named())
+    assert leftover.leftover and not leftover.kept
+    leftover.delete()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_damaged_provenance_keeps_a_workspace(tmp_path):
+    output(tmp_path / "one" / "shards")
+    (tmp_path / "one" / "shards" / "provenance.json").write_text("{")
+    assert "cannot be read as JSON" in found(tmp_path)["one"]
+
+
+def test_missing_folder_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="no such folder of workspaces"):
+        items([tmp_path / "nowhere"], Named())
