@@ -8,10 +8,12 @@ from pathlib import Path
 
 import kubernetes_validate
 import pytest
+import typer
 import yaml
 from kfp.components import load_component_from_file
 
 from helpers import kserve
+from pixelclip.cli.app import app
 from pixelclip.commands.serve import manifest
 from pixelclip_pipelines.cluster_config import Cluster, read
 from pixelclip_pipelines.run import compile_to
@@ -39,7 +41,7 @@ def one(manifests: list[dict], kind: str, name: str) -> dict:
 
 @pytest.mark.parametrize("version", ["1.30", "1.37"])
 def test_manifests_are_valid_kubernetes(overlay, version):
-    for entry in [*overlay[1], *SECRETS, *built("workspace-owner")]:
+    for entry in [*overlay[1], *SECRETS, *built("workspace-owner"), *built("gc")]:
         kubernetes_validate.validate(entry, version, strict=True)
         assert entry["kind"] == "Secret" or entry["metadata"]["namespace"] == "kubeflow"
     with pytest.raises(kubernetes_validate.ValidationError):
@@ -123,6 +125,22 @@ def test_job_of_the_workspace_gives_it_to_the_user_of_the_image():
     assert pod["volumes"][0]["persistentVolumeClaim"]["claimName"] == "pixelclip-workspace"
     user = re.search(r"^USER (\d+:\d+)$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)[1]
     assert pod["containers"][0]["command"] == ["chown", user, pod["containers"][0]["volumeMounts"][0]["mountPath"]]
+
+
+def test_job_that_deletes_names_what_the_manifests_create(overlay):
+    (job,) = built("gc")
+    pod = job["spec"]["jobTemplate"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    (_, word, *words) = [*container["command"], *container["args"]]
+    typer.main.get_command(app).commands[word].make_context(word, list(words))  # raises UsageError
+    for source in container["envFrom"]:
+        (kind, reference) = next(iter(source.items()))
+        if kind == "configMapRef":
+            assert "MLFLOW_TRACKING_URI" in one(overlay[1], "ConfigMap", reference["name"])["data"]
+        else:
+            assert one(SECRETS, "Secret", reference["name"]) and reference["optional"]
+    assert one(overlay[1], "PersistentVolumeClaim", pod["volumes"][0]["persistentVolumeClaim"]["claimName"])
+    assert container["volumeMounts"][0]["mountPath"] == overlay[2].volume.mount
 
 
 def test_what_the_administrator_sets_is_a_valid_pod_spec():

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
-from mlflow.entities import ViewType
+from mlflow.entities import LoggedModelStatus, ViewType
 
 from helpers import command_line, tiny
 from helpers.gc_store import OLD, YOUNG, age, copy_in_cache, end_earlier, mlflow_run, output, registered, tree, unfinished
+from helpers.mlflow_runs import mlflow_on_sqlite
+from helpers.services import running
 from pixelclip.cleanup.policy import Item, Policy, Verdict
 from pixelclip.commands.gc import run, table
 from pixelclip.inference.predictor import Predictor
@@ -169,3 +171,26 @@ def test_table_fits_the_terminal(width):
     assert lines[1].split()[:5] == ["delete", "3", "GB", "40", "d"]
     text = "".join(line.replace(" ", "") for line in lines)
     assert "dataofmodels:/pixelclip/3(champion)" in text
+
+
+@pytest.mark.services
+def test_files_go_through_the_server_and_records_with_its_database(runs, monkeypatch):
+    folder = runs.parent / "server"
+    server = mlflow_on_sqlite(folder)
+    with running(server.server):
+        server.server.wait()
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+        client = MlflowClient(server.uri)
+        stays, gone = mlflow_run(client, "FINISHED", YOUNG), mlflow_run(client, "FAILED", OLD)
+        model = client.create_logged_model(experiment_id(client), name="best", source_run_id=gone)
+        (runs / "weights").write_text("weights")
+        client.log_model_artifacts(model.model_id, str(runs / "weights"))
+        client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
+        assert gone in str(tree(folder)) and model.model_id in str(tree(folder))
+        assert run(Policy("30d"), stores=["mlflow"], delete=True) == 0
+        assert gone not in str(tree(folder)) and model.model_id not in str(tree(folder))
+        assert client.get_run(gone).info.lifecycle_stage == "deleted" and all_ids(client) == {stays, gone}
+        monkeypatch.setenv("MLFLOW_BACKEND_STORE_URI", server.store)
+        assert run(Policy("30d"), stores=["mlflow"], delete=True) == 0
+        assert all_ids(client) == {stays}
+        assert client.list_artifacts(stays, "notes")
