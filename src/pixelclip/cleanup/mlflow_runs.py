@@ -10,12 +10,13 @@ from typing import Any
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModel, LoggedModelStatus, Run
 from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.artifact_repo import ArtifactRepository
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from pixelclip.cleanup.named import Named, is_running
 from pixelclip.cleanup.policy import Item
 from pixelclip.tracking.run import KILLED
-from pixelclip.tracking.server import is_missing, transfer
+from pixelclip.tracking.server import is_missing, reason_of, transfer
 
 DATABASE = "MLFLOW_BACKEND_STORE_URI"
 """Environment variable of MLflow's server with its database. Without it a client cannot remove records, only files."""
@@ -72,9 +73,9 @@ def _models(store: Store, experiment: str) -> list[LoggedModel]:
 def _run_item(store: Store, run: Run, models: list[LoggedModel], named: Named) -> Item | None:
     """Return the item of a run; None for a run of which only a record is left that cannot be removed."""
     info = run.info
-    size = _size(info.artifact_uri) + sum(_size(model.artifact_location) for model in models)
+    size, problem = _measured(info.artifact_uri, *(model.artifact_location for model in models))
     deleted = info.lifecycle_stage != _ACTIVE
-    if deleted and not (size or models or store.database):
+    if deleted and not (size or problem or models or store.database):
         return None
     reasons = [named.runs.get(info.run_id), *(named.models.get(model.model_id) for model in models)]
     reasons += [f"running: its status is {info.status}" if is_running(run) else None]
@@ -83,43 +84,48 @@ def _run_item(store: Store, run: Run, models: list[LoggedModel], named: Named) -
         name=f"{info.run_id[:8]}  {info.run_name}",
         size=size,
         changed=(info.end_time or info.start_time) / 1000,
-        delete=partial(_delete_run, store, info.run_id, models),
+        delete=partial(_delete_run, store, info.run_id, models, problem),
         kept=next(filter(None, reasons), ""),
         resumable=info.status == KILLED and not deleted,
     )
 
 
 def _model_item(store: Store, model: LoggedModel, named: Named) -> Item:
+    size, problem = _measured(model.artifact_location)
     return Item(
         name=f"{model.model_id[:10]}  {model.name}, without a run",
-        size=_size(model.artifact_location),
+        size=size,
         changed=model.last_updated_timestamp / 1000,
-        delete=partial(_delete_model, store, model),
+        delete=partial(_delete_model, store, model, problem),
         kept=named.models.get(model.model_id, ""),
     )
 
 
-def _delete_run(store: Store, run_id: str, models: Sequence[LoggedModel]) -> None:
+def _delete_run(store: Store, run_id: str, models: Sequence[LoggedModel], problem: str) -> None:
     """Delete a run: its place in MLflow first, so that nobody uses it; then models and files; its record last.
 
     Raises:
-        ValueError: the run has been continued or registered since it was listed.
+        ValueError: there is a `problem`, or the run has been continued or registered since it was listed.
         MlflowException: MLflow rejects a request, or a file cannot be deleted.
     """
     run = store.client.get_run(run_id)
+    _check(problem, run.info.artifact_uri, run_id)
+    for model in models:
+        _check(problem, model.artifact_location, model.model_id)
     if is_running(run) or store.client.search_model_versions(f"run_id = '{run_id}'", max_results=1):
         raise ValueError("has been continued or registered since it was listed")
     if run.info.lifecycle_stage == _ACTIVE:
         store.client.delete_run(run_id)
     for model in models:
         _delete_model(store, model)
-    _delete_files(run.info.artifact_uri, run_id)
+    _delete_files(run.info.artifact_uri)
     if store.database:
         store.database._hard_delete_run(run_id)
 
 
-def _delete_model(store: Store, model: LoggedModel) -> None:
+def _delete_model(store: Store, model: LoggedModel, problem: str = "") -> None:
     """Delete a logged model: it fails first, so that nobody uses it, then its files go, then its record."""
+    _check(problem, model.artifact_location, model.model_id)
     active = True
     try:
         store.client.finalize_logged_model(model.model_id, LoggedModelStatus.FAILED)
@@ -127,27 +133,35 @@ def _delete_model(store: Store, model: LoggedModel) -> None:
         if not is_missing(error):
             raise
         active = False  # in MLflow's trash
-    _delete_files(model.artifact_location, model.model_id)
+    _delete_files(model.artifact_location)
     if active:
         store.client.delete_logged_model(model.model_id)
     if store.database:
         store.database._hard_delete_logged_model(model.model_id)
 
 
-def _delete_files(uri: str, owner: str) -> None:
-    if owner not in uri.split("/"):  # a shared folder, which also holds files of others
-        raise ValueError(f"its files are in {uri}, which does not name it; delete them yourself")
+def _check(problem: str, uri: str, owner: str) -> None:
+    """Raise ValueError if files could not be listed, or if their place may also hold files of others."""
+    if problem:
+        raise ValueError(problem)
+    if owner not in uri.split("/"):
+        raise ValueError(f"its files are in {uri}, which may hold files of others; delete it in MLflow")
+
+
+def _delete_files(uri: str) -> None:
     with transfer():
         get_artifact_repository(uri).delete_artifacts()
 
 
-def _size(uri: str) -> int:
-    """Return the bytes of all files below an artifact location."""
-    with transfer():
-        repository = get_artifact_repository(uri)
+def _measured(*uris: str) -> tuple[int, str]:
+    """Return the bytes of all files below artifact locations, and why they cannot be listed."""
+    try:
+        with transfer():
+            return sum(_size(get_artifact_repository(uri), None) for uri in uris), ""
+    except Exception as error:  # of any store; the other items go on
+        return 0, f"its files cannot be listed: {reason_of(error)}"
 
-        def below(path: str | None) -> int:
-            files = repository.list_artifacts(path)
-            return sum(below(file.path) if file.is_dir else int(file.file_size or 0) for file in files)
 
-        return below(None)
+def _size(repository: ArtifactRepository, path: str | None) -> int:
+    files = repository.list_artifacts(path)
+    return sum(_size(repository, file.path) if file.is_dir else int(file.file_size or 0) for file in files)

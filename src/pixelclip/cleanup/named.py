@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
-from mlflow.artifacts import load_dict
+from mlflow.artifacts import load_text
 from mlflow.entities import Run, RunStatus, ViewType
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
@@ -16,6 +16,7 @@ from mlflow.utils.uri import is_local_uri
 
 from pixelclip.registry.model_version import EVALUATION
 from pixelclip.storage import cache
+from pixelclip.storage.files import parse_json
 from pixelclip.tracking.run import LINEAGE
 from pixelclip.tracking.server import is_missing, public_uri, reason_of, transfer
 from pixelclip.workflow.provenance import chain
@@ -24,6 +25,7 @@ from pixelclip.workflow.stage import PROVENANCE
 _KFP, _PARENT, _SWEEP = "kfp.run_id", "mlflow.parentRunId", "sweep.row"
 _UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _PAGE = 1000
+_OPEN = ("RUNNING", "SCHEDULED")
 
 
 def recipe(stage: Mapping[str, Any]) -> str:
@@ -82,12 +84,12 @@ class Named:
         return ""
 
 
-def all_runs(client: MlflowClient, experiment: str) -> list[Run]:
-    """Return all runs of an experiment, also those in MLflow's trash."""
+def all_runs(client: MlflowClient, experiments: Sequence[str], query: str = "") -> list[Run]:
+    """Return all runs of some experiments that a query finds, also those in MLflow's trash."""
     found: list[Run] = []
     token = None
     while True:
-        page = client.search_runs([experiment], run_view_type=ViewType.ALL, max_results=_PAGE, page_token=token)
+        page = client.search_runs(experiments, query, ViewType.ALL, _PAGE, page_token=token)
         found += page
         if not (token := page.token):
             return found
@@ -99,7 +101,7 @@ def is_running(run: Run) -> bool:
 
 
 def read(client: MlflowClient, runs: Sequence[Run]) -> Named:
-    """Collect what the registered versions of all models and the running ones of `runs` name.
+    """Collect what the registered versions of all models and the running runs of all experiments name.
 
     Args:
         client: a connected client.
@@ -113,12 +115,15 @@ def read(client: MlflowClient, runs: Sequence[Run]) -> Named:
     try:
         for version, reason in _versions(client):
             _add_version(named, client, by_id, version, reason)
-        for run in filter(is_running, runs):
+        experiments = client.search_experiments(view_type=ViewType.ALL)
+        ids = [each.experiment_id for each in experiments]
+        running = [run for status in _OPEN for run in all_runs(client, ids, f"attributes.status = '{status}'")]
+        for run in filter(is_running, running):
             reason = f"read by the running MLflow run {run.info.run_id[:8]}"
             named.add_tags(run.data.tags, reason)
             named.add_lineage(_document(client, run.info.run_id, LINEAGE), reason)
             _add_parents(named, by_id, run, f"parent of the running MLflow run {run.info.run_id[:8]}")
-        for experiment in client.search_experiments(view_type=ViewType.ALL):
+        for experiment in experiments:
             if is_local_uri(experiment.artifact_location):
                 named.add_place(local_file_uri_to_path(experiment.artifact_location), "contains MLflow's artifacts")
     except MlflowException as error:
@@ -148,7 +153,7 @@ def _add_version(named: Named, client: MlflowClient, runs: dict[str, Run], versi
     """Add a version's logged model, run and relatives of the run, and everything its lineage names."""
     named.add_tags(version.tags, f"named by {name}")
     source = str(version.source or "")
-    if "models:/" not in source:  # a version that MLflow's clients before 3.0 or other tools made of files
+    if source and "models:/" not in source:  # a version that MLflow's clients before 3.0 or other tools made of files
         named.add_place(local_file_uri_to_path(source) if is_local_uri(source) else source, f"named by {name}")
     run_ids = {version.run_id or "", *re.findall(r"\b[0-9a-f]{32}\b", source)}
     for model_id in {version.model_id or "", *re.findall(r"\bm-[0-9a-f]{32}\b", source)} - {""}:
@@ -192,8 +197,9 @@ def _add_siblings(named: Named, runs: dict[str, Run], run: Run, reason: str) -> 
 
 
 def _document(client: MlflowClient, run_id: str, path: str) -> dict[str, Any] | None:
-    """Return a JSON artifact of a run; None if the run has none."""
+    """Return a provenance among the artifacts of a run; None if the run has none that pixelclip wrote."""
     with transfer():
         if path not in [file.path for file in client.list_artifacts(run_id, path.rpartition("/")[0] or None)]:
             return None
-        return dict(load_dict(f"runs:/{run_id}/{path}"))
+        document = parse_json(load_text(f"runs:/{run_id}/{path}"), f"runs:/{run_id}/{path}")
+    return document if isinstance(document, dict) and {"stage", "settings", "inputs"} <= document.keys() else None

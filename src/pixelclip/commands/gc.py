@@ -4,6 +4,7 @@ Nothing is deleted that a registered version, a running run or a schedule names.
 next call.
 """
 
+import os
 import shutil
 import textwrap
 import time
@@ -22,6 +23,7 @@ from pixelclip.tracking.server import connect, find_experiment, public_uri, reas
 STORES = ("workspaces", "mlflow", "kfp", "cache")
 _DEFAULT_FOLDER = Path("runs")
 _HOUR, _DAY = 3600, 86400
+_KFP_SETTINGS = ("KFP_ENDPOINT", "KF_PIPELINES_ENDPOINT")
 _FIXED = 30  # columns of the table besides name and reason
 
 
@@ -56,13 +58,14 @@ def run(
     chosen = stores or STORES
     found = _items(chosen, folders, pipeline_root, cluster, endpoint)
     verdicts = {store: decide(found[store], policy, now) for store in STORES if found.get(store)}
-    print("\n".join(table(verdicts, policy, now)), flush=True)
+    for line in table(verdicts, policy, now):
+        print(line, flush=True)
     gone = [verdict.item for listed in verdicts.values() for verdict in listed if verdict.goes]
     if not delete:
         print(f"Would delete {_count(gone)}. Nothing was deleted: add --delete to do it.")
         return 0
-    failed = [item for item in gone if not _delete(item)]
-    deleted = [item for item in gone if item not in failed]
+    results = [(item, _delete(item)) for item in gone]
+    deleted, failed = ([item for item, done in results if done == wanted] for wanted in (True, False))
     print(f"Deleted {_count(deleted)}{f', failed to delete {_count(failed)}: run it again' if failed else ''}.")
     return len(failed)
 
@@ -77,7 +80,7 @@ def _items(
     folders = folders or ([_DEFAULT_FOLDER] if _DEFAULT_FOLDER.is_dir() else [])
     try:
         experiment = find_experiment(client)
-        runs = all_runs(client, experiment.experiment_id) if experiment else []
+        runs = all_runs(client, [experiment.experiment_id]) if experiment else []
         named = read(client, runs)
         if kfp := _kfp(folders, pipeline_root if "kfp" in stores else "", cluster, endpoint, named):
             found["kfp"] = kfp
@@ -105,8 +108,8 @@ def _kfp(folders: Sequence[Path], pipeline_root: str, cluster: Path | None, endp
         from pixelclip_pipelines.cluster_config import read as read_cluster
         from pixelclip_pipelines.submit import Target, endpoint_of
     except ImportError:
-        if endpoint or cluster or pipeline_root:
-            raise
+        if endpoint or cluster or pipeline_root or any(map(os.environ.get, _KFP_SETTINGS)) or Path("cluster.yaml").is_file():
+            raise ValueError("KFP is configured, and gc must know its runs: pip install 'pixelclip[pipeline]'") from None
         return []
     target = Target(endpoint, cluster)
     if not pipeline_root and not endpoint_of(target, read_cluster(cluster)):
