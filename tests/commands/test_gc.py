@@ -183,8 +183,9 @@ def test_files_go_through_the_server_and_records_with_its_database(runs, monkeyp
         client = MlflowClient(server.uri)
         stays, gone = mlflow_run(client, "FINISHED", YOUNG), mlflow_run(client, "FAILED", OLD)
         model = client.create_logged_model(experiment_id(client), name="best", source_run_id=gone)
-        (runs / "weights").write_text("weights")
-        client.log_model_artifacts(model.model_id, str(runs / "weights"))
+        (runs / "best").mkdir()
+        (runs / "best" / "weights").write_text("weights")
+        client.log_model_artifacts(model.model_id, str(runs / "best"))
         client.finalize_logged_model(model.model_id, LoggedModelStatus.READY)
         assert gone in str(tree(folder)) and model.model_id in str(tree(folder))
         assert run(Policy("30d"), stores=["mlflow"], delete=True) == 0
