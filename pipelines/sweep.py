@@ -6,7 +6,7 @@ from typing import Any
 
 from kfp import compiler, dsl
 
-from pixelclip.commands.sweep import SweepRun, read
+from pixelclip.commands.sweep_file import SweepRun, read
 from pixelclip_components import IMAGE
 from pixelclip_components.evaluate.component import evaluate
 from pixelclip_components.fetch_data.component import fetch_data, fetch_labelled
@@ -72,7 +72,7 @@ def items(runs: Sequence[SweepRun], workspace: str = "") -> list[dict[str, Any]]
     """Return the runs as items of the pipeline's loop.
 
     Args:
-        runs: from `pixelclip.commands.sweep.read`.
+        runs: from `pixelclip.commands.sweep_file.read`.
         workspace: folder that outlives the pipeline run, where stages are reused and resumed, or empty.
     """
     loop = []
@@ -92,7 +92,7 @@ def compile_to(
     """Compile a sweep to a pipeline for a cluster, with its runs as the default of parameter `runs`.
 
     Args:
-        file: the sweep, checked before anything is written; see `pixelclip.commands.sweep.read`.
+        file: the sweep, checked before anything is written; see `pixelclip.commands.sweep_file.read`.
         path: YAML file to write.
         params: YAML with one section per stage; the file's own settings override it.
         workspace: see `items`.

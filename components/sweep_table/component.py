@@ -18,8 +18,8 @@ def sweep_table(
     """Write a sweep's table and plot from the metrics of its runs."""
     from pathlib import Path
 
-    from pixelclip.commands.sweep import gather, page, summarise
-    from pixelclip.commands.sweep import table as markdown
+    from pixelclip.commands.sweep_results import gather, page, summarise
+    from pixelclip.commands.sweep_results import table as markdown
 
     rows = summarise(gather(runs, [each.metadata for each in metrics]))
     Path(table.path).write_text(markdown(name, rows))

@@ -20,7 +20,7 @@ from helpers import fake_data, tiny
 from helpers.training import SMALL
 from pixelclip import evaluate, train
 from pixelclip.cli.app import main
-from pixelclip.commands import sweep
+from pixelclip.commands import sweep, sweep_results
 from pixelclip.settings import load
 from pixelclip.tracking.run import PARENT_RUN, PIPELINE_RUN
 from pixelclip.workflow.termination import Terminated
@@ -293,14 +293,14 @@ def planned_runs(*gains: float | None) -> list[dict]:
 
 
 def test_table_and_plot_with_one_seed_special_characters_and_failures():
-    rows = sweep.summarise(planned_runs(1.25, -3.0, None))
-    head, one, _, failed = cells(sweep.table("a", rows))
+    rows = sweep_results.summarise(planned_runs(1.25, -3.0, None))
+    head, one, _, failed = cells(sweep_results.table("a", rows))
     assert one[1] == "`train.concepts=8`" and one[4] == "1.25" and one[2] == "–"
     assert failed[6] == "0 of 1" and failed[7] == r"seed 0: no luck \| at all" and len(head) == len(failed) == 8
-    small, large = (sweep.plot("$a_$", rows[:count]) for count in (1, 3))
+    small, large = (sweep_results.plot("$a_$", rows[:count]) for count in (1, 3))
     assert small[:8] == large[:8] == b"\x89PNG\r\n\x1a\n"
     assert int.from_bytes(large[20:24]) > int.from_bytes(small[20:24]), "the plot grows with its rows"
-    assert 'src="data:image/png;base64,' in sweep.page("<b>", rows) and "<b>" not in sweep.page("<b>", rows)
+    assert 'src="data:image/png;base64,' in sweep_results.page("<b>", rows) and "<b>" not in sweep_results.page("<b>", rows)
 
 
 @pytest.fixture(scope="module")
@@ -383,10 +383,10 @@ def test_component_writes_the_same_table(made, tmp_path):
     found = [SimpleNamespace(metadata={**run["metrics"], "store_session_info": "{}"}) for run in runs]
     table, plot = (SimpleNamespace(path=str(tmp_path / name)) for name in ("table", "plot"))
     sweep_table.python_func("tiny ablations", pipeline.items(planned), found, table, plot)
-    assert (tmp_path / "table").read_text() == sweep.table("tiny ablations", made.rows)
-    assert (tmp_path / "plot").read_text() == sweep.page("tiny ablations", made.rows)
+    assert (tmp_path / "table").read_text() == sweep_results.table("tiny ablations", made.rows)
+    assert (tmp_path / "plot").read_text() == sweep_results.page("tiny ablations", made.rows)
     with pytest.raises(ValueError, match="shorter"):
-        sweep.gather(pipeline.items(planned), [each.metadata for each in found[:3]])
+        sweep_results.gather(pipeline.items(planned), [each.metadata for each in found[:3]])
     readme = (Path(__file__).parents[2] / "components" / "sweep_table" / "README.md").read_text()
     assert all(f"`{name}`" in readme for name in (*sweep_table.component_spec.inputs, *sweep_table.component_spec.outputs))
 
@@ -398,5 +398,5 @@ def test_local_pipeline_writes_the_same_table(made, tmp_path):
     runs = [run for row in made.rows for run in row["runs"] if run["seed"] == SEEDS[0]]
     local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(tmp_path / "kfp"), raise_on_error=True)
     pipeline.sweep(masks=str(made.inputs[0]), labelled=str(made.inputs[1]), name=name, runs=pipeline.items(planned))
-    assert next(tmp_path.rglob("sweep-table/table")).read_text() == sweep.table(name, sweep.summarise(runs))
+    assert next(tmp_path.rglob("sweep-table/table")).read_text() == sweep_results.table(name, sweep_results.summarise(runs))
     assert next(tmp_path.rglob("sweep-table/plot")).read_text().startswith("<!doctype html>")
