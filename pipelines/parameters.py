@@ -117,6 +117,14 @@ def check_data(images: str, labelled: str | None, repo: str, revision: str, sett
         raise ValueError(f"settings file {settings_file!r} without --repo: it must be a path in the DVC repository")
 
 
+def check_source(option: str, place: str) -> None:
+    """Raise ValueError if the place of data is missing, or a URL with credentials, which KFP would store and display."""
+    if not place:
+        raise ValueError(f"{option} must name a folder")
+    if has_secret(place):
+        raise ValueError(f"--{option} {public_url(place)} contains credentials or a query, which KFP would store and display")
+
+
 def check_place(workspace: str, volume: str, nodes: int = 1) -> None:
     """Check the workspace of a run.
 

@@ -7,7 +7,6 @@ from kfp import dsl
 from pixelclip.config import PredictConfig
 from pixelclip.data.class_names import names_of
 from pixelclip.settings import build as build_settings
-from pixelclip.storage.urls import has_secret, public_url
 from pixelclip_components import IMAGE
 from pixelclip_components.fetch_data.component import fetch_data
 from pixelclip_components.fetch_model.component import fetch_model
@@ -16,6 +15,7 @@ from pixelclip_components.predict.component import predict
 from pixelclip_pipelines.cluster_config import Cluster, default_workspace, shared_folder
 from pixelclip_pipelines.cluster_tasks import place_on, run_config, set_run_id
 from pixelclip_pipelines.form import label
+from pixelclip_pipelines.parameters import check_source
 
 _DEFAULTS = {name: field.default for name, field in PredictConfig.model_fields.items()}
 
@@ -103,13 +103,11 @@ def arguments(
     Raises:
         ValueError: no images, an invalid class name or setting, or a URL with credentials.
     """
-    if not images:
-        raise ValueError("images must name a folder")
     if revision and not repo:
         raise ValueError(f"--revision {revision} needs --repo")
-    for name, place in {"images": images, "model": model, "out": out, "repo": repo}.items():
-        if has_secret(place):
-            raise ValueError(f"--{name} {public_url(place)} contains credentials or a query, which KFP would store and display")
+    optional = {name: place for name, place in {"out": out, "repo": repo}.items() if place}
+    for name, place in {"images": images, "model": model, **optional}.items():
+        check_source(name, place)
     names = names_of(classes)
     build_settings(PredictConfig, {**settings, "classes": names}, "predict")
     text = ",".join("|".join(word.strip() for word in name.split(",")) for name in names)

@@ -84,7 +84,7 @@ def submit_prediction(arguments: Mapping[str, Any], target: Target, name: str = 
 
 
 def _start(pipeline: BaseComponent, cluster: Cluster, arguments: Mapping[str, Any], target: Target, name: str) -> str:
-    with _uploaded(pipeline, cluster, arguments, target) as (client, _, options):
+    with uploaded(pipeline, cluster, arguments, target) as (client, _, options):
         title = name or f"{pipeline.name} {datetime.now(UTC):%Y-%m-%d %H:%M:%S}"
         return str(client.run_pipeline(job_name=title, **options).run_id)
 
@@ -124,7 +124,7 @@ def _schedule(
     name: str,
     when: Mapping[str, Any],
 ) -> str:
-    with _uploaded(pipeline, cluster, arguments, target) as (client, page, options):
+    with uploaded(pipeline, cluster, arguments, target) as (client, page, options):
         for existing in all_schedules(client, options["experiment_id"]):
             if existing.display_name == name:
                 raise ValueError(
@@ -176,7 +176,7 @@ def _checked(arguments: Mapping[str, Any], cluster: Cluster, target: Target) -> 
 
 
 @contextlib.contextmanager
-def _uploaded(
+def uploaded(
     pipeline: BaseComponent, cluster: Cluster, arguments: Mapping[str, Any], target: Target
 ) -> Iterator[tuple[kfp.Client, str, dict[str, Any]]]:
     """Upload the pipeline if it is new, and yield client, URL of KFP's pages and options of a run."""

@@ -34,7 +34,7 @@ def template(cluster: Cluster, nodes: int, image: str) -> dict[str, Any]:
     """
     step = cluster.steps["train"]
     if not cluster.volume.claim:
-        raise ValueError("several nodes need a volume that they share: volume.claim in cluster.yaml, not size")
+        raise ValueError("a TrainJob needs a volume that other pods share: volume.claim in cluster.yaml, not size")
     if seconds(cluster.steps["train_job"].timeout) < seconds(step.timeout):
         launcher = cluster.steps["train_job"].timeout
         raise ValueError(f"steps.train_job.timeout {launcher}: must be at least steps.train.timeout ({step.timeout})")

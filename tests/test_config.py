@@ -203,7 +203,7 @@ def test_nearest_is_empty_without_a_close_match() -> None:
 def test_runtime_settings_are_not_in_the_fingerprint() -> None:
     assert set(STAGES["train"].model_fields) - set(lasting(load("train"))) == {
         "accumulate", "device", "workers", "log_every", "checkpoint_every", "checkpoint_minutes", "picture_every",
-        "max_bad_share", "run_name", "evaluate_every", "evaluate_on",
+        "max_bad_share", "run_name", "run_tags", "evaluate_every", "evaluate_on",
     }  # fmt: skip
     assert set(STAGES["masks"].model_fields) - set(lasting(load("masks"))) == {
         "batch_size", "device", "max_bad_share", "sam_points_per_batch", "workers",

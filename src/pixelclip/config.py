@@ -4,6 +4,7 @@ The defaults are the paper's hyper-parameters. `params.yaml` lists every setting
 A *runtime* setting changes where or how fast a stage runs, never its result, so it is not part of the stage's fingerprint.
 """
 
+import json
 import re
 from typing import Annotated, Any, Literal
 
@@ -38,6 +39,18 @@ def _part(text: str) -> str:
 
 
 _Part = Annotated[str, AfterValidator(_part)]
+
+
+def _tags(text: str) -> str:
+    try:
+        valid = all(isinstance(value, str) for value in dict(json.loads(text or "{}")).values())
+    except (ValueError, TypeError):
+        valid = False
+    if not valid:
+        raise ValueError(f'must be a JSON object of texts, such as {{"team": "vision"}} (found {text!r})')
+    return text
+
+
 Quality = Literal["fast", "best"]
 """fast: one view of the whole image, as in the paper. best: `QUALITIES["best"]`, several times slower."""
 
@@ -269,6 +282,9 @@ class TrainConfig(_Settings):
         10.0, "Minutes after which a checkpoint is written even before checkpoint_every; 0 disables it.", runtime=True, ge=0
     )
     run_name: str = _setting("", "Name of the run in MLflow; if empty, data, masks, CLIP, steps and a short id.", runtime=True)
+    run_tags: Annotated[str, AfterValidator(_tags)] = _setting(
+        "", 'Tags of the run in MLflow, a JSON object of texts: {"team": "vision"}.', runtime=True
+    )
     evaluate_every: int = _setting(0, "Steps between evaluations on evaluate_on; 0 disables them.", runtime=True, ge=0)
     evaluate_on: str = _setting(
         "", "Small labelled set for evaluate_every, FOLDER or KIND:FOLDER; it selects the model in OUT/best.", runtime=True

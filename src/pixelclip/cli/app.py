@@ -153,7 +153,7 @@ def sweep(
     out: Annotated[Path, typer.Option(callback=reject_s3, help="Folder for runs, table and plot; finished runs are reused.")],
     params: Params = None,
 ) -> None:
-    """Train and evaluate rows of settings with several seeds; write a table and a plot."""
+    """Train and evaluate rows of settings with several seeds, or search ranges; write a table and a plot."""
     from pixelclip.commands.sweep import run
 
     run(file, masks, labelled, out, params)

@@ -34,6 +34,7 @@ EXAMPLES = {
     "pipeline run": "pixelclip pipeline run --images photos --labelled labelled --out work",
     "pipeline compile": "pixelclip pipeline compile --out pixelclip.yaml",
     "pipeline compile-sweep": "pixelclip pipeline compile-sweep sweeps/paper.yaml --out sweep.yaml",
+    "pipeline submit-sweep": "pixelclip pipeline submit-sweep sweep.yaml --masks s3://bucket/masks --labelled s3://bucket/labelled",
     "pipeline compile-predict": "pixelclip pipeline compile-predict --out predict.yaml",
     "pipeline submit-predict": "pixelclip pipeline submit-predict --images s3://bucket/photos --classes 'dog|puppy,grass,sky'",
     "schedule create": "pixelclip pipeline schedule create nightly --images images --labelled labelled --cron '0 3 * * *'",

@@ -18,7 +18,7 @@ def reject_s3(path: Path) -> Path:
 
 
 Params = Annotated[Path | None, typer.Option(help="YAML file with one section per stage.")]
-Sweep = Annotated[Path, typer.Argument(help="YAML file with rows of settings and the seeds of each.")]
+Sweep = Annotated[Path, typer.Argument(help="YAML file with rows of settings, or ranges to search, and seeds.")]
 YamlOut = Annotated[Path, typer.Option(callback=reject_s3, help="YAML file to write.")]
 Cluster = Annotated[
     Path | None, typer.Option(help="Settings of the cluster; default: cluster.yaml of the current folder, if it exists.")
@@ -40,6 +40,9 @@ Labelled = Annotated[
     ),
 ]
 Workspace = Annotated[str, typer.Option(help="Folder on a mounted volume where stages are reused and resumed; default: none.")]
+RunsWorkspace = Annotated[
+    str, typer.Option(help="Folder on a mounted volume with a folder per run, where killed runs resume; default: none.")
+]
 SettingsFile = Annotated[str, typer.Option(help="YAML file with settings in --repo, which the run reads; instead of --params.")]
 
 pipeline = typer.Typer(cls=Group, help="Kubeflow pipeline: run it locally or on a cluster.", no_args_is_help=True)
@@ -170,15 +173,36 @@ def pipeline_compile_sweep(
     file: Sweep,
     out: YamlOut = Path("pixelclip-sweep.yaml"),
     params: Params = None,
-    workspace: Annotated[str, typer.Option(help="Folder on a mounted volume where killed runs resume; default: none.")] = "",
+    masks: Annotated[str, typer.Option(help="Shards with masks on the cluster: folder or s3://; needed for ranges.")] = "",
+    labelled: Annotated[str, typer.Option(help="Labelled set on the cluster: folder or s3://; needed for ranges.")] = "",
+    workspace: RunsWorkspace = "",
     cluster: Cluster = None,
     image: Image = "",
 ) -> None:
-    """Write a sweep as a pipeline for a cluster; the runs are parallel."""
+    """Write a sweep for a cluster: rows as one pipeline with parallel runs, ranges as an Experiment of Katib."""
     from pixelclip_pipelines.sweep import compile_to
 
-    compile_to(file, out, params, workspace, cluster, image)
+    compile_to(file, out, params, workspace, cluster, image, masks, labelled)
     print(out)
+
+
+@pipeline.command("submit-sweep")
+def pipeline_submit_sweep(
+    file: Sweep,
+    masks: Annotated[str, typer.Option(help="Shards with masks on the cluster: folder or s3://.")],
+    labelled: Annotated[str, typer.Option(help="Labelled set on the cluster: folder or s3://.")],
+    params: Params = None,
+    workspace: RunsWorkspace = "",
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="Also submit failed and cancelled runs again.")] = False,
+    cluster: Cluster = None,
+    image: Image = "",
+    endpoint: Endpoint = "",
+) -> None:
+    """Start each row and seed of a sweep as a run of its own, or a search over ranges; again: only what is missing."""
+    from pixelclip_pipelines.submit import Target
+    from pixelclip_pipelines.sweep_run import submit
+
+    submit(file, masks, labelled, Target(endpoint, cluster, 1, image), params, workspace, retry_failed)
 
 
 @pipeline.command("compile-predict")

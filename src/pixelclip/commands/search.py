@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from pixelclip.commands.sweep_file import TRIAL, Range, Search, SweepRun
+from pixelclip.commands.sweep_file import OBJECTIVE, TRIAL, Range, Search, SweepRun
 from pixelclip.commands.sweep_results import values_of
 from pixelclip.storage.files import read_json, write_json
 
 RECORD = "search.json"
+_FAILURES = 3  # failed trials in a row that end a search: without results it would choose at random
 _RANDOM_TRIALS = 5  # random ones, before the first that Optuna's sampler models
 _DIGITS = 4  # of a number in settings, so that tables stay readable
 
@@ -31,7 +32,7 @@ class _Record(BaseModel):
 
 
 def trials(search: Search, out: Path, results: list[dict[str, Any]]) -> Iterator[SweepRun]:
-    """Yield the runs of every trial.
+    """Yield the runs of every trial; end after `_FAILURES` failed trials in a row.
 
     Args:
         search: ranges, seeds and number of trials.
@@ -44,6 +45,7 @@ def trials(search: Search, out: Path, results: list[dict[str, Any]]) -> Iterator
     """
     started = recorded(search, out)
     history: list[tuple[dict[str, Any], float]] = []
+    failures = 0
     for number in range(search.trials):
         if number == len(started):
             started.append(suggest(search, number, history))
@@ -54,11 +56,15 @@ def trials(search: Search, out: Path, results: list[dict[str, Any]]) -> Iterator
         except ValueError as error:
             row = {"row": f"{TRIAL}{number}", "settings": values, "metrics": {}, "error": str(error)}
             results += [{**row, "seed": seed} for seed in search.seeds]
-            continue
-        yield from runs
+        else:
+            yield from runs
         ended = results[start:]
-        if not any(run["error"] for run in ended):
-            history.append((values, fmean(values_of(ended, "gain"))))
+        failures = failures + 1 if any(run["error"] for run in ended) else 0
+        if not failures:
+            history.append((values, fmean(values_of(ended, OBJECTIVE))))
+        elif failures == _FAILURES and number + 1 < search.trials:
+            print(f"sweep: {failures} trials in a row failed; the same command repeats them and continues", flush=True)
+            return
 
 
 def recorded(search: Search, out: Path) -> list[dict[str, Any]]:
@@ -137,8 +143,8 @@ def plot(name: str, search: Search, rows: Sequence[Mapping[str, Any]]) -> bytes:
     """Draw a search as a PNG: gain of the trials and the best so far, then gain over each setting; the best is marked."""
     from matplotlib.figure import Figure
 
-    ended = [row for row in rows if row["gain"] is not None]
-    gains = [row["gain"] for row in ended]
+    ended = [row for row in rows if row[OBJECTIVE] is not None]
+    gains = [row[OBJECTIVE] for row in ended]
     numbers = [int(row["row"].removeprefix(TRIAL)) for row in ended]
     panels = 1 + len(search.ranges)
     columns = min(3, panels)

@@ -1,5 +1,6 @@
 """Sweep file: rows of settings, or ranges of settings to search, and the seeds of each."""
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from pixelclip.config import STAGES, EvaluateConfig, TrainConfig
 from pixelclip.settings import build, cut, load, nearest, read_yaml
 from pixelclip.storage.urls import has_secret, public, public_url
 
+OBJECTIVE = "gain"
+"""Metric that a search maximises: its prefix in the metrics of `evaluate`."""
 TRIAL = "trial "
 """Name of a row of a search, before the number of the trial from 0."""
 _SEED = "train.seed"
@@ -98,15 +101,14 @@ class SweepRun:
 class Search:
     """A sweep over ranges: each trial is a row whose settings are chosen from the results of the trials before.
 
-    `ranges` have values of their settings' types; `settings` are those of all trials.
+    `ranges` have values of their settings' types; `configs` are the settings of all trials by stage.
     """
 
     ranges: dict[str, Range]
     trials: int
     seeds: list[int]
-    settings: dict[str, Any]
+    configs: dict[str, Any]
     source: str
-    params: Path | None
 
     def runs(self, number: int, values: Mapping[str, Any]) -> list[SweepRun]:
         """Return the runs of a trial, one per seed.
@@ -115,7 +117,22 @@ class Search:
             ValueError: the values do not fit together.
         """
         row = f"{TRIAL}{number}"
-        return _runs(row, values, self.settings, self.seeds, self.params, f"{self.source}: {row}")
+        changed = [self._changed({**values, _SEED: seed}, row) for seed in self.seeds]
+        return [SweepRun(row, seed, dict(values), *configs) for seed, configs in zip(self.seeds, changed, strict=True)]
+
+    def _changed(self, values: Mapping[str, Any], row: str) -> list[Any]:
+        """Return the settings of both stages; they are not read again, so all trials share them."""
+        sections: dict[str, dict[str, Any]] = {stage: self.configs[stage].model_dump() for stage in _STAGES}
+        for name, value in values.items():
+            stage, _, field = name.partition(".")
+            sections[stage][field] = value
+        return [build(STAGES[stage], section, f"{self.source}: {row}: {stage}") for stage, section in sections.items()]
+
+
+def tagged(config: TrainConfig, sweep: str, row: str) -> TrainConfig:
+    """Return the settings of a run with its name and tags in MLflow, by which the runs of a sweep are found on a cluster."""
+    tags = json.loads(config.run_tags or "{}") | {"sweep.name": sweep, "sweep.row": row, "sweep.seed": str(config.seed)}
+    return config.model_copy(update={"run_name": f"{row}, seed {config.seed}", "run_tags": json.dumps(tags)})
 
 
 def read(file: Path, params: Path | None = None) -> tuple[str, list[SweepRun] | Search]:
@@ -135,8 +152,7 @@ def read(file: Path, params: Path | None = None) -> tuple[str, list[SweepRun] | 
         _checked(sweep.ranges, f"{file}: ranges")
         if both := sorted(sweep.ranges.keys() & shared.keys()):
             raise ValueError(f"{file}: {both[0]} is in settings and in ranges")
-        search = Search(sweep.ranges, sweep.trials, sweep.seeds, shared, str(file), params)
-        return sweep.name, _typed(search)
+        return sweep.name, _search(sweep, sweep.trials, shared, str(file), params)
     runs = []
     for row, settings in sweep.rows.items():
         source = f"{file}: row {row!r}"
@@ -154,33 +170,32 @@ def _runs(
     return runs
 
 
-def _typed(search: Search) -> Search:
-    """Return the search with bounds and choices of their settings' types.
+def _search(sweep: SweepFile, trials: int, shared: Mapping[str, Any], file: str, params: Path | None) -> Search:
+    """Return the search of a file, with bounds and choices of their settings' types.
 
     Raises:
         ValueError: a bound or choice is not a value of its setting, or the setting has no bounds because it is not a number.
     """
-    first = {name: found.values[0] for name, found in search.ranges.items()}
+    first = {name: found.values[0] for name, found in sweep.ranges.items()}
     typed = {}
-    for name, found in search.ranges.items():
+    for name, found in sweep.ranges.items():
         stage, _, field = name.partition(".")
-        source = f"{search.source}: ranges: {name}"
+        source = f"{file}: ranges: {name}"
         kind = STAGES[stage].model_fields[field].annotation
         if found.choice is None and kind not in (int, float):
             raise ValueError(f"{source}: is not a number, so it needs choice: [...] (found {cut(found.values)})")
         values = []
         for value in found.values:
-            given = int(value) if kind is int and isinstance(value, float) and value.is_integer() else value
-            configs = {each: load(each, search.params, {**search.settings, **first, name: given}, source) for each in _STAGES}
-            values.append(getattr(configs[stage], field))
             if isinstance(value, str) and has_secret(value):
-                raise ValueError(
-                    f"{source}: {public_url(value)} contains credentials or a query, which search.json would store"
-                )
+                raise ValueError(f"{source}: {public_url(value)} contains credentials or a query, which the search would store")
+            given = int(value) if kind is int and isinstance(value, float) and value.is_integer() else value
+            configs = {each: load(each, params, {**shared, **first, name: given}, source) for each in _STAGES}
+            values.append(getattr(configs[stage], field))
         if any(value in values[:position] for position, value in enumerate(values)):
             raise ValueError(f"{source}: a choice occurs twice (found {cut(values)})")
         typed[name] = found.model_copy(update={found.model_dump(exclude_none=True).popitem()[0]: values})
-    return Search(typed, search.trials, search.seeds, search.settings, search.source, search.params)
+    configs = {each: load(each, params, {**shared, **first}, f"{file}: settings") for each in _STAGES}
+    return Search(typed, trials, sweep.seeds, configs, file)
 
 
 def _checked(settings: Mapping[str, Any] | None, source: str) -> dict[str, Any]:
