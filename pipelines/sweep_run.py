@@ -119,7 +119,7 @@ def submit(
         retry_failed: also start runs that failed or were cancelled again.
 
     Raises:
-        ValueError: an invalid sweep or workspace, a URL with credentials; KFP (for ranges: Kubernetes) is unreachable or rejects
+        ValueError: an invalid sweep or workspace, a URL with credentials; KFP, for ranges Kubernetes, is unreachable or rejects
             a request.
     """
     cluster = read_cluster(target.cluster)

@@ -16,11 +16,11 @@ import yaml
 from kfp import components, local
 from kfp.components import load_component_from_file
 
-from helpers import fake_data, tiny
-from helpers.training import SMALL
+from helpers import sweeps, tiny
+from helpers.sweeps import sweep_data
 from pixelclip import evaluate, train
 from pixelclip.cli.app import main
-from pixelclip.commands import sweep, sweep_results
+from pixelclip.commands import sweep, sweep_file, sweep_results
 from pixelclip.settings import load
 from pixelclip.tracking.run import PARENT_RUN, PIPELINE_RUN
 from pixelclip.workflow.termination import Terminated
@@ -33,32 +33,18 @@ SEEDS = (0, 3)
 
 def write_sweep(file: Path, **changed) -> Path:
     document = {"name": "tiny ablations", "seeds": list(SEEDS), "settings": {"train.steps": 3}, "rows": ROWS, **changed}
-    file.write_text(yaml.safe_dump(document, sort_keys=False))
-    return file
+    return sweeps.write_sweep(file, **document)
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """Shards, labelled set, settings and a finished sweep; one MLflow store for the whole module."""
     base = tmp_path_factory.mktemp("sweep")
-    halves = np.zeros((2, 40, 48), bool)
-    halves[0, :, :24] = halves[1, :, 24:] = True
-    members = {}
-    for number in range(8):
-        members[f"{number}.jpg"] = fake_data.encoded(fake_data.pixels(40, 48, number))
-        members[f"{number}.json"] = fake_data.annotation(halves)
-    fake_data.write_tar(base / "masks" / "0.tar", members)
-    clip = tiny.clip_folder(base / "clip")
-    tiny.labelled_set(base / "labelled", images=5)
-    settings = {
-        "train": {**SMALL, "clip": str(clip), "learning_rate_backbone": 0.05, "checkpoint_every": 1, "picture_every": 0},
-        "evaluate": {"device": "cpu", "pictures": 1},
-    }
-    (base / "params.yaml").write_text(yaml.safe_dump(settings))
+    masks, labelled, params = sweep_data(base)
     with pytest.MonkeyPatch.context() as patch:
         client = tiny.mlflow_at(patch, base / "mlflow")
         file = write_sweep(base / "ablations.yaml")
-        inputs = (base / "masks", base / "labelled", base / "out", base / "params.yaml")
+        inputs = (masks, labelled, base / "out", params)
         rows = sweep.run(file, *inputs)
         yield SimpleNamespace(base=base, client=client, file=file, inputs=inputs, out=base / "out", rows=rows)
 
@@ -97,6 +83,18 @@ def test_table_has_mean_and_sample_deviation_of_the_metrics_files(made):
     assert len(gains) == 4, "seeds and settings reach the training"
 
 
+def test_best_row_is_written_as_settings_that_reproduce_it(made, tmp_path):
+    gains = {row["row"]: row["gain"] for row in made.rows}
+    best = max(gains, key=gains.get)
+    text = (made.out / "best.yaml").read_text()
+    assert text.startswith(f"# tiny ablations: {best}, seed 0\n")
+    assert f"Best: {best}, gain {gains[best]:.2f} ± " in (made.out / "table.md").read_text()
+    config = {stage: load(stage, made.out / "best.yaml") for stage in ("train", "evaluate")}
+    train.run(made.inputs[0], tmp_path / "model", config["train"])
+    metrics = evaluate.run(tmp_path / "model", made.inputs[1], tmp_path / "evaluation", config["evaluate"])
+    assert metrics == metrics_of(made.out, sweep_file.slug(best), "evaluation")[0]
+
+
 def test_csv_has_every_run_with_all_metrics(made):
     listed = list(csv.DictReader((made.out / "runs.csv").read_text().splitlines()))
     runs = [(line["row"], line["seed"], line["error"]) for line in listed]
@@ -122,7 +120,7 @@ def test_runs_are_children_of_one_mlflow_run_with_table_and_plot(made):
     assert len(parents) == 1 and parents[0].info.status == "FINISHED"
     assert "mlflow.parentRunId" not in parents[0].data.tags
     files = {file.path for file in made.client.list_artifacts(parents[0].info.run_id)}
-    assert files == {"table.md", "runs.csv", "sweep.png", "lineage.json"}
+    assert files == {"table.md", "runs.csv", "sweep.png", "best.yaml", "lineage.json"}
     children = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parents[0].info.run_id]
     tags = {(run.info.run_name, run.data.tags["sweep.row"], run.data.tags["sweep.seed"]) for run in children}
     assert tags == {(f"{row}, seed {seed}", row, str(seed)) for row in ROWS for seed in SEEDS} and len(children) == 4
@@ -229,7 +227,7 @@ def test_run_id_from_the_environment_is_the_parent(made, tmp_path, monkeypatch):
         ("rows: {a: }\nseeds: [-1]", "seeds.0: Input should be greater than or equal to 0"),
         ("rows: {a: }\nseeds: [1.5]", "seeds.0: Input should be a valid integer"),
         ("rows: {a: }\nseeds: []", "seeds: List should have at least 1 item"),
-        ("seeds: [1]", "rows: Dictionary should have at least 1 item"),
+        ("seeds: [1]", "must have rows or ranges (found neither)"),
         ("rows: {K 8: , k-8: }", "rows 'K 8' and 'k-8' would share the folder 'k-8'"),
         ("rows: {a: , a: {train.steps: 2}}", "duplicate key 'a'"),
         ("rows: {'*': }", "row '*': its name must contain a letter or a digit"),
@@ -277,6 +275,13 @@ def test_name_and_seeds_have_defaults(tmp_path):
     (tmp_path / "mine.yaml").write_text("rows: {'8': {train.concepts: 8}}")
     name, planned = sweep.read(tmp_path / "mine.yaml")
     assert (name, [(each.row, each.seed, each.train.concepts) for each in planned]) == ("mine", [("8", 0, 8)])
+
+
+def test_second_sweep_in_the_same_folder_is_rejected(made, tmp_path):
+    (tmp_path / "out").mkdir()
+    with sweep._locked(tmp_path / "out"), pytest.raises(ValueError, match="another sweep is writing this folder"):
+        sweep.run(made.file, *made.inputs[:2], tmp_path / "out", made.inputs[3])
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def planned_runs(*gains: float | None) -> list[dict]:
@@ -355,10 +360,13 @@ def test_loop_items_give_every_run_its_exact_settings(made, compiled):
     assert [(item["row"], item["seed"]) for item in baked] == [(each.row, each.seed) for each in planned]
     for item, each in zip(baked, planned, strict=True):
         named = {f"train.{name}": item[name] for name in ("clip", "steps", "batch_size", "concepts", "seed")}
-        assert load("train", overrides={**item["settings"], **named}) == each.train  # as the components merge them
+        found = load("train", overrides={**item["settings"], **named})  # as the components merge them
+        assert found.model_copy(update={"run_name": "", "run_tags": ""}) == each.train
+        tags = {"sweep.name": "tiny ablations", "sweep.row": each.row, "sweep.seed": str(each.seed)}
+        assert (found.run_name, json.loads(found.run_tags)) == (f"{each.row}, seed {each.seed}", tags)
         assert load("evaluate", overrides=item["settings"]) == each.evaluate
         assert item["workspace"] == ""
-    workspaces = [item["workspace"] for item in pipeline.items(planned, "/mnt/space")]
+    workspaces = [item["workspace"] for item in pipeline.items("s", planned, "/mnt/space")]
     assert workspaces[0] == "/mnt/space/full/seed-0" and len(set(workspaces)) == 4
 
 
@@ -382,11 +390,11 @@ def test_component_writes_the_same_table(made, tmp_path):
     runs = [run for row in made.rows for run in row["runs"]]
     found = [SimpleNamespace(metadata={**run["metrics"], "store_session_info": "{}"}) for run in runs]
     table, plot = (SimpleNamespace(path=str(tmp_path / name)) for name in ("table", "plot"))
-    sweep_table.python_func("tiny ablations", pipeline.items(planned), found, table, plot)
+    sweep_table.python_func("tiny ablations", pipeline.items("s", planned), found, table, plot)
     assert (tmp_path / "table").read_text() == sweep_results.table("tiny ablations", made.rows)
     assert (tmp_path / "plot").read_text() == sweep_results.page("tiny ablations", made.rows)
     with pytest.raises(ValueError, match="shorter"):
-        sweep_results.gather(pipeline.items(planned), [each.metadata for each in found[:3]])
+        sweep_results.gather(pipeline.items("s", planned), [each.metadata for each in found[:3]])
     readme = (Path(__file__).parents[2] / "components" / "sweep_table" / "README.md").read_text()
     assert all(f"`{name}`" in readme for name in (*sweep_table.component_spec.inputs, *sweep_table.component_spec.outputs))
 
@@ -397,6 +405,6 @@ def test_local_pipeline_writes_the_same_table(made, tmp_path):
     name, planned = sweep.read(write_sweep(tmp_path / "one.yaml", seeds=[SEEDS[0]]), made.inputs[3])
     runs = [run for row in made.rows for run in row["runs"] if run["seed"] == SEEDS[0]]
     local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(tmp_path / "kfp"), raise_on_error=True)
-    pipeline.sweep(masks=str(made.inputs[0]), labelled=str(made.inputs[1]), name=name, runs=pipeline.items(planned))
+    pipeline.sweep(masks=str(made.inputs[0]), labelled=str(made.inputs[1]), name=name, runs=pipeline.items("s", planned))
     assert next(tmp_path.rglob("sweep-table/table")).read_text() == sweep_results.table(name, sweep_results.summarise(runs))
     assert next(tmp_path.rglob("sweep-table/plot")).read_text().startswith("<!doctype html>")
