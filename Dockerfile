@@ -17,7 +17,7 @@ RUN pip install --quiet --no-cache-dir --root-user-action=ignore "uv==${UV}" \
     && python3 -m venv /opt/pixelclip
 
 FROM tools AS pins
-# The pins of requirements.txt without the extras `app`, `onnx`, `docs`, `dev` and `services`.
+# The pins of requirements.txt without the extras `search`, `app`, `onnx`, `docs`, `dev` and `services`.
 ARG EXTRAS="--extra train --extra pipeline --extra data --extra s3"
 WORKDIR /pins
 COPY requirements.txt pyproject.toml ./

@@ -22,6 +22,7 @@ from pixelclip.commands import sweep_file
 from pixelclip.tracking.server import connect
 from pixelclip_pipelines import trial
 from pixelclip_pipelines.cluster_config import Cluster, read
+from pixelclip_pipelines.cluster_sections import seconds
 from pixelclip_pipelines.optimization import manifest
 
 RATE, CONCEPTS, KIND = "train.learning_rate_decoder", "train.concepts", "train.concept_kind"
@@ -131,7 +132,7 @@ def test_trial_has_the_settings_and_the_pod_of_the_cluster(katib):
     trainer = job["spec"]["trainer"]
     assert (trainer["image"], trainer["numNodes"]) == ("r/p:1", 1)
     assert {"name": "K", "valueFrom": {"secretKeyRef": {"name": "s3", "key": "k", "optional": False}}} in trainer["env"]
-    assert job["spec"]["activeDeadlineSeconds"] == 2 * 3600 * int(Cluster().steps["train"].timeout.rstrip("h"))
+    assert job["spec"]["activeDeadlineSeconds"] == 2 * seconds(Cluster().steps["train"].timeout)
 
 
 def test_trial_trains_evaluates_and_prints_the_gain(tmp_path, monkeypatch, capsys):
