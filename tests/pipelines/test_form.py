@@ -14,13 +14,14 @@ from urllib.parse import quote
 
 import pytest
 import yaml
-from kfp import dsl
+from kfp import compiler, dsl
 
 from pixelclip.config import MasksConfig
 from pixelclip.evaluate import CONFUSION
 from pixelclip.storage.files import write_json
-from pixelclip_pipelines import sweep
+from pixelclip_pipelines import sweep, sweep_run
 from pixelclip_pipelines.artifacts import record
+from pixelclip_pipelines.cluster_config import read
 from pixelclip_pipelines.form import described
 from pixelclip_pipelines.parameters import arguments
 from pixelclip_pipelines.pixelclip import build
@@ -32,7 +33,7 @@ CLUSTER = "parts: 3\nvolume: {claim: shared}"
 SWEEP = "rows: {full: {}, plain: {train.flip: false}}"
 
 
-@pytest.fixture(scope="module", params=["one machine", "parts", "nodes", "sweep"])
+@pytest.fixture(scope="module", params=["one machine", "parts", "nodes", "sweep", "sweep run"])
 def compiled(request, tmp_path_factory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("form")
     (folder / "cluster.yaml").write_text(CLUSTER)
@@ -40,6 +41,8 @@ def compiled(request, tmp_path_factory) -> dict[str, Any]:
     out = folder / "pipeline.yaml"
     if request.param == "sweep":
         sweep.compile_to(folder / "sweep.yaml", out)
+    elif request.param == "sweep run":
+        compiler.Compiler().compile(sweep_run.build(read(folder / "cluster.yaml")), str(out))
     else:
         nodes = 2 if request.param == "nodes" else 1
         compile_to(out, folder / "cluster.yaml" if request.param != "one machine" else None, nodes)

@@ -13,7 +13,7 @@ from helpers import kfp_server
 from helpers.command_line import pixelclip  # noqa: F401
 from pixelclip_components.fetch_model.component import fetch_model
 from pixelclip_pipelines import pixelclip as pixelclip_pipeline
-from pixelclip_pipelines import predict, sweep
+from pixelclip_pipelines import predict, sweep, sweep_run
 from pixelclip_pipelines.cluster_config import Cluster, read
 from pixelclip_pipelines.cluster_tasks import run_config
 
@@ -21,7 +21,7 @@ kfp, run = kfp_server.kfp, kfp_server.run
 DATA = ("--images", "/data/images", "--labelled", "/data/toy")
 LIMITS = {"deadline": "36h", "ttl_success": "2d", "ttl_failure": "90m"}
 VOLUME = {"size": "200Gi", "storage_class": "nfs"}
-BUILDERS = {"pixelclip": pixelclip_pipeline.build, "predict": predict.build, "sweep": sweep.build}
+BUILDERS = {"pixelclip": pixelclip_pipeline.build, "predict": predict.build, "sweep": sweep.build, "sweep_run": sweep_run.build}
 
 
 def config_of(path: Path) -> dict | None:
@@ -114,6 +114,7 @@ def test_models_of_a_sweep_are_not_lost_with_the_volume_of_its_run(tmp_path):
     """Only the pipeline itself registers its model; a sweep's models stay in KFP's store unless a workspace is named."""
     spec = next(yaml.safe_load_all(compiled(tmp_path, "sweep", volume=VOLUME).read_text()))
     assert "/kfp-workspace" not in str(spec)
+    assert "/kfp-workspace" not in str(next(yaml.safe_load_all(compiled(tmp_path, "sweep_run", volume=VOLUME).read_text())))
     file, cluster, out = tmp_path / "rows.yaml", tmp_path / "cluster.yaml", tmp_path / "compiled.yaml"
     file.write_text("seeds: [0]\nrows: {short: {train.steps: 2}}\n")
     cluster.write_text("volume: {size: 10Gi}")
