@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -87,15 +86,6 @@ def build(cluster: Cluster, image: str = IMAGE) -> dsl.base_component.BaseCompon
     return label(sweep_run)
 
 
-@dataclass(frozen=True)
-class Submission:
-    """What `submit` did: names of the runs by what happened to them."""
-
-    submitted: list[str] = field(default_factory=list)
-    kept: list[str] = field(default_factory=list)
-    failed: list[str] = field(default_factory=list)
-
-
 def submit(
     file: Path,
     masks: str,
@@ -104,7 +94,7 @@ def submit(
     params: Path | None = None,
     workspace: str = "",
     retry_failed: bool = False,
-) -> Submission:
+) -> None:
     """Start a run for every row and seed of a sweep that has none, and print the state of the others.
 
     A run is found in the experiment of the cluster by its name, which has row, seed and a fingerprint of inputs and settings.
@@ -129,30 +119,29 @@ def submit(
             raise ValueError(f"--retry-failed: {file} has ranges, whose trials Katib starts")
         experiment = optimization.manifest(name, runs, masks, labelled, workspace, cluster, target.image)
         print("\n".join(optimization.submit(experiment, cluster)), flush=True)
-        return Submission()
+        return
     arguments = {
         _title(name, run, masks, labelled): _arguments(item, masks, labelled)
         for run, item in zip(runs, items(name, runs, workspace), strict=True)
     }
     _check(runs, cluster, masks, labelled, workspace)
     pipeline = build(cluster, image_of(cluster, target.image))
-    done = Submission()
+    submitted = failed = 0
     with uploaded(pipeline, cluster, {}, target) as (client, page, options):
         existing = _existing(client, options["experiment_id"], cluster.namespace)
         for title, values in arguments.items():
             run_id, state = existing.get(title, ("", ""))
-            failed = EXIT_CODES.get(state) == 1
-            if run_id and not (failed and retry_failed):
-                (done.failed if failed else done.kept).append(title)
+            has_failed = EXIT_CODES.get(state) == 1
+            if run_id and not (has_failed and retry_failed):
+                failed += has_failed
                 print(f"{state:<10} {title}: {page}/#/runs/details/{run_id}", flush=True)
                 continue
+            client.run_pipeline(job_name=title, **{**options, "params": values})  # prints its URL
             print(f"{'submitted':<10} {title}", flush=True)
-            client.run_pipeline(job_name=title, **{**options, "params": values})
-            done.submitted.append(title)
-    print(f"{len(done.submitted)} of {len(arguments)} runs submitted", flush=True)
-    if done.failed:
-        print(f"{len(done.failed)} failed earlier; --retry-failed submits them again", flush=True)
-    return done
+            submitted += 1
+    print(f"{submitted} of {len(arguments)} runs submitted", flush=True)
+    if failed:
+        print(f"{failed} failed earlier; --retry-failed submits them again", flush=True)
 
 
 def _check(runs: list[SweepRun], cluster: Cluster, masks: str, labelled: str, workspace: str) -> None:

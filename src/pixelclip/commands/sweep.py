@@ -54,6 +54,7 @@ def run(file: Path, masks: Path | str, labelled: Path | str, out: Path, params: 
         ValueError: before the first run, if a file, an input or MLflow is unusable; after the last run, if runs failed.
     """
     name, plan = read(file, params)
+    sections = read_yaml(params, "one section per stage") if params else {}
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("sweep: runs in one process; with several GPUs compile it for a cluster (pipeline compile-sweep)")
     list_shards(masks)
@@ -68,7 +69,7 @@ def run(file: Path, masks: Path | str, labelled: Path | str, out: Path, params: 
     connect()  # reports an unreachable server before anything is written
     out.mkdir(parents=True, exist_ok=True)
     with terminable(), _locked(out):
-        return _run_all(name, plan, masks, labelled, out, params)
+        return _run_all(name, plan, masks, labelled, out, sections)
 
 
 def _known(plan: list[SweepRun] | Search) -> list[SweepRun]:
@@ -81,16 +82,17 @@ def _locked(out: Path) -> Iterator[None]:
     """Lock the folder of a sweep, in which a second process would overwrite the results of the first."""
     handle = os.open(out, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{out}: another sweep is writing this folder; wait for it or choose another folder") from None
         yield
-    except BlockingIOError:
-        raise ValueError(f"{out}: another sweep is writing this folder; wait for it or choose another folder") from None
     finally:
         os.close(handle)
 
 
 def _run_all(
-    name: str, plan: list[SweepRun] | Search, masks: Path | str, labelled: Path, out: Path, params: Path | None
+    name: str, plan: list[SweepRun] | Search, masks: Path | str, labelled: Path, out: Path, sections: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
     parent: Run | None = None
     status = "FAILED"
@@ -110,7 +112,7 @@ def _run_all(
                 write_atomically(out / TABLE, table(name, summarise(runs)))
                 write_atomically(out / RUNS, as_csv(runs))
         rows = summarise(runs)
-        for file in _write_results(name, plan, runs, configs, out, params):
+        for file in _write_results(name, plan, runs, configs, out, sections):
             parent.artifact(file)
         failed = [f"row {run['row']!r}, seed {run['seed']}: {run['error']}" for run in runs if run["error"]]
         status = "FAILED" if failed else "FINISHED"
@@ -133,7 +135,7 @@ def _write_results(
     runs: Sequence[Mapping[str, Any]],
     configs: Mapping[str, SweepRun],
     out: Path,
-    params: Path | None,
+    sections: Mapping[str, Any],
 ) -> list[Path]:
     """Write table, CSV and plot of all runs, and the settings of the best row; return the files."""
     rows = summarise(runs)
@@ -141,10 +143,9 @@ def _write_results(
     files[PLOT] = search.plot(name, plan, rows) if isinstance(plan, Search) else plot(name, rows)
     if found := best(rows):
         chosen = configs[found["row"]]
-        sections = read_yaml(params, "one section per stage") if params else {}
-        sections |= {"train": chosen.train.model_dump(), "evaluate": chosen.evaluate.model_dump()}
+        settings = {**sections, "train": chosen.train.model_dump(), "evaluate": chosen.evaluate.model_dump()}
         title = f"# {' '.join(f'{name}: {chosen.row}, seed {chosen.seed}'.split())}\n"
-        files[BEST_ROW] = title + yaml.safe_dump(public(sections), sort_keys=False, allow_unicode=True)
+        files[BEST_ROW] = title + yaml.safe_dump(public(settings), sort_keys=False, allow_unicode=True)
     else:
         (out / BEST_ROW).unlink(missing_ok=True)
     for file, content in files.items():
