@@ -99,8 +99,7 @@ def run(masks: Path | str, out: Path, config: TrainConfig) -> Metrics:
                 if group.is_main:
                     with deferred():  # otherwise a run could stay open that nobody knows
                         provenance = stage.provenance()
-                        name = config.run_name or run_name(provenance)
-                        tracked = Run.start(stage.folder, name, provenance, config.run_tags)
+                        tracked = Run.start(stage.folder, config.run_name or run_name(provenance), provenance, config.run_tags)
                 with deferred() as received:
                     metrics = _train(stage, clip, network, dataset, config, group, tracked, received)
             except BaseException as error:
