@@ -158,9 +158,7 @@ class MasksConfig(_Settings):
     felzenszwalb_sigma: float = _setting(0.8, "Felzenszwalb: sigma of the Gaussian smoothing, in pixels.", ge=0)
     felzenszwalb_min_size: int = _setting(100, "Felzenszwalb: minimum segment size in pixels.", ge=1)
     weights: str = _setting(
-        "",
-        "Checkpoint of SAM, SAM 2 or DINO (.pth, .pt, .safetensors): path, URL or s3://. Generator model: a model folder, "
-        "s3:// or models:/NAME@ALIAS.",
+        "", "SAM, SAM 2, DINO: checkpoint (path, URL or s3://). Model: model folder (path or s3://) or models:/NAME@ALIAS."
     )
     sam_points_per_side: int = _setting(32, "SAM: points per side of the prompt grid; three masks per point.", ge=1, le=1024)
     sam_points_per_batch: int = _setting(256, "SAM: points decoded at once.", runtime=True, ge=1)
