@@ -366,7 +366,7 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, call: int
 
 @pytest.mark.parametrize(
     ("owner", "name", "call", "after"),
-    [(Path, "replace", 0, True), (module.ShardWriter, "add", 3, False), (module.ShardWriter, "add", 3, True)],
+    [(Path, "replace", 1, True), (module.ShardWriter, "add", 3, False), (module.ShardWriter, "add", 3, True)],
     ids=["after the shard has its name", "between image and masks", "after a sample"],
 )
 def test_signal_elsewhere_repeats_the_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner, name, call, after) -> None:

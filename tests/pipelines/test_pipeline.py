@@ -113,7 +113,7 @@ def test_arguments_reach_every_stage():
         ({"step": 5}, "did you mean 'steps'"),
         ({"train.stepz": 5}, "did you mean 'steps'"),
         ({"trian.steps": 5}, "did you mean 'train'"),
-        ({"generator": "sam9"}, "Input should be 'felzenszwalb', 'given', 'sam', 'dino' or 'labels'"),
+        ({"generator": "sam9"}, "Input should be 'felzenszwalb', 'given', 'sam', 'dino', 'labels' or 'model'"),
         ({"steps": 5, "train.steps": 6}, "train.steps is given twice"),
         ({"images": "x"}, "see --help"),
         ({"masks.part": "1/2"}, "the pipeline computes all parts"),

@@ -1,6 +1,8 @@
 """Stages: interruption, resuming, reuse, locking and provenance."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -228,6 +230,21 @@ def test_full_disk_error_names_the_folder(out: Path, source: Path) -> None:
     with pytest.raises(OSError, match="No space left") as full, stage:
         Path("/dev/full").write_text("much")
     assert full.value.filename == str(stage.folder)
+
+
+def test_disk_that_is_full_at_the_start_leaves_the_folder_free(out: Path, source: Path, monkeypatch) -> None:
+    stage = make(out, source)
+
+    def full(path: Path, content: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pixelclip.workflow.stage.write_json", full)
+        with pytest.raises(OSError, match="No space left") as error, stage:
+            pass
+    assert error.value.filename == str(stage.folder)
+    with make(out, source):  # the lock is free
+        pass
 
 
 def test_provenance_contains_that_of_the_inputs(out: Path, source: Path, tmp_path: Path) -> None:

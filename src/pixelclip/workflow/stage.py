@@ -96,7 +96,11 @@ class Stage:
         except OSError as error:
             raise ValueError(f"{self.out}: cannot be created: {error.strerror}") from None
         self._handle = self._lock(self.folder)
-        write_json(self.folder / UNFINISHED, self.provenance())  # `finish` removes it, as all hidden files
+        try:
+            write_json(self.folder / UNFINISHED, self.provenance())  # `finish` removes it, as all hidden files
+        except BaseException as error:  # a full disk, or Ctrl-C
+            self.__exit__(type(error), error, None)  # Python calls it only after `__enter__`
+            raise
         self._signals.enter_context(terminable())
         print(f"{self.name}: {'continues an interrupted run' if resumed else 'starts'} → {_short(self.out)}", flush=True)
         if not resumed and siblings:
