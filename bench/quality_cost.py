@@ -81,7 +81,7 @@ def _draw(rows: Sequence[Mapping[str, Any]]) -> None:
     axes.set_xscale("log", base=2)
     axes.set_xticks(ticks := [1, 2, 4], [str(tick) for tick in ticks])
     axes.set_xlim(0.8 * min(costs), 1.25 * max(costs))
-    axes.set_xlabel("time an image, in times of quality=fast")
+    axes.set_xlabel("time per image relative to quality=fast")
     axes.set_ylabel("mIoU on 200 painted scenes")
     axes.grid(alpha=0.3)
     axes.legend(loc="upper left")
