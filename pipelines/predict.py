@@ -55,7 +55,7 @@ def build(cluster: Cluster | None = None, image: str = IMAGE) -> dsl.base_compon
             model: models:/NAME@ALIAS, models:/NAME/VERSION, or a model folder on a mounted volume or s3:// prefix.
             out: s3:// prefix for the merged predictions; if empty, the folder `predictions` of `workspace`, or the run's own
                 artifact store. {run} in it or in `workspace` is replaced by the ID of the run.
-            quality: fast (one view, as in the paper) or best (windows, about ten times slower).
+            quality: fast (one view, as in the paper) or best (windows and refinement, several times slower).
             overlays: Also write every image blended with the colours of its classes.
             label_studio: Also write tasks for Label Studio; for images, not shards.
             max_bad_share: Maximum fraction of unreadable images.

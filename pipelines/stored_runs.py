@@ -18,7 +18,7 @@ from pixelclip_pipelines.run_steps import FINAL
 from pixelclip_pipelines.runs import KfpRun
 from pixelclip_pipelines.submit import Target, all_schedules, connected, find_experiment
 
-_PIPELINES = ("pixelclip", "pixelclip-unlabelled", "pixelclip-predict", "pixelclip-sweep")
+_PIPELINES = ("pixelclip", "pixelclip-unlabelled", "pixelclip-predict", "pixelclip-sweep", "pixelclip-sweep-run")
 _RUN = re.compile(r"([^/]+)/([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})/")
 _MISSING = 404
 
@@ -30,20 +30,23 @@ def items(target: Target, root: str, roots: Sequence[Path], named: Named) -> lis
         target: KFP.
         root: KFP's pipeline root, `s3://` or `minio://`; if empty, no item is returned.
         roots: local folders with workspaces, to which a claim's `mount` in KFP's parameters may correspond.
-        named: what must stay; what unfinished runs and schedules read is added.
+        named: what must stay; what unfinished runs and schedules of the namespace read is added, whatever their experiment.
 
     Raises:
         ValueError: KFP or the store is unreachable or rejects a request.
     """
     with connected(target) as (client, cluster, _):
         experiment = find_experiment(client, cluster)
-        runs = {run.run_id: run for run in _runs(client, experiment)} if experiment else {}
-        active = {run_id: run for run_id, run in runs.items() if run.state not in FINAL}
+        namespace = cluster.namespace or client.get_user_namespace()  # as KFP's client finds the experiment
+        found = list(_runs(client, namespace))
+        # Only runs of the experiment may go, but those of others can use the same workspaces and artifacts.
+        runs = {run.run_id: run for run in found if experiment and run.experiment_id == experiment}
+        active = {run.run_id: run for run in found if run.state not in FINAL}
         for run_id, run in active.items():
             reason = f"used by the KFP run {run_id[:8]}, which is {run.state or 'PENDING'}"
             named.active_kfp[run_id] = reason
             _add_parameters(named, run, cluster, roots, reason)
-        for each in all_schedules(client, experiment) if experiment else ():
+        for each in all_schedules(client, None, namespace):
             _add_parameters(named, each, cluster, roots, f"used by the schedule {each.display_name}")
         if not root:
             return []
@@ -64,10 +67,11 @@ def items(target: Target, root: str, roots: Sequence[Path], named: Named) -> lis
         return [_item(target, run_id, runs.get(run_id), prefixes[run_id], named, reader) for run_id in {**runs, **prefixes}]
 
 
-def _runs(client: kfp.Client, experiment: str) -> Iterator[Any]:
+def _runs(client: kfp.Client, namespace: str) -> Iterator[Any]:
+    """Yield the runs of all experiments of a namespace, or of KFP if it has no namespaces."""
     token = ""
     while True:
-        page = client.list_runs(page_token=token, page_size=100, experiment_id=experiment)
+        page = client.list_runs(page_token=token, page_size=100, namespace=namespace or None)
         yield from page.runs or []
         if not (token := page.next_page_token or ""):
             return

@@ -279,12 +279,12 @@ def find_experiment(client: kfp.Client, cluster: Cluster) -> str:
         return ""
 
 
-def all_schedules(client: kfp.Client, experiment: str) -> list[Any]:
-    """Return the schedules of an experiment."""
+def all_schedules(client: kfp.Client, experiment: str | None, namespace: str = "") -> list[Any]:
+    """Return the schedules of an experiment; if it is None, of a namespace, or of all in a KFP without namespaces."""
     found: list[Any] = []
     token = ""
     while True:
-        page = client.list_recurring_runs(page_token=token, page_size=100, experiment_id=experiment)
+        page = client.list_recurring_runs(token, 100, experiment_id=experiment, namespace=namespace or None)
         found += page.recurring_runs or []
         if not (token := page.next_page_token or ""):
             return found

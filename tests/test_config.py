@@ -200,7 +200,7 @@ def test_nearest_is_empty_without_a_close_match() -> None:
     assert nearest("qqqq", ["steps", "side"]) == ""
 
 
-@pytest.mark.parametrize("text", ["team=vision", "[1]", '{"a": 1}', '"a"', "{"])
+@pytest.mark.parametrize("text", ["team=vision", "[1]", "[]", '[["a", "b"]]', '{"a": 1}', '"a"', "{"])
 def test_tags_of_a_run_are_a_json_object_of_texts(text: str) -> None:
     assert load("train", overrides={"run_tags": '{"team": "vision"}'}).run_tags == '{"team": "vision"}'
     with pytest.raises(ValueError, match="run_tags: must be a JSON object of texts, such as"):

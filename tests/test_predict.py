@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,9 +19,11 @@ from helpers.command_line import pixelclip  # noqa: F401
 from pixelclip import api, predict
 from pixelclip.data import image_sources
 from pixelclip.data.image_sources import check_output, list_photos
+from pixelclip.inference.prediction import INFERENCE
 from pixelclip.inference.prediction_files import brush_rle
 from pixelclip.inference.predictor import Predictor
 from pixelclip.storage import cache
+from pixelclip.storage.files import write_json
 from pixelclip.storage.s3 import UnreachableError
 
 NAMES = ["dog|puppy", "grass", "sky", "traffic light"]
@@ -107,6 +110,17 @@ def test_finished_result_is_reused(photos, model, tmp_path, capsys):
     assert "predict: reused" in capsys.readouterr().out
     with pytest.raises(ValueError, match=r"different inputs or settings \(predict.quality 'fast' → 'best'\)"):
         run(photos, model, tmp_path / "out", overlays=False, quality="best")
+
+
+def test_same_weights_of_another_size_are_another_model(photos, model, tmp_path):
+    registered = shutil.copytree(model, tmp_path / "registered")
+    for number, side in enumerate((tiny.SIDE, 2 * tiny.SIDE)):
+        write_json(registered / INFERENCE, {"shortest_edge": 0, "longest_edge": 0, "side": side})
+        if number:
+            with pytest.raises(ValueError, match="different inference"):
+                run(photos, registered, tmp_path / "out", overlays=False)
+        else:
+            run(photos, registered, tmp_path / "out", overlays=False)
 
 
 @pytest.mark.parametrize("count", [2, 3])

@@ -262,6 +262,7 @@ def test_licences_are_in_every_model_card(client, tmp_path):
     version = client.get_model_version("licensed", "1")
     assert "Licence of the weights: MIT. Licence of the training images: not stated." in version.description
     assert model_version.licences_of("models:/licensed/1") == {"licence": "MIT"}
+    assert model_version.licences_of(f"models:/{version.model_id}") == {}
 
 
 def test_shipped_code_keeps_subpackages_and_leaves_assets_out(tmp_path):

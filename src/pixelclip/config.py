@@ -43,10 +43,10 @@ _Part = Annotated[str, AfterValidator(_part)]
 
 def _tags(text: str) -> str:
     try:
-        valid = all(isinstance(value, str) for value in dict(json.loads(text or "{}")).values())
-    except (ValueError, TypeError):
-        valid = False
-    if not valid:
+        found = json.loads(text or "{}")
+    except ValueError:
+        found = None
+    if not (isinstance(found, dict) and all(isinstance(value, str) for value in found.values())):
         raise ValueError(f'must be a JSON object of texts, such as {{"team": "vision"}} (found {text!r})')
     return text
 

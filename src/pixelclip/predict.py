@@ -16,7 +16,7 @@ from pixelclip.data.image_sources import Photo, Photos, check_output, list_photo
 from pixelclip.data.images import decode_image, encode_jpeg, to_rgb, turn_upright
 from pixelclip.data.shard_sources import parts
 from pixelclip.inference.loading import Model, load_predictor
-from pixelclip.inference.prediction import overlay, palette_image, png
+from pixelclip.inference.prediction import INFERENCE, overlay, palette_image, png
 from pixelclip.inference.prediction_files import Record, record_of, write_coco, write_label_studio
 from pixelclip.settings import build
 from pixelclip.storage.files import files_below, parse_json, write_atomically, write_json
@@ -54,7 +54,10 @@ def run(images: str, model: Path, out: Path, config: PredictConfig) -> Metrics:
     photos = list_photos(images, config.part)
     if config.label_studio and photos.in_shards:
         raise ValueError(f"{images}: Label Studio reads image files, not shards; leave out --label-studio")
-    stage = Stage("predict", out, {**photos.inputs, "model": describe(model)}, config)
+    inputs = {**photos.inputs, "model": describe(model)}
+    if (sizes := model / INFERENCE).is_file():  # not part of the model's own provenance
+        inputs["inference"] = describe(sizes)
+    stage = Stage("predict", out, inputs, config)
     if stage.finished:
         return stage.reuse()
     with stage:

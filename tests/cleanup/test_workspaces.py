@@ -1,12 +1,14 @@
 """Workspaces: what is one, what must stay, and its deletion."""
 
 import fcntl
+import math
 import os
 from pathlib import Path
 
 import pytest
 
 from helpers.gc_store import OLD, age, output, unfinished
+from pixelclip.cleanup import workspaces
 from pixelclip.cleanup.named import Named
 from pixelclip.cleanup.workspaces import items
 from pixelclip.config import ShardsConfig
@@ -45,6 +47,50 @@ def test_workspace_with_files_of_others_stays(tmp_path):
         "one": "contains notes.txt, which pixelclip did not write",
         "two": "contains link, which pixelclip did not write",
     }
+
+
+def later(path: Path, seconds: float) -> None:
+    """Write a file some time after the result that it is put into."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("later")
+    when = next(path.parents[1].rglob("provenance.json")).stat().st_mtime + seconds
+    os.utime(path, (when, when))
+
+
+def test_result_that_a_person_changed_stays(tmp_path):
+    later(output(tmp_path / "maps" / "predictions", "predict") / "labels" / "a.png", 61)
+    later(output(tmp_path / "export" / "train", "train") / "model.onnx", 61)
+    later(output(tmp_path / "journal" / "train", "train") / "run.json", 61)  # its curves were sent later
+    later(output(tmp_path / "slow" / "shards") / "000001.tar", 50)
+    assert found(tmp_path) == {
+        "maps": "contains predictions/labels/a.png, which is newer than the result that it belongs to",
+        "export": "contains train/model.onnx, which is newer than the result that it belongs to",
+        "journal": "",
+        "slow": "",
+    }
+    assert {item.kept for item in items([tmp_path], Named(), tolerance=math.inf)} == {""}
+
+
+def test_stages_inside_a_result_are_not_changes_of_it(tmp_path):
+    model = age(output(tmp_path / "one" / "train", "train"), OLD)
+    output(model / "evaluation", "evaluate")
+    unfinished(model / "predictions")
+    assert found(tmp_path) == {"one": ""}
+
+
+def test_files_of_pixelclip_count_only_beside_outputs(tmp_path):
+    sweep = tmp_path / "one" / "sweep"
+    output(tmp_path / "one" / "masks", "masks")
+    output(sweep / "row" / "seed-1" / "model", "train")
+    for name in ("table.md", "runs.csv", "sweep.png", "best.yaml", "search.json", "run.json"):
+        (sweep / name).write_text(name)
+    output(tmp_path / "one" / "evaluate" / "voc", "evaluate")
+    (tmp_path / "one" / "evaluate" / "metrics.json").write_text("{}")
+    (tmp_path / "one" / "report.html").write_text("report")
+    assert found(tmp_path) == {"one": ""}
+    (tmp_path / "one" / "paper").mkdir()
+    (tmp_path / "one" / "paper" / "report.html").write_text("mine")
+    assert found(tmp_path) == {"one": "contains paper/report.html, which pixelclip did not write"}
 
 
 def test_named_data_stays_by_content_by_parts_and_by_place(tmp_path):
@@ -114,6 +160,34 @@ def test_deletion_is_complete_after_an_interruption_and_spares_what_changed(tmp_
     assert leftover.leftover and not leftover.kept
     leftover.delete()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_stage_that_starts_while_its_workspace_is_deleted_keeps_its_folder(tmp_path, monkeypatch):
+    partial = unfinished(tmp_path / "one" / "train")
+    output(tmp_path / "one" / "shards")
+    (item,) = items([tmp_path], Named())
+    scan, handles = workspaces._scan, []
+
+    def start(*arguments):
+        content = scan(*arguments)
+        handles.append(os.open(partial, os.O_RDONLY))  # as a stage after the comparison
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(handles[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return content
+
+    monkeypatch.setattr(workspaces, "_scan", start)
+    item.delete()
+    assert handles and not (tmp_path / "one").exists()
+    os.close(handles[0])
+
+
+def test_stage_that_has_finished_since_it_was_listed_is_not_deleted(tmp_path):
+    partial = unfinished(tmp_path / "one" / "train")
+    (item,) = items([tmp_path], Named())
+    partial.rename(tmp_path / "one" / "train")
+    with pytest.raises(ValueError, match="has changed since it was listed"):
+        item.delete()
+    assert (tmp_path / "one" / "train").is_dir()
 
 
 def test_damaged_provenance_keeps_a_workspace(tmp_path):

@@ -105,6 +105,22 @@ def test_data_of_a_running_training_stay(runs, client):
     assert not (runs / "old").exists()
 
 
+def test_running_sweep_keeps_its_rows_and_its_folder(runs, client):
+    sweep = runs / "sweep"
+    parent = mlflow_run(client, "RUNNING", OLD, **{"sweep.out": str(sweep)})
+    row = mlflow_run(client, "FINISHED", OLD, model=True, **{"mlflow.parentRunId": parent, "sweep.row": "a"})
+    below = mlflow_run(client, "FINISHED", OLD, **{"mlflow.parentRunId": row})
+    mlflow_run(client, "FINISHED", OLD)
+    for folder in (sweep, runs / "other"):
+        age(output(folder / "a" / "seed-1" / "model", "train").parents[2], OLD)
+    assert run(Policy("30d"), delete=True) == 0
+    assert all_ids(client) == {parent, row, below} and (files_of(client, row) / "notes").is_dir()
+    assert (sweep / "a" / "seed-1" / "model").is_dir() and not (runs / "other" / "a" / "seed-1").exists()
+    client.set_terminated(parent)
+    assert run(Policy("30d"), delete=True) == 0
+    assert all_ids(client) == {parent} and not (sweep / "a" / "seed-1").exists()
+
+
 def test_deletion_that_fails_is_named_and_counted_and_others_go_on(runs, client, pixelclip):
     mlflow_run(client, "FINISHED", OLD)
     bad = mlflow_run(client, "FAILED", OLD)

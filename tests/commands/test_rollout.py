@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain, repeat
 from pathlib import Path
+from unittest.mock import Mock
 
 import mlflow
 import pytest
@@ -24,6 +26,7 @@ import pixelclip
 from helpers import services, tiny
 from helpers.processes import living, wait_until
 from helpers.serving import body_of, photo
+from pixelclip.commands import rollout
 from pixelclip.inference import serving
 from pixelclip.models.checkpoint import WEIGHTS
 from pixelclip.registry.model_version import copy_code
@@ -197,18 +200,27 @@ def test_roll_out_and_roll_back_lose_no_request(registry, folder, tmp_path):
 def test_broken_versions_are_never_switched_to(registry, folder, tmp_path):
     first = f"models:/{NAME}/{add(registry, folder, tmp_path)}"
     registry.set_registered_model_alias(NAME, "champion", "1")
-    with following(tmp_path / "log") as (address, _), stream(address) as flow:
-        for broken, reason in ((changed, "records MD5"), (diverged, "smoke request")):
-            version = add(registry, broken(folder, tmp_path / broken.__name__), tmp_path)
-            registry.set_registered_model_alias(NAME, "champion", version)
-            assert wait_until(partial(rejects, address, f"models:/{NAME}/{version}"), _LOAD_SECONDS)
-            assert reason in state(address)["rejected"]["reason"]
-        registry.set_registered_model_alias(NAME, "champion", "1")
-        assert wait_until(lambda: state(address)["rejected"] is None)
-        registry.delete_registered_model_alias(NAME, "champion")
-        assert wait_until(lambda: "the alias cannot be read" in (tmp_path / "log").read_text())
-        flow.wait_for(3)
-    assert flow.versions() == [first]
+    with following(tmp_path / "log") as (address, server):
+        (process,) = processes_of(server)
+        with stream(address) as flow:
+            for broken, reason in ((changed, "records MD5"), (diverged, "smoke request")):
+                version = add(registry, broken(folder, tmp_path / broken.__name__), tmp_path)
+                registry.set_registered_model_alias(NAME, "champion", version)
+                assert wait_until(partial(rejects, address, f"models:/{NAME}/{version}"), _LOAD_SECONDS)
+                assert reason in state(address)["rejected"]["reason"]
+            flow.wait_for(3)
+        # The old version crashes while the alias points to a broken one.
+        os.kill(process, signal.SIGKILL)
+        assert wait_until(lambda: state(address)["rollouts"]["switched"] == 2, _LOAD_SECONDS)
+        with stream(address) as again:
+            again.wait_for(3)
+            assert rejects(address, f"models:/{NAME}/{version}"), "the crash does not undo the rejection"
+            registry.set_registered_model_alias(NAME, "champion", "1")
+            assert wait_until(lambda: state(address)["rejected"] is None, _LOAD_SECONDS)
+            registry.delete_registered_model_alias(NAME, "champion")
+            assert wait_until(lambda: "the alias cannot be read" in (tmp_path / "log").read_text())
+            again.wait_for(3)
+    assert flow.versions() == again.versions() == [first]
 
 
 def test_crashed_version_is_loaded_again_and_ends_with_its_server(registry, folder, tmp_path):
@@ -222,6 +234,30 @@ def test_crashed_version_is_loaded_again_and_ends_with_its_server(registry, fold
         (process,) = processes_of(server)
         os.kill(server.process.pid, signal.SIGKILL)  # nothing can be tidied up
         assert wait_until(lambda: not living(process))
+
+
+def test_crashed_version_is_tried_until_it_is_loaded(monkeypatch, tmp_path, capsys):
+    """Neither a lack of memory for a process nor an MLflow that is away ends the attempts."""
+    model = f"models:/{NAME}/1"
+    crashed, failing, loaded = (Mock(model=model, requests=0) for _ in range(3))
+    crashed.process.is_alive.return_value = False
+    failing.wait.side_effect = ValueError("MLflow is away")
+    monkeypatch.setattr(rollout, "Version", Mock(side_effect=[crashed, OSError("no memory"), failing, loaded]))
+    monkeypatch.setattr(rollout, "version_of", Mock(side_effect=chain([model], repeat(ValueError("MLflow is away")))))
+    versions = rollout.Rollout(URI, tmp_path, 0.01)
+    versions.start()
+    watch = threading.Thread(target=versions.watch)
+    watch.start()
+    try:
+        assert wait_until(lambda: versions.state()["rollouts"]["switched"] == 2)
+        assert versions.state()["model"] == model and watch.is_alive()
+    finally:
+        versions.stop()
+        watch.join()
+    log = capsys.readouterr().err
+    assert "s: no memory\n" in log and f"{model} cannot be loaded again: MLflow is away; next attempt" in log
+    for version in (crashed, failing, loaded):
+        version.stop.assert_called_once()
 
 
 def test_broken_first_version_is_an_error(registry, folder, tmp_path):

@@ -11,10 +11,12 @@ from itertools import islice
 from math import log10
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import yaml
+from matplotlib.figure import Figure
 
 from helpers import tiny
 from helpers.sweeps import sweep_data, write_sweep
@@ -102,6 +104,27 @@ def test_failed_trials_teach_nothing_and_three_in_a_row_end_the_search(tmp_path,
     assert run(plan, tmp_path)[:6] == [each["settings"] for each in results], "they are repeated with the same settings"
     assert sweep_results.best(sweep_results.summarise(results))["row"] == "trial 0"
     assert search.plot("none", plan, sweep_results.summarise(results[3:6]))[:4] == b"\x89PNG"
+
+
+def test_plot_marks_the_trial_that_the_table_names(tmp_path, monkeypatch):
+    """The trial with the largest gain has a failed seed, so it is not the best."""
+    plan = planned(tmp_path, trials=3, seeds=[0, 1])
+    results: list[dict] = []
+    for each in search.trials(plan, tmp_path, results):
+        number = len(results) // 2
+        failed = {"metrics": {}, "error": "disk full"} if (number, each.seed) == (1, 1) else {"error": ""}
+        run = {"row": each.row, "seed": each.seed, "settings": each.settings, "metrics": {"gain/x": [1.0, 5.0, 0.5][number]}}
+        results.append(run | failed)
+    rows = sweep_results.summarise(results)
+    assert "Best: trial 0, gain 1.00" in sweep_results.table("failed seed", rows)
+    save = Mock()
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: save(figure))
+    search.plot("failed seed", plan, rows)
+    (figure,) = save.call_args.args
+    for axes in figure.axes[:3]:
+        lines = {line.get_label(): [*line.get_ydata()] for line in axes.lines}
+        assert lines.pop("best: trial 0") == [1.0] and len(axes.collections[0].get_offsets()) == 3
+        assert lines in ({}, {"best so far": [1.0, 1.0, 1.0]})
 
 
 def test_settings_that_do_not_fit_together_are_a_failed_trial(tmp_path):

@@ -125,7 +125,7 @@ def test_another_clip_than_that_of_the_training_is_rejected(tmp_path):
 def naive_windows(predictor: Predictor, image: Image.Image, classes: torch.Tensor, scale: float, size) -> torch.Tensor:
     """Average the cosines of windows, one window at a time, at the centres of the cells of a grid: [K, h, w]."""
     side = predictor.side
-    width, height = (max(side, round(edge * scale * side / max(image.size))) for edge in image.size)
+    width, height = (max(side, int(edge * scale * side / max(image.size))) for edge in image.size)
     resized = np.asarray(image.resize((width, height), Image.Resampling.BILINEAR), np.float32) / 255
     pixels = torch.from_numpy((resized - predictor.clip.mean) / predictor.clip.std).float().permute(2, 0, 1)[None]
     rows, columns = ((torch.arange(n) + 0.5) * edge / n for n, edge in zip(size, (height, width), strict=True))

@@ -111,6 +111,32 @@ def test_active_runs_and_schedules_keep_workspaces_and_mlflow_runs(kfp, experime
     assert named.of_path(Path("/weights/sam.pt")) and named.places["s3://data/a"]
 
 
+@pytest.mark.parametrize("name", ["others", ""])
+def test_active_runs_and_schedules_of_another_experiment_keep_what_they_use(kfp, bucket, tmp_path, name):
+    other = kfp.add("experiments", {"display_name": "mine"})["experiment_id"]
+    if name:
+        kfp.add("experiments", {"display_name": "pixelclip"})
+    active, old = (kfp_run(kfp, state, state, OLD, workspace="/workspace/now") for state in ("RUNNING", "SUCCEEDED"))
+    for number in range(4):  # more than one page
+        parameters = {"workspace": f"/workspace/nightly{number}"}
+        entry = {"display_name": f"nightly {number}", "experiment_id": other, "runtime_config": {"parameters": parameters}}
+        kfp.add("recurringruns", entry)
+    for run_id in (active, old):
+        assert kfp.kept["runs"][run_id]["experiment_id"] == other
+        put(bucket, run_id)
+    named = Named()
+    assert listed(kfp, ROOT, [tmp_path], named) == []
+    assert set(named.active_kfp) == {active}
+    assert named.of_path(tmp_path / "now") == named.active_kfp[active]
+    assert named.of_path(Path("/workspace/nightly3")) == "used by the schedule nightly 3"
+
+
+def test_artifacts_of_every_pipeline_go_once_their_run_is_deleted(kfp, experiment, bucket):
+    for pipeline in ("pixelclip", "pixelclip-unlabelled", "pixelclip-predict", "pixelclip-sweep", "pixelclip-sweep-run"):
+        put(bucket, kfp_id(pipeline), pipeline)
+    assert len(listed(kfp, ROOT)) == 5
+
+
 def test_versions_keep_their_run_and_the_evaluation_of_clip_in_another(kfp, experiment, bucket):
     runs = {name: kfp_run(kfp, name, "SUCCEEDED", OLD) for name in ("own", "clip", "other")}
     named = Named()

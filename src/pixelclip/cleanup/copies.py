@@ -1,5 +1,6 @@
 """Copies in the cache. They can be downloaded again, so only their last use counts."""
 
+import math
 from dataclasses import replace
 from functools import partial
 
@@ -25,5 +26,7 @@ def items() -> list[Item]:
         for copy in copies
         if copy.folder.name != cache.OUT
     ]
-    outputs = workspaces.items([copy.folder for copy in copies if copy.folder.name == cache.OUT], Named())
+    folders = [copy.folder for copy in copies if copy.folder.name == cache.OUT]
+    # What is newer than its provenance here was copied back from the store, since nobody edits the cache by hand.
+    outputs = workspaces.items(folders, Named(), tolerance=math.inf)
     return [*found, *(replace(item, resumable=True) for item in outputs)]

@@ -22,14 +22,17 @@ from pixelclip.tracking.server import is_missing, public_uri, reason_of, transfe
 from pixelclip.workflow.provenance import chain
 from pixelclip.workflow.stage import PROVENANCE
 
-_KFP, _PARENT, _SWEEP = "kfp.run_id", "mlflow.parentRunId", "sweep.row"
+_KFP, _PARENT, _SWEEP, _SWEEP_OUT = "kfp.run_id", "mlflow.parentRunId", "sweep.row", "sweep.out"
 _UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _PAGE = 1000
 _OPEN = ("RUNNING", "SCHEDULED")
 
 
 def recipe(stage: Mapping[str, Any]) -> str:
-    """Identify what a stage computes, the same for all its parts: parts that are read together have one MD5 together."""
+    """Identify what a stage computes, the same for all its parts.
+
+    A lineage has one MD5 for all parts together, so single parts are found by their recipe.
+    """
     settings = {name: value for name, value in stage["settings"].items() if name != "part"}
     md5s = {name: described["md5"] for name, described in stage["inputs"].items()}
     return json.dumps([stage["stage"], settings, md5s], sort_keys=True)
@@ -119,10 +122,7 @@ def read(client: MlflowClient, runs: Sequence[Run]) -> Named:
         ids = [each.experiment_id for each in experiments]
         running = [run for status in _OPEN for run in all_runs(client, ids, f"attributes.status = '{status}'")]
         for run in filter(is_running, running):
-            reason = f"read by the running MLflow run {run.info.run_id[:8]}"
-            named.add_tags(run.data.tags, reason)
-            named.add_lineage(_document(client, run.info.run_id, LINEAGE), reason)
-            _add_parents(named, by_id, run, f"parent of the running MLflow run {run.info.run_id[:8]}")
+            _add_running(named, client, by_id, run)
         for experiment in experiments:
             if is_local_uri(experiment.artifact_location):
                 named.add_place(local_file_uri_to_path(experiment.artifact_location), "contains MLflow's artifacts")
@@ -177,6 +177,27 @@ def _add_version(named: Named, client: MlflowClient, runs: dict[str, Run], versi
         named.add_tags(run.data.tags, f"named by {name}")
         _add_parents(named, runs, run, f"belongs to {name}")
         _add_siblings(named, runs, run, f"belongs to {name}")
+
+
+def _add_running(named: Named, client: MlflowClient, runs: dict[str, Run], run: Run) -> None:
+    """Add what a running run reads and writes, its parents, and its children."""
+    shown = f"the running MLflow run {run.info.run_id[:8]}"
+    named.add_tags(run.data.tags, f"read by {shown}")
+    named.add_lineage(_document(client, run.info.run_id, LINEAGE), f"read by {shown}")
+    if out := run.data.tags.get(_SWEEP_OUT):
+        named.add_place(out, f"written by {shown}")
+    _add_parents(named, runs, run, f"parent of {shown}")
+    _add_children(named, runs, run, f"child of {shown}")
+
+
+def _add_children(named: Named, runs: dict[str, Run], run: Run, reason: str) -> None:
+    """Add the runs below a run: a running sweep reads finished rows again for its table."""
+    found = [run.info.run_id]
+    for above in found:
+        below = [run_id for run_id, other in runs.items() if other.data.tags.get(_PARENT) == above and run_id not in found]
+        found += below
+        for run_id in below:
+            named.runs.setdefault(run_id, reason)
 
 
 def _add_parents(named: Named, runs: dict[str, Run], run: Run, reason: str) -> None:

@@ -1,7 +1,6 @@
 """Workspaces on a disk: folders in which stages of pixelclip, or KFP's local runners, wrote their outputs."""
 
 import contextlib
-import fcntl
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -12,41 +11,52 @@ from pathlib import Path
 
 from pixelclip.cleanup.named import Named, recipe
 from pixelclip.cleanup.policy import Item
-from pixelclip.storage.files import TRASH, remove_folder
+from pixelclip.storage.files import TRASH, lock_folder, remove_folder, short_path
 from pixelclip.workflow.provenance import UNFINISHED, read_provenance, read_unfinished
 from pixelclip.workflow.stage import PARTIAL, PROVENANCE
 
 _LOCAL_RUN = re.compile(r".+-\d{4}(-\d\d){5}-\d{6}")
 """Folder of one run of KFP's local runners: name of the pipeline, and the time."""
 _PIPELINE = {".kfp", "pipeline.log"}
+_JOURNAL = {"run.json", "curves.jsonl", "curves.csv"}
+"""Files in the output of a training that change once more when a later stage sends to MLflow what a lost connection left."""
 _OWN_FILES = {
     *_PIPELINE,
     *("metrics.json", "report.html"),
-    *("table.md", "runs.csv", "sweep.png", "run.json", "curves.jsonl", "curves.csv", "reproduction.json"),
+    *("table.md", "runs.csv", "sweep.png", "best.yaml", "search.json", "reproduction.json"),
+    *_JOURNAL,
 }
 """Files of `pipeline run`, `sweep` and `reproduce` beside the outputs of stages."""
+TOLERANCE = 60.0
+"""Seconds by which a file may be newer than the provenance of its output, which is written last: clocks of file servers differ,
+and copying a folder without its times takes a while."""
 _DEPTH = 3  # folders below a root in which workspaces are searched
 
 
-def items(roots: Sequence[Path], named: Named) -> list[Item]:
+def items(roots: Sequence[Path], named: Named, tolerance: float = TOLERANCE) -> list[Item]:
     """Return the workspaces below some folders. What an unfinished stage in another one reads stays, too.
 
     A workspace is a folder that directly contains outputs of stages. An output directly in one of `roots`, and a run of KFP's
     local runners, are items of their own.
+
+    Args:
+        roots: the folders.
+        named: what must stay.
+        tolerance: seconds by which a file in an output may be newer than its provenance. Another one is a person's change.
 
     Raises:
         ValueError: no such folder.
     """
     if missing := [root for root in roots if not root.is_dir()]:
         raise ValueError(f"{missing[0]}: no such folder of workspaces")
-    found = {path: _scan(path) for root in roots for path in _find(root.absolute(), _DEPTH)}
+    found = {path: _scan(path, tolerance) for root in roots for path in _find(root.absolute(), _DEPTH)}
     read = {path: Named() for path in found}
     for path, content in found.items():
         for folder in content.unfinished:
             with contextlib.suppress(ValueError):  # written by a former version, or damaged
-                read[path].add_lineage(read_unfinished(folder / UNFINISHED), f"read by the unfinished {_short(folder)}")
+                read[path].add_lineage(read_unfinished(folder / UNFINISHED), f"read by the unfinished {short_path(folder)}")
     return [
-        _item(path, content, [named, *(each for reader, each in read.items() if reader != path)])
+        _item(path, content, [named, *(each for reader, each in read.items() if reader != path)], tolerance)
         for path, content in found.items()
     ]
 
@@ -84,39 +94,67 @@ def _is_workspace(path: Path) -> bool:
     return False
 
 
-def _scan(path: Path) -> _Content:
-    content = _Content()
-
-    def walk(folder: Path, own: bool) -> None:
-        own = own or _is_output(folder) or folder.name == ".kfp" or bool(_LOCAL_RUN.fullmatch(folder.name))
-        if PARTIAL.fullmatch(folder.name):
-            content.unfinished.append(folder)
-        elif (folder / PROVENANCE).is_file():
-            content.outputs.append(folder)
-        content.changed = max(content.changed, folder.stat().st_mtime)
-        for entry in os.scandir(folder):
-            if entry.is_dir(follow_symlinks=False):
-                walk(Path(entry), own)
-                continue
-            state = entry.stat(follow_symlinks=False)
-            content.size += state.st_size
-            content.changed = max(content.changed, state.st_mtime)
-            if not own and entry.name not in _OWN_FILES and not content.problem:
-                content.problem = f"contains {Path(entry).relative_to(path)}, which pixelclip did not write"
-
+def _scan(path: Path, tolerance: float) -> _Content:
+    scan = _Scan(path, tolerance)
     try:
-        walk(path, bool(TRASH.fullmatch(path.name)))
+        scan.walk(path, None, bool(TRASH.fullmatch(path.name)))
     except OSError as error:
-        content.problem = f"{error.filename}: {error.strerror}"
-    return content
+        scan.content.problem = f"{error.filename}: {error.strerror}"
+    return scan.content
 
 
-def _item(path: Path, content: _Content, named: Sequence[Named]) -> Item:
+class _Scan:
+    """Read the content of a workspace, and look for files that pixelclip did not write."""
+
+    def __init__(self, path: Path, tolerance: float) -> None:
+        self.path, self.tolerance = path, tolerance
+        self.content = _Content()
+
+    def walk(self, folder: Path, written: float | None, own: bool) -> bool:
+        """Add a folder, and return whether an output or an unfinished stage is in it.
+
+        Args:
+            folder: the folder.
+            written: when the provenance of the output that contains it was written; None outside of outputs.
+            own: whether all files belong to pixelclip or KFP, whatever their names.
+        """
+        if PARTIAL.fullmatch(folder.name):
+            self.content.unfinished.append(folder)
+            written, own = None, True  # also below a result, which is older
+        elif (folder / PROVENANCE).is_file():
+            self.content.outputs.append(folder)
+            written = max(written or 0.0, (folder / PROVENANCE).stat().st_mtime)
+        own = own or folder.name == ".kfp" or bool(_LOCAL_RUN.fullmatch(folder.name))
+        self.content.changed = max(self.content.changed, folder.stat().st_mtime)
+        entries = list(os.scandir(folder))
+        below = [self.walk(Path(entry), written, own) for entry in entries if entry.is_dir(follow_symlinks=False)]
+        holds = any(below) or own or written is not None
+        for entry in entries:
+            if not entry.is_dir(follow_symlinks=False):
+                self._add(entry, written, own, holds or folder == self.path)
+        return holds
+
+    def _add(self, entry: os.DirEntry[str], written: float | None, own: bool, beside: bool) -> None:
+        """Add a file; `beside` tells whether it lies where pixelclip writes files beside outputs."""
+        state = entry.stat(follow_symlinks=False)
+        self.content.size += state.st_size
+        self.content.changed = max(self.content.changed, state.st_mtime)
+        shown = Path(entry).relative_to(self.path)
+        problem = ""
+        if written is not None:  # what a person changed in a result, such as a corrected label map
+            if state.st_mtime > written + self.tolerance and entry.name not in _JOURNAL:
+                problem = f"contains {shown}, which is newer than the result that it belongs to"
+        elif not own and not (beside and entry.name in _OWN_FILES):
+            problem = f"contains {shown}, which pixelclip did not write"
+        self.content.problem = self.content.problem or problem
+
+
+def _item(path: Path, content: _Content, named: Sequence[Named], tolerance: float) -> Item:
     kept = content.problem or _reason(path, content, named)
     resumable = bool(content.unfinished) or (path / ".kfp").is_dir()
     leftover = bool(TRASH.fullmatch(path.name))
-    delete = partial(_delete, path, content)
-    return Item(_short(path), content.size, content.changed, delete, "" if leftover else kept, resumable, leftover)
+    delete = partial(_delete, path, content, tolerance)
+    return Item(short_path(path), content.size, content.changed, delete, "" if leftover else kept, resumable, leftover)
 
 
 def _reason(path: Path, content: _Content, named: Sequence[Named]) -> str:
@@ -145,21 +183,21 @@ def _locked(folders: Sequence[Path]) -> Iterator[None]:
     """
     with ExitStack() as handles:
         for folder in folders:
-            handle = os.open(folder, os.O_RDONLY)
-            handles.callback(os.close, handle)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise ValueError(f"running: a process is writing {folder.name}") from None
+            handles.callback(os.close, lock_folder(folder, f"running: a process is writing {folder.name}"))
         yield
 
 
-def _delete(path: Path, content: _Content) -> None:
-    if not TRASH.fullmatch(path.name) and _scan(path) != content:
-        raise ValueError("has changed since it was listed")
-    with _locked(content.unfinished):
-        remove_folder(path)
+def _delete(path: Path, content: _Content, tolerance: float) -> None:
+    """Delete a workspace.
 
-
-def _short(path: Path) -> str:
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
+    Raises:
+        ValueError: it has changed since it was listed, or a process is working in it.
+    """
+    try:
+        with _locked(content.unfinished):
+            # Compared under the locks, so that no unfinished stage continues between the comparison and the deletion.
+            if not TRASH.fullmatch(path.name) and _scan(path, tolerance) != content:
+                raise ValueError("has changed since it was listed")
+            remove_folder(path)
+    except FileNotFoundError:  # a stage has finished
+        raise ValueError("has changed since it was listed") from None

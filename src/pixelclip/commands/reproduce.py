@@ -9,7 +9,8 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -237,11 +238,23 @@ def _update_paths(provenance: Mapping[str, Any], settings: dict[str, Any], work:
     for name, described in provenance["inputs"].items():
         setting = _SETTING.get(name, "")
         if spec := str(settings.get(setting) or defaults.get(name, "")):  # the main input of a stage is not a setting
-            restored = _restore(name, described, work, spec=spec)
+            # A model whose masks were used was trained on other masks, so its stages need folders of their own.
+            apart = replace(work, out=work.out / name) if name == "weights" else work
+            restored = _restore(name, described, apart, spec=spec)
             if restored != _resolve(name, spec):  # otherwise the recorded setting is still valid
                 path = described["path"]
                 settings[setting] = spec.replace(path, str(restored)) if path in spec else str(restored)
     return settings
+
+
+@lru_cache
+def _fetched(uri: str) -> Path | None:
+    """Fetch a registered model once; None if there is no such model any more."""
+    try:
+        return fetch(uri)
+    except ValueError as error:
+        print(f"reproduce: {error}", flush=True)
+        return None
 
 
 def _resolve(name: str, spec: str) -> Path | str | None:
@@ -251,4 +264,6 @@ def _resolve(name: str, spec: str) -> Path | str | None:
     """
     if name == "clip":
         return clip_folder(spec)
+    if spec.startswith("models:/"):
+        return _fetched(spec)
     return spec if name in _SHARDS and is_s3(spec) else local_path(spec)

@@ -82,8 +82,13 @@ class Version:
         self._socket = str(folder / f"{model.rpartition('/')[2]}-{time.monotonic_ns()}")
         self._failure, failure = context.Pipe(duplex=False)
         self.process = context.Process(target=_serve, args=(model, self._socket, failure), daemon=True)
-        self.process.start()
-        failure.close()
+        try:
+            self.process.start()
+        except OSError:
+            self._failure.close()
+            raise
+        finally:
+            failure.close()
 
     def wait(self) -> None:
         """Wait until the version is loaded and has answered a smoke request.
@@ -171,31 +176,67 @@ class Rollout:
         self._results = Counter(switched=0, rejected=0)
         self._rejected: dict[str, str] = {}
         self._attempts, self._retry, self._unread = 0, 0.0, ""
+        self._lost = ""  # the version that crashed, until one is served again
 
     def start(self) -> None:
         """Load the first version; errors as in `run`."""
         model = version_of(*self._alias)
-        version = Version(model, self._folder)
         try:
-            version.wait()
+            version = self._load(model)
         except ValueError as error:
-            version.stop()
             raise ValueError(f"{model}: is not served: {error}") from None
         self._switch(version)
 
     def watch(self) -> None:
         """Follow the alias until `stop`."""
         while not self._stopped.is_set():
-            if current := self._current:
-                current.process.join(self._interval)  # returns earlier if the process ends
-                if not current.process.is_alive() and not self._stopped.is_set():
-                    self._print(f"{current.model}: {current._ended()}; it is loaded again")
-                    with self._lock:
-                        self._current = None
-            else:
+            try:
+                self._look()
+            except OSError as error:  # no memory or no file descriptor for a process: there may be later
+                self._print(f"next attempt in {self._interval:.0f} s: {error}")
                 self._stopped.wait(self._interval)
-            if not self._stopped.is_set():
-                self.check()
+
+    def _look(self) -> None:
+        """Wait for the next look at the alias or a crash; load a crashed version again, then look at the alias."""
+        current = self._current
+        if current is None:
+            self._stopped.wait(self._interval)
+        else:
+            current.process.join(self._interval)  # returns earlier if the process ends
+            if not current.process.is_alive() and not self._stopped.is_set():
+                self._print(f"{current.model}: {current._ended()}; it is loaded again")
+                self._lost = current.model
+                with self._lock:
+                    self._current = None
+                current.stop()  # closes its pipe
+        if self._lost and not self._stopped.is_set():
+            self._restore()
+        if not self._stopped.is_set():
+            self.check()
+
+    def _restore(self) -> None:
+        """Load the version that crashed; the alias may point to one that is rejected, and until then nothing is served."""
+        try:
+            version = self._load(self._lost)
+        except ValueError as error:
+            self._print(f"{self._lost} cannot be loaded again: {error}; next attempt in {self._interval:.0f} s")
+            return
+        self._switch(version)
+
+    def _load(self, model: str) -> Version:
+        """Start a version and return it when it is ready; stop it if it fails.
+
+        Raises:
+            ValueError: it cannot be loaded, or its answer is wrong.
+            OSError: there is no memory or no file descriptor for its process.
+        """
+        version = Version(model, self._folder)
+        try:
+            version.wait()
+        except (ValueError, OSError):
+            version.stop()
+            raise
+        return version
 
     def check(self) -> None:
         """Look at the alias once; if it points to another version, try that version and switch to it."""
@@ -207,16 +248,15 @@ class Rollout:
             return
         if self._rejected.get("model") == wanted and time.monotonic() < self._retry:
             return
-        version = Version(wanted, self._folder)
         try:
-            version.wait()
+            version = self._load(wanted)
         except ValueError as error:
-            version.stop()
             self._reject(wanted, str(error))
             return
         if self._wanted() not in (wanted, None):
             version.stop()  # the alias moved on while the version was loaded
             return
+        self._rejected = {}
         self._switch(version)
 
     def _wanted(self) -> str | None:
@@ -244,7 +284,7 @@ class Rollout:
         """Send new requests to a version, and end the former one after its last answer."""
         with self._lock:
             former, self._current = self._current, version
-        self._rejected = {}
+        self._lost = ""
         self._results["switched"] += 1
         self._print(f"{version.model} is served{f', instead of {former.model}' if former else ''}")
         while former and former.requests and former.process.is_alive():

@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from pixelclip.commands.sweep_file import OBJECTIVE, TRIAL, Range, Search, SweepRun
-from pixelclip.commands.sweep_results import values_of
+from pixelclip.commands.sweep_results import best, values_of
 from pixelclip.storage.files import read_json, write_json
 
 RECORD = "search.json"
@@ -140,12 +140,17 @@ def _decoded(found: Range, value: Any) -> Any:
 
 
 def plot(name: str, search: Search, rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """Draw a search as a PNG: gain of the trials and the best so far, then gain over each setting; the best is marked."""
+    """Draw a search as a PNG: gain of the trials and the best so far, then gain over each setting; the best is marked.
+
+    The best is the one of `sweep_results.best`: a trial with a failed seed has a dot, but no ring.
+    """
     from matplotlib.figure import Figure
 
     ended = [row for row in rows if row[OBJECTIVE] is not None]
     gains = [row[OBJECTIVE] for row in ended]
     numbers = [int(row["row"].removeprefix(TRIAL)) for row in ended]
+    tops = [best(ended[: end + 1]) for end in range(len(ended))]
+    top = ended.index(tops[-1]) if tops and tops[-1] else None
     panels = 1 + len(search.ranges)
     columns = min(3, panels)
     lines = ceil(panels / columns)
@@ -153,8 +158,9 @@ def plot(name: str, search: Search, rows: Sequence[Mapping[str, Any]]) -> bytes:
     trial_axes, *setting_axes = figure.subplots(lines, columns, squeeze=False).flat
     trial_axes.set_xlabel("trial")
     trial_axes.xaxis.get_major_locator().set_params(integer=True)
-    trial_axes.step(numbers, np.maximum.accumulate(gains), where="post", color="#8fb8de", label="best so far")
-    _mark(trial_axes, numbers, gains, numbers)
+    so_far = [found[OBJECTIVE] if found else np.nan for found in tops]
+    trial_axes.step(numbers, so_far, where="post", color="#8fb8de", label="best so far")
+    _mark(trial_axes, numbers, gains, numbers, top)
     trial_axes.legend()
     for axes, (setting, found) in zip(setting_axes, search.ranges.items(), strict=False):
         axes.set_xlabel(setting)
@@ -162,7 +168,7 @@ def plot(name: str, search: Search, rows: Sequence[Mapping[str, Any]]) -> bytes:
             axes.set_xticks(range(len(found.choice)), [str(each) for each in found.choice], parse_math=False)
         elif found.log:
             axes.set_xscale("log")
-        _mark(axes, [_encoded(found, row["settings"][setting]) for row in ended], gains, numbers)
+        _mark(axes, [_encoded(found, row["settings"][setting]) for row in ended], gains, numbers, top)
     for axes in setting_axes[len(search.ranges) :]:
         axes.set_axis_off()
     figure.suptitle(name, parse_math=False)
@@ -171,12 +177,11 @@ def plot(name: str, search: Search, rows: Sequence[Mapping[str, Any]]) -> bytes:
     return file.getvalue()
 
 
-def _mark(axes: Any, places: Sequence[float], gains: Sequence[float], numbers: Sequence[int]) -> None:
-    """Draw a dot per trial, darker for earlier ones, and a ring around the best."""
+def _mark(axes: Any, places: Sequence[float], gains: Sequence[float], numbers: Sequence[int], top: int | None) -> None:
+    """Draw a dot per trial, darker for earlier ones, and a ring around the one at index `top`."""
     axes.set_ylabel("gain over CLIP in points of mIoU")
     axes.grid(alpha=0.3)
     axes.scatter(places, gains, c=numbers, cmap="viridis", zorder=2)
-    if gains:
-        top = int(np.argmax(gains))
+    if top is not None:
         label = f"best: trial {numbers[top]}"
         axes.plot(places[top], gains[top], "o", markersize=12, fillstyle="none", color="#c0392b", label=label)

@@ -5,7 +5,6 @@ sweep; an added row or trial costs only its own runs. Table and plot depend only
 (pipelines/sweep.py) writes the same.
 """
 
-import fcntl
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -24,7 +23,7 @@ from pixelclip.data.labelled_sets import open_labelled
 from pixelclip.data.shard_sources import list_shards
 from pixelclip.settings import read_yaml
 from pixelclip.storage.download import local_path
-from pixelclip.storage.files import write_atomically
+from pixelclip.storage.files import lock_folder, write_atomically
 from pixelclip.storage.urls import public
 from pixelclip.tracking.journal import RUN, read_run
 from pixelclip.tracking.run import KILLED, PARENT_RUN, PIPELINE_RUN, Run
@@ -80,12 +79,8 @@ def _known(plan: list[SweepRun] | Search) -> list[SweepRun]:
 @contextmanager
 def _locked(out: Path) -> Iterator[None]:
     """Lock the folder of a sweep, in which a second process would overwrite the results of the first."""
-    handle = os.open(out, os.O_RDONLY)
+    handle = lock_folder(out, f"{out}: another sweep is writing this folder; wait for it or choose another folder")
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{out}: another sweep is writing this folder; wait for it or choose another folder") from None
         yield
     finally:
         os.close(handle)

@@ -121,14 +121,15 @@ def licences_of(uri: str) -> dict[str, str]:
     """Return the licences that a registered version was registered with, by the names in `LICENCES`.
 
     Args:
-        uri: as in `fetch`.
+        uri: as in `fetch`; a model that is logged but not registered (`models:/m-ID`) has none.
 
     Raises:
         ValueError: MLflow is unreachable or has no such model.
     """
     client = connect()
     try:
-        tags = client.get_model_version(*get_model_name_and_version(client, uri)).tags
+        named = get_model_name_and_version(client, uri)
+        tags = client.get_model_version(*named).tags if len(named) > 1 else {}
     except MlflowException as error:
         raise ValueError(f"{uri}: cannot be read from {public_uri()}: {reason_of(error)}") from None
     return {key: tags[key] for key in LICENCES if key in tags}

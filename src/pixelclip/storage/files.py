@@ -1,5 +1,6 @@
 """Files and folders: atomic writes, checksums, JSON."""
 
+import fcntl
 import hashlib
 import json
 import os
@@ -35,6 +36,22 @@ def write_atomically(path: Path, content: bytes | str) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def lock_folder(path: Path, problem: str) -> int:
+    """Lock a folder until the returned handle is closed; raise ValueError(problem) if another process has locked it."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        raise ValueError(problem) from None
+    return handle
+
+
+def short_path(path: Path) -> str:
+    """Return a path relative to the working folder, if it is below it."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def remove_folder(path: Path) -> None:

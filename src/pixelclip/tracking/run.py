@@ -83,7 +83,7 @@ class Run:
 
         The first of these is used: MLFLOW_RUN_ID (which is never ended here), the interrupted run, a new child of
         PIXELCLIP_PARENT_RUN, the run tagged with the ID of this pipeline run, a new run. An interrupted run is continued even
-        while the server does not respond. `own_tags` are more tags, as in the setting `train.run_tags`.
+        while the server does not respond. `own_tags` are more tags, as in the setting `train.run_tags`; they replace no other.
 
         Raises:
             ValueError: MLflow is unreachable or rejects a request.
@@ -91,7 +91,7 @@ class Run:
         env_run = os.environ.get("MLFLOW_RUN_ID")
         with _one_error(env_run):
             client, resumed = (connect(), None) if env_run else _resumed(folder)
-            tags = run_tags(provenance, lineage_tags(provenance)) | json.loads(own_tags or "{}")
+            tags = json.loads(own_tags or "{}") | run_tags(provenance, lineage_tags(provenance))
             if env_run:
                 for chosen_by_its_creator in ("mlflow.parentRunId", MLFLOW_SOURCE_NAME, MLFLOW_SOURCE_TYPE, MLFLOW_USER):
                     tags.pop(chosen_by_its_creator, None)

@@ -100,6 +100,7 @@ _ONLY_FOR: dict[str, dict[Any, tuple[str, ...]]] = {
         "dino": ("dino_", "seed"),
         "labels": ("labels_",),
         "felzenszwalb": ("felzenszwalb_",),
+        "model": ("model_",),
     },
     "train.strong_view": {True: ("cutout_",)},
 }
@@ -129,7 +130,7 @@ def tags(provenance: Mapping[str, Any]) -> dict[str, str]:
     """Return lineage tags: code (revision, version, image) and every input of the chain.
 
     An input has the tags `data.NAME.md5` and `data.NAME.path`. For a fetched input, these and further tags, such as
-    `data.NAME.git_sha`, describe its source.
+    `data.NAME.git_sha`, describe its source. If two inputs share a name, the nearer one wins.
     """
     lineage = {
         "code.revision": str(provenance.get("revision") or code_revision()),
@@ -137,7 +138,10 @@ def tags(provenance: Mapping[str, Any]) -> dict[str, str]:
     }
     if image := provenance.get("image") or code_image():
         lineage["code.image"] = image
+    nearest: dict[str, Mapping[str, Any]] = {}
     for name, described, _ in inputs(provenance):
+        nearest.setdefault(name, described)
+    for name, described in nearest.items():
         origin = {"md5": described["md5"], "path": described["path"]} | source(described)
         lineage |= {f"data.{name}.{key}": str(value) for key, value in origin.items()}
     return lineage

@@ -5,7 +5,6 @@ complete. An interrupted stage therefore leaves either nothing or partial work t
 """
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -22,7 +21,7 @@ from pydantic import BaseModel, FiniteFloat
 from pixelclip import __version__
 from pixelclip.config import lasting
 from pixelclip.storage.cache import origin
-from pixelclip.storage.files import digest, files_below, read_json, write_json
+from pixelclip.storage.files import digest, files_below, lock_folder, read_json, short_path, write_json
 from pixelclip.storage.urls import public
 from pixelclip.workflow.code_version import code_image, code_revision
 from pixelclip.workflow.provenance import UNFINISHED, read_provenance
@@ -83,7 +82,7 @@ class Stage:
         recorded = read_provenance(self.out / PROVENANCE)
         written_by, current = _code(recorded), _code({"version": __version__, "revision": code_revision()})
         reason = "same inputs and settings" if written_by == current else f"written by {written_by}; this is {current}"
-        print(f"{self.name}: reused {_short(self.out)} ({reason})", flush=True)
+        print(f"{self.name}: reused {short_path(self.out)} ({reason})", flush=True)
         return read_metrics(self.out)
 
     def __enter__(self) -> Self:
@@ -102,9 +101,9 @@ class Stage:
             self.__exit__(type(error), error, None)  # Python calls it only after `__enter__`
             raise
         self._signals.enter_context(terminable())
-        print(f"{self.name}: {'continues an interrupted run' if resumed else 'starts'} → {_short(self.out)}", flush=True)
+        print(f"{self.name}: {'continues an interrupted run' if resumed else 'starts'} → {short_path(self.out)}", flush=True)
         if not resumed and siblings:
-            names = ", ".join(_short(folder) for folder in siblings)
+            names = ", ".join(short_path(folder) for folder in siblings)
             others = "partial results of other inputs, settings or versions remain; delete them if not needed"
             print(f"{self.name}: {others}: {names}", flush=True)
         return self
@@ -161,16 +160,8 @@ class Stage:
         } | ({"image": image} if image else {})
 
     def _lock(self, folder: Path) -> int:
-        """Lock a folder until the returned handle is closed."""
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(handle)
-            raise ValueError(
-                f"{self.out}: another process is writing this folder ({_short(folder)}); wait for it or choose another folder"
-            ) from None
-        return handle
+        other = f"another process is writing this folder ({short_path(folder)})"
+        return lock_folder(folder, f"{self.out}: {other}; wait for it or choose another folder")
 
     def _siblings(self) -> list[Path]:
         """List the partial results for `out` with other fingerprints."""
@@ -240,7 +231,3 @@ def describe(path: Path) -> dict[str, Any]:
 def read_metrics(folder: Path) -> Metrics:
     """Read the metrics of a finished stage; raise ValueError if the file is missing or damaged."""
     return dict(read_json(folder / METRICS, dict[str, FiniteFloat]))
-
-
-def _short(path: Path) -> str:
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)

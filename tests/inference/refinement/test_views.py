@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+from pixelclip.config import QUALITIES
 from pixelclip.data.tensors import normalise, to_tensor
 from pixelclip.inference.refinement.views import spread_windows, view_scores, window_scores
 
@@ -98,6 +99,16 @@ def test_scales_are_averaged():
     backbone.convolution = backbone.convolution.float()
     scores = view_scores(backbone, image, classes.float(), 8, (5, 6), (1.0, 2.25), False, MEAN, STD)
     torch.testing.assert_close(scores.double(), sum(expected) / 2, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("size", "windows"), [((40, 40), 8), ((40, 30), 6), ((40, 20), 4), ((40, 1), 4)])
+def test_best_scales_need_at_most_eight_windows(size, windows):
+    """A side of 10 makes a photo of 17.5 pixels, as 378 one of 661.5: rounded up, it would need a third row."""
+    backbone, _, classes = example()
+    seen = []
+    backbone.forward = lambda images: seen.append(len(images)) or images[:, :1].expand(-1, 6, -1, -1)[..., ::5, ::5] + 1
+    view_scores(backbone, photo(size), classes.float(), 10, (5, 6), QUALITIES["best"].scales, False, MEAN, STD)
+    assert sum(seen) == windows
 
 
 def test_long_photo_and_smallest_photo_have_scores_everywhere():

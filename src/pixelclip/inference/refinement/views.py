@@ -49,7 +49,8 @@ def view_scores(
     """
     total = classes.new_zeros(1, len(classes), *size)
     for scale in scales:
-        width, height = (max(side, round(edge * scale * side / max(photo.size))) for edge in photo.size)
+        # Not rounded up: a pixel more than the scale may need another row of windows.
+        width, height = (max(side, int(edge * scale * side / max(photo.size))) for edge in photo.size)
         resized = to_rgb(photo).resize((width, height), Image.Resampling.BILINEAR)  # with antialiasing
         pixels = normalise(to_tensor(resized)[None].to(classes.device), mean, std)
         total += window_scores(backbone, pixels, classes, side, size, flip)
