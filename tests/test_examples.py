@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 def test_notebook_runs_to_its_last_cell(tmp_path, monkeypatch):
     tiny.mlflow_at(monkeypatch, tmp_path / "runs")
     demo = tmp_path / "runs" / "demo"
-    toy(demo / "toy", train_scenes=2000, test_scenes=4, side=32)
+    toy(demo / "toy", train_scenes=2000, test_scenes=29, side=32)
     model = tiny.model_folder(demo / "train", clip_folder("toy"), change=0.01)
     evaluation = registrations.evaluation(demo / "evaluate", model, 50.0, 10.0)
     register.run(model, evaluation, demo / "register", RegisterConfig(name="pixelclip-toy"))
