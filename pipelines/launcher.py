@@ -1,6 +1,5 @@
 """The step that starts a TrainJob and waits for it, and the end of a TrainJob whose run ended early."""
 
-import contextlib
 import json
 import os
 import signal
@@ -16,6 +15,7 @@ from pixelclip.config import TrainConfig
 from pixelclip.workflow.failures import BAD_INPUT
 from pixelclip.workflow.stage import Metrics, read_metrics
 from pixelclip_pipelines import trainjob_progress
+from pixelclip_pipelines.pods import reason_of_api
 from pixelclip_pipelines.trainjob import GROUP, NODE, PLURAL, POLL, VERSION, complete, failure_file, job_name, launcher_pod
 
 _NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
@@ -88,7 +88,7 @@ def delete_unfinished() -> None:
             job.delete()
             print(f"finish: TrainJob {job.name} was not complete and is deleted", flush=True)
     except _REQUEST_ERRORS as error:
-        raise RuntimeError(f"TrainJob {job.name} cannot be deleted: {_message(error)}") from None
+        raise RuntimeError(f"TrainJob {job.name} cannot be deleted: {reason_of_api(error)}") from None
 
 
 class TrainJob:
@@ -168,7 +168,7 @@ class _Launcher:
             self.job.delete(at_once=True)
             result = "deleted"
         except Exception as error:  # whatever fails, `finish` tries again
-            result = f"could not be deleted ({_message(error)}); finish will try again"
+            result = f"could not be deleted ({reason_of_api(error)}); finish will try again"
         os.write(1, f"TrainJob {self.job.name}: {signal.Signals(number).name}; {result}\n".encode())  # print is not reentrant
         raise SystemExit(128 + number)
 
@@ -190,7 +190,7 @@ class _Launcher:
             self.job.create(self._body)
         except _REQUEST_ERRORS as error:
             status = f"{error.status} " if isinstance(error, client.ApiException) else ""
-            raise RuntimeError(f"TrainJob {self.job.name} cannot be created: {status}{_message(error)}") from None
+            raise RuntimeError(f"TrainJob {self.job.name} cannot be created: {status}{reason_of_api(error)}") from None
         selector = f"-n {self.job.namespace} -f -l jobset.sigs.k8s.io/jobset-name={self.job.name}"
         self._print(f"started; its logs: kubectl logs {selector}")
 
@@ -202,7 +202,7 @@ class _Launcher:
         try:
             self.job.replace(existing | {"metadata": metadata | {"ownerReferences": [owner]}})
         except client.ApiException as error:
-            self._print(f"cannot be assigned to this pod ({_message(error)}); it ends with the pod of the earlier attempt")
+            self._print(f"cannot be assigned to this pod ({reason_of_api(error)}); it ends with the pod of the earlier attempt")
 
     def wait(self) -> dict[str, Any]:
         """Poll until the job has completed or failed, and return its final condition."""
@@ -213,8 +213,8 @@ class _Launcher:
             except _REQUEST_ERRORS as error:
                 failures += 1
                 if failures > _MAX_FAILURES or getattr(error, "status", None) in (401, 403):
-                    raise RuntimeError(f"TrainJob {self.job.name} cannot be watched: {_message(error)}") from None
-                self._print(f"Kubernetes does not answer ({_message(error)}); retrying")
+                    raise RuntimeError(f"TrainJob {self.job.name} cannot be watched: {reason_of_api(error)}") from None
+                self._print(f"Kubernetes does not answer ({reason_of_api(error)}); retrying")
             else:
                 if job is None:
                     raise RuntimeError(f"TrainJob {self.job.name} was deleted before it ended")
@@ -241,7 +241,7 @@ class _Launcher:
         except _REQUEST_ERRORS as error:
             self._pods_refused = getattr(error, "status", None) in (401, 403)
             if self._pods_refused:
-                self._print(f"its nodes are not shown: {_message(error)}")
+                self._print(f"its nodes are not shown: {reason_of_api(error)}")
             return ""
 
     def _print(self, event: str) -> None:
@@ -252,9 +252,3 @@ def _final_condition(job: dict[str, Any] | None) -> dict[str, Any]:
     """Return the condition that ended the job, or an empty one."""
     conditions = (job or {}).get("status", {}).get("conditions", [])
     return next((each for each in conditions if each["type"] in ("Complete", "Failed") and each["status"] == "True"), {})
-
-
-def _message(error: Exception) -> str:
-    with contextlib.suppress(AttributeError, ValueError, KeyError, TypeError):
-        return str(json.loads(error.body)["message"])  # type: ignore[attr-defined]
-    return (str(getattr(error, "reason", error)).splitlines() or [type(error).__name__])[0]

@@ -17,7 +17,7 @@ from pixelclip.config import lasting
 from pixelclip.settings import cut
 from pixelclip_pipelines.cluster_config import Cluster, image_of, shared_folder
 from pixelclip_pipelines.parameters import as_arguments, changed, check_batch, check_place, check_public, check_source
-from pixelclip_pipelines.pods import core_api
+from pixelclip_pipelines.pods import core_api, reason_of_api
 from pixelclip_pipelines.trainjob import template
 
 GROUP, VERSION, PLURAL = "kubeflow.org", "v1beta1", "experiments"
@@ -156,11 +156,7 @@ def submit(experiment: Mapping[str, Any], cluster: Cluster) -> list[str]:
 
 
 def _rejected(error: client.ApiException) -> ValueError:
-    try:
-        message = json.loads(error.body)["message"]
-    except (ValueError, KeyError, TypeError):
-        message = error.reason
-    return ValueError(f"Kubernetes rejected the Experiment ({error.status}): {message}")
+    return ValueError(f"Kubernetes rejected the Experiment ({error.status}): {reason_of_api(error)}")
 
 
 def _state(name: str, status: Mapping[str, Any]) -> list[str]:

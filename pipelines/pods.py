@@ -1,5 +1,7 @@
 """Pods of a run, read through a kubeconfig if there is one."""
 
+import contextlib
+import json
 from typing import Any
 
 from kubernetes import client, config
@@ -43,3 +45,10 @@ def reason_of(status: Any) -> str:
         if condition.type == "PodScheduled" and condition.status == "False":
             return " ".join(f"{condition.reason}: {condition.message or ''}".split()).removesuffix(":")
     return ""
+
+
+def reason_of_api(error: Exception) -> str:
+    """Return the message of Kubernetes in an API error, else the error's reason in one line."""
+    with contextlib.suppress(AttributeError, ValueError, KeyError, TypeError):
+        return str(json.loads(error.body)["message"])  # type: ignore[attr-defined]
+    return (str(getattr(error, "reason", error)).splitlines() or [type(error).__name__])[0]

@@ -16,7 +16,7 @@ from pixelclip.storage.s3 import Listed, delete_below, is_s3, list_below
 from pixelclip_pipelines.cluster_config import Cluster
 from pixelclip_pipelines.run_steps import FINAL
 from pixelclip_pipelines.runs import KfpRun
-from pixelclip_pipelines.submit import Target, all_schedules, connected, find_experiment
+from pixelclip_pipelines.submit import Target, all_runs, all_schedules, connected, find_experiment
 
 _PIPELINES = ("pixelclip", "pixelclip-unlabelled", "pixelclip-predict", "pixelclip-sweep", "pixelclip-sweep-run")
 _RUN = re.compile(r"([^/]+)/([0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12})/")
@@ -38,7 +38,7 @@ def items(target: Target, root: str, roots: Sequence[Path], named: Named) -> lis
     with connected(target) as (client, cluster, _):
         experiment = find_experiment(client, cluster)
         namespace = cluster.namespace or client.get_user_namespace()  # as KFP's client finds the experiment
-        found = list(_runs(client, namespace))
+        found = list(all_runs(client, None, namespace))
         # Only runs of the experiment may go, but those of others can use the same workspaces and artifacts.
         runs = {run.run_id: run for run in found if experiment and run.experiment_id == experiment}
         active = {run.run_id: run for run in found if run.state not in FINAL}
@@ -65,16 +65,6 @@ def items(target: Target, root: str, roots: Sequence[Path], named: Named) -> lis
             if run_id in runs or run_id in orphans:
                 prefixes[run_id].append((f"{place}/{name}/{run_id}", objects))
         return [_item(target, run_id, runs.get(run_id), prefixes[run_id], named, reader) for run_id in {**runs, **prefixes}]
-
-
-def _runs(client: kfp.Client, namespace: str) -> Iterator[Any]:
-    """Yield the runs of all experiments of a namespace, or of KFP if it has no namespaces."""
-    token = ""
-    while True:
-        page = client.list_runs(page_token=token, page_size=100, namespace=namespace or None)
-        yield from page.runs or []
-        if not (token := page.next_page_token or ""):
-            return
 
 
 def _add_parameters(named: Named, run: Any, cluster: Cluster, roots: Sequence[Path], reason: str) -> None:

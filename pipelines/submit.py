@@ -290,6 +290,16 @@ def all_schedules(client: kfp.Client, experiment: str | None, namespace: str = "
             return found
 
 
+def all_runs(client: kfp.Client, experiment: str | None, namespace: str = "") -> Iterator[Any]:
+    """Yield the runs of an experiment; if it is None, of a namespace, or of all in a KFP without namespaces."""
+    token = ""
+    while True:
+        page = client.list_runs(token, 100, experiment_id=experiment, namespace=namespace or None)
+        yield from page.runs or []
+        if not (token := page.next_page_token or ""):
+            return
+
+
 def _six_fields(cron: str) -> str:
     """Return a cron expression with six fields, of which KFP's first is seconds."""
     fields = cron.split()

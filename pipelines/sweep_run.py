@@ -23,11 +23,10 @@ from pixelclip_pipelines.cluster_tasks import place_on, run_config, set_run_id
 from pixelclip_pipelines.form import label
 from pixelclip_pipelines.parameters import as_text, check_batch, check_place, check_public, check_source
 from pixelclip_pipelines.runs import EXIT_CODES
-from pixelclip_pipelines.submit import Target, uploaded
+from pixelclip_pipelines.submit import Target, all_runs, uploaded
 from pixelclip_pipelines.sweep import PARAMETERS, items
 
 _NAME = 120  # characters of a run's name
-_PAGE = 100  # runs per request
 
 
 def build(cluster: Cluster, image: str = IMAGE) -> dsl.base_component.BaseComponent:
@@ -168,12 +167,7 @@ def _arguments(item: Mapping[str, Any], masks: str, labelled: str) -> dict[str, 
 def _existing(client: kfp.Client, experiment: str, namespace: str) -> dict[str, tuple[str, str]]:
     """Return ID and state of the experiment's runs by name; of several runs with one name, of one that did not fail."""
     found: dict[str, tuple[str, str]] = {}
-    token = ""
-    while True:
-        page = client.list_runs(token, _PAGE, experiment_id=experiment, namespace=namespace or None)
-        for run in page.runs or []:
-            state = run.state or "PENDING"
-            if EXIT_CODES.get(found.get(run.display_name, ("", "FAILED"))[1]) == 1:
-                found[run.display_name] = (run.run_id, state)
-        if not (token := page.next_page_token or ""):
-            return found
+    for run in all_runs(client, experiment, namespace):
+        if EXIT_CODES.get(found.get(run.display_name, ("", "FAILED"))[1]) == 1:
+            found[run.display_name] = (run.run_id, run.state or "PENDING")
+    return found

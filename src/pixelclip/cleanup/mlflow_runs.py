@@ -13,7 +13,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repo import ArtifactRepository
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-from pixelclip.cleanup.named import Named, is_running
+from pixelclip.cleanup.named import KFP_RUN, Named, is_running
 from pixelclip.cleanup.policy import Item
 from pixelclip.tracking.run import KILLED
 from pixelclip.tracking.server import is_missing, reason_of, transfer
@@ -79,7 +79,7 @@ def _run_item(store: Store, run: Run, models: list[LoggedModel], named: Named) -
         return None
     reasons = [named.runs.get(info.run_id), *(named.models.get(model.model_id) for model in models)]
     reasons += [f"running: its status is {info.status}" if is_running(run) else None]
-    reasons += [named.active_kfp.get(run.data.tags.get("kfp.run_id", ""))]
+    reasons += [named.active_kfp.get(run.data.tags.get(KFP_RUN, ""))]
     return Item(
         name=f"{info.run_id[:8]}  {info.run_name}",
         size=size,

@@ -22,7 +22,9 @@ from pixelclip.tracking.server import is_missing, public_uri, reason_of, transfe
 from pixelclip.workflow.provenance import chain
 from pixelclip.workflow.stage import PROVENANCE
 
-_KFP, _PARENT, _SWEEP, _SWEEP_OUT = "kfp.run_id", "mlflow.parentRunId", "sweep.row", "sweep.out"
+KFP_RUN = "kfp.run_id"
+"""Tag of an MLflow run: the ID of its KFP run."""
+_PARENT, _SWEEP, _SWEEP_OUT = "mlflow.parentRunId", "sweep.row", "sweep.out"
 _UUID = re.compile(r"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _PAGE = 1000
 _OPEN = ("RUNNING", "SCHEDULED")
@@ -71,7 +73,7 @@ class Named:
     def add_tags(self, tags: Mapping[str, str], reason: str) -> None:
         """Add what the lineage tags of a run or a version name."""
         for key, value in tags.items():
-            if key == _KFP:
+            if key == KFP_RUN:
                 self.kfp_runs.setdefault(value, reason)
             elif key == "model.md5" or re.fullmatch(r"data\..+\.md5", key):
                 self.md5s.setdefault(value, reason)
@@ -212,7 +214,7 @@ def _add_parents(named: Named, runs: dict[str, Run], run: Run, reason: str) -> N
 def _add_siblings(named: Named, runs: dict[str, Run], run: Run, reason: str) -> None:
     """Add the other runs of the same pipeline run, such as that of CLIP's evaluation; rows of a sweep are independent."""
     for other in runs.values():
-        keys = [_KFP] if _SWEEP in run.data.tags else [_KFP, _PARENT]
+        keys = [KFP_RUN] if _SWEEP in run.data.tags else [KFP_RUN, _PARENT]
         if any(run.data.tags.get(key) and run.data.tags[key] == other.data.tags.get(key) for key in keys):
             named.runs.setdefault(other.info.run_id, reason)
 

@@ -15,6 +15,7 @@ from PIL import Image
 
 from pixelclip.config import QUALITIES, MasksConfig
 from pixelclip.data.annotations import annotate
+from pixelclip.distributed import pick_precision
 from pixelclip.inference.label_map import label_map
 from pixelclip.inference.predictor import Predictor
 from pixelclip.inference.refinement.refine import photo_scores
@@ -34,6 +35,7 @@ def load_generator(weights: Path, config: MasksConfig) -> Generate:
     """
     model = load_model(weights)
     predictor = Predictor(model, config.device)
+    pick_precision("float32", predictor.device)  # earlier work in this process may have enabled TF32
     with torch.inference_mode():
         concepts = F.normalize(model.prompts.to(predictor.device)(predictor.text), dim=1)  # [K, C]
 
